@@ -1,0 +1,1 @@
+"""Where a job runs: Ray, storage, collectives, trackers. Knows no job."""
