@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
+"""What to do where text stands for a number: an environment variable is text until it is decoded."""
+
 
 class FieldError(ValueError):
     """A field holds a value that makes no sense; ``key`` is relative to the section that raised it."""
@@ -18,6 +21,22 @@ class FieldError(ValueError):
         super().__init__(f"{key} {problem}")
         self.key = key
         self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class PlanValue:
+    """A number that only the plan knows; it stands in a target's arguments until the plan puts the number there.
+
+    ``${plan.total_steps}``: optimizer steps of the whole run. ``${plan.steps_per_epoch}``: optimizer steps of
+    one epoch. ``${plan.steps:EPOCHS}``: optimizer steps in that many epochs.
+    """
+
+    name: str
+    epochs: float | None = None
+
+    def __str__(self) -> str:
+        """The interpolation that it was written as."""
+        return f"${{plan.{self.name}}}" if self.epochs is None else f"${{plan.{self.name}:{self.epochs}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,7 @@ class GroupSpec:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "from_epoch")
+        _learning_rate(self.args)
         _finite_numbers(self.args)
 
 
@@ -73,10 +93,8 @@ class OptimizerSpec:
     groups: tuple[GroupSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        _learning_rate(self.target.args)
         _finite_numbers(self.target.args)
-        lr = self.target.args.get("lr")
-        if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
-            raise FieldError("lr", f"must be finite and above 0, got {lr!r}; write a learning rate such as 0.1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +195,9 @@ class WorkersSpec:
         if not 0 < self.timeout_s < math.inf:
             raise FieldError("timeout_s", f"must be finite and above 0 seconds, got {self.timeout_s}")
         if self.gpus not in ("auto", 0, 1):
-            raise FieldError("gpus", f"must be 0, 1 or auto, got {self.gpus!r}; a worker drives one GPU, raise workers.num")
+            raise FieldError(
+                "gpus", f"must be 0, 1 or auto, got {self.gpus!r}; a worker drives one GPU, raise workers.num"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +287,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _learning_rate(args: Mapping[str, Any]) -> None:
+    lr = args.get("lr")
+    if isinstance(lr, str):
+        raise FieldError("lr", f"must be a number, got {lr!r}; {NUMBER_FROM_TEXT}")
+    if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
+        raise FieldError("lr", f"must be finite and above 0, got {lr}; write a learning rate such as 0.1")
+
+
 def _at_least(spec: object, lowest: int, *names: str) -> None:
     for name in names:
         value = getattr(spec, name)
@@ -276,7 +304,7 @@ def _at_least(spec: object, lowest: int, *names: str) -> None:
 
 def _finite_numbers(args: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in _numbers(args, prefix):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # isfinite overflows on a huge int
             raise FieldError(key, f"must be a finite number, got {value}")
 
 

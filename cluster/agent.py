@@ -1,0 +1,288 @@
+"""The agent: what runs inside a Ray Train worker. It trains nothing; it starts and watches the process that does.
+
+The training process is forked from a server that has torch imported and has touched no GPU, so a new one
+takes a fraction of a second. The agent knows how it ended, keeps what it printed, passes its messages to
+the driver and the driver's orders to it, and starts it anew when the driver says so.
+"""
+
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.errors import LauncherError, StorageError
+from cluster.link import Link
+from cluster.run_directory import RunDirectory
+
+_LOG_INTERVAL_S = 20.0
+_LOG_LIMIT_BYTES = 16 * 2**20
+_TAIL_LINES = 20
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orders:
+    """What the driver wants, as a whole: an agent that comes late, or misses a version, reads the same."""
+
+    version: int = 0
+    attempt: int | None = None
+    """The attempt to run; none: not yet."""
+    host: str = _LOOPBACK
+    """The address of rank 0 for the others."""
+    meeting_port: int | None = None
+    """The port of rank 0's store in this attempt, once it is known."""
+    stop: bool = False
+    """Save and end."""
+    end: bool = False
+    """The run is over: end now."""
+
+
+class Channel(Protocol):
+    """The way between agents and the driver."""
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        """Sends messages to the driver; they arrive in order."""
+
+    def orders_after(self, version: int) -> Orders:
+        """Waits for orders newer than ``version``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a training process is told.
+
+    Attributes:
+        entry: ``module:function``, called with the link and this task in the training process. A name, for
+            the agent must not import what the training process needs.
+        run_url: The run directory.
+        import_paths: Folders of the user's own modules.
+        rank, world_size: This worker among all.
+        attempt: Counts starts of the worker group's processes, from 0.
+        host: The address of rank 0.
+        address: This worker's address for the others.
+        working_directory: Where relative paths of the user's data start.
+        on_gpu: Whether this worker has a GPU, and it is visible as the only one.
+        content: The job, which only the entry understands.
+    """
+
+    entry: str
+    run_url: str
+    import_paths: tuple[str, ...]
+    working_directory: str
+    rank: int = 0
+    world_size: int = 1
+    attempt: int = 0
+    host: str = _LOOPBACK
+    address: str = _LOOPBACK
+    on_gpu: bool = False
+    content: Any = None
+
+
+class Agent:
+    """Keeps one training process going, as the driver orders."""
+
+    def __init__(self, channel: Channel, task: Task, identity: Mapping[str, Any]) -> None:
+        """``identity``: what the driver is told of this worker, such as its node."""
+        self._channel = channel
+        self._task = task
+        self._identity = dict(identity)
+        self._run = RunDirectory(task.run_url)
+        self._orders = Orders()
+        self._child: _TrainingProcess | None = None
+
+    def run(self) -> None:
+        """Follows orders until they say that the run is over."""
+        _start_fork_server(self._task)
+        self._channel.post([{"kind": "hello", "rank": self._task.rank, **self._identity}])
+        news, wake = multiprocessing.Pipe(duplex=False)
+        threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
+        try:
+            while not self._orders.end:
+                sources = [news, *(self._child.sources() if self._child else [])]
+                ready = wait(sources, timeout=_LOG_INTERVAL_S)
+                if self._child is not None:
+                    self._attend(self._child)
+                if news in ready:
+                    self._obey(news.recv())
+        finally:
+            self._end_child()
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._keep_log(self._child)
+            self._child.discard_log()
+            self._child = None
+
+    def _listen(self, wake: Connection) -> None:
+        version = -1
+        while True:
+            orders = self._channel.orders_after(version)
+            version = orders.version
+            wake.send(orders)
+            if orders.end:
+                return
+
+    def _obey(self, orders: Orders) -> None:
+        self._orders = orders
+        if orders.end or orders.attempt is None:
+            return
+        if self._child is None or self._child.task.attempt != orders.attempt:
+            self._end_child()
+            address = _LOOPBACK if orders.host == _LOOPBACK else self._identity["address"]
+            task = replace(self._task, attempt=orders.attempt, host=orders.host, address=address)
+            self._child = _TrainingProcess(task)
+        if orders.meeting_port is not None:
+            self._child.tell_meeting_place(orders.host, orders.meeting_port)
+        if orders.stop:
+            self._child.tell_stop()
+
+    def _attend(self, child: "_TrainingProcess") -> None:
+        """Passes on what the process said, keeps its log, and reports its end, once."""
+        messages = child.messages()
+        if child.has_ended() and not child.end_reported:
+            messages += child.messages()
+            self._keep_log(child)
+            messages.append({"kind": "exited", "exit_code": child.exit_code, "log_tail": child.log_tail()})
+            child.end_reported = True
+        elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S:
+            self._keep_log(child)
+        if messages:
+            stamp = {"rank": child.task.rank, "attempt": child.task.attempt}
+            self._channel.post([{**message, **stamp} for message in messages])
+
+    def _keep_log(self, child: "_TrainingProcess") -> None:
+        """Puts the log into the run directory; a store that fails here must not hurt the run."""
+        child.log_kept_at = time.monotonic()
+        try:
+            log = child.log()
+            if log:
+                self._run.write_log(child.task.attempt, child.task.rank, log)
+        except StorageError as error:
+            self._channel.post([{"kind": "warning", "text": f"worker {child.task.rank}: log not kept: {error}"}])
+
+
+class _TrainingProcess:
+    """A forked process that trains, as its agent sees it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.end_reported = False
+        self.log_kept_at = time.monotonic()
+        self._log_path = Path(tempfile.mkstemp(prefix=f"worker-{task.rank}-", suffix=".log")[1])
+        self._connection, theirs = multiprocessing.Pipe()
+        self._met = self._stopped = False
+        with _hidden_main():
+            self._process = multiprocessing.get_context("forkserver").Process(
+                target=_run_training, args=(theirs, task, str(self._log_path)), name=f"worker-{task.rank}"
+            )
+            self._process.start()
+        theirs.close()
+        self._open = True
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative: the number of the signal that killed the process."""
+        return self._process.exitcode
+
+    def sources(self) -> list[Any]:
+        """What to wait on for news of the process."""
+        return ([self._connection] if self._open else []) + ([] if self.end_reported else [self._process.sentinel])
+
+    def has_ended(self) -> bool:
+        return not self._process.is_alive()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What the process has sent since the last call; does not wait."""
+        messages: list[dict[str, Any]] = []
+        try:
+            while self._open and self._connection.poll():
+                messages += self._connection.recv()
+        except (EOFError, OSError):  # it has ended; how is told by its exit code
+            self._open = False
+        return messages
+
+    def tell_meeting_place(self, host: str, port: int) -> None:
+        if not self._met:
+            self._met = True
+            self._tell(("meet", host, port))
+
+    def tell_stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self._tell("stop")
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing, and waits for its end."""
+        self._process.kill()
+        self._process.join()
+
+    def discard_log(self) -> None:
+        self._log_path.unlink(missing_ok=True)
+
+    def log(self) -> bytes:
+        """What the process printed, or the end of it if it is long."""
+        with open(self._log_path, "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - _LOG_LIMIT_BYTES))
+            return log.read()
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+
+    def _tell(self, order: Any) -> None:
+        try:
+            self._connection.send(order)
+        except OSError:  # it has just ended, which its sentinel tells
+            self._open = False
+
+
+def _run_training(connection: Connection, task: Task, log_path: str) -> None:
+    """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry."""
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, not a test's capture
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
+    os.chdir(task.working_directory)
+    sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
+    link = Link(connection)
+    try:
+        module, _, function = task.entry.partition(":")
+        getattr(importlib.import_module(module), function)(link, task)
+    except LauncherError as error:
+        traceback.print_exc()
+        link.send("failed", cause=type(error).__name__, message=str(error), traceback=getattr(error, "traceback", ""))
+        link.close()
+        os._exit(1)
+    link.close()
+
+
+def _start_fork_server(task: Task) -> None:
+    """Starts the server, which imports torch while everything else gets ready."""
+    multiprocessing.forkserver.set_forkserver_preload([task.entry.partition(":")[0], __name__])
+    multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keeps the child from importing this process's main module, Ray's worker script, a second time."""
+    main = sys.modules["__main__"]
+    path = main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        if path is not None:
+            main.__file__ = path

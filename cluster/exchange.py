@@ -1,0 +1,206 @@
+"""What workers tell each other in a step: gradients, summed in one fixed order, and small reports.
+
+Floating-point addition is not associative, so a sum over workers depends on who is there. Here the sum
+runs along one binary tree over the *shards*, whatever the workers: [0, S) splits at the largest power
+of two below its size, down to single shards. A worker folds the shards of its own block as far as the
+tree allows; between workers, each owns one slice of a bucket, receives everybody's partial sums of it,
+finishes the tree, and sends the slice back to all. That is an all-to-all and an all-gather, the bytes of
+a ring all-reduce.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Node = tuple[int, int]
+"""A node of the summation tree: the shards [first, end) below it."""
+
+
+class Fold:
+    """Sums along the tree, as far as the leaves that came allow.
+
+    Leaves, or sums of whole subtrees, are pushed in the order of their shards; two neighbours that are
+    the children of one node become one. What is left are the largest complete subtrees.
+    """
+
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+        self.nodes: list[Node] = []
+        self.sums: list[Any] = []
+
+    def push(self, node: Node, value: Any) -> None:
+        """Adds in place: ``value`` and everything pushed before belong to the fold from now on.
+
+        Shapes: a tensor, or a list of tensors, of the same shapes in every push.
+        """
+        self.nodes.append(node)
+        self.sums.append(value)
+        while len(self.nodes) > 1 and self._are_siblings(*self.nodes[-2:]):
+            (_, end), right = self.nodes.pop(), self.sums.pop()
+            (first, _), left = self.nodes[-1], self.sums[-1]
+            if isinstance(left, Tensor):
+                left.add_(right)
+            else:
+                torch._foreach_add_(left, right)
+            self.nodes[-1] = (first, end)
+
+    def _are_siblings(self, left: Node, right: Node) -> bool:
+        size = left[1] - left[0]
+        return (
+            size & (size - 1) == 0
+            and left[0] % (2 * size) == 0
+            and right == (left[1], min(left[1] + size, self._shards))
+        )
+
+
+def complete_subtrees(block: range, shards: int) -> list[Node]:
+    """The nodes that a worker with this block of shards is left with after folding."""
+    fold = Fold(shards)
+    for shard in block:
+        fold.push((shard, shard + 1), torch.empty(0))
+    return fold.nodes
+
+
+class TreeExchange:
+    """A DDP communication hook that sums gradients along the tree.
+
+    DDP averages and this does not: the loss is expected to be divided by the size of the global batch.
+
+    Collective: every rank constructs it and runs every backward pass; bucket by bucket, in DDP's order.
+    """
+
+    def __init__(self, *, shards: int, blocks: Sequence[range], rank: int, device: torch.device) -> None:
+        """Opens a process group of its own, so that its collectives never queue behind DDP's or the loop's.
+
+        Args:
+            shards: The shards of a step.
+            blocks: The contiguous shards of each rank, in rank order.
+            rank: This worker.
+            device: Where gradients live.
+        """
+        self._shards = shards
+        self._world_size = len(blocks)
+        self._last_leaf = (blocks[rank][-1], blocks[rank][-1] + 1)
+        self._nodes_by_rank = [complete_subtrees(block, shards) for block in blocks]
+        self._rank = rank
+        self._group = dist.new_group()
+        self._aside = Fold(shards)
+        self._index: dict[Tensor, int] = {}
+        self._on_gpu = device.type == "cuda"
+        # A collective that waits inside DDP's own callbacks can deadlock, for ranks run callbacks in
+        # different orders; one thread (or one stream) takes the buckets in the order of DDP's calls.
+        self._thread = None if self._on_gpu else ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+
+    def set_aside(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
+        """Takes the gradients of a shard that is not the last of the block; they are None afterwards."""
+        grads = [parameter.grad for parameter in parameters]
+        assert None not in grads, "the plan has checked that every trained parameter gets a gradient"
+        self._index = {parameter: number for number, parameter in enumerate(parameters)}
+        self._aside.push((shard, shard + 1), grads)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def step_done(self) -> None:
+        """Forgets what was set aside; called after the backward pass of the block's last shard."""
+        self._aside = Fold(self._shards)
+
+    def hook(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """The communication hook: the bucket holds the gradients of the block's last shard."""
+        buffer = bucket.buffer()
+        earlier = [
+            torch.cat([grads[self._index[parameter]].reshape(-1) for parameter in bucket.parameters()])
+            for grads in self._aside.sums
+        ]
+        nodes = list(self._aside.nodes)
+        if self._stream is not None:
+            return self._run_on_stream(buffer, nodes, earlier)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        assert self._thread is not None
+        self._thread.submit(self._run_in_thread, future, buffer, nodes, earlier)
+        return future
+
+    def close(self) -> None:
+        """Ends the thread. Collective: every rank, after its last backward pass."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _run_in_thread(
+        self, future: torch.futures.Future[Tensor], buffer: Tensor, nodes: list[Node], earlier: list[Tensor]
+    ) -> None:
+        try:
+            with torch.no_grad():
+                self._sum(buffer, nodes, earlier)
+            future.set_result(buffer)
+        except Exception as error:  # whatever it is belongs to the backward pass that waits for the future
+            future.set_exception(error)
+
+    def _run_on_stream(
+        self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]
+    ) -> torch.futures.Future[Tensor]:
+        """Enqueues the exchange behind the gradients; a future with a device makes DDP wait on the GPU, not here."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        for tensor in (buffer, *earlier):
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            self._sum(buffer, nodes, earlier)
+            future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
+            future.set_result(buffer)
+        return future
+
+    def _sum(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> None:
+        """Replaces the bucket of the last shard by the sum over all shards, in place."""
+        fold = Fold(self._shards)
+        for node, partial in zip(nodes, earlier):
+            fold.push(node, partial)
+        fold.push(self._last_leaf, buffer)
+        if self._world_size == 1:
+            if fold.sums[0] is not buffer:
+                buffer.copy_(fold.sums[0])
+            return
+        size, world_size = buffer.numel(), self._world_size
+        slice_size = -(-size // world_size)
+        send = _slices(fold.sums, world_size, slice_size)
+        counts = [len(nodes) for nodes in self._nodes_by_rank]
+        received = buffer.new_empty(sum(counts) * slice_size)
+        dist.all_to_all_single(
+            received,
+            send,
+            output_split_sizes=[count * slice_size for count in counts],
+            input_split_sizes=[len(fold.sums) * slice_size] * world_size,
+            group=self._group,
+        )
+        total = Fold(self._shards)
+        for node, partial in zip((node for nodes in self._nodes_by_rank for node in nodes), received.split(slice_size)):
+            total.push(node, partial)
+        fits = size == slice_size * world_size
+        gathered = buffer if fits else buffer.new_empty(slice_size * world_size)
+        all_gather_flat(gathered, total.sums[0], self._group)
+        if not fits:
+            buffer.copy_(gathered[:size])
+
+
+def _slices(partials: Sequence[Tensor], world_size: int, slice_size: int) -> Tensor:
+    """The send buffer of the all-to-all: for each rank its slice of every partial sum.
+
+    Shapes: partials [n] each -> [world_size * len(partials) * slice_size], zero beyond n.
+    """
+    first = partials[0]
+    if len(partials) == 1 and first.numel() == world_size * slice_size:
+        return first
+    send = first.new_zeros(world_size, len(partials), slice_size)
+    for number, partial in enumerate(partials):
+        whole, rest = divmod(partial.numel(), slice_size)
+        send[:whole, number] = partial[: whole * slice_size].view(whole, slice_size)
+        if rest:
+            send[whole, number, :rest] = partial[whole * slice_size :]
+    return send.view(-1)
+
+
+# torch renames all_gather_into_tensor: 2.11 knows only the old name, newer ones warn of it.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

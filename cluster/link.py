@@ -1,0 +1,76 @@
+"""The training process's end of the wire to its agent: small messages out, orders in, nobody waits.
+
+A message is a dict of plain values with a ``kind``. Messages leave in batches, a few times a second, so
+that a run of short steps does not spend them on messages; they arrive complete and in order.
+"""
+
+import os
+import queue
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+_BATCH_INTERVAL_S = 0.2
+
+
+class Link:
+    """Sends messages to the driver and hears its orders.
+
+    The process ends at once when its agent is gone: nobody would hear of what it does.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.stop_wanted = threading.Event()
+        self._connection = connection
+        self._outbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._meeting_place: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._sender = threading.Thread(target=self._send_batches, name="link-send", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive, name="link-receive", daemon=True).start()
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Queues a message for the driver; returns at once."""
+        self._outbox.put({"kind": kind, **content})
+
+    def wait_for_meeting_place(self, timeout_s: float) -> tuple[str, int]:
+        """The address and port where rank 0 waits for the others.
+
+        Raises:
+            TimeoutError: Rank 0 did not announce one in time.
+        """
+        try:
+            return self._meeting_place.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"worker 0 announced no meeting place within {timeout_s:.0f} s") from None
+
+    def close(self) -> None:
+        """Sends what is queued and returns when it is on its way."""
+        self._closing.set()
+        self._sender.join()
+
+    def _send_batches(self) -> None:
+        while True:
+            is_last = self._closing.wait(_BATCH_INTERVAL_S)
+            batch = []
+            while not self._outbox.empty():
+                batch.append(self._outbox.get())
+            if batch:
+                try:
+                    self._connection.send(batch)
+                except OSError:
+                    os._exit(1)
+            if is_last:
+                return
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                order = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            match order:
+                case "stop":
+                    self.stop_wanted.set()
+                case ("meet", host, port):
+                    self._meeting_place.put((host, port))

@@ -1,0 +1,445 @@
+"""One tracker per run: none, memory, or Weights & Biases. The only module that knows wandb.
+
+wandb works in a process of its own, the recorder: this very file, run as a script. It writes to our
+terminal whatever its settings say, holds the interpreter's exit until its uploads end or time out, and
+interrupts the main thread when someone presses Stop on its page; none of that can reach the driver. The
+recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (where the run is, a
+warning). When the driver is killed it sees the end of its input and still delivers every row it was given.
+
+Steps. W&B counts rows in a ``_step`` of its own, renumbers it when records are merged, and drops rows that
+go back in it. So ours is an ordinary column, ``step``, against which all others are drawn, and a row
+whose step is recorded already is left out: each of our steps is there once, however often a run was killed.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+Row = Mapping[str, float | int]
+"""Metrics of one step; the key ``step`` is always there."""
+
+_QUEUE_ROWS = 20_000
+"""Rows that wait for the recorder, which may be held up for ``connect_timeout_s``; some MiB at most."""
+
+_DISK_FULL_BYTES = 64 * 1024
+"""wandb-core writes in blocks of 32 KiB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerSettings:
+    """What a tracker must know. Nothing secret: W&B's key and host come from the environment or netrc."""
+
+    mode: Literal["online", "offline", "disabled"]
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    name: str
+    """The run's display name."""
+    run_id: str
+    """W&B's id of the run; the same one continues the same run. None of ``/ \\ # ? % :``, at most 128 characters."""
+    directory: str
+    """A local folder, best the same one for every attempt; wandb's own records are made in ``directory/wandb``."""
+    config: Mapping[str, Any]
+    """The resolved job description, shown beside the run."""
+    connect_timeout_s: float = 60.0
+    """Seconds to wait for W&B before recording offline instead."""
+    finish_timeout_s: float = 15.0
+    """Seconds that ``finish`` may take, uploads included."""
+
+
+class Tracker(Protocol):
+    """Follows one attempt of one run. Nothing here raises, and only ``finish`` waits."""
+
+    @property
+    def url(self) -> str | None:
+        """The run's page, or the local folder that ``wandb sync`` takes; none until it is known."""
+
+    def log(self, row: Row) -> None:
+        """Record one row; steps only grow. A step that is recorded already is left out. Returns at once."""
+
+    def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
+        """Record the outcome and close, within the time set; a second call does nothing.
+
+        Args:
+            summary: Values that stand for the whole run.
+            images: PNG files by name.
+            succeeded: False marks the run as failed.
+        """
+
+
+def open_tracker(settings: TrackerSettings, warn: Callable[[str], None], past: Iterable[Row] = ()) -> Tracker:
+    """Start following a run; returns at once, W&B is contacted in the background.
+
+    Args:
+        settings: Where and how to record.
+        warn: Called at most once, from any thread, with one line that says what happened and what to do.
+        past: The rows of earlier attempts, oldest first, read in the background and recorded only where
+            W&B lacks them: online, beyond the last step that the server has; offline, beyond the last one
+            recorded in ``directory``. This closes the gaps that lost machines leave.
+    """
+    if settings.mode == "disabled":
+        return NoTracker()
+    try:
+        return _WandbTracker(settings, warn, past)
+    except OSError as error:
+        warn(f"W&B: not recording: cannot start a process: {error}; metrics are in the run directory")
+        return NoTracker()
+
+
+class NoTracker:
+    """Records nothing."""
+
+    url = None
+
+    def log(self, row: Row) -> None:
+        """Do nothing."""
+
+    def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
+        """Do nothing."""
+
+
+class MemoryTracker:
+    """Keeps everything in its fields: the reference of what a tracker records."""
+
+    url = None
+
+    def __init__(self, past: Iterable[Row] = ()) -> None:
+        self.rows: list[dict[str, float | int]] = [dict(row) for row in past]
+        self.summary: dict[str, Any] = {}
+        self.images: dict[str, bytes] = {}
+        self.succeeded: bool | None = None
+        """None until the run is finished."""
+
+    def log(self, row: Row) -> None:
+        """Keep a row, unless its step is kept already or the run is finished."""
+        if self.succeeded is None and (not self.rows or row["step"] > self.rows[-1]["step"]):
+            self.rows.append(dict(row))
+
+    def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
+        """Keep the outcome."""
+        if self.succeeded is None:
+            self.summary, self.images, self.succeeded = dict(summary), dict(images), succeeded
+
+
+class _WandbTracker:
+    """The driver's end of a recorder: one thread feeds it, one listens to it."""
+
+    def __init__(self, settings: TrackerSettings, warn: Callable[[str], None], past: Iterable[Row]) -> None:
+        self.url: str | None = None
+        self._settings = settings
+        self._warn = warn
+        self._warned = threading.Lock()  # taken by the first warning, and kept
+        self._folder: str | None = None
+        self._messages: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE_ROWS)
+        self._settled = threading.Event()  # the recorder is recording, or has ended
+        self._finished = False
+        self._done = False  # the recorder's last word
+        self._recorder = subprocess.Popen(
+            # -P: this file's neighbours must not be found as top-level modules
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "WANDB_ERROR_REPORTING": "false"},  # no telemetry to wandb's Sentry
+            start_new_session=True,  # Ctrl-C is for the driver, which then finishes the run in order
+        )
+        self._listener = threading.Thread(target=self._listen, name="tracker-listen", daemon=True)
+        self._listener.start()
+        threading.Thread(target=self._feed, args=(past,), name="tracker-feed", daemon=True).start()
+
+    def log(self, row: Row) -> None:
+        if self._finished:
+            return
+        try:
+            self._messages.put_nowait({"row": dict(row)})
+        except queue.Full:
+            self._complain("cannot keep up, rows are missing there; all of them are in the run directory")
+
+    def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        timeout_s = self._settings.finish_timeout_s
+        deadline = time.monotonic() + timeout_s
+        if not self._settled.wait(timeout_s / 3):
+            self._recorder.send_signal(signal.SIGINT)  # it waits for W&B still: let it record offline
+        encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
+        message = {"summary": dict(summary), "images": encoded, "succeeded": succeeded}
+        try:
+            if self._recorder.poll() is None:
+                self._messages.put({"finish": message}, timeout=timeout_s)
+                self._recorder.wait(max(0.0, deadline - time.monotonic()))
+        except (queue.Full, subprocess.TimeoutExpired):
+            if not self._done:
+                self._complain(f"did not end within {timeout_s:g} s; {_how_to_sync(self._folder)}")
+            self._end_recorder()
+        self._listener.join(timeout=1.0)  # a warning may be on its way
+
+    def _end_recorder(self) -> None:
+        self._recorder.terminate()
+        try:
+            self._recorder.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._recorder.kill()
+            self._recorder.wait()
+
+    def _feed(self, past: Iterable[Row]) -> None:
+        assert self._recorder.stdin is not None
+        try:
+            with self._recorder.stdin as lines:
+                _write(lines, dataclasses.asdict(self._settings))
+                for row in past:
+                    _write(lines, {"row": dict(row)})
+                finished = False
+                while not finished:
+                    message = self._messages.get()
+                    _write(lines, message)
+                    finished = "finish" in message
+        except BrokenPipeError:
+            pass  # the recorder ended: the listener knows why
+        except Exception as error:  # the border of a thread: the past comes from a store, the summary from anywhere
+            self._complain(f"recording stopped: {_one_line(error)}; metrics are in the run directory")
+
+    def _listen(self) -> None:
+        assert self._recorder.stdout is not None
+        with self._recorder.stdout as lines:
+            for line in lines:
+                message = json.loads(line)
+                if "warning" in message:
+                    self._complain(message["warning"])
+                elif "folder" in message:
+                    self.url, self._folder = message["url"] or message["folder"], message["folder"]
+                    self._settled.set()
+                self._done |= "done" in message
+        self._settled.set()
+        if not self._done:
+            self._complain(
+                f"its recorder ended early (exit code {self._recorder.wait()}); {_how_to_sync(self._folder)}"
+            )
+
+    def _complain(self, problem: str) -> None:
+        if self._warned.acquire(blocking=False):
+            self._warn(f"W&B: {problem}")
+
+
+class _Recorder:
+    """The other end: what the process made by ``_WandbTracker`` does. It may block, and it may die."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        self._answers = answers
+        self._cores = _note_processes()
+        self._connecting = False
+        self._hurry = False
+        self._last_step = -1
+
+    def record(self, lines: Iterable[str]) -> None:
+        """Record what the lines say until they end."""
+        messages = map(json.loads, lines)
+        settings = TrackerSettings(**next(messages))
+        run = self._open(settings)
+        folder = self._folder = str(Path(run.dir).parent)
+        if not Path(folder).is_relative_to(settings.directory):  # wandb then takes the temporary folder
+            self._tell(warning=f"cannot write in {settings.directory}; recording in {folder}")
+        sys.stderr = _Ear(lambda: self._tell(warning=f"not everything was uploaded; {_how_to_sync(folder)}"))
+        self._tell(url=run.url, folder=folder)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        self._step_path = Path(settings.directory, f"{settings.run_id}.step")
+        # online the server knows what it has; offline each attempt makes a record of its own, to be merged later
+        self._last_step = self._read_step() if run.offline else run.summary.get("step", -1)
+        outcome: dict[str, Any] = {"summary": {}, "images": {}, "succeeded": False}  # unless the driver says better
+        for message in messages:
+            if "finish" in message:
+                outcome = message["finish"]
+            else:
+                self._log(run, message["row"])
+        self._finish(run, outcome)
+
+    def give_up_connecting(self, *_signal: object) -> None:
+        """Stop waiting for W&B, now or as soon as that would begin."""
+        self._hurry = True
+        if self._connecting:
+            raise KeyboardInterrupt
+
+    def kill_cores(self) -> None:
+        """Kill the wandb-core processes: they outlive their parent while they retry an upload."""
+        for core in self._cores:
+            core.kill()
+
+    def abort(self, *_signal: object) -> None:
+        """End at once; what is on the disk can be uploaded later."""
+        self.kill_cores()
+        os._exit(1)
+
+    def fail(self, error: Exception) -> None:
+        """Say what ended the recording."""
+        self._tell(warning=f"recording stopped: {_one_line(error)}; metrics are in the run directory")
+
+    def _open(self, settings: TrackerSettings) -> Any:
+        """A wandb run: online if that is wanted and possible, else offline, so that nothing is lost."""
+        import wandb
+
+        def init(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
+                mode=mode,
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=tuple(settings.tags),
+                name=settings.name,
+                id=settings.run_id,
+                resume="allow",
+                dir=settings.directory,
+                config=dict(settings.config),
+                allow_val_change=True,  # a resumed run may have other workers
+                settings=wandb.Settings(
+                    silent=False,  # its warnings on stderr are the only word of a failed upload
+                    show_info=False,
+                    console="off",
+                    save_code=False,
+                    disable_git=True,
+                    disable_code=True,
+                    x_disable_meta=True,
+                    x_disable_stats=True,  # the driver's machine is not where the work is done
+                    x_save_requirements=False,
+                    finish_timeout=settings.finish_timeout_s * 2 / 3,  # the rest is for starting and ending
+                    x_transaction_log_flush_interval=1.0,  # by default a dying machine takes 15 s of rows along
+                ),
+            )
+
+        if settings.mode == "offline":
+            return init("offline")
+        try:
+            self._connecting = True
+            signal.setitimer(signal.ITIMER_REAL, settings.connect_timeout_s)  # init_timeout leaves the login out
+            if self._hurry:
+                raise KeyboardInterrupt
+            return init("online")
+        except (Exception, KeyboardInterrupt) as error:  # wandb raises a dozen types here
+            self._connecting = False
+            self.kill_cores()  # else the failed run holds its id, and the teardown waits for its retries
+            with contextlib.suppress(Exception, SystemExit):  # "the service was killed"
+                wandb.teardown()
+            run = init("offline")
+            self._tell(warning=f"recording offline: {_one_line(error)}; {_how_to_sync(str(Path(run.dir).parent))}")
+            return run
+        finally:
+            self._connecting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _read_step(self) -> int:
+        try:
+            return int(self._step_path.read_text())
+        except (OSError, ValueError):  # there is none, or a full disk has cut it
+            return -1
+
+    def _log(self, run: Any, row: Row) -> None:
+        if row["step"] > self._last_step:
+            self._last_step = int(row["step"])
+            run.log(dict(row))
+            with contextlib.suppress(OSError):
+                self._step_path.write_text(str(self._last_step))
+            if shutil.disk_usage(self._folder).free < _DISK_FULL_BYTES:  # wandb-core says so in its own log only
+                self._tell(warning=f"no space left in {self._folder}: rows may be missing; make room on that disk")
+
+    def _finish(self, run: Any, outcome: Mapping[str, Any]) -> None:
+        import wandb
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name, image in outcome["images"].items():
+                path = Path(folder, f"{name}.png")
+                path.write_bytes(base64.b64decode(image))
+                run.log({name: wandb.Image(str(path))})  # wandb gives it the last step
+            run.summary.update(outcome["summary"])
+            run.finish(exit_code=0 if outcome["succeeded"] else 1)
+        self._tell(done=True)
+
+    def _tell(self, **message: Any) -> None:
+        _write(self._answers, message)
+
+
+class _Ear(io.TextIOBase):
+    """A stderr that listens for wandb's word that an upload failed; wandb has no call that tells."""
+
+    def __init__(self, upload_failed: Callable[[], None]) -> None:
+        self._upload_failed = upload_failed
+
+    def write(self, text: str) -> int:
+        if "Fatal error while uploading" in text or "Timed out finishing" in text:
+            self._upload_failed()
+        return len(text)
+
+
+def _note_processes() -> list[subprocess.Popen[Any]]:
+    """A list to which every process that this one starts from now on is added; wandb does not name its own."""
+    started: list[subprocess.Popen[Any]] = []
+
+    class NotedPopen(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    subprocess.Popen = NotedPopen  # type: ignore[misc]
+    return started
+
+
+def _write(lines: IO[str], message: Mapping[str, Any]) -> None:
+    lines.write(json.dumps(message, default=_plain) + "\n")
+    lines.flush()
+
+
+def _plain(value: Any) -> float | str:
+    """A number of NumPy or torch as a float, anything else as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "no answer from W&B in time"
+    text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+    return text[:300] or type(error).__name__
+
+
+def _how_to_sync(folder: str | None) -> str:
+    return f"upload it later with: wandb sync {folder}" if folder else "metrics are in the run directory"
+
+
+def _main() -> None:
+    # stdout is ours alone: what wandb prints there goes where stderr goes
+    answers = open(os.dup(1), "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
+    os.dup2(2, 1)
+    recorder = _Recorder(answers)
+    signal.signal(signal.SIGINT, recorder.give_up_connecting)
+    signal.signal(signal.SIGALRM, recorder.give_up_connecting)
+    signal.signal(signal.SIGTERM, recorder.abort)
+    try:
+        recorder.record(sys.stdin)
+    except Exception as error:  # the border of a process
+        recorder.fail(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main()

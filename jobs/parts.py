@@ -1,0 +1,114 @@
+"""Everything that a description names, built: what the plan tries out and what a worker trains with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cluster.errors import DescriptionError
+from jobs.loader import seed_draws
+from jobs.losses import GlobalLoss, build_loss
+from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.order import StepPlan, draw_key
+from jobs.schedules import Schedule, build_schedule, plan_value
+from jobs.spec import JobSpec, Target
+from jobs.targets import Builder
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The objects of a training run, on their device."""
+
+    model: nn.Module
+    ema: AveragedModel | None
+    loss: GlobalLoss
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    train_set: Any
+    val_set: Any | None
+    steps: StepPlan
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the parts; the tensors are the live ones."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts a state back.
+
+        Raises:
+            RuntimeError, ValueError: The state belongs to another model, optimizer or schedule.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+def build_parts(spec: JobSpec, device: torch.device) -> Parts:
+    """Builds all parts; the initial weights are a function of the seed.
+
+    Raises:
+        DescriptionError: Something cannot be built as written.
+    """
+    numerics(spec, device)
+    seed_draws(draw_key("data", spec.seed), device)
+    train_set = _dataset(spec.data.train, "data.train")
+    val_set = None if spec.data.val is None else _dataset(spec.data.val, "data.val")
+    steps = StepPlan(len(train_set), spec.train.global_batch, spec.train.shards, spec.train.epochs)
+    if steps.steps_per_epoch == 0:
+        raise DescriptionError(
+            f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "
+            f"got {spec.train.global_batch}; lower it"
+        )
+    if val_set is not None and len(val_set) == 0:
+        raise DescriptionError("data.val has no samples; point it at some, or leave data.val out")
+    builder = Builder(lambda value: plan_value(steps, value))
+    seed_draws(draw_key("model", spec.seed), device)
+    model = builder.build(spec.model, "model")
+    if not isinstance(model, nn.Module):
+        raise DescriptionError(f"model must be a torch.nn.Module, got {type(model).__name__} from {spec.model.path}")
+    model.to(device)
+    if spec.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    loss = build_loss(spec.loss, builder).to(device)
+    groups = group_parameters(model, spec.optimizer.groups)
+    if not groups:
+        raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
+    optimizer = build_optimizer(spec.optimizer, model, groups, builder)
+    schedule = build_schedule(spec.scheduler, optimizer, builder, validates=val_set is not None)
+    set_trainable(model, groups, epoch=0)
+    ema = None
+    if spec.train.ema_decay is not None:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))
+    return Parts(model, ema, loss, groups, optimizer, schedule, train_set, val_set, steps)
+
+
+def numerics(spec: JobSpec, device: torch.device) -> None:
+    """Sets what may change a kernel's result, from the description alone."""
+    torch.set_num_threads(spec.train.threads)
+    torch.use_deterministic_algorithms(spec.train.deterministic)
+    # A debugging aid that comes along with the above, and writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = spec.train.tf32
+        torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark
+        torch.backends.cudnn.deterministic = spec.train.deterministic
+
+
+def _dataset(target: Target, key: str) -> Any:
+    dataset = Builder().build(target, key)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise DescriptionError(
+            f"{key} must be a map-style dataset, with __getitem__ and __len__, got {type(dataset).__name__}"
+        )
+    return dataset

@@ -1,0 +1,91 @@
+"""The workers of a run as one of them sees it: who has which shards, and how tensors get across."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.exchange import TreeExchange, all_gather_flat
+from jobs.order import shard_block
+from jobs.pulse import exact_sum
+
+
+class Team:
+    """Process groups and the exchange of gradients.
+
+    Collective: every rank constructs it and calls its methods in the same order.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, shards: int, exact: bool, device: torch.device) -> None:
+        """The default process group must exist."""
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.blocks = [shard_block(shards, world_size, other) for other in range(world_size)]
+        self.block = self.blocks[rank]
+        self.cpu_group = dist.new_group(backend="gloo")
+        self._exchange = TreeExchange(shards=shards, blocks=self.blocks, rank=rank, device=device) if exact else None
+        # DDP's own all-reduce divides by the number of workers; the tree exchange leaves a sum a sum.
+        self.gradient_scale = 1.0 if exact else float(world_size)
+
+    def replicate(self, model: nn.Module) -> DistributedDataParallel:
+        """Wraps a model so that its backward pass ends with the gradients of the global batch."""
+        replica = DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # share_buffers does it, by the rule for shards
+            gradient_as_bucket_view=True,
+        )
+        if self._exchange is not None:
+            replica.register_comm_hook(None, self._exchange.hook)
+        return replica
+
+    def set_aside_gradients(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
+        """After the backward pass of a shard that is not this worker's last of the step."""
+        if self._exchange is not None:  # otherwise torch accumulates them in .grad
+            self._exchange.set_aside(shard, parameters)
+
+    def step_done(self) -> None:
+        """After the backward pass of this worker's last shard of the step."""
+        if self._exchange is not None:
+            self._exchange.step_done()
+
+    def share_buffers(self, buffers: Sequence[Tensor]) -> None:
+        """Gives everyone the buffers of the worker that has shard 0, one message per dtype."""
+        if self.world_size == 1:
+            return
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            same = [buffer for buffer in buffers if buffer.dtype == dtype]
+            flat = torch.cat([buffer.reshape(-1) for buffer in same])
+            dist.broadcast(flat, src=0)
+            for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same])):
+                buffer.copy_(values.view_as(buffer))
+
+    def sum_over_shards(self, values: Sequence[Tensor]) -> float:
+        """The exact sum over all shards of one number each; waits for everybody."""
+        return exact_sum(row[0] for row in self.gather_rows([[float(value)] for value in values], width=1))
+
+    def gather_rows(self, rows: Sequence[Sequence[float]], width: int) -> list[list[float]]:
+        """Everybody's rows of ``width`` numbers, in rank order; ranks may have different counts."""
+        counts = self._gather(torch.tensor([len(rows)], dtype=torch.int64)).reshape(-1).tolist()
+        padded = torch.zeros(max(counts), width, dtype=torch.float64)
+        if rows:
+            padded[: len(rows)] = torch.tensor(rows, dtype=torch.float64)
+        gathered = self._gather(padded.reshape(-1)).view(self.world_size, max(counts), width)
+        return [row for count, of_rank in zip(counts, gathered.tolist()) for row in of_rank[:count]]
+
+    def barrier(self) -> None:
+        """Waits for everybody."""
+        dist.barrier(group=self.cpu_group)
+
+    def close(self) -> None:
+        """Ends the exchange and the process groups."""
+        if self._exchange is not None:
+            self._exchange.close()
+        dist.destroy_process_group()
+
+    def _gather(self, values: Tensor) -> Tensor:
+        gathered = values.new_empty(self.world_size * values.numel())
+        all_gather_flat(gathered, values, self.cpu_group)
+        return gathered

@@ -1,0 +1,40 @@
+"""Metrics over a whole dataset, exact for any number of workers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from jobs.losses import GlobalLoss
+from jobs.pulse import exact_sum
+from jobs.team import Team
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loss: GlobalLoss, batches: Iterable[Any], team: Team) -> dict[str, float]:
+    """Loss and accuracy over every batch of every worker, each sample once.
+
+    Returns:
+        ``val/loss``, as one process with the whole dataset would compute it (with ``reduction: sum`` the
+        mean over samples), and ``val/accuracy`` if targets are class numbers.
+    Collective: every rank, with its share of the batches.
+    """
+    was_training = model.training
+    model.eval()
+    sums = []
+    for inputs, target in batches:
+        output = model(inputs)
+        numerator, denominator = loss.numerator(output, target)
+        if loss.weighs_targets:
+            weight = loss.target_weight(target)
+        else:
+            weight = torch.tensor(denominator or float(len(target)), dtype=torch.float64, device=numerator.device)
+        sums.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+    model.train(was_training)
+    tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
+    total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
+    measured = {"val/loss": total / weight_sum}
+    if counted:
+        measured["val/accuracy"] = correct / counted
+    return measured

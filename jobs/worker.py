@@ -1,0 +1,174 @@
+"""A training process, from the first line to the exit: meet the others, build, restore, train, leave."""
+
+import os
+import socket
+import time
+import traceback
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
+from cluster.agent import Task
+from cluster.errors import CheckpointError, ClusterError, LauncherError, TrainingError
+from cluster.link import Link
+from cluster.network import interface_of
+from cluster.run_directory import RunDirectory
+from jobs.loop import Loop, Progress
+from jobs.parts import Parts, build_parts
+from jobs.saver import Saver, restore
+from jobs.spec import JobSpec
+from jobs.team import Team
+
+
+def main(link: Link, task: Task) -> None:
+    """Runs the job ``task.content`` as one of ``task.world_size`` workers.
+
+    Raises:
+        TrainingError: The model, the data or another part of the user's code raised.
+        ClusterError: The other workers could not be reached, or were lost.
+        CheckpointError, StorageError: The run could not be restored or saved.
+    """
+    spec: JobSpec = task.content
+    device = torch.device("cuda", 0) if task.on_gpu else torch.device("cpu")
+    progress = Progress()
+    try:
+        meet(link, task, spec.workers.timeout_s)
+        team = Team(
+            rank=task.rank, world_size=task.world_size, shards=spec.train.shards, exact=spec.train.exact, device=device
+        )
+        train(link, RunDirectory(task.run_url), spec, build_parts(spec, device), progress, team)
+    except LauncherError:
+        raise
+    except Exception as error:  # everything else is the user's code, or a peer that was lost
+        if _is_lost_peer(error):
+            raise ClusterError(f"worker {task.rank}: lost the others at step {progress.step}: {_first_line(error)}") from error
+        raise TrainingError(
+            f"worker {task.rank}, step {progress.step + 1}: {type(error).__name__}: {_first_line(error)}",
+            _user_traceback(error),
+        ) from error
+
+
+def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: Progress, team: Team) -> None:
+    """Restores the newest good checkpoint, if there is one, and trains on from it.
+
+    Collective: every rank.
+    """
+    if team.rank == 0:
+        torch_threads = torch.get_num_threads()
+        link.send("environment", torch=str(torch.__version__), threads=torch_threads, device=_device_name(team.device))
+    resume(link, run, parts, progress, team)
+    if spec.train.compile:
+        parts.model.compile()
+    saver = Saver(parts, progress, run.checkpoints, link)
+    is_first = team.rank == 0
+    loop = Loop(
+        spec,
+        parts,
+        progress,
+        team,
+        on_row=(lambda row: link.send("row", row=row, time=time.time())) if is_first else lambda _: None,
+        save=saver.save if is_first else lambda _: None,
+        stop_wanted=link.stop_wanted.is_set,
+    )
+    link.send("started", step=progress.step)
+    if progress.step < loop.end:
+        loop.run()
+    saver.wait()
+    team.barrier()
+    link.send("finished", step=progress.step, completed=progress.step >= parts.steps.total_steps)
+    team.close()
+
+
+def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> None:
+    """Rank 0 reads and verifies a checkpoint once, and everyone restores the same bytes.
+
+    Collective: every rank.
+
+    Raises:
+        CheckpointError: There are checkpoints and none is good, or it belongs to another model.
+    """
+    found: list[Any] = [None]
+    if team.rank == 0:
+        found = [_newest_good(link, run)]
+    dist.broadcast_object_list(found, src=0, group=team.cpu_group)
+    if isinstance(found[0], LauncherError):
+        raise found[0]
+    if found[0] is None:
+        return
+    step, files = found[0]
+    try:
+        restore(parts, progress, files)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{run.url}: checkpoint of step {step} does not fit the job: {_first_line(error)}; "
+            "resume with the description that made it"
+        ) from error
+
+
+def _newest_good(link: Link, run: RunDirectory) -> Any:
+    """(step, files) of the newest good checkpoint, None if there are none, or the error to raise on every rank."""
+
+    def on_bad(step: int, error: CheckpointError) -> None:
+        link.send("fell_back", step=step, defect=str(error))
+
+    try:
+        found = run.checkpoints.newest_good(on_bad)
+        if found is None and run.checkpoints.steps():
+            return CheckpointError(f"{run.url}: no checkpoint is good; look at them, or start a run of another name")
+        # What lies beyond is of a future that will be made anew; left there, it would count as the newest.
+        run.checkpoints.discard_after(-1 if found is None else found[0].step)
+    except LauncherError as error:
+        return error
+    return None if found is None else (found[0].step, found[1])
+
+
+def meet(link: Link, task: Task, timeout_s: float) -> None:
+    """Joins the default process group: rank 0 opens the store, and its agent tells the others where.
+
+    Collective: every rank.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    # gloo would otherwise take the interface that the host's name resolves to, which may be none that others reach.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(task.address)
+    if task.rank == 0:
+        # The store would listen on every interface; a socket of our own listens on this one.
+        listener = socket.create_server((task.host, 0))
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            task.host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+        )
+        link.send("meeting_place", port=port)
+    else:
+        host, port = link.wait_for_meeting_place(timeout_s)
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
+    )
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether an exception says that a collective broke because another worker is gone."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
+    return isinstance(error, (dist.DistError, ConnectionError)) or any(sign in text for sign in signs)
+
+
+def _user_traceback(error: Exception) -> str:
+    """The traceback without the product's own frames at its top."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    while frames and os.path.dirname(frames[0].filename) == own:
+        frames.pop(0)
+    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
+    return "Traceback (most recent call last):\n" + "".join(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

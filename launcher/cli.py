@@ -1,0 +1,189 @@
+"""The command line: verbs, their options, exit codes. No logic.
+
+A person reads stdout and stderr; with ``--json`` stdout holds exactly one JSON document, and everything
+else is on stderr. torch, Ray and wandb are imported by the verbs that need them, when they do.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.errors import DescriptionError, LauncherError, TrainingError
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+class _Verbs(click.Group):
+    """Turns every error of ours into its one line and its exit code, for all verbs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LauncherError as error:
+            click.echo(f"error: {error}", err=True)
+            if isinstance(error, TrainingError) and error.traceback:
+                click.echo(error.traceback, err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="launcher")
+def main() -> None:
+    """Describe a training run once; run it on any number of workers, stop it, resume it, read it from its store."""
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@_overrides
+@_json_option
+def run(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Plan, then train JOB.yaml on this machine. A run that exists is continued if it is the same one."""
+    from launcher.description import load
+
+    description = load(job, overrides)
+    _cheap_checks(description)
+    from launcher.runs import begin
+
+    _show_result(lambda display: begin(description, job.parent, display), as_json)
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@_overrides
+@click.option("--force", is_flag=True, help="Go on even with another description or other data.")
+@_json_option
+def resume(run_url: str, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+    """Go on with RUN from its newest good checkpoint, with any number of workers."""
+    run_directory = _existing_run(run_url)
+    from launcher.runs import resume as resume_run
+
+    _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), as_json)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@_overrides
+@_json_option
+def plan(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check JOB.yaml and show everything that follows from it; start nothing."""
+    from launcher.description import load
+
+    description = load(job, overrides)
+    from launcher.report import plan_text
+    from launcher.runs import plan_only
+
+    made = plan_only(description, job.parent)
+    _show(made.as_dict(), plan_text(description.spec, made), as_json)
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@_json_option
+def status(run_url: str, as_json: bool) -> None:
+    """Show how far RUN is, from its directory alone."""
+    from launcher.report import summary
+    from launcher.status import read_status
+
+    document = read_status(_existing_run(run_url))
+    _show(document, summary(document), as_json)
+
+
+@main.command(name="list")
+@click.argument("store", default="runs")
+@_json_option
+def list_(store: str, as_json: bool) -> None:
+    """List the runs in STORE."""
+    from cluster.run_directory import list_runs
+    from cluster.storage import Store
+    from launcher.report import runs_table
+    from launcher.status import read_status
+
+    documents = [read_status(run_directory) for run_directory in list_runs(Store(store))]
+    _show(documents, runs_table(documents), as_json)
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@_json_option
+def checkpoints(run_url: str, as_json: bool) -> None:
+    """List RUN's checkpoints after reading and verifying every one."""
+    from launcher.report import checkpoints_table
+    from launcher.status import verify_checkpoints
+
+    documents = verify_checkpoints(_existing_run(run_url))
+    _show(documents, checkpoints_table(documents), as_json)
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@_json_option
+def plot(run_url: str, as_json: bool) -> None:
+    """Draw RUN's curves.png from its metrics."""
+    from launcher.report import draw_curves
+
+    run_directory = _existing_run(run_url)
+    rows = run_directory.metrics().read()
+    run_directory.write_curves(draw_curves(rows, run_directory.name))
+    url = f"{run_directory.url}/curves.png"
+    _show({"run": run_directory.url, "curves": url, "rows": len(rows)}, url, as_json)
+
+
+@main.command()
+@_json_option
+def schema(as_json: bool) -> None:
+    """Print the job language: every key, its type, its default and what it means."""
+    from launcher.schema import describe, describe_json
+
+    _show(describe_json() if as_json else None, "" if as_json else describe(), as_json)
+
+
+def _cheap_checks(description: Any) -> None:
+    """What needs neither torch nor Ray is said before either is imported."""
+    from launcher.plan import check_machine, named_errors
+
+    with named_errors(description.source):
+        check_machine(description.spec)
+
+
+def _existing_run(url: str) -> Any:
+    from cluster.run_directory import RunDirectory
+
+    run_directory = RunDirectory(url)
+    if not run_directory.exists():
+        raise DescriptionError(f"{run_directory.url} is no run: it has no job.yaml; launcher list shows the runs of a store")
+    return run_directory
+
+
+def _show_result(work: Callable[[Any], dict[str, Any]], as_json: bool) -> None:
+    """Runs with a display on stderr, then prints the result and exits as it ended."""
+    from launcher.progress import open_progress
+    from launcher.report import summary
+
+    display = open_progress(sys.stderr)
+    try:
+        result = work(display)
+    finally:
+        display.close()
+    interrupted = result.pop("interrupted", False)
+    _show(result, summary(result), as_json)
+    if interrupted and result["status"] == "stopped":
+        sys.exit(130)
+
+
+def _show(document: Any, text: str, as_json: bool) -> None:
+    click.echo(json.dumps(_finite(document), allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,374 @@
+"""The life of a run: start the workers, listen to them, keep the run directory, track, finish.
+
+The driver trains nothing. It owns what must be one: the tracker, the display, the event log, the metrics
+and the moment at which a checkpoint becomes one. Workers send it small messages and never wait for it.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.agent import Task
+from cluster.checkpoints import Manifest
+from cluster.errors import CheckpointError, ClusterError, Interrupted, LauncherError, StorageError, TrainingError
+from cluster.ray_train import WorkerGroup
+from cluster.run_directory import RunDirectory
+from cluster.tracking import Tracker
+from jobs.spec import JobSpec
+from launcher.plan import Plan
+from launcher.progress import Progress
+
+_FLUSH_INTERVAL_S = 5.0
+_CAUSE_WAIT_S = 5.0
+"""How long workers that lost a peer are taken for consequences of a failure whose cause is still to arrive."""
+_START_TIMEOUT_S = 180.0
+_RATE_WINDOW_S = 20.0
+_CAUSES: dict[str, type[LauncherError]] = {
+    error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
+}
+
+
+@dataclass(slots=True)
+class RunState:
+    """What the driver knows of the run, and ``status.json`` tells."""
+
+    status: str = "running"
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    state_sha256: str | None = None
+    attempts: int = 0
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    error: str | None = None
+
+
+class Driver:
+    """Runs one job on workers that it starts, to its end."""
+
+    def __init__(
+        self,
+        *,
+        spec: JobSpec,
+        plan: Plan,
+        run: RunDirectory,
+        state: RunState,
+        display: Progress,
+        tracker: Tracker,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Only assigns. ``state`` carries over what earlier invocations of the run counted."""
+        self._spec = spec
+        self._plan = plan
+        self._run = run
+        self.state = state
+        self._display = display
+        self._tracker = tracker
+        self._clock = clock
+        self._metrics = run.metrics()
+        self._events = run.events()
+        self._agents: dict[int, dict[str, Any]] = {}
+        self._attempt = -1
+        self._failures = 0
+        self._finished: set[int] = set()
+        self._completed = False
+        self._failed: LauncherError | None = None
+        self._lost_peer_at: float | None = None
+        self._interrupts = 0
+        self._stop_ordered = False
+        self._flushed_at = self._started_at = clock()
+        self._seconds_before = state.seconds
+        self._rates: deque[tuple[float, int]] = deque()
+
+    def drive(self, start_group: Callable[[], WorkerGroup]) -> None:
+        """Runs until the workers have finished; the state then tells how.
+
+        Raises:
+            LauncherError: The run failed, or was interrupted twice; what was committed is intact.
+        """
+        with self._catching_signals():
+            try:
+                self._group = start_group()
+                try:
+                    self._listen()
+                finally:
+                    self._group.close()
+            except LauncherError as error:
+                self._end("stopped" if isinstance(error, Interrupted) else "failed", error)
+                raise
+            self._end("completed" if self._completed else "stopped")
+
+    @property
+    def interrupted(self) -> bool:
+        """A signal asked the run to stop."""
+        return self._interrupts > 0
+
+    def result(self) -> dict[str, Any]:
+        """The ``--json`` document."""
+        state = self.state
+        return {
+            "run": self._run.url,
+            "status": state.status,
+            "step": state.step,
+            "epoch": state.epoch,
+            "samples": state.samples,
+            "metrics": state.metrics,
+            "best": state.best,
+            "workers": self._spec.workers.num,
+            "attempts": state.attempts,
+            "state_sha256": state.state_sha256,
+            "seconds": round(state.seconds, 3),
+            "images_per_second": state.images_per_second,
+            "total_steps": self._plan.total_steps,
+            "tracker": self._tracker.url,
+            "error": state.error,
+        }
+
+    # Listening.
+
+    def _listen(self) -> None:
+        while len(self._finished) < self._spec.workers.num:
+            for message in self._group.messages(timeout_s=0.25):
+                self._hear(message)
+            self._check_time()
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "hello":
+            self._on_hello(message)
+        elif kind == "warning":
+            self._display.warn(message["text"])
+        elif message.get("attempt") == self._attempt:  # a process of an earlier attempt has nothing to say any more
+            handle = {
+                "meeting_place": self._on_meeting_place,
+                "environment": lambda message: self._event(**_without_stamp(message)),
+                "started": self._on_started,
+                "fell_back": self._on_fell_back,
+                "row": self._on_row,
+                "checkpoint": self._on_checkpoint,
+                "finished": self._on_finished,
+                "failed": self._on_failed,
+                "exited": self._on_exited,
+            }[kind]
+            handle(message)
+
+    def _on_hello(self, message: dict[str, Any]) -> None:
+        """An agent is there. When all are, an attempt starts; an agent that replaces another starts a new one."""
+        rank = message["rank"]
+        if rank in self._agents:
+            self._agents = {}
+            self._event("worker_lost", rank=rank, reason="Ray replaced the worker")
+        self._agents[rank] = message
+        if len(self._agents) == self._spec.workers.num:
+            self._start_attempt()
+
+    def _start_attempt(self) -> None:
+        self._attempt = self.state.attempts
+        self.state.attempts += 1
+        self._finished = set()
+        self._lost_peer_at = None
+        on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
+        host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
+        self._event(
+            "attempt_started",
+            attempt=self._attempt,
+            workers=[
+                {"rank": rank, "node": agent["node"], "address": agent["address"], "pid": agent["pid"]}
+                for rank, agent in sorted(self._agents.items())
+            ],
+        )
+        self._group.order(attempt=self._attempt, host=host, meeting_port=None)
+        self._display.phase("building the model on the workers")
+
+    def _on_meeting_place(self, message: dict[str, Any]) -> None:
+        self._group.order(meeting_port=message["port"])
+
+    def _on_started(self, message: dict[str, Any]) -> None:
+        """The workers stand at a step; rows beyond it will be made anew."""
+        if message["rank"] != 0:
+            return
+        step = message["step"]
+        rows = self._metrics.read()
+        if rows and rows[-1]["step"] > step:
+            self._metrics.compact(row for row in rows if row["step"] <= step)
+        self._event("training", step=step)
+        self.state.step = step
+        self._rates.clear()
+        self._display.phase(f"training from step {step}" if step else "training")
+
+    def _on_fell_back(self, message: dict[str, Any]) -> None:
+        self._event("fell_back", step=message["step"], defect=message["defect"])
+        self._display.warn(f"{message['defect']}; the checkpoint before it is used")
+
+    def _on_row(self, message: dict[str, Any]) -> None:
+        row, state = message["row"], self.state
+        self._metrics.append(row)
+        self._tracker.log(row | self._throughput(message["time"], row["samples"]))
+        state.step, state.epoch, state.samples = row["step"], row["epoch"], row["samples"]
+        state.metrics |= {name: value for name, value in row.items() if "/" in name}
+        self._display.update(
+            epoch=state.epoch,
+            epochs=self._spec.train.epochs,
+            step=state.step,
+            total_steps=self._plan.end_step,
+            metrics={name: value for name, value in row.items() if "/" in name},
+            images_per_second=state.images_per_second,
+            workers=self._spec.workers.num,
+        )
+
+    def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
+        """Images per second over the last moments, by the workers' clock."""
+        self._rates.append((sent_at, samples))
+        while self._rates[-1][0] - self._rates[0][0] > _RATE_WINDOW_S:
+            self._rates.popleft()
+        (first_at, first), (last_at, last) = self._rates[0], self._rates[-1]
+        if last_at <= first_at:
+            return {}
+        self.state.images_per_second = round((last - first) / (last_at - first_at), 1)
+        return {"throughput/images_per_second": self.state.images_per_second}
+
+    def _on_checkpoint(self, message: dict[str, Any]) -> None:
+        """A worker has written the files of a checkpoint. Rows first, then the manifest: what is committed is whole."""
+        manifest: Manifest = message["manifest"]
+        self._metrics.flush()
+        self._run.checkpoints.commit(manifest)
+        self.state.state_sha256 = manifest.state_sha256
+        best = self._spec.checkpoint.best
+        if best is not None and message["best_step"] is not None:
+            self.state.best = {"metric": best.metric, "value": message["best_metric"], "step": message["best_step"]}
+        self._event("checkpoint", step=manifest.step, state_sha256=manifest.state_sha256)
+        removed = self._run.checkpoints.retain(self._spec.checkpoint.keep, message["best_step"])
+        if removed:
+            self._event("checkpoints_removed", steps=removed)
+
+    def _on_finished(self, message: dict[str, Any]) -> None:
+        self._finished.add(message["rank"])
+        self._completed = message["completed"]
+        self.state.step = message["step"]
+
+    # Failures.
+
+    def _on_failed(self, message: dict[str, Any]) -> None:
+        """A worker says why it ended. Of a lost peer it is a consequence; the cause is on its way."""
+        cause = _CAUSES[message["cause"]]
+        if cause is ClusterError:
+            self._lost_peer_at = self._lost_peer_at or self._clock()
+            self._failed = self._failed or ClusterError(message["message"])
+            return
+        self._event("failed", rank=message["rank"], message=message["message"], traceback=message["traceback"])
+        raise cause(message["message"], message["traceback"]) if cause is TrainingError else cause(message["message"])
+
+    def _on_exited(self, message: dict[str, Any]) -> None:
+        rank, code = message["rank"], message["exit_code"]
+        if code < 0:
+            self._restart(rank, f"killed by {signal.Signals(-code).name}")
+        elif code > 0 and self._lost_peer_at is None:
+            raise TrainingError(
+                f"worker {rank} on node {self._agents[rank]['address']} ended with exit code {code} at step "
+                f"{self.state.step}; see {self._log_name(rank)}",
+                message["log_tail"],
+            )
+
+    def _restart(self, rank: int, reason: str) -> None:
+        """Starts all training processes anew, from the newest checkpoint."""
+        where = f"worker {rank} on node {self._agents[rank]['address']}"
+        self._event("worker_lost", rank=rank, reason=reason, step=self.state.step)
+        self._failures += 1
+        if self._failures > self._spec.workers.max_failures:
+            raise ClusterError(
+                f"{where}: {reason} at step {self.state.step}, and workers.max_failures={self._spec.workers.max_failures} "
+                f"is used up; see {self._log_name(rank)}, then resume"
+            )
+        self._display.warn(f"{where}: {reason} at step {self.state.step}; starting anew from the newest checkpoint")
+        self._start_attempt()
+
+    def _log_name(self, rank: int) -> str:
+        return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"
+
+    # Time.
+
+    def _check_time(self) -> None:
+        now = self._clock()
+        self.state.seconds = self._seconds_before + now - self._started_at
+        if now - self._flushed_at > _FLUSH_INTERVAL_S:
+            self._flush()
+        if self._lost_peer_at is not None and now - self._lost_peer_at > _CAUSE_WAIT_S:
+            assert self._failed is not None
+            self._restart(0, f"no worker says more than: {self._failed}")
+        if self._attempt < 0 and now - self._started_at > _START_TIMEOUT_S:
+            raise ClusterError(
+                f"only {len(self._agents)} of {self._spec.workers.num} workers started within {_START_TIMEOUT_S:.0f} s; "
+                "free cores on this machine, or lower workers.num"
+            )
+        if self._interrupts > 1:
+            raise Interrupted(f"abandoned at step {self.state.step}; launcher resume {self._run.url}")
+        if self._interrupts == 1 and not self._stop_ordered:
+            self._stop_ordered = True
+            self._display.message("stopping: the workers finish their step and save; once more to abandon that")
+            self._event("stop_requested", step=self.state.step)
+            self._group.order(stop=True)
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop; the second one does not wait for it."""
+
+        def count(*_: object) -> None:
+            self._interrupts += 1
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # The run directory.
+
+    def _event(self, kind: str, **content: Any) -> None:
+        self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
+
+    def _flush(self) -> None:
+        self._flushed_at = self._clock()
+        self._metrics.flush()
+        self._events.flush()
+        self._run.write_status(
+            self.result() | {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
+        )
+
+    def _end(self, status: str, error: LauncherError | None = None) -> None:
+        """Closes the run's books. A store that fails here, after a failure, must not hide that failure."""
+        self.state.status = status
+        self.state.error = None if error is None else str(error)
+        self.state.seconds = self._seconds_before + self._clock() - self._started_at
+        self._event(status, step=self.state.step, **({"error": str(error)} if error else {}))
+        try:
+            self._flush()
+            self._metrics.compact()
+            self._events.compact()
+        except StorageError as storage_error:
+            if error is None:
+                raise
+            self._display.warn(f"the run directory could not be closed: {storage_error}")
+
+
+def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name not in ("rank", "attempt")}
+
+
+def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -> Task:
+    """What every training process of the run is told."""
+    return Task(
+        entry="jobs.worker:main",
+        run_url=run.url,
+        import_paths=import_paths,
+        working_directory=os.getcwd(),
+        content=spec,
+    )

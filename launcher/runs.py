@@ -1,0 +1,324 @@
+"""Beginning and continuing a run: what a run directory holds already decides which of the two it is."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError
+from cluster.run_directory import RunDirectory
+from cluster.tracking import Tracker, TrackerSettings, open_tracker
+from jobs.spec import JobSpec
+from launcher.description import Description, differences, flatten, parse
+from launcher.driver import Driver, RunState, make_task
+from launcher.plan import Plan, make_plan, num_cores
+from launcher.progress import Progress
+from launcher.report import draw_curves
+
+_SAFE = ("name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "data.loaders")
+"""Keys that may change in the life of a run: no bit of its state depends on them."""
+_PACKAGES = ("launcher", "torch", "torchvision", "ray", "numpy", "fsspec", "omegaconf", "wandb", "safetensors")
+_DECISIVE_PACKAGES = ("torch", "torchvision", "numpy")
+"""Packages whose version may change a bit."""
+
+
+def begin(description: Description, folder: Path, display: Progress) -> dict[str, Any]:
+    """Runs a job from its description; a run that exists already is continued if it is the same one.
+
+    Args:
+        description: What to run.
+        folder: Where the job file lies, for the user's own modules.
+        display: Shows progress.
+
+    Returns:
+        The ``--json`` document.
+
+    Raises:
+        LauncherError: See the tree in ``cluster.errors``.
+    """
+    import_paths = make_import_paths(folder)
+    run = _run_directory(description)
+    with _importable(import_paths):
+        if run.exists():
+            stored = parse(run.read_job(), f"{run.url}/job.yaml")
+            return _continue(run, stored, description, import_paths, display, force=False)
+        plan = make_plan(description)
+        display.message(one_line(description.spec, plan))
+        return _train(run, description, plan, import_paths, display)
+
+
+def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, force: bool = False) -> dict[str, Any]:
+    """Goes on with a run from its newest good checkpoint, from its directory alone.
+
+    Raises:
+        LauncherError: See the tree in ``cluster.errors``.
+    """
+    source = f"{run.url}/job.yaml"
+    text = run.read_job()
+    stored, wanted = parse(text, source), parse(text, source, overrides)
+    environment = run.read_environment()
+    limit = wanted.spec.train.max_steps
+    reached = max(run.checkpoints.steps(), default=0)
+    if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
+        wanted = parse(text, source, [*overrides, "train.max_steps=null"])
+        display.message(f"train.max_steps={limit} is reached and lifted")
+    with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
+        os.chdir(environment.get("working_directory", "."))
+    import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())
+    with _importable(import_paths):
+        return _continue(run, stored, wanted, import_paths, display, force=force)
+
+
+def plan_only(description: Description, folder: Path) -> Plan:
+    """Checks and decides everything, and starts nothing.
+
+    Raises:
+        DescriptionError: The description cannot run as written, here.
+    """
+    with _importable(make_import_paths(folder)):
+        return make_plan(description)
+
+
+def make_import_paths(folder: Path) -> tuple[str, ...]:
+    """Where the user's own modules are looked for: the job file's folder and the working directory.
+
+    A folder that is a package is imported by the package's name, from the folder above it.
+    """
+    folder = folder.resolve()
+    while (folder / "__init__.py").exists():
+        folder = folder.parent
+    return tuple(dict.fromkeys([str(folder), os.getcwd()]))
+
+
+def one_line(spec: JobSpec, plan: Plan) -> str:
+    """The plan, for a person who has started a run."""
+    device = "GPU" if plan.gpus else "CPU"
+    shards = f"{spec.train.shards} shards on {spec.workers.num} worker{'s' * (spec.workers.num > 1)} ({device})"
+    return (
+        f"{spec.name}: {plan.end_step:,} steps of {spec.train.global_batch} samples, {plan.steps_per_epoch:,} an epoch; "
+        f"{plan.parameters:,} parameters; {shards}; {plan.run}"
+    )
+
+
+def _run_directory(description: Description) -> RunDirectory:
+    from cluster.storage import Store
+
+    try:
+        return RunDirectory(Store(description.spec.store).at(description.spec.name))
+    except StorageError as error:
+        raise DescriptionError(f"{description.source}: store: {error}") from error
+
+
+def _continue(
+    run: RunDirectory,
+    stored: Description,
+    wanted: Description,
+    import_paths: tuple[str, ...],
+    display: Progress,
+    *,
+    force: bool,
+) -> dict[str, Any]:
+    """Goes on with a run that exists, if what is wanted is that run."""
+    changed = differences(stored.spec, wanted.spec)
+    unsafe = [change for change in changed if not _is_safe(change.key)]
+    if unsafe and not force:
+        listed = "; ".join(map(str, unsafe))
+        raise DescriptionError(
+            f"{wanted.source}: the run {run.url} exists with another description: {listed}; "
+            "give this one another name, or resume with --force to change the run"
+        )
+    status = run.read_status()
+    _refuse_second_driver(run, status)
+    if status is not None and status["status"] == "completed" and not unsafe:
+        display.message(f"{run.url} is complete; nothing to do (another name starts another run)")
+        return _document(status)
+    for change in changed:
+        display.message(f"changed {change}")
+    plan = make_plan(wanted)
+    reached = max(run.checkpoints.steps(), default=0)
+    if status is not None and reached >= plan.end_step < plan.total_steps:
+        display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
+        return _document(status)
+    fingerprint = run.read_environment().get("data_fingerprint")
+    if fingerprint not in (None, plan.data_fingerprint) and not force:
+        raise DescriptionError(
+            f"{wanted.source}: data has changed since the run began: other samples, classes or targets; "
+            "restore it, or resume with --force"
+        )
+    display.message(f"resuming {run.url}")
+    return _train(run, wanted, plan, import_paths, display)
+
+
+def _train(
+    run: RunDirectory, description: Description, plan: Plan, import_paths: tuple[str, ...], display: Progress
+) -> dict[str, Any]:
+    """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
+    from cluster.ray_train import WorkerGroup, WorkerResources, local_cluster
+
+    spec = description.spec
+    _warn_of_other_versions(run, display)
+    run.write_job(description.text)
+    _note_attempt(run, spec, plan, import_paths)
+    tracker = _open_tracker(run, spec, display)
+    driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run), display=display, tracker=tracker)
+
+    def start_group() -> WorkerGroup:
+        display.phase("starting workers")
+        return WorkerGroup(
+            make_task(spec, run, import_paths),
+            spec.workers.num,
+            WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator),
+            max_failures=spec.workers.max_failures,
+        )
+
+    try:
+        display.phase("starting Ray")
+        with local_cluster(num_cores()):
+            driver.drive(start_group)
+    finally:
+        curves = _write_curves(run, spec.name, display)
+        summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}
+        tracker.finish(summary, {"curves": curves} if curves else {}, succeeded=driver.state.status != "failed")
+    return driver.result() | {"interrupted": driver.interrupted}
+
+
+def _is_safe(key: str) -> bool:
+    return any(key == safe or key.startswith(safe + ".") for safe in _SAFE)
+
+
+def _document(status: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in status.items() if name not in ("updated", "host", "pid")}
+
+
+def _refuse_second_driver(run: RunDirectory, status: dict[str, Any] | None) -> None:
+    """Two drivers would write over each other; one that lives on this machine is certain."""
+    if status is None or status["status"] != "running" or status["host"] != socket.gethostname():
+        return
+    try:
+        os.kill(status["pid"], 0)
+    except (ProcessLookupError, PermissionError):
+        return
+    if "launcher" in Path(f"/proc/{status['pid']}/cmdline").read_text().replace("\0", " "):
+        raise ClusterError(f"{run.url}: process {status['pid']} on this machine is running it; stop that one first")
+
+
+def _state_so_far(run: RunDirectory) -> RunState:
+    """What earlier attempts have counted, from the run directory."""
+    status, state = run.read_status(), RunState()
+    if status is not None:
+        state.attempts, state.seconds, state.best = status["attempts"], status["seconds"], status["best"]
+    for row in run.metrics().read():
+        state.step, state.epoch, state.samples = row["step"], row["epoch"], row["samples"]
+        state.metrics |= {name: value for name, value in row.items() if "/" in name}
+    steps = run.checkpoints.steps()
+    if steps:
+        with contextlib.suppress(CheckpointError):  # the workers will name it and fall back
+            state.state_sha256 = run.checkpoints.manifest(steps[-1]).state_sha256
+    return state
+
+
+def _note_attempt(run: RunDirectory, spec: JobSpec, plan: Plan, import_paths: tuple[str, ...]) -> None:
+    environment = run.read_environment()
+    attempt = {
+        "time": round(time.time(), 3),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "hardware": {"machine": platform.machine(), "cores": num_cores(), "gpus_per_worker": plan.gpus},
+        "workers": spec.workers.num,
+        "git": _git_state(),
+        "command": " ".join(map(os.path.basename, sys.argv[:2])),
+    }
+    run.write_environment(
+        {
+            "data_fingerprint": plan.data_fingerprint,
+            "working_directory": os.getcwd(),
+            "import_paths": list(import_paths),
+            "attempts": [*environment.get("attempts", []), attempt],
+        }
+    )
+
+
+def _warn_of_other_versions(run: RunDirectory, display: Progress) -> None:
+    """The same bits are promised for equal hardware and versions; others are said aloud."""
+    attempts = run.read_environment().get("attempts", [])
+    if not attempts:
+        return
+    before, now = attempts[0], _versions()
+    for package in _DECISIVE_PACKAGES:
+        if before["packages"].get(package) != now.get(package):
+            display.warn(
+                f"the run began with {package} {before['packages'].get(package)} and goes on with {now.get(package)}: "
+                "its bits may differ from an undisturbed run's"
+            )
+    if before["hardware"]["machine"] != platform.machine():
+        display.warn(f"the run began on {before['hardware']['machine']} and goes on on {platform.machine()}")
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Revision and digest of uncommitted changes of the working directory's repository, if it is in one."""
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
+
+    try:
+        revision = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision, "changes_sha256": hashlib.sha256(changes).hexdigest() if changes else None}
+
+
+def _open_tracker(run: RunDirectory, spec: JobSpec, display: Progress) -> Tracker:
+    run_id = run.read_tracker_id()
+    if run_id is None:
+        run_id = secrets.token_hex(8)
+        run.write_tracker_id(run_id)
+    tracking = spec.tracking
+    settings = TrackerSettings(
+        mode=tracking.mode,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        tags=tracking.tags,
+        name=spec.name,
+        run_id=run_id,
+        directory=os.environ.get("WANDB_DIR", os.getcwd()),
+        config=flatten(spec),
+    )
+    return open_tracker(settings, display.warn, past=run.metrics().read())
+
+
+def _write_curves(run: RunDirectory, name: str, display: Progress) -> bytes | None:
+    """The picture of the run; a store that fails now must not hide how the run ended."""
+    try:
+        curves = draw_curves(run.metrics().read(), name)
+        run.write_curves(curves)
+    except StorageError as error:
+        display.warn(f"curves.png was not written: {error}")
+        return None
+    return curves
+
+
+@contextlib.contextmanager
+def _importable(paths: Sequence[str]) -> Iterator[None]:
+    """Makes the user's own modules importable here, for the plan."""
+    before = list(sys.path)
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    try:
+        yield
+    finally:
+        sys.path[:] = before

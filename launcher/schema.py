@@ -1,0 +1,170 @@
+"""The job language as a reference text, read from the dataclasses and the docstrings under their fields.
+
+It owns the words for types, which error messages share; it knows ``jobs.spec`` and how a section is written
+in YAML, but reads no YAML.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+from jobs import spec
+
+WIDTH = 100
+INDENT = "  "
+
+_TARGET_DOC = "An import path, or a bare name of torch's; every key not listed here is an argument of it."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One key of the language; ``depth`` is the number of sections around it."""
+
+    key: str
+    type: str
+    default: Any
+    required: bool
+    doc: str
+    depth: int
+    is_section: bool = False
+
+
+def describe() -> str:
+    """The whole language, written like an annotated job file; ``???`` marks what must be written."""
+    lines = _comment(spec.JobSpec.__doc__, "")
+    for entry in entries():
+        if entry.depth == 0:
+            lines.append("")
+        indent = INDENT * entry.depth
+        lines += _comment(entry.doc, indent)
+        lines.append(indent + _annotated(entry))
+    for special in (spec.Target, spec.PlanValue):
+        lines += ["", *_comment(special.__doc__, "")]
+    return "\n".join(lines)
+
+
+def describe_json() -> dict[str, dict[str, Any]]:
+    """The same as data: key -> its type in words, default, whether it is required, and docstring."""
+    return {
+        entry.key: {"type": entry.type, "default": entry.default, "required": entry.required, "doc": entry.doc}
+        for entry in entries()
+    }
+
+
+def entries() -> Iterator[Entry]:
+    """Every key of the language, a section before what is in it, in the order of the dataclasses."""
+    return _entries(spec.JobSpec, "", 0, _docstrings())
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of any other type, itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a type is written as a mapping whose keys are the fields of a dataclass."""
+    return dataclasses.is_dataclass(hint) and hint is not spec.Target
+
+
+def has_target(section: Any) -> bool:
+    """Whether a section names an object to build beside its own keys."""
+    return any(field.name == "target" for field in dataclasses.fields(section))
+
+
+def section_in(hint: Any) -> Any:
+    """The section that a type holds, itself or in a union or as the items of a tuple; or None."""
+    members = typing.get_args(hint) if typing.get_origin(hint) is tuple else union_members(hint)
+    return next((member for member in members if is_section(member)), None)
+
+
+def type_words(hint: Any) -> str:
+    """A type in words: what a person may write there."""
+    *others, last = [word for member in union_members(hint) for word in _words(member)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _words(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return [str(choice) for choice in typing.get_args(hint)]
+    if typing.get_origin(hint) is tuple:
+        return ["a list of text" if typing.get_args(hint)[0] is str else "a list of mappings"]
+    if hint is spec.Target or (is_section(hint) and has_target(hint)):
+        return ["a mapping with _target_"]
+    if is_section(hint):
+        return ["a mapping"]
+    return [{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]]
+
+
+def _entries(section: type, prefix: str, depth: int, docs: Mapping[tuple[str, str], str]) -> Iterator[Entry]:
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        doc = docs.get((section.__name__, field.name), "")
+        if field.name == "target":
+            yield Entry(f"{prefix}_target_", "text", None, True, _TARGET_DOC, depth)
+            continue
+        if field.name == "args":
+            yield Entry(f"{prefix}<argument>", "any value", None, False, doc, depth)
+            continue
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        inner = section_in(hint)
+        required, default = _default(section, field)
+        doc = doc or (inspect.cleandoc(inner.__doc__ or "") if inner else "")
+        yield Entry(key, type_words(hint), default, required, doc, depth, is_section=is_section(hint))
+        if inner is not None:
+            items = "[]" if typing.get_origin(hint) is tuple else ""
+            yield from _entries(inner, f"{key}{items}.", depth + 1, docs)
+
+
+def _default(section: type, field: "dataclasses.Field[Any]") -> tuple[bool, Any]:
+    """Whether the key must be written, and what it is when it is not; the description itself fills in two."""
+    if section is spec.JobSpec and field.name == "name":
+        return False, "the job file's stem"
+    if section is spec.JobSpec and field.name == "data":
+        return False, None
+    if field.default is MISSING:
+        return field.default_factory is MISSING, None
+    return False, list(field.default) if isinstance(field.default, tuple) else field.default
+
+
+def _docstrings() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string literal below the field, which Python does not keep."""
+    found = {}
+    for node in ast.parse(inspect.getsource(spec)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, below in zip(node.body, node.body[1:]):
+                match field, below:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                        found[node.name, name] = " ".join(doc.split())
+    return found
+
+
+def _annotated(entry: Entry) -> str:
+    name = entry.key.rpartition(".")[2]
+    if entry.required:
+        return f"{name}: ???  # required: {entry.type}"
+    if entry.type == "any value":
+        return f"{name}: any value"
+    if entry.is_section and entry.default is None:
+        return f"{name}:"
+    return f"{name}: {_yaml(entry.default)}  # {entry.type}"
+
+
+def _comment(doc: str | None, indent: str) -> list[str]:
+    """A docstring as comment lines; paragraphs stay apart."""
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(doc or "").split("\n\n"):
+        lines += ["#"] if lines else []
+        lines += textwrap.wrap(paragraph, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    return lines
+
+
+def _yaml(default: Any) -> str:
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)

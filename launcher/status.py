@@ -1,0 +1,59 @@
+"""What a run directory says of its run, for someone who has nothing else."""
+
+import os
+import socket
+import time
+from typing import Any
+
+from cluster.errors import CheckpointError
+from cluster.run_directory import RunDirectory
+
+_SILENCE_S = 120.0
+"""A driver writes every few seconds; one that has not for this long is gone."""
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """The ``--json`` document of a run, whoever wrote it last; reads one or two small objects."""
+    status = run.read_status()
+    if status is None:
+        return {
+            "run": run.url, "status": "failed", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None,
+            "workers": 0, "attempts": 0, "state_sha256": None, "seconds": 0.0,
+            "error": "it ended before its first step",
+        }  # fmt: skip
+    document = {name: value for name, value in status.items() if name not in ("host", "pid")} | {"run": run.url}
+    if status["status"] == "running" and _is_gone(status):
+        silent_s = time.time() - status["updated"]
+        document |= {
+            "status": "failed",
+            "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
+        }
+    return document
+
+
+def verify_checkpoints(run: RunDirectory) -> list[dict[str, Any]]:
+    """Reads every checkpoint of a run in full, and tells what is wrong with those that are not good."""
+    documents = []
+    for step in run.checkpoints.steps():
+        try:
+            manifest, files = run.checkpoints.read(step)
+        except CheckpointError as error:
+            documents.append({"step": step, "good": False, "defect": str(error)})
+            continue
+        documents.append(
+            {
+                "step": step,
+                "good": True,
+                "bytes": sum(map(len, files.values())),
+                "created": manifest.created,
+                "state_sha256": manifest.state_sha256,
+                "metrics": dict(manifest.metrics),
+            }
+        )
+    return documents
+
+
+def _is_gone(status: dict[str, Any]) -> bool:
+    if status["host"] == socket.gethostname():
+        return not os.path.exists(f"/proc/{status['pid']}")
+    return time.time() - status["updated"] > _SILENCE_S

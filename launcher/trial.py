@@ -1,0 +1,239 @@
+"""The trial: builds what a description names and puts one real micro-batch through it, on the CPU.
+
+Imports torch, so it is imported only once everything that needs no torch has been checked.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from cluster.errors import CheckpointError, DescriptionError
+from jobs.loader import KeyedDataset, seed_draws
+from jobs.optimizers import set_trainable
+from jobs.order import StepPlan, draw_key
+from jobs.parts import Parts, build_parts
+from jobs.spec import JobSpec
+from jobs.state import size_in_bytes
+
+_MOST_SAMPLES = 32
+"""A trial of a large micro-batch on a CPU would cost more than it tells."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPlan:
+    """One row of the table of parameter groups."""
+
+    pattern: str
+    tensors: int
+    parameters: int
+    lr: float
+    weight_decay: float
+    from_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """What building and trying out told."""
+
+    steps: StepPlan
+    num_val_samples: int
+    gpus: int
+    groups: list[GroupPlan]
+    parameters: int
+    checkpoint_bytes: int
+    trial_samples: int
+    trial_loss: float
+    data_fingerprint: str
+
+
+def try_out(spec: JobSpec) -> Tried:
+    """Builds every part and trains on one micro-batch of at most 32 samples.
+
+    Raises:
+        DescriptionError: Something cannot be built, does not fit together, or learns nothing.
+    """
+    gpus = decide_gpus(spec)
+    device = torch.device("cpu")
+    parts = build_parts(spec, device)
+    numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
+    loss = _train_on(parts, spec, numbers)
+    if parts.val_set is not None:
+        _forward(parts, spec, "data.val", list(range(min(2, len(parts.val_set)))))
+    try:
+        checkpoint_bytes = size_in_bytes(parts.state())
+    except CheckpointError as error:
+        raise DescriptionError(f"{error}") from error
+    return Tried(
+        steps=parts.steps,
+        num_val_samples=0 if parts.val_set is None else len(parts.val_set),
+        gpus=gpus,
+        groups=_group_plans(parts),
+        parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
+        checkpoint_bytes=checkpoint_bytes,
+        trial_samples=len(numbers),
+        trial_loss=loss,
+        data_fingerprint=fingerprint(parts),
+    )
+
+
+def decide_gpus(spec: JobSpec) -> int:
+    """GPUs per worker: what is written, or for ``auto`` one if this machine has one for every worker.
+
+    Raises:
+        DescriptionError: More GPUs are written than there are.
+    """
+    available = torch.cuda.device_count()
+    if spec.workers.gpus == "auto":
+        return int(available >= spec.workers.num)
+    if spec.workers.gpus * spec.workers.num > available:
+        raise DescriptionError(
+            f"workers.gpus={spec.workers.gpus} for {spec.workers.num} workers needs {spec.workers.num} GPUs, "
+            f"and this machine has {available}; lower workers.num or set workers.gpus=0"
+        )
+    return spec.workers.gpus
+
+
+def fingerprint(parts: Parts) -> str:
+    """A digest of what the datasets say of themselves without reading a sample."""
+    sha256 = hashlib.sha256()
+    for dataset in (parts.train_set, parts.val_set):
+        if dataset is not None:
+            targets = _targets(dataset)
+            sha256.update(f"{len(dataset)}:{getattr(dataset, 'classes', None)}:".encode())
+            sha256.update(b"" if targets is None else targets.numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
+    keyed = KeyedDataset(dataset, seed)
+    samples = []
+    for number in numbers:
+        try:
+            samples.append(keyed[0, number])
+        except Exception as error:  # the dataset is the user's own code
+            raise DescriptionError(f"{key}: sample {number} raised {type(error).__name__}: {_one_line(error)}") from error
+        if not (isinstance(samples[-1], (tuple, list)) and len(samples[-1]) == 2):
+            raise DescriptionError(
+                f"{key}: sample {number} must be a pair (input, target), got {type(samples[-1]).__name__}"
+            )
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise DescriptionError(
+            f"{key}: samples cannot be stacked to a batch: {_one_line(error)}; give all the same shape"
+        ) from error
+
+
+def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
+    numerator, denominator = _forward(parts, spec, "data.train", numbers)
+    try:
+        numerator.backward()
+    except RuntimeError as error:
+        raise DescriptionError(f"loss: backward raised RuntimeError: {_one_line(error)}") from error
+    without = [name for name, p in parts.model.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        raise DescriptionError(
+            f"model: {without[0]} gets no gradient from the loss"
+            + (f", nor do {len(without) - 1} more" if len(without) > 1 else "")
+            + "; use it in forward, or set its requires_grad to False in the model"
+        )
+    try:
+        parts.optimizer.step()
+    except Exception as error:  # the optimizer may be the user's own
+        raise DescriptionError(f"optimizer: step raised {type(error).__name__}: {_one_line(error)}") from error
+    # Frozen groups take part later; the trial of their turn is that they can be switched on.
+    set_trainable(parts.model, parts.groups, epoch=spec.train.epochs)
+    return numerator.item() / denominator
+
+
+def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float]:
+    train = key == "data.train"
+    dataset = parts.train_set if train else parts.val_set
+    inputs, target = _batch(dataset, numbers, key, spec.seed)
+    device = torch.device("cpu")
+    parts.model.train(train)
+    seed_draws(draw_key("step", spec.seed, 0, 0), device)
+    with torch.autocast("cpu", torch.bfloat16, enabled=spec.train.precision == "bf16"), torch.set_grad_enabled(train):
+        try:
+            output = parts.model(inputs)
+        except Exception as error:  # the model is the user's own code
+            shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+            raise DescriptionError(
+                f"model: forward on inputs{shape} raised {type(error).__name__}: {_one_line(error)}; "
+                f"make model and {key} fit"
+            ) from error
+        _check_labels(output, target, numbers, dataset, key, parts)
+        try:
+            numerator, own = parts.loss.numerator(output, target)
+        except Exception as error:  # the loss may be the user's own; torch raises several kinds
+            raise DescriptionError(
+                f"loss: {spec.loss.path} of output {_shape(output)} and target {_shape(target)} raised "
+                f"{type(error).__name__}: {_one_line(error)}; make model, loss and data fit"
+            ) from error
+    if parts.loss.weighs_targets:
+        return numerator, float(parts.loss.target_weight(target))
+    return numerator, parts.loss.denominator(own, shards=1)
+
+
+def _check_labels(output: Any, batch_targets: Any, numbers: list[int], dataset: Any, key: str, parts: Parts) -> None:
+    """Compares labels with the width of the model's output: all, where the dataset lists them, else the batch's.
+
+    A label outside the classes would kill a worker in the middle of an epoch, on a GPU without a message.
+    """
+    if not (parts.loss.takes_class_numbers and isinstance(output, Tensor) and output.dim() > 1):
+        return
+    targets = _targets(dataset)
+    if targets is None:
+        targets = batch_targets
+    else:
+        numbers = list(range(len(targets)))
+    counted = parts.loss.counted(targets)
+    if counted is None:
+        return
+    num_classes = output.shape[1]
+    outside = ((targets < 0) | (targets >= num_classes)) & counted
+    if outside.any():
+        first = outside.nonzero()[0]
+        raise DescriptionError(
+            f"{key}: the label of sample {numbers[int(first[0])]} must lie between 0 and {num_classes - 1}, the "
+            f"model's classes, got {int(targets[tuple(first)])}; give the model as many classes as the data has"
+        )
+
+
+def _targets(dataset: Any) -> Tensor | None:
+    """All labels, if the dataset lists them in ``targets`` as torchvision's do."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        return None
+    try:
+        tensor = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # not a list of numbers: labels of another kind
+    return None if tensor.is_floating_point() else tensor
+
+
+def _group_plans(parts: Parts) -> list[GroupPlan]:
+    sizes = {name: parameter.numel() for name, parameter in parts.model.named_parameters()}
+    return [
+        GroupPlan(
+            pattern=group.pattern,
+            tensors=len(group.names),
+            parameters=sum(sizes[name] for name in group.names),
+            lr=float(of_torch["lr"]),
+            weight_decay=float(of_torch.get("weight_decay", 0.0)),
+            from_epoch=group.from_epoch,
+        )
+        for group, of_torch in zip(parts.groups, parts.optimizer.param_groups)
+    ]
+
+
+def _shape(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,85 @@
+"""What lies where in a run's directory."""
+
+import time
+
+import pytest
+
+from cluster.run_directory import RunDirectory, list_runs
+from cluster.storage import MissingObject, Store
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    return RunDirectory(str(tmp_path / "runs" / "digits"))
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch) -> list[float]:
+    """The pauses asked for, none of them made."""
+    asked: list[float] = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
+
+
+def test_every_name_of_a_run(run):
+    run.write_job("name: digits\n")
+    run.write_environment({"torch": "2.13"})
+    run.write_status({"step": 5})
+    run.write_tracker_id("abc")
+    run.write_curves(b"png")
+    run.write_log(0, 12, b"hello")
+    run.checkpoints.write_files(5, {"model": b"1"})
+    for log in (run.metrics(), run.events()):
+        log.append({"step": 5})
+        log.flush()
+        log.compact()
+    assert run.store.names() == [
+        "checkpoints/step-00000005/model", "curves.png", "environment.json", "events.jsonl", "job.yaml",
+        "logs/attempt-000-worker-012.log", "metrics.jsonl", "status.json", "tracker.json",
+    ]  # fmt: skip
+    assert (run.name, run.read_job(), run.read_environment()) == ("digits", "name: digits\n", {"torch": "2.13"})
+    assert (run.read_status(), run.read_tracker_id()) == ({"step": 5}, "abc")
+    assert run.events().read() == [{"seq": 0, "step": 5}]
+
+
+def test_a_run_that_is_not_there(run, tmp_path):
+    assert not run.exists()
+    assert (run.read_status(), run.read_tracker_id(), run.read_environment()) == (None, None, {})
+    assert (run.log_names(), run.metrics().read(), run.checkpoints.steps()) == ([], [], [])
+    with pytest.raises(MissingObject, match=f"is no run, it has no job.yaml; see `launcher list {tmp_path}/runs`"):
+        run.read_job()
+
+
+def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
+    run.write_status({"step": 5})
+    run.store.write("status.json", b'{"st')
+    monkeypatch.setattr(time, "sleep", lambda seconds: run.write_status({"step": 6}))  # noqa: ARG005
+    assert run.read_status() == {"step": 6}
+
+
+def test_a_document_that_stays_torn_is_not_known(run, pauses):
+    for name in ("status.json", "environment.json", "tracker.json"):
+        run.store.write(name, b'{"id')
+    assert (run.read_status(), run.read_environment(), run.read_tracker_id()) == (None, {}, None)
+    assert sum(pauses) < 1
+
+
+def test_logs_are_named_by_attempt_and_worker(run):
+    for attempt, rank in ((1, 0), (0, 1), (0, 0), (1000, 1)):
+        run.write_log(attempt, rank, f"{attempt} {rank}".encode())
+    assert run.log_names() == [
+        "attempt-000-worker-000.log", "attempt-000-worker-001.log", "attempt-001-worker-000.log",
+        "attempt-1000-worker-001.log",
+    ]  # fmt: skip
+    assert run.log_names(rank=1) == ["attempt-000-worker-001.log", "attempt-1000-worker-001.log"]
+    assert [run.read_log(name) for name in run.log_names(attempt=1, rank=0)] == [b"1 0"]
+
+
+def test_the_runs_of_a_store_are_the_folders_with_a_job(tmp_path):
+    store = Store(str(tmp_path))
+    for folder in ("b", "a"):
+        RunDirectory(store.at(folder)).write_job("x")
+    store.write("not-a-run/status.json", b"{}")
+    store.write("job.yaml", b"")
+    assert [run.name for run in list_runs(store)] == ["a", "b"]
+    assert list_runs(store.at("nowhere")) == []
