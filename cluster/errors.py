@@ -58,7 +58,7 @@ class ClusterError(LauncherError):
     exit_code = 5
 
 
-class Interrupted(LauncherError):
+class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone
     """A signal ended the run; what was trained is saved."""
 
     exit_code = 130

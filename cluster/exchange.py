@@ -87,7 +87,7 @@ class TreeExchange:
         self._last_leaf = (blocks[rank][-1], blocks[rank][-1] + 1)
         self._nodes_by_rank = [complete_subtrees(block, shards) for block in blocks]
         self._rank = rank
-        self._group = dist.new_group()
+        self._group = new_group()
         self._aside = Fold(shards)
         self._index: dict[Tensor, int] = {}
         self._on_gpu = device.type == "cuda"
@@ -137,11 +137,9 @@ class TreeExchange:
                 self._sum(buffer, nodes, earlier)
             future.set_result(buffer)
         except Exception as error:  # whatever it is belongs to the backward pass that waits for the future
-            future.set_exception(error)
+            future.set_exception(error)  # type: ignore[arg-type]  # the stub asks for a result
 
-    def _run_on_stream(
-        self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]
-    ) -> torch.futures.Future[Tensor]:
+    def _run_on_stream(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> torch.futures.Future[Tensor]:
         """Enqueues the exchange behind the gradients; a future with a device makes DDP wait on the GPU, not here."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
@@ -200,6 +198,16 @@ def _slices(partials: Sequence[Tensor], world_size: int, slice_size: int) -> Ten
         if rest:
             send[whole, number, :rest] = partial[whole * slice_size :]
     return send.view(-1)
+
+
+def new_group(backend: str | None = None) -> dist.ProcessGroup:
+    """A process group of all ranks.
+
+    Collective: every rank.
+    """
+    group = dist.new_group(backend=backend)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
 # torch renames all_gather_into_tensor: 2.11 knows only the old name, newer ones warn of it.

@@ -4,6 +4,7 @@ Ray Train places, starts and replaces the agents. It is told nothing of checkpoi
 are a barrier of all workers, and its own bookkeeping of checkpoints can make a run unstartable.
 """
 
+import logging
 import os
 import tempfile
 import threading
@@ -62,7 +63,7 @@ def local_cluster(num_cpus: int) -> "Iterator[None]":
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
     except (RuntimeError, OSError, ConnectionError) as error:
@@ -92,7 +93,7 @@ class WorkerGroup:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer without importing torch
 
-        self._switchboard = ray.remote(num_cpus=0)(_Switchboard).remote()
+        self._switchboard: Any = ray.remote(num_cpus=0)(_Switchboard).remote()
         self._orders = Orders()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
@@ -183,7 +184,7 @@ class _Switchboard:
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return
 
 

@@ -249,6 +249,8 @@ class _Recorder:
         self._cores = _note_processes()
         self._connecting = False
         self._hurry = False
+        self._folder = ""  # wandb's record of this attempt
+        self._step_path = Path()  # the last step recorded below ``directory``, by any attempt
         self._last_step = -1
 
     def record(self, lines: Iterable[str]) -> None:
@@ -256,11 +258,11 @@ class _Recorder:
         messages = map(json.loads, lines)
         settings = TrackerSettings(**next(messages))
         run = self._open(settings)
-        folder = self._folder = str(Path(run.dir).parent)
-        if not Path(folder).is_relative_to(settings.directory):  # wandb then takes the temporary folder
-            self._tell(warning=f"cannot write in {settings.directory}; recording in {folder}")
-        sys.stderr = _Ear(lambda: self._tell(warning=f"not everything was uploaded; {_how_to_sync(folder)}"))
-        self._tell(url=run.url, folder=folder)
+        self._folder = str(Path(run.dir).parent)
+        if not Path(self._folder).is_relative_to(os.path.abspath(settings.directory)):
+            self._tell(warning=f"cannot write in {settings.directory}; recording in {self._folder}")
+        sys.stderr = _Ear(lambda: self._tell(warning=f"not everything was uploaded; {_how_to_sync(self._folder)}"))
+        self._tell(url=run.url, folder=self._folder)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         self._step_path = Path(settings.directory, f"{settings.run_id}.step")
@@ -423,7 +425,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _how_to_sync(folder: str | None) -> str:
-    return f"upload it later with: wandb sync {folder}" if folder else "metrics are in the run directory"
+    if folder is None:
+        return "metrics are in the run directory"
+    offline = Path(folder).name.startswith("offline-")
+    return f"upload it later with: wandb sync {'' if offline else '--no-skip-online '}{folder}"
 
 
 def _main() -> None:

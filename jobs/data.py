@@ -108,7 +108,7 @@ def digits(
     _check_per_channel(1, mean=mean, std=std)
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}; write a size such as 32")
-    # The file itself, because sklearn.datasets takes longer to import than a small run's first epoch.
+    # The file itself: importing sklearn.datasets takes two seconds, in every worker and loader process.
     path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     with gzip.open(str(path), "rt") as file:
         rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))

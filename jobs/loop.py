@@ -198,7 +198,7 @@ class Loop:
         }
         if report.counted:
             row["train/accuracy"] = report.correct / report.counted
-        row |= {f"lr/{number}": rate for number, rate in enumerate(report.note)} | (measured or {})
+        row |= {f"lr/{number}": rate for number, rate in enumerate(report.note)} | dict(measured or {})
         self.metrics = {name: value for name, value in (self.metrics | row).items() if "/" in name}
         if measured or report.step % self.spec.train.log_every_steps == 0 or report.step == self.end:
             self.on_row(row)

@@ -32,7 +32,7 @@ class GlobalLoss:
         self._class_weight: Tensor | None = None
         self._ignore_index: int | None = None
         if isinstance(function, nn.Module) and hasattr(function, "reduction"):
-            self._reduction = function.reduction
+            self._reduction = str(function.reduction)
             function.reduction = "none"
         self.takes_class_numbers = isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss))
         if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):

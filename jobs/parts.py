@@ -97,7 +97,7 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
     torch.set_num_threads(spec.train.threads)
     torch.use_deterministic_algorithms(spec.train.deterministic)
     # A debugging aid that comes along with the above, and writes every new tensor twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32

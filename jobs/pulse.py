@@ -81,7 +81,9 @@ class Pulse:
         values[0] = float(own.stop)
         values[1 : 1 + tallies.numel()] = tallies.reshape(-1)
         gathered = torch.empty(len(self._blocks) * self._width, dtype=torch.float64)
-        return _TravellingReport(own, gathered, all_gather_flat(gathered, values, self._group, async_op=True))
+        work = all_gather_flat(gathered, values, self._group, async_op=True)
+        assert work is not None, "an asynchronous collective is work"
+        return _TravellingReport(own, gathered, work)
 
     def _receive(self, report: "_TravellingReport") -> StepReport:
         report.work.wait()

@@ -80,7 +80,9 @@ def build_schedule(
     scheduler = build(spec.target, "scheduler")
     if isinstance(scheduler, ReduceLROnPlateau):
         if spec.interval != "epoch":
-            raise DescriptionError("scheduler.interval must be epoch for ReduceLROnPlateau, which waits for a validation")
+            raise DescriptionError(
+                "scheduler.interval must be epoch for ReduceLROnPlateau, which waits for a validation"
+            )
         if spec.monitor not in ("val/loss", "val/accuracy"):
             raise DescriptionError(
                 f"scheduler.monitor must be val/loss or val/accuracy for ReduceLROnPlateau, got {spec.monitor!r}"
@@ -88,7 +90,5 @@ def build_schedule(
         if not validates:
             raise DescriptionError(f"scheduler.monitor needs data.val to measure {spec.monitor!r}; declare data.val")
     elif spec.monitor is not None:
-        raise DescriptionError(
-            f"scheduler.monitor is read by ReduceLROnPlateau alone, got {spec.monitor!r}; remove it"
-        )
+        raise DescriptionError(f"scheduler.monitor is read by ReduceLROnPlateau alone, got {spec.monitor!r}; remove it")
     return Schedule(spec, scheduler)

@@ -93,7 +93,8 @@ def digest(state: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha256.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

@@ -118,9 +118,7 @@ class Builder:
         """
         function = resolve(target.path, key, bare_names)
         build_nested = nested or (lambda inner, inner_key: self.build(inner, inner_key))
-        arguments = {
-            name: self._value(value, f"{key}.{name}", build_nested) for name, value in target.args.items()
-        }
+        arguments = {name: self._value(value, f"{key}.{name}", build_nested) for name, value in target.args.items()}
         if target.partial:
             return functools.partial(function, *positional, **arguments)
         check_arguments(function, list(arguments), key, given=len(positional))

@@ -1,15 +1,25 @@
 """The workers of a run as one of them sees it: who has which shards, and how tensors get across."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.exchange import TreeExchange, all_gather_flat
+from cluster.exchange import TreeExchange, all_gather_flat, new_group
 from jobs.order import shard_block
 from jobs.pulse import exact_sum
+
+# share_buffers sends them, by the rule for shards. torch renames the argument: 2.11 knows only the old name.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_LEAVE_BUFFERS: dict[str, Any] = {
+    name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_ARGUMENTS
+}
+if len(_LEAVE_BUFFERS) > 1:
+    del _LEAVE_BUFFERS["broadcast_buffers"]
 
 
 class Team:
@@ -25,18 +35,14 @@ class Team:
         self.device = device
         self.blocks = [shard_block(shards, world_size, other) for other in range(world_size)]
         self.block = self.blocks[rank]
-        self.cpu_group = dist.new_group(backend="gloo")
+        self.cpu_group = new_group("gloo")
         self._exchange = TreeExchange(shards=shards, blocks=self.blocks, rank=rank, device=device) if exact else None
         # DDP's own all-reduce divides by the number of workers; the tree exchange leaves a sum a sum.
         self.gradient_scale = 1.0 if exact else float(world_size)
 
     def replicate(self, model: nn.Module) -> DistributedDataParallel:
         """Wraps a model so that its backward pass ends with the gradients of the global batch."""
-        replica = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,  # share_buffers does it, by the rule for shards
-            gradient_as_bucket_view=True,
-        )
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_LEAVE_BUFFERS)
         if self._exchange is not None:
             replica.register_comm_hook(None, self._exchange.hook)
         return replica

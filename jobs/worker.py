@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
+
 from cluster.agent import Task
 from cluster.errors import CheckpointError, ClusterError, LauncherError, TrainingError
 from cluster.link import Link
@@ -44,7 +44,9 @@ def main(link: Link, task: Task) -> None:
         raise
     except Exception as error:  # everything else is the user's code, or a peer that was lost
         if _is_lost_peer(error):
-            raise ClusterError(f"worker {task.rank}: lost the others at step {progress.step}: {_first_line(error)}") from error
+            raise ClusterError(
+                f"worker {task.rank}: lost the others at step {progress.step}: {_first_line(error)}"
+            ) from error
         raise TrainingError(
             f"worker {task.rank}, step {progress.step + 1}: {type(error).__name__}: {_first_line(error)}",
             _user_traceback(error),
@@ -57,8 +59,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     Collective: every rank.
     """
     if team.rank == 0:
-        torch_threads = torch.get_num_threads()
-        link.send("environment", torch=str(torch.__version__), threads=torch_threads, device=_device_name(team.device))
+        link.send("environment", torch=str(torch.__version__), device=_device_name(team.device))
     resume(link, run, parts, progress, team)
     if spec.train.compile:
         parts.model.compile()

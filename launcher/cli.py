@@ -156,7 +156,9 @@ def _existing_run(url: str) -> Any:
 
     run_directory = RunDirectory(url)
     if not run_directory.exists():
-        raise DescriptionError(f"{run_directory.url} is no run: it has no job.yaml; launcher list shows the runs of a store")
+        raise DescriptionError(
+            f"{run_directory.url} is no run: it has no job.yaml; launcher list shows the runs of a store"
+        )
     return run_directory
 
 

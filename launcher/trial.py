@@ -115,7 +115,9 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
         try:
             samples.append(keyed[0, number])
         except Exception as error:  # the dataset is the user's own code
-            raise DescriptionError(f"{key}: sample {number} raised {type(error).__name__}: {_one_line(error)}") from error
+            raise DescriptionError(
+                f"{key}: sample {number} raised {type(error).__name__}: {_one_line(error)}"
+            ) from error
         if not (isinstance(samples[-1], (tuple, list)) and len(samples[-1]) == 2):
             raise DescriptionError(
                 f"{key}: sample {number} must be a pair (input, target), got {type(samples[-1]).__name__}"

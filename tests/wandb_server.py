@@ -65,6 +65,8 @@ class WandbServer:
         self.runs: dict[str, RecordedRun] = defaultdict(RecordedRun)
         self.keys: set[str] = set()
         """The Authorization headers seen."""
+        self.other_paths: set[str] = set()
+        """What else was posted to, such as telemetry."""
         self.fault: Literal["hang", 500, 403] | None = None
         """Answer no more, or with this status only."""
         self.errors: list[BaseException | None] = []
@@ -103,22 +105,32 @@ class WandbServer:
                 """Tests print nothing."""
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = self.body()
                 if server._fails(self):
                     return
                 server.keys.add(self.headers.get("Authorization", ""))
                 if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
                     self.answer(server._stream(stream[1], json.loads(body)))
-                else:
+                elif self.path == "/graphql":
                     self.answer({"data": server._graphql(json.loads(body))})
+                else:
+                    server.other_paths.add(self.path)
+                    self.answer({})
 
             def do_PUT(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = self.body()
                 if server._fails(self):
                     return
                 run_id, _, name = self.path.removeprefix("/upload/").partition("/")
                 server.runs[run_id].files[name] = body
                 self.answer({})
+
+            def body(self) -> bytes:
+                length = int(self.headers.get("Content-Length", 0))
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    raise ConnectionError("the client hung up")
+                return body
 
             def answer(self, document: Any, status: int = 200) -> None:
                 body = json.dumps(document).encode()
