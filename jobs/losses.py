@@ -33,7 +33,7 @@ class GlobalLoss:
         self._ignore_index: int | None = None
         if isinstance(function, nn.Module) and hasattr(function, "reduction"):
             self._reduction = str(function.reduction)
-            function.reduction = "none"
+            function.reduction = "none"  # type: ignore[assignment]  # known to be a string, not a module
         self.takes_class_numbers = isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss))
         if isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
             self._class_weight = function.weight

@@ -78,7 +78,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
         raise DescriptionError(f"model must be a torch.nn.Module, got {type(model).__name__} from {spec.model.path}")
     model.to(device)
     if spec.train.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        model.to(memory_format=torch.channels_last)
     loss = build_loss(spec.loss, builder).to(device)
     groups = group_parameters(model, spec.optimizer.groups)
     if not groups:
@@ -97,7 +97,7 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
     torch.set_num_threads(spec.train.threads)
     torch.use_deterministic_algorithms(spec.train.deterministic)
     # A debugging aid that comes along with the above, and writes every new tensor twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32

@@ -118,7 +118,8 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(
-        f"{name}: a {type(value).__name__} cannot be kept in a checkpoint; keep tensors, numbers, strings, lists and dicts"
+        f"{name}: a {type(value).__name__} cannot be kept in a checkpoint; "
+        "keep tensors, numbers, strings, lists and dicts"
     )
 
 

@@ -284,8 +284,8 @@ class Driver:
         self._failures += 1
         if self._failures > self._spec.workers.max_failures:
             raise ClusterError(
-                f"{where}: {reason} at step {self.state.step}, and workers.max_failures={self._spec.workers.max_failures} "
-                f"is used up; see {self._log_name(rank)}, then resume"
+                f"{where}: {reason} at step {self.state.step}, and "
+                f"workers.max_failures={self._spec.workers.max_failures} is used up; see {self._log_name(rank)}, then resume"
             )
         self._display.warn(f"{where}: {reason} at step {self.state.step}; starting anew from the newest checkpoint")
         self._start_attempt()
@@ -305,8 +305,8 @@ class Driver:
             self._restart(0, f"no worker says more than: {self._failed}")
         if self._attempt < 0 and now - self._started_at > _START_TIMEOUT_S:
             raise ClusterError(
-                f"only {len(self._agents)} of {self._spec.workers.num} workers started within {_START_TIMEOUT_S:.0f} s; "
-                "free cores on this machine, or lower workers.num"
+                f"only {len(self._agents)} of {self._spec.workers.num} workers started within "
+                f"{_START_TIMEOUT_S:.0f} s; free cores on this machine, or lower workers.num"
             )
         if self._interrupts > 1:
             raise Interrupted(f"abandoned at step {self.state.step}; launcher resume {self._run.url}")

@@ -104,7 +104,8 @@ def one_line(spec: JobSpec, plan: Plan) -> str:
     device = "GPU" if plan.gpus else "CPU"
     shards = f"{spec.train.shards} shards on {spec.workers.num} worker{'s' * (spec.workers.num > 1)} ({device})"
     return (
-        f"{spec.name}: {plan.end_step:,} steps of {spec.train.global_batch} samples, {plan.steps_per_epoch:,} an epoch; "
+        f"{spec.name}: {plan.end_step:,} steps of {spec.train.global_batch} samples, "
+        f"{plan.steps_per_epoch:,} an epoch; "
         f"{plan.parameters:,} parameters; {shards}; {plan.run}"
     )
 
