@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default of 2 s adds 8 s to the shortest run
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process; nobody here listens to it
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -91,14 +91,13 @@ class WorkerGroup:
         """
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer without importing torch
 
         self._switchboard: Any = ray.remote(num_cpus=0)(_Switchboard).remote()
         self._orders = Orders()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
         per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        trainer = DataParallelTrainer(
+        trainer = _lean_trainer()(
             _run_agent,
             train_loop_config={"task": task, "switchboard": self._switchboard},
             scaling_config=ScalingConfig(
@@ -147,6 +146,21 @@ class WorkerGroup:
             trainer.fit()
         except Exception as error:  # the driver's thread raises it as its own, in one line
             self._error = error
+
+
+def _lean_trainer() -> type:
+    """Ray Train's trainer without torch, and without the helpers that each start a process we have no use for."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+    class LeanTrainer(DataParallelTrainer):
+        # Should Ray drop this hook, nobody calls it, and the helpers are back.
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ not in unused]
+
+    return LeanTrainer
 
 
 class _Switchboard:

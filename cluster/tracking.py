@@ -75,7 +75,7 @@ class Tracker(Protocol):
         """Record one row; steps only grow. A step that is recorded already is left out. Returns at once."""
 
     def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
-        """Record the outcome and close, within the time set; a second call does nothing.
+        """Record the outcome and close, within ``finish_timeout_s``; a second call does nothing.
 
         Args:
             summary: Values that stand for the whole run.
@@ -186,8 +186,8 @@ class _WandbTracker:
         message = {"summary": dict(summary), "images": encoded, "succeeded": succeeded}
         try:
             if self._recorder.poll() is None:
-                self._messages.put({"finish": message}, timeout=timeout_s)
-                self._recorder.wait(max(0.0, deadline - time.monotonic()))
+                self._messages.put({"finish": message}, timeout=deadline - time.monotonic())
+                self._recorder.wait(deadline - time.monotonic())
         except (queue.Full, subprocess.TimeoutExpired):
             if not self._done:
                 self._complain(f"did not end within {timeout_s:g} s; {_how_to_sync(self._folder)}")
@@ -232,9 +232,8 @@ class _WandbTracker:
                 self._done |= "done" in message
         self._settled.set()
         if not self._done:
-            self._complain(
-                f"its recorder ended early (exit code {self._recorder.wait()}); {_how_to_sync(self._folder)}"
-            )
+            code = self._recorder.wait()
+            self._complain(f"its recorder ended early (exit code {code}); {_how_to_sync(self._folder)}")
 
     def _complain(self, problem: str) -> None:
         if self._warned.acquire(blocking=False):
@@ -323,7 +322,8 @@ class _Recorder:
                     x_disable_meta=True,
                     x_disable_stats=True,  # the driver's machine is not where the work is done
                     x_save_requirements=False,
-                    finish_timeout=settings.finish_timeout_s * 2 / 3,  # the rest is for starting and ending
+                    init_timeout=settings.connect_timeout_s,
+                    finish_timeout=settings.finish_timeout_s / 2,  # the rest is for what comes before and after
                     x_transaction_log_flush_interval=1.0,  # by default a dying machine takes 15 s of rows along
                 ),
             )
@@ -332,7 +332,9 @@ class _Recorder:
             return init("offline")
         try:
             self._connecting = True
-            signal.setitimer(signal.ITIMER_REAL, settings.connect_timeout_s)  # init_timeout leaves the login out
+            signal.setitimer(
+                signal.ITIMER_REAL, settings.connect_timeout_s
+            )  # its own init_timeout leaves the login out
             if self._hurry:
                 raise KeyboardInterrupt
             return init("online")
@@ -366,17 +368,20 @@ class _Recorder:
     def _finish(self, run: Any, outcome: Mapping[str, Any]) -> None:
         import wandb
 
-        with tempfile.TemporaryDirectory() as folder:
-            for name, image in outcome["images"].items():
-                path = Path(folder, f"{name}.png")
-                path.write_bytes(base64.b64decode(image))
-                run.log({name: wandb.Image(str(path))})  # wandb gives it the last step
+        try:
             run.summary.update(outcome["summary"])
+            with tempfile.TemporaryDirectory() as folder:
+                for name, image in outcome["images"].items():
+                    path = Path(folder, f"{name}.png")
+                    path.write_bytes(base64.b64decode(image))
+                    run.log({name: wandb.Image(str(path))})  # wandb copies the file, and gives it the last step
+        finally:
             run.finish(exit_code=0 if outcome["succeeded"] else 1)
         self._tell(done=True)
 
     def _tell(self, **message: Any) -> None:
-        _write(self._answers, message)
+        with contextlib.suppress(BrokenPipeError):  # the driver is gone: deliver what it has sent
+            _write(self._answers, message)
 
 
 class _Ear(io.TextIOBase):

@@ -97,8 +97,10 @@ def check_machine(spec: JobSpec) -> None:
         DescriptionError: They do not fit.
     """
     cores = num_cores()
-    if spec.workers.num * spec.workers.cpus > cores:
-        most = int(cores / spec.workers.cpus)
+    most = int(cores / spec.workers.cpus)
+    if most < 1:
+        raise DescriptionError(f"workers.cpus must be at most {cores}, the cores of this machine, got {spec.workers.cpus:g}")
+    if spec.workers.num > most:
         raise DescriptionError(
             f"workers.num must be at most {most} on this machine, which has {cores} cores for workers of "
             f"{spec.workers.cpus:g} each, got {spec.workers.num}; lower workers.num or workers.cpus"

@@ -11,9 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from jobs.spec import JobSpec
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from launcher.plan import Plan
 
 Points = list[tuple[float, float]]
 """(step, value) in order of step; a value that is not finite is NaN, which matplotlib draws as a gap."""
@@ -64,11 +68,12 @@ def summary(result: Mapping[str, Any]) -> str:
     """The last words about a run, for a person: how it stands, and the next command to type.
 
     Args:
-        result: The document of ``--json``; only ``run`` and ``status`` must be there.
+        result: The document of ``--json``; only ``run`` and ``status`` must be there. Its ``epoch``
+            counts from 0 and is written from 1, as on the progress display.
     """
     run, status = result["run"], result["status"]
     facts: list[tuple[str, str | None]] = [
-        *((name, number(value)) for name, value in (result.get("metrics") or {}).items() if value is not None),
+        *((name, _cell(value)) for name, value in _metrics(result).items() if not name.startswith("lr/")),
         ("best", _best(result)),
         ("workers", _counted(result, "workers")),
         ("attempts", _counted(result, "attempts")),
@@ -95,7 +100,7 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
     if not results:
         return "no runs"
     now = time.time() if now is None else now
-    measured = dict.fromkeys(name for result in results for name in result.get("metrics") or () if _is_val(name))
+    measured = dict.fromkeys(name for result in results for name in _metrics(result) if _is_val(name))
     return table(
         ["name", "status", "step", "epoch", *measured, "best", "updated"],
         [
@@ -103,8 +108,8 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
                 result["run"].rstrip("/").rsplit("/", 1)[-1],
                 result["status"],
                 result.get("step"),
-                result.get("epoch"),
-                *((result.get("metrics") or {}).get(name) for name in measured),
+                _epoch(result),
+                *(_metrics(result).get(name) for name in measured),
                 _best(result),
                 _age(result, now),
             )
@@ -113,8 +118,68 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
     )
 
 
+def plan_text(spec: JobSpec, plan: "Plan") -> str:
+    """Everything a plan has decided, for a person."""
+    workers = ", ".join(f"{count} shard{'s' * (count > 1)}" for count in plan.shards_by_worker)
+    limit = f"; train.max_steps ends it at {plan.end_step:,}" if plan.end_step < plan.total_steps else ""
+    unused = f"; {plan.unused_per_epoch:,} others each epoch wait for the next" if plan.unused_per_epoch else ""
+    validation = f"{plan.num_val_samples:,} samples" if plan.num_val_samples else "none"
+    sum_order = "one order for any number of workers" if spec.train.exact else "the backend's own order"
+    facts = [
+        ("run", plan.run),
+        ("model", f"{plan.parameters:,} parameters"),
+        ("data", f"{plan.num_samples:,} samples{unused}"),
+        ("validation", validation),
+        ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
+        ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
+        ("workers", f"{spec.workers.num} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
+        ("gradients", f"summed in {sum_order}"),
+        ("checkpoint", f"about {plan.checkpoint_bytes / 2**20:,.1f} MiB, the newest {spec.checkpoint.keep} kept"),
+        ("trial", f"{plan.trial_samples} samples through model, loss and backward: loss {number(plan.trial_loss)}"),
+    ]
+    groups = table(
+        ["group", "tensors", "parameters", "lr", "weight decay", "trains from"],
+        [
+            (group.pattern, group.tensors, group.parameters, group.lr, group.weight_decay, f"epoch {group.from_epoch}")
+            for group in plan.groups
+        ],
+    )
+    return f"{_aligned('', facts)}\n\n{groups}"
+
+
+def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The checkpoints of a run, one line each, as ``launcher.status`` verified them."""
+    if not documents:
+        return "no checkpoints"
+    measured = dict.fromkeys(name for document in documents for name in document.get("metrics", ()) if _is_val(name))
+    return table(
+        ["step", "whole", "MiB", *measured, "state sha256", "created"],
+        [
+            (
+                document["step"],
+                "yes" if document["good"] else document["defect"],
+                document["bytes"] / 2**20 if document["good"] else None,
+                *(document.get("metrics", {}).get(name) for name in measured),
+                document.get("state_sha256", "")[:16],
+                document.get("created"),
+            )
+            for document in documents
+        ],
+    )
+
+
 def _is_val(name: str) -> bool:
     return name.startswith("val/")
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """Validation first: it is what a run is judged by."""
+    metrics = result.get("metrics") or {}
+    return dict(sorted(metrics.items(), key=lambda item: not _is_val(item[0])))
+
+
+def _epoch(result: Mapping[str, Any]) -> int | None:
+    return None if result.get("epoch") is None else result["epoch"] + 1
 
 
 def _is_numeric(column: Sequence[Any]) -> bool:
@@ -123,7 +188,7 @@ def _is_numeric(column: Sequence[Any]) -> bool:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None:  # also what a strict JSON writer makes of NaN
         return ""
     return number(value) if isinstance(value, (int, float)) else str(value)
 
@@ -136,15 +201,16 @@ def _aligned(margin: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _position(result: Mapping[str, Any]) -> str:
-    parts = [f"{name} {number(result[name])}" for name in ("step", "epoch") if result.get(name) is not None]
+    counts = {"step": result.get("step"), "epoch": _epoch(result)}
+    parts = [f"{name} {count:,}" for name, count in counts.items() if count is not None]
     if result.get("samples") is not None:
-        parts.append(f"{number(result['samples'])} samples")
+        parts.append(f"{result['samples']:,} samples")
     return f" at {', '.join(parts)}" if parts else ""
 
 
 def _best(result: Mapping[str, Any]) -> str | None:
     best = result.get("best")
-    return best and f"{best['metric']} {number(best['value'])} at step {number(best['step'])}"
+    return best and f"{best['metric']} {_cell(best['value'])} at step {best['step']:,}"
 
 
 def _counted(result: Mapping[str, Any], name: str) -> str | None:
@@ -221,16 +287,17 @@ def _draw_panels(figure: "Figure", rows: Sequence[Mapping[str, Any]]) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower right" if axes.get_ylabel().startswith("accuracy") else "upper right", fontsize=9)
+            axes.legend(loc="best", fontsize=9)
     figure.align_ylabels(panels)
     _label_steps(panels, rows)
 
 
 def _draw_metric(axes: "Axes", name: str, train: Points, val: Points) -> None:
     axes.set_ylabel({"accuracy": "accuracy (fraction)"}.get(name, name))
-    if len(train) > 20:
+    smoothed = _smooth(train) if len(train) > 20 else train
+    if smoothed is not train:
         axes.plot(*_xy(_thin(train)), color=_TRAIN, alpha=0.25, linewidth=0.7)
-        axes.plot(*_xy(_smooth(train)), color=_TRAIN, linewidth=1.6, label="train (smoothed)")
+        axes.plot(*_xy(smoothed), color=_TRAIN, linewidth=1.6, label="train (smoothed)")
     elif train:
         axes.plot(*_xy(train), color=_TRAIN, linewidth=1.6, marker=".", label="train")
     if val:
@@ -240,8 +307,8 @@ def _draw_metric(axes: "Axes", name: str, train: Points, val: Points) -> None:
     if broken:
         label = f"not finite, first at step {number(int(broken[0]))}"
         axes.axvline(broken[0], color=_MUTED, linewidth=1, linestyle=":", label=label)
-    values = _finite(train + val)
-    # Two decades on a linear axis are one decade and a flat line.
+    # Two decades on a linear axis are one decade and a flat line. Judged without the noise of single steps.
+    values = _finite(smoothed + val)
     if name == "loss" and values and min(values) > 0 and max(values) > 100 * min(values):
         axes.set_yscale("log")
 
@@ -265,19 +332,29 @@ def _label_steps(panels: Sequence["Axes"], rows: Sequence[Mapping[str, Any]]) ->
 
     bottom = panels[-1].xaxis
     bottom.set_label_text("step (optimizer steps)")
-    bottom.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    bottom.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     bottom.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     first, last = rows[0]["step"], rows[-1]["step"]
     if first < last:
         panels[-1].set_xlim(first - 0.01 * (last - first), last + 0.01 * (last - first))
     per_epoch = _steps_per_epoch(rows)
     if per_epoch:
-        top = panels[0].secondary_xaxis(
-            "top", functions=(lambda step: step / per_epoch, lambda epoch: epoch * per_epoch)
-        )
-        top.set_xlabel("epochs")
-        top.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-        top.spines["top"].set_visible(False)
+        _label_epochs(panels[0], per_epoch)
+
+
+def _label_epochs(axes: "Axes", per_epoch: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    def to_epochs(step: Any) -> Any:
+        return step / per_epoch
+
+    def to_steps(epoch: Any) -> Any:
+        return epoch * per_epoch
+
+    top = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
+    top.set_xlabel("epochs completed")
+    top.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+    top.spines["top"].set_visible(False)
 
 
 def _steps_per_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -298,12 +375,13 @@ def _rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     shared: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for key in sorted(keys, key=lambda key: (len(key), key)):  # lr/2 before lr/10
         shared.setdefault(tuple(_thin(_points(rows, key))), []).append(key.removeprefix("lr/"))
-    return {
-        f"group{'s' * (len(groups) > 1)} {', '.join(groups) if len(groups) <= 4 else f'{groups[0]} … {groups[-1]}'}": list(
-            points
-        )
-        for points, groups in shared.items()
-    }
+    return {_groups_label(groups): list(points) for points, groups in shared.items()}
+
+
+def _groups_label(groups: Sequence[str]) -> str:
+    if len(groups) == 1:
+        return f"group {groups[0]}"
+    return "groups " + (", ".join(groups) if len(groups) <= 4 else f"{groups[0]}, … {groups[-1]}")
 
 
 def _val_label(name: str, val: Points) -> str:
@@ -320,7 +398,7 @@ def _points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
 
 
 def _drawn(value: float | None) -> float:
-    # A strict JSON writer turns NaN into null. Near the largest float the axis itself would overflow.
+    # Near the largest float the axis itself would overflow.
     return value if value is not None and abs(value) < 1e300 else math.nan
 
 

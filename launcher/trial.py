@@ -225,7 +225,7 @@ def _group_plans(parts: Parts) -> list[GroupPlan]:
             pattern=group.pattern,
             tensors=len(group.names),
             parameters=sum(sizes[name] for name in group.names),
-            lr=float(of_torch["lr"]),
+            lr=float(of_torch.get("initial_lr", of_torch["lr"])),
             weight_decay=float(of_torch.get("weight_decay", 0.0)),
             from_epoch=group.from_epoch,
         )

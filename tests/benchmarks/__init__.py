@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand from the checkout: ``python -m tests.benchmarks.step``, ``... .startup``."""

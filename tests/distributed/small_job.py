@@ -1,0 +1,115 @@
+"""A job of a second that has everything in it that could tell workers apart, and its parts."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+from jobs.spec import CheckpointSpec, DataSpec, GroupSpec, JobSpec, OptimizerSpec, SchedulerSpec, Target, TrainSpec
+
+SAMPLES, VAL_SAMPLES, CLASSES = 50, 17, 5
+STEPS_PER_EPOCH, STEPS = 4, 12
+UNFROZEN_FROM_STEP = STEPS_PER_EPOCH
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, and weights for more than one bucket of DDP, the first of which holds 1 MiB.
+
+    Shapes:
+        images_N188 -> logits_NK
+    """
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, kernel_size=3)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc1 = nn.Linear(54, 511)
+        self.fc2 = nn.Linear(511, 517)
+        self.fc3 = nn.Linear(517, CLASSES)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images_N188: Tensor) -> Tensor:
+        features_N633 = max_pool2d(relu(self.norm(self.conv(images_N188))), 2)
+        hidden_NK = relu(self.fc1(self.dropout(features_N633.flatten(start_dim=1))))
+        return self.fc3(self.dropout(relu(self.fc2(hidden_NK))))
+
+
+class Images:
+    """A pattern per class, in noise.
+
+    Args:
+        length: Samples.
+        augment: Draw from all three generators in every access.
+        ignored: Every so many-th label is -100; 0: none.
+        broken: The number of a sample that holds a NaN.
+    """
+
+    def __init__(self, length: int, augment: bool = False, ignored: int = 0, broken: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        patterns_K188 = torch.randn(CLASSES, 1, 8, 8, generator=generator)
+        self.labels_N = torch.randint(CLASSES, (length,), generator=generator)
+        self.images_N188 = patterns_K188[self.labels_N] + torch.randn(length, 1, 8, 8, generator=generator)
+        if ignored:
+            self.labels_N[::ignored] = -100
+        if broken is not None:
+            self.images_N188[broken, 0, 0, 0] = torch.nan
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        image_188 = self.images_N188[number]
+        if self.augment:
+            image_188 = image_188.roll(random.randrange(8), dims=random.choice([1, 2]))
+            image_188 = image_188 * float(np.random.uniform(0.5, 2)) + 0.1 * torch.randn(image_188.shape)
+        return image_188, int(self.labels_N[number])
+
+
+def full_job(store: object, name: str, **train: Any) -> JobSpec:
+    """Everything at once: 12 steps in 3 epochs, and the convolution trains from the second."""
+    return JobSpec(
+        name=name,
+        store=str(store),
+        seed=7,
+        model=_target("Net"),
+        data=DataSpec(train=_target("Images", length=SAMPLES, augment=True), val=_target("Images", length=VAL_SAMPLES)),
+        loss=Target("CrossEntropyLoss", {"label_smoothing": 0.1}),
+        optimizer=OptimizerSpec(
+            target=Target("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+            groups=(
+                GroupSpec(match="conv.*", args={"lr": 0.05}, from_epoch=1),
+                GroupSpec(match="*.bias", args={"weight_decay": 0.0}),
+            ),
+        ),
+        scheduler=SchedulerSpec(target=Target("StepLR", {"step_size": 5, "gamma": 0.5}), interval="step"),
+        train=TrainSpec(**{"epochs": 3, "global_batch": 12, "shards": 4, "clip_norm": 0.5, "ema_decay": 0.9} | train),
+        checkpoint=CheckpointSpec(every_steps=3),
+    )
+
+
+def plain_job(store: object, name: str, **train: Any) -> JobSpec:
+    """What a plain loop does as well: no dropout, no augmentation, nothing but momentum."""
+    job = full_job(store, name)
+    return replace(
+        job,
+        model=_target("Net", dropout=0.0),
+        data=DataSpec(train=_target("Images", length=SAMPLES)),
+        loss=Target("CrossEntropyLoss"),
+        optimizer=OptimizerSpec(target=Target("SGD", {"lr": 0.05, "momentum": 0.9})),
+        scheduler=None,
+        train=TrainSpec(**{"epochs": 2, "global_batch": 12, "shards": 4} | train),
+    )
+
+
+def images(**args: Any) -> DataSpec:
+    """Other training data, and no validation."""
+    return DataSpec(train=_target("Images", **{"length": SAMPLES} | args))
+
+
+def _target(name: str, **args: Any) -> Target:
+    return Target(f"{__name__}.{name}", args)

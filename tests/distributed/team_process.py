@@ -1,0 +1,192 @@
+"""Runs the workers of a job as real processes over gloo, without Ray.
+
+The harness stands in for agents and driver alone: it forks the processes, passes rank 0's meeting place on, and
+commits checkpoints. What happens inside a process is the product's own.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from cluster.agent import Task
+from cluster.errors import LauncherError
+from cluster.link import Link
+from cluster.run_directory import RunDirectory
+from jobs.loop import Progress
+from jobs.parts import build_parts
+from jobs.spec import JobSpec
+from jobs.state import decode, digest, to_host
+from jobs.team import Team
+from jobs.worker import meet, train
+
+TIMEOUT_S = 60.0
+
+multiprocessing.forkserver.set_forkserver_preload(["jobs.worker", __name__])
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What the processes of one launch said."""
+
+    started: int = 0
+    """The step they went on from."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+    """The digest in the manifest of each checkpoint, by step."""
+    results: dict[int, Any] = field(default_factory=dict)
+    """What each rank came to in the end."""
+    fell_back: list[int] = field(default_factory=list)
+    """Steps of the checkpoints that were passed over."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """The error of each rank that failed."""
+
+    @property
+    def digest(self) -> str:
+        """The digest at the end: all ranks came to the same one, and the newest manifest has it."""
+        (digest,) = set(self.results.values())
+        assert self.digests[max(self.digests)] == digest
+        return digest
+
+
+def run_job(spec: JobSpec, world_size: int, *, stop_after: int | None = None) -> Outcome:
+    """Trains the run of this name in the spec's store, from where it stands; no rank may fail.
+
+    Args:
+        spec: The job.
+        world_size: Workers.
+        stop_after: Rank 0 hears a wish to stop when it has told of this step.
+    """
+    outcome = run_processes(train_job, spec, world_size, stop_after=stop_after)
+    assert not outcome.failures, outcome.failures
+    return outcome
+
+
+def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
+    """``jobs.worker.main`` taken apart, for a look at the state that this rank ends with."""
+    spec: JobSpec = task.content
+    device = torch.device("cpu")
+    meet(link, task, TIMEOUT_S)
+    team = Team(
+        rank=task.rank, world_size=task.world_size, shards=spec.train.shards, exact=spec.train.exact, device=device
+    )
+    parts = build_parts(spec, device)
+    stopping_link: Any = _StoppingLink(link, stop_after)
+    train(stopping_link, RunDirectory(task.run_url), spec, parts, Progress(), team)
+    return digest(to_host(parts.state()))
+
+
+def run_directory(spec: JobSpec) -> RunDirectory:
+    return RunDirectory(f"{spec.store}/{spec.name}")
+
+
+def newest_state(spec: JobSpec) -> dict[str, Any]:
+    """What the newest checkpoint of a run holds."""
+    checkpoints = run_directory(spec).checkpoints
+    return decode(checkpoints.read(checkpoints.steps()[-1])[1])
+
+
+def run_processes(entry: Callable[..., Any], spec: JobSpec, world_size: int, **options: Any) -> Outcome:
+    """Calls ``entry(link, task, **options)`` in a process per rank, and hears them all to their ends."""
+    context = multiprocessing.get_context("forkserver")
+    run = run_directory(spec)
+    outcome = Outcome()
+    processes = []
+    rank_of: dict[Any, int] = {}
+    try:
+        for rank in range(world_size):
+            task = Task(
+                entry="", run_url=run.url, import_paths=(), working_directory=".", rank=rank, world_size=world_size,
+                content=spec,
+            )  # fmt: skip
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(target=_run, args=(theirs, entry, task, options))
+            process.start()
+            processes.append(process)
+            theirs.close()
+            rank_of[ours] = rank
+        _listen(rank_of, run, outcome)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for link in rank_of:
+            link.close()
+    assert outcome.results.keys() | outcome.failures.keys() == set(range(world_size)), f"a rank died: {outcome}"
+    return outcome
+
+
+def _listen(rank_of: dict[Any, int], run: RunDirectory, outcome: Outcome) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    talking = set(rank_of)
+    while talking:
+        ready = wait(talking, timeout=max(0.0, deadline - time.monotonic()))
+        assert ready, f"not at their ends after {TIMEOUT_S} s: ranks {[rank_of[link] for link in talking]}; {outcome}"
+        for link in ready:
+            try:
+                messages = link.recv()
+            except (EOFError, ConnectionResetError):
+                talking.remove(link)
+                continue
+            for message in messages:
+                if message["kind"] == "meeting_place":
+                    for other in talking:
+                        with contextlib.suppress(OSError):  # it has just died, which its end of file will tell
+                            other.send(("meet", "127.0.0.1", message["port"]))
+                else:
+                    _hear(message, rank_of[link], run, outcome)
+
+
+def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcome) -> None:
+    """Notes it, and does what the driver does: a checkpoint exists when its manifest is committed here."""
+    match message:
+        case {"kind": "started", "step": step}:
+            outcome.started = step
+        case {"kind": "row", "row": row}:
+            outcome.rows.append(row)
+        case {"kind": "checkpoint", "manifest": manifest}:
+            run.checkpoints.commit(manifest)
+            outcome.digests[manifest.step] = manifest.state_sha256
+        case {"kind": "fell_back", "step": step}:
+            outcome.fell_back.append(step)
+        case {"kind": "result", "result": result}:
+            outcome.results[rank] = result
+        case {"kind": "failed", "message": text}:
+            outcome.failures[rank] = text
+
+
+def _run(connection: Connection, entry: Callable[..., Any], task: Task, options: dict[str, Any]) -> None:
+    """A process, from its first line to its end."""
+    warnings.simplefilter("error")
+    link = Link(connection)
+    try:
+        link.send("result", result=entry(link, task, **options))
+    except LauncherError as error:
+        link.send("failed", message=str(error))
+    except Exception:  # whatever it is, the test reads it
+        link.send("failed", message=traceback.format_exc())
+    link.close()
+    os._exit(0)  # as under an agent: a peer that failed may have left a collective open
+
+
+class _StoppingLink:
+    """A link over which the order to stop arrives when it has told of a step."""
+
+    def __init__(self, link: Link, stop_after: int | None) -> None:
+        self.stop_wanted = link.stop_wanted
+        self._link = link
+        self._stop_after = stop_after
+
+    def send(self, kind: str, **content: Any) -> None:
+        self._link.send(kind, **content)
+        if kind == "row" and content["row"]["step"] == self._stop_after:
+            self.stop_wanted.set()

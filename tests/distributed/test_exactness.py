@@ -1,0 +1,62 @@
+"""The state at step n and every row up to it are functions of the description, not of the workers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.small_job import STEPS, STEPS_PER_EPOCH, full_job
+from tests.distributed.team_process import Outcome, run_job
+
+
+def assert_same(outcome: Outcome, other: Outcome) -> None:
+    assert outcome.rows == other.rows
+    assert outcome.digests == other.digests
+    assert outcome.digest == other.digest
+
+
+def test_the_full_job_trains(undisturbed: Outcome) -> None:
+    """What the tests below compare is worth it: the run learns, and its state changes all the time."""
+    assert [row["step"] for row in undisturbed.rows] == list(range(1, STEPS + 1))
+    assert undisturbed.rows[-1]["val/loss"] < undisturbed.rows[3]["val/loss"]
+    assert len(set(undisturbed.digests.values())) == len(undisturbed.digests) == 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_any_number_of_workers_gives_the_same_bits(undisturbed: Outcome, tmp_path: Path, world_size: int) -> None:
+    assert_same(run_job(full_job(tmp_path, "run"), world_size), undisturbed)
+
+
+def test_uneven_blocks_that_cut_across_the_tree_give_the_same_bits(tmp_path: Path) -> None:
+    """Of 6 shards summed as (0-3) + (4-5), 2 workers have 3 each, 3 workers 2 each, and 4 have 1, 2, 1 and 2."""
+    alone, *together = (run_job(full_job(tmp_path, f"run-{n}", shards=6), world_size=n) for n in (1, 2, 3, 4))
+
+    for outcome in together:
+        assert_same(outcome, alone)
+
+
+def test_bfloat16_gives_the_same_bits(tmp_path: Path) -> None:
+    alone, together = (
+        run_job(full_job(tmp_path, f"run-{n}", precision="bf16", epochs=1), world_size=n) for n in (1, 3)
+    )
+
+    assert_same(together, alone)
+
+
+def test_loader_processes_give_the_same_bits(undisturbed: Outcome, tmp_path: Path) -> None:
+    job = full_job(tmp_path, "run", max_steps=STEPS_PER_EPOCH)
+
+    outcome = run_job(replace(job, data=replace(job.data, loaders=2)), world_size=2)
+
+    assert outcome.rows == undisturbed.rows[:STEPS_PER_EPOCH]
+    assert "val/loss" in outcome.rows[-1]
+    assert outcome.digests[3] == undisturbed.digests[3]
+
+
+@pytest.mark.parametrize(
+    "change", [{"shards": 6}, {"precision": "bf16"}, {"clip_norm": None}], ids=str
+)
+def test_another_description_gives_other_bits(undisturbed: Outcome, tmp_path: Path, change: dict[str, object]) -> None:
+    outcome = run_job(full_job(tmp_path, "run", **change, max_steps=3), world_size=1)
+
+    assert outcome.digests[3] != undisturbed.digests[3]

@@ -1,0 +1,63 @@
+"""A run that was cut into pieces, on different workers, equals the one that was not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.spec import CheckpointSpec
+from tests.distributed.small_job import STEPS, STEPS_PER_EPOCH, UNFROZEN_FROM_STEP, full_job
+from tests.distributed.team_process import Outcome, run_directory, run_job
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "after"),
+    [
+        pytest.param(UNFROZEN_FROM_STEP - 1, 2, 3, id="before the unfreezing"),
+        pytest.param(UNFROZEN_FROM_STEP, 3, 2, id="at the unfreezing"),
+        pytest.param(UNFROZEN_FROM_STEP + 3, 4, 1, id="after the unfreezing"),
+    ],
+)
+def test_a_limit_and_a_resume_with_other_workers_change_nothing(
+    undisturbed: Outcome, tmp_path: Path, step: int, before: int, after: int
+) -> None:
+    first = run_job(full_job(tmp_path, "run", max_steps=step), world_size=before)
+    second = run_job(full_job(tmp_path, "run"), world_size=after)
+
+    assert (max(first.digests), second.started) == (step, step)
+    assert first.rows + second.rows == undisturbed.rows
+    assert second.digest == undisturbed.digest
+
+
+def test_a_wish_to_stop_is_heard_by_all_at_one_step_and_changes_nothing(undisturbed: Outcome, tmp_path: Path) -> None:
+    job = replace(full_job(tmp_path, "run"), checkpoint=CheckpointSpec())
+    first = run_job(job, world_size=3, stop_after=2)
+    second = run_job(job, world_size=2)
+
+    stopped_at = first.rows[-1]["step"]
+    assert 2 < stopped_at < STEPS
+    assert stopped_at % STEPS_PER_EPOCH, "the stop is in mid-epoch"
+    assert (max(first.digests), second.started) == (stopped_at, stopped_at)
+    assert first.rows + second.rows == undisturbed.rows
+    assert second.digest == undisturbed.digest
+
+
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(undisturbed: Outcome, tmp_path: Path) -> None:
+    job = full_job(tmp_path, "run")
+    first = run_job(full_job(tmp_path, "run", max_steps=8), world_size=2)
+    weights = Path(run_directory(job).url, "checkpoints", "step-00000008", "model.safetensors")
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+
+    second = run_job(job, world_size=3)
+
+    assert (second.fell_back, second.started) == ([8], 6)
+    assert first.rows[:6] + second.rows == undisturbed.rows
+    assert second.digest == undisturbed.digest
+
+
+def test_a_completed_run_is_not_trained_again(tmp_path: Path) -> None:
+    job = full_job(tmp_path, "run", epochs=1)
+    first, second = run_job(job, world_size=2), run_job(job, world_size=2)
+
+    assert (second.started, second.rows, second.digests) == (STEPS_PER_EPOCH, [], {})
+    assert set(second.results.values()) == {first.digest}

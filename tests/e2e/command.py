@@ -1,0 +1,94 @@
+"""The command line as a person has it: a process, its exit code, its two streams."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[2]
+JOBS = CHECKOUT / "jobs"
+_LAUNCHER = [sys.executable, "-m", "launcher.cli"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout."""
+        return json.loads(self.stdout)
+
+
+def launcher(*arguments: object, cwd: Path, timeout_s: float = 150.0) -> Ended:
+    """Runs ``launcher ARGUMENTS`` to its end."""
+    return Running(arguments, cwd).wait(timeout_s)
+
+
+class Running:
+    """A command in a session of its own, so that a signal reaches all that a terminal's would."""
+
+    def __init__(self, arguments: Sequence[object], cwd: Path) -> None:
+        self._process = subprocess.Popen(
+            [*_LAUNCHER, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "WANDB_DIR": str(cwd)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_s: float = 150.0) -> Ended:
+        try:
+            stdout, stderr = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.signal_group(signal.SIGKILL)
+            stdout, stderr = self._process.communicate()
+            raise AssertionError(f"no end within {timeout_s:.0f} s\n{stdout}\n{stderr}") from None
+        return Ended(self._process.returncode, stdout, stderr)
+
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 90.0) -> None:
+        """Returns when something has happened while the command still runs."""
+        deadline = time.monotonic() + timeout_s
+        while not happened():
+            assert self._process.poll() is None, f"ended before it happened: {self.wait()}"
+            assert time.monotonic() < deadline, f"has not happened within {timeout_s:.0f} s"
+            time.sleep(0.02)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """What a terminal does: every process of the group gets the signal."""
+        os.killpg(self._process.pid, number)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+
+def rows(run: Path) -> bytes:
+    """The metrics of a run that has ended, byte by byte."""
+    return (run / "metrics.jsonl").read_bytes()
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind, from the parts of a live run too."""
+    from cluster.run_directory import RunDirectory
+
+    return [event for event in RunDirectory(str(run)).events().read() if event["kind"] == kind]
+
+
+def checkpointed(run: Path, step: int) -> Callable[[], bool]:
+    """Whether a checkpoint of this step is committed."""
+    manifest = run / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    return manifest.exists

@@ -1,0 +1,125 @@
+"""The shipped description, as the README runs it, and everything that reads what it left."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.command import JOBS, Ended, events, launcher
+
+RESULT_KEYS = {
+    "run", "status", "step", "epoch", "samples", "metrics", "best", "workers", "attempts", "state_sha256", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def ended(home: Path) -> Ended:
+    return launcher("run", JOBS / "digits.yaml", "--json", cwd=home)
+
+
+def test_trains_to_the_accuracy_it_promises(ended: Ended, home: Path) -> None:
+    assert ended.exit_code == 0, ended.stderr
+    result = ended.document
+    assert result.keys() >= RESULT_KEYS
+    assert result["status"] == "completed"
+    assert result["step"] == 220
+    assert result["samples"] == 220 * 64
+    assert result["workers"] == 2
+    assert result["metrics"]["val/accuracy"] >= 0.97
+    assert result["best"]["value"] >= result["metrics"]["val/accuracy"]
+    assert result["run"] == str(home / "runs" / "digits")
+
+
+def test_takes_less_than_a_minute_of_training(ended: Ended, home: Path) -> None:
+    first, last = (events(home / "runs/digits", kind)[0]["time"] for kind in ("training", "completed"))
+    assert last - first < 60
+
+
+def test_leaves_a_run_directory(ended: Ended, home: Path) -> None:
+    run = home / "runs" / "digits"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    steps = {"step-00000220", f"step-{ended.document['best']['step']:08d}"}
+    expected = {"job.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "curves.png"}
+    expected |= {f"checkpoints/{step}/manifest.json" for step in steps}
+    expected |= {f"logs/attempt-000-worker-{rank:03d}.log" for rank in range(2)}
+    assert expected <= names
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((run / "job.yaml").read_text())["train"]["shards"] == 4
+    steps_in_rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps_in_rows == list(range(1, 221))
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["attempts"][0]["packages"]["torch"]
+
+
+def test_progress_is_plain_lines_without_a_terminal(ended: Ended) -> None:
+    lines = ended.stderr.splitlines()
+    assert any("epoch 10/10" in line and "val/accuracy" in line for line in lines)
+    assert "\x1b" not in ended.stderr
+    assert not [line for line in lines if "pid=" in line or "WARNING" in line]
+
+
+def test_w_and_b_has_a_record(ended: Ended, home: Path) -> None:
+    assert list(home.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_second_run_does_nothing(ended: Ended, home: Path) -> None:
+    began = time.monotonic()
+    again = launcher("run", JOBS / "digits.yaml", "--json", cwd=home)
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stderr
+    assert again.document["state_sha256"] == ended.document["state_sha256"]
+    assert time.monotonic() - began < 20, "it must not start Ray"
+    assert "nothing to do" in launcher("resume", "runs/digits", cwd=home).stderr
+
+
+def test_another_description_of_the_same_name_is_refused(ended: Ended, home: Path) -> None:
+    refused = launcher("run", JOBS / "digits.yaml", "optimizer.lr=0.1", "seed=3", cwd=home)
+    assert refused.exit_code == 2
+    assert "optimizer.lr: 0.05 -> 0.1" in refused.stderr
+    assert "seed: 0 -> 3" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_the_bucket_tells_all(ended: Ended, home: Path) -> None:
+    status = launcher("status", "runs/digits", "--json", cwd=home).document
+    assert {key: status[key] for key in RESULT_KEYS} == {key: ended.document[key] for key in RESULT_KEYS}
+    listed = launcher("list", "runs", "--json", cwd=home).document
+    assert [run["run"] for run in listed] == [str(home / "runs" / "digits")]
+    verified = launcher("checkpoints", "runs/digits", "--json", cwd=home).document
+    assert all(checkpoint["good"] for checkpoint in verified)
+    assert verified[-1]["state_sha256"] == ended.document["state_sha256"]
+    assert "completed" in launcher("status", "runs/digits", cwd=home).stdout
+    assert "digits" in launcher("list", cwd=home).stdout
+    assert "220" in launcher("checkpoints", "runs/digits", cwd=home).stdout
+
+
+def test_plot_draws_anew(ended: Ended, home: Path) -> None:
+    curves = home / "runs" / "digits" / "curves.png"
+    before = curves.read_bytes()
+    curves.unlink()
+    assert launcher("plot", "runs/digits", cwd=home).exit_code == 0
+    assert curves.read_bytes() == before
+
+
+def test_plan_shows_what_follows(home: Path) -> None:
+    planned = launcher("plan", JOBS / "digits.yaml", "store=elsewhere", "--json", cwd=home).document
+    assert planned["total_steps"] == 220
+    assert planned["steps_per_epoch"] == 22
+    assert planned["shards_by_worker"] == [2, 2]
+    assert [group["pattern"] for group in planned["groups"]] == ["*.bias", "(rest)"]
+    text = launcher("plan", JOBS / "digits.yaml", "store=elsewhere", cwd=home).stdout
+    assert "*.bias" in text
+    assert "220" in text
+    assert not (home / "elsewhere" / "digits").exists(), "a plan leaves no run behind"
+
+
+def test_schema_lists_the_language(home: Path) -> None:
+    assert "train.shards" in launcher("schema", "--json", cwd=home).document
+    assert "shards" in launcher("schema", cwd=home).stdout

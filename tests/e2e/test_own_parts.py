@@ -1,0 +1,93 @@
+"""A model, data and a loss of one's own, beside the job file; and what happens when they raise."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import Ended, events, launcher
+
+MINE = '''
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+
+class Points(Dataset):
+    """x in the unit square; the class says on which side of the diagonal it lies."""
+
+    def __init__(self, length, noise=0.0, broken_at=None):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.rand(length, 2, generator=generator)
+        self.noise, self.broken_at = noise, broken_at
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, number):
+        if number == self.broken_at:
+            raise OSError(f"disk of sample {number} is on fire")
+        x = self.x[number] + self.noise * torch.randn(2)
+        return x, torch.tensor(float(self.x[number].sum() > 1))
+
+
+def side(width):
+    return nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 1), nn.Flatten(0))
+
+
+def distance(output, target, power=2.0):
+    return (output - target).abs() ** power
+
+
+class Descent(torch.optim.SGD):
+    pass
+'''
+JOB = """
+model: {_target_: mine.side, width: 16}
+data:
+  train: {_target_: mine.Points, length: 256, noise: 0.05}
+  val: {_target_: mine.Points, length: 37}
+loss: {_target_: mine.distance, power: 2.0}
+optimizer: {_target_: mine.Descent, lr: 0.1}
+train: {epochs: 3, global_batch: 32, shards: 4}
+workers: {num: 2}
+tracking: {mode: disabled}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "own.yaml").write_text(JOB)
+    return tmp_path
+
+
+def run(home: Path, *overrides: str) -> Ended:
+    return launcher("run", home / "own.yaml", *overrides, "--json", cwd=home / "work")
+
+
+def test_own_parts_train(home: Path) -> None:
+    ended = run(home)
+    assert ended.exit_code == 0, ended.stderr
+    result = ended.document
+    assert result["step"] == 24
+    assert result["metrics"]["val/loss"] < 0.25
+    assert "val/accuracy" not in result["metrics"], "float targets have no classes"
+    assert Path(result["run"]) == home / "work/runs/own"
+
+
+def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
+    ended = run(home, "data.train.broken_at=250", "workers.max_failures=5")
+    assert ended.exit_code == 1
+    assert ended.stdout == ""
+    assert ended.stderr.count("OSError: disk of sample 250 is on fire") == 2, "in the message and in the traceback"
+    assert ended.stderr.count("Traceback (most recent call last)") == 1
+    assert 'mine.py", line' in ended.stderr
+    assert "/jobs/loop.py" not in ended.stderr
+    assert "worker" in ended.stderr
+    assert "step" in ended.stderr
+    started = events(home / "work/runs/own", "attempt_started")
+    assert len(started) == 1, "an error of the code burns no retries"
+    status = launcher("status", home / "work/runs/own", "--json", cwd=home).document
+    assert status["status"] == "failed"
+    assert "disk of sample 250" in status["error"]

@@ -1,0 +1,110 @@
+"""A run is a function of its description: any number of workers, stopped, killed, resumed elsewhere."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
+
+SHORT = ("train.epochs=3", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
+
+
+def run_short(cwd: Path, *overrides: str) -> Ended:
+    return launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """The digest and the rows of a run on one worker."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    ended = run_short(home, "workers.num=1")
+    assert ended.exit_code == 0, ended.stderr
+    return ended.document["state_sha256"], rows(home / "runs/digits")
+
+
+def assert_same(ended: Ended, home: Path, undisturbed: tuple[str, bytes]) -> None:
+    assert ended.exit_code == 0, ended.stderr
+    assert ended.document["status"] == "completed"
+    assert ended.document["state_sha256"] == undisturbed[0]
+    assert rows(home / "runs/digits") == undisturbed[1]
+
+
+@pytest.mark.parametrize("workers", [3, 4])
+def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    assert_same(run_short(tmp_path, f"workers.num={workers}"), tmp_path, undisturbed)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
+    running.wait_until(checkpointed(tmp_path / "runs/digits", 10))
+    running.signal_group(signal.SIGINT)
+    stopped = running.wait()
+    assert stopped.exit_code == 130, stopped.stderr
+    assert stopped.document["status"] == "stopped"
+    assert checkpointed(tmp_path / "runs/digits", stopped.document["step"])()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    resumed = launcher("resume", tmp_path / "runs/digits", "workers.num=3", "--json", cwd=elsewhere)
+    assert_same(resumed, tmp_path, undisturbed)
+    assert resumed.document["attempts"] == 2
+
+
+def test_kill_of_the_whole_group(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
+    running.wait_until(checkpointed(tmp_path / "runs/digits", 30))
+    running.signal_group(signal.SIGKILL)
+    assert running.wait().exit_code == -signal.SIGKILL
+    status = launcher("status", tmp_path / "runs/digits", "--json", cwd=tmp_path).document
+    assert status["status"] == "failed", "nobody is running it any more"
+    resumed = launcher("resume", tmp_path / "runs/digits", "workers.num=1", "--json", cwd=tmp_path)
+    assert_same(resumed, tmp_path, undisturbed)
+
+
+def test_max_steps_stops_in_mid_epoch_and_resume_lifts_it(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    stopped = run_short(tmp_path, "train.max_steps=37")
+    assert stopped.exit_code == 0
+    assert stopped.document["status"] == "stopped"
+    assert stopped.document["step"] == 37
+    resumed = launcher("resume", tmp_path / "runs/digits", "--json", cwd=tmp_path)
+    assert_same(resumed, tmp_path, undisturbed)
+
+
+def test_a_killed_training_process_is_replaced(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
+    run = tmp_path / "runs/digits"
+    running.wait_until(checkpointed(run, 20))
+    killed = training_processes(running.pid)[0]
+    os.kill(killed, signal.SIGKILL)
+    ended = running.wait()
+    assert_same(ended, tmp_path, undisturbed)
+    (lost,) = events(run, "worker_lost")
+    assert lost["reason"] == "killed by SIGKILL"
+    assert ended.document["attempts"] == 2
+
+
+def training_processes(driver: int) -> list[int]:
+    """The processes that train: grandchildren of Ray's workers, forked from the fork servers of this run's session."""
+    parents = {}
+    servers = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            command = (entry / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(entry.name)] = int(fields[1])
+        if "multiprocessing.forkserver" in command:
+            servers.add(int(entry.name))
+    return [pid for pid in servers if parents[pid] in servers and driver in ancestors(pid, parents)]
+
+
+def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
+    found = set()
+    while pid in parents:
+        pid = parents[pid]
+        found.add(pid)
+    return found
