@@ -209,6 +209,10 @@ class BestSpec:
     mode: Literal["min", "max"]
     """Whether smaller or larger is better."""
 
+    def __post_init__(self) -> None:
+        if self.metric not in ("val/loss", "val/accuracy"):
+            raise FieldError("metric", f"must be val/loss or val/accuracy, got {self.metric!r}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSpec:

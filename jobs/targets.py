@@ -70,7 +70,9 @@ def check_arguments(function: Callable[..., Any], names: Sequence[str], key: str
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return  # some C functions tell nothing; calling them will
-    parameters = list(signature.parameters.values())[given:]
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    parameters = parameters[min(given, len(positional)) :]  # *args takes what is given beyond
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for name in names:

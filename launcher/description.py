@@ -247,6 +247,8 @@ def _override(job: dict[str, Any], override: str) -> str:
 def _override_value(key: str, text: str) -> Any:
     if not text.strip():
         raise FieldError(key, f"has no value; write {key}=null for none")
+    if text.startswith("*"):  # a pattern: within one value there is nothing that a YAML alias could refer to
+        return text
     name = "value"
     line = f"{name}: {text}".rstrip()
     try:

@@ -41,6 +41,7 @@ class RunState:
     status: str = "running"
     step: int = 0
     epoch: int = 0
+    """Epochs completed."""
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
@@ -212,10 +213,11 @@ class Driver:
         row, state = message["row"], self.state
         self._metrics.append(row)
         self._tracker.log(row | self._throughput(message["time"], row["samples"]))
-        state.step, state.epoch, state.samples = row["step"], row["epoch"], row["samples"]
+        state.step, state.samples = row["step"], row["samples"]
+        state.epoch = row["step"] // self._plan.steps_per_epoch
         state.metrics |= {name: value for name, value in row.items() if "/" in name}
         self._display.update(
-            epoch=state.epoch,
+            epoch=row["epoch"],
             epochs=self._spec.train.epochs,
             step=state.step,
             total_steps=self._plan.end_step,

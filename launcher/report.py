@@ -225,14 +225,11 @@ def _spent(result: Mapping[str, Any]) -> str | None:
 
 
 def _next_commands(status: str, run: str) -> list[tuple[str, str]]:
-    plot, logs = (f"launcher plot {run}", "draw the curves"), (f"launcher logs {run}", "read what the workers wrote")
-    resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
-    return {
-        "completed": [plot, (f"launcher checkpoints {run}", "see what was saved")],
-        "stopped": [resume],
-        "failed": [resume, logs],
-        "running": [(f"launcher logs {run} -f", "watch it")],
-    }[status]
+    if status == "completed":
+        return [(f"launcher plot {run}", "draw the curves"), (f"launcher checkpoints {run}", "see what was saved")]
+    if status == "running":
+        return [(f"launcher status {run}", "see how far it is")]
+    return [(f"launcher resume {run}", "go on from the newest good checkpoint")]
 
 
 def _age(result: Mapping[str, Any], now: float) -> str | None:

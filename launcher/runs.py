@@ -170,7 +170,7 @@ def _train(
     run.write_job(description.text)
     _note_attempt(run, spec, plan, import_paths)
     tracker = _open_tracker(run, spec, display)
-    driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run), display=display, tracker=tracker)
+    driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run, plan), display=display, tracker=tracker)
 
     def start_group() -> WorkerGroup:
         display.phase("starting workers")
@@ -212,13 +212,13 @@ def _refuse_second_driver(run: RunDirectory, status: dict[str, Any] | None) -> N
         raise ClusterError(f"{run.url}: process {status['pid']} on this machine is running it; stop that one first")
 
 
-def _state_so_far(run: RunDirectory) -> RunState:
+def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None:
         state.attempts, state.seconds, state.best = status["attempts"], status["seconds"], status["best"]
     for row in run.metrics().read():
-        state.step, state.epoch, state.samples = row["step"], row["epoch"], row["samples"]
+        state.step, state.epoch, state.samples = row["step"], row["step"] // plan.steps_per_epoch, row["samples"]
         state.metrics |= {name: value for name, value in row.items() if "/" in name}
     steps = run.checkpoints.steps()
     if steps:

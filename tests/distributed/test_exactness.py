@@ -53,9 +53,7 @@ def test_loader_processes_give_the_same_bits(undisturbed: Outcome, tmp_path: Pat
     assert outcome.digests[3] == undisturbed.digests[3]
 
 
-@pytest.mark.parametrize(
-    "change", [{"shards": 6}, {"precision": "bf16"}, {"clip_norm": None}], ids=str
-)
+@pytest.mark.parametrize("change", [{"shards": 6}, {"precision": "bf16"}, {"clip_norm": None}], ids=str)
 def test_another_description_gives_other_bits(undisturbed: Outcome, tmp_path: Path, change: dict[str, object]) -> None:
     outcome = run_job(full_job(tmp_path, "run", **change, max_steps=3), world_size=1)
 

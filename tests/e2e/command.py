@@ -13,7 +13,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
 JOBS = CHECKOUT / "jobs"
-_LAUNCHER = [sys.executable, "-m", "launcher.cli"]
+_LAUNCHER = [str(Path(sys.executable).parent / "launcher")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ CASES: list[tuple[str, dict[str, Any], Tensors, Tensors]] = [
     ("CrossEntropyLoss", {"ignore_index": 255, "weight": WEIGHT, "label_smoothing": 0.1},
      lambda: logits(2, 3), lambda: some_ignored(2, 3, index=255)),
     ("CrossEntropyLoss", {}, logits, probabilities),
+    ("CrossEntropyLoss", {"weight": WEIGHT, "label_smoothing": 0.1}, logits, probabilities),
     ("NLLLoss", {}, log_probabilities, labels),
     ("NLLLoss", {"weight": WEIGHT}, log_probabilities, labels),
     ("NLLLoss", {"weight": WEIGHT, "ignore_index": -100}, lambda: log_probabilities(3), lambda: some_ignored(3)),

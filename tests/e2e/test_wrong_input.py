@@ -1,0 +1,102 @@
+"""Wrong input costs nothing: one line that says where, what and what to do, exit code 2, before Ray starts."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launcher.cli import main
+from tests.e2e.command import JOBS, launcher
+
+DIGITS = str(JOBS / "digits.yaml")
+
+WITHOUT_TORCH = {
+    "unknown key": (["train.epoch=3"], "train.epoch is not a known key.*did you mean 'epochs'"),
+    "wrong type": (["train.epochs=ten"], "train.epochs must be a whole number, got 'ten'"),
+    "not a number": (["optimizer.lr=.nan"], "optimizer.lr must be .*finite.*got nan"),
+    "infinite": (["train.clip_norm=.inf"], "train.clip_norm must be finite and above 0, got inf"),
+    "negative": (["train.epochs=-1"], "train.epochs must be at least 1, got -1"),
+    "zero": (["train.global_batch=0"], "train.global_batch must be at least 1, got 0"),
+    "indivisible batch": (["train.global_batch=65"], "train.global_batch must divide by train.shards=4, got 65; write 68 or 64"),
+    "more workers than shards": (["workers.num=5"], "workers.num must be at most train.shards=4, got 5"),
+    "more workers than cores": (["train.shards=64", "train.global_batch=64", "workers.num=64"], "workers.num must be at most .* cores"),
+    "unknown metric": (["checkpoint.best.metric=val/f1"], "checkpoint.best.metric must be val/loss or val/accuracy, got 'val/f1'"),
+    "no key=value": (["workers.num"], "workers.num"),
+}  # fmt: skip
+
+WITH_TORCH = {
+    "unknown loss": (["loss._target_=CrossEntropyLos"], "loss._target_ names nothing in torch.nn, got 'CrossEntropyLos'.*did you mean 'CrossEntropyLoss'"),
+    "unknown optimizer": (["optimizer._target_=SDG"], "optimizer._target_ names nothing in torch.optim, got 'SDG'.*did you mean 'SGD'"),
+    "unknown model": (["model._target_=jobs.models.Nett"], "model._target_ 'jobs.models.Nett': jobs.models has no 'Nett'.*did you mean 'Net'"),
+    "unknown module": (["model._target_=nowhere.Net"], "model._target_ 'nowhere.Net': there is no module 'nowhere'"),
+    "unknown argument": (["model.num_clases=10"], "model.num_clases is no argument of Net.*did you mean 'num_classes'"),
+    "unknown argument of a group": (["optimizer.groups[0].weight_deca=0"], r"optimizer.groups\[0\].weight_deca is no argument of SGD.*did you mean 'weight_decay'"),
+    "missing argument": (["scheduler={_target_: StepLR}"], "scheduler.step_size is missing: StepLR needs it"),
+    "senseless argument": (["optimizer.momentum=-1"], "optimizer: SGD raised ValueError: Invalid momentum value: -1"),
+    "pattern matches nothing": (["optimizer.groups[0].match=*.bais"], r"optimizer.groups\[0\].match matches no parameter, got '\*.bais'"),
+    "dataset smaller than a batch": (["train.global_batch=2048"], "train.global_batch must be at most the 1437 samples of data.train, got 2048"),
+    "labels outside the classes": (["model.num_classes=5"], "data.train: the label of sample .* must lie between 0 and 4, the model's classes"),
+    "output does not fit the loss": (["loss={_target_: MSELoss}"], r"loss: MSELoss of output \[16, 10\] torch.float32 and target \[16\] torch.int64 raised"),
+    "input does not fit the model": (["model.in_channels=3"], r"model: forward on inputs of shape \[16, 1, 32, 32\] raised"),
+    "store cannot be written": (["store=/proc/nowhere"], "store: .*/proc/nowhere"),
+    "store of one process": (["store=memory://runs"], "store 'memory://runs' is seen by one process alone"),
+    "wrong plan value": (["data.train.length=${plan.total_steps}"], "data.train.length"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_said_within_half_a_second(name: str, tmp_path: Path) -> None:
+    overrides, expected = WITHOUT_TORCH[name]
+    seconds = []
+    for _ in range(3):  # the machine may be busy; the shortest of three is what the command takes
+        began = time.monotonic()
+        ended = launcher("run", DIGITS, *overrides, cwd=tmp_path)
+        seconds.append(time.monotonic() - began)
+        assert_refused(ended.exit_code, ended.stdout, ended.stderr, expected)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", WITH_TORCH)
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_said_before_ray_starts(verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides, expected = WITH_TORCH[name]
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(main, [verb, DIGITS, *overrides])
+    assert_refused(ended.exit_code, ended.stdout, ended.stderr, expected)
+    assert not (tmp_path / "runs" / "digits").exists()
+    assert not is_ray_running()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    ended = launcher("run", "nowhere.yaml", cwd=tmp_path)
+    assert_refused(ended.exit_code, ended.stdout, ended.stderr, "nowhere.yaml: there is no such file")
+
+
+def test_bad_yaml_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("model: {_target_: a.B}\nloss: [1, 2\n")
+    ended = launcher("plan", "job.yaml", cwd=tmp_path)
+    assert_refused(ended.exit_code, ended.stdout, ended.stderr, "job.yaml: .*line [23]")
+
+
+@pytest.mark.parametrize("verb", ["status", "resume", "plot", "checkpoints"])
+def test_no_such_run(verb: str, tmp_path: Path) -> None:
+    ended = launcher(verb, "runs/nothing", cwd=tmp_path)
+    assert_refused(ended.exit_code, ended.stdout, ended.stderr, "runs/nothing is no run")
+
+
+def assert_refused(exit_code: int, stdout: str, stderr: str, expected: str) -> None:
+    assert exit_code == 2, stderr
+    assert stdout == ""
+    (line,) = stderr.strip().splitlines()
+    assert re.search(expected, line), line
+
+
+def is_ray_running() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
