@@ -122,6 +122,19 @@ def checkpoints(run_url: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
+@click.option("--worker", type=int, help="Only this worker's.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+def logs(run_url: str, worker: int | None, follow: bool) -> None:
+    """Print what RUN's workers printed, as far as it has reached the run directory."""
+    from launcher.status import log_pieces
+
+    for name, piece in log_pieces(_existing_run(run_url), worker, follow=follow):
+        click.echo(f"--- {name}", err=True)
+        click.echo(piece, nl=not piece.endswith("\n"))
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
 @_json_option
 def plot(run_url: str, as_json: bool) -> None:
     """Draw RUN's curves.png from its metrics."""

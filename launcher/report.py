@@ -68,8 +68,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """The last words about a run, for a person: how it stands, and the next command to type.
 
     Args:
-        result: The document of ``--json``; only ``run`` and ``status`` must be there. Its ``epoch``
-            counts from 0 and is written from 1, as on the progress display.
+        result: The document of ``--json``; only ``run`` and ``status`` must be there.
     """
     run, status = result["run"], result["status"]
     facts: list[tuple[str, str | None]] = [
@@ -108,7 +107,7 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
                 result["run"].rstrip("/").rsplit("/", 1)[-1],
                 result["status"],
                 result.get("step"),
-                _epoch(result),
+                result.get("epoch"),
                 *(_metrics(result).get(name) for name in measured),
                 _best(result),
                 _age(result, now),
@@ -178,10 +177,6 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
     return dict(sorted(metrics.items(), key=lambda item: not _is_val(item[0])))
 
 
-def _epoch(result: Mapping[str, Any]) -> int | None:
-    return None if result.get("epoch") is None else result["epoch"] + 1
-
-
 def _is_numeric(column: Sequence[Any]) -> bool:
     cells = [cell for cell in column if cell is not None]
     return bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
@@ -201,7 +196,7 @@ def _aligned(margin: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _position(result: Mapping[str, Any]) -> str:
-    counts = {"step": result.get("step"), "epoch": _epoch(result)}
+    counts = {"step": result.get("step"), "epoch": result.get("epoch")}
     parts = [f"{name} {count:,}" for name, count in counts.items() if count is not None]
     if result.get("samples") is not None:
         parts.append(f"{result['samples']:,} samples")
@@ -210,7 +205,9 @@ def _position(result: Mapping[str, Any]) -> str:
 
 def _best(result: Mapping[str, Any]) -> str | None:
     best = result.get("best")
-    return best and f"{best['metric']} {_cell(best['value'])} at step {best['step']:,}"
+    if best is None or best["value"] is None:
+        return None
+    return f"{best['metric']} {number(best['value'])} at step {best['step']:,}"
 
 
 def _counted(result: Mapping[str, Any], name: str) -> str | None:
@@ -228,8 +225,9 @@ def _next_commands(status: str, run: str) -> list[tuple[str, str]]:
     if status == "completed":
         return [(f"launcher plot {run}", "draw the curves"), (f"launcher checkpoints {run}", "see what was saved")]
     if status == "running":
-        return [(f"launcher status {run}", "see how far it is")]
-    return [(f"launcher resume {run}", "go on from the newest good checkpoint")]
+        return [(f"launcher logs {run} --follow", "see what the workers write")]
+    resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
+    return [resume, (f"launcher logs {run}", "read what the workers wrote")] if status == "failed" else [resume]
 
 
 def _age(result: Mapping[str, Any], now: float) -> str | None:

@@ -3,11 +3,13 @@
 import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from cluster.errors import CheckpointError
 from cluster.run_directory import RunDirectory
 
+_FOLLOW_INTERVAL_S = 2.0
 _SILENCE_S = 120.0
 """A driver writes every few seconds; one that has not for this long is gone."""
 
@@ -51,6 +53,22 @@ def verify_checkpoints(run: RunDirectory) -> list[dict[str, Any]]:
             }
         )
     return documents
+
+
+def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterator[tuple[str, str]]:
+    """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended."""
+    shown: dict[str, int] = {}
+    while True:
+        is_last = not follow or read_status(run)["status"] != "running"
+        for name in run.log_names(rank=worker):
+            text = run.read_log(name).decode(errors="replace")
+            new = text[shown.get(name, 0) :]
+            shown[name] = len(text)
+            if new:
+                yield name, new
+        if is_last:
+            return
+        time.sleep(_FOLLOW_INTERVAL_S)
 
 
 def _is_gone(status: dict[str, Any]) -> bool:

@@ -281,8 +281,9 @@ def main() -> None:
     for block in measure(settings):
         blocks[block.arm].append(block)
     document: dict[str, Any] = {}
-    print(f"ResNet-18, 64x64, {_PER_WORKER} a worker, {settings.workers} gloo workers of 1 thread; ms, and ratios to bare")
-    print(f"{'arm':8} {'steps':>5} {'step':>7} {'quartiles':>15} {'ratio':>7} {'quartiles':>15} {'cpu':>7} {'quartiles':>15}")
+    print(f"ResNet-18, 64x64, {_PER_WORKER} a worker, {settings.workers} gloo workers of 1 thread; ratios are to bare")
+    columns = "".join(f" {name:>7} {'quartiles':>15}" for name in ("step ms", "ratio", "cpu"))
+    print(f"{'arm':8} {'steps':>5}{columns}")
     for arm, own in blocks.items():
         step_ms = _Quartiles.of([1000 * seconds for block in own for seconds in block.times])
         ratio = _Quartiles.of([sum(a.times) / sum(b.times) for a, b in zip(own, blocks["bare"])])

@@ -16,8 +16,24 @@ STEPS_PER_EPOCH, STEPS = 4, 12
 UNFROZEN_FROM_STEP = STEPS_PER_EPOCH
 
 
+class Centre(nn.Module):
+    """Subtracts a running mean; unlike BatchNorm's, its buffer is read in training too."""
+
+    mean_K: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_K", torch.zeros(features))
+
+    def forward(self, features_NK: Tensor) -> Tensor:
+        centred_NK = features_NK - self.mean_K
+        if self.training:
+            self.mean_K.lerp_(features_NK.detach().mean(dim=0), 0.5)
+        return centred_NK
+
+
 class Net(nn.Module):
-    """BatchNorm, dropout, and weights for more than one bucket of DDP, the first of which holds 1 MiB.
+    """Buffers of two kinds, dropout, and weights for more than one bucket of DDP, the first of which holds 1 MiB.
 
     Shapes:
         images_N188 -> logits_NK
@@ -27,6 +43,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, 6, kernel_size=3)
         self.norm = nn.BatchNorm2d(6)
+        self.centre = Centre(54)
         self.fc1 = nn.Linear(54, 511)
         self.fc2 = nn.Linear(511, 517)
         self.fc3 = nn.Linear(517, CLASSES)
@@ -34,7 +51,7 @@ class Net(nn.Module):
 
     def forward(self, images_N188: Tensor) -> Tensor:
         features_N633 = max_pool2d(relu(self.norm(self.conv(images_N188))), 2)
-        hidden_NK = relu(self.fc1(self.dropout(features_N633.flatten(start_dim=1))))
+        hidden_NK = relu(self.fc1(self.dropout(self.centre(features_N633.flatten(start_dim=1)))))
         return self.fc3(self.dropout(relu(self.fc2(hidden_NK))))
 
 

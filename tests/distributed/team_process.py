@@ -29,7 +29,7 @@ from jobs.state import decode, digest, to_host
 from jobs.team import Team
 from jobs.worker import meet, train
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 multiprocessing.forkserver.set_forkserver_preload(["jobs.worker", __name__])
 

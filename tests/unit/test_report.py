@@ -3,8 +3,6 @@
 import io
 import math
 import random
-import subprocess
-import sys
 from typing import Any
 
 import matplotlib.image
@@ -19,7 +17,7 @@ RESULT: dict[str, Any] = {
     "run": "s3://bucket/runs/digits",
     "status": "completed",
     "step": 220,
-    "epoch": 9,
+    "epoch": 10,
     "samples": 14080,
     "metrics": {"train/loss": 0.412, "lr/0": 0.05, "val/loss": 0.31, "val/accuracy": 0.94},
     "best": {"metric": "val/accuracy", "value": 0.951, "step": 198},
@@ -120,11 +118,11 @@ class TestSummary:
 
     @pytest.mark.parametrize(
         ("status", "command"),
-        [("stopped", "resume"), ("failed", "resume"), ("running", "status"), ("completed", "plot")],
+        [("stopped", "resume"), ("failed", "resume"), ("running", "logs"), ("completed", "plot")],
     )
     def test_it_ends_with_the_next_command(self, status: str, command: str) -> None:
         end = summary(RESULT | {"status": status, "run": "/runs/my run"}).rsplit("\n\n", 1)[1]
-        assert end.startswith(f"next: launcher {command} '/runs/my run'  ")
+        assert end.startswith(f"next: launcher {command} '/runs/my run' ")
 
     def test_a_failure_says_why(self) -> None:
         error = "digits.yaml: model raised\nTraceback ..."
@@ -132,13 +130,15 @@ class TestSummary:
 
     def test_what_is_not_known_is_left_out(self) -> None:
         assert summary({"run": "runs/a", "status": "failed"}) == (
-            "runs/a failed\n\nnext: launcher resume runs/a  go on from the newest good checkpoint"
+            "runs/a failed\n\n"
+            "next: launcher resume runs/a  go on from the newest good checkpoint\n"
+            "      launcher logs runs/a    read what the workers wrote"
         )
 
     def test_null_is_no_value(self) -> None:
         best = {"metric": "val/loss", "value": None, "step": 3}
         text = summary(RESULT | {"metrics": {"val/loss": None, "train/loss": 0.5}, "best": best})
-        assert "  val/loss" not in text
+        assert "val/loss" not in text
         assert "  train/loss  0.5000" in text
 
 
@@ -151,7 +151,7 @@ class TestRunsTable:
             "name        status     step  epoch  val/loss  val/accuracy  best                             updated",
             "digits      completed   220     10    0.3100        0.9400  val/accuracy 0.9510 at step 198  16 min ago",
             "regression  running                   0.5000                                                 5 s ago",
-            "fresh       failed        0      1",
+            "fresh       failed        0      0",
         ]
 
     @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ class TestCurves:
             [{"step": 1, "epoch": 0, "train/loss": -1e308}, {"step": 2, "epoch": 0, "train/loss": 1.7e308}],
             [{"step": 1, "epoch": 0, "train/loss": 1e299}, {"step": 2, "epoch": 0, "train/loss": math.inf}],
             [{"step": step, "epoch": 0, "train/loss": 0.0} for step in range(1, 50)],
-            [{"step": step, "epoch": 0, **{f"lr/{group}": 0.1 / (group + 1) for group in range(12)}} for step in (1, 2)],
+            [{"step": step, **{f"lr/{group}": 0.1 / (group + 1) for group in range(12)}} for step in (1, 2)],
         ],
         ids=[
             "none", "one", "two", "no val", "usual", "regression", "only val", "only lr", "no values", "all nan",
@@ -200,7 +200,7 @@ class TestCurves:
         rows = rows_of(30, val_every=10)
         assert draw_curves(rows, "digits") == draw_curves(reversed(rows), "digits")
 
-    @pytest.mark.parametrize("title", ["$unclosed_", "ünïcode", "日本 🚀", "x" * 300, ""])
+    @pytest.mark.parametrize("title", ["$x_$", "ünïcode", "日本 🚀", "x" * 300, ""])
     def test_any_title(self, title: str) -> None:
         assert draw_curves([], title)
 
@@ -242,17 +242,18 @@ class TestCurves:
         ]
         lines = figure_of(rows).axes[0].lines
         assert [line.get_label() for line in lines] == ["groups 0, 2", "group 1", "group 10"]
-        assert [len(line.get_xydata()) for line in lines] == [10, 10, 5]
+        assert [np.asarray(line.get_xdata()).size for line in lines] == [10, 10, 5]
 
     def test_epochs_stand_above(self) -> None:
-        axes = figure_of(rows_of(220, val_every=22)).axes[0]
+        figure = figure_of(rows_of(220, val_every=22))
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
         [epochs] = axes.child_axes
-        epochs.figure.canvas.draw()
         low, high = axes.get_xlim()
         assert epochs.get_xlim() == pytest.approx((low / 22, high / 22))
 
     def test_a_long_run_keeps_its_spikes(self) -> None:
-        points = [(step, 1.0) for step in range(100_000)]
+        points: report.Points = [(step, 1.0) for step in range(100_000)]
         points[51_234] = (51_234, 9.0)
         points[51_235] = (51_235, -9.0)
         thinned = report._thin(points)
@@ -261,17 +262,13 @@ class TestCurves:
         assert {(51_234, 9.0), (51_235, -9.0)} <= set(thinned)
 
     def test_thinning_keeps_gaps(self) -> None:
-        points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
+        points: report.Points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
         thinned = report._thin(points)
         assert all(math.isnan(value) == (step >= 5000) for step, value in thinned)
         assert thinned[-1][0] > 9900
 
     def test_smoothing_neither_lags_nor_hides_the_start(self) -> None:
-        line = [(step, 3.0 * step) for step in range(400)]
+        line: report.Points = [(step, 3.0 * step) for step in range(400)]
         smoothed = report._smooth(line)
         assert smoothed[0] == line[0]
         assert smoothed[200] == pytest.approx(line[200])
-
-    def test_importing_the_module_does_not_import_matplotlib(self) -> None:
-        code = "import sys, launcher.report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
