@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,6 +260,11 @@ def _run_training(connection: Connection, task: Task, log_path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     os.chdir(task.working_directory)
     sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    print(
+        f"{began}: worker {task.rank} of {task.world_size}, attempt {task.attempt}, "
+        f"process {os.getpid()} on {socket.gethostname()}"
+    )
     link = Link(connection)
     try:
         module, _, function = task.entry.partition(":")

@@ -101,7 +101,7 @@ class Loop:
         denominator = self._weighed_denominator(micro_batches)
         buffers = list(self.parts.model.buffers())
         # Every shard starts from the buffers of the step's start, and shard 0's are everyone's at its end.
-        several = len(team.block) > 1
+        several = len(team.block) > 1 and bool(buffers)
         at_start = [buffer.clone() for buffer in buffers] if several else []
         of_first: list[Tensor] = []
         for shard, (inputs, target) in zip(team.block, micro_batches):
@@ -117,12 +117,12 @@ class Loop:
             tallies.append(loss.tally(output, target, numerator))
             if several:
                 of_first = of_first or [buffer.clone() for buffer in buffers]
-                _copy(at_start, buffers)
+                torch._foreach_copy_(buffers, at_start)
             if not is_last:
                 team.set_aside_gradients(shard, self.trained)
         team.step_done()
         if several:
-            _copy(of_first, buffers)
+            torch._foreach_copy_(buffers, of_first)
         team.share_buffers(buffers)
         assert denominator is not None
         return torch.stack(tallies), denominator
@@ -243,8 +243,3 @@ class Loop:
         if self.spec.train.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
-
-
-def _copy(sources: list[Tensor], destinations: list[Tensor]) -> None:
-    for source, destination in zip(sources, destinations):
-        destination.copy_(source)

@@ -1,5 +1,6 @@
 """Everything that a description names, built: what the plan tries out and what a worker trains with."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,8 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
     # A debugging aid that comes along with the above, and writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
+        if spec.train.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it first computes
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32
         torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark

@@ -65,8 +65,8 @@ class Team:
             same = [buffer for buffer in buffers if buffer.dtype == dtype]
             flat = torch.cat([buffer.reshape(-1) for buffer in same])
             dist.broadcast(flat, src=0)
-            for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same])):
-                buffer.copy_(values.view_as(buffer))
+            values = flat.split([buffer.numel() for buffer in same])
+            torch._foreach_copy_(same, [value.view_as(buffer) for value, buffer in zip(values, same)])
 
     def sum_over_shards(self, values: Sequence[Tensor]) -> float:
         """The exact sum over all shards of one number each; waits for everybody."""

@@ -34,6 +34,8 @@ def main(link: Link, task: Task) -> None:
     spec: JobSpec = task.content
     device = torch.device("cuda", 0) if task.on_gpu else torch.device("cpu")
     progress = Progress()
+    if task.on_gpu:
+        torch.cuda.set_device(device)
     try:
         meet(link, task, spec.workers.timeout_s)
         team = Team(

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from cluster.errors import DescriptionError, LauncherError, TrainingError
+from cluster.errors import DescriptionError, Interrupted, LauncherError, TrainingError
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -30,6 +30,9 @@ class _Verbs(click.Group):
             if isinstance(error, TrainingError) and error.traceback:
                 click.echo(error.traceback, err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted before training began", err=True)
+            ctx.exit(Interrupted.exit_code)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -188,7 +191,7 @@ def _show_result(work: Callable[[Any], dict[str, Any]], as_json: bool) -> None:
     interrupted = result.pop("interrupted", False)
     _show(result, summary(result), as_json)
     if interrupted and result["status"] == "stopped":
-        sys.exit(130)
+        sys.exit(Interrupted.exit_code)
 
 
 def _show(document: Any, text: str, as_json: bool) -> None:

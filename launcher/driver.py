@@ -287,7 +287,8 @@ class Driver:
         if self._failures > self._spec.workers.max_failures:
             raise ClusterError(
                 f"{where}: {reason} at step {self.state.step}, and "
-                f"workers.max_failures={self._spec.workers.max_failures} is used up; see {self._log_name(rank)}, then resume"
+                f"workers.max_failures={self._spec.workers.max_failures} is used up; "
+                f"see {self._log_name(rank)}, then resume"
             )
         self._display.warn(f"{where}: {reason} at step {self.state.step}; starting anew from the newest checkpoint")
         self._start_attempt()

@@ -99,7 +99,9 @@ def check_machine(spec: JobSpec) -> None:
     cores = num_cores()
     most = int(cores / spec.workers.cpus)
     if most < 1:
-        raise DescriptionError(f"workers.cpus must be at most {cores}, the cores of this machine, got {spec.workers.cpus:g}")
+        raise DescriptionError(
+            f"workers.cpus must be at most {cores}, the cores of this machine, got {spec.workers.cpus:g}"
+        )
     if spec.workers.num > most:
         raise DescriptionError(
             f"workers.num must be at most {most} on this machine, which has {cores} cores for workers of "

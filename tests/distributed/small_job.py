@@ -19,16 +19,14 @@ UNFROZEN_FROM_STEP = STEPS_PER_EPOCH
 class Centre(nn.Module):
     """Subtracts a running mean; unlike BatchNorm's, its buffer is read in training too."""
 
-    mean_K: Tensor
-
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("mean_K", torch.zeros(features))
+        self.register_buffer("mean", torch.zeros(features))
 
     def forward(self, features_NK: Tensor) -> Tensor:
-        centred_NK = features_NK - self.mean_K
+        centred_NK = features_NK - self.mean
         if self.training:
-            self.mean_K.lerp_(features_NK.detach().mean(dim=0), 0.5)
+            self.mean.lerp_(features_NK.detach().float().mean(dim=0), 0.5)
         return centred_NK
 
 

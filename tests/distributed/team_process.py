@@ -67,7 +67,7 @@ def run_job(spec: JobSpec, world_size: int, *, stop_after: int | None = None) ->
         stop_after: Rank 0 hears a wish to stop when it has told of this step.
     """
     outcome = run_processes(train_job, spec, world_size, stop_after=stop_after)
-    assert not outcome.failures, outcome.failures
+    assert not outcome.failures, "\n".join(outcome.failures.values())
     return outcome
 
 

@@ -77,10 +77,10 @@ def test_own_parts_train(home: Path) -> None:
 
 
 def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
-    ended = run(home, "data.train.broken_at=250", "workers.max_failures=5")
+    ended = run(home, "data.train.broken_at=100", "workers.max_failures=5")
     assert ended.exit_code == 1
     assert ended.stdout == ""
-    assert ended.stderr.count("OSError: disk of sample 250 is on fire") == 2, "in the message and in the traceback"
+    assert ended.stderr.count("OSError: disk of sample 100 is on fire") == 2, "in the message and in the traceback"
     assert ended.stderr.count("Traceback (most recent call last)") == 1
     assert 'mine.py", line' in ended.stderr
     assert "/jobs/loop.py" not in ended.stderr
@@ -90,4 +90,4 @@ def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     assert len(started) == 1, "an error of the code burns no retries"
     status = launcher("status", home / "work/runs/own", "--json", cwd=home).document
     assert status["status"] == "failed"
-    assert "disk of sample 250" in status["error"]
+    assert "disk of sample 100" in status["error"]
