@@ -48,6 +48,7 @@ class Loop:
         progress: Progress,
         team: Team,
         *,
+        metrics: Mapping[str, float],
         on_row: Callable[[dict[str, float]], None],
         save: Callable[[dict[str, float]], None],
         stop_wanted: Callable[[], bool],
@@ -59,6 +60,7 @@ class Loop:
             parts: Model, optimizer and the rest, at the state of ``progress``.
             progress: Where to go on.
             team: The workers and the way to exchange gradients.
+            metrics: The newest metrics at that state.
             on_row: Takes a row of metrics; the same on every rank.
             save: Saves a checkpoint of this moment, given the newest metrics.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
@@ -72,7 +74,7 @@ class Loop:
         self.stop_wanted = stop_wanted
         self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
         self.stopping = False
-        self.metrics: dict[str, float] = {}
+        self.metrics = dict(metrics)
         self.pulse = Pulse(team.blocks, team.cpu_group)
 
     def run(self) -> None:
@@ -190,6 +192,11 @@ class Loop:
                 f"step {report.step}: train/loss is not finite; lower optimizer.lr, set train.clip_norm, or look at "
                 "the data of that step; resume goes on from the newest checkpoint"
             )
+        if self.parts.loss.ignores_unsaid(report.counted, report.denominator):
+            raise TrainingError(
+                f"step {report.step}: some targets are the loss's ignore_index, and the mean is taken over all; "
+                "write loss.ignore_index in the description to take it over the others"
+            )
         row = {
             "step": report.step,
             "epoch": self.parts.steps.epoch_of(report.step - 1),
@@ -232,7 +239,10 @@ class Loop:
         loss = self.parts.loss
         if not loss.weighs_targets:
             return None
-        return self.team.sum_over_shards([loss.target_weight(target) for _, target in micro_batches])
+        weight = self.team.sum_over_shards([loss.target_weight(target) for _, target in micro_batches])
+        if weight == 0:
+            raise TrainingError(f"step {self.progress.step + 1}: every target of the global batch is ignored")
+        return weight
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.spec.train.precision == "fp32":

@@ -69,6 +69,10 @@ class GlobalLoss:
         """The denominator of the global batch, where the targets do not decide it."""
         return 1.0 if self._reduction == "sum" else own * shards
 
+    def ignores_unsaid(self, counted: float, denominator: float) -> bool:
+        """Whether a step had targets that the loss ignores, though the description does not say that any are."""
+        return self.takes_class_numbers and not self.weighs_targets and 0 < counted < denominator
+
     def target_weight(self, target: Tensor) -> Tensor:
         """What a micro-batch adds to the denominator where the targets decide it.
 

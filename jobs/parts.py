@@ -87,6 +87,8 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     optimizer = build_optimizer(spec.optimizer, model, groups, builder)
     schedule = build_schedule(spec.scheduler, optimizer, builder, validates=val_set is not None)
     set_trainable(model, groups, epoch=0)
+    if all(group.from_epoch > 0 for group in groups):
+        raise DescriptionError("optimizer.groups freeze every parameter in epoch 0; leave one group without from_epoch")
     ema = None
     if spec.train.ema_decay is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))

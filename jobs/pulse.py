@@ -27,6 +27,7 @@ class StepReport:
     Attributes:
         step: Optimizer steps completed, this one included.
         loss: The loss over the global batch.
+        denominator: What the loss was divided by.
         correct: Samples whose class was predicted.
         counted: Samples that have a class.
         stop: Some worker was asked to stop.
@@ -35,6 +36,7 @@ class StepReport:
 
     step: int
     loss: float
+    denominator: float
     correct: float
     counted: float
     stop: bool
@@ -96,7 +98,7 @@ class Pulse:
         loss, correct, counted = map(exact_sum, zip(*tallies))
         own = report.own
         stop = any(values[0] for values in by_rank)
-        return StepReport(own.step, loss / own.denominator, correct, counted, stop, own.note)
+        return StepReport(own.step, loss / own.denominator, own.denominator, correct, counted, stop, own.note)
 
 
 @dataclass(frozen=True, slots=True)

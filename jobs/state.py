@@ -43,8 +43,7 @@ def encode(state: Mapping[str, Any]) -> dict[str, bytes]:
     Raises:
         CheckpointError: The state holds something that is no tensor, number, string, list or dict.
     """
-    model = {name: tensor.contiguous() for name, tensor in state["model"].items()}
-    tensors: dict[str, Tensor] = {}
+    model, tensors = _model_tensors(state), dict[str, Tensor]()
     tree = _pack({key: value for key, value in state.items() if key != "model"}, "", tensors)
     return {
         MODEL_FILE: safetensors.torch.save(model),
@@ -70,12 +69,20 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
 
 
+def _model_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    for name, value in state["model"].items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"model: {name} is a {type(value).__name__} and no tensor; keep it as a buffer")
+    return {name: tensor.contiguous() for name, tensor in state["model"].items()}
+
+
 def size_in_bytes(state: Mapping[str, Any]) -> int:
     """The bytes of all tensors in a state, which is about the size of its checkpoint.
 
     Raises:
         CheckpointError: The state holds something that a checkpoint cannot.
     """
+    _model_tensors(state)
     tensors: dict[str, Tensor] = {}
     _pack(state, "", tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -104,6 +111,8 @@ def digest(state: Mapping[str, Any]) -> str:
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        if name in tensors:
+            raise CheckpointError(f"{name} is the name of two tensors; rename one of their keys")
         tensors[name] = value
         return ["tensor", name]
     if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one
@@ -111,7 +120,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _pack(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()}
-        return ["map", [[key, _pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]]
+        return ["map", [[key, _pack(item, f"{name}.{key}", tensors)] for key, item in sorted(value.items(), key=repr)]]
     if isinstance(value, (list, tuple)):
         tag = "tuple" if isinstance(value, tuple) else "list"
         return [tag, [_pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]]

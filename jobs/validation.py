@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster.errors import TrainingError
 from jobs.losses import GlobalLoss
 from jobs.pulse import exact_sum
 from jobs.team import Team
@@ -18,6 +19,10 @@ def evaluate(model: nn.Module, loss: GlobalLoss, batches: Iterable[Any], team: T
     Returns:
         ``val/loss``, as one process with the whole dataset would compute it (with ``reduction: sum`` the
         mean over samples), and ``val/accuracy`` if targets are class numbers.
+
+    Raises:
+        TrainingError: The loss ignores all targets.
+
     Collective: every rank, with its share of the batches.
     """
     was_training = model.training
@@ -34,6 +39,8 @@ def evaluate(model: nn.Module, loss: GlobalLoss, batches: Iterable[Any], team: T
     model.train(was_training)
     tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
+    if weight_sum == 0:
+        raise TrainingError("every target of data.val is ignored; give it some that count")
     measured = {"val/loss": total / weight_sum}
     if counted:
         measured["val/accuracy"] = correct / counted

@@ -62,7 +62,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     """
     if team.rank == 0:
         link.send("environment", torch=str(torch.__version__), device=_device_name(team.device))
-    resume(link, run, parts, progress, team)
+    metrics = resume(link, run, parts, progress, team)
     if spec.train.compile:
         parts.model.compile()
     saver = Saver(parts, progress, run.checkpoints, link)
@@ -72,6 +72,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         parts,
         progress,
         team,
+        metrics=metrics,
         on_row=(lambda row: link.send("row", row=row, time=time.time())) if is_first else lambda _: None,
         save=saver.save if is_first else lambda _: None,
         stop_wanted=link.stop_wanted.is_set,
@@ -85,8 +86,11 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     team.close()
 
 
-def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> None:
+def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> dict[str, float]:
     """Rank 0 reads and verifies a checkpoint once, and everyone restores the same bytes.
+
+    Returns:
+        The newest metrics at that checkpoint.
 
     Collective: every rank.
 
@@ -100,8 +104,8 @@ def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team
     if isinstance(found[0], LauncherError):
         raise found[0]
     if found[0] is None:
-        return
-    step, files = found[0]
+        return {}
+    step, metrics, files = found[0]
     try:
         restore(parts, progress, files)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -109,10 +113,11 @@ def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team
             f"{run.url}: checkpoint of step {step} does not fit the job: {_first_line(error)}; "
             "resume with the description that made it"
         ) from error
+    return metrics
 
 
 def _newest_good(link: Link, run: RunDirectory) -> Any:
-    """(step, files) of the newest good checkpoint, None if there are none, or the error to raise on every rank."""
+    """(step, metrics, files) of the newest good checkpoint, None if there is none, or the error for every rank."""
 
     def on_bad(step: int, error: CheckpointError) -> None:
         link.send("fell_back", step=step, defect=str(error))
@@ -125,7 +130,7 @@ def _newest_good(link: Link, run: RunDirectory) -> Any:
         run.checkpoints.discard_after(-1 if found is None else found[0].step)
     except LauncherError as error:
         return error
-    return None if found is None else (found[0].step, found[1])
+    return None if found is None else (found[0].step, dict(found[0].metrics), found[1])
 
 
 def meet(link: Link, task: Task, timeout_s: float) -> None:

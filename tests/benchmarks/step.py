@@ -188,6 +188,7 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     def train(gate: _Gate) -> None:
         loop = Loop(
             spec, parts, Progress(), team,
+            metrics={},
             on_row=send_row if rank == 0 else lambda _: None, save=lambda _: None, stop_wanted=gate,
         )  # fmt: skip
         loop.run()
