@@ -7,7 +7,6 @@ the driver and the driver's orders to it, and starts it anew when the driver say
 
 import importlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster import fork_server
 from cluster.errors import LauncherError, StorageError
 from cluster.link import Link
 from cluster.run_directory import RunDirectory
@@ -75,6 +75,7 @@ class Task:
         host: The address of rank 0.
         address: This worker's address for the others.
         working_directory: Where relative paths of the user's data start.
+        fork_server: The address of a server to fork from, for agents on its host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         content: The job, which only the entry understands.
     """
@@ -83,6 +84,7 @@ class Task:
     run_url: str
     import_paths: tuple[str, ...]
     working_directory: str
+    fork_server: str | None = None
     rank: int = 0
     world_size: int = 1
     attempt: int = 0
@@ -106,7 +108,11 @@ class Agent:
 
     def run(self) -> None:
         """Follows orders until they say that the run is over."""
-        _start_fork_server(self._task)
+        address = self._task.fork_server
+        if address is not None and fork_server.is_here(address):
+            fork_server.use(address)
+        else:
+            start_fork_server(self._task.entry)
         self._channel.post([{"kind": "hello", "rank": self._task.rank, **self._identity}])
         news, wake = multiprocessing.Pipe(duplex=False)
         threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
@@ -188,7 +194,9 @@ class _TrainingProcess:
         self._met = self._stopped = False
         with _hidden_main():
             self._process = multiprocessing.get_context("forkserver").Process(
-                target=_run_training, args=(theirs, task, str(self._log_path)), name=f"worker-{task.rank}"
+                target=_run_training,
+                args=(theirs, task, str(self._log_path), dict(os.environ)),
+                name=f"worker-{task.rank}",
             )
             self._process.start()
         theirs.close()
@@ -251,8 +259,16 @@ class _TrainingProcess:
             self._open = False
 
 
-def _run_training(connection: Connection, task: Task, log_path: str) -> None:
-    """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry."""
+def _run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
+    """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry.
+
+    ``environment`` is the agent's, in which Ray says which GPU is whose; the fork server may have another.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    address = fork_server.own_address()
+    if address is not None:
+        fork_server.use(address)  # so that loader processes come from it too
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -277,10 +293,9 @@ def _run_training(connection: Connection, task: Task, log_path: str) -> None:
     link.close()
 
 
-def _start_fork_server(task: Task) -> None:
-    """Starts the server, which imports torch while everything else gets ready."""
-    multiprocessing.forkserver.set_forkserver_preload([task.entry.partition(":")[0], __name__])
-    multiprocessing.forkserver.ensure_running()
+def start_fork_server(entry: str) -> str | None:
+    """Starts a server that imports all that a training process with this entry needs; its address, if it has one."""
+    return fork_server.start([entry.partition(":")[0], __name__])
 
 
 @contextmanager

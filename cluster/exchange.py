@@ -4,8 +4,7 @@ Floating-point addition is not associative, so a sum over workers depends on who
 runs along one binary tree over the *shards*, whatever the workers: [0, S) splits at the largest power
 of two below its size, down to single shards. A worker folds the shards of its own block as far as the
 tree allows; between workers, each owns one slice of a bucket, receives everybody's partial sums of it,
-finishes the tree, and sends the slice back to all. That is an all-to-all and an all-gather, the bytes of
-a ring all-reduce.
+finishes the tree, and sends the slice to all. Those are the bytes of a ring all-reduce.
 """
 
 from collections.abc import Sequence
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 
 Node = tuple[int, int]
 """A node of the summation tree: the shards [first, end) below it."""
+
+_Message = tuple[int, int, Tensor]
+"""The other rank, the number of the message between the two, and what is sent or where it is received."""
 
 
 class Fold:
@@ -161,43 +163,50 @@ class TreeExchange:
             if fold.sums[0] is not buffer:
                 buffer.copy_(fold.sums[0])
             return
-        size, world_size = buffer.numel(), self._world_size
-        slice_size = -(-size // world_size)
-        send = _slices(fold.sums, world_size, slice_size)
-        counts = [len(nodes) for nodes in self._nodes_by_rank]
-        received = buffer.new_empty(sum(counts) * slice_size)
-        dist.all_to_all_single(
-            received,
-            send,
-            output_split_sizes=[count * slice_size for count in counts],
-            input_split_sizes=[len(fold.sums) * slice_size] * world_size,
-            group=self._group,
-        )
+        bounds = [buffer.numel() * rank // self._world_size for rank in range(self._world_size + 1)]
+        slices = [slice(*ends) for ends in zip(bounds, bounds[1:])]
+        own = buffer[slices[self._rank]]
+        partials = self._exchange_slices(fold.sums, slices)
         total = Fold(self._shards)
-        for node, partial in zip((node for nodes in self._nodes_by_rank for node in nodes), received.split(slice_size)):
-            total.push(node, partial)
-        fits = size == slice_size * world_size
-        gathered = buffer if fits else buffer.new_empty(slice_size * world_size)
-        all_gather_flat(gathered, total.sums[0], self._group)
-        if not fits:
-            buffer.copy_(gathered[:size])
+        for nodes_of_rank, sums in zip(self._nodes_by_rank, partials):
+            for node, partial in zip(nodes_of_rank, sums):
+                total.push(node, partial)
+        if total.sums[0].data_ptr() != own.data_ptr():  # rank 0 with one partial sum adds up in the bucket itself
+            own.copy_(total.sums[0])
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        self._communicate(
+            sends=[(rank, 0, own) for rank in others], receives=[(rank, 0, buffer[slices[rank]]) for rank in others]
+        )
 
+    def _exchange_slices(self, sums: list[Tensor], slices: list[slice]) -> list[list[Tensor]]:
+        """Everybody's partial sums of this worker's slice, in rank order.
 
-def _slices(partials: Sequence[Tensor], world_size: int, slice_size: int) -> Tensor:
-    """The send buffer of the all-to-all: for each rank its slice of every partial sum.
+        Shapes: sums [n] each -> for each rank as many tensors [slice of this rank] as it has partial sums.
+        """
+        own = sums[0][slices[self._rank]]
+        received = [
+            [partial[slices[rank]] for partial in sums]
+            if rank == self._rank
+            else [torch.empty_like(own) for _ in self._nodes_by_rank[rank]]
+            for rank in range(self._world_size)
+        ]
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        self._communicate(
+            sends=[(rank, number, partial[slices[rank]]) for rank in others for number, partial in enumerate(sums)],
+            receives=[(rank, number, into) for rank in others for number, into in enumerate(received[rank])],
+        )
+        return received
 
-    Shapes: partials [n] each -> [world_size * len(partials) * slice_size], zero beyond n.
-    """
-    first = partials[0]
-    if len(partials) == 1 and first.numel() == world_size * slice_size:
-        return first
-    send = first.new_zeros(world_size, len(partials), slice_size)
-    for number, partial in enumerate(partials):
-        whole, rest = divmod(partial.numel(), slice_size)
-        send[:whole, number] = partial[: whole * slice_size].view(whole, slice_size)
-        if rest:
-            send[whole, number, :rest] = partial[whole * slice_size :]
-    return send.view(-1)
+    def _communicate(self, *, sends: list[_Message], receives: list[_Message]) -> None:
+        """Sends and receives at once; slices of a bucket smaller than the number of workers may be empty."""
+        operations = [
+            dist.P2POp(operation, tensor, rank, self._group, number)
+            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
+            for rank, number, tensor in messages
+            if tensor.numel()
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
 
 
 def new_group(backend: str | None = None) -> dist.ProcessGroup:

@@ -24,6 +24,8 @@ from jobs.spec import JobSpec
 from launcher.plan import Plan
 from launcher.progress import Progress
 
+ENTRY = "jobs.worker:main"
+"""What a training process runs."""
 _FLUSH_INTERVAL_S = 5.0
 _CAUSE_WAIT_S = 5.0
 """How long workers that lost a peer are taken for consequences of a failure whose cause is still to arrive."""
@@ -366,10 +368,11 @@ def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name not in ("rank", "attempt")}
 
 
-def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -> Task:
+def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...], fork_server: str | None) -> Task:
     """What every training process of the run is told."""
     return Task(
-        entry="jobs.worker:main",
+        entry=ENTRY,
+        fork_server=fork_server,
         run_url=run.url,
         import_paths=import_paths,
         working_directory=os.getcwd(),

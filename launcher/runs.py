@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.agent import start_fork_server
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.description import Description, differences, flatten, parse
-from launcher.driver import Driver, RunState, make_task
+from launcher.driver import ENTRY, Driver, RunState, make_task
 from launcher.plan import Plan, make_plan, num_cores
 from launcher.progress import Progress
 from launcher.report import draw_curves
@@ -165,6 +166,7 @@ def _train(
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
     from cluster.ray_train import WorkerGroup, WorkerResources, local_cluster
 
+    fork_server = start_fork_server(ENTRY)  # it imports torch while Ray starts
     spec = description.spec
     _warn_of_other_versions(run, display)
     run.write_job(description.text)
@@ -175,7 +177,7 @@ def _train(
     def start_group() -> WorkerGroup:
         display.phase("starting workers")
         return WorkerGroup(
-            make_task(spec, run, import_paths),
+            make_task(spec, run, import_paths, fork_server),
             spec.workers.num,
             WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator),
             max_failures=spec.workers.max_failures,
