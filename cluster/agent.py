@@ -5,7 +5,6 @@ takes a fraction of a second. The agent knows how it ended, keeps what it printe
 the driver and the driver's orders to it, and starts it anew when the driver says so.
 """
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -15,8 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -112,7 +110,7 @@ class Agent:
         if address is not None and fork_server.is_here(address):
             fork_server.use(address)
         else:
-            start_fork_server(self._task.entry)
+            fork_server.start(modules_of(self._task.entry))
         self._channel.post([{"kind": "hello", "rank": self._task.rank, **self._identity}])
         news, wake = multiprocessing.Pipe(duplex=False)
         threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
@@ -192,13 +190,9 @@ class _TrainingProcess:
         self._log_path = Path(tempfile.mkstemp(prefix=f"worker-{task.rank}-", suffix=".log")[1])
         self._connection, theirs = multiprocessing.Pipe()
         self._met = self._stopped = False
-        with _hidden_main():
-            self._process = multiprocessing.get_context("forkserver").Process(
-                target=_run_training,
-                args=(theirs, task, str(self._log_path), dict(os.environ)),
-                name=f"worker-{task.rank}",
-            )
-            self._process.start()
+        self._process = fork_server.fork(
+            _run_training, (theirs, task, str(self._log_path), dict(os.environ)), f"worker-{task.rank}"
+        )
         theirs.close()
         self._open = True
 
@@ -269,10 +263,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     address = fork_server.own_address()
     if address is not None:
         fork_server.use(address)  # so that loader processes come from it too
-    log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, not a test's capture
+    fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     os.chdir(task.working_directory)
     sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
@@ -283,8 +274,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection)
     try:
-        module, _, function = task.entry.partition(":")
-        getattr(importlib.import_module(module), function)(link, task)
+        fork_server.resolve(task.entry)(link, task)
     except LauncherError as error:
         traceback.print_exc()
         link.send("failed", cause=type(error).__name__, message=str(error), traceback=getattr(error, "traceback", ""))
@@ -293,18 +283,6 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     link.close()
 
 
-def start_fork_server(entry: str) -> str | None:
-    """Starts a server that imports all that a training process with this entry needs; its address, if it has one."""
-    return fork_server.start([entry.partition(":")[0], __name__])
-
-
-@contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keeps the child from importing this process's main module, Ray's worker script, a second time."""
-    main = sys.modules["__main__"]
-    path = main.__dict__.pop("__file__", None)
-    try:
-        yield
-    finally:
-        if path is not None:
-            main.__file__ = path
+def modules_of(entry: str) -> list[str]:
+    """What a fork server should import ahead for training processes with this entry."""
+    return [entry.partition(":")[0], __name__]

@@ -5,11 +5,19 @@ from it, not only the one that started it. So one import of torch, begun while R
 driver's host, every restart of a training process, and the loader processes of each.
 """
 
+import importlib
+import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ForkServer
+from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from typing import Any
 
@@ -17,15 +25,10 @@ from typing import Any
 _CAN_SHARE = sys.version_info < (3, 14)
 
 
-def start(modules: Sequence[str]) -> str | None:
-    """Starts this process's own server, which imports the modules in the background and ends with this process.
-
-    Returns:
-        The server's address for ``use``, or None if others cannot use it.
-    """
-    multiprocessing.forkserver.set_forkserver_preload(list(modules))
+def start(modules: Sequence[str]) -> None:
+    """Starts this process's own server, which imports the modules in the background and ends with this process."""
+    multiprocessing.forkserver.set_forkserver_preload([*modules, __name__])
     multiprocessing.forkserver.ensure_running()
-    return own_address()
 
 
 def use(address: str) -> None:
@@ -36,7 +39,7 @@ def use(address: str) -> None:
 
 
 def own_address() -> str | None:
-    """The address of the server that this process has started, or was forked from."""
+    """The address of the server that this process has started, or was forked from, if others can use it."""
     server: Any = multiprocessing.forkserver._forkserver
     return server._forkserver_address if _CAN_SHARE else None
 
@@ -44,6 +47,78 @@ def own_address() -> str | None:
 def is_here(address: str) -> bool:
     """Whether the server is on this host: its address is a socket's path in a temporary folder of its own."""
     return os.path.exists(address)
+
+
+def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
+    """Starts ``target(*args)`` in a process forked from the server; its standard streams are the server's."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args, name=name)
+    with _hidden_main():
+        process.start()
+    return process
+
+
+def call(function: str, *args: Any) -> Any:
+    """Calls ``module:function`` in a process of its own, and returns or raises what it returns or raises.
+
+    What the process prints is dropped, unless it dies of something that is no exception.
+
+    Raises:
+        ChildProcessError: The process died; the message says how, and ends with what it printed last.
+    """
+    with tempfile.NamedTemporaryFile(prefix="launcher-", suffix=".log") as log:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = fork(_answer, (theirs, log.name, function, args), function)
+        theirs.close()
+        try:
+            result, error = ours.recv()
+        except EOFError:
+            process.join()
+            code = process.exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            printed = log.read().decode(errors="replace").strip().splitlines()
+            raise ChildProcessError(f"{how}{': ' + printed[-1] if printed else ''}") from None
+        finally:
+            process.kill()
+            process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def resolve(function: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names; importing its module here and not where it was named."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def print_to(log_path: str) -> None:
+    """Sends this process's standard output and error to the end of a file."""
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, not a test's capture
+
+
+def _answer(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
+    print_to(log_path)
+    try:
+        answer: tuple[Any, Exception | None] = (resolve(function)(*args), None)
+    except Exception as error:  # raised again where the call was made
+        traceback.print_exc()
+        answer = (None, error)
+    connection.send(answer)
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keeps a forked process from importing this process's main module a second time, such as Ray's worker script."""
+    main = sys.modules["__main__"]
+    path = main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        if path is not None:
+            main.__file__ = path
 
 
 class _SharedServer(ForkServer):

@@ -4,6 +4,7 @@ Ray Train places, starts and replaces the agents. It is told nothing of checkpoi
 are a barrier of all workers, and its own bookkeeping of checkpoints can make a run unstartable.
 """
 
+import importlib
 import logging
 import os
 import tempfile
@@ -44,6 +45,17 @@ class WorkerResources:
     accelerator: str | None
 
 
+def import_ahead() -> None:
+    """Begins to import Ray in the background, for a process that has something else to wait for."""
+    _set_environment()
+    threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray", daemon=True).start()
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def local_cluster(num_cpus: int) -> "Iterator[None]":
     """A cluster of this machine alone, for as long as the context lasts; it listens on loopback.
@@ -51,8 +63,7 @@ def local_cluster(num_cpus: int) -> "Iterator[None]":
     Raises:
         ClusterError: Ray did not start.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     import ray
 
     try:

@@ -161,7 +161,8 @@ def schema(as_json: bool) -> None:
 
 def _cheap_checks(description: Any) -> None:
     """What needs neither torch nor Ray is said before either is imported."""
-    from launcher.plan import check_machine, named_errors
+    from launcher.description import named_errors
+    from launcher.machine import check_machine
 
     with named_errors(description.source):
         check_machine(description.spec)

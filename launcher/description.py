@@ -10,6 +10,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from keyword import iskeyword
@@ -118,6 +119,15 @@ def differences(old: JobSpec, new: JobSpec) -> list[Difference]:
     before, after = flatten(old), flatten(new)
     pairs = ((key, before.get(key, MISSING), after.get(key, MISSING)) for key in {**before, **after})
     return [Difference(key, was, now) for key, was, now in pairs if was != now]
+
+
+@contextmanager
+def named_errors(source: str) -> Iterator[None]:
+    """Puts the name of the job file before errors that begin with a key of it."""
+    try:
+        yield
+    except DescriptionError as error:
+        raise DescriptionError(f"{source}: {error}") from error
 
 
 def _error(where: str, problem: object) -> DescriptionError:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster import fork_server
 from cluster.agent import Task
 from cluster.checkpoints import Manifest
 from cluster.errors import CheckpointError, ClusterError, Interrupted, LauncherError, StorageError, TrainingError
@@ -21,11 +22,9 @@ from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
-from launcher.plan import Plan
+from launcher.plan import ENTRY, Plan
 from launcher.progress import Progress
 
-ENTRY = "jobs.worker:main"
-"""What a training process runs."""
 _FLUSH_INTERVAL_S = 5.0
 _CAUSE_WAIT_S = 5.0
 """How long workers that lost a peer are taken for consequences of a failure whose cause is still to arrive."""
@@ -368,11 +367,11 @@ def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name not in ("rank", "attempt")}
 
 
-def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...], fork_server: str | None) -> Task:
+def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -> Task:
     """What every training process of the run is told."""
     return Task(
         entry=ENTRY,
-        fork_server=fork_server,
+        fork_server=fork_server.own_address(),
         run_url=run.url,
         import_paths=import_paths,
         working_directory=os.getcwd(),

@@ -5,20 +5,49 @@ the objects it names and one real micro-batch through model, loss and backward. 
 nothing is left behind.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cluster import fork_server
+from cluster.agent import modules_of
 from cluster.errors import DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
+from jobs.order import StepPlan, shard_block
 from jobs.spec import JobSpec
-from launcher.description import Description
+from launcher.description import Description, named_errors
+from launcher.machine import check_machine
 
-if TYPE_CHECKING:
-    from launcher.trial import GroupPlan
+ENTRY = "jobs.worker:main"
+"""What a training process runs."""
+_TRIAL = "launcher.trial:try_out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPlan:
+    """One row of the table of parameter groups."""
+
+    pattern: str
+    tensors: int
+    parameters: int
+    lr: float
+    weight_decay: float
+    from_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """What building and trying out told."""
+
+    steps: StepPlan
+    num_val_samples: int
+    gpus: int
+    groups: list[GroupPlan]
+    parameters: int
+    checkpoint_bytes: int
+    trial_samples: int
+    trial_loss: float
+    data_fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +67,7 @@ class Plan:
     shards_by_worker: tuple[int, ...]
     gpus: int
     """GPUs per worker."""
-    groups: "tuple[GroupPlan, ...]"
+    groups: tuple[GroupPlan, ...]
     parameters: int
     """Trainable and frozen numbers in the model."""
     checkpoint_bytes: int
@@ -53,8 +82,12 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(description: Description) -> Plan:
+def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
     """Checks everything and decides everything; takes a few seconds, for torch and the trial.
+
+    Args:
+        description: What to plan.
+        import_paths: Folders of the user's own modules.
 
     Raises:
         DescriptionError: The description cannot run as written, here.
@@ -63,13 +96,15 @@ def make_plan(description: Description) -> Plan:
     spec = description.spec
     with named_errors(description.source):
         check_machine(spec)
+        # The workers will be forked from this server too, so torch is imported once, and not in this process.
+        fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0]])
         store = check_store(spec)
-        from launcher.trial import try_out  # torch takes seconds to import, and is not needed until here
-
-        tried = try_out(spec)
+        try:
+            tried: Tried = fork_server.call(_TRIAL, spec, import_paths)
+        except ChildProcessError as error:
+            raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
     steps = tried.steps
-    blocks = [spec.train.shards * (n + 1) // spec.workers.num - spec.train.shards * n // spec.workers.num
-              for n in range(spec.workers.num)]  # fmt: skip
+    blocks = [shard_block(spec.train.shards, spec.workers.num, rank) for rank in range(spec.workers.num)]
     return Plan(
         run=RunDirectory(store.at(spec.name)).url,
         num_samples=steps.num_samples,
@@ -79,7 +114,7 @@ def make_plan(description: Description) -> Plan:
         total_steps=steps.total_steps,
         end_step=min(steps.total_steps, spec.train.max_steps or steps.total_steps),
         unused_per_epoch=steps.num_samples % steps.global_batch,
-        shards_by_worker=tuple(blocks),
+        shards_by_worker=tuple(map(len, blocks)),
         gpus=tried.gpus,
         groups=tuple(tried.groups),
         parameters=tried.parameters,
@@ -88,30 +123,6 @@ def make_plan(description: Description) -> Plan:
         trial_loss=tried.trial_loss,
         data_fingerprint=tried.data_fingerprint,
     )
-
-
-def check_machine(spec: JobSpec) -> None:
-    """Refuses more workers than this machine's cores can ever hold.
-
-    Raises:
-        DescriptionError: They do not fit.
-    """
-    cores = num_cores()
-    most = int(cores / spec.workers.cpus)
-    if most < 1:
-        raise DescriptionError(
-            f"workers.cpus must be at most {cores}, the cores of this machine, got {spec.workers.cpus:g}"
-        )
-    if spec.workers.num > most:
-        raise DescriptionError(
-            f"workers.num must be at most {most} on this machine, which has {cores} cores for workers of "
-            f"{spec.workers.cpus:g} each, got {spec.workers.num}; lower workers.num or workers.cpus"
-        )
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def check_store(spec: JobSpec) -> Store:
@@ -132,12 +143,3 @@ def check_store(spec: JobSpec) -> Store:
     except StorageError as error:
         raise DescriptionError(f"store: {error}") from error
     return store
-
-
-@contextmanager
-def named_errors(source: str) -> Iterator[None]:
-    """Puts the name of the job file before errors that begin with a key of it."""
-    try:
-        yield
-    except DescriptionError as error:
-        raise DescriptionError(f"{source}: {error}") from error

@@ -10,18 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.agent import start_fork_server
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError
+from cluster.ray_train import WorkerGroup, WorkerResources, import_ahead, local_cluster
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.description import Description, differences, flatten, parse
-from launcher.driver import ENTRY, Driver, RunState, make_task
-from launcher.plan import Plan, make_plan, num_cores
+from launcher.driver import Driver, RunState, make_task
+from launcher.machine import num_cores
+from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
 from launcher.report import draw_curves
 
@@ -48,13 +49,13 @@ def begin(description: Description, folder: Path, display: Progress) -> dict[str
     """
     import_paths = make_import_paths(folder)
     run = _run_directory(description)
-    with _importable(import_paths):
-        if run.exists():
-            stored = parse(run.read_job(), f"{run.url}/job.yaml")
-            return _continue(run, stored, description, import_paths, display, force=False)
-        plan = make_plan(description)
-        display.message(one_line(description.spec, plan))
-        return _train(run, description, plan, import_paths, display)
+    if run.exists():
+        stored = parse(run.read_job(), f"{run.url}/job.yaml")
+        return _continue(run, stored, description, import_paths, display, force=False)
+    import_ahead()
+    plan = make_plan(description, import_paths)
+    display.message(one_line(description.spec, plan))
+    return _train(run, description, plan, import_paths, display)
 
 
 def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, force: bool = False) -> dict[str, Any]:
@@ -75,8 +76,7 @@ def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, fo
     with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
         os.chdir(environment.get("working_directory", "."))
     import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())
-    with _importable(import_paths):
-        return _continue(run, stored, wanted, import_paths, display, force=force)
+    return _continue(run, stored, wanted, import_paths, display, force=force)
 
 
 def plan_only(description: Description, folder: Path) -> Plan:
@@ -85,8 +85,7 @@ def plan_only(description: Description, folder: Path) -> Plan:
     Raises:
         DescriptionError: The description cannot run as written, here.
     """
-    with _importable(make_import_paths(folder)):
-        return make_plan(description)
+    return make_plan(description, make_import_paths(folder))
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
@@ -145,7 +144,8 @@ def _continue(
         return _document(status)
     for change in changed:
         display.message(f"changed {change}")
-    plan = make_plan(wanted)
+    import_ahead()
+    plan = make_plan(wanted, import_paths)
     reached = max(run.checkpoints.steps(), default=0)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
@@ -164,9 +164,6 @@ def _train(
     run: RunDirectory, description: Description, plan: Plan, import_paths: tuple[str, ...], display: Progress
 ) -> dict[str, Any]:
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
-    from cluster.ray_train import WorkerGroup, WorkerResources, local_cluster
-
-    fork_server = start_fork_server(ENTRY)  # it imports torch while Ray starts
     spec = description.spec
     _warn_of_other_versions(run, display)
     run.write_job(description.text)
@@ -177,7 +174,7 @@ def _train(
     def start_group() -> WorkerGroup:
         display.phase("starting workers")
         return WorkerGroup(
-            make_task(spec, run, import_paths, fork_server),
+            make_task(spec, run, import_paths),
             spec.workers.num,
             WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator),
             max_failures=spec.workers.max_failures,
@@ -314,14 +311,3 @@ def _write_curves(run: RunDirectory, name: str, display: Progress) -> bytes | No
         display.warn(f"curves.png was not written: {error}")
         return None
     return curves
-
-
-@contextlib.contextmanager
-def _importable(paths: Sequence[str]) -> Iterator[None]:
-    """Makes the user's own modules importable here, for the plan."""
-    before = list(sys.path)
-    sys.path[:0] = [path for path in paths if path not in sys.path]
-    try:
-        yield
-    finally:
-        sys.path[:] = before

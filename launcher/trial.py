@@ -1,10 +1,11 @@
 """The trial: builds what a description names and puts one real micro-batch through it, on the CPU.
 
-Imports torch, so it is imported only once everything that needs no torch has been checked.
+It runs in a process of its own: torch and the user's code are imported there, and what they print, leak or
+crash stays there.
 """
 
 import hashlib
-from dataclasses import dataclass
+import sys
 from typing import Any
 
 import torch
@@ -14,48 +15,27 @@ from torch.utils.data import default_collate
 from cluster.errors import CheckpointError, DescriptionError
 from jobs.loader import KeyedDataset, seed_draws
 from jobs.optimizers import set_trainable
-from jobs.order import StepPlan, draw_key
+from jobs.order import draw_key
 from jobs.parts import Parts, build_parts
 from jobs.spec import JobSpec
 from jobs.state import size_in_bytes
+from launcher.plan import GroupPlan, Tried
 
 _MOST_SAMPLES = 32
 """A trial of a large micro-batch on a CPU would cost more than it tells."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupPlan:
-    """One row of the table of parameter groups."""
-
-    pattern: str
-    tensors: int
-    parameters: int
-    lr: float
-    weight_decay: float
-    from_epoch: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
-    """What building and trying out told."""
-
-    steps: StepPlan
-    num_val_samples: int
-    gpus: int
-    groups: list[GroupPlan]
-    parameters: int
-    checkpoint_bytes: int
-    trial_samples: int
-    trial_loss: float
-    data_fingerprint: str
-
-
-def try_out(spec: JobSpec) -> Tried:
+def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     """Builds every part and trains on one micro-batch of at most 32 samples.
+
+    Args:
+        spec: The description.
+        import_paths: Folders of the user's own modules.
 
     Raises:
         DescriptionError: Something cannot be built, does not fit together, or learns nothing.
     """
+    sys.path[:0] = [path for path in import_paths if path not in sys.path]
     gpus = decide_gpus(spec)
     device = torch.device("cpu")
     parts = build_parts(spec, device)
