@@ -78,7 +78,8 @@ def local_cluster(num_cpus: int) -> "Iterator[None]":
             _node_ip_address="127.0.0.1",
         )
     except (RuntimeError, OSError, ConnectionError) as error:
-        raise ClusterError(f"Ray did not start on this machine: {error}; see /tmp/ray/session_latest/logs") from error
+        what = str(error).strip().partition("\n")[0]
+        raise ClusterError(f"Ray did not start on this machine: {what}; see /tmp/ray/session_latest/logs") from error
     try:
         yield
     finally:

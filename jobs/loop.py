@@ -87,9 +87,8 @@ class Loop:
             tallies, denominator = self._gradients(micro_batches)
             rates = self._optimizer_step()
             progress.step += 1
-            for report in self.pulse.push(
-                progress.step, tallies, denominator, stop=self.stop_wanted(), note=rates
-            ):  # fmt: skip
+            arrived = self.pulse.push(progress.step, tallies, denominator, stop=self.stop_wanted(), note=rates)
+            for report in arrived:
                 self._log(report)
             if self._is_due():
                 self._pause()

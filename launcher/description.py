@@ -46,6 +46,11 @@ class Description:
     source: str
     """What to call it in errors, such as ``digits.yaml``."""
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """``text`` as plain values, its interpolations kept: fit to be shown anywhere."""
+        return yaml.safe_load(self.text)
+
 
 class _Missing:
     def __repr__(self) -> str:

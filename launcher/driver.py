@@ -198,6 +198,7 @@ class Driver:
         if message["rank"] != 0:
             return
         step = message["step"]
+        self._metrics.flush()
         rows = self._metrics.read()
         if rows and rows[-1]["step"] > step:
             self._metrics.compact(row for row in rows if row["step"] <= step)

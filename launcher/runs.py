@@ -19,7 +19,7 @@ from cluster.ray_train import WorkerGroup, WorkerResources, import_ahead, local_
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
-from launcher.description import Description, differences, flatten, parse
+from launcher.description import Description, differences, parse
 from launcher.driver import Driver, RunState, make_task
 from launcher.machine import num_cores
 from launcher.plan import Plan, make_plan
@@ -168,7 +168,7 @@ def _train(
     _warn_of_other_versions(run, display)
     run.write_job(description.text)
     _note_attempt(run, spec, plan, import_paths)
-    tracker = _open_tracker(run, spec, display)
+    tracker = _open_tracker(run, description, display)
     driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run, plan), display=display, tracker=tracker)
 
     def start_group() -> WorkerGroup:
@@ -282,22 +282,22 @@ def _git_state() -> dict[str, Any] | None:
     return {"revision": revision, "changes_sha256": hashlib.sha256(changes).hexdigest() if changes else None}
 
 
-def _open_tracker(run: RunDirectory, spec: JobSpec, display: Progress) -> Tracker:
+def _open_tracker(run: RunDirectory, description: Description, display: Progress) -> Tracker:
     run_id = run.read_tracker_id()
     if run_id is None:
         run_id = secrets.token_hex(8)
         run.write_tracker_id(run_id)
-    tracking = spec.tracking
+    tracking = description.spec.tracking
     settings = TrackerSettings(
         mode=tracking.mode,
         project=tracking.project,
         entity=tracking.entity,
         group=tracking.group,
         tags=tracking.tags,
-        name=spec.name,
+        name=description.spec.name,
         run_id=run_id,
         directory=os.environ.get("WANDB_DIR", os.getcwd()),
-        config=flatten(spec),
+        config=description.document,
     )
     return open_tracker(settings, display.warn, past=run.metrics().read())
 

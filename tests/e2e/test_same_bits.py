@@ -36,39 +36,34 @@ def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[
     assert_same(run_short(tmp_path, f"workers.num={workers}"), tmp_path, undisturbed)
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
-    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
-    running.wait_until(checkpointed(tmp_path / "runs/digits", 10))
-    running.signal_group(signal.SIGINT)
-    stopped = running.wait()
+def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time."""
+    run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    limited = run_short(tmp_path, "train.max_steps=7")
+    assert limited.exit_code == 0, limited.stderr
+    assert limited.document["status"] == "stopped"
+    assert limited.document["step"] == 7
+
+    interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere)
+    interrupted.wait_until(checkpointed(run, 20))
+    interrupted.signal_group(signal.SIGINT)
+    stopped = interrupted.wait()
     assert stopped.exit_code == 130, stopped.stderr
     assert stopped.document["status"] == "stopped"
-    assert checkpointed(tmp_path / "runs/digits", stopped.document["step"])()
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    resumed = launcher("resume", tmp_path / "runs/digits", "workers.num=3", "--json", cwd=elsewhere)
-    assert_same(resumed, tmp_path, undisturbed)
-    assert resumed.document["attempts"] == 2
+    assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
 
-
-def test_kill_of_the_whole_group(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
-    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
-    running.wait_until(checkpointed(tmp_path / "runs/digits", 30))
-    running.signal_group(signal.SIGKILL)
-    assert running.wait().exit_code == -signal.SIGKILL
-    status = launcher("status", tmp_path / "runs/digits", "--json", cwd=tmp_path).document
+    killed = Running(["resume", run, "workers.num=1"], elsewhere)
+    killed.wait_until(checkpointed(run, 44))
+    killed.signal_group(signal.SIGKILL)
+    assert killed.wait().exit_code == -signal.SIGKILL
+    status = launcher("status", run, "--json", cwd=tmp_path).document
     assert status["status"] == "failed", "nobody is running it any more"
-    resumed = launcher("resume", tmp_path / "runs/digits", "workers.num=1", "--json", cwd=tmp_path)
-    assert_same(resumed, tmp_path, undisturbed)
 
-
-def test_max_steps_stops_in_mid_epoch_and_resume_lifts_it(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
-    stopped = run_short(tmp_path, "train.max_steps=37")
-    assert stopped.exit_code == 0
-    assert stopped.document["status"] == "stopped"
-    assert stopped.document["step"] == 37
-    resumed = launcher("resume", tmp_path / "runs/digits", "--json", cwd=tmp_path)
+    resumed = launcher("resume", run, "workers.num=2", "--json", cwd=elsewhere)
     assert_same(resumed, tmp_path, undisturbed)
+    assert resumed.document["attempts"] == 4
 
 
 def test_a_killed_training_process_is_replaced(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
