@@ -64,7 +64,9 @@ class Running:
         deadline = time.monotonic() + timeout_s
         while not happened():
             assert self._process.poll() is None, f"ended before it happened: {self.wait()}"
-            assert time.monotonic() < deadline, f"has not happened within {timeout_s:.0f} s"
+            if time.monotonic() > deadline:
+                self.signal_group(signal.SIGKILL)
+                raise AssertionError(f"has not happened within {timeout_s:.0f} s: {self.wait()}")
             time.sleep(0.02)
 
     def signal_group(self, number: signal.Signals) -> None:

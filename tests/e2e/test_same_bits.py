@@ -55,7 +55,7 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, undisturbed: tuple
     assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
 
     killed = Running(["resume", run, "workers.num=1"], elsewhere)
-    killed.wait_until(checkpointed(run, 44))
+    killed.wait_until(checkpointed(run, 40))
     killed.signal_group(signal.SIGKILL)
     assert killed.wait().exit_code == -signal.SIGKILL
     status = launcher("status", run, "--json", cwd=tmp_path).document
