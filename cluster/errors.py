@@ -13,12 +13,17 @@ A message is one line of the form ``where: what, got value; what to do``.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LauncherError(Exception):
-    """The root of the tree: caught once, by the command line."""
+    """The root of the tree: caught once, by the command line.
+
+    ``document`` is what is known of the run that failed, for ``--json``, if it got as far as that.
+    """
 
     exit_code = 1
+    document: dict[str, Any] | None = None
 
 
 class TrainingError(LauncherError):

@@ -28,7 +28,12 @@ _CAN_SHARE = sys.version_info < (3, 14)
 def start(modules: Sequence[str]) -> None:
     """Starts this process's own server, which imports the modules in the background and ends with this process."""
     multiprocessing.forkserver.set_forkserver_preload([*modules, __name__])
-    multiprocessing.forkserver.ensure_running()
+    # Ctrl-C reaches every process of the terminal; the server, which inherits this mask, has no say in it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def use(address: str) -> None:

@@ -48,7 +48,8 @@ class WorkerResources:
 def import_ahead() -> None:
     """Begins to import Ray in the background, for a process that has something else to wait for."""
     _set_environment()
-    threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray", daemon=True).start()
+    # No daemon: an interpreter that exits in the middle of the import of a C++ library can crash.
+    threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray").start()
 
 
 def _set_environment() -> None:

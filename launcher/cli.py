@@ -15,7 +15,15 @@ import click
 
 from cluster.errors import DescriptionError, Interrupted, LauncherError, TrainingError
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    ctx.meta["launcher.json"] = as_json  # for errors, which leave the verb before they are shown
+    return as_json
+
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, callback=_remember_json, help="Print one JSON document on stdout."
+)
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -29,6 +37,8 @@ class _Verbs(click.Group):
             click.echo(f"error: {error}", err=True)
             if isinstance(error, TrainingError) and error.traceback:
                 click.echo(error.traceback, err=True)
+            if ctx.meta.get("launcher.json"):
+                _show({"status": "failed", **(error.document or {}), "error": str(error)}, "", as_json=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted before training began", err=True)

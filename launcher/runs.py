@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError
+from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.ray_train import WorkerGroup, WorkerResources, import_ahead, local_cluster
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
@@ -184,6 +184,9 @@ def _train(
         display.phase("starting Ray")
         with local_cluster(num_cores()):
             driver.drive(start_group)
+    except LauncherError as error:
+        error.document = driver.result()
+        raise
     finally:
         curves = _write_curves(run, spec.name, display)
         summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}

@@ -79,7 +79,8 @@ def test_own_parts_train(home: Path) -> None:
 def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     ended = run(home, "data.train.broken_at=100", "workers.max_failures=5")
     assert ended.exit_code == 1
-    assert ended.stdout == ""
+    assert ended.document["status"] == "failed"
+    assert "disk of sample 100" in ended.document["error"]
     assert ended.stderr.count("OSError: disk of sample 100 is on fire") == 2, "in the message and in the traceback"
     assert ended.stderr.count("Traceback (most recent call last)") == 1
     assert 'mine.py", line' in ended.stderr

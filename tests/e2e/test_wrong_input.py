@@ -73,6 +73,13 @@ def test_said_before_ray_starts(verb: str, name: str, tmp_path: Path, monkeypatc
     assert not is_ray_running()
 
 
+def test_with_json_the_error_is_a_document(tmp_path: Path) -> None:
+    ended = launcher("run", DIGITS, "train.epochs=0", "--json", cwd=tmp_path)
+    assert ended.exit_code == 2
+    assert ended.document["status"] == "failed"
+    assert "train.epochs must be at least 1, got 0" in ended.document["error"]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     ended = launcher("run", "nowhere.yaml", cwd=tmp_path)
     assert_refused(ended.exit_code, ended.stdout, ended.stderr, "nowhere.yaml: there is no such file")
