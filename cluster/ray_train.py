@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -134,25 +134,34 @@ class WorkerGroup:
         Raises:
             ClusterError: Ray Train has given up on the agents.
         """
-        import ray
-
-        messages = ray.get(self._switchboard.take.remote(timeout_s))
+        messages = self._ask(self._switchboard.take, timeout_s)
         if not messages and self._error is not None:
-            raise ClusterError(f"Ray lost the workers: {_first_line(self._error)}") from self._error
+            raise ClusterError(f"Ray lost the workers: {_last_line(self._error)}") from self._error
         return messages
 
     def order(self, **changes: Any) -> None:
-        """Changes the orders of all agents."""
-        import ray
+        """Changes the orders of all agents.
 
+        Raises:
+            ClusterError: Ray is gone.
+        """
         self._orders = replace(self._orders, version=self._orders.version + 1, **changes)
-        ray.get(self._switchboard.set_orders.remote(self._orders))
+        self._ask(self._switchboard.set_orders, self._orders)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the agents and their processes, and waits for that."""
-        self.order(end=True)
+        with suppress(ClusterError):  # they end with Ray
+            self.order(end=True)
         self._fit.join(timeout_s)
         self._bookkeeping.cleanup()
+
+    def _ask(self, method: Any, argument: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(method.remote(argument))
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"Ray is gone: {_last_line(error)}; see /tmp/ray/session_latest/logs") from error
 
     def _run_fit(self, trainer: Any) -> None:
         try:
@@ -257,6 +266,6 @@ def _run_agent(config: Mapping[str, Any]) -> None:
     Agent(_RayChannel(config["switchboard"]), task, identity).run()
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

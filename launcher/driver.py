@@ -176,7 +176,7 @@ class Driver:
         self._attempt = self.state.attempts
         self.state.attempts += 1
         self._finished = set()
-        self._lost_peer_at = None
+        self._lost_peer_at = self._failed = None
         on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
         host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
         self._event(
@@ -276,14 +276,14 @@ class Driver:
             self._restart(rank, f"killed by {signal.Signals(-code).name}")
         elif code > 0 and self._lost_peer_at is None:
             raise TrainingError(
-                f"worker {rank} on node {self._agents[rank]['address']} ended with exit code {code} at step "
-                f"{self.state.step}; see {self._log_name(rank)}",
+                f"{self._where(rank)} ended with exit code {code} at step {self.state.step}; "
+                f"see {self._log_name(rank)}",
                 message["log_tail"],
             )
 
     def _restart(self, rank: int, reason: str) -> None:
         """Starts all training processes anew, from the newest checkpoint."""
-        where = f"worker {rank} on node {self._agents[rank]['address']}"
+        where = self._where(rank)
         self._event("worker_lost", rank=rank, reason=reason, step=self.state.step)
         self._failures += 1
         if self._failures > self._spec.workers.max_failures:
@@ -294,6 +294,10 @@ class Driver:
             )
         self._display.warn(f"{where}: {reason} at step {self.state.step}; starting anew from the newest checkpoint")
         self._start_attempt()
+
+    def _where(self, rank: int) -> str:
+        agent = self._agents.get(rank)  # none while Ray replaces the agents
+        return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
 
     def _log_name(self, rank: int) -> str:
         return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"
