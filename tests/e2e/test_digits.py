@@ -104,6 +104,13 @@ def test_the_bucket_tells_all(ended: Ended, home: Path) -> None:
 
 
 @pytest.mark.usefixtures("ended")
+def test_logs_of_a_worker(home: Path) -> None:
+    shown = launcher("logs", "runs/digits", "--worker", 1, cwd=home)
+    assert "worker 1 of 2, attempt 0" in shown.stdout
+    assert "worker 0 of 2" not in shown.stdout
+
+
+@pytest.mark.usefixtures("ended")
 def test_plot_draws_anew(home: Path) -> None:
     curves = home / "runs" / "digits" / "curves.png"
     before = curves.read_bytes()
