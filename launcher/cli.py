@@ -4,8 +4,10 @@ A person reads stdout and stderr; with ``--json`` stdout holds exactly one JSON 
 else is on stderr. torch, Ray and wandb are imported by the verbs that need them, when they do.
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +198,9 @@ def _show_result(work: Callable[[Any], dict[str, Any]], as_json: bool) -> None:
 
     display = open_progress(sys.stderr)
     try:
-        result = work(display)
+        # stdout is for the result. Ray prints notices of its own there, of what the driver tells in one line.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            result = work(display)
     finally:
         display.close()
     interrupted = result.pop("interrupted", False)

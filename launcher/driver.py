@@ -267,7 +267,6 @@ class Driver:
             self._lost_peer_at = self._lost_peer_at or self._clock()
             self._failed = self._failed or ClusterError(message["message"])
             return
-        self._event("failed", rank=message["rank"], message=message["message"], traceback=message["traceback"])
         raise cause(message["message"], message["traceback"]) if cause is TrainingError else cause(message["message"])
 
     def _on_exited(self, message: dict[str, Any]) -> None:
@@ -342,12 +341,13 @@ class Driver:
     # The run directory.
 
     def _event(self, kind: str, **content: Any) -> None:
+        """Events are rare, and the last one before a machine dies is the one that matters: each is stored at once."""
         self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
+        self._events.flush()
 
     def _flush(self) -> None:
         self._flushed_at = self._clock()
         self._metrics.flush()
-        self._events.flush()
         self._run.write_status(
             self.result() | {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
         )
@@ -357,8 +357,9 @@ class Driver:
         self.state.status = status
         self.state.error = None if error is None else str(error)
         self.state.seconds = self._seconds_before + self._clock() - self._started_at
-        self._event(status, step=self.state.step, **({"error": str(error)} if error else {}))
+        failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
+            self._event(status, step=self.state.step, **failure)
             self._flush()
             self._metrics.compact()
             self._events.compact()

@@ -66,17 +66,18 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, undisturbed: tuple
     assert resumed.document["attempts"] == 4
 
 
-def test_a_killed_training_process_is_replaced(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+def test_killed_processes_are_replaced(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    """First a training process, which its agent starts anew; then an agent, which Ray starts anew."""
     running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
     run = tmp_path / "runs/digits"
     running.wait_until(checkpointed(run, 20))
-    killed = training_processes(running.pid)[0]
-    os.kill(killed, signal.SIGKILL)
+    os.kill(training_processes(running.pid)[0], signal.SIGKILL)
+    running.wait_until(lambda: len(events(run, "training")) == 2)
+    os.kill(events(run, "attempt_started")[-1]["workers"][1]["pid"], signal.SIGKILL)
     ended = running.wait()
     assert_same(ended, tmp_path, undisturbed)
-    (lost,) = events(run, "worker_lost")
-    assert lost["reason"] == "killed by SIGKILL"
-    assert ended.document["attempts"] == 2
+    assert [lost["reason"] for lost in events(run, "worker_lost")] == ["killed by SIGKILL", "Ray replaced the worker"]
+    assert ended.document["attempts"] == 3
 
 
 def training_processes(driver: int) -> list[int]:
