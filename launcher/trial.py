@@ -39,10 +39,13 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     gpus = decide_gpus(spec)
     device = torch.device("cpu")
     parts = build_parts(spec, device)
+    # Also what is frozen at first must get gradients when its epoch comes.
+    set_trainable(parts.model, parts.groups, epoch=spec.train.epochs)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
     loss = _train_on(parts, spec, numbers)
     if parts.val_set is not None:
-        _forward(parts, spec, "data.val", list(range(min(2, len(parts.val_set)))))
+        _, _, has_classes = _forward(parts, spec, "data.val", list(range(min(2, len(parts.val_set)))))
+        _check_metrics(spec, has_classes)
     try:
         checkpoint_bytes = size_in_bytes(parts.state())
     except CheckpointError as error:
@@ -111,7 +114,11 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
 
 
 def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
-    numerator, denominator = _forward(parts, spec, "data.train", numbers)
+    numerator, denominator, _ = _forward(parts, spec, "data.train", numbers)
+    if not numerator.isfinite():
+        raise DescriptionError(
+            f"loss: {spec.loss.path} of the first micro-batch is {numerator.item()}; look at the scale of data.train"
+        )
     try:
         numerator.backward()
     except RuntimeError as error:
@@ -127,12 +134,11 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
         parts.optimizer.step()
     except Exception as error:  # the optimizer may be the user's own
         raise DescriptionError(f"optimizer: step raised {type(error).__name__}: {_one_line(error)}") from error
-    # Frozen groups take part later; the trial of their turn is that they can be switched on.
-    set_trainable(parts.model, parts.groups, epoch=spec.train.epochs)
-    return numerator.item() / denominator
+    return numerator.item() / denominator if denominator else 0.0  # no target of this micro-batch counts
 
 
-def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float]:
+def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, bool]:
+    """Numerator and denominator of the loss over some samples, and whether their targets are class numbers."""
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
     inputs, target = _batch(dataset, numbers, key, spec.seed)
@@ -156,9 +162,21 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
                 f"loss: {spec.loss.path} of output {_shape(output)} and target {_shape(target)} raised "
                 f"{type(error).__name__}: {_one_line(error)}; make model, loss and data fit"
             ) from error
+    has_classes = bool(parts.loss.tally(output, target, numerator)[2])
     if parts.loss.weighs_targets:
-        return numerator, float(parts.loss.target_weight(target))
-    return numerator, parts.loss.denominator(own, shards=1)
+        return numerator, float(parts.loss.target_weight(target)), has_classes
+    return numerator, parts.loss.denominator(own, shards=1), has_classes
+
+
+def _check_metrics(spec: JobSpec, has_classes: bool) -> None:
+    """Refuses to wait for an accuracy that is never measured."""
+    wanted = {
+        "checkpoint.best.metric": spec.checkpoint.best and spec.checkpoint.best.metric,
+        "scheduler.monitor": spec.scheduler and spec.scheduler.monitor,
+    }
+    for key, metric in wanted.items():
+        if metric == "val/accuracy" and not has_classes:
+            raise DescriptionError(f"{key} val/accuracy needs targets that are class numbers; write val/loss")
 
 
 def _check_labels(output: Any, batch_targets: Any, numbers: list[int], dataset: Any, key: str, parts: Parts) -> None:

@@ -76,6 +76,12 @@ def test_own_parts_train(home: Path) -> None:
     assert Path(result["run"]) == home / "work/runs/own"
 
 
+def test_accuracy_of_no_classes_is_refused(home: Path) -> None:
+    ended = run(home, "checkpoint.best={metric: val/accuracy, mode: max}")
+    assert ended.exit_code == 2
+    assert "checkpoint.best.metric val/accuracy needs targets that are class numbers" in ended.stderr
+
+
 def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     ended = run(home, "data.train.broken_at=100", "workers.max_failures=5")
     assert ended.exit_code == 1
