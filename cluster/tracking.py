@@ -264,7 +264,7 @@ class _Recorder:
         self._tell(url=run.url, folder=self._folder)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        self._step_path = Path(settings.directory, f"{settings.run_id}.step")
+        self._step_path = Path(self._folder).with_name(f"{settings.run_id}.step")
         # online the server knows what it has; offline each attempt makes a record of its own, to be merged later
         self._last_step = self._read_step() if run.offline else run.summary.get("step", -1)
         outcome: dict[str, Any] = {"summary": {}, "images": {}, "succeeded": False}  # unless the driver says better
