@@ -187,7 +187,9 @@ class _TrainingProcess:
         self.task = task
         self.end_reported = False
         self.log_kept_at = time.monotonic()
-        self._log_path = Path(tempfile.mkstemp(prefix=f"worker-{task.rank}-", suffix=".log")[1])
+        log, log_path = tempfile.mkstemp(prefix=f"worker-{task.rank}-", suffix=".log")
+        os.close(log)  # the process opens it for itself
+        self._log_path = Path(log_path)
         self._connection, theirs = multiprocessing.Pipe()
         self._met = self._stopped = False
         self._process = fork_server.fork(

@@ -150,16 +150,16 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The checkpoints of a run, one line each, as ``launcher.status`` verified them."""
+    """The checkpoints of a run, one line each, as ``launcher.status`` verified them; then what is wrong with any."""
     if not documents:
         return "no checkpoints"
     measured = dict.fromkeys(name for document in documents for name in document.get("metrics", ()) if _is_val(name))
-    return table(
+    lines = table(
         ["step", "whole", "MiB", *measured, "state sha256", "created"],
         [
             (
                 document["step"],
-                "yes" if document["good"] else document["defect"],
+                "yes" if document["good"] else "no",
                 document["bytes"] / 2**20 if document["good"] else None,
                 *(document.get("metrics", {}).get(name) for name in measured),
                 document.get("state_sha256", "")[:16],
@@ -168,6 +168,7 @@ def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
             for document in documents
         ],
     )
+    return "\n".join([lines, *(document["defect"] for document in documents if not document["good"])])
 
 
 def _is_val(name: str) -> bool:

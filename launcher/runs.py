@@ -71,8 +71,7 @@ def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, fo
     limit = wanted.spec.train.max_steps
     reached = max(run.checkpoints.steps(), default=0)
     if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
-        wanted = parse(text, source, [*overrides, "train.max_steps=null"])
-        display.message(f"train.max_steps={limit} is reached and lifted")
+        wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
     with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
         os.chdir(environment.get("working_directory", "."))
     import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from launcher import report
-from launcher.report import draw_curves, duration, number, runs_table, summary, table
+from launcher.report import checkpoints_table, draw_curves, duration, number, runs_table, summary, table
 
 RESULT: dict[str, Any] = {
     "run": "s3://bucket/runs/digits",
@@ -272,3 +272,18 @@ class TestCurves:
         smoothed = report._smooth(line)
         assert smoothed[0] == line[0]
         assert smoothed[200] == pytest.approx(line[200])
+
+
+class TestCheckpointsTable:
+    def test_a_defect_stands_below(self) -> None:
+        good = {"step": 5, "good": True, "bytes": 2**21, "created": "2026-01-01T00:00:00Z", "state_sha256": "ab" * 32}
+        bad = {"step": 9, "good": False, "defect": "runs/a/checkpoints/step-00000009: model.safetensors is missing"}
+        assert checkpoints_table([good | {"metrics": {"val/loss": 0.5}}, bad]).splitlines() == [
+            "step  whole    MiB  val/loss  state sha256      created",
+            "   5  yes    2.000    0.5000  abababababababab  2026-01-01T00:00:00Z",
+            "   9  no",
+            "runs/a/checkpoints/step-00000009: model.safetensors is missing",
+        ]
+
+    def test_none(self) -> None:
+        assert checkpoints_table([]) == "no checkpoints"
