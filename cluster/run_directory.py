@@ -101,7 +101,7 @@ class RunDirectory:
         self._write_document(_TRACKER, {"id": tracker_id})
 
     def read_tracker_id(self) -> str | None:
-        """The tracker's name of the run; none before its first session."""
+        """The tracker's name of the run; none before its first attempt."""
         tracker_id = (self._read_document(_TRACKER) or {}).get("id")
         return tracker_id if isinstance(tracker_id, str) else None
 

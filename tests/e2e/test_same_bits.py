@@ -81,7 +81,7 @@ def test_killed_processes_are_replaced(tmp_path: Path, undisturbed: tuple[str, b
 
 
 def training_processes(driver: int) -> list[int]:
-    """The processes that train: grandchildren of Ray's workers, forked from the fork servers of this run's session."""
+    """The processes that train: grandchildren of Ray's workers, forked from this run's fork server."""
     parents = {}
     servers = set()
     for entry in Path("/proc").iterdir():
