@@ -69,6 +69,11 @@ class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone
     exit_code = 130
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known name closest to ``name``, or nothing."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from cluster.errors import DescriptionError, nearest
+from cluster.errors import DescriptionError, nearest, one_line
 from jobs.spec import PlanValue, Target
 
 
@@ -40,7 +40,7 @@ def resolve(path: str, key: str, bare_names: Sequence[ModuleType] = ()) -> Calla
         owner = _class_path(module_name, path, key, error)
     except Exception as error:  # the module is the user's own code: whatever it raises is told in one line
         raise DescriptionError(
-            f"{key}._target_ {path!r}: importing {module_name} raised {type(error).__name__}: {_one_line(error)}"
+            f"{key}._target_ {path!r}: importing {module_name} raised {type(error).__name__}: {one_line(error)}"
         ) from error
     found = getattr(owner, name, None)
     if found is None:
@@ -130,7 +130,7 @@ class Builder:
             raise
         except Exception as error:  # a constructor's complaint about its arguments is the user's to read
             raise DescriptionError(
-                f"{key}: {_name(function)} raised {type(error).__name__}: {_one_line(error)}"
+                f"{key}: {_name(function)} raised {type(error).__name__}: {one_line(error)}"
             ) from error
 
     def _value(self, value: Any, key: str, nested: Callable[[Target, str], Any]) -> Any:
@@ -149,7 +149,3 @@ class Builder:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

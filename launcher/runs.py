@@ -25,6 +25,7 @@ from launcher.machine import num_cores
 from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
 from launcher.report import draw_curves
+from launcher.status import is_driven_here
 
 _SAFE = ("name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "data.loaders")
 """Keys that may change in the life of a run: no bit of its state depends on them."""
@@ -203,13 +204,7 @@ def _document(status: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_second_driver(run: RunDirectory, status: dict[str, Any] | None) -> None:
     """Two drivers would write over each other; one that lives on this machine is certain."""
-    if status is None or status["status"] != "running" or status["host"] != socket.gethostname():
-        return
-    try:
-        os.kill(status["pid"], 0)
-    except (ProcessLookupError, PermissionError):
-        return
-    if "launcher" in Path(f"/proc/{status['pid']}/cmdline").read_text().replace("\0", " "):
+    if status is not None and status["status"] == "running" and is_driven_here(status):
         raise ClusterError(f"{run.url}: process {status['pid']} on this machine is running it; stop that one first")
 
 

@@ -1,9 +1,9 @@
 """What a run directory says of its run, for someone who has nothing else."""
 
-import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
@@ -71,7 +71,18 @@ def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterat
         time.sleep(_FOLLOW_INTERVAL_S)
 
 
+def is_driven_here(status: dict[str, Any]) -> bool:
+    """Whether the driver that wrote ``status.json`` is a process of this machine, and alive."""
+    if status["host"] != socket.gethostname():
+        return False
+    try:
+        command = Path(f"/proc/{status['pid']}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return b"launcher" in command  # another process may have its number by now
+
+
 def _is_gone(status: dict[str, Any]) -> bool:
     if status["host"] == socket.gethostname():
-        return not os.path.exists(f"/proc/{status['pid']}")
+        return not is_driven_here(status)
     return time.time() - status["updated"] > _SILENCE_S

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cluster.errors import CheckpointError, DescriptionError
+from cluster.errors import CheckpointError, DescriptionError, one_line
 from jobs.loader import KeyedDataset, seed_draws
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
@@ -21,6 +21,8 @@ from jobs.spec import JobSpec
 from jobs.state import size_in_bytes
 from launcher.plan import GroupPlan, Tried
 
+_MOST_CHARACTERS = 300
+"""Of what torch says of shapes, which can fill a screen."""
 _MOST_SAMPLES = 32
 """A trial of a large micro-batch on a CPU would cost more than it tells."""
 
@@ -99,7 +101,7 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
             samples.append(keyed[0, number])
         except Exception as error:  # the dataset is the user's own code
             raise DescriptionError(
-                f"{key}: sample {number} raised {type(error).__name__}: {_one_line(error)}"
+                f"{key}: sample {number} raised {type(error).__name__}: {_in_short(error)}"
             ) from error
         if not (isinstance(samples[-1], (tuple, list)) and len(samples[-1]) == 2):
             raise DescriptionError(
@@ -109,7 +111,7 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:
         raise DescriptionError(
-            f"{key}: samples cannot be stacked to a batch: {_one_line(error)}; give all the same shape"
+            f"{key}: samples cannot be stacked to a batch: {_in_short(error)}; give all the same shape"
         ) from error
 
 
@@ -122,7 +124,7 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
     try:
         numerator.backward()
     except RuntimeError as error:
-        raise DescriptionError(f"loss: backward raised RuntimeError: {_one_line(error)}") from error
+        raise DescriptionError(f"loss: backward raised RuntimeError: {_in_short(error)}") from error
     without = [name for name, p in parts.model.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         raise DescriptionError(
@@ -133,7 +135,7 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
     try:
         parts.optimizer.step()
     except Exception as error:  # the optimizer may be the user's own
-        raise DescriptionError(f"optimizer: step raised {type(error).__name__}: {_one_line(error)}") from error
+        raise DescriptionError(f"optimizer: step raised {type(error).__name__}: {_in_short(error)}") from error
     return numerator.item() / denominator if denominator else 0.0  # no target of this micro-batch counts
 
 
@@ -151,7 +153,7 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
         except Exception as error:  # the model is the user's own code
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise DescriptionError(
-                f"model: forward on inputs{shape} raised {type(error).__name__}: {_one_line(error)}; "
+                f"model: forward on inputs{shape} raised {type(error).__name__}: {_in_short(error)}; "
                 f"make model and {key} fit"
             ) from error
         _check_labels(output, target, numbers, dataset, key, parts)
@@ -160,7 +162,7 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
                 f"loss: {spec.loss.path} of output {_shape(output)} and target {_shape(target)} raised "
-                f"{type(error).__name__}: {_one_line(error)}; make model, loss and data fit"
+                f"{type(error).__name__}: {_in_short(error)}; make model, loss and data fit"
             ) from error
     has_classes = bool(parts.loss.tally(output, target, numerator)[2])
     if parts.loss.weighs_targets:
@@ -235,5 +237,5 @@ def _shape(value: Any) -> str:
     return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _in_short(error: Exception) -> str:
+    return one_line(error)[:_MOST_CHARACTERS]
