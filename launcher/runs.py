@@ -212,7 +212,10 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None:
-        state.attempts, state.seconds, state.best = status["attempts"], status["seconds"], status["best"]
+        state.seconds, state.best = status["seconds"], status["best"]
+    for event in run.events().read():
+        if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
+            state.attempts = event["attempt"] + 1
     for row in run.metrics().read():
         state.step, state.epoch, state.samples = row["step"], row["step"] // plan.steps_per_epoch, row["samples"]
         state.metrics |= {name: value for name, value in row.items() if "/" in name}
