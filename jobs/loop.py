@@ -170,7 +170,7 @@ class Loop:
     def _validates_now(self) -> bool:
         epoch = self.progress.step // self.parts.steps.steps_per_epoch
         return self.parts.val_set is not None and (
-            epoch % self.spec.train.validate_every_epochs == 0 or epoch == self.spec.train.epochs
+            epoch % (self.spec.train.validate_every_epochs or 1) == 0 or epoch == self.spec.train.epochs
         )
 
     def _validate(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.spec import Target
+from jobs.spec import LossSpec, Target
 from jobs.targets import Builder, check_arguments, resolve
 
 
@@ -106,7 +106,7 @@ class GlobalLoss:
         return torch.stack([numerator.detach().double(), correct, count])
 
 
-def build_loss(target: Target, builder: Builder) -> GlobalLoss:
+def build_loss(spec: LossSpec, builder: Builder) -> GlobalLoss:
     """A bare name is looked up in ``torch.nn``. A function is taken as it is, a class is built.
 
     Lists of numbers for ``weight`` and ``pos_weight`` become tensors.
@@ -114,6 +114,7 @@ def build_loss(target: Target, builder: Builder) -> GlobalLoss:
     Raises:
         DescriptionError: The name, an argument or its value is wrong.
     """
+    target = spec.factory
     function = resolve(target.path, "loss", [nn])
     if not inspect.isclass(function):
         check_arguments(function, list(target.args), "loss", given=2)

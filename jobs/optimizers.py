@@ -78,7 +78,7 @@ def build_optimizer(
     Raises:
         DescriptionError: The name, an argument or its value is wrong.
     """
-    function = resolve(spec.target.path, "optimizer", [torch.optim])
+    function = resolve(spec.factory.path, "optimizer", [torch.optim])
     if function is torch.optim.LBFGS:
         raise DescriptionError(
             "optimizer._target_ LBFGS evaluates the model several times in a step, which the loop does not offer; "
@@ -88,9 +88,9 @@ def build_optimizer(
     torch_groups = []
     for number, group in enumerate(groups):
         if group.pattern != "(rest)":
-            check_arguments(function, sorted({*group.args, *spec.target.args}), f"optimizer.groups[{number}]", given=1)
+            check_arguments(function, sorted({*group.args, *spec.factory.args}), f"optimizer.groups[{number}]", given=1)
         torch_groups.append({"params": [parameters[name] for name in group.names], **group.args})
-    return builder.build(spec.target, "optimizer", torch_groups, bare_names=[torch.optim])
+    return builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])
 
 
 def set_trainable(model: nn.Module, groups: list[ParameterGroup], epoch: int) -> bool:

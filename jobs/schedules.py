@@ -77,7 +77,7 @@ def build_schedule(
         arguments = (optimizer,) if takes_optimizer else ()
         return builder.build(target, key, *arguments, bare_names=[lr_scheduler], nested=build)
 
-    scheduler = build(spec.target, "scheduler")
+    scheduler = build(spec.factory, "scheduler")
     if isinstance(scheduler, ReduceLROnPlateau):
         if spec.interval != "epoch":
             raise DescriptionError(

@@ -6,12 +6,16 @@ The docstring under a field is its reference text: ``launcher schema`` prints it
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
 """What to do where text stands for a number: an environment variable is text until it is decoded."""
+
+
+_ALWAYS_MEASURED = ("loss", "accuracy")
 
 
 class FieldError(ValueError):
@@ -68,6 +72,38 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossSpec:
+    """A loss, and what is made of output and target before it sees them."""
+
+    factory: Target
+    output: Literal["identity", "softmax", "log_softmax", "sigmoid"] = "identity"
+    """Applied to the model's output first: nothing, or a function over its classes (dimension 1)."""
+    target: Literal["index", "one_hot", "float"] | None = None
+    """What the loss sees of a target: ``index``, class numbers as they are; ``one_hot``, a 1 at the class's place
+    in zeros as wide as the output; ``float``, numbers of the output's type and shape; none: what the dataset gives."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitSpec:
+    """Weights to begin with."""
+
+    SHORTHAND: ClassVar[str] = "url"
+
+    url: str
+    """A run (its newest good checkpoint is taken), one checkpoint of a run, or a ``.safetensors`` file, anywhere."""
+    include: tuple[str, ...] = ("*",)
+    """Shell patterns over names in this model; what matches is loaded, and must be there."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns over names in this model; what matches keeps its first, random weights, such as a new head."""
+    weights: Literal["model", "ema"] = "model"
+    """Of a run that keeps averaged weights: those it trained, or the average, which it validated with."""
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            raise FieldError("url", "must be the URL of a run, a checkpoint or a .safetensors file, got ''")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSpec:
     """One parameter group: the parameters whose names match, and what differs for them."""
 
@@ -76,12 +112,22 @@ class GroupSpec:
     every module whose class name matches, such as ``type:BatchNorm*``. The first group that matches wins."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Any argument of the optimizer, for this group alone."""
+    lr_scale: float | None = None
+    """The group's rate is the optimizer's ``lr`` times this."""
     from_epoch: int | None = None
     """Frozen until this epoch (counted from 0) begins, then trained."""
+    from_step: int | None = None
+    """Frozen until this many optimizer steps are completed, then trained."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "from_epoch")
+        _at_least(self, 0, "from_epoch", "from_step")
         _learning_rate(self.args)
+        if self.from_epoch is not None and self.from_step is not None:
+            raise FieldError("from_step", "cannot stand beside from_epoch; keep one of them")
+        if self.lr_scale is not None and not 0 < self.lr_scale < math.inf:
+            raise FieldError("lr_scale", f"must be finite and above 0, got {self.lr_scale}")
+        if self.lr_scale is not None and "lr" in self.args:
+            raise FieldError("lr_scale", "cannot stand beside lr; keep one of them")
         _finite_numbers(self.args)
 
 
@@ -89,23 +135,44 @@ class GroupSpec:
 class OptimizerSpec:
     """An optimizer and its parameter groups."""
 
-    target: Target
+    factory: Target
     groups: tuple[GroupSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        _learning_rate(self.target.args)
-        _finite_numbers(self.target.args)
+        _learning_rate(self.factory.args)
+        _finite_numbers(self.factory.args)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerSpec:
     """A learning-rate schedule."""
 
-    target: Target
+    factory: Target
     interval: Literal["step", "epoch"] = "epoch"
-    """When the schedule advances: after every optimizer step, or after every epoch."""
+    """When the schedule advances: after every optimizer step, or after every epoch. ReduceLROnPlateau advances
+    after every epoch that measured what it monitors; with ``step``, after every validation."""
     monitor: str | None = None
-    """The metric that ReduceLROnPlateau watches, such as ``val/loss``."""
+    """The metric that ReduceLROnPlateau watches, such as ``val/loss`` or ``train/loss``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStopSpec:
+    """When a run has learned all it will; it is completed then."""
+
+    metric: str
+    """What is watched: a validation metric such as ``val/loss`` at every validation, or ``train/loss`` at every
+    epoch's end."""
+    mode: Literal["min", "max"]
+    """Whether smaller or larger is better."""
+    patience: int
+    """The run ends at this many measurements in a row without an improvement."""
+    min_delta: float = 0.0
+    """What counts as an improvement: better than the best so far by more than this."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "patience")
+        if not 0 <= self.min_delta < math.inf:
+            raise FieldError("min_delta", f"must be finite and at least 0, got {self.min_delta}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +189,8 @@ class TrainSpec:
     """Virtual data-parallel replicas: a global batch is this many micro-batches. Fixed for the life of a run."""
     exact: bool = True
     """Sum gradients in one fixed order, so that any number of workers gives the same bits."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass: 32-bit, or autocast to bfloat16."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass: 32-bit, or autocast to bfloat16 or float16, the latter with a gradient scaler."""
     tf32: bool = False
     """Let CUDA round the inputs of fp32 matrix products and convolutions to TensorFloat-32."""
     deterministic: bool = True
@@ -136,19 +203,28 @@ class TrainSpec:
     """Compile the model with ``torch.compile``."""
     clip_norm: float | None = None
     """Scale the gradient down to this 2-norm when it is longer; off when none."""
+    clip_value: float | None = None
+    """Bring every number of the gradient into [-this, this]; off when none."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay per step, and validate with it."""
     threads: int = 1
     """CPU threads within an operator, per worker; a different number may round differently."""
-    validate_every_epochs: int = 1
-    """Epochs between validations; the last epoch is always validated."""
+    validate_every_epochs: int | None = None
+    """Epochs between validations; none: 1, or never where ``validate_every_steps`` is set. The end always validates."""
+    validate_every_steps: int | None = None
+    """Optimizer steps between validations, also within an epoch."""
+    early_stop: EarlyStopSpec | None = None
+    """End the run once a metric no longer improves."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss is NaN or infinite ends the run; or is skipped, its gradients too when only they are that.
+    To skip, all workers wait for each other's loss in every step."""
     log_every_steps: int = 1
     """Optimizer steps between rows of ``metrics.jsonl``; a validation always makes a row."""
 
     def __post_init__(self) -> None:
         _at_least(
             self, 1, "epochs", "max_steps", "global_batch", "shards", "threads",
-            "validate_every_epochs", "log_every_steps",
+            "validate_every_epochs", "validate_every_steps", "log_every_steps",
         )  # fmt: skip
         if self.global_batch % self.shards:
             lower = self.global_batch - self.global_batch % self.shards
@@ -157,8 +233,14 @@ class TrainSpec:
                 f"must divide by train.shards={self.shards}, got {self.global_batch}; "
                 f"write {lower + self.shards}" + (f" or {lower}" if lower else ""),
             )
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise FieldError("clip_norm", f"must be finite and above 0, got {self.clip_norm}; null turns clipping off")
+        for name in ("clip_norm", "clip_value"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 < limit < math.inf:
+                raise FieldError(name, f"must be finite and above 0, got {limit}; null turns clipping off")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise FieldError("clip_value", "cannot stand beside clip_norm; keep one of them")
+        if self.validate_every_epochs is not None and self.validate_every_steps is not None:
+            raise FieldError("validate_every_steps", "cannot stand beside validate_every_epochs; keep one of them")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise FieldError("ema_decay", f"must lie between 0 and 1, got {self.ema_decay}; null turns averaging off")
         if self.cudnn_benchmark and self.deterministic:
@@ -205,13 +287,10 @@ class BestSpec:
     """Which checkpoint counts as the best."""
 
     metric: str
-    """A validation metric: ``val/loss`` or ``val/accuracy``."""
+    """A validation metric such as ``val/accuracy``, judged at every validation, or ``train/loss``, at every epoch's
+    end."""
     mode: Literal["min", "max"]
     """Whether smaller or larger is better."""
-
-    def __post_init__(self) -> None:
-        if self.metric not in ("val/loss", "val/accuracy"):
-            raise FieldError("metric", f"must be val/loss or val/accuracy, got {self.metric!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +333,7 @@ class JobSpec:
     model: Target
     """The network: called with a batch of inputs, returns what the loss takes."""
     data: DataSpec
-    loss: Target
+    loss: LossSpec
     """A loss, by a bare name of ``torch.nn`` or an import path; called with (output, target)."""
     optimizer: OptimizerSpec
     """An optimizer, by a bare name of ``torch.optim`` or an import path, with ``groups``."""
@@ -264,6 +343,11 @@ class JobSpec:
     workers: WorkersSpec = field(default_factory=WorkersSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    metrics: Mapping[str, Target] = field(default_factory=dict)
+    """What validation measures beside loss and accuracy: a name, and a metric of torchmetrics by its bare name, or
+    any subclass of ``torchmetrics.Metric`` by its import path."""
+    init_from: InitSpec | None = None
+    """Weights to begin with instead of random ones: a URL, or a mapping."""
     seed: int = 0
     """Every random draw is a function of this number."""
     store: str = "runs"
@@ -282,9 +366,36 @@ class JobSpec:
                 f"must be at most train.shards={self.train.shards}, got {self.workers.num}; "
                 "lower it, or give a new run more shards",
             )
-        best = self.checkpoint.best
-        if best is not None and self.data.val is None:
-            raise FieldError("checkpoint.best", f"needs data.val to measure {best.metric!r}; declare data.val")
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """What is measured has a name of its own, and what is watched is measured."""
+        for name in self.metrics:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _ALWAYS_MEASURED:
+                raise FieldError(f"metrics.{name}", f"must be a word other than {', '.join(_ALWAYS_MEASURED)}")
+        if self.metrics and self.data.val is None:
+            raise FieldError("metrics", "needs data.val to be measured on; declare data.val")
+        for key, metric in watched_metrics(self).items():
+            kind, _, name = metric.partition("/")
+            known = (*_ALWAYS_MEASURED, *(self.metrics if kind == "val" else ()))
+            if kind not in ("val", "train") or name.partition("/")[0] not in known:
+                names = [f"val/{name}" for name in (*_ALWAYS_MEASURED, *self.metrics)]
+                names += [f"train/{name}" for name in _ALWAYS_MEASURED]
+                raise FieldError(key, f"must be {', '.join(names[:-1])} or {names[-1]}, got {metric!r}")
+            if kind == "val" and self.data.val is None:
+                raise FieldError(key, f"needs data.val to measure {metric!r}; declare data.val")
+
+
+def watched_metrics(spec: JobSpec) -> dict[str, str]:
+    """The keys under which a metric is named, and the metric."""
+    watched: dict[str, str] = {}
+    if spec.checkpoint.best is not None:
+        watched["checkpoint.best.metric"] = spec.checkpoint.best.metric
+    if spec.train.early_stop is not None:
+        watched["train.early_stop.metric"] = spec.train.early_stop.metric
+    if spec.scheduler is not None and spec.scheduler.monitor is not None:
+        watched["scheduler.monitor"] = spec.scheduler.monitor
+    return watched
 
 
 def _is_number(value: object) -> bool:

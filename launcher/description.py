@@ -30,7 +30,7 @@ from omegaconf.errors import (
 
 from cluster.errors import DescriptionError, nearest
 from jobs.spec import NUMBER_FROM_TEXT, FieldError, JobSpec, PlanValue, Target
-from launcher.schema import has_target, is_section, section_in, type_words, union_members
+from launcher.schema import has_target, is_section, section_in, shorthand_of, type_words, union_members
 
 _COMMAND_LINE = "command line"
 
@@ -307,15 +307,16 @@ def _completed(section: Any, value: Any) -> Any:
 
     What is of a wrong type is left for the check to refuse.
     """
-    if isinstance(value, str) and has_target(section) and "${" not in value:
-        value = {"_target_": value}
+    shorthand = shorthand_of(section)
+    if isinstance(value, str) and shorthand and ("${" not in value or shorthand != "_target_"):
+        value = {shorthand: value}
     if not isinstance(value, dict):
         return value
     complete: dict[str, Any] = {}
     if has_target(section):
         complete.update({name: item for name, item in value.items() if name not in _keys(section)})
     for field in dataclasses.fields(section):
-        if field.name in ("target", "args"):
+        if field.name in ("factory", "args"):
             continue
         hint = _hints(section)[field.name]
         inner = section_in(hint)
@@ -418,8 +419,8 @@ def _section(section: Any, value: dict[Any, Any], key: str) -> Any:
     hints, keys = _hints(section), _keys(section)
     rest = {name: item for name, item in value.items() if name not in keys}
     values: dict[str, Any] = {}
-    if "target" in hints:
-        values["target"] = _target(rest, key)
+    if "factory" in hints:
+        values["factory"] = _target(rest, key)
     elif "args" in hints:
         values["args"] = _arguments(rest, key)
     elif rest:
@@ -444,8 +445,10 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return _target(value, key)
         if is_section(member) and isinstance(value, dict):
             return _section(member, value, key)
-        if is_section(member) and has_target(member) and isinstance(value, str):
-            return _section(member, {"_target_": value}, key)
+        if isinstance(value, str) and (shorthand := shorthand_of(member)):
+            return _section(member, {shorthand: value}, key)
+        if typing.get_origin(member) is Mapping and isinstance(value, dict):
+            return {str(name): _target(item, _join(key, str(name))) for name, item in value.items()}
         if typing.get_origin(member) is tuple and isinstance(value, list):
             item = typing.get_args(member)[0]
             return tuple(_value(item, part, f"{key}[{index}]") for index, part in enumerate(value))
@@ -541,7 +544,7 @@ def _hints(section: Any) -> dict[str, Any]:
 
 def _keys(section: Any) -> list[str]:
     """The keys that a section itself names."""
-    return [field.name for field in dataclasses.fields(section) if field.name not in ("target", "args")]
+    return [field.name for field in dataclasses.fields(section) if field.name not in ("factory", "args")]
 
 
 def _join(key: str, name: str) -> str:
@@ -563,7 +566,7 @@ def _plain(value: Any) -> Any:
         plain: dict[str, Any] = {}
         for field in dataclasses.fields(value):
             item = _plain(getattr(value, field.name))
-            plain.update(item if field.name in ("target", "args") else {field.name: item})
+            plain.update(item if field.name in ("factory", "args") else {field.name: item})
         return plain
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}

@@ -133,9 +133,9 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{spec.workers.num} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
         ("gradients", f"summed in {sum_order}"),
-        ("loss", spec.loss.path),
-        ("optimizer", spec.optimizer.target.path),
-        ("schedule", f"{spec.scheduler.target.path}, every {spec.scheduler.interval}" if spec.scheduler else "none"),
+        ("loss", spec.loss.factory.path),
+        ("optimizer", spec.optimizer.factory.path),
+        ("schedule", f"{spec.scheduler.factory.path}, every {spec.scheduler.interval}" if spec.scheduler else "none"),
         ("checkpoint", f"about {plan.checkpoint_bytes / 2**20:,.1f} MiB, the newest {spec.checkpoint.keep} kept"),
         ("trial", f"{plan.trial_samples} samples through model, loss and backward: loss {number(plan.trial_loss)}"),
     ]

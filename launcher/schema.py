@@ -74,7 +74,14 @@ def is_section(hint: Any) -> bool:
 
 def has_target(section: Any) -> bool:
     """Whether a section names an object to build beside its own keys."""
-    return any(field.name == "target" for field in dataclasses.fields(section))
+    return any(field.name == "factory" for field in dataclasses.fields(section))
+
+
+def shorthand_of(hint: Any) -> str | None:
+    """The key that is meant where a section is written as mere text; none if it cannot be."""
+    if not is_section(hint):
+        return None
+    return "_target_" if has_target(hint) else getattr(hint, "SHORTHAND", None)
 
 
 def section_in(hint: Any) -> Any:
@@ -97,7 +104,9 @@ def _words(hint: Any) -> list[str]:
     if hint is spec.Target or (is_section(hint) and has_target(hint)):
         return ["a mapping with _target_"]
     if is_section(hint):
-        return ["a mapping"]
+        return ["text", "a mapping"] if shorthand_of(hint) else ["a mapping"]
+    if typing.get_origin(hint) is Mapping:
+        return ["a mapping of names to mappings with _target_"]
     return [{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]]
 
 
@@ -105,7 +114,7 @@ def _entries(section: type, prefix: str, depth: int, docs: Mapping[tuple[str, st
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         doc = docs.get((section.__name__, field.name), "")
-        if field.name == "target":
+        if field.name == "factory":
             yield Entry(f"{prefix}_target_", "text", None, True, _TARGET_DOC, depth)
             continue
         if field.name == "args":

@@ -119,7 +119,8 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
     numerator, denominator, _ = _forward(parts, spec, "data.train", numbers)
     if not numerator.isfinite():
         raise DescriptionError(
-            f"loss: {spec.loss.path} of the first micro-batch is {numerator.item()}; look at the scale of data.train"
+            f"loss: {spec.loss.factory.path} of the first micro-batch is {numerator.item()}; "
+            "look at the scale of data.train"
         )
     try:
         numerator.backward()
@@ -161,7 +162,7 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
             numerator, own = parts.loss.numerator(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
-                f"loss: {spec.loss.path} of output {_shape(output)} and target {_shape(target)} raised "
+                f"loss: {spec.loss.factory.path} of output {_shape(output)} and target {_shape(target)} raised "
                 f"{type(error).__name__}: {_in_short(error)}; make model, loss and data fit"
             ) from error
     has_classes = bool(parts.loss.tally(output, target, numerator)[2])

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
-from jobs.spec import CheckpointSpec, DataSpec, GroupSpec, JobSpec, OptimizerSpec, SchedulerSpec, Target, TrainSpec
+from jobs.spec import (
+    CheckpointSpec,
+    DataSpec,
+    GroupSpec,
+    JobSpec,
+    LossSpec,
+    OptimizerSpec,
+    SchedulerSpec,
+    Target,
+    TrainSpec,
+)
 
 SAMPLES, VAL_SAMPLES, CLASSES = 50, 17, 5
 STEPS_PER_EPOCH, STEPS = 4, 12
@@ -93,15 +103,15 @@ def full_job(store: object, name: str, **train: Any) -> JobSpec:
         seed=7,
         model=_target("Net"),
         data=DataSpec(train=_target("Images", length=SAMPLES, augment=True), val=_target("Images", length=VAL_SAMPLES)),
-        loss=Target("CrossEntropyLoss", {"label_smoothing": 0.1}),
+        loss=LossSpec(factory=Target("CrossEntropyLoss", {"label_smoothing": 0.1})),
         optimizer=OptimizerSpec(
-            target=Target("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+            factory=Target("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
             groups=(
                 GroupSpec(match="conv.*", args={"lr": 0.05}, from_epoch=1),
                 GroupSpec(match="*.bias", args={"weight_decay": 0.0}),
             ),
         ),
-        scheduler=SchedulerSpec(target=Target("StepLR", {"step_size": 5, "gamma": 0.5}), interval="step"),
+        scheduler=SchedulerSpec(factory=Target("StepLR", {"step_size": 5, "gamma": 0.5}), interval="step"),
         train=TrainSpec(**{"epochs": 3, "global_batch": 12, "shards": 4, "clip_norm": 0.5, "ema_decay": 0.9} | train),
         checkpoint=CheckpointSpec(every_steps=3),
     )
@@ -114,8 +124,8 @@ def plain_job(store: object, name: str, **train: Any) -> JobSpec:
         job,
         model=_target("Net", dropout=0.0),
         data=DataSpec(train=_target("Images", length=SAMPLES)),
-        loss=Target("CrossEntropyLoss"),
-        optimizer=OptimizerSpec(target=Target("SGD", {"lr": 0.05, "momentum": 0.9})),
+        loss=LossSpec(factory=Target("CrossEntropyLoss")),
+        optimizer=OptimizerSpec(factory=Target("SGD", {"lr": 0.05, "momentum": 0.9})),
         scheduler=None,
         train=TrainSpec(**{"epochs": 2, "global_batch": 12, "shards": 4} | train),
     )

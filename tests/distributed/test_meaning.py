@@ -17,7 +17,7 @@ from cluster.agent import Task
 from cluster.link import Link
 from jobs.loader import seed_host_draws
 from jobs.order import StepPlan, draw_key
-from jobs.spec import JobSpec, Target
+from jobs.spec import JobSpec, LossSpec, Target
 from jobs.worker import meet
 from tests.distributed.small_job import SAMPLES, VAL_SAMPLES, Images, Net, images, plain_job
 from tests.distributed.team_process import TIMEOUT_S, Outcome, newest_state, run_job, run_processes, train_job
@@ -49,7 +49,7 @@ def train_with_plain_ddp(link: Link, task: Task) -> dict[str, np.ndarray]:
     dataset = Images(**spec.data.train.args)
     steps = StepPlan(len(dataset), spec.train.global_batch, spec.train.shards, spec.train.epochs)
     model = DistributedDataParallel(initial_net(spec))
-    optimizer = torch.optim.SGD(model.parameters(), **spec.optimizer.target.args)
+    optimizer = torch.optim.SGD(model.parameters(), **spec.optimizer.factory.args)
     for step in range(steps.total_steps):
         images_N188, labels_N = stacked(dataset, steps.samples(spec.seed, step, shard=task.rank))
         optimizer.zero_grad()
@@ -76,7 +76,7 @@ def test_a_weighted_loss_is_the_mean_over_the_global_batch(tmp_path: Path) -> No
     """Class weights and ignored labels, which the shards have different shares of."""
     loss = {"weight": [0.2, 3.0, 1.0, 0.5, 2.0], "ignore_index": -100}
     job = plain_job(tmp_path, "run", epochs=1, max_steps=1)
-    job = replace(job, data=images(ignored=3), loss=Target("CrossEntropyLoss", loss))
+    job = replace(job, data=images(ignored=3), loss=LossSpec(factory=Target("CrossEntropyLoss", loss)))
     outcomes = [run_job(replace(job, name=f"run-{workers}"), workers) for workers in (1, 2, 4)]
 
     net, dataset, steps = initial_net(job), Images(**job.data.train.args), StepPlan(SAMPLES, 12, 4, 1)
@@ -87,7 +87,7 @@ def test_a_weighted_loss_is_the_mean_over_the_global_batch(tmp_path: Path) -> No
     labels_N = torch.cat([labels_N for _, labels_N in shards])
     whole = cross_entropy(logits_NK, labels_N, torch.tensor(loss["weight"]), ignore_index=-100)
     whole.backward()
-    torch.optim.SGD(net.parameters(), **job.optimizer.target.args).step()
+    torch.optim.SGD(net.parameters(), **job.optimizer.factory.args).step()
 
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert outcomes[0].rows[0]["train/loss"] == pytest.approx(whole.item(), rel=1e-6)  # float32 holds 7 digits

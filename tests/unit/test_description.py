@@ -11,7 +11,18 @@ import pytest
 
 from cluster.errors import DescriptionError
 from jobs import spec as language
-from jobs.spec import GroupSpec, JobSpec, OptimizerSpec, PlanValue, SchedulerSpec, Target, TrainSpec
+from jobs.spec import (
+    EarlyStopSpec,
+    GroupSpec,
+    InitSpec,
+    JobSpec,
+    LossSpec,
+    OptimizerSpec,
+    PlanValue,
+    SchedulerSpec,
+    Target,
+    TrainSpec,
+)
 from launcher import schema
 from launcher.description import MISSING, Description, Difference, differences, flatten, load, parse
 
@@ -63,7 +74,10 @@ def message(extra: str = "", *overrides: str, base: str = BASE) -> str:
 
 DECODE = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
 PLAN_ONLY = "only arguments of model, data, loss, optimizer and scheduler can wait for the plan"
-TOP_KEYS = "name, model, data, loss, optimizer, scheduler, train, workers, checkpoint, tracking, seed, store"
+TOP_KEYS = (
+    "name, model, data, loss, optimizer, scheduler, train, workers, checkpoint, tracking, "
+    "metrics, init_from, seed, store"
+)
 DECIMAL = "which YAML reads in another base than 10; write it in decimal, or quote it if it is text"
 
 FILE_MISTAKES = {
@@ -94,7 +108,7 @@ FILE_MISTAKES = {
     "tracking: {tags: [x, 3]}": "tracking.tags[1] must be text, got 3; quote it",
     "workers: {num: [1, 4]}": "workers.num must be a whole number, got [1, 4]",
     # choices
-    "train: {precision: fp12}": "train.precision must be fp32 or bf16, got 'fp12' (did you mean 'fp32'?)",
+    "train: {precision: fp12}": "train.precision must be fp32, bf16 or fp16, got 'fp12' (did you mean 'fp32'?)",
     "tracking: {mode: 3}": "tracking.mode must be online, offline or disabled, got 3",
     "workers: {gpus: atuo}": "workers.gpus must be a whole number or auto, got 'atuo' (did you mean 'auto'?)",
     # what YAML 1.1 reads otherwise than it looks
@@ -113,7 +127,7 @@ FILE_MISTAKES = {
     "store: ''": "store must be a URL or a folder, got ''; write for example runs or s3://bucket/runs",
     "workers: {num: 5}": ("workers.num must be at most train.shards=4, got 5; lower it, or give a new run more shards"),
     "checkpoint: {best: {metric: val/loss, mode: min}}": (
-        "checkpoint.best needs data.val to measure 'val/loss'; declare data.val"
+        "checkpoint.best.metric needs data.val to measure 'val/loss'; declare data.val"
     ),
     # targets
     "scheduler: {step_size: 3}": "scheduler has no _target_; write what to build, an import path such as package.Name",
@@ -284,8 +298,8 @@ def test_the_smallest_file_gets_every_default() -> None:
         name="digits",
         model=Target("jobs.models.Net", {"width": 8}),
         data=language.DataSpec(train=Target("jobs.data.digits")),
-        loss=Target("CrossEntropyLoss"),
-        optimizer=OptimizerSpec(target=Target("SGD", {"lr": 0.1})),
+        loss=LossSpec(factory=Target("CrossEntropyLoss")),
+        optimizer=OptimizerSpec(factory=Target("SGD", {"lr": 0.1})),
     )
 
 
@@ -294,7 +308,7 @@ def test_everything_that_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None
     spec = parse(FULL, "digits.yaml").spec
     assert (spec.name, spec.seed, spec.store) == ("digits", 7, "s3://key:secret@bucket")
     assert spec.optimizer == OptimizerSpec(
-        target=Target("SGD", {"lr": 0.05}),
+        factory=Target("SGD", {"lr": 0.05}),
         groups=(
             GroupSpec(match="*.bias", args={"weight_decay": 0.0}),
             GroupSpec(match="fc3.*", args={"lr": 0.01}, from_epoch=2),
@@ -303,7 +317,7 @@ def test_everything_that_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None
     half = PlanValue("steps", 0.5)
     cosine = Target("CosineAnnealingLR", {"T_max": PlanValue("total_steps"), "last": half})
     assert spec.scheduler == SchedulerSpec(
-        target=Target(
+        factory=Target(
             "SequentialLR", {"milestones": [half], "schedulers": [Target("LinearLR", {"total_iters": half}), cosine]}
         ),
         interval="step",
@@ -318,7 +332,7 @@ def test_nested_targets_and_mappings() -> None:
     written = "scheduler: {_target_: X, a: {_target_: p.Y, _partial_: true, b: 1}, c: {0: {_target_: Z}, k: [null]}}"
     scheduler = read(written).spec.scheduler
     assert scheduler is not None
-    assert scheduler.target.args == {"a": Target("p.Y", {"b": 1}, partial=True), "c": {0: Target("Z"), "k": [None]}}
+    assert scheduler.factory.args == {"a": Target("p.Y", {"b": 1}, partial=True), "c": {0: Target("Z"), "k": [None]}}
 
 
 def test_the_environment_supplies_text_numbers_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,10 +363,10 @@ def test_overrides_set_add_and_remove() -> None:
     ).spec
     assert spec.name == "1e5"
     assert spec.model == Target("my.Net", {"width": 8})
-    assert spec.loss == Target("CrossEntropyLoss", {"label_smoothing": 0.1})
+    assert spec.loss == LossSpec(factory=Target("CrossEntropyLoss", {"label_smoothing": 0.1}))
     assert spec.data.val == Target("my.data")
     assert spec.optimizer.groups == (GroupSpec(match="a", args={"lr": 0.001}), GroupSpec(match="b", from_epoch=2))
-    assert spec.scheduler == SchedulerSpec(target=Target("StepLR", {"step_size": 5}))
+    assert spec.scheduler == SchedulerSpec(factory=Target("StepLR", {"step_size": 5}))
     assert spec.checkpoint.best == language.BestSpec(metric="val/loss", mode="min")
     assert spec.store == "s3://bucket/0"
     assert read("scheduler: StepLR", "scheduler=null").spec.scheduler is None
@@ -453,10 +467,11 @@ def test_schema_lists_every_field_with_its_docstring() -> None:
     reference = schema.describe_json()
     sections = {
         "": JobSpec, "data.": language.DataSpec, "optimizer.groups[].": GroupSpec, "train.": TrainSpec,
+        "loss.": LossSpec, "init_from.": InitSpec, "train.early_stop.": EarlyStopSpec,
         "scheduler.": SchedulerSpec, "workers.": language.WorkersSpec, "checkpoint.": language.CheckpointSpec,
         "checkpoint.best.": language.BestSpec, "tracking.": language.TrackingSpec, "optimizer.": OptimizerSpec,
     }  # fmt: skip
-    written = {"target": "_target_", "args": "<argument>"}
+    written = {"factory": "_target_", "args": "<argument>"}
     expected = {
         prefix + written.get(field.name, field.name)
         for prefix, section in sections.items()
@@ -466,7 +481,8 @@ def test_schema_lists_every_field_with_its_docstring() -> None:
     assert all(entry["doc"] for entry in reference.values())
     assert {key for key, entry in reference.items() if entry["required"]} == {
         "model", "data.train", "loss", "optimizer", "optimizer._target_", "scheduler._target_",
-        "optimizer.groups[].match", "checkpoint.best.metric", "checkpoint.best.mode",
+        "loss._target_", "init_from.url", "train.early_stop.metric", "train.early_stop.mode",
+        "train.early_stop.patience", "optimizer.groups[].match", "checkpoint.best.metric", "checkpoint.best.mode",
     }  # fmt: skip
     assert reference["train.epochs"] == {
         "type": "a whole number",
@@ -484,3 +500,43 @@ def test_schema_reads_like_an_annotated_job_file() -> None:
     assert "  best: null  # a mapping or null\n    # A validation metric" in text
     assert "${plan.steps:EPOCHS}" in text
     assert max(map(len, text.splitlines())) <= schema.WIDTH
+
+
+VALIDATED = "name: digits\ndata: {train: a.B, val: a.B}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("metrics: {loss: a.B}", "metrics.loss must be a word other than loss, accuracy"),
+        ("metrics: {f1: 3}", "metrics.f1 must be a mapping with _target_, got 3"),
+        ("train: {early_stop: {metric: val/f2, mode: max, patience: 3}}\nmetrics: {f1: a.B}",
+         "train.early_stop.metric must be val/loss, val/accuracy, val/f1, train/loss or train/accuracy, got 'val/f2'"),
+        ("train: {early_stop: {metric: val/loss, mode: max, patience: 0}}",
+         "train.early_stop.patience must be at least 1, got 0"),
+        ("train: {clip_norm: 1, clip_value: 1}", "train.clip_value cannot stand beside clip_norm; keep one of them"),
+        ("train: {validate_every_steps: 1, validate_every_epochs: 1}",
+         "train.validate_every_steps cannot stand beside validate_every_epochs; keep one of them"),
+        ("optimizer: {_target_: SGD, lr: 1, groups: [{match: a, from_epoch: 1, from_step: 1}]}",
+         "optimizer.groups[0].from_step cannot stand beside from_epoch; keep one of them"),
+        ("optimizer: {_target_: SGD, lr: 1, groups: [{match: a, lr: 1, lr_scale: 2}]}",
+         "optimizer.groups[0].lr_scale cannot stand beside lr; keep one of them"),
+        ("loss: {_target_: MSELoss, target: onehot}",
+         "loss.target must be index, one_hot, float or null, got 'onehot' (did you mean 'one_hot'?)"),
+        ("init_from: {url: a, weights: average}", "init_from.weights must be model or ema, got 'average'"),
+        ("init_from: ''", "init_from.url must be the URL of a run, a checkpoint or a .safetensors file, got ''"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_go_together(written: str, expected: str) -> None:
+    kept = [line for line in BASE.splitlines() if line.partition(":")[0] not in ("data", written.partition(":")[0])]
+    with pytest.raises(DescriptionError) as caught:
+        parse("\n".join(kept) + f"\n{VALIDATED}{written}\n", "digits.yaml")
+    assert str(caught.value) == f"digits.yaml: {expected}"
+
+
+def test_metrics_and_warm_starts_may_be_written_short() -> None:
+    written = BASE.replace("train: {_target_: jobs.data.digits}", "train: a.B, val: a.B")
+    spec = parse(written + "name: x\ninit_from: s3://b/x\nmetrics: {mae: MeanAbsoluteError}", "x.yaml").spec
+    assert spec.init_from == InitSpec(url="s3://b/x")
+    assert spec.metrics == {"mae": Target("MeanAbsoluteError")}
+    assert flatten(spec)["metrics.mae._target_"] == "MeanAbsoluteError"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
 from jobs.losses import GlobalLoss, build_loss
-from jobs.spec import Target
+from jobs.spec import LossSpec, Target
 from jobs.targets import Builder
 
 SHARDS, BATCH, CLASSES = 4, 12, 5
@@ -115,7 +115,7 @@ def over_shards(loss: GlobalLoss, output: Tensor, target: Tensor) -> tuple[float
 
 
 def build(name: str, **args: Any) -> GlobalLoss:
-    loss = build_loss(Target(name, args), Builder())
+    loss = build_loss(LossSpec(factory=Target(name, args)), Builder())
     if isinstance(loss._function, nn.Module):
         loss._function.double()  # for a comparison in which only the arithmetic of the means can differ
     return loss.to(torch.device("cpu"))

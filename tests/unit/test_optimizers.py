@@ -28,7 +28,7 @@ def groups(*specs: GroupSpec) -> list[ParameterGroup]:
 
 def build(name: str = "SGD", *specs: GroupSpec, model: nn.Module | None = None, **args: Any) -> torch.optim.Optimizer:
     model = model or Net()
-    spec = OptimizerSpec(target=Target(name, args), groups=specs)
+    spec = OptimizerSpec(factory=Target(name, args), groups=specs)
     return build_optimizer(spec, model, group_parameters(model, specs), Builder())
 
 

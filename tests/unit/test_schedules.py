@@ -24,7 +24,7 @@ def build(
     optimizer: torch.optim.Optimizer, name: str, *, interval: Any = "epoch", monitor: str | None = None,
     validates: bool = True, **args: Any,
 ) -> Schedule:  # fmt: skip
-    spec = SchedulerSpec(target=Target(name, args), interval=interval, monitor=monitor)
+    spec = SchedulerSpec(factory=Target(name, args), interval=interval, monitor=monitor)
     return build_schedule(spec, optimizer, Builder(lambda value: plan_value(STEPS, value)), validates=validates)
 
 
