@@ -448,7 +448,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if isinstance(value, str) and (shorthand := shorthand_of(member)):
             return _section(member, {shorthand: value}, key)
         if typing.get_origin(member) is Mapping and isinstance(value, dict):
-            return {str(name): _target(item, _join(key, str(name))) for name, item in value.items()}
+            return {str(name): _value(Target, item, _join(key, str(name))) for name, item in value.items()}
         if typing.get_origin(member) is tuple and isinstance(value, list):
             item = typing.get_args(member)[0]
             return tuple(_value(item, part, f"{key}[{index}]") for index, part in enumerate(value))
