@@ -1,28 +1,25 @@
 """The training loop.
 
-A step is S forward and backward passes, one per shard, wherever the shards live; the gradients meet in
-one sum, and every worker takes the same optimizer step. Validation, checkpoints and the wish to stop fall
-on the same steps for everybody, because they follow from the step number and from reports all have heard.
+Steps follow each other; between them, at steps that all workers agree on, it validates, saves, and may end.
+Everything that happens falls on the same step for everybody, because it follows from the step number and from
+reports that all have heard.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from cluster.errors import TrainingError
-from jobs.loader import seed_draws, training_batches, validation_batches
-from jobs.optimizers import set_trainable
-from jobs.order import draw_key
+from jobs.loader import training_batches, validation_batches
 from jobs.parts import Parts
 from jobs.pulse import Pulse, StepReport
 from jobs.spec import JobSpec
+from jobs.step import TrainingStep
 from jobs.team import Team
 from jobs.validation import evaluate
+
+_MOST_SAMPLES_NAMED = 8
 
 
 @dataclass(slots=True)
@@ -32,7 +29,14 @@ class Progress:
     step: int = 0
     """Optimizer steps completed."""
     best_metric: float | None = None
+    """The best value so far of what ``checkpoint.best`` watches."""
     best_step: int | None = None
+    watched_metric: float | None = None
+    """The best value so far of what ``train.early_stop`` watches."""
+    num_stalled: int = 0
+    """Measurements of it in a row without an improvement."""
+    ended_early: bool = False
+    """The run is complete before its last step."""
 
 
 class Loop:
@@ -49,7 +53,7 @@ class Loop:
         team: Team,
         *,
         metrics: Mapping[str, float],
-        on_row: Callable[[dict[str, float]], None],
+        tell: Callable[..., None],
         save: Callable[[dict[str, float]], None],
         stop_wanted: Callable[[], bool],
     ) -> None:
@@ -61,7 +65,7 @@ class Loop:
             progress: Where to go on.
             team: The workers and the way to exchange gradients.
             metrics: The newest metrics at that state.
-            on_row: Takes a row of metrics; the same on every rank.
+            tell: Takes what is to be known outside, a kind and its content; the same on every rank.
             save: Saves a checkpoint of this moment, given the newest metrics.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
         """
@@ -69,7 +73,7 @@ class Loop:
         self.parts = parts
         self.progress = progress
         self.team = team
-        self.on_row = on_row
+        self.tell = tell
         self.save = save
         self.stop_wanted = stop_wanted
         self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
@@ -77,77 +81,34 @@ class Loop:
         self.metrics = dict(metrics)
         self.pulse = Pulse(team.blocks, team.cpu_group)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress.ended_early or self.progress.step >= self.parts.steps.total_steps
+
     def run(self) -> None:
         """Trains; on return the last checkpoint has been handed to ``save``."""
-        progress, steps = self.progress, self.parts.steps
-        self._set_trainable()
+        if self.is_complete or self.progress.step >= self.end:
+            return
+        training = TrainingStep(self.spec, self.parts, self.team)
         for micro_batches in self._batches():
-            if steps.ends_epoch(progress.step):
-                self._set_trainable()
-            tallies, denominator = self._gradients(micro_batches)
-            rates = self._optimizer_step()
-            progress.step += 1
-            arrived = self.pulse.push(progress.step, tallies, denominator, stop=self.stop_wanted(), note=rates)
-            for report in arrived:
+            outcome = training.take(self.progress.step, micro_batches)
+            self.progress.step += 1
+            for report in self.pulse.push(self.progress.step, outcome, stop=self.stop_wanted()):
                 self._log(report)
             if self._is_due():
                 self._pause()
-            if self.stopping:
+            if self.stopping or self.progress.ended_early:
                 break
 
-    def _gradients(self, micro_batches: list[Any]) -> tuple[Tensor, float]:
-        """Forward and backward over this worker's shards; afterwards ``.grad`` is the global batch's."""
-        spec, team, loss = self.spec, self.team, self.parts.loss
-        tallies = []
-        denominator = self._weighed_denominator(micro_batches)
-        buffers = list(self.parts.model.buffers())
-        # Every shard starts from the buffers of the step's start, and shard 0's are everyone's at its end.
-        several = len(team.block) > 1 and bool(buffers)
-        at_start = [buffer.clone() for buffer in buffers] if several else []
-        of_first: list[Tensor] = []
-        for shard, (inputs, target) in zip(team.block, micro_batches):
-            is_last = shard == team.block[-1]
-            seed_draws(draw_key("step", spec.seed, self.progress.step, shard), team.device)
-            with nullcontext() if is_last else self.replica.no_sync():
-                with self._autocast():
-                    output = self.replica(self._in_memory_order(inputs))
-                    numerator, own_denominator = loss.numerator(output, target)
-                if denominator is None:
-                    denominator = loss.denominator(own_denominator, spec.train.shards)
-                (numerator * (team.gradient_scale / denominator)).backward()
-            tallies.append(loss.tally(output, target, numerator))
-            if several:
-                of_first = of_first or [buffer.clone() for buffer in buffers]
-                torch._foreach_copy_(buffers, at_start)
-            if not is_last:
-                team.set_aside_gradients(shard, self.trained)
-        team.step_done()
-        if several:
-            torch._foreach_copy_(buffers, of_first)
-        team.share_buffers(buffers)
-        assert denominator is not None
-        return torch.stack(tallies), denominator
-
-    def _optimizer_step(self) -> list[float]:
-        """Clips, steps, averages, advances the schedule; the learning rates that were used."""
-        parts, train = self.parts, self.spec.train
-        if train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, train.clip_norm)
-        rates = [float(group["lr"]) for group in parts.optimizer.param_groups]
-        parts.optimizer.step()
-        parts.optimizer.zero_grad(set_to_none=True)
-        if parts.ema is not None:
-            parts.ema.update_parameters(parts.model)
-        parts.schedule.step_done()
-        return rates
-
     def _is_due(self) -> bool:
-        """Whether this step ends an epoch or the run, or has a checkpoint, or the run is stopping."""
+        """Whether this step ends an epoch or the run, has a validation or a checkpoint, or the run is stopping."""
         step, every = self.progress.step, self.spec.checkpoint.every_steps
         return (
             self.stopping
             or step == self.end
             or self.parts.steps.ends_epoch(step)
+            or self._validates_at(step)
             or (every is not None and step % every == 0)
         )
 
@@ -158,20 +119,25 @@ class Loop:
         *earlier, newest = self.pulse.drain()
         for report in earlier:
             self._log(report)
-        measured = self._validate() if ends_epoch and self._validates_now() else {}
-        self._log(newest, measured)
-        improved = self._note_best(measured)
-        if ends_epoch:
-            self.parts.schedule.epoch_done(measured)
+        measured = self._validate() if self._validates_at(step) else {}
+        row = self._log(newest, measured)
+        watched = measured | ({name: row[name] for name in row if name.startswith("train/")} if ends_epoch else {})
+        improved = self._note_best(watched)
+        self.parts.schedule.measured(watched, ends_epoch=ends_epoch)
+        self._note_stall(watched)
         on_schedule = ends_epoch if every is None else step % every == 0
-        if on_schedule or improved or self.stopping or step == self.end:
+        if on_schedule or improved or self.stopping or self.progress.ended_early or step == self.end:
             self.save(self.metrics)
 
-    def _validates_now(self) -> bool:
-        epoch = self.progress.step // self.parts.steps.steps_per_epoch
-        return self.parts.val_set is not None and (
-            epoch % (self.spec.train.validate_every_epochs or 1) == 0 or epoch == self.spec.train.epochs
-        )
+    def _validates_at(self, step: int) -> bool:
+        steps, train = self.parts.steps, self.spec.train
+        if self.parts.val_set is None:
+            return False
+        if step == steps.total_steps:
+            return True
+        if train.validate_every_steps is not None:
+            return step % train.validate_every_steps == 0
+        return step % (steps.steps_per_epoch * (train.validate_every_epochs or 1)) == 0
 
     def _validate(self) -> dict[str, float]:
         spec, parts, team = self.spec, self.parts, self.team
@@ -179,53 +145,88 @@ class Loop:
             parts.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
             world_size=team.world_size, loaders=spec.data.loaders, device=team.device,
         )  # fmt: skip
-        model = parts.model if parts.ema is None else parts.ema.module
-        with self._autocast():
-            return evaluate(model, parts.loss, ((self._in_memory_order(x), y) for x, y in batches), team)
+        with parts.autocast():
+            return evaluate(
+                parts.validated_model, parts.loss, ((parts.in_memory_order(x), y) for x, y in batches), team
+            )
 
-    def _log(self, report: StepReport, measured: Mapping[str, float] | None = None) -> None:
+    def _log(self, report: StepReport, measured: Mapping[str, float] | None = None) -> dict[str, float]:
         """Makes a row of a step's report. Nothing in it depends on the clock, so rows repeat exactly."""
         self.stopping |= report.stop
-        if not math.isfinite(report.loss):
-            raise TrainingError(
-                f"step {report.step}: train/loss is not finite; lower optimizer.lr, set train.clip_norm, or look at "
-                "the data of that step; resume goes on from the newest checkpoint"
-            )
         if self.parts.loss.ignores_unsaid(report.counted, report.denominator):
             raise TrainingError(
                 f"step {report.step}: some targets are the loss's ignore_index, and the mean is taken over all; "
                 "write loss.ignore_index in the description to take it over the others"
             )
-        row = {
+        row: dict[str, float] = {
             "step": report.step,
             "epoch": self.parts.steps.epoch_of(report.step - 1),
             "samples": report.step * self.spec.train.global_batch,
-            "train/loss": report.loss,
         }
+        if math.isfinite(report.loss):
+            row["train/loss"] = report.loss
+        if report.outcome.skipped:
+            row["skipped"] = 1
+            self.tell("event", event="step_skipped", step=report.step, reason=self._why_not_finite(report)[0])
+        elif not math.isfinite(report.loss):
+            reason, detail = self._why_not_finite(report)
+            raise TrainingError(
+                f"step {report.step}: {reason}; lower optimizer.lr, set train.clip_norm, look at these samples, or "
+                "write train.on_nonfinite: skip",
+                detail,
+            )
         if report.counted:
             row["train/accuracy"] = report.correct / report.counted
-        row |= {f"lr/{number}": rate for number, rate in enumerate(report.note)} | dict(measured or {})
+        row |= {f"lr/{number}": rate for number, rate in enumerate(report.outcome.rates)} | dict(measured or {})
         self.metrics = {name: value for name, value in (self.metrics | row).items() if "/" in name}
-        if measured or report.step % self.spec.train.log_every_steps == 0 or report.step == self.end:
-            self.on_row(row)
+        if (
+            measured
+            or report.outcome.skipped
+            or report.step % self.spec.train.log_every_steps == 0
+            or report.step == self.end
+        ):
+            self.tell("row", row=row)
+        return row
 
-    def _note_best(self, measured: Mapping[str, float]) -> bool:
+    def _why_not_finite(self, report: StepReport) -> tuple[str, str]:
+        """What was not finite in a step and whose samples those are: in a line, and in full."""
+        if not report.broken_shards:
+            return "the gradient is not finite, though the loss is", ""
+        samples = [
+            int(number)
+            for shard in report.broken_shards
+            for number in self.parts.steps.samples(self.spec.seed, report.step - 1, shard)
+        ]
+        shards = ", ".join(map(str, report.broken_shards))
+        named = ", ".join(map(str, samples[:_MOST_SAMPLES_NAMED]))
+        more = f" and {len(samples) - _MOST_SAMPLES_NAMED} more" if len(samples) > _MOST_SAMPLES_NAMED else ""
+        return (
+            f"the loss is {report.loss}, in shard {shards}: samples {named}{more} of data.train",
+            f"samples of data.train in the shards whose loss is not finite: {samples}\n",
+        )
+
+    def _note_best(self, watched: Mapping[str, float]) -> bool:
         best, progress = self.spec.checkpoint.best, self.progress
-        if best is None or best.metric not in measured:
+        if best is None or best.metric not in watched:
             return False
-        value = measured[best.metric]
-        sign = 1 if best.mode == "max" else -1
-        if progress.best_metric is not None and sign * value <= sign * progress.best_metric:
+        if not _is_better(watched[best.metric], progress.best_metric, best.mode):
             return False
-        progress.best_metric, progress.best_step = value, progress.step
+        progress.best_metric, progress.best_step = watched[best.metric], progress.step
         return True
 
-    def _set_trainable(self) -> None:
-        """At the start, and at an epoch that unfreezes parameters: tells DDP which gradients to wait for."""
-        epoch = self.parts.steps.epoch_of(self.progress.step)
-        if set_trainable(self.parts.model, self.parts.groups, epoch) or not hasattr(self, "replica"):
-            self.replica = self.team.replicate(self.parts.model)
-            self.trained = [parameter for parameter in self.parts.model.parameters() if parameter.requires_grad]
+    def _note_stall(self, watched: Mapping[str, float]) -> None:
+        """Counts measurements without an improvement; so many in a row complete the run."""
+        rule, progress = self.spec.train.early_stop, self.progress
+        if rule is None or rule.metric not in watched:
+            return
+        if _is_better(watched[rule.metric], progress.watched_metric, rule.mode, rule.min_delta):
+            progress.watched_metric, progress.num_stalled = watched[rule.metric], 0
+            return
+        progress.num_stalled += 1
+        if progress.num_stalled >= rule.patience and progress.step < self.parts.steps.total_steps:
+            progress.ended_early = True
+            reason = f"{rule.metric} has not improved on {progress.watched_metric:.6g} for {rule.patience} measurements"
+            self.tell("event", event="early_stop", step=progress.step, reason=reason)
 
     def _batches(self) -> Any:
         return training_batches(
@@ -233,22 +234,9 @@ class Loop:
             start=self.progress.step, end=self.end, loaders=self.spec.data.loaders, device=self.team.device,
         )  # fmt: skip
 
-    def _weighed_denominator(self, micro_batches: list[Any]) -> float | None:
-        """The denominator of the global batch if the targets decide it: the shards' weights, exchanged at once."""
-        loss = self.parts.loss
-        if not loss.weighs_targets:
-            return None
-        weight = self.team.sum_over_shards([loss.target_weight(target) for _, target in micro_batches])
-        if weight == 0:
-            raise TrainingError(f"step {self.progress.step + 1}: every target of the global batch is ignored")
-        return weight
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.spec.train.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.team.device.type, torch.bfloat16)
-
-    def _in_memory_order(self, inputs: Any) -> Any:
-        if self.spec.train.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
-            return inputs.contiguous(memory_format=torch.channels_last)
-        return inputs
+def _is_better(value: float, best: float | None, mode: str, by: float = 0.0) -> bool:
+    """Whether a metric improves on the best so far by more than ``by``; one that is not a number does not."""
+    if math.isnan(value):
+        return False
+    return best is None or (value > best + by if mode == "max" else value < best - by)

@@ -1,11 +1,12 @@
 """Everything that a description names, built: what the plan tries out and what a worker trains with."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cluster.errors import DescriptionError
@@ -17,20 +18,41 @@ from jobs.schedules import Schedule, build_schedule, plan_value
 from jobs.spec import JobSpec, Target
 from jobs.targets import Builder
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """The objects of a training run, on their device."""
 
+    spec: JobSpec
+    device: torch.device
     model: nn.Module
     ema: AveragedModel | None
     loss: GlobalLoss
     groups: list[ParameterGroup]
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
     schedule: Schedule
     train_set: Any
     val_set: Any | None
     steps: StepPlan
+
+    @property
+    def validated_model(self) -> nn.Module:
+        """The model that validation is made with: the averaged one, if there is an average."""
+        return self.model if self.ema is None else self.ema.module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of a forward pass."""
+        dtype = _AUTOCAST.get(self.spec.train.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def in_memory_order(self, inputs: Any) -> Any:
+        """Inputs as the convolutions want them in memory."""
+        if self.spec.train.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the parts; the tensors are the live ones."""
@@ -39,6 +61,7 @@ class Parts:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.schedule.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -52,6 +75,8 @@ class Parts:
         self.schedule.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Parts:
@@ -81,18 +106,31 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     if spec.train.channels_last:
         model.to(memory_format=torch.channels_last)
     loss = build_loss(spec.loss, builder).to(device)
-    groups = group_parameters(model, spec.optimizer.groups)
+    groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)
     if not groups:
         raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
     optimizer = build_optimizer(spec.optimizer, model, groups, builder)
-    schedule = build_schedule(spec.scheduler, optimizer, builder, validates=val_set is not None)
-    set_trainable(model, groups, epoch=0)
-    if all(group.from_epoch > 0 for group in groups):
-        raise DescriptionError("optimizer.groups freeze every parameter in epoch 0; leave one group without from_epoch")
+    schedule = build_schedule(spec.scheduler, optimizer, builder, steps)
+    set_trainable(model, groups, step=0)
+    if all(group.from_step > 0 for group in groups):
+        raise DescriptionError("optimizer.groups freeze every parameter at first; let one group train from the start")
     ema = None
     if spec.train.ema_decay is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))
-    return Parts(model, ema, loss, groups, optimizer, schedule, train_set, val_set, steps)
+    return Parts(
+        spec=spec,
+        device=device,
+        model=model,
+        ema=ema,
+        loss=loss,
+        groups=groups,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type) if spec.train.precision == "fp16" else None,
+        schedule=schedule,
+        train_set=train_set,
+        val_set=val_set,
+        steps=steps,
+    )
 
 
 def numerics(spec: JobSpec, device: torch.device) -> None:

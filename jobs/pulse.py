@@ -8,7 +8,6 @@ known after step n + 2, or at once when the loop drains, and a wish to stop is h
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,23 @@ TALLY_SIZE = 3
 
 
 @dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What came of a step.
+
+    Attributes:
+        tallies: What each shard of this worker adds to the metrics, float64 [shards of this rank, 3].
+        denominator: What the loss was divided by.
+        rates: The learning rate of each parameter group.
+        skipped: Something was not finite, and the step changed nothing.
+    """
+
+    tallies: Tensor
+    denominator: float
+    rates: tuple[float, ...]
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What is known of a step once all workers have reported it; the same on every rank.
 
@@ -30,8 +46,9 @@ class StepReport:
         denominator: What the loss was divided by.
         correct: Samples whose class was predicted.
         counted: Samples that have a class.
+        broken_shards: The shards whose loss was not finite.
         stop: Some worker was asked to stop.
-        note: What the loop gave along.
+        outcome: What this rank came to in the step.
     """
 
     step: int
@@ -39,8 +56,9 @@ class StepReport:
     denominator: float
     correct: float
     counted: float
+    broken_shards: tuple[int, ...]
     stop: bool
-    note: Any
+    outcome: StepOutcome
 
 
 class Pulse:
@@ -57,13 +75,10 @@ class Pulse:
         self._own: _OwnReport | None = None
         self._travelling: _TravellingReport | None = None
 
-    def push(self, step: int, tallies: Tensor, denominator: float, *, stop: bool, note: Any) -> list[StepReport]:
-        """Hands in the report of a step; returns the one that has become complete, if any.
-
-        Shapes: tallies float64 [shards of this rank, 3], on any device.
-        """
+    def push(self, step: int, outcome: StepOutcome, *, stop: bool) -> list[StepReport]:
+        """Hands in the outcome of a step; returns the report that has become complete, if any."""
         complete = self._advance()
-        self._own = _OwnReport(step, _copy_to_host(tallies), denominator, stop, note)
+        self._own = _OwnReport(step, _copy_to_host(outcome.tallies), stop, outcome)
         return complete
 
     def drain(self) -> list[StepReport]:
@@ -95,19 +110,26 @@ class Pulse:
             for block, values in zip(self._blocks, by_rank)
             for number in range(len(block))
         ]
-        loss, correct, counted = map(exact_sum, zip(*tallies))
+        total, correct, counted = map(exact_sum, zip(*tallies))
         own = report.own
-        stop = any(values[0] for values in by_rank)
-        return StepReport(own.step, loss / own.denominator, own.denominator, correct, counted, stop, own.note)
+        return StepReport(
+            step=own.step,
+            loss=total / own.outcome.denominator,
+            denominator=own.outcome.denominator,
+            correct=correct,
+            counted=counted,
+            broken_shards=tuple(shard for shard, tally in enumerate(tallies) if not math.isfinite(tally[0])),
+            stop=any(values[0] for values in by_rank),
+            outcome=own.outcome,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _OwnReport:
     step: int
     tallies: Callable[[], Tensor]
-    denominator: float
     stop: bool
-    note: Any
+    outcome: StepOutcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ no checkpoint yet: the driver writes the manifest, once the metrics up to that s
 import platform
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,17 +38,7 @@ class Saver:
             StorageError: The save before failed.
         """
         self.wait()
-        progress = self._progress
-        state = to_host(
-            {
-                **self._parts.state(),
-                "progress": {
-                    "step": progress.step,
-                    "best_metric": progress.best_metric,
-                    "best_step": progress.best_step,
-                },
-            }
-        )
+        state = to_host({**self._parts.state(), "progress": asdict(self._progress)})
         self._in_flight = self._thread.submit(self._write, state, dict(metrics))
 
     def wait(self) -> None:

@@ -66,23 +66,26 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     if spec.train.compile:
         parts.model.compile()
     saver = Saver(parts, progress, run.checkpoints, link)
-    is_first = team.rank == 0
+
+    def tell(kind: str, **content: Any) -> None:
+        if team.rank == 0:
+            link.send(kind, time=time.time(), **content)
+
     loop = Loop(
         spec,
         parts,
         progress,
         team,
         metrics=metrics,
-        on_row=(lambda row: link.send("row", row=row, time=time.time())) if is_first else lambda _: None,
-        save=saver.save if is_first else lambda _: None,
+        tell=tell,
+        save=saver.save if team.rank == 0 else lambda _: None,
         stop_wanted=link.stop_wanted.is_set,
     )
     link.send("started", step=progress.step)
-    if progress.step < loop.end:
-        loop.run()
+    loop.run()
     saver.wait()
     team.barrier()
-    link.send("finished", step=progress.step, completed=progress.step >= parts.steps.total_steps)
+    link.send("finished", step=progress.step, completed=loop.is_complete)
     team.close()
 
 

@@ -80,6 +80,7 @@ class Driver:
         self._agents: dict[int, dict[str, Any]] = {}
         self._attempt = -1
         self._failures = 0
+        self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
         self._failed: LauncherError | None = None
@@ -155,6 +156,7 @@ class Driver:
                 "started": self._on_started,
                 "fell_back": self._on_fell_back,
                 "row": self._on_row,
+                "event": self._on_event,
                 "checkpoint": self._on_checkpoint,
                 "finished": self._on_finished,
                 "failed": self._on_failed,
@@ -203,7 +205,7 @@ class Driver:
         if rows and rows[-1]["step"] > step:
             self._metrics.compact(row for row in rows if row["step"] <= step)
         self._event("training", step=step)
-        self.state.step = step
+        self.state.step = self._saved_step = step
         self._rates.clear()
         self._display.phase(f"training from step {step}" if step else "training")
 
@@ -228,6 +230,10 @@ class Driver:
             workers=self._spec.workers.num,
         )
 
+    def _on_event(self, message: dict[str, Any]) -> None:
+        self._event(message["event"], step=message["step"], reason=message["reason"])
+        self._display.message(f"step {message['step']}: {message['event'].replace('_', ' ')}: {message['reason']}")
+
     def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
         """Images per second over the last moments, by the workers' clock."""
         self._rates.append((sent_at, samples))
@@ -245,6 +251,7 @@ class Driver:
         self._metrics.flush()
         self._run.checkpoints.commit(manifest)
         self.state.state_sha256 = manifest.state_sha256
+        self._saved_step = manifest.step
         best = self._spec.checkpoint.best
         if best is not None and message["best_step"] is not None:
             self.state.best = {"metric": best.metric, "value": message["best_metric"], "step": message["best_step"]}
@@ -267,7 +274,11 @@ class Driver:
             self._lost_peer_at = self._lost_peer_at or self._clock()
             self._failed = self._failed or ClusterError(message["message"])
             return
-        raise cause(message["message"], message["traceback"]) if cause is TrainingError else cause(message["message"])
+        if cause is TrainingError:
+            step = self._saved_step
+            saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+            raise TrainingError(f"{message['message']}; {saved}", message["traceback"])
+        raise cause(message["message"])
 
     def _on_exited(self, message: dict[str, Any]) -> None:
         rank, code = message["rank"], message["exit_code"]

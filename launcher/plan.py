@@ -33,6 +33,9 @@ class GroupPlan:
     lr: float
     weight_decay: float
     from_epoch: int
+    """The epoch, counted from 0, in which it begins to train."""
+    from_step: int
+    """The optimizer step after which it does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,7 @@ class Tried:
     trial_samples: int
     trial_loss: float
     data_fingerprint: str
+    rates: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +80,8 @@ class Plan:
     trial_loss: float
     data_fingerprint: str
     """A digest of the number of samples, the classes and the targets, where the datasets tell them."""
+    rates: tuple[tuple[int, float], ...]
+    """A few steps and the learning rates they use, in the last group; none where the schedule follows a metric."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
@@ -122,6 +128,7 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
         trial_samples=tried.trial_samples,
         trial_loss=tried.trial_loss,
         data_fingerprint=tried.data_fingerprint,
+        rates=tried.rates,
     )
 
 

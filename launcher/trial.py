@@ -42,7 +42,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     device = torch.device("cpu")
     parts = build_parts(spec, device)
     # Also what is frozen at first must get gradients when its epoch comes.
-    set_trainable(parts.model, parts.groups, epoch=spec.train.epochs)
+    set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
     loss = _train_on(parts, spec, numbers)
     if parts.val_set is not None:
@@ -62,6 +62,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         trial_samples=len(numbers),
         trial_loss=loss,
         data_fingerprint=fingerprint(parts),
+        rates=parts.schedule.preview(parts.steps),
     )
 
 
@@ -133,11 +134,20 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
             + (f", nor do {len(without) - 1} more" if len(without) > 1 else "")
             + "; use it in forward, or set its requires_grad to False in the model"
         )
+    _step(parts, "step")
+    if any(group.from_step for group in parts.groups):
+        set_trainable(parts.model, parts.groups, step=0)
+        for parameter in parts.model.parameters():
+            parameter.grad = parameter.grad if parameter.requires_grad else None
+        _step(parts, "step with a frozen group, whose gradients are None,")
+    return numerator.item() / denominator if denominator else 0.0  # no target of this micro-batch counts
+
+
+def _step(parts: Parts, what: str) -> None:
     try:
         parts.optimizer.step()
     except Exception as error:  # the optimizer may be the user's own
-        raise DescriptionError(f"optimizer: step raised {type(error).__name__}: {_in_short(error)}") from error
-    return numerator.item() / denominator if denominator else 0.0  # no target of this micro-batch counts
+        raise DescriptionError(f"optimizer: {what} raised {type(error).__name__}: {_in_short(error)}") from error
 
 
 def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, bool]:
@@ -145,10 +155,9 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
     inputs, target = _batch(dataset, numbers, key, spec.seed)
-    device = torch.device("cpu")
     parts.model.train(train)
-    seed_draws(draw_key("step", spec.seed, 0, 0), device)
-    with torch.autocast("cpu", torch.bfloat16, enabled=spec.train.precision == "bf16"), torch.set_grad_enabled(train):
+    seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
+    with parts.autocast(), torch.set_grad_enabled(train):
         try:
             output = parts.model(inputs)
         except Exception as error:  # the model is the user's own code
@@ -228,7 +237,8 @@ def _group_plans(parts: Parts) -> list[GroupPlan]:
             parameters=sum(sizes[name] for name in group.names),
             lr=float(of_torch.get("initial_lr", of_torch["lr"])),
             weight_decay=float(of_torch.get("weight_decay", 0.0)),
-            from_epoch=group.from_epoch,
+            from_epoch=group.from_step // parts.steps.steps_per_epoch,
+            from_step=group.from_step,
         )
         for group, of_torch in zip(parts.groups, parts.optimizer.param_groups)
     ]

@@ -23,7 +23,7 @@ from jobs.spec import (
 
 SAMPLES, VAL_SAMPLES, CLASSES = 50, 17, 5
 STEPS_PER_EPOCH, STEPS = 4, 12
-UNFROZEN_FROM_STEP = STEPS_PER_EPOCH
+UNFROZEN_FROM_STEP = 5
 
 
 class Centre(nn.Module):
@@ -96,7 +96,7 @@ class Images:
 
 
 def full_job(store: object, name: str, **train: Any) -> JobSpec:
-    """Everything at once: 12 steps in 3 epochs, and the convolution trains from the second."""
+    """Everything at once: 12 steps in 3 epochs, and the convolution trains from the middle of the second."""
     return JobSpec(
         name=name,
         store=str(store),
@@ -107,7 +107,7 @@ def full_job(store: object, name: str, **train: Any) -> JobSpec:
         optimizer=OptimizerSpec(
             factory=Target("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
             groups=(
-                GroupSpec(match="conv.*", args={"lr": 0.05}, from_epoch=1),
+                GroupSpec(match="conv.*", lr_scale=0.5, from_step=UNFROZEN_FROM_STEP),
                 GroupSpec(match="*.bias", args={"weight_decay": 0.0}),
             ),
         ),

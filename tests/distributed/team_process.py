@@ -41,6 +41,8 @@ class Outcome:
     started: int = 0
     """The step they went on from."""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[tuple[str, int]] = field(default_factory=list)
+    """What happened, and at which step."""
     digests: dict[int, str] = field(default_factory=dict)
     """The digest in the manifest of each checkpoint, by step."""
     results: dict[int, Any] = field(default_factory=dict)
@@ -153,6 +155,8 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
             outcome.started = step
         case {"kind": "row", "row": row}:
             outcome.rows.append(row)
+        case {"kind": "event", "event": event, "step": step}:
+            outcome.events.append((event, step))
         case {"kind": "checkpoint", "manifest": manifest}:
             run.checkpoints.commit(manifest)
             outcome.digests[manifest.step] = manifest.state_sha256

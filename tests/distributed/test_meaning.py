@@ -113,11 +113,12 @@ def test_validation_is_one_plain_pass_over_all_samples(undisturbed: Outcome, ful
     assert last["val/accuracy"] == (logits_NK.argmax(dim=1) == labels_N).sum().item() / VAL_SAMPLES
 
 
-def test_a_nan_ends_the_run_on_every_rank_with_the_step_named(tmp_path: Path) -> None:
+def test_a_nan_ends_the_run_on_every_rank_with_the_step_and_its_samples_named(tmp_path: Path) -> None:
     """It appears in one sample of one shard; its gradient would spoil all others a step later."""
     job = plain_job(tmp_path, "run")
     steps = StepPlan(SAMPLES, 12, 4, 2)
-    broken = int(steps.samples(job.seed, batch=2, shard=3)[1])
+    samples = steps.samples(job.seed, batch=2, shard=3)
+    named, broken = ", ".join(map(str, samples)), int(samples[1])
     job = replace(job, data=images(broken=broken))
 
     outcome = run_processes(train_job, job, world_size=3)
@@ -125,4 +126,4 @@ def test_a_nan_ends_the_run_on_every_rank_with_the_step_named(tmp_path: Path) ->
     assert [row["step"] for row in outcome.rows] == [1, 2]
     assert outcome.failures.keys() == {0, 1, 2}
     for message in outcome.failures.values():
-        assert message.startswith("step 3: train/loss is not finite; lower optimizer.lr")
+        assert message.startswith(f"step 3: the loss is nan, in shard 3: samples {named} of data.train; lower")

@@ -1,5 +1,6 @@
 """Parameter groups: which parameter is in which, and what is refused."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from torch import nn
 from cluster.errors import DescriptionError
 from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.spec import GroupSpec, OptimizerSpec, Target
-from jobs.targets import Builder
+from jobs.state import decode, encode
+from jobs.targets import Builder, resolve
+
+STEPS_PER_EPOCH = 10
 
 
 class Net(nn.Module):
@@ -23,13 +27,13 @@ class Net(nn.Module):
 
 
 def groups(*specs: GroupSpec) -> list[ParameterGroup]:
-    return group_parameters(Net(), specs)
+    return group_parameters(Net(), specs, STEPS_PER_EPOCH)
 
 
 def build(name: str = "SGD", *specs: GroupSpec, model: nn.Module | None = None, **args: Any) -> torch.optim.Optimizer:
     model = model or Net()
     spec = OptimizerSpec(factory=Target(name, args), groups=specs)
-    return build_optimizer(spec, model, group_parameters(model, specs), Builder())
+    return build_optimizer(spec, model, group_parameters(model, specs, STEPS_PER_EPOCH), Builder())
 
 
 class TestGroups:
@@ -84,12 +88,17 @@ class TestGroups:
                 "move it up or drop it",
             ),
             (
+                [GroupSpec(match="constant")],
+                "optimizer.groups[0].match 'constant' matches only parameters that the model freezes itself; "
+                "drop it, or let them train",
+            ),
+            (
                 [GroupSpec(match="type:GroupNorm")],
                 "optimizer.groups[0].match matches no parameter, got 'type:GroupNorm'; "
                 "the model has scale, constant, conv.weight, conv.bias ...",
             ),
         ],
-        ids=["a spelling", "an earlier group", "a type"],
+        ids=["a spelling", "an earlier group", "frozen by the model", "a type"],
     )
     def test_a_pattern_that_gets_nothing_is_an_error(self, specs: list[GroupSpec], message: str) -> None:
         with pytest.raises(DescriptionError) as caught:
@@ -97,7 +106,40 @@ class TestGroups:
         assert str(caught.value) == message
 
 
+class Tied(nn.Module):
+    """One tensor under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 3, bias=False)
+        self.head = nn.Linear(3, 3)
+        self.head.weight = self.embed.weight
+
+
+class TestTiedParameters:
+    @pytest.mark.parametrize("pattern", ["*.weight", "type:Linear", "*"])
+    def test_a_pattern_for_both_names_has_the_tensor_once(self, pattern: str) -> None:
+        (found, *_) = group_parameters(Tied(), (GroupSpec(match=pattern),), STEPS_PER_EPOCH)
+
+        assert [name for name in found.names if name.endswith("weight")] == ["embed.weight"]
+
+    @pytest.mark.parametrize("pattern", ["embed.*", "head.*"])
+    def test_in_two_groups_it_is_refused(self, pattern: str) -> None:
+        with pytest.raises(DescriptionError) as caught:
+            group_parameters(Tied(), (GroupSpec(match=pattern),), STEPS_PER_EPOCH)
+        assert str(caught.value) == (
+            "optimizer.groups put one tensor in two groups, got embed.weight and head.weight, which are tied; "
+            "write a pattern for both"
+        )
+
+
 class TestOptimizer:
+    def test_a_rate_can_be_a_multiple_of_the_optimizers(self) -> None:
+        specs = (GroupSpec(match="conv.*", lr_scale=0.1), GroupSpec(match="norm.*", lr_scale=3.0))
+
+        assert [group["lr"] for group in build("SGD", *specs, lr=0.5).param_groups] == [0.05, 1.5, 0.5]
+        assert [group["lr"] for group in build("Adam", *specs).param_groups] == [1e-4, 3e-3, 1e-3]
+
     def test_a_group_has_its_own_arguments_and_the_optimizers_for_the_rest(self) -> None:
         optimizer = build(
             "AdamW",
@@ -166,15 +208,14 @@ class TestOptimizer:
 
 
 class TestFreezing:
-    def test_a_group_is_frozen_until_its_epoch(self) -> None:
+    def test_a_group_is_frozen_until_its_epoch_or_step(self) -> None:
         model = Net()
-        found = group_parameters(
-            model, (GroupSpec(match="conv.*", from_epoch=2), GroupSpec(match="norm.*", from_epoch=1))
-        )
+        specs = (GroupSpec(match="conv.*", from_epoch=1), GroupSpec(match="norm.*", from_step=7))
+        found = group_parameters(model, specs, STEPS_PER_EPOCH)
 
         changed, frozen = [], []
-        for epoch in range(4):
-            changed.append(set_trainable(model, found, epoch))
+        for step in (6, 7, 10, 11):
+            changed.append(set_trainable(model, found, step))
             frozen.append(
                 {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
             )
@@ -188,9 +229,120 @@ class TestFreezing:
         optimizer = build("SGD", *specs, model=model, lr=0.1, momentum=0.9, weight_decay=0.1)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
-        set_trainable(model, group_parameters(model, specs), epoch=0)
+        set_trainable(model, group_parameters(model, specs, STEPS_PER_EPOCH), step=0)
         sum(parameter.square().sum() for parameter in model.parameters()).backward()
         optimizer.step()
 
         kept = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
         assert kept == {"conv.weight", "conv.bias", "constant"} | {"norm.bias", "head.1.bias"}  # the last two are 0
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "ASGD": {"lr": 0.1, "t0": 2.0, "lambd": 0.1},
+    "Adadelta": {"lr": 0.5},
+    "Adafactor": {"lr": 0.1, "weight_decay": 0.1},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
+    "Adam": {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "amsgrad": True},
+    "AdamW": {"lr": 0.1, "weight_decay": 0.3},
+    "Adamax": {"lr": 0.1},
+    "Muon": {"lr": 0.1, "momentum": 0.8},
+    "NAdam": {"lr": 0.1, "momentum_decay": 0.1},
+    "RAdam": {"lr": 0.1},
+    "RMSprop": {"lr": 0.1, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 0.1},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.1},
+    f"{__name__}.Signs": {"lr": 0.1},
+}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *OPTIMIZERS.items(),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "foreach": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "fused": True}),
+    ("Adam", {"lr": 0.1, "fused": True}),
+    ("AdamW", {"lr": 0.1, "foreach": True}),
+    ("Adagrad", {"lr": 0.1, "fused": True}),
+]
+NOT_FOR_A_LOOP = {
+    "LBFGS": "needs a closure",
+    "SparseAdam": "takes sparse gradients alone, which DDP does not sum",
+    "Optimizer": "is the base of the others",
+}
+STEPS, JOINS_AT, STOPS_AT = 8, 3, 5
+
+
+class Signs(torch.optim.Optimizer):
+    """A user's own: steps by the sign of a running mean, and passes over parameters without a gradient."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.mul_(0.5).add_(parameter.grad)
+                    parameter.sub_(group["lr"] * mean.sign())
+
+
+class Matrices(nn.Module):
+    """Two matrices, for every optimizer takes matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.trunk = nn.Parameter(torch.randn(3, 4, generator=generator))
+        self.head = nn.Parameter(torch.randn(4, 2, generator=generator))
+
+    def backward(self, step: int) -> None:
+        inputs_NK = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        (inputs_NK @ self.trunk @ self.head).square().mean().backward()
+
+
+class TestEveryOptimizer:
+    def test_torch_has_no_other(self) -> None:
+        """One that a later torch brings is to be tested here, or refused for a reason."""
+        known = {
+            name
+            for name, value in vars(torch.optim).items()
+            if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+        }
+        assert known <= {*OPTIMIZERS, *NOT_FOR_A_LOOP}
+
+    @pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
+    def test_a_group_joins_late_as_by_hand_and_stops_do_not_show(self, name: str, args: dict[str, Any]) -> None:
+        """Frozen and in the optimizer from the start, is as joining with ``add_param_group``: the same bits."""
+        model = Matrices()
+        rest, late = {"params": [model.head]}, {"params": [model.trunk], "lr": 0.01}
+        by_hand = resolve(name, "optimizer", [torch.optim])([rest], **args)
+        model.trunk.requires_grad_(False)
+        for step in range(STEPS):
+            if step == JOINS_AT:
+                by_hand.add_param_group(late)
+                model.trunk.requires_grad_(True)
+            model.backward(step)
+            by_hand.step()
+            by_hand.zero_grad()
+
+        specs = (GroupSpec(match="trunk", args={"lr": 0.01}, from_step=JOINS_AT),)
+        ours = Matrices()
+        found = group_parameters(ours, specs, STEPS_PER_EPOCH)
+        optimizer = build(name, *specs, model=ours, **args)
+        for step in range(STEPS):
+            if step in (JOINS_AT - 1, STOPS_AT):
+                state = encode({"model": ours.state_dict(), "optimizer": optimizer.state_dict()})
+                ours = Matrices()
+                optimizer = build(name, *specs, model=ours, **args)
+                restored = decode(state)
+                ours.load_state_dict(restored["model"])
+                optimizer.load_state_dict(restored["optimizer"])
+            set_trainable(ours, found, step)
+            ours.backward(step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        assert not torch.equal(ours.trunk, Matrices().trunk)
+        assert torch.equal(ours.trunk, model.trunk)
+        assert torch.equal(ours.head, model.head)
