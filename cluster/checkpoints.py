@@ -90,6 +90,10 @@ class Checkpoints:
         assert _parse(data, manifest.step) == manifest  # what we write, we accept
         self._store.write(f"{_folder(manifest.step)}/{MANIFEST}", data)
 
+    def url(self, step: int) -> str:
+        """Where the checkpoint of a step lies, or would."""
+        return f"{self._store.url}/{_folder(step)}"
+
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending; whether it is true, ``read`` finds out."""
         return _committed(self._store.names())
@@ -186,7 +190,7 @@ class Checkpoints:
         return data
 
     def _bad(self, step: int, defect: str) -> CheckpointError:
-        return CheckpointError(f"{self._store.url}/{_folder(step)}: {defect}; restore it, or use an older checkpoint")
+        return CheckpointError(f"{self.url(step)}: {defect}; restore it, or use an older checkpoint")
 
 
 def _folder(step: int) -> str:

@@ -84,6 +84,7 @@ def digits(
     transform: Transform | None = None,
     image_size: int = 32,
     *,
+    labels: Literal["digit", "parity"] = "digit",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LabelledImages:
@@ -96,6 +97,7 @@ def digits(
         split: ``train`` or ``val``.
         transform: Applied to a float32 image in [0, 1].
         image_size: Side, in pixels, to which the 8x8 scans are resized.
+        labels: ``digit``, ten classes; or ``parity``, whether it is even (0) or odd (1).
         mean: Of the one channel, subtracted from the image in [0, 1].
         std: Of the one channel, by which the difference is divided.
 
@@ -106,6 +108,8 @@ def digits(
     """
     _check_split(split)
     _check_per_channel(1, mean=mean, std=std)
+    if labels not in ("digit", "parity"):
+        raise ValueError(f"labels must be digit or parity, got {labels!r}")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}; write a size such as 32")
     # The file itself: importing sklearn.datasets takes two seconds, in every worker and loader process.
@@ -119,6 +123,8 @@ def digits(
     chosen_N = validates_N if split == "val" else ~validates_N
     images_N1HW = interpolate(scans_N188[chosen_N], size=(image_size, image_size), mode="bilinear")
     read = partial(_read_row, images_N1HW)
+    if labels == "parity":
+        return LabelledImages(read, targets_N[chosen_N] % 2, ("even", "odd"), transform, mean, std)
     return LabelledImages(read, targets_N[chosen_N], "0123456789", transform, mean, std)
 
 

@@ -105,7 +105,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     model.to(device)
     if spec.train.channels_last:
         model.to(memory_format=torch.channels_last)
-    loss = build_loss(spec.loss, builder).to(device)
+    loss = build_loss(spec.loss, builder).to(device, number_type(model))
     groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)
     if not groups:
         raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
@@ -131,6 +131,11 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
         val_set=val_set,
         steps=steps,
     )
+
+
+def number_type(model: nn.Module) -> torch.dtype:
+    """The type of the model's first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def numerics(spec: JobSpec, device: torch.device) -> None:

@@ -30,18 +30,15 @@ def evaluate(model: nn.Module, loss: GlobalLoss, batches: Iterable[Any], team: T
     sums = []
     for inputs, target in batches:
         output = model(inputs)
-        numerator, denominator = loss.numerator(output, target)
-        if loss.weighs_targets:
-            weight = loss.target_weight(target)
-        else:
-            weight = torch.tensor(denominator or float(len(target)), dtype=torch.float64, device=numerator.device)
+        numerator, own = loss.numerator(output, target)
+        weight = loss.weight(target, numerator, own)
         sums.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
     model.train(was_training)
     tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
     if weight_sum == 0:
         raise TrainingError("every target of data.val is ignored; give it some that count")
-    measured = {"val/loss": total / weight_sum}
+    measured = {"val/loss": total / loss.denominator(weight_sum)}
     if counted:
         measured["val/accuracy"] = correct / counted
     return measured

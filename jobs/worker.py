@@ -19,8 +19,9 @@ from cluster.run_directory import RunDirectory
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
 from jobs.saver import Saver, restore
-from jobs.spec import JobSpec
+from jobs.spec import InitSpec, JobSpec
 from jobs.team import Team
+from jobs.warm_start import Source, load_weights, match_weights, read_weights
 
 
 def main(link: Link, task: Task) -> None:
@@ -107,6 +108,8 @@ def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team
     if isinstance(found[0], LauncherError):
         raise found[0]
     if found[0] is None:
+        if parts.spec.init_from is not None:
+            begin_with(parts.spec.init_from, run, parts, team)
         return {}
     step, metrics, files = found[0]
     try:
@@ -117,6 +120,32 @@ def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team
             "resume with the description that made it"
         ) from error
     return metrics
+
+
+def begin_with(spec: InitSpec, run: RunDirectory, parts: Parts, team: Team) -> None:
+    """Rank 0 reads the weights that the run begins with, once, and everyone begins with the same.
+
+    Collective: every rank.
+
+    Raises:
+        CheckpointError, StorageError: They cannot be read any more, or are others than the plan read.
+    """
+    read: list[Any] = [None]
+    if team.rank == 0:
+        read = [_weights(spec, run)]
+    dist.broadcast_object_list(read, src=0, group=team.cpu_group)
+    if isinstance(read[0], LauncherError):
+        raise read[0]
+    load_weights(parts.model, parts.ema, read[0], match_weights(parts.model, spec, read[0]))
+
+
+def _weights(spec: InitSpec, run: RunDirectory) -> Any:
+    """What the plan read, or the error for every rank."""
+    try:
+        planned = run.read_environment().get("init_from")
+        return read_weights(spec, None if planned is None else Source(**planned))
+    except LauncherError as error:
+        return error
 
 
 def _newest_good(link: Link, run: RunDirectory) -> Any:

@@ -17,7 +17,15 @@ from typing import Any
 from cluster import fork_server
 from cluster.agent import Task
 from cluster.checkpoints import Manifest
-from cluster.errors import CheckpointError, ClusterError, Interrupted, LauncherError, StorageError, TrainingError
+from cluster.errors import (
+    CheckpointError,
+    ClusterError,
+    DescriptionError,
+    Interrupted,
+    LauncherError,
+    StorageError,
+    TrainingError,
+)
 from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
@@ -31,7 +39,7 @@ _CAUSE_WAIT_S = 5.0
 _START_TIMEOUT_S = 180.0
 _RATE_WINDOW_S = 20.0
 _CAUSES: dict[str, type[LauncherError]] = {
-    error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
+    error.__name__: error for error in (TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError)
 }
 
 

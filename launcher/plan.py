@@ -39,6 +39,22 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InitPlan:
+    """Which weights a run begins with; ``jobs.warm_start.LoadReport`` without torch."""
+
+    url: str
+    """The very checkpoint or file."""
+    sha256: str
+    """Of the file that holds the weights."""
+    loaded: tuple[str, ...]
+    kept: tuple[str, ...]
+    unused: tuple[str, ...]
+    """Names in the source that nothing in the model takes."""
+    passed_over: tuple[str, ...]
+    """The defects of newer checkpoints of the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
     """What building and trying out told."""
 
@@ -52,6 +68,7 @@ class Tried:
     trial_loss: float
     data_fingerprint: str
     rates: tuple[tuple[int, float], ...]
+    init_from: InitPlan | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +99,8 @@ class Plan:
     """A digest of the number of samples, the classes and the targets, where the datasets tell them."""
     rates: tuple[tuple[int, float], ...]
     """A few steps and the learning rates they use, in the last group; none where the schedule follows a metric."""
+    init_from: InitPlan | None
+    """The weights that the run begins with, if they are not random."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
@@ -129,6 +148,7 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
         trial_loss=tried.trial_loss,
         data_fingerprint=tried.data_fingerprint,
         rates=tried.rates,
+        init_from=tried.init_from,
     )
 
 

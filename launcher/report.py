@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from launcher.plan import Plan
+    from launcher.plan import InitPlan, Plan
 
 Points = list[tuple[float, float]]
 """(step, value) in order of step; a value that is not finite is NaN, which matplotlib draws as a gap."""
@@ -127,6 +127,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
     facts = [
         ("run", f"{plan.run} (the store was written, read and cleaned)"),
         ("model", f"{plan.parameters:,} parameters"),
+        *_init_facts(plan.init_from),
         ("data", f"{plan.num_samples:,} samples{unused}"),
         ("validation", validation),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
@@ -147,6 +148,23 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ],
     )
     return f"{_aligned('', facts)}\n\n{groups}"
+
+
+def _init_facts(init: "InitPlan | None") -> list[tuple[str, str]]:
+    """What a run begins with, for its plan; ``--json`` has every name."""
+    if init is None:
+        return []
+    listed = [("not loaded", init.kept), ("unused there", init.unused)]
+    return [
+        ("init_from", init.url),
+        *(("passed over", defect) for defect in init.passed_over),
+        ("loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {_some(init.loaded)}"),
+        *((name, _some(tensors)) for name, tensors in listed if tensors),
+    ]
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """Beginning and continuing a run: what a run directory holds already decides which of the two it is."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import os
@@ -145,7 +146,8 @@ def _continue(
     for change in changed:
         display.message(f"changed {change}")
     import_ahead()
-    plan = make_plan(wanted, import_paths)
+    begun_with = run.read_environment().get("init_from")
+    plan = make_plan(_of_begun(run, wanted, None if force else begun_with), import_paths)
     reached = max(run.checkpoints.steps(), default=0)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
@@ -154,6 +156,11 @@ def _continue(
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
             f"{wanted.source}: data has changed since the run began: other samples, classes or targets; "
+            "restore it, or resume with --force"
+        )
+    if not force and plan.init_from is not None and begun_with not in (None, _source(plan)):
+        raise DescriptionError(
+            f"{wanted.source}: init_from: {plan.init_from.url} has changed since the run began; "
             "restore it, or resume with --force"
         )
     display.message(f"resuming {run.url}")
@@ -192,6 +199,20 @@ def _train(
         summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}
         tracker.finish(summary, {"curves": curves} if curves else {}, succeeded=driver.state.status != "failed")
     return driver.result() | {"interrupted": driver.interrupted}
+
+
+def _of_begun(run: RunDirectory, wanted: Description, begun_with: dict[str, str] | None) -> Description:
+    """What is left to plan of ``init_from``: nothing once the run has weights of its own, else the very same source."""
+    init_from = wanted.spec.init_from
+    if init_from is None or run.checkpoints.steps():
+        init_from = None
+    elif begun_with is not None:
+        init_from = dataclasses.replace(init_from, url=begun_with["url"])
+    return dataclasses.replace(wanted, spec=dataclasses.replace(wanted.spec, init_from=init_from))
+
+
+def _source(plan: Plan) -> dict[str, str] | None:
+    return None if plan.init_from is None else {"url": plan.init_from.url, "sha256": plan.init_from.sha256}
 
 
 def _is_safe(key: str) -> bool:
@@ -241,6 +262,7 @@ def _note_attempt(run: RunDirectory, spec: JobSpec, plan: Plan, import_paths: tu
     run.write_environment(
         {
             "data_fingerprint": plan.data_fingerprint,
+            "init_from": _source(plan) or environment.get("init_from"),
             "working_directory": os.getcwd(),
             "import_paths": list(import_paths),
             "attempts": [*environment.get("attempts", []), attempt],

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cluster.errors import CheckpointError, DescriptionError, one_line
+from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
 from jobs.loader import KeyedDataset, seed_draws
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
 from jobs.parts import Parts, build_parts
-from jobs.spec import JobSpec
+from jobs.spec import InitSpec, JobSpec
 from jobs.state import size_in_bytes
-from launcher.plan import GroupPlan, Tried
+from jobs.warm_start import load_weights, match_weights, read_weights
+from launcher.fit import MicroBatch, check_fit, check_mean, listed_targets
+from launcher.plan import GroupPlan, InitPlan, Tried
 
 _MOST_CHARACTERS = 300
 """Of what torch says of shapes, which can fill a screen."""
@@ -41,6 +43,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     gpus = decide_gpus(spec)
     device = torch.device("cpu")
     parts = build_parts(spec, device)
+    init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
     # Also what is frozen at first must get gradients when its epoch comes.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
@@ -63,6 +66,25 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         trial_loss=loss,
         data_fingerprint=fingerprint(parts),
         rates=parts.schedule.preview(parts.steps),
+        init_from=init_from,
+    )
+
+
+def _begin_with(spec: InitSpec, parts: Parts) -> InitPlan:
+    """Puts in the weights that the run begins with, so that the trial sees them."""
+    try:
+        weights = read_weights(spec)
+    except (StorageError, CheckpointError) as error:
+        raise DescriptionError(f"init_from.url: {error}") from error
+    report = match_weights(parts.model, spec, weights)
+    load_weights(parts.model, parts.ema, weights, report)
+    return InitPlan(
+        url=report.source.url,
+        sha256=report.source.sha256,
+        loaded=report.loaded,
+        kept=report.kept,
+        unused=report.unused,
+        passed_over=report.passed_over,
     )
 
 
@@ -88,7 +110,7 @@ def fingerprint(parts: Parts) -> str:
     sha256 = hashlib.sha256()
     for dataset in (parts.train_set, parts.val_set):
         if dataset is not None:
-            targets = _targets(dataset)
+            targets = listed_targets(dataset)
             sha256.update(f"{len(dataset)}:{getattr(dataset, 'classes', None)}:".encode())
             sha256.update(b"" if targets is None else targets.numpy().tobytes())
     return sha256.hexdigest()
@@ -166,18 +188,19 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
                 f"model: forward on inputs{shape} raised {type(error).__name__}: {_in_short(error)}; "
                 f"make model and {key} fit"
             ) from error
-        _check_labels(output, target, numbers, dataset, key, parts)
+        check_fit(parts.loss, MicroBatch(key, dataset, numbers, inputs, target, output), parts.model)
         try:
             numerator, own = parts.loss.numerator(output, target)
+            as_written = parts.loss.as_written(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
                 f"loss: {spec.loss.factory.path} of output {_shape(output)} and target {_shape(target)} raised "
                 f"{type(error).__name__}: {_in_short(error)}; make model, loss and data fit"
             ) from error
     has_classes = bool(parts.loss.tally(output, target, numerator)[2])
-    if parts.loss.weighs_targets:
-        return numerator, float(parts.loss.target_weight(target)), has_classes
-    return numerator, parts.loss.denominator(own, shards=1), has_classes
+    denominator = parts.loss.denominator(parts.loss.weight(target, numerator, own).item())
+    check_mean(parts.loss, as_written, numerator, denominator)
+    return numerator, denominator, has_classes
 
 
 def _check_metrics(spec: JobSpec, has_classes: bool) -> None:
@@ -189,43 +212,6 @@ def _check_metrics(spec: JobSpec, has_classes: bool) -> None:
     for key, metric in wanted.items():
         if metric == "val/accuracy" and not has_classes:
             raise DescriptionError(f"{key} val/accuracy needs targets that are class numbers; write val/loss")
-
-
-def _check_labels(output: Any, batch_targets: Any, numbers: list[int], dataset: Any, key: str, parts: Parts) -> None:
-    """Compares labels with the width of the model's output: all, where the dataset lists them, else the batch's.
-
-    A label outside the classes would kill a worker in the middle of an epoch, on a GPU without a message.
-    """
-    if not (parts.loss.takes_class_numbers and isinstance(output, Tensor) and output.dim() > 1):
-        return
-    targets = _targets(dataset)
-    if targets is None:
-        targets = batch_targets
-    else:
-        numbers = list(range(len(targets)))
-    counted = parts.loss.counted(targets)
-    if counted is None:
-        return
-    num_classes = output.shape[1]
-    outside = ((targets < 0) | (targets >= num_classes)) & counted
-    if outside.any():
-        first = outside.nonzero()[0]
-        raise DescriptionError(
-            f"{key}: the label of sample {numbers[int(first[0])]} must lie between 0 and {num_classes - 1}, the "
-            f"model's classes, got {int(targets[tuple(first)])}; give the model as many classes as the data has"
-        )
-
-
-def _targets(dataset: Any) -> Tensor | None:
-    """All labels, if the dataset lists them in ``targets`` as torchvision's do."""
-    targets = getattr(dataset, "targets", None)
-    if targets is None:
-        return None
-    try:
-        tensor = torch.as_tensor(targets)
-    except (TypeError, ValueError, RuntimeError):
-        return None  # not a list of numbers: labels of another kind
-    return None if tensor.is_floating_point() else tensor
 
 
 def _group_plans(parts: Parts) -> list[GroupPlan]:

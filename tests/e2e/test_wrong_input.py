@@ -23,7 +23,7 @@ WITHOUT_TORCH = {
     "indivisible batch": (["train.global_batch=65"], "train.global_batch must divide by train.shards=4, got 65; write 68 or 64"),
     "more workers than shards": (["workers.num=5"], "workers.num must be at most train.shards=4, got 5"),
     "more workers than cores": (["train.shards=64", "train.global_batch=64", "workers.num=64"], "workers.num must be at most .* cores"),
-    "unknown metric": (["checkpoint.best.metric=val/f1"], "checkpoint.best.metric must be val/loss or val/accuracy, got 'val/f1'"),
+    "unknown metric": (["checkpoint.best.metric=val/f1"], "checkpoint.best.metric must be val/loss, val/accuracy, train/loss or train/accuracy, got 'val/f1'"),
     "no key=value": (["workers.num"], "workers.num"),
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ WITH_TORCH = {
     "pattern matches nothing": (["optimizer.groups[0].match=*.bais"], r"optimizer.groups\[0\].match matches no parameter, got '\*.bais'"),
     "dataset smaller than a batch": (["train.global_batch=2048"], "train.global_batch must be at most the 1437 samples of data.train, got 2048"),
     "labels outside the classes": (["model.num_classes=5"], "data.train: the label of sample .* must lie between 0 and 4, the model's classes"),
-    "output does not fit the loss": (["loss={_target_: MSELoss}"], r"loss: MSELoss of output \[16, 10\] torch.float32 and target \[16\] torch.int64 raised"),
+    "output does not fit the loss": (["loss={_target_: MSELoss}"], r"loss: MSELoss takes output and target of one shape, got \[16, 10\] and \[16\]; write loss.target: one_hot"),
     "input does not fit the model": (["model.in_channels=3"], r"model: forward on inputs of shape \[16, 1, 32, 32\] raised"),
     "store cannot be written": (["store=/proc/nowhere"], "store: .*/proc/nowhere"),
     "store of one process": (["store=memory://runs"], "store 'memory://runs' is seen by one process alone"),

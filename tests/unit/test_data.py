@@ -63,6 +63,14 @@ class TestDigits:
         assert dataset.targets.dtype == torch.int64
         assert dataset.classes == tuple("0123456789")
 
+    def test_parity_is_another_question_about_the_same_scans(self) -> None:
+        for split in ("train", "val"):
+            by_digit, by_parity = digits(split), digits(split, labels="parity")  # type: ignore[arg-type]
+
+            assert by_parity.classes == ("even", "odd")
+            assert by_parity.targets.tolist() == [digit % 2 for digit in by_digit.targets.tolist()]
+            assert pixels(by_parity) == pixels(by_digit)
+
     def test_it_does_not_draw_from_the_global_generators(self) -> None:
         torch.manual_seed(1)
         first = digest(digits("val"))
@@ -93,6 +101,7 @@ class TestDigits:
         ("build", "message"),
         [
             (lambda: digits("test"), "split must be train or val, got 'test'"),  # type: ignore[arg-type]
+            (lambda: digits("val", labels="odd"), "labels must be digit or parity, got 'odd'"),  # type: ignore[arg-type]
             (lambda: digits("val", image_size=0), "image_size must be at least 1 pixel, got 0; "),
             (lambda: digits("val", mean=[0.1, 0.2, 0.3]), "mean must hold a finite number for each of 1 channels, got"),
             (lambda: digits("val", std=[float("nan")]), "std must hold a finite number for each of 1 channels, got"),
@@ -333,7 +342,12 @@ class TestSyntheticImages:
 class TestShippedDescriptions:
     @pytest.mark.parametrize(
         ("name", "on_disk", "shape"),
-        [("digits", False, (1, 32, 32)), ("caltech101", True, (3, 224, 224)), ("resnet50", True, (3, 224, 224))],
+        [
+            ("digits", False, (1, 32, 32)),
+            ("finetune", False, (1, 32, 32)),
+            ("caltech101", True, (3, 224, 224)),
+            ("resnet50", True, (3, 224, 224)),
+        ],
     )
     def test_their_data_suits_their_model(self, tmp_path: Path, name: str, on_disk: bool, shape: tuple) -> None:
         overrides = []
