@@ -1,5 +1,6 @@
 """Everything that a description names, built: what the plan tries out and what a worker trains with."""
 
+import hashlib
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,21 +63,43 @@ class Parts:
             "scheduler": self.schedule.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "described": self._described(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Puts a state back.
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Puts the state after ``step`` steps back.
+
+        Rates and other arguments are the description's: if they were changed since, the optimizer goes on with its
+        moments and the new arguments, and the schedule from where the new one would stand by now.
 
         Raises:
-            RuntimeError, ValueError: The state belongs to another model, optimizer or schedule.
+            RuntimeError, ValueError, KeyError: The state belongs to another model, optimizer or schedule.
         """
+        was, now = state["described"], self._described()
+        for key, what in (("optimizer", "optimizer._target_"), ("parameters", "the parameters of optimizer.groups")):
+            if was[key] != now[key]:
+                raise ValueError(f"{what} changed, and moments belong to the old; begin a new run with init_from")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["scheduler"])
+        if was == now:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["scheduler"])
+        else:
+            arguments = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": arguments})
+            self.schedule.play_to(step, self.steps)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _described(self) -> dict[str, Any]:
+        """What the description says of optimizer and schedule, to know whether it still does."""
+        rates = repr((self.spec.optimizer, self.spec.scheduler, self.steps))
+        return {
+            "optimizer": self.spec.optimizer.factory.path,
+            "parameters": [name for group in self.groups for name in group.names],
+            "rates": hashlib.sha256(rates.encode()).hexdigest(),
+        }
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Parts:

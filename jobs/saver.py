@@ -72,6 +72,6 @@ def restore(parts: Parts, progress: Progress, files: Mapping[str, bytes]) -> Non
         RuntimeError, ValueError, KeyError: The state belongs to another model or optimizer.
     """
     state = decode(files)
-    parts.load_state(state)
+    parts.load_state(state, state["progress"]["step"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)

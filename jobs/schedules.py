@@ -81,6 +81,14 @@ class Schedule:
         elif by_epoch and ends_epoch:
             self._scheduler.step()
 
+    def play_to(self, step: int, steps: StepPlan) -> None:
+        """Advances a fresh schedule to where it stands after ``step`` steps; one that follows a metric stays."""
+        if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
+            return
+        _, per_tick = _ticks(self._spec, steps)
+        for _ in range(step // per_tick):
+            self._scheduler.step()
+
     def preview(self, steps: StepPlan) -> tuple[tuple[int, float], ...]:
         """Plays the schedule through the run without training, which uses it up: for a process that is thrown away.
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.spec import CheckpointSpec
+from jobs.spec import CheckpointSpec, Target
 from tests.distributed.small_job import STEPS, STEPS_PER_EPOCH, UNFROZEN_FROM_STEP, full_job
-from tests.distributed.team_process import Outcome, run_directory, run_job
+from tests.distributed.team_process import Outcome, run_directory, run_job, run_processes, train_job
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,31 @@ def test_a_completed_run_is_not_trained_again(tmp_path: Path) -> None:
 
     assert (second.started, second.rows, second.digests) == (STEPS_PER_EPOCH, [], {})
     assert set(second.results.values()) == {first.digest}
+
+
+def test_a_changed_rate_holds_from_the_resume_on(undisturbed: Outcome, tmp_path: Path) -> None:
+    """As forced by hand: moments stay, rates are the new description's, as its schedule has them by then."""
+    run_job(full_job(tmp_path, "run", max_steps=6), world_size=2)
+    job = full_job(tmp_path, "run")
+    optimizer = replace(job.optimizer, factory=Target("SGD", {**job.optimizer.factory.args, "lr": 0.2}))
+    second = run_job(replace(job, optimizer=optimizer), world_size=2)
+
+    assert [(row["lr/0"], row["lr/1"]) for row in second.rows] == [(0.05, 0.1)] * 4 + [(0.025, 0.05)] * 2
+    assert [row["lr/0"] for row in undisturbed.rows[6:]] == [0.025] * 4 + [0.0125] * 2
+    assert second.rows[0]["train/loss"] == undisturbed.rows[6]["train/loss"], "the weights are the checkpoint's"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factory": Target("Adam", {"lr": 0.1})}, "optimizer._target_ changed"),
+        ({"groups": ()}, "the parameters of optimizer.groups changed"),
+    ],
+    ids=["optimizer", "groups"],
+)
+def test_another_optimizer_cannot_go_on(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    run_job(full_job(tmp_path, "run", max_steps=3), world_size=1)
+    job = full_job(tmp_path, "run")
+    outcome = run_processes(train_job, replace(job, optimizer=replace(job.optimizer, **change)), world_size=1)
+
+    assert f"checkpoint of step 3 does not fit the job: {message}" in outcome.failures[0]
