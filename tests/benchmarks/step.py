@@ -182,14 +182,14 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     parts = build_parts(spec, device)
     link = Link(messages)
 
-    def send_row(row: dict[str, float]) -> None:
-        link.send("row", row=row, time=time.time())
+    def tell(kind: str, **content: Any) -> None:
+        if rank == 0:
+            link.send(kind, time=time.time(), **content)
 
     def train(gate: _Gate) -> None:
         loop = Loop(
             spec, parts, Progress(), team,
-            metrics={},
-            on_row=send_row if rank == 0 else lambda _: None, save=lambda _: None, stop_wanted=gate,
+            metrics={}, tell=tell, save=lambda _: None, stop_wanted=gate,
         )  # fmt: skip
         loop.run()
 
