@@ -133,7 +133,9 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     if not groups:
         raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
     optimizer = build_optimizer(spec.optimizer, model, groups, builder)
+    declared_rates = [group["lr"] for group in optimizer.param_groups]
     schedule = build_schedule(spec.scheduler, optimizer, builder, steps)
+    _check_rates(groups, optimizer, declared_rates)
     set_trainable(model, groups, step=0)
     if all(group.from_step > 0 for group in groups):
         raise DescriptionError("optimizer.groups freeze every parameter at first; let one group train from the start")
@@ -154,6 +156,17 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
         val_set=val_set,
         steps=steps,
     )
+
+
+def _check_rates(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, declared: list[float]) -> None:
+    """Refuses a rate of a group that the schedule has put its own in place of."""
+    for number, (group, rate, of_torch) in enumerate(zip(groups, declared, optimizer.param_groups)):
+        key = "lr_scale" if group.lr_scale is not None else "lr" if "lr" in group.args else None
+        if key is not None and of_torch.get("initial_lr", rate) != rate:
+            raise DescriptionError(
+                f"optimizer.groups[{number}].{key} has no effect, for the schedule sets its own rate in every group; "
+                "remove it, and write the schedule's rates as a list, one for each group"
+            )
 
 
 def number_type(model: nn.Module) -> torch.dtype:
