@@ -17,9 +17,9 @@ _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
 _STATUS = "status.json"
 _TRACKER = "tracker.json"
-_CURVES = "curves.png"
 _CHECKPOINTS = "checkpoints"
 _LOGS = "logs"
+_MATRICES = "matrices"
 _METRICS = "metrics"
 _EVENTS = "events"
 
@@ -105,9 +105,20 @@ class RunDirectory:
         tracker_id = (self._read_document(_TRACKER) or {}).get("id")
         return tracker_id if isinstance(tracker_id, str) else None
 
-    def write_curves(self, png: bytes) -> None:
-        """Writes the picture of the run's curves."""
-        self.store.write(_CURVES, png)
+    def write_picture(self, name: str, png: bytes) -> str:
+        """Writes a picture; returns its URL."""
+        self.store.write(f"{name}.png", png)
+        return f"{self.url}/{name}.png"
+
+    def write_matrix(self, name: str, matrix: Mapping[str, Any]) -> None:
+        """Overwrites what a validation came to in a table, such as a confusion matrix."""
+        self._write_document(f"{_MATRICES}/{name}.json", matrix, indent=None)
+
+    def read_matrices(self) -> dict[str, dict[str, Any]]:
+        """The newest of each matrix, by name; one whose writer was killed while it wrote is not there."""
+        names = [name.removeprefix(f"{_MATRICES}/") for name in self.store.names(_MATRICES) if name.endswith(".json")]
+        found = {name.removesuffix(".json"): self._read_document(f"{_MATRICES}/{name}") for name in sorted(names)}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def write_log(self, attempt: int, rank: int, data: bytes) -> str:
         """Writes a worker's log; returns its name, for ``read_log``."""
@@ -128,8 +139,8 @@ class RunDirectory:
         """A log by its name."""
         return self.store.read(f"{_LOGS}/{name}")
 
-    def _write_document(self, name: str, document: Mapping[str, Any]) -> None:
-        self.store.write(name, (json.dumps(document, indent=1) + "\n").encode())
+    def _write_document(self, name: str, document: Mapping[str, Any], indent: int | None = 1) -> None:
+        self.store.write(name, (json.dumps(document, indent=indent) + "\n").encode())
 
     def _read_document(self, name: str) -> dict[str, Any] | None:
         """A JSON document; none if it is missing, or stays torn: its writer was killed while it wrote."""

@@ -140,15 +140,24 @@ class Loop:
         return step % (steps.steps_per_epoch * (train.validate_every_epochs or 1)) == 0
 
     def _validate(self) -> dict[str, float]:
+        """Measures, and tells of matrices, which are in no row."""
         spec, parts, team = self.spec, self.parts, self.team
         batches = validation_batches(
             parts.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
             world_size=team.world_size, loaders=spec.data.loaders, device=team.device,
         )  # fmt: skip
         with parts.autocast():
-            return evaluate(
-                parts.validated_model, parts.loss, ((parts.in_memory_order(x), y) for x, y in batches), team
+            measured = evaluate(
+                parts.validated_model,
+                parts.loss,
+                parts.metrics,
+                ((parts.in_memory_order(x), y) for x, y in batches),
+                team,
+                spec.seed,
             )
+        for name, matrix in measured.matrices.items():
+            self.tell("matrix", step=self.progress.step, name=name, classes=matrix.classes, values=matrix.values)
+        return measured.numbers
 
     def _log(self, report: StepReport, measured: Mapping[str, float] | None = None) -> dict[str, float]:
         """Makes a row of a step's report. Nothing in it depends on the clock, so rows repeat exactly."""

@@ -4,7 +4,7 @@ import hashlib
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from jobs.schedules import Schedule, build_schedule, plan_value
 from jobs.spec import JobSpec, Target
 from jobs.targets import Builder
 
+if TYPE_CHECKING:
+    from jobs.metrics import MetricSet
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +34,7 @@ class Parts:
     model: nn.Module
     ema: AveragedModel | None
     loss: GlobalLoss
+    metrics: "MetricSet | None"
     groups: list[ParameterGroup]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
@@ -129,6 +133,11 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     if spec.train.channels_last:
         model.to(memory_format=torch.channels_last)
     loss = build_loss(spec.loss, builder).to(device, number_type(model))
+    metrics = None
+    if spec.metrics:
+        from jobs.metrics import build_metrics, class_names  # imports torchmetrics, which takes a second or two
+
+        metrics = build_metrics(spec.metrics, builder, class_names(val_set)).to(device)
     groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)
     if not groups:
         raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
@@ -148,6 +157,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
         model=model,
         ema=ema,
         loss=loss,
+        metrics=metrics,
         groups=groups,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type) if spec.train.precision == "fp16" else None,

@@ -1,44 +1,104 @@
-"""Metrics over a whole dataset, exact for any number of workers."""
+"""Metrics over a whole dataset, exact for any number of workers.
 
+A validation is whole or done again: it begins and ends between two steps, so none ever spans a checkpoint, and what
+is lost with a worker in the middle of one is measured anew from the same weights.
+"""
+
+import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cluster.errors import TrainingError
+from jobs.loader import seed_draws, seed_host_draws
 from jobs.losses import GlobalLoss
+from jobs.order import draw_key
 from jobs.pulse import exact_sum
 from jobs.team import Team
 
+if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
+    from jobs.metrics import MetricSet
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A square table of values over classes, such as a confusion matrix: rows true, columns predicted."""
+
+    classes: list[str]
+    values: list[list[float | None]]
+    """None where a value is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a validation came to.
+
+    Attributes:
+        numbers: By name, all finite: ``val/loss``, ``val/f1``, ``val/recall/cat``.
+        matrices: By name: ``val/confusion``.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+
+    def __or__(self, other: "Measured") -> "Measured":
+        return Measured(self.numbers | other.numbers, self.matrices | other.matrices)
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss: GlobalLoss, batches: Iterable[Any], team: Team) -> dict[str, float]:
-    """Loss and accuracy over every batch of every worker, each sample once.
+def evaluate(
+    model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
+) -> Measured:
+    """Loss, accuracy and the declared metrics over every batch of every worker, each sample once.
 
     Returns:
-        ``val/loss``, as one process with the whole dataset would compute it (with ``reduction: sum`` the
-        mean over samples), and ``val/accuracy`` if targets are class numbers.
+        ``val/loss``, as one process with the whole dataset would compute it, ``val/accuracy`` if targets are class
+        numbers, and what the metrics come to; the same on every rank. A value that is not finite is left out, so
+        that rows stay JSON, and whoever watches it sees no measurement.
 
     Raises:
         TrainingError: The loss ignores all targets.
 
-    Collective: every rank, with its share of the batches.
+    Collective: every rank, with the batches ``rank``, ``rank`` + W, ...
     """
     was_training = model.training
     model.eval()
     sums = []
-    for inputs, target in batches:
+    for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
+        seed_draws(draw_key("evaluation", seed, number), team.device)
         output = model(inputs)
         numerator, own = loss.numerator(output, target)
         weight = loss.weight(target, numerator, own)
         sums.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+        if metrics is not None:
+            metrics.update(*loss.measured(output, target))
     model.train(was_training)
     tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
     if weight_sum == 0:
         raise TrainingError("every target of data.val is ignored; give it some that count")
-    measured = {"val/loss": total / loss.denominator(weight_sum)}
+    numbers = {"val/loss": total / loss.denominator(weight_sum)}
     if counted:
-        measured["val/accuracy"] = correct / counted
-    return measured
+        numbers["val/accuracy"] = correct / counted
+    measured = Measured({name: value for name, value in numbers.items() if math.isfinite(value)})
+    return measured if metrics is None else measured | _measure(metrics, team, seed)
+
+
+def _measure(metrics: "MetricSet", team: Team, seed: int) -> Measured:
+    """Rank 0, which always has a batch, computes from the shares of all and tells the others.
+
+    Collective: every rank.
+    """
+    shares: list[Any] | None = [None] * team.world_size if team.rank == 0 else None
+    dist.gather_object(metrics.share(), shares, dst=0, group=team.cpu_group)
+    result: list[Any] = [None]
+    if shares is not None:
+        seed_host_draws(draw_key("metrics", seed))  # some compute from random subsets
+        result = [metrics.compute(shares)]
+    dist.broadcast_object_list(result, src=0, group=team.cpu_group)
+    return result[0]

@@ -152,14 +152,15 @@ def logs(run_url: str, worker: int | None, follow: bool) -> None:
 @click.argument("run_url", metavar="RUN")
 @_json_option
 def plot(run_url: str, as_json: bool) -> None:
-    """Draw RUN's curves.png from its metrics."""
-    from launcher.report import draw_curves
+    """Draw RUN's curves.png from its metrics, and a picture of every matrix, such as val-confusion.png."""
+    from launcher.pictures import draw
 
     run_directory = _existing_run(run_url)
     rows = run_directory.metrics().read()
-    run_directory.write_curves(draw_curves(rows, run_directory.name))
-    url = f"{run_directory.url}/curves.png"
-    _show({"run": run_directory.url, "curves": url, "rows": len(rows)}, url, as_json)
+    pictures = draw(rows, run_directory.read_matrices(), run_directory.name)
+    urls = {name: run_directory.write_picture(name, png) for name, png in pictures.items()}
+    document = {"run": run_directory.url, "curves": urls["curves"], "pictures": urls, "rows": len(rows)}
+    _show(document, "\n".join(urls.values()), as_json)
 
 
 @main.command()

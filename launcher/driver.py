@@ -164,6 +164,7 @@ class Driver:
                 "started": self._on_started,
                 "fell_back": self._on_fell_back,
                 "row": self._on_row,
+                "matrix": self._on_matrix,
                 "event": self._on_event,
                 "checkpoint": self._on_checkpoint,
                 "finished": self._on_finished,
@@ -237,6 +238,11 @@ class Driver:
             images_per_second=state.images_per_second,
             workers=self._spec.workers.num,
         )
+
+    def _on_matrix(self, message: dict[str, Any]) -> None:
+        """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
+        matrix = {name: message[name] for name in ("step", "classes", "values")}
+        self._run.write_matrix(message["name"].replace("/", "-"), matrix)
 
     def _on_event(self, message: dict[str, Any]) -> None:
         self._event(message["event"], step=message["step"], reason=message["reason"])

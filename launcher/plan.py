@@ -122,7 +122,7 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
     with named_errors(description.source):
         check_machine(spec)
         # The workers will be forked from this server too, so torch is imported once, and not in this process.
-        fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0]])
+        fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else [])])
         store = check_store(spec)
         try:
             tried: Tried = fork_server.call(_TRIAL, spec, import_paths)

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.report import duration, number
+from launcher.report import duration, is_headline, number
 
 Clock = Callable[[], float]
 
@@ -106,17 +106,13 @@ class _Snapshot:
         return f"step {self.step:,}/{self.total_steps:,}"
 
     def measures(self) -> list[str]:
-        shown = [(name.removeprefix("train/"), value) for name, value in self.metrics.items() if _is_shown(name)]
+        shown = [(name.removeprefix("train/"), value) for name, value in self.metrics.items() if is_headline(name)]
         shown.sort(key=lambda item: "/" in item[0])  # train before val, however they came
         rate = self.images_per_second
         return [f"{name} {number(value, digits=3)}" for name, value in shown] + ([f"{rate:,.0f} img/s"] if rate else [])
 
     def eta(self) -> list[str]:
         return [] if self.eta_s is None else [f"ETA {duration(self.eta_s)}"]
-
-
-def _is_shown(name: str) -> bool:
-    return name.startswith(("train/", "val/"))
 
 
 class _Pace:

@@ -23,14 +23,16 @@ from jobs.spec import JobSpec
 from launcher.description import Description, differences, parse
 from launcher.driver import Driver, RunState, make_task
 from launcher.machine import num_cores
+from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
-from launcher.report import draw_curves
 from launcher.status import is_driven_here
 
 _SAFE = ("name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "data.loaders")
 """Keys that may change in the life of a run: no bit of its state depends on them."""
-_PACKAGES = ("launcher", "torch", "torchvision", "ray", "numpy", "fsspec", "omegaconf", "wandb", "safetensors")
+_PACKAGES = (
+    "launcher", "torch", "torchvision", "torchmetrics", "ray", "numpy", "fsspec", "omegaconf", "wandb", "safetensors",
+)  # fmt: skip
 _DECISIVE_PACKAGES = ("torch", "torchvision", "numpy")
 """Packages whose version may change a bit."""
 
@@ -195,9 +197,9 @@ def _train(
         error.document = driver.result()
         raise
     finally:
-        curves = _write_curves(run, spec.name, display)
+        pictures = _write_pictures(run, spec.name, display)
         summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}
-        tracker.finish(summary, {"curves": curves} if curves else {}, succeeded=driver.state.status != "failed")
+        tracker.finish(summary, pictures, succeeded=driver.state.status != "failed")
     return driver.result() | {"interrupted": driver.interrupted}
 
 
@@ -324,12 +326,13 @@ def _open_tracker(run: RunDirectory, description: Description, display: Progress
     return open_tracker(settings, display.warn, past=run.metrics().read())
 
 
-def _write_curves(run: RunDirectory, name: str, display: Progress) -> bytes | None:
-    """The picture of the run; a store that fails now must not hide how the run ended."""
+def _write_pictures(run: RunDirectory, name: str, display: Progress) -> dict[str, bytes]:
+    """The pictures of the run; a store that fails now must not hide how the run ended."""
     try:
-        curves = draw_curves(run.metrics().read(), name)
-        run.write_curves(curves)
+        pictures = draw(run.metrics().read(), run.read_matrices(), name)
+        for picture, png in pictures.items():
+            run.write_picture(picture, png)
     except StorageError as error:
-        display.warn(f"curves.png was not written: {error}")
-        return None
-    return curves
+        display.warn(f"the pictures were not written: {error}")
+        return {}
+    return pictures

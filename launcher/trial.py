@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
+from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
 from jobs.loader import KeyedDataset, seed_draws
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
 from jobs.parts import Parts, build_parts
-from jobs.spec import InitSpec, JobSpec
+from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.state import size_in_bytes
 from jobs.warm_start import load_weights, match_weights, read_weights
 from launcher.fit import MicroBatch, check_fit, check_mean, listed_targets
@@ -47,10 +47,10 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     # Also what is frozen at first must get gradients when its epoch comes.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
-    loss = _train_on(parts, spec, numbers)
+    loss, measured = _train_on(parts, spec, numbers)
     if parts.val_set is not None:
-        _, _, has_classes = _forward(parts, spec, "data.val", list(range(min(2, len(parts.val_set)))))
-        _check_metrics(spec, has_classes)
+        measured |= _forward(parts, spec, "data.val", list(range(min(_MOST_SAMPLES, len(parts.val_set)))))[2]
+    _check_watched(spec, measured)
     try:
         checkpoint_bytes = size_in_bytes(parts.state())
     except CheckpointError as error:
@@ -138,8 +138,9 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
         ) from error
 
 
-def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
-    numerator, denominator, _ = _forward(parts, spec, "data.train", numbers)
+def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> tuple[float, set[str]]:
+    """The loss of some samples, after a step on them, and the names of what is measured of a step."""
+    numerator, denominator, measured = _forward(parts, spec, "data.train", numbers)
     if not numerator.isfinite():
         raise DescriptionError(
             f"loss: {spec.loss.factory.path} of the first micro-batch is {numerator.item()}; "
@@ -162,7 +163,7 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> float:
         for parameter in parts.model.parameters():
             parameter.grad = parameter.grad if parameter.requires_grad else None
         _step(parts, "step with a frozen group, whose gradients are None,")
-    return numerator.item() / denominator if denominator else 0.0  # no target of this micro-batch counts
+    return numerator.item() / denominator if denominator else 0.0, measured  # 0: no target of this micro-batch counts
 
 
 def _step(parts: Parts, what: str) -> None:
@@ -172,8 +173,8 @@ def _step(parts: Parts, what: str) -> None:
         raise DescriptionError(f"optimizer: {what} raised {type(error).__name__}: {_in_short(error)}") from error
 
 
-def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, bool]:
-    """Numerator and denominator of the loss over some samples, and whether their targets are class numbers."""
+def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, set[str]]:
+    """Numerator and denominator of the loss over some samples, and the names of what is measured of them."""
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
     inputs, target = _batch(dataset, numbers, key, spec.seed)
@@ -197,21 +198,28 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
                 f"loss: {spec.loss.factory.path} of output {_shape(output)} and target {_shape(target)} raised "
                 f"{type(error).__name__}: {_in_short(error)}; make model, loss and data fit"
             ) from error
-    has_classes = bool(parts.loss.tally(output, target, numerator)[2])
+    kind = "train" if train else "val"
+    measured = {f"{kind}/loss"}
+    if parts.loss.tally(output, target, numerator)[2] > 0:
+        measured.add(f"{kind}/accuracy")
+    if parts.metrics is not None and not train:
+        measured |= parts.metrics.try_out(*parts.loss.measured(output, target))
     denominator = parts.loss.denominator(parts.loss.weight(target, numerator, own).item())
     check_mean(parts.loss, as_written, numerator, denominator)
-    return numerator, denominator, has_classes
+    return numerator, denominator, measured
 
 
-def _check_metrics(spec: JobSpec, has_classes: bool) -> None:
-    """Refuses to wait for an accuracy that is never measured."""
-    wanted = {
-        "checkpoint.best.metric": spec.checkpoint.best and spec.checkpoint.best.metric,
-        "scheduler.monitor": spec.scheduler and spec.scheduler.monitor,
-    }
-    for key, metric in wanted.items():
-        if metric == "val/accuracy" and not has_classes:
-            raise DescriptionError(f"{key} val/accuracy needs targets that are class numbers; write val/loss")
+def _check_watched(spec: JobSpec, measured: set[str]) -> None:
+    """Refuses to wait for a metric that is never measured."""
+    for key, metric in watched_metrics(spec).items():
+        kind, _, name = metric.partition("/")
+        if name == "accuracy" and metric not in measured:
+            raise DescriptionError(f"{key} {metric} needs targets that are class numbers; write {kind}/loss")
+        if metric not in measured:
+            raise DescriptionError(
+                f"{key} must be one number that is measured, got {metric!r}{nearest(metric, measured)}; "
+                f"write for example {min(measured)}"
+            )
 
 
 def _group_plans(parts: Parts) -> list[GroupPlan]:

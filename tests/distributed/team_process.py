@@ -31,7 +31,7 @@ from jobs.worker import meet, train
 
 TIMEOUT_S = 120.0
 
-multiprocessing.forkserver.set_forkserver_preload(["jobs.worker", __name__])
+multiprocessing.forkserver.set_forkserver_preload(["jobs.worker", "jobs.metrics", __name__])
 
 
 @dataclass(kw_only=True)

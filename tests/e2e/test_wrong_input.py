@@ -45,7 +45,7 @@ WITH_TORCH = {
     "schedule shorter than the run": (["scheduler={_target_: CosineAnnealingLR, T_max: 5}"], r"scheduler.T_max must be at least 10.*write \$\{train.epochs\}"),
     "rate that the schedule overrides": (["optimizer.groups[0].lr_scale=2", "scheduler={_target_: OneCycleLR, max_lr: 1, total_steps: 220, interval: step}"], r"optimizer.groups\[0\].lr_scale has no effect"),
     "warm start from nothing": (["init_from=runs/nothing"], "init_from.url: .*runs/nothing: is no run"),
-    "metric that is never measured": (["train.early_stop={metric: val/recall/11, mode: max, patience: 2}", "metrics={recall: {_target_: MulticlassRecall, num_classes: 10, average: none}}"], "train.early_stop.metric must be .*, got 'val/recall/11'"),
+    "metric that is never measured": (["train.early_stop={metric: val/recall/11, mode: max, patience: 2}", "metrics={recall: {_target_: MulticlassRecall, num_classes: 10, average: none}}"], "train.early_stop.metric must be one number that is measured, got 'val/recall/11' .did you mean 'val/recall/1'"),
     "unknown metric of torchmetrics": (["metrics={f1: F2Score}"], "metrics.f1._target_ names nothing in torchmetrics.*did you mean"),
     "input does not fit the model": (["model.in_channels=3"], r"model: forward on inputs of shape \[16, 1, 32, 32\] raised"),
     "store cannot be written": (["store=/proc/nowhere"], "store: .*/proc/nowhere"),

@@ -26,7 +26,8 @@ def test_every_name_of_a_run(run):
     run.write_environment({"torch": "2.13"})
     run.write_status({"step": 5})
     run.write_tracker_id("abc")
-    run.write_curves(b"png")
+    assert run.write_picture("curves", b"png") == f"{run.url}/curves.png"
+    run.write_matrix("val-confusion", {"step": 5})
     run.write_log(0, 12, b"hello")
     run.checkpoints.write_files(5, {"model": b"1"})
     for log in (run.metrics(), run.events()):
@@ -35,7 +36,8 @@ def test_every_name_of_a_run(run):
         log.compact()
     assert run.store.names() == [
         "checkpoints/step-00000005/model", "curves.png", "environment.json", "events.jsonl", "job.yaml",
-        "logs/attempt-000-worker-012.log", "metrics.jsonl", "status.json", "tracker.json",
+        "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl", "status.json",
+        "tracker.json",
     ]  # fmt: skip
     assert (run.name, run.read_job(), run.read_environment()) == ("digits", "name: digits\n", {"torch": "2.13"})
     assert (run.read_status(), run.read_tracker_id()) == ({"step": 5}, "abc")
@@ -46,6 +48,7 @@ def test_a_run_that_is_not_there(run, tmp_path):
     assert not run.exists()
     assert (run.read_status(), run.read_tracker_id(), run.read_environment()) == (None, None, {})
     assert (run.log_names(), run.metrics().read(), run.checkpoints.steps()) == ([], [], [])
+    assert run.read_matrices() == {}
     with pytest.raises(MissingObject, match=f"is no run, it has no job.yaml; see `launcher list {tmp_path}/runs`"):
         run.read_job()
 
@@ -62,6 +65,14 @@ def test_a_document_that_stays_torn_is_not_known(run, pauses):
         run.store.write(name, b'{"id')
     assert (run.read_status(), run.read_environment(), run.read_tracker_id()) == (None, {}, None)
     assert sum(pauses) < 1
+
+
+def test_the_newest_of_each_matrix_is_kept(run):
+    for step, name in ((5, "val-confusion"), (10, "val-confusion"), (10, "val-a.b")):
+        run.write_matrix(name, {"step": step, "values": [[1, None]]})
+    run.store.write("matrices/val-torn.json", b'{"st')
+    matrix = {"step": 10, "values": [[1, None]]}
+    assert run.read_matrices() == {"val-a.b": matrix, "val-confusion": matrix}
 
 
 def test_logs_are_named_by_attempt_and_worker(run):
