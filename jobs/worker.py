@@ -1,5 +1,6 @@
 """A training process, from the first line to the exit: meet the others, build, restore, train, leave."""
 
+import contextlib
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
 
 from cluster.agent import Task
-from cluster.errors import CheckpointError, ClusterError, LauncherError, TrainingError
+from cluster.errors import CheckpointError, ClusterError, LauncherError, StorageError, TrainingError
 from cluster.link import Link
 from cluster.network import interface_of
 from cluster.run_directory import RunDirectory
@@ -83,7 +84,12 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         stop_wanted=link.stop_wanted.is_set,
     )
     link.send("started", step=progress.step)
-    loop.run()
+    try:
+        loop.run()
+    except Exception:
+        with contextlib.suppress(StorageError):  # the failure at hand is the one to tell
+            saver.wait()
+        raise
     saver.wait()
     team.barrier()
     link.send("finished", step=progress.step, completed=loop.is_complete)

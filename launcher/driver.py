@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from cluster import fork_server
 from cluster.agent import Task
@@ -35,7 +35,7 @@ from launcher.progress import Progress
 
 _FLUSH_INTERVAL_S = 5.0
 _CAUSE_WAIT_S = 5.0
-"""How long workers that lost a peer are taken for consequences of a failure whose cause is still to arrive."""
+"""How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
 _START_TIMEOUT_S = 180.0
 _RATE_WINDOW_S = 20.0
 _CAUSES: dict[str, type[LauncherError]] = {
@@ -91,6 +91,9 @@ class Driver:
         self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
+        self._gone: set[int] = set()
+        self._fatal: dict[str, Any] | None = None
+        self._fatal_at = 0.0
         self._failed: LauncherError | None = None
         self._lost_peer_at: float | None = None
         self._interrupts = 0
@@ -186,7 +189,7 @@ class Driver:
     def _start_attempt(self) -> None:
         self._attempt = self.state.attempts
         self.state.attempts += 1
-        self._finished = set()
+        self._finished, self._gone = set(), set()
         self._lost_peer_at = self._failed = None
         on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
         host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
@@ -283,11 +286,15 @@ class Driver:
 
     def _on_failed(self, message: dict[str, Any]) -> None:
         """A worker says why it ended. Of a lost peer it is a consequence; the cause is on its way."""
-        cause = _CAUSES[message["cause"]]
-        if cause is ClusterError:
+        if _CAUSES[message["cause"]] is ClusterError:
             self._lost_peer_at = self._lost_peer_at or self._clock()
             self._failed = self._failed or ClusterError(message["message"])
-            return
+        elif self._fatal is None:
+            self._fatal, self._fatal_at = message, self._clock()
+
+    def _fail(self, message: dict[str, Any]) -> NoReturn:
+        """Ends the run by what a worker said, once all have come to their ends and nothing more can be saved."""
+        cause = _CAUSES[message["cause"]]
         if cause is TrainingError:
             step = self._saved_step
             saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
@@ -296,6 +303,9 @@ class Driver:
 
     def _on_exited(self, message: dict[str, Any]) -> None:
         rank, code = message["rank"], message["exit_code"]
+        self._gone.add(rank)
+        if self._fatal is not None:
+            return
         if code < 0:
             self._restart(rank, f"killed by {signal.Signals(-code).name}")
         elif code > 0 and self._lost_peer_at is None:
@@ -333,6 +343,10 @@ class Driver:
         self.state.seconds = self._seconds_before + now - self._started_at
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
             self._flush()
+        if self._fatal is not None:
+            if len(self._gone) == self._spec.workers.num or now - self._fatal_at > _CAUSE_WAIT_S:
+                self._fail(self._fatal)
+            return
         if self._lost_peer_at is not None and now - self._lost_peer_at > _CAUSE_WAIT_S:
             assert self._failed is not None
             self._restart(0, f"no worker says more than: {self._failed}")

@@ -1,5 +1,6 @@
 """The shipped fine-tuning, from a run of the shipped digits, as it shows from outside."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,20 @@ def test_it_learns_from_the_head_inwards(finetuned: Ended, home: Path) -> None:
 
 def test_it_reaches_the_accuracy_it_promises(finetuned: Ended) -> None:
     assert finetuned.document["metrics"]["val/accuracy"] >= 0.97
+
+
+def test_what_it_declares_is_measured_and_drawn(finetuned: Ended, home: Path) -> None:
+    run = home / "runs/finetune"
+    confusion = json.loads((run / "matrices/val-confusion.json").read_text())
+    assert (confusion["step"], confusion["classes"]) == (88, ["even", "odd"])
+    (even, wrong), (wrong_too, odd) = confusion["values"]
+    assert even + wrong + wrong_too + odd == 360
+    assert finetuned.document["metrics"]["val/accuracy"] == (even + odd) / 360
+    assert 0.97 <= finetuned.document["metrics"]["val/f1"] <= 1
+
+    drawn = (run / "val-confusion.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    (run / "val-confusion.png").unlink()
+    plotted = launcher("plot", run, "--json", cwd=home)
+    assert plotted.document["pictures"].keys() == {"curves", "val-confusion"}
+    assert (run / "val-confusion.png").read_bytes() == drawn
