@@ -21,9 +21,9 @@ from torchmetrics import audio, classification, clustering, detection, image, no
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from cluster.errors import DescriptionError, one_line
+from jobs.measured import Matrix, Measured
 from jobs.spec import Target
 from jobs.targets import Builder
-from jobs.validation import Matrix, Measured
 
 State = Tensor | list[Tensor]
 """One state of a metric, as ``Metric.add_state`` declares them."""

@@ -17,7 +17,7 @@ from cluster.checkpoints import Checkpoints, Manifest
 from cluster.link import Link
 from jobs.loop import Progress
 from jobs.parts import Parts
-from jobs.state import decode, digest, encode, to_host
+from jobs.state import digest, encode, to_host
 
 
 class Saver:
@@ -62,16 +62,3 @@ class Saver:
         )
         best = {"best_metric": progress["best_metric"], "best_step": progress["best_step"]}
         self._link.send("checkpoint", manifest=manifest, **best)
-
-
-def restore(parts: Parts, progress: Progress, files: Mapping[str, bytes]) -> None:
-    """Puts the state of a checkpoint into parts and progress.
-
-    Raises:
-        CheckpointError: The files cannot be decoded.
-        RuntimeError, ValueError, KeyError: The state belongs to another model or optimizer.
-    """
-    state = decode(files)
-    parts.load_state(state, state["progress"]["step"])
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)

@@ -1,17 +1,20 @@
 """The workers of a run as one of them sees it: who has which shards, and how tensors get across."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cluster.errors import LauncherError
 from cluster.exchange import TreeExchange, all_gather_flat, new_group
 from jobs.order import shard_block
 from jobs.pulse import exact_sum
+
+_T = TypeVar("_T")
 
 # share_buffers sends them, by the rule for shards. torch renames the argument: 2.11 knows only the old name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -80,6 +83,19 @@ class Team:
             padded[: len(rows)] = torch.tensor(rows, dtype=torch.float64)
         gathered = self._gather(padded.reshape(-1)).view(self.world_size, max(counts), width)
         return [row for count, of_rank in zip(counts, gathered.tolist()) for row in of_rank[:count]]
+
+    def from_rank_0(self, read: Callable[[], _T]) -> _T:
+        """What ``read`` returns on rank 0, on every rank; an error of ours is raised on every rank too."""
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told = [read()]
+            except LauncherError as error:
+                told = [error]
+        dist.broadcast_object_list(told, src=0, group=self.cpu_group)
+        if isinstance(told[0], LauncherError):
+            raise told[0]
+        return told[0]
 
     def barrier(self) -> None:
         """Waits for everybody."""

@@ -6,7 +6,6 @@ is lost with a worker in the middle of one is measured anew from the same weight
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -17,37 +16,13 @@ from torch import nn
 from cluster.errors import TrainingError
 from jobs.loader import seed_draws, seed_host_draws
 from jobs.losses import GlobalLoss
+from jobs.measured import Measured
 from jobs.order import draw_key
 from jobs.pulse import exact_sum
 from jobs.team import Team
 
 if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
     from jobs.metrics import MetricSet
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A square table of values over classes, such as a confusion matrix: rows true, columns predicted."""
-
-    classes: list[str]
-    values: list[list[float | None]]
-    """None where a value is not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What a validation came to.
-
-    Attributes:
-        numbers: By name, all finite: ``val/loss``, ``val/f1``, ``val/recall/cat``.
-        matrices: By name: ``val/confusion``.
-    """
-
-    numbers: dict[str, float] = field(default_factory=dict)
-    matrices: dict[str, Matrix] = field(default_factory=dict)
-
-    def __or__(self, other: "Measured") -> "Measured":
-        return Measured(self.numbers | other.numbers, self.matrices | other.matrices)
 
 
 @torch.no_grad()
@@ -96,9 +71,10 @@ def _measure(metrics: "MetricSet", team: Team, seed: int) -> Measured:
     """
     shares: list[Any] | None = [None] * team.world_size if team.rank == 0 else None
     dist.gather_object(metrics.share(), shares, dst=0, group=team.cpu_group)
-    result: list[Any] = [None]
-    if shares is not None:
+
+    def compute() -> Measured:
+        assert shares is not None, "called on rank 0"
         seed_host_draws(draw_key("metrics", seed))  # some compute from random subsets
-        result = [metrics.compute(shares)]
-    dist.broadcast_object_list(result, src=0, group=team.cpu_group)
-    return result[0]
+        return metrics.compute(shares)
+
+    return team.from_rank_0(compute)

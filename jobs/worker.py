@@ -13,16 +13,16 @@ import torch.distributed as dist
 import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
 
 from cluster.agent import Task
-from cluster.errors import CheckpointError, ClusterError, LauncherError, StorageError, TrainingError
+from cluster.errors import ClusterError, LauncherError, StorageError, TrainingError
 from cluster.link import Link
 from cluster.network import interface_of
 from cluster.run_directory import RunDirectory
+from jobs.beginning import begin
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
-from jobs.saver import Saver, restore
-from jobs.spec import InitSpec, JobSpec
+from jobs.saver import Saver
+from jobs.spec import JobSpec
 from jobs.team import Team
-from jobs.warm_start import Source, load_weights, match_weights, read_weights
 
 
 def main(link: Link, task: Task) -> None:
@@ -64,7 +64,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     """
     if team.rank == 0:
         link.send("environment", torch=str(torch.__version__), device=_device_name(team.device))
-    metrics = resume(link, run, parts, progress, team)
+    metrics = begin(link, run, parts, progress, team)
     if spec.train.compile:
         parts.model.compile()
     saver = Saver(parts, progress, run.checkpoints, link)
@@ -94,81 +94,6 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     team.barrier()
     link.send("finished", step=progress.step, completed=loop.is_complete)
     team.close()
-
-
-def resume(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> dict[str, float]:
-    """Rank 0 reads and verifies a checkpoint once, and everyone restores the same bytes.
-
-    Returns:
-        The newest metrics at that checkpoint.
-
-    Collective: every rank.
-
-    Raises:
-        CheckpointError: There are checkpoints and none is good, or it belongs to another model.
-    """
-    found: list[Any] = [None]
-    if team.rank == 0:
-        found = [_newest_good(link, run)]
-    dist.broadcast_object_list(found, src=0, group=team.cpu_group)
-    if isinstance(found[0], LauncherError):
-        raise found[0]
-    if found[0] is None:
-        if parts.spec.init_from is not None:
-            begin_with(parts.spec.init_from, run, parts, team)
-        return {}
-    step, metrics, files = found[0]
-    try:
-        restore(parts, progress, files)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{run.url}: checkpoint of step {step} does not fit the job: {_first_line(error)}; "
-            "resume with the description that made it"
-        ) from error
-    return metrics
-
-
-def begin_with(spec: InitSpec, run: RunDirectory, parts: Parts, team: Team) -> None:
-    """Rank 0 reads the weights that the run begins with, once, and everyone begins with the same.
-
-    Collective: every rank.
-
-    Raises:
-        CheckpointError, StorageError: They cannot be read any more, or are others than the plan read.
-    """
-    read: list[Any] = [None]
-    if team.rank == 0:
-        read = [_weights(spec, run)]
-    dist.broadcast_object_list(read, src=0, group=team.cpu_group)
-    if isinstance(read[0], LauncherError):
-        raise read[0]
-    load_weights(parts.model, parts.ema, read[0], match_weights(parts.model, spec, read[0]))
-
-
-def _weights(spec: InitSpec, run: RunDirectory) -> Any:
-    """What the plan read, or the error for every rank."""
-    try:
-        planned = run.read_environment().get("init_from")
-        return read_weights(spec, None if planned is None else Source(**planned))
-    except LauncherError as error:
-        return error
-
-
-def _newest_good(link: Link, run: RunDirectory) -> Any:
-    """(step, metrics, files) of the newest good checkpoint, None if there is none, or the error for every rank."""
-
-    def on_bad(step: int, error: CheckpointError) -> None:
-        link.send("fell_back", step=step, defect=str(error))
-
-    try:
-        found = run.checkpoints.newest_good(on_bad)
-        if found is None and run.checkpoints.steps():
-            return CheckpointError(f"{run.url}: no checkpoint is good; look at them, or start a run of another name")
-        # What lies beyond is of a future that will be made anew; left there, it would count as the newest.
-        run.checkpoints.discard_after(-1 if found is None else found[0].step)
-    except LauncherError as error:
-        return error
-    return None if found is None else (found[0].step, dict(found[0].metrics), found[1])
 
 
 def meet(link: Link, task: Task, timeout_s: float) -> None:
@@ -217,4 +142,5 @@ def _device_name(device: torch.device) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    """What a collective or the user's code says first; a stack may follow."""
     return str(error).strip().partition("\n")[0]

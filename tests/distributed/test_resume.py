@@ -88,4 +88,4 @@ def test_another_optimizer_cannot_go_on(tmp_path: Path, change: dict[str, object
     job = full_job(tmp_path, "run")
     outcome = run_processes(train_job, replace(job, optimizer=replace(job.optimizer, **change)), world_size=1)
 
-    assert f"checkpoint of step 3 does not fit the job: {message}" in outcome.failures[0]
+    assert f"checkpoints/step-00000003: does not fit the job: {message}" in outcome.failures[0]

@@ -12,11 +12,12 @@ from cluster.agent import Task
 from cluster.link import Link
 from jobs.loader import validation_batches
 from jobs.losses import build_loss
+from jobs.measured import Measured
 from jobs.metrics import build_metrics
 from jobs.spec import LossSpec, Target
 from jobs.targets import Builder
 from jobs.team import Team
-from jobs.validation import Measured, evaluate
+from jobs.validation import evaluate
 from jobs.worker import meet
 from tests.distributed.small_job import CLASSES, Images, full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
