@@ -321,6 +321,8 @@ class TestEveryOptimizer:
         for step in range(STEPS):
             if step == JOINS_AT:
                 by_hand.add_param_group(late)
+                if name == "Adagrad" and model.trunk not in by_hand.state:
+                    pytest.skip("this torch's own Adagrad cannot step after a group was added")
                 model.trunk.requires_grad_(True)
             model.backward(step)
             by_hand.step()
