@@ -321,11 +321,13 @@ class TestEveryOptimizer:
         for step in range(STEPS):
             if step == JOINS_AT:
                 by_hand.add_param_group(late)
-                if name == "Adagrad" and model.trunk not in by_hand.state:
-                    pytest.skip("this torch's own Adagrad cannot step after a group was added")
                 model.trunk.requires_grad_(True)
             model.backward(step)
-            by_hand.step()
+            try:
+                by_hand.step()
+            except KeyError:
+                assert (name, step) == ("Adagrad", JOINS_AT)
+                pytest.skip("this torch's own Adagrad cannot step after a group was added")
             by_hand.zero_grad()
 
         specs = (GroupSpec(match="trunk", args={"lr": 0.01}, from_step=JOINS_AT),)
