@@ -5,6 +5,8 @@ takes a fraction of a second. The agent knows how it ended, keeps what it printe
 the driver and the driver's orders to it, and starts it anew when the driver says so.
 """
 
+import faulthandler
+import math
 import multiprocessing
 import os
 import signal
@@ -23,9 +25,11 @@ from typing import Any, Protocol
 
 from cluster import fork_server
 from cluster.errors import LauncherError, StorageError
-from cluster.link import Link
+from cluster.link import Beat, Link
 from cluster.run_directory import RunDirectory
 
+_WATCH_INTERVAL_S = 1.0
+_STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
@@ -75,6 +79,7 @@ class Task:
         working_directory: Where relative paths of the user's data start.
         fork_server: The address of a server to fork from, for agents on its host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
+        hang_timeout_s: Seconds without progress after which the training process counts as hung.
         content: The job, which only the entry understands.
     """
 
@@ -89,6 +94,7 @@ class Task:
     host: str = _LOOPBACK
     address: str = _LOOPBACK
     on_gpu: bool = False
+    hang_timeout_s: float = math.inf
     content: Any = None
 
 
@@ -117,7 +123,7 @@ class Agent:
         try:
             while not self._orders.end:
                 sources = [news, *(self._child.sources() if self._child else [])]
-                ready = wait(sources, timeout=_LOG_INTERVAL_S)
+                ready = wait(sources, timeout=_WATCH_INTERVAL_S)
                 if self._child is not None:
                     self._attend(self._child)
                 if news in ready:
@@ -163,6 +169,8 @@ class Agent:
             self._keep_log(child)
             messages.append({"kind": "exited", "exit_code": child.exit_code, "log_tail": child.log_tail()})
             child.end_reported = True
+        elif (news := child.news_of_progress()) is not None:
+            messages.append(news)
         elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S:
             self._keep_log(child)
         if messages:
@@ -191,7 +199,9 @@ class _TrainingProcess:
         os.close(log)  # the process opens it for itself
         self._log_path = Path(log_path)
         self._connection, theirs = multiprocessing.Pipe()
-        self._met = self._stopped = False
+        self._met = self._stopped = self._is_hung = False
+        self._beat: Beat | None = None
+        self._heard_at = time.monotonic()
         self._process = fork_server.fork(
             _run_training, (theirs, task, str(self._log_path), dict(os.environ)), f"worker-{task.rank}"
         )
@@ -215,10 +225,48 @@ class _TrainingProcess:
         messages: list[dict[str, Any]] = []
         try:
             while self._open and self._connection.poll():
-                messages += self._connection.recv()
+                self._heard_at = time.monotonic()
+                for message in self._connection.recv():
+                    if isinstance(message, Beat):
+                        self._beat = message
+                    else:
+                        messages.append(message)
         except (EOFError, OSError):  # it has ended; how is told by its exit code
             self._open = False
         return messages
+
+    def news_of_progress(self) -> dict[str, Any] | None:
+        """A message when the process has made no progress for too long, where it stands; and when it goes on again.
+
+        Until its first step is done it may be long about reading, compiling and tuning, and a save is as slow as its
+        store: those have limits of their own.
+        """
+        beat, silent_s = self._beat, time.monotonic() - self._heard_at
+        if beat is None or beat.step == 0:
+            return None
+        is_hung = silent_s + beat.for_s >= self.task.hang_timeout_s and beat.doing != "storage"
+        if is_hung == self._is_hung:
+            return None
+        self._is_hung = is_hung
+        if not is_hung:
+            return {"kind": "goes_on"}
+        is_silent = silent_s >= self.task.hang_timeout_s / 2  # not even its link's thread says anything
+        return {
+            "kind": "hung",
+            "step": beat.step,
+            "doing": beat.doing,
+            "for_s": round(silent_s + beat.for_s, 1),
+            "is_silent": is_silent,
+            "stack": _state_of(self._process.pid) if is_silent else self._stack(),
+        }
+
+    def _stack(self) -> str:
+        """The Python stack of the process's main thread, innermost call first, which it prints at a signal."""
+        assert self._process.pid is not None
+        before = len(self.log())
+        os.kill(self._process.pid, signal.SIGUSR1)
+        time.sleep(_STACK_WAIT_S)
+        return self.log()[before:].decode(errors="replace").strip()
 
     def tell_meeting_place(self, host: str, port: int) -> None:
         if not self._met:
@@ -267,6 +315,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         fork_server.use(address)  # so that loader processes come from it too
     fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it
     os.chdir(task.working_directory)
     sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
     began = datetime.now(UTC).isoformat(timespec="seconds")
@@ -283,6 +332,15 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         link.close()
         os._exit(1)
     link.close()
+
+
+def _state_of(pid: int | None) -> str:
+    """What Linux says of a process that says nothing itself, such as ``State: T (stopped)``."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # no Linux, or just ended
+        return ""
+    return next((line for line in lines if line.startswith("State")), "")
 
 
 def modules_of(entry: str) -> list[str]:

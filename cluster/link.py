@@ -7,10 +7,34 @@ that a run of short steps does not spend them on messages; they arrive complete 
 import os
 import queue
 import threading
+import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 _BATCH_INTERVAL_S = 0.2
+_BEAT_INTERVAL_S = 1.0
+
+
+DOING = ("start", "data", "forward", "backward", "validation", "storage")
+"""What a training process can be at; within a step, in this order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life, and of progress.
+
+    Attributes:
+        marks: How often the work has told where it is.
+        doing: What it does since the last mark, one of ``DOING``.
+        step: The optimizer steps completed by then.
+        for_s: Seconds since the last mark, when the beat left.
+    """
+
+    marks: int
+    doing: str
+    step: int
+    for_s: float
 
 
 class Link:
@@ -25,6 +49,7 @@ class Link:
         self._outbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._meeting_place: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._mark = (0, DOING[0], 0, time.monotonic())
         self._sender = threading.Thread(target=self._send_batches, name="link-send", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, name="link-receive", daemon=True).start()
@@ -32,6 +57,11 @@ class Link:
     def send(self, kind: str, **content: Any) -> None:
         """Queues a message for the driver; returns at once."""
         self._outbox.put({"kind": kind, **content})
+
+    def mark(self, doing: str, step: int) -> None:
+        """Tells what the work does from now on; costs next to nothing. A beat carries it to the agent."""
+        assert doing in DOING
+        self._mark = (self._mark[0] + 1, doing, step, time.monotonic())
 
     def wait_for_meeting_place(self, timeout_s: float) -> tuple[str, int]:
         """The address and port where rank 0 waits for the others.
@@ -50,9 +80,15 @@ class Link:
         self._sender.join()
 
     def _send_batches(self) -> None:
+        beat_at = 0.0
         while True:
             is_last = self._closing.wait(_BATCH_INTERVAL_S)
-            batch = []
+            batch: list[Beat | dict[str, Any]] = []
+            now = time.monotonic()
+            if now - beat_at >= _BEAT_INTERVAL_S:
+                beat_at = now
+                marks, doing, step, marked_at = self._mark
+                batch.append(Beat(marks, doing, step, now - marked_at))
             while not self._outbox.empty():
                 batch.append(self._outbox.get())
             if batch:

@@ -17,6 +17,7 @@ _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
 _STATUS = "status.json"
 _TRACKER = "tracker.json"
+_STOP = "stop.json"
 _CHECKPOINTS = "checkpoints"
 _LOGS = "logs"
 _MATRICES = "matrices"
@@ -95,6 +96,18 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any] | None:
         """How the run stood last; none if that is not known."""
         return self._read_document(_STATUS)
+
+    def request_stop(self) -> None:
+        """Asks whoever drives the run to save and stop; from anywhere that reaches the store."""
+        self._write_document(_STOP, {"time": round(time.time(), 3)})
+
+    def is_stop_requested(self) -> bool:
+        """Whether somebody asked for a stop that has not been answered."""
+        return self.store.exists(_STOP)
+
+    def clear_stop(self) -> None:
+        """Answers the request to stop; no harm if there is none."""
+        self.store.delete([_STOP])
 
     def write_tracker_id(self, tracker_id: str) -> None:
         """Writes by which name the tracker knows the run, for later attempts to go on with."""

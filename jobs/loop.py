@@ -6,7 +6,7 @@ reports that all have heard.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class Loop:
         tell: Callable[..., None],
         save: Callable[[dict[str, float]], None],
         stop_wanted: Callable[[], bool],
+        mark: Callable[[str, int], None] = lambda *_: None,
     ) -> None:
         """Only assigns.
 
@@ -68,6 +69,7 @@ class Loop:
             tell: Takes what is to be known outside, a kind and its content; the same on every rank.
             save: Saves a checkpoint of this moment, given the newest metrics.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
+            mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
         """
         self.spec = spec
         self.parts = parts
@@ -76,6 +78,7 @@ class Loop:
         self.tell = tell
         self.save = save
         self.stop_wanted = stop_wanted
+        self.mark = mark
         self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
         self.stopping = False
         self.metrics = dict(metrics)
@@ -90,7 +93,7 @@ class Loop:
         """Trains; on return the last checkpoint has been handed to ``save``."""
         if self.is_complete or self.progress.step >= self.end:
             return
-        training = TrainingStep(self.spec, self.parts, self.team)
+        training = TrainingStep(self.spec, self.parts, self.team, self.mark)
         for micro_batches in self._batches():
             outcome = training.take(self.progress.step, micro_batches)
             self.progress.step += 1
@@ -100,6 +103,7 @@ class Loop:
                 self._pause()
             if self.stopping or self.progress.ended_early:
                 break
+            self.mark("data", self.progress.step)
 
     def _is_due(self) -> bool:
         """Whether this step ends an epoch or the run, has a validation or a checkpoint, or the run is stopping."""
@@ -127,6 +131,7 @@ class Loop:
         self._note_stall(watched)
         on_schedule = ends_epoch if every is None else step % every == 0
         if on_schedule or improved or self.stopping or self.progress.ended_early or step == self.end:
+            self.mark("storage", step)
             self.save(self.metrics)
 
     def _validates_at(self, step: int) -> bool:
@@ -151,13 +156,19 @@ class Loop:
                 parts.validated_model,
                 parts.loss,
                 parts.metrics,
-                ((parts.in_memory_order(x), y) for x, y in batches),
+                self._marked(batches),
                 team,
                 spec.seed,
             )
         for name, matrix in measured.matrices.items():
             self.tell("matrix", step=self.progress.step, name=name, classes=matrix.classes, values=matrix.values)
         return measured.numbers
+
+    def _marked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Validation batches, each of which is progress."""
+        for inputs, target in batches:
+            self.mark("validation", self.progress.step)
+            yield self.parts.in_memory_order(inputs), target
 
     def _log(self, report: StepReport, measured: Mapping[str, float] | None = None) -> dict[str, float]:
         """Makes a row of a step's report. Nothing in it depends on the clock, so rows repeat exactly."""

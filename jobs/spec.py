@@ -183,6 +183,8 @@ class TrainSpec:
     """Passes over the training data."""
     max_steps: int | None = None
     """Stop, saved and resumable, after this many optimizer steps in all; ``resume`` lifts a limit that was reached."""
+    max_seconds: float | None = None
+    """Stop, saved and resumable, this many seconds after ``run`` or ``resume`` began, such as before a time limit."""
     global_batch: int = 64
     """Samples per optimizer step, over all workers."""
     shards: int = 4
@@ -233,10 +235,10 @@ class TrainSpec:
                 f"must divide by train.shards={self.shards}, got {self.global_batch}; "
                 f"write {lower + self.shards}" + (f" or {lower}" if lower else ""),
             )
-        for name in ("clip_norm", "clip_value"):
+        for name, what in (("clip_norm", "clipping"), ("clip_value", "clipping"), ("max_seconds", "the limit")):
             limit = getattr(self, name)
             if limit is not None and not 0 < limit < math.inf:
-                raise FieldError(name, f"must be finite and above 0, got {limit}; null turns clipping off")
+                raise FieldError(name, f"must be finite and above 0, got {limit}; null turns {what} off")
         if self.clip_norm is not None and self.clip_value is not None:
             raise FieldError("clip_value", "cannot stand beside clip_norm; keep one of them")
         if self.validate_every_epochs is not None and self.validate_every_steps is not None:
@@ -268,14 +270,18 @@ class WorkersSpec:
     """Lost workers to recover from before the run is given up; errors of the training code are never retried."""
     timeout_s: float = 600.0
     """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
+    hang_timeout_s: float = 300.0
+    """Seconds without progress, from a run's first step on, after which a worker counts as hung and is replaced.
+    No step, batch or validation batch may take as long."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num")
         _at_least(self, 0, "max_failures")
         if not 0 < self.cpus < math.inf:
             raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
-        if not 0 < self.timeout_s < math.inf:
-            raise FieldError("timeout_s", f"must be finite and above 0 seconds, got {self.timeout_s}")
+        for name in ("timeout_s", "hang_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise FieldError(name, f"must be finite and above 0 seconds, got {getattr(self, name)}")
         if self.gpus not in ("auto", 0, 1):
             raise FieldError(
                 "gpus", f"must be 0, 1 or auto, got {self.gpus!r}; a worker drives one GPU, raise workers.num"

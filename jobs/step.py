@@ -5,7 +5,7 @@ one sum. What is done between steps is the loop's business.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,10 +29,12 @@ class TrainingStep:
     Collective: every rank constructs it and takes every step.
     """
 
-    def __init__(self, spec: JobSpec, parts: Parts, team: Team) -> None:
+    def __init__(self, spec: JobSpec, parts: Parts, team: Team, mark: Callable[[str, int], None]) -> None:
+        """``mark``: takes what this worker does from now on, and the steps completed."""
         self._spec = spec
         self._parts = parts
         self._team = team
+        self._mark = mark
         self._buffers = list(parts.model.buffers())
         self._thaws = {group.from_step for group in parts.groups}
         self._replica: DistributedDataParallel | None = None
@@ -67,6 +69,7 @@ class TrainingStep:
         tallies = []
         denominator = self._weighed_denominator(step, micro_batches)
         buffers_of_first: list[Tensor] = []
+        self._mark("forward", step)
         for shard, (inputs, target) in zip(team.block, micro_batches):
             is_first, is_last = shard == team.block[0], shard == team.block[-1]
             if not is_first and buffers_at_start:
@@ -78,6 +81,8 @@ class TrainingStep:
                     numerator, own_denominator = loss.numerator(output, target)
                 if denominator is None:
                     denominator = loss.denominator(own_denominator, spec.train.shards)
+                if is_last:
+                    self._mark("backward", step)
                 mean = numerator * (team.gradient_scale / denominator)
                 (mean if parts.scaler is None else parts.scaler.scale(mean)).backward()
             tallies.append(loss.tally(output, target, numerator))

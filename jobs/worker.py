@@ -82,6 +82,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         tell=tell,
         save=saver.save if team.rank == 0 else lambda _: None,
         stop_wanted=link.stop_wanted.is_set,
+        mark=link.mark,
     )
     link.send("started", step=progress.step)
     try:
@@ -90,6 +91,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         with contextlib.suppress(StorageError):  # the failure at hand is the one to tell
             saver.wait()
         raise
+    link.mark("storage", progress.step)
     saver.wait()
     team.barrier()
     link.send("finished", step=progress.step, completed=loop.is_complete)

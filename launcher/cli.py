@@ -109,6 +109,19 @@ def status(run_url: str, as_json: bool) -> None:
     _show(document, summary(document), as_json)
 
 
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@click.option("--timeout", "timeout_s", type=float, default=300.0, show_default=True, help="Seconds to wait for it.")
+@_json_option
+def stop(run_url: str, timeout_s: float, as_json: bool) -> None:
+    """Ask RUN, wherever it runs, to save and stop; wait until it has."""
+    from launcher.report import summary
+    from launcher.status import stop_run
+
+    document = stop_run(_existing_run(run_url), timeout_s)
+    _show(document, summary(document), as_json)
+
+
 @main.command(name="list")
 @click.argument("store", default="runs")
 @_json_option

@@ -26,6 +26,7 @@ from cluster.errors import (
     StorageError,
     TrainingError,
 )
+from cluster.link import DOING
 from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
@@ -96,8 +97,10 @@ class Driver:
         self._fatal_at = 0.0
         self._failed: LauncherError | None = None
         self._lost_peer_at: float | None = None
+        self._hung: dict[int, dict[str, Any]] = {}
         self._interrupts = 0
-        self._stop_ordered = False
+        self._stop_asked = False
+        self._stop_reason: str | None = None
         self._flushed_at = self._started_at = clock()
         self._seconds_before = state.seconds
         self._rates: deque[tuple[float, int]] = deque()
@@ -173,6 +176,8 @@ class Driver:
                 "finished": self._on_finished,
                 "failed": self._on_failed,
                 "exited": self._on_exited,
+                "hung": self._on_hung,
+                "goes_on": self._on_goes_on,
             }[kind]
             handle(message)
 
@@ -191,6 +196,7 @@ class Driver:
         self.state.attempts += 1
         self._finished, self._gone = set(), set()
         self._lost_peer_at = self._failed = None
+        self._hung = {}
         on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
         host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
         self._event(
@@ -315,6 +321,29 @@ class Driver:
                 message["log_tail"],
             )
 
+    def _on_hung(self, message: dict[str, Any]) -> None:
+        """A worker makes no progress; nor do the others, which wait for it. The one at fault is found among all."""
+        self._hung[message["rank"]] = message
+
+    def _on_goes_on(self, message: dict[str, Any]) -> None:
+        self._hung.pop(message["rank"], None)
+
+    def _replace_hung(self) -> None:
+        """Names the worker that the others wait for: one that is silent, or else one that is behind them."""
+        hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
+        silent = [message for message in hung if message["is_silent"]]
+        found = (silent or hung)[0]
+        place = _innermost(found["stack"])
+        reason = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
+        stands_alone = (
+            silent or len(hung) == 1 or (found["step"], found["doing"]) != (hung[1]["step"], hung[1]["doing"])
+        )
+        if not stands_alone:
+            reason += ", as have all workers: what they exchange is stuck"
+        told = {name: found[name] for name in ("rank", "step", "doing", "for_s", "stack")}
+        self._event("worker_hung", **told, waiting=sorted(self._hung.keys() - {found["rank"]}))
+        self._restart(found["rank"], reason)
+
     def _restart(self, rank: int, reason: str) -> None:
         """Starts all training processes anew, from the newest checkpoint."""
         where = self._where(rank)
@@ -343,10 +372,14 @@ class Driver:
         self.state.seconds = self._seconds_before + now - self._started_at
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
             self._flush()
+            self._stop_asked = self._run.is_stop_requested()
         if self._fatal is not None:
             if len(self._gone) == self._spec.workers.num or now - self._fatal_at > _CAUSE_WAIT_S:
                 self._fail(self._fatal)
             return
+        is_silent = any(message["is_silent"] for message in self._hung.values())
+        if is_silent or len(self._hung) == self._spec.workers.num:  # one that is missing works, and is waited for
+            self._replace_hung()
         if self._lost_peer_at is not None and now - self._lost_peer_at > _CAUSE_WAIT_S:
             assert self._failed is not None
             self._restart(0, f"no worker says more than: {self._failed}")
@@ -357,11 +390,23 @@ class Driver:
             )
         if self._interrupts > 1:
             raise Interrupted(f"abandoned at step {self.state.step}; launcher resume {self._run.url}")
-        if self._interrupts == 1 and not self._stop_ordered:
-            self._stop_ordered = True
-            self._display.message("stopping: the workers finish their step and save; once more to abandon that")
-            self._event("stop_requested", step=self.state.step)
+        reason = self._why_stop(now)
+        if reason is not None and self._stop_reason is None:
+            self._stop_reason = reason
+            self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
+            self._event("stop_requested", step=self.state.step, reason=reason)
             self._group.order(stop=True)
+
+    def _why_stop(self, now: float) -> str | None:
+        """Why the run should save and stop, if it should."""
+        limit = self._spec.train.max_seconds
+        if self._interrupts:
+            return "stopping on a signal"
+        if self._stop_asked:
+            return "stopping as asked by launcher stop"
+        if limit is not None and now - self._started_at > limit:
+            return f"stopping at train.max_seconds={limit:g}"
+        return None
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -400,12 +445,19 @@ class Driver:
         try:
             self._event(status, step=self.state.step, **failure)
             self._flush()
+            self._run.clear_stop()
             self._metrics.compact()
             self._events.compact()
         except StorageError as storage_error:
             if error is None:
                 raise
             self._display.warn(f"the run directory could not be closed: {storage_error}")
+
+
+def _innermost(stack: str) -> str:
+    """The innermost call of a stack as ``faulthandler`` prints it, or what else is known."""
+    lines = [line.strip() for line in stack.splitlines()]
+    return next((line for line in lines if line.startswith(("File ", "State"))), "")
 
 
 def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:
@@ -420,5 +472,6 @@ def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -
         run_url=run.url,
         import_paths=import_paths,
         working_directory=os.getcwd(),
+        hang_timeout_s=spec.workers.hang_timeout_s,
         content=spec,
     )

@@ -28,7 +28,9 @@ from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
 from launcher.status import is_driven_here
 
-_SAFE = ("name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "data.loaders")
+_SAFE = (
+    "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
+)  # fmt: skip
 """Keys that may change in the life of a run: no bit of its state depends on them."""
 _PACKAGES = (
     "launcher", "torch", "torchvision", "torchmetrics", "ray", "numpy", "fsspec", "omegaconf", "wandb", "safetensors",
@@ -175,6 +177,7 @@ def _train(
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
     spec = description.spec
     _warn_of_other_versions(run, display)
+    run.clear_stop()  # one that was asked of an earlier driver
     run.write_job(description.text)
     _note_attempt(run, spec, plan, import_paths)
     tracker = _open_tracker(run, description, display)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
 
 _FOLLOW_INTERVAL_S = 2.0
+_STOP_INTERVAL_S = 0.5
 _SILENCE_S = 120.0
 """A driver writes every few seconds; one that has not for this long is gone."""
 
@@ -31,6 +32,30 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
             "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
         }
     return document
+
+
+def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
+    """Asks a run to save and stop, and waits until it has; one that is not running is left as it is.
+
+    Returns:
+        The ``--json`` document at the end.
+
+    Raises:
+        ClusterError: It is still running after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    status = read_status(run)
+    if status["status"] == "running":
+        run.request_stop()
+    while status["status"] == "running":
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{run.url}: still running {timeout_s:.0f} s after it was asked to stop, at step {status['step']}; "
+                "it stops when its step and its save are done: look at `launcher status`, or wait with --timeout"
+            )
+        time.sleep(_STOP_INTERVAL_S)
+        status = read_status(run)
+    return status
 
 
 def verify_checkpoints(run: RunDirectory) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import torch
 
 from cluster.agent import Task
 from cluster.errors import LauncherError
-from cluster.link import Link
+from cluster.link import Beat, Link
 from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
 from jobs.parts import build_parts
@@ -140,6 +140,8 @@ def _listen(rank_of: dict[Any, int], run: RunDirectory, outcome: Outcome) -> Non
                 talking.remove(link)
                 continue
             for message in messages:
+                if isinstance(message, Beat):
+                    continue
                 if message["kind"] == "meeting_place":
                     for other in talking:
                         with contextlib.suppress(OSError):  # it has just died, which its end of file will tell

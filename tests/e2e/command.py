@@ -94,3 +94,29 @@ def checkpointed(run: Path, step: int) -> Callable[[], bool]:
     """Whether a checkpoint of this step is committed."""
     manifest = run / "checkpoints" / f"step-{step:08d}" / "manifest.json"
     return manifest.exists
+
+
+def training_processes(driver: int) -> list[int]:
+    """The processes that train: grandchildren of Ray's workers, forked from this run's fork server."""
+    parents = {}
+    servers = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            command = (entry / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(entry.name)] = int(fields[1])
+        if "multiprocessing.forkserver" in command:
+            servers.add(int(entry.name))
+    return [pid for pid in servers if parents[pid] in servers and driver in ancestors(pid, parents)]
+
+
+def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
+    found = set()
+    while pid in parents:
+        pid = parents[pid]
+        found.add(pid)
+    return found

@@ -1,8 +1,8 @@
-"""Ends other than the last step: a metric that no longer improves, and a loss that is no number."""
+"""Ends other than the last step: a stalled metric, a loss that is no number, a request from outside, a time limit."""
 
 from pathlib import Path
 
-from tests.e2e.command import JOBS, events, launcher
+from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
 
 
 def test_a_run_that_stalls_is_complete(tmp_path: Path) -> None:
@@ -30,3 +30,34 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_samples_and_the_newest_c
     assert "the loss is nan, in shard 0, 1, 2, 3: samples " in error
     assert error.endswith("; the newest checkpoint is of step 1")
     assert ended.document["status"] == "failed"
+
+
+def test_a_run_is_stopped_from_elsewhere(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    overrides = ("train.epochs=1000", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
+    running = Running(["run", JOBS / "digits.yaml", *overrides], tmp_path)
+    running.wait_until(checkpointed(run, 10))
+    asked = launcher("stop", run, "--json", cwd=elsewhere)
+    ended = running.wait()
+
+    assert (asked.exit_code, asked.document["status"]) == (0, "stopped"), asked.stderr
+    assert (ended.exit_code, ended.document["status"]) == (0, "stopped"), ended.stderr
+    assert checkpointed(run, ended.document["step"])(), "it saves before it stops"
+    (event,) = events(run, "stop_requested")
+    assert event["reason"] == "stopping as asked by launcher stop"
+    again = launcher("stop", run, "--json", cwd=elsewhere)
+    assert (again.exit_code, again.document["step"]) == (0, ended.document["step"]), "it is left as it is"
+    assert not (run / "stop.json").exists()
+
+
+def test_a_run_stops_at_its_time_limit(tmp_path: Path) -> None:
+    """The limit passes while Ray starts: the first report of a step ends it."""
+    ended = launcher(
+        "run", JOBS / "digits.yaml", "train.max_seconds=1", "tracking.mode=disabled", "--json", cwd=tmp_path
+    )
+
+    assert (ended.exit_code, ended.document["status"]) == (0, "stopped"), ended.stderr
+    assert 0 < ended.document["step"] < 22
+    assert checkpointed(tmp_path / "runs/digits", ended.document["step"])()
+    assert "stopping at train.max_seconds=1:" in ended.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
+from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows, training_processes
 
 SHORT = ("train.epochs=3", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
 
@@ -79,29 +79,3 @@ def test_killed_processes_are_replaced(tmp_path: Path, undisturbed: tuple[str, b
     assert_same(ended, tmp_path, undisturbed)
     assert [lost["reason"] for lost in events(run, "worker_lost")] == ["killed by SIGKILL", "Ray replaced the worker"]
     assert ended.document["attempts"] == 3
-
-
-def training_processes(driver: int) -> list[int]:
-    """The processes that train: grandchildren of Ray's workers, forked from this run's fork server."""
-    parents = {}
-    servers = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            command = (entry / "cmdline").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(fields[1])
-        if "multiprocessing.forkserver" in command:
-            servers.add(int(entry.name))
-    return [pid for pid in servers if parents[pid] in servers and driver in ancestors(pid, parents)]
-
-
-def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
-    found = set()
-    while pid in parents:
-        pid = parents[pid]
-        found.add(pid)
-    return found
