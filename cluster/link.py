@@ -50,6 +50,7 @@ class Link:
         self._meeting_place: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._mark = (0, DOING[0], 0, time.monotonic())
+        self._spent = dict.fromkeys(DOING, 0.0)
         self._sender = threading.Thread(target=self._send_batches, name="link-send", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, name="link-receive", daemon=True).start()
@@ -60,8 +61,15 @@ class Link:
 
     def mark(self, doing: str, step: int) -> None:
         """Tells what the work does from now on; costs next to nothing. A beat carries it to the agent."""
-        assert doing in DOING
-        self._mark = (self._mark[0] + 1, doing, step, time.monotonic())
+        now = time.monotonic()
+        marks, was_doing, _, since = self._mark
+        self._spent[was_doing] += now - since
+        self._mark = (marks + 1, doing, step, now)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since the link was made, by what the work did; for the thread that marks."""
+        _, doing, _, since = self._mark
+        return self._spent | {doing: self._spent[doing] + time.monotonic() - since}
 
     def wait_for_meeting_place(self, timeout_s: float) -> tuple[str, int]:
         """The address and port where rank 0 waits for the others.

@@ -39,7 +39,7 @@ class Saver:
         """
         self.wait()
         state = to_host({**self._parts.state(), "progress": asdict(self._progress)})
-        self._in_flight = self._thread.submit(self._write, state, dict(metrics))
+        self._in_flight = self._thread.submit(self._write, state, dict(metrics), self._link.spent())
 
     def wait(self) -> None:
         """Returns when nothing is in flight.
@@ -50,7 +50,7 @@ class Saver:
         if self._in_flight is not None:
             self._in_flight.result()
 
-    def _write(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def _write(self, state: dict[str, Any], metrics: dict[str, float], spent: dict[str, float]) -> None:
         progress = state["progress"]
         manifest = Manifest(
             step=progress["step"],
@@ -61,4 +61,4 @@ class Saver:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         best = {"best_metric": progress["best_metric"], "best_step": progress["best_step"]}
-        self._link.send("checkpoint", manifest=manifest, **best)
+        self._link.send("checkpoint", manifest=manifest, spent=spent, **best)

@@ -71,7 +71,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
 
     def tell(kind: str, **content: Any) -> None:
         if team.rank == 0:
-            link.send(kind, time=time.time(), **content)
+            link.send(kind, time=time.time(), spent=link.spent(), **content)
 
     loop = Loop(
         spec,
@@ -84,6 +84,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         stop_wanted=link.stop_wanted.is_set,
         mark=link.mark,
     )
+    link.mark("data", progress.step)
     link.send("started", step=progress.step)
     try:
         loop.run()
@@ -94,7 +95,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     link.mark("storage", progress.step)
     saver.wait()
     team.barrier()
-    link.send("finished", step=progress.step, completed=loop.is_complete)
+    link.send("finished", step=progress.step, completed=loop.is_complete, spent=link.spent())
     team.close()
 
 

@@ -31,6 +31,7 @@ from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
+from launcher.goodput import Ledger, goodput
 from launcher.plan import ENTRY, Plan
 from launcher.progress import Progress
 
@@ -58,6 +59,8 @@ class RunState:
     state_sha256: str | None = None
     attempts: int = 0
     seconds: float = 0.0
+    time: dict[str, float] = field(default_factory=dict)
+    """Seconds by what they went into, as ``launcher.goodput`` tells them apart."""
     images_per_second: float | None = None
     error: str | None = None
 
@@ -103,6 +106,7 @@ class Driver:
         self._stop_reason: str | None = None
         self._flushed_at = self._started_at = clock()
         self._seconds_before = state.seconds
+        self._ledger = Ledger(begun_at=self._started_at, booked=dict(state.time))
         self._rates: deque[tuple[float, int]] = deque()
 
     def drive(self, start_group: Callable[[], WorkerGroup]) -> None:
@@ -143,6 +147,8 @@ class Driver:
             "attempts": state.attempts,
             "state_sha256": state.state_sha256,
             "seconds": round(state.seconds, 3),
+            "time": state.time,
+            "goodput": goodput(state.time),
             "images_per_second": state.images_per_second,
             "total_steps": self._plan.total_steps,
             "tracker": self._tracker.url,
@@ -186,6 +192,7 @@ class Driver:
         rank = message["rank"]
         if rank in self._agents:
             self._agents = {}
+            self._ledger.failed(self._clock())
             self._event("worker_lost", rank=rank, reason="Ray replaced the worker")
         self._agents[rank] = message
         if len(self._agents) == self._spec.workers.num:
@@ -218,6 +225,7 @@ class Driver:
         if message["rank"] != 0:
             return
         step = message["step"]
+        self._ledger.training_began(self._clock())
         self._metrics.flush()
         rows = self._metrics.read()
         if rows and rows[-1]["step"] > step:
@@ -233,6 +241,7 @@ class Driver:
 
     def _on_row(self, message: dict[str, Any]) -> None:
         row, state = message["row"], self.state
+        self._ledger.told(message["spent"])
         self._metrics.append(row)
         self._tracker.log(row | self._throughput(message["time"], row["samples"]))
         state.step, state.samples = row["step"], row["samples"]
@@ -275,6 +284,7 @@ class Driver:
         self._run.checkpoints.commit(manifest)
         self.state.state_sha256 = manifest.state_sha256
         self._saved_step = manifest.step
+        self._ledger.saved(message["spent"])
         best = self._spec.checkpoint.best
         if best is not None and message["best_step"] is not None:
             self.state.best = {"metric": best.metric, "value": message["best_metric"], "step": message["best_step"]}
@@ -286,6 +296,8 @@ class Driver:
     def _on_finished(self, message: dict[str, Any]) -> None:
         self._finished.add(message["rank"])
         self._completed = message["completed"]
+        if message["rank"] == 0:
+            self._ledger.told(message["spent"])
         self.state.step = message["step"]
 
     # Failures.
@@ -294,6 +306,7 @@ class Driver:
         """A worker says why it ended. Of a lost peer it is a consequence; the cause is on its way."""
         if _CAUSES[message["cause"]] is ClusterError:
             self._lost_peer_at = self._lost_peer_at or self._clock()
+            self._ledger.failed(self._clock())
             self._failed = self._failed or ClusterError(message["message"])
         elif self._fatal is None:
             self._fatal, self._fatal_at = message, self._clock()
@@ -347,6 +360,7 @@ class Driver:
     def _restart(self, rank: int, reason: str) -> None:
         """Starts all training processes anew, from the newest checkpoint."""
         where = self._where(rank)
+        self._ledger.failed(self._clock())
         self._event("worker_lost", rank=rank, reason=reason, step=self.state.step)
         self._failures += 1
         if self._failures > self._spec.workers.max_failures:
@@ -370,6 +384,7 @@ class Driver:
     def _check_time(self) -> None:
         now = self._clock()
         self.state.seconds = self._seconds_before + now - self._started_at
+        self.state.time = self._ledger.parts(now)
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
             self._flush()
             self._stop_asked = self._run.is_stop_requested()
@@ -440,7 +455,10 @@ class Driver:
         """Closes the run's books. A store that fails here, after a failure, must not hide that failure."""
         self.state.status = status
         self.state.error = None if error is None else str(error)
-        self.state.seconds = self._seconds_before + self._clock() - self._started_at
+        now = self._clock()
+        self._ledger.ended(now, kept=error is None)
+        self.state.seconds = self._seconds_before + now - self._started_at
+        self.state.time = self._ledger.parts(now)
         failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
             self._event(status, step=self.state.step, **failure)

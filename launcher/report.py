@@ -67,6 +67,7 @@ def summary(result: Mapping[str, Any]) -> str:
         ("workers", _counted(result, "workers")),
         ("attempts", _counted(result, "attempts")),
         ("time", _spent(result)),
+        ("goodput", _goodput(result)),
         ("state", result.get("state_sha256") and f"sha256 {result['state_sha256']}"),
     ]
     blocks = [
@@ -254,6 +255,16 @@ def _spent(result: Mapping[str, Any]) -> str | None:
         return None
     rate = result.get("images_per_second")
     return duration(result["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
+
+
+def _goodput(result: Mapping[str, Any]) -> str | None:
+    """The share of the time that went into training, and where most of the rest went."""
+    if result.get("goodput") is None:
+        return None
+    parts = sorted(result["time"].items(), key=lambda part: -part[1])
+    return f"{result['goodput']:.0%}: " + ", ".join(
+        f"{name} {seconds:.1f} s" for name, seconds in parts if seconds >= 0.05
+    )
 
 
 def _next_commands(status: str, run: str) -> list[tuple[str, str]]:

@@ -202,6 +202,7 @@ def _train(
     finally:
         pictures = _write_pictures(run, spec.name, display)
         summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}
+        summary |= {f"time/{part}": seconds for part, seconds in driver.state.time.items()}
         tracker.finish(summary, pictures, succeeded=driver.state.status != "failed")
     return driver.result() | {"interrupted": driver.interrupted}
 
@@ -238,7 +239,7 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None:
-        state.seconds, state.best = status["seconds"], status["best"]
+        state.seconds, state.best, state.time = status["seconds"], status["best"], status["time"]
     for event in run.events().read():
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

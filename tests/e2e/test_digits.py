@@ -43,6 +43,14 @@ def test_takes_less_than_a_minute_of_training(home: Path) -> None:
     assert last - first < 60
 
 
+def test_its_time_is_accounted_for(ended: Ended) -> None:
+    result = ended.document
+    assert sum(result["time"].values()) == pytest.approx(result["seconds"], rel=0.02)
+    assert {"startup", "compute", "validation"} <= {part for part, seconds in result["time"].items() if seconds > 0.1}
+    assert result["time"]["lost"] == result["time"]["recovery"] == 0
+    assert 0 < result["goodput"] < 1
+
+
 def test_leaves_a_run_directory(ended: Ended, home: Path) -> None:
     run = home / "runs" / "digits"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}

@@ -79,3 +79,6 @@ def test_killed_processes_are_replaced(tmp_path: Path, undisturbed: tuple[str, b
     assert_same(ended, tmp_path, undisturbed)
     assert [lost["reason"] for lost in events(run, "worker_lost")] == ["killed by SIGKILL", "Ray replaced the worker"]
     assert ended.document["attempts"] == 3
+    assert ended.document["time"]["lost"] > 0
+    assert ended.document["time"]["recovery"] > 0
+    assert sum(ended.document["time"].values()) == pytest.approx(ended.document["seconds"], rel=0.02)
