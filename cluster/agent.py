@@ -328,7 +328,13 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         fork_server.resolve(task.entry)(link, task)
     except LauncherError as error:
         traceback.print_exc()
-        link.send("failed", cause=type(error).__name__, message=str(error), traceback=getattr(error, "traceback", ""))
+        link.send(
+            "failed",
+            cause=type(error).__name__,
+            message=str(error),
+            traceback=getattr(error, "traceback", ""),
+            place=getattr(error, "place", ""),
+        )
         link.close()
         os._exit(1)
     link.close()

@@ -29,14 +29,16 @@ class LauncherError(Exception):
 class TrainingError(LauncherError):
     """The model, the data or another part of the user's own code raised.
 
-    ``traceback`` is the text of the user's traceback, shown once below the message.
+    ``traceback`` is the text of the user's traceback, shown once below the message; ``place`` says at which step and
+    line it was raised, where trying again may help.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, traceback: str = "") -> None:
+    def __init__(self, message: str, traceback: str = "", place: str = "") -> None:
         super().__init__(message)
         self.traceback = traceback
+        self.place = place
 
 
 class DescriptionError(LauncherError):

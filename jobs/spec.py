@@ -267,7 +267,8 @@ class WorkersSpec:
     accelerator: str | None = None
     """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
     max_failures: int = 3
-    """Lost workers to recover from before the run is given up; errors of the training code are never retried."""
+    """Failures of workers to recover from before the run is given up: lost, hung, or an exception of the training
+    code, which is tried again once."""
     timeout_s: float = 600.0
     """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
     hang_timeout_s: float = 300.0

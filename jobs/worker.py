@@ -54,6 +54,7 @@ def main(link: Link, task: Task) -> None:
         raise TrainingError(
             f"worker {task.rank}, step {progress.step + 1}: {type(error).__name__}: {_first_line(error)}",
             _user_traceback(error),
+            _place(error, progress.step),
         ) from error
 
 
@@ -138,6 +139,12 @@ def _user_traceback(error: Exception) -> str:
         frames.pop(0)
     lines = traceback.format_list(frames) + traceback.format_exception_only(error)
     return "Traceback (most recent call last):\n" + "".join(lines)
+
+
+def _place(error: Exception, step: int) -> str:
+    """Where an exception was raised: once may be bad luck, such as a file that could not be read."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return f"step {step + 1}, {innermost.filename}:{innermost.lineno}, {type(error).__name__}"
 
 
 def _device_name(device: torch.device) -> str:

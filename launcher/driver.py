@@ -98,6 +98,7 @@ class Driver:
         self._gone: set[int] = set()
         self._fatal: dict[str, Any] | None = None
         self._fatal_at = 0.0
+        self._places: set[str] = set()
         self._failed: LauncherError | None = None
         self._lost_peer_at: float | None = None
         self._hung: dict[int, dict[str, Any]] = {}
@@ -202,7 +203,7 @@ class Driver:
         self._attempt = self.state.attempts
         self.state.attempts += 1
         self._finished, self._gone = set(), set()
-        self._lost_peer_at = self._failed = None
+        self._lost_peer_at = self._failed = self._fatal = None
         self._hung = {}
         on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
         host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
@@ -311,6 +312,14 @@ class Driver:
         elif self._fatal is None:
             self._fatal, self._fatal_at = message, self._clock()
 
+    def _try_again_or_fail(self, message: dict[str, Any]) -> None:
+        """An exception of the training code may be bad luck; a second one at the same step and line is the code's."""
+        place = message["place"]
+        if not place or place in self._places or self._failures >= self._spec.workers.max_failures:
+            self._fail(message)
+        self._places.add(place)
+        self._restart(message["rank"], message["message"])
+
     def _fail(self, message: dict[str, Any]) -> NoReturn:
         """Ends the run by what a worker said, once all have come to their ends and nothing more can be saved."""
         cause = _CAUSES[message["cause"]]
@@ -390,7 +399,7 @@ class Driver:
             self._stop_asked = self._run.is_stop_requested()
         if self._fatal is not None:
             if len(self._gone) == self._spec.workers.num or now - self._fatal_at > _CAUSE_WAIT_S:
-                self._fail(self._fatal)
+                self._try_again_or_fail(self._fatal)
             return
         is_silent = any(message["is_silent"] for message in self._hung.values())
         if is_silent or len(self._hung) == self._spec.workers.num:  # one that is missing works, and is waited for

@@ -7,6 +7,8 @@ import pytest
 from tests.e2e.command import Ended, events, launcher
 
 MINE = '''
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -15,16 +17,18 @@ from torch.utils.data import Dataset
 class Points(Dataset):
     """x in the unit square; the class says on which side of the diagonal it lies."""
 
-    def __init__(self, length, noise=0.0, broken_at=None):
+    def __init__(self, length, noise=0.0, broken_at=None, repaired=None):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(length, 2, generator=generator)
-        self.noise, self.broken_at = noise, broken_at
+        self.noise, self.broken_at, self.repaired = noise, broken_at, repaired
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, number):
-        if number == self.broken_at:
+        if number == self.broken_at and not (self.repaired and Path(self.repaired).exists()):
+            if self.repaired:
+                Path(self.repaired).touch()
             raise OSError(f"disk of sample {number} is on fire")
         x = self.x[number] + self.noise * torch.randn(2)
         return x, torch.tensor(float(self.x[number].sum() > 1))
@@ -83,18 +87,27 @@ def test_accuracy_of_no_classes_is_refused(home: Path) -> None:
 
 
 def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
+    """The second time it is raised at the same step and line it is the code's, whatever the budget says."""
     ended = run(home, "data.train.broken_at=100", "workers.max_failures=5")
     assert ended.exit_code == 1
     assert ended.document["status"] == "failed"
     assert "disk of sample 100" in ended.document["error"]
-    assert ended.stderr.count("OSError: disk of sample 100 is on fire") == 2, "in the message and in the traceback"
+    assert ended.stderr.count("OSError: disk of sample 100 is on fire") == 3, "warning, message and traceback"
     assert ended.stderr.count("Traceback (most recent call last)") == 1
     assert 'mine.py", line' in ended.stderr
     assert "/jobs/loop.py" not in ended.stderr
     assert "worker" in ended.stderr
     assert "step" in ended.stderr
     started = events(home / "work/runs/own", "attempt_started")
-    assert len(started) == 1, "an error of the code burns no retries"
+    assert len(started) == 2
     status = launcher("status", home / "work/runs/own", "--json", cwd=home).document
     assert status["status"] == "failed"
     assert "disk of sample 100" in status["error"]
+
+
+def test_an_exception_that_does_not_come_back_is_survived(home: Path) -> None:
+    ended = run(home, "data.train.broken_at=100", f"data.train.repaired={home / 'repaired'}")
+    assert ended.exit_code == 0, ended.stderr
+    assert (ended.document["status"], ended.document["step"], ended.document["attempts"]) == ("completed", 24, 2)
+    (lost,) = events(home / "work/runs/own", "worker_lost")
+    assert "OSError: disk of sample 100 is on fire" in lost["reason"]
