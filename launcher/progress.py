@@ -26,6 +26,8 @@ Clock = Callable[[], float]
 _LINE_INTERVAL_S = 5.0
 _REFRESHES_PER_S = 5.0
 _PACE_WINDOW_S = 60.0
+_PACE_LEAST_S = 0.5
+"""Reports come in batches: those of one batch, all of the same moment, tell nothing of the pace."""
 _MAX_WIDTH, _MIN_BAR = 120, 10
 
 
@@ -134,7 +136,7 @@ class _Pace:
         while len(marks) > 2 and marks[1][0] <= now - _PACE_WINDOW_S:
             marks.popleft()
         (begin, first), (end, last) = marks[0], marks[-1]
-        if last == first or end <= begin:
+        if last == first or end - begin < _PACE_LEAST_S:
             return None
         return (total_steps - step) * (end - begin) / (last - first)
 
