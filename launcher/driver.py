@@ -357,11 +357,8 @@ class Driver:
         found = (silent or hung)[0]
         place = _innermost(found["stack"])
         reason = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
-        stands_alone = (
-            silent or len(hung) == 1 or (found["step"], found["doing"]) != (hung[1]["step"], hung[1]["doing"])
-        )
-        if not stands_alone:
-            reason += ", as have all workers: what they exchange is stuck"
+        if not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1:
+            reason += ", and so for all: what they exchange is stuck"
         told = {name: found[name] for name in ("rank", "step", "doing", "for_s", "stack")}
         self._event("worker_hung", **told, waiting=sorted(self._hung.keys() - {found["rank"]}))
         self._restart(found["rank"], reason)

@@ -1,0 +1,216 @@
+"""What the driver makes of the workers' messages: whom it blames, what it tries again, and when it gives up.
+
+The worker group is a script; everything else is the product's own, on a store in memory.
+"""
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pytest
+
+from cluster.checkpoints import FileEntry, Manifest
+from cluster.errors import ClusterError, TrainingError
+from cluster.run_directory import RunDirectory
+from cluster.tracking import NoTracker
+from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, WorkersSpec
+from launcher.driver import Driver, RunState
+from launcher.progress import open_progress
+
+Message = dict[str, Any]
+SPENT = {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3, "validation": 0.0, "storage": 0.0}
+
+
+class Group:
+    """Workers that say what the script says, batch by batch; a number lets so many seconds pass."""
+
+    def __init__(self, script: list[list[Message] | float]) -> None:
+        self.script = list(script)
+        self.now = 0.0
+        self.orders: list[dict[str, Any]] = []
+        self.is_closed = False
+
+    def messages(self, timeout_s: float) -> list[Message]:
+        assert self.script, "the driver waits for what never comes"
+        said = self.script.pop(0)
+        self.now += timeout_s if isinstance(said, list) else said
+        return said if isinstance(said, list) else []
+
+    def order(self, **changes: Any) -> None:
+        self.orders.append(changes)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def run() -> RunDirectory:
+    memory = fsspec.filesystem("memory")
+    if memory.exists("/driver"):
+        memory.rm("/driver", recursive=True)
+    return RunDirectory("memory://driver/run")
+
+
+def drive(run: RunDirectory, script: list[list[Message] | float], max_failures: int = 3) -> tuple[Driver, Group]:
+    """Drives a run of two workers through a script, which ends with the run."""
+    spec = JobSpec(
+        name="run",
+        model=Target("a.Model"),
+        data=DataSpec(train=Target("a.data")),
+        loss=LossSpec(factory=Target("MSELoss")),
+        optimizer=OptimizerSpec(factory=Target("SGD")),
+        workers=WorkersSpec(num=2, max_failures=max_failures),
+    )
+    group = Group(script)
+    plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
+    display = open_progress(io.StringIO(), clock=lambda: group.now)
+    driver = Driver(
+        spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker(), clock=lambda: group.now
+    )
+    start: Any = lambda: group  # noqa: E731
+    try:
+        driver.drive(start)
+    finally:
+        assert group.is_closed
+        assert not group.script, "the driver left before the end of the script"
+    return driver, group
+
+
+def both(kind: str, attempt: int = 0, **content: Any) -> list[Message]:
+    return [{"kind": kind, "rank": rank, "attempt": attempt, **content} for rank in range(2)]
+
+
+def one(kind: str, rank: int, attempt: int = 0, **content: Any) -> Message:
+    return {"kind": kind, "rank": rank, "attempt": attempt, **content}
+
+
+HELLO = [{"kind": "hello", "rank": rank, "node": "n", "address": "10.0.0.1", "pid": rank} for rank in range(2)]
+
+
+def finished(attempt: int) -> list[Message]:
+    return [*both("started", attempt, step=0), *both("finished", attempt, step=100, completed=True, spent=SPENT)]
+
+
+def hung(rank: int, doing: str, *, step: int = 7, is_silent: bool = False, stack: str = "") -> Message:
+    return one("hung", rank, step=step, doing=doing, for_s=300.4, is_silent=is_silent, stack=stack)
+
+
+def failed(rank: int, attempt: int, *, place: str = "", cause: str = "TrainingError") -> Message:
+    return one("failed", rank, attempt, cause=cause, message="worker 1: ValueError: bad", traceback="T", place=place)
+
+
+def exited(attempt: int, code: int = 1) -> list[Message]:
+    return both("exited", attempt, exit_code=code, log_tail="")
+
+
+def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events().read() if event["kind"] == kind]
+
+
+class TestHangs:
+    @pytest.mark.parametrize(
+        ("reports", "blamed", "reason"),
+        [
+            ([hung(0, "backward"), hung(1, "data", stack='  File "mine.py", line 3 in f')], 1,
+             'no progress for 300 s in data, File "mine.py", line 3 in f'),
+            ([hung(0, "backward", step=8), hung(1, "backward")], 1, "no progress for 300 s in backward"),
+            ([hung(0, "forward"), hung(1, "backward")], 0, "no progress for 300 s in forward"),
+            ([hung(0, "backward"), hung(1, "backward", is_silent=True, stack="State:\tT (stopped)")], 1,
+             "no progress for 300 s in backward, State:\tT (stopped)"),
+            ([hung(0, "backward"), hung(1, "backward")], 0,
+             "no progress for 300 s in backward, and so for all: what they exchange is stuck"),
+        ],
+        ids=["waiting for data", "a step behind", "before the exchange", "silent", "all alike"],
+    )  # fmt: skip
+    def test_the_one_that_the_others_wait_for_is_blamed(
+        self, run: RunDirectory, reports: list[Message], blamed: int, reason: str
+    ) -> None:
+        driver, group = drive(run, [HELLO, both("started", step=0), reports, finished(attempt=1)])
+
+        (lost,) = events(run, "worker_lost")
+        assert (lost["rank"], lost["reason"]) == (blamed, reason)
+        assert [order.get("attempt") for order in group.orders] == [0, 1]
+        assert driver.result()["status"] == "completed"
+
+    def test_a_worker_whose_silence_is_certain_is_replaced_at_once(self, run: RunDirectory) -> None:
+        silent = [hung(1, "backward", is_silent=True)]
+        drive(run, [HELLO, both("started", step=0), silent, finished(attempt=1)])
+
+        assert [event["waiting"] for event in events(run, "worker_hung")] == [[]]
+
+    def test_nobody_is_blamed_while_one_works_and_when_all_go_on(self, run: RunDirectory) -> None:
+        """Rank 0 waits for a slow store, which is no hang, and rank 1 waits for rank 0."""
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), [hung(1, "backward")], 60.0, [one("goes_on", 1)], [hung(0, "data")], 60.0,
+            [one("goes_on", 0)], both("finished", step=100, completed=True, spent=SPENT),
+        ]  # fmt: skip
+        driver, _ = drive(run, script)
+
+        assert events(run, "worker_lost") == []
+        assert driver.result()["attempts"] == 1
+
+
+class TestExceptions:
+    def test_once_is_bad_luck(self, run: RunDirectory) -> None:
+        raised = [failed(1, 0, place="step 3, mine.py:4, ValueError"), *exited(0)]
+        driver, _ = drive(run, [HELLO, both("started", step=0), raised, finished(attempt=1)])
+
+        assert driver.result()["status"] == "completed"
+        assert [lost["reason"] for lost in events(run, "worker_lost")] == ["worker 1: ValueError: bad"]
+
+    def test_twice_at_the_same_place_is_the_codes(self, run: RunDirectory) -> None:
+        place = "step 3, mine.py:4, ValueError"
+        raised = [[failed(1, attempt, place=place), *exited(attempt)] for attempt in range(2)]
+        with pytest.raises(TrainingError) as caught:
+            drive(run, [HELLO, both("started", step=0), raised[0], both("started", 1, step=0), raised[1]])
+
+        assert str(caught.value) == "worker 1: ValueError: bad; there is no checkpoint yet"
+        assert caught.value.traceback == "T"
+
+    def test_elsewhere_it_is_tried_again_as_far_as_the_budget_goes(self, run: RunDirectory) -> None:
+        raised = [[failed(1, attempt, place=f"step {attempt}"), *exited(attempt)] for attempt in range(2)]
+        with pytest.raises(TrainingError):
+            drive(run, [HELLO, raised[0], raised[1]], max_failures=1)
+
+        assert len(events(run, "worker_lost")) == 1
+
+    def test_what_all_agree_on_is_not_tried_again_and_the_save_under_way_is_kept(self, run: RunDirectory) -> None:
+        """Rank 1 is heard first; what rank 0 was saving becomes a checkpoint before the run ends."""
+        manifest = Manifest(
+            step=5,
+            files={"model": FileEntry.of(b"weights")},
+            state_sha256="0" * 64,
+            metrics={},
+            versions={},
+            created="2026-01-01T00:00:00+00:00",
+        )
+        saved = one("checkpoint", 0, manifest=manifest, spent=SPENT, best_metric=None, best_step=None)
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), [failed(1, 0), exited(0)[1]], [saved, failed(0, 0), exited(0)[0]],
+        ]  # fmt: skip
+        with pytest.raises(TrainingError) as caught:
+            drive(run, script)
+
+        assert str(caught.value).endswith("; the newest checkpoint is of step 5")
+        assert run.checkpoints.steps() == [5]
+
+    def test_last_words_are_not_waited_for_without_end(self, run: RunDirectory) -> None:
+        with pytest.raises(TrainingError):
+            drive(run, [HELLO, both("started", step=0), [failed(1, 0)], 4.0, 4.0])
+
+
+class TestDeaths:
+    def test_consequences_of_a_death_are_not_its_cause(self, run: RunDirectory) -> None:
+        """Rank 0 says that it lost its peer before the peer's agent says how that ended."""
+        lost_peer = [failed(0, 0, cause="ClusterError"), exited(0)[0]]
+        died = [one("exited", 1, exit_code=-9, log_tail="")]
+        drive(run, [HELLO, both("started", step=0), lost_peer, died, finished(attempt=1)])
+
+        (lost,) = events(run, "worker_lost")
+        assert (lost["rank"], lost["reason"]) == (1, "killed by SIGKILL")
+
+    def test_a_budget_that_is_used_up_ends_the_run(self, run: RunDirectory) -> None:
+        died = [[one("exited", 1, attempt, exit_code=-9, log_tail="")] for attempt in range(2)]
+        with pytest.raises(ClusterError, match=r"killed by SIGKILL at step 0, and workers.max_failures=1 is used up"):
+            drive(run, [HELLO, died[0], died[1]], max_failures=1)
