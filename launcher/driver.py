@@ -12,37 +12,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Task
 from cluster.checkpoints import Manifest
 from cluster.errors import (
-    CheckpointError,
     ClusterError,
-    DescriptionError,
     Interrupted,
     LauncherError,
     StorageError,
     TrainingError,
 )
-from cluster.link import DOING
 from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
+from launcher.failures import Failures, GiveUp, TryAgain
 from launcher.goodput import Ledger, goodput
 from launcher.plan import ENTRY, Plan
 from launcher.progress import Progress
 
 _FLUSH_INTERVAL_S = 5.0
-_CAUSE_WAIT_S = 5.0
-"""How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
 _START_TIMEOUT_S = 180.0
 _RATE_WINDOW_S = 20.0
-_CAUSES: dict[str, type[LauncherError]] = {
-    error.__name__: error for error in (TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError)
-}
 
 
 @dataclass(slots=True)
@@ -91,17 +84,10 @@ class Driver:
         self._events = run.events()
         self._agents: dict[int, dict[str, Any]] = {}
         self._attempt = -1
-        self._failures = 0
+        self._failures = Failures(spec.workers.num, spec.workers.max_failures)
         self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
-        self._gone: set[int] = set()
-        self._fatal: dict[str, Any] | None = None
-        self._fatal_at = 0.0
-        self._places: set[str] = set()
-        self._failed: LauncherError | None = None
-        self._lost_peer_at: float | None = None
-        self._hung: dict[int, dict[str, Any]] = {}
         self._interrupts = 0
         self._stop_asked = False
         self._stop_reason: str | None = None
@@ -182,9 +168,9 @@ class Driver:
                 "checkpoint": self._on_checkpoint,
                 "finished": self._on_finished,
                 "failed": self._on_failed,
-                "exited": self._on_exited,
-                "hung": self._on_hung,
-                "goes_on": self._on_goes_on,
+                "exited": self._failures.exited,
+                "hung": self._failures.hung,
+                "goes_on": self._failures.goes_on,
             }[kind]
             handle(message)
 
@@ -202,9 +188,8 @@ class Driver:
     def _start_attempt(self) -> None:
         self._attempt = self.state.attempts
         self.state.attempts += 1
-        self._finished, self._gone = set(), set()
-        self._lost_peer_at = self._failed = self._fatal = None
-        self._hung = {}
+        self._finished = set()
+        self._failures.attempt_started()
         on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
         host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
         self._event(
@@ -304,85 +289,43 @@ class Driver:
     # Failures.
 
     def _on_failed(self, message: dict[str, Any]) -> None:
-        """A worker says why it ended. Of a lost peer it is a consequence; the cause is on its way."""
-        if _CAUSES[message["cause"]] is ClusterError:
-            self._lost_peer_at = self._lost_peer_at or self._clock()
-            self._ledger.failed(self._clock())
-            self._failed = self._failed or ClusterError(message["message"])
-        elif self._fatal is None:
-            self._fatal, self._fatal_at = message, self._clock()
-
-    def _try_again_or_fail(self, message: dict[str, Any]) -> None:
-        """An exception of the training code may be bad luck; a second one at the same step and line is the code's."""
-        place = message["place"]
-        if not place or place in self._places or self._failures >= self._spec.workers.max_failures:
-            self._fail(message)
-        self._places.add(place)
-        self._restart(message["rank"], message["message"])
-
-    def _fail(self, message: dict[str, Any]) -> NoReturn:
-        """Ends the run by what a worker said, once all have come to their ends and nothing more can be saved."""
-        cause = _CAUSES[message["cause"]]
-        if cause is TrainingError:
-            step = self._saved_step
-            saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
-            raise TrainingError(f"{message['message']}; {saved}", message["traceback"])
-        raise cause(message["message"])
-
-    def _on_exited(self, message: dict[str, Any]) -> None:
-        rank, code = message["rank"], message["exit_code"]
-        self._gone.add(rank)
-        if self._fatal is not None:
-            return
-        if code < 0:
-            self._restart(rank, f"killed by {signal.Signals(-code).name}")
-        elif code > 0 and self._lost_peer_at is None:
-            raise TrainingError(
-                f"{self._where(rank)} ended with exit code {code} at step {self.state.step}; "
-                f"see {self._log_name(rank)}",
-                message["log_tail"],
-            )
-
-    def _on_hung(self, message: dict[str, Any]) -> None:
-        """A worker makes no progress; nor do the others, which wait for it. The one at fault is found among all."""
-        self._hung[message["rank"]] = message
-
-    def _on_goes_on(self, message: dict[str, Any]) -> None:
-        self._hung.pop(message["rank"], None)
-
-    def _replace_hung(self) -> None:
-        """Names the worker that the others wait for: one that is silent, or else one that is behind them."""
-        hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
-        silent = [message for message in hung if message["is_silent"]]
-        found = (silent or hung)[0]
-        place = _innermost(found["stack"])
-        reason = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
-        if not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1:
-            reason += ", and so for all: what they exchange is stuck"
-        told = {name: found[name] for name in ("rank", "step", "doing", "for_s", "stack")}
-        self._event("worker_hung", **told, waiting=sorted(self._hung.keys() - {found["rank"]}))
-        self._restart(found["rank"], reason)
-
-    def _restart(self, rank: int, reason: str) -> None:
-        """Starts all training processes anew, from the newest checkpoint."""
-        where = self._where(rank)
         self._ledger.failed(self._clock())
-        self._event("worker_lost", rank=rank, reason=reason, step=self.state.step)
-        self._failures += 1
-        if self._failures > self._spec.workers.max_failures:
+        self._failures.failed(message, self._clock())
+
+    def _judge(self, now: float) -> None:
+        """Does what the failures of workers ask for."""
+        verdict = self._failures.verdict(now)
+        if isinstance(verdict, TryAgain):
+            if verdict.hang is not None:
+                self._event("worker_hung", **verdict.hang)
+            self._try_again(verdict.rank, verdict.reason)
+        elif isinstance(verdict, GiveUp) and isinstance(verdict.error, TrainingError):
+            what, step = str(verdict.error), self._saved_step
+            if verdict.rank is not None:
+                what = f"{self._where(verdict.rank)} {what} at step {self.state.step}; see {self._log_of(verdict.rank)}"
+            saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+            raise TrainingError(f"{what}; {saved}", verdict.error.traceback)
+        elif isinstance(verdict, GiveUp):
+            raise verdict.error
+
+    def _try_again(self, rank: int, reason: str) -> None:
+        """Starts all training processes anew, from the newest checkpoint."""
+        where, step = self._where(rank), self.state.step
+        self._ledger.failed(self._clock())
+        self._event("worker_lost", rank=rank, reason=reason, step=step)
+        if self._failures.are_too_many:
             raise ClusterError(
-                f"{where}: {reason} at step {self.state.step}, and "
-                f"workers.max_failures={self._spec.workers.max_failures} is used up; "
-                f"see {self._log_name(rank)}, then resume"
+                f"{where}: {reason} at step {step}, and workers.max_failures={self._spec.workers.max_failures} is used "
+                f"up; see {self._log_of(rank)}, then resume"
             )
-        self._display.warn(f"{where}: {reason} at step {self.state.step}; starting anew from the newest checkpoint")
+        self._display.warn(f"{where}: {reason} at step {step}; starting anew from the newest checkpoint")
         self._start_attempt()
 
     def _where(self, rank: int) -> str:
         agent = self._agents.get(rank)  # none while Ray replaces the agents
         return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
 
-    def _log_name(self, rank: int) -> str:
+    def _log_of(self, rank: int) -> str:
         return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"
 
     # Time.
@@ -394,16 +337,7 @@ class Driver:
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
             self._flush()
             self._stop_asked = self._run.is_stop_requested()
-        if self._fatal is not None:
-            if len(self._gone) == self._spec.workers.num or now - self._fatal_at > _CAUSE_WAIT_S:
-                self._try_again_or_fail(self._fatal)
-            return
-        is_silent = any(message["is_silent"] for message in self._hung.values())
-        if is_silent or len(self._hung) == self._spec.workers.num:  # one that is missing works, and is waited for
-            self._replace_hung()
-        if self._lost_peer_at is not None and now - self._lost_peer_at > _CAUSE_WAIT_S:
-            assert self._failed is not None
-            self._restart(0, f"no worker says more than: {self._failed}")
+        self._judge(now)
         if self._attempt < 0 and now - self._started_at > _START_TIMEOUT_S:
             raise ClusterError(
                 f"only {len(self._agents)} of {self._spec.workers.num} workers started within "
@@ -476,12 +410,6 @@ class Driver:
             if error is None:
                 raise
             self._display.warn(f"the run directory could not be closed: {storage_error}")
-
-
-def _innermost(stack: str) -> str:
-    """The innermost call of a stack as ``faulthandler`` prints it, or what else is known."""
-    lines = [line.strip() for line in stack.splitlines()]
-    return next((line for line in lines if line.startswith(("File ", "State"))), "")
 
 
 def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:

@@ -214,3 +214,14 @@ class TestDeaths:
         died = [[one("exited", 1, attempt, exit_code=-9, log_tail="")] for attempt in range(2)]
         with pytest.raises(ClusterError, match=r"killed by SIGKILL at step 0, and workers.max_failures=1 is used up"):
             drive(run, [HELLO, died[0], died[1]], max_failures=1)
+
+    def test_a_process_that_leaves_without_a_word_is_the_codes(self, run: RunDirectory) -> None:
+        left = [one("exited", 1, exit_code=3, log_tail="last words")]
+        with pytest.raises(TrainingError) as caught:
+            drive(run, [HELLO, both("started", step=4), left])
+
+        assert str(caught.value) == (
+            "worker 1 on node 10.0.0.1 ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
+            "worker 1; the newest checkpoint is of step 4"
+        )
+        assert caught.value.traceback == "last words"
