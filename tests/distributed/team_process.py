@@ -188,7 +188,7 @@ class _StoppingLink:
     """A link over which the order to stop arrives when it has told of a step."""
 
     def __init__(self, link: Link, stop_after: int | None) -> None:
-        self.stop_wanted = link.stop_wanted
+        self.stop_wanted, self.mark, self.spent = link.stop_wanted, link.mark, link.spent
         self._link = link
         self._stop_after = stop_after
 
