@@ -12,7 +12,7 @@ A message is one line of the form ``where: what, got value; what to do``.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -74,6 +74,11 @@ class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone
 def one_line(error: BaseException) -> str:
     """What an exception says, without its line breaks."""
     return " ".join(str(error).split())
+
+
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """The first of many names in a line, and how many more there are."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

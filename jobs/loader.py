@@ -84,6 +84,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def shape_of(part: Any) -> str:
+    """What a part of a batch, or what a model made of it, is; for errors."""
+    return f"{list(part.shape)} {part.dtype}" if isinstance(part, torch.Tensor) else type(part).__name__
+
+
 class _TrainingKeys:
     """The batch sampler: sample keys of a worker's micro-batches, shard by shard, step by step."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import TrainingError
+from cluster.errors import TrainingError, listed
 from jobs.loader import training_batches, validation_batches
 from jobs.parts import Parts
 from jobs.pulse import Pulse, StepReport
@@ -18,8 +18,6 @@ from jobs.spec import JobSpec
 from jobs.step import TrainingStep
 from jobs.team import Team
 from jobs.validation import evaluate
-
-_MOST_SAMPLES_NAMED = 8
 
 
 @dataclass(slots=True)
@@ -218,10 +216,8 @@ class Loop:
             for number in self.parts.steps.samples(self.spec.seed, report.step - 1, shard)
         ]
         shards = ", ".join(map(str, report.broken_shards))
-        named = ", ".join(map(str, samples[:_MOST_SAMPLES_NAMED]))
-        more = f" and {len(samples) - _MOST_SAMPLES_NAMED} more" if len(samples) > _MOST_SAMPLES_NAMED else ""
         return (
-            f"the loss is {report.loss}, in shard {shards}: samples {named}{more} of data.train",
+            f"the loss is {report.loss}, in shard {shards}: samples {listed(samples)} of data.train",
             f"samples of data.train in the shards whose loss is not finite: {samples}\n",
         )
 

@@ -21,6 +21,7 @@ from torchmetrics import audio, classification, clustering, detection, image, no
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from cluster.errors import DescriptionError, one_line
+from jobs.loader import shape_of
 from jobs.measured import Matrix, Measured
 from jobs.spec import Target
 from jobs.targets import Builder
@@ -107,8 +108,9 @@ class MetricSet:
                 _update(metric, output, target)
             except Exception as error:  # torchmetrics raises several kinds, and a metric may be the user's own
                 raise DescriptionError(
-                    f"metrics.{name}: {type(metric).__name__} of output {_shape(output)} and target {_shape(target)} "
-                    f"raised {type(error).__name__}: {one_line(error)}; make metric, model and data.val fit"
+                    f"metrics.{name}: {type(metric).__name__} of output {shape_of(output)} and target "
+                    f"{shape_of(target)} raised {type(error).__name__}: {one_line(error)}; "
+                    "make metric, model and data.val fit"
                 ) from error
             share = Share()
             _add(share, metric)
@@ -230,14 +232,10 @@ def _named(name: str, result: Any, classes: Sequence[str] | None) -> Measured:
         rows = [[value if math.isfinite(value) else None for value in row] for row in result.tolist()]
         return Measured(matrices={f"val/{name}": Matrix(_labels(len(rows), classes), rows)})
     raise TypeError(
-        f"must come to a number, one number per class, a mapping of those, or a square matrix, got {_shape(result)}; "
+        f"must come to a number, one number per class, a mapping of those, or a square matrix, got {shape_of(result)}; "
         "declare another metric, or another average of this one"
     )
 
 
 def _labels(count: int, classes: Sequence[str] | None) -> list[str]:
     return list(classes) if classes is not None and len(classes) == count else [str(number) for number in range(count)]
-
-
-def _shape(value: Any) -> str:
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cluster.checkpoints import Checkpoints, Manifest
-from cluster.errors import CheckpointError, DescriptionError, nearest, one_line
+from cluster.errors import CheckpointError, DescriptionError, listed, nearest, one_line
 from cluster.run_directory import RunDirectory
 from cluster.storage import MissingObject, Store
 from jobs.spec import InitSpec
@@ -28,8 +28,8 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _OF_AVERAGE = "module."
 """What ``AveragedModel`` puts before the model's own names."""
-_MOST_NAMES = 8
-"""In an error; a line of hundreds says no more."""
+_MOST_PATTERNS = 8
+"""That an error proposes to write; more are no advice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,8 @@ def match_weights(model: nn.Module, spec: InitSpec, weights: Weights) -> LoadRep
     origins = {name: _origin(name, tied, wanted, there) for tied in _tied(here) for name in tied if name in wanted}
     if not any(origins.values()):
         raise DescriptionError(
-            f"init_from: {weights.source.url} has none of the tensors wanted, {_listed(wanted)}; "
-            f"it has {_listed(list(there)) or 'no tensor at all'}; save them under the model's own names"
+            f"init_from: {weights.source.url} has none of the tensors wanted, {listed(wanted)}; "
+            f"it has {listed(list(there)) or 'no tensor at all'}; save them under the model's own names"
         )
     misfits = {
         name: misfit for name in wanted if (misfit := _misfit(here[name], there.get(origins[name] or ""))) is not None
@@ -128,7 +128,7 @@ def match_weights(model: nn.Module, spec: InitSpec, weights: Weights) -> LoadRep
         verb = "tensor of {} does" if len(misfits) == 1 else "tensors of {} do"
         raise DescriptionError(
             f"init_from: {len(misfits)} {verb.format(weights.source.url)} not fit: "
-            f"{_listed([f'{name} is {misfit}' for name, misfit in misfits.items()])}; {_advice(misfits, wanted, spec)}"
+            f"{listed([f'{name} is {misfit}' for name, misfit in misfits.items()])}; {_advice(misfits, wanted, spec)}"
         )
     return LoadReport(
         source=weights.source,
@@ -250,7 +250,7 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Mapping[str, Tenso
         if not any(fnmatchcase(name, pattern) for name in names):
             raise DescriptionError(
                 f"{key}[{number}] matches no tensor of the model, got {pattern!r}{nearest(pattern, names)}; "
-                f"the model has {_listed(list(names), most=4)}"
+                f"the model has {listed(list(names), most=4)}"
             )
 
 
@@ -267,11 +267,6 @@ def _advice(misfits: Iterable[str], wanted: Sequence[str], spec: InitSpec) -> st
         pattern = module if whole else name
         if pattern not in patterns:
             patterns.append(pattern)
-    if len(patterns) > _MOST_NAMES:
+    if len(patterns) > _MOST_PATTERNS:
         return "name other weights, or the same model"
     return f"to begin with random ones there, write init_from.exclude: [{', '.join(patterns)}]"
-
-
-def _listed(names: Sequence[str], most: int = _MOST_NAMES) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

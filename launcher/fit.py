@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
+from jobs.loader import shape_of
 from jobs.losses import CLASS_NUMBER_LOSSES, GlobalLoss, first, fits_into, has_classes, is_integral, number_type
 
 _TAKE_LOGITS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.SoftMarginLoss)
@@ -105,12 +106,12 @@ def _check_structure(loss: GlobalLoss, batch: MicroBatch) -> None:
     output, target, spec, count = batch.output, batch.target, loss.spec, loss.call.num_outputs
     if count > 1 and not (isinstance(output, (tuple, list)) and len(output) == count):
         raise DescriptionError(
-            f"model must return {count} tensors for {_name(loss)}, got {_shape(output)}; return them as a tuple"
+            f"model must return {count} tensors for {_name(loss)}, got {shape_of(output)}; return them as a tuple"
         )
     if isinstance(loss.function, nn.CTCLoss) and not (isinstance(target, (tuple, list)) and len(target) == 3):
         raise DescriptionError(
-            f"{batch.key}: a target for {_name(loss)} is (targets, input_length, target_length), got {_shape(target)}; "
-            "return the three as a tuple"
+            f"{batch.key}: a target for {_name(loss)} is (targets, input_length, target_length), got "
+            f"{shape_of(target)}; return the three as a tuple"
         )
     if spec.output != "identity":
         if isinstance(loss.function, _TAKE_LOGITS):
@@ -122,12 +123,12 @@ def _check_structure(loss: GlobalLoss, batch: MicroBatch) -> None:
             raise DescriptionError(
                 f"loss.output {spec.output} is a function of one tensor"
                 + (f" with classes in dimension {dims - 1}" if dims else "")
-                + f", got {_shape(output)} from the model; apply it in the model"
+                + f", got {shape_of(output)} from the model; apply it in the model"
             )
     if spec.target is not None and not (isinstance(first(output), Tensor) and isinstance(target, Tensor)):
         raise DescriptionError(
-            f"loss.target {spec.target} is made of one tensor, got a target of {_shape(target)} and an output of "
-            f"{_shape(output)}; remove loss.target"
+            f"loss.target {spec.target} is made of one tensor, got a target of {shape_of(target)} and an output of "
+            f"{shape_of(output)}; remove loss.target"
         )
 
 
@@ -141,14 +142,14 @@ def _check_labels(loss: GlobalLoss, batch: MicroBatch) -> None:
         return
     if kind is not None and not is_integral(target):
         raise DescriptionError(
-            f"loss.target {kind} is made of class numbers, got {_shape(target)}; give integers in {batch.key}, "
+            f"loss.target {kind} is made of class numbers, got {shape_of(target)}; give integers in {batch.key}, "
             "or remove loss.target"
         )
     fits = isinstance(output, Tensor) and has_classes(output, target)
     if kind == "one_hot" and not fits:
         raise DescriptionError(
-            f"loss.target one_hot needs an output with one value per class in dimension 1, got {_shape(output)} for a "
-            f"target of {_shape(target)}; give the model as many outputs as there are classes"
+            f"loss.target one_hot needs an output with one value per class in dimension 1, got {shape_of(output)} for "
+            f"a target of {shape_of(target)}; give the model as many outputs as there are classes"
         )
     if not (fits or (isinstance(loss.function, CLASS_NUMBER_LOSSES) and _has_width(output))):
         return
@@ -214,15 +215,15 @@ def _check_types(loss: GlobalLoss, batch: MicroBatch, output: Tensor, target: Te
         if is_integral(target):
             if target.dtype != torch.int64:
                 raise DescriptionError(
-                    f"loss: {_name(loss)} takes class numbers of 64 bits, got {_shape(target)}; "
+                    f"loss: {_name(loss)} takes class numbers of 64 bits, got {shape_of(target)}; "
                     "write loss.target: index"
                 )
         elif not isinstance(loss.function, nn.CrossEntropyLoss):
-            raise DescriptionError(f"loss: {_name(loss)} takes class numbers, got {_shape(target)}; {to_remedy}")
+            raise DescriptionError(f"loss: {_name(loss)} takes class numbers, got {shape_of(target)}; {to_remedy}")
         elif target.shape != output.shape:
             raise DescriptionError(
                 f"loss: {_name(loss)} takes class numbers, or probabilities of the output's shape "
-                f"{list(output.shape)}, got {_shape(target)}; {to_remedy}"
+                f"{list(output.shape)}, got {shape_of(target)}; {to_remedy}"
             )
     elif isinstance(loss.function, _TAKE_ONE_TYPE) and target.dtype != number_type(output):
         raise DescriptionError(
@@ -350,7 +351,3 @@ def _counted_numbers(weight: Tensor) -> str:
 
 def _name(loss: GlobalLoss) -> str:
     return loss.spec.factory.path
-
-
-def _shape(value: Any) -> str:
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import listed
 from jobs.spec import JobSpec, LossSpec
 
 if TYPE_CHECKING:
@@ -168,17 +169,13 @@ def _init_facts(init: "InitPlan | None") -> list[tuple[str, str]]:
     """What a run begins with, for its plan; ``--json`` has every name."""
     if init is None:
         return []
-    listed = [("not loaded", init.kept), ("unused there", init.unused)]
+    others = [("not loaded", init.kept), ("unused there", init.unused)]
     return [
         ("init_from", init.url),
         *(("passed over", defect) for defect in init.passed_over),
-        ("loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {_some(init.loaded)}"),
-        *((name, _some(tensors)) for name, tensors in listed if tensors),
+        ("loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {listed(init.loaded)}"),
+        *((name, listed(tensors)) for name, tensors in others if tensors),
     ]
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:

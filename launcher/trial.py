@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
-from jobs.loader import KeyedDataset, seed_draws
+from jobs.loader import KeyedDataset, seed_draws, shape_of
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
 from jobs.parts import Parts, build_parts
@@ -195,7 +195,7 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
             as_written = parts.loss.as_written(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
-                f"loss: {spec.loss.factory.path} of output {_shape(output)} and target {_shape(target)} raised "
+                f"loss: {spec.loss.factory.path} of output {shape_of(output)} and target {shape_of(target)} raised "
                 f"{type(error).__name__}: {_in_short(error)}; make model, loss and data fit"
             ) from error
     kind = "train" if train else "val"
@@ -236,10 +236,6 @@ def _group_plans(parts: Parts) -> list[GroupPlan]:
         )
         for group, of_torch in zip(parts.groups, parts.optimizer.param_groups)
     ]
-
-
-def _shape(value: Any) -> str:
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _in_short(error: Exception) -> str:
