@@ -77,7 +77,7 @@ class Task:
         host: The address of rank 0.
         address: This worker's address for the others.
         working_directory: Where relative paths of the user's data start.
-        fork_server: The address of a server to fork from, for agents on its host.
+        fork_server: The address of a server to fork from, if there is one on the worker's host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         hang_timeout_s: Seconds without progress after which the training process counts as hung.
         content: The job, which only the entry understands.
@@ -113,7 +113,7 @@ class Agent:
     def run(self) -> None:
         """Follows orders until they say that the run is over."""
         address = self._task.fork_server
-        if address is not None and fork_server.is_here(address):
+        if address is not None:
             fork_server.use(address)
         else:
             fork_server.start(modules_of(self._task.entry))

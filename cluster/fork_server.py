@@ -49,11 +49,6 @@ def own_address() -> str | None:
     return server._forkserver_address if _CAN_SHARE else None
 
 
-def is_here(address: str) -> bool:
-    """Whether the server is on this host: its address is a socket's path in a temporary folder of its own."""
-    return os.path.exists(address)
-
-
 def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
     """Starts ``target(*args)`` in a process forked from the server; its standard streams are the server's."""
     process = multiprocessing.get_context("forkserver").Process(target=target, args=args, name=name)

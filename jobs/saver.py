@@ -5,6 +5,7 @@ no checkpoint yet: the driver writes the manifest, once the metrics up to that s
 """
 
 import platform
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -51,7 +52,7 @@ class Saver:
             self._in_flight.result()
 
     def _write(self, state: dict[str, Any], metrics: dict[str, float], spent: dict[str, float]) -> None:
-        progress = state["progress"]
+        progress, began = state["progress"], time.monotonic()
         manifest = Manifest(
             step=progress["step"],
             files=self._checkpoints.write_files(progress["step"], encode(state)),
@@ -61,4 +62,4 @@ class Saver:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         best = {"best_metric": progress["best_metric"], "best_step": progress["best_step"]}
-        self._link.send("checkpoint", manifest=manifest, spent=spent, **best)
+        self._link.send("checkpoint", manifest=manifest, spent=spent, seconds=time.monotonic() - began, **best)

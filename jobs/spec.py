@@ -258,8 +258,9 @@ class TrainSpec:
 class WorkersSpec:
     """Who does the work. Nothing here changes a bit of the result."""
 
-    num: int = 1
-    """Workers, at most ``train.shards``; the number of shards need not divide by it."""
+    num: int | tuple[int, int] = 1
+    """Workers, at most ``train.shards``, which need not divide by it; or the least and the most, such as [1, 4]: the
+    run begins with what is there, goes on with fewer when nodes go, and takes more when they come."""
     cpus: float = 0.5
     """CPU cores that each worker reserves; a fraction lets several share a core."""
     gpus: int | Literal["auto"] = "auto"
@@ -269,18 +270,39 @@ class WorkersSpec:
     max_failures: int = 3
     """Failures of workers to recover from before the run is given up: lost, hung, or an exception of the training
     code, which is tried again once."""
+    wait_s: float = 3600.0
+    """Seconds to wait for a cluster to have room for the workers, at the start and after nodes are lost, before the
+    run is given up; it can be resumed."""
+    max_worker_hours: float | None = None
+    """Hours of all workers together, over the whole life of the run, after which it saves and stops; none: no limit."""
     timeout_s: float = 600.0
     """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
     hang_timeout_s: float = 300.0
     """Seconds without progress, from a run's first step on, after which a worker counts as hung and is replaced.
     No step, batch or validation batch may take as long."""
 
+    @property
+    def least(self) -> int:
+        """The fewest workers to train with."""
+        return self.num if isinstance(self.num, int) else self.num[0]
+
+    @property
+    def most(self) -> int:
+        """The most workers to train with."""
+        return self.num if isinstance(self.num, int) else self.num[1]
+
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num")
+        if isinstance(self.num, tuple) and len(self.num) != 2:
+            raise FieldError("num", f"must be a number or the least and the most, such as [1, 4], got {list(self.num)}")
+        if not 1 <= self.least <= self.most:
+            shown = self.num if isinstance(self.num, int) else list(self.num)
+            raise FieldError("num", f"must be at least 1, the least first, got {shown}")
         _at_least(self, 0, "max_failures")
         if not 0 < self.cpus < math.inf:
             raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
-        for name in ("timeout_s", "hang_timeout_s"):
+        if self.max_worker_hours is not None and not 0 < self.max_worker_hours < math.inf:
+            raise FieldError("max_worker_hours", f"must be finite and above 0, got {self.max_worker_hours}")
+        for name in ("timeout_s", "hang_timeout_s", "wait_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FieldError(name, f"must be finite and above 0 seconds, got {getattr(self, name)}")
         if self.gpus not in ("auto", 0, 1):
@@ -367,10 +389,10 @@ class JobSpec:
             raise FieldError("seed", f"must lie between 0 and 2**63 - 1, got {self.seed}")
         if not self.store:
             raise FieldError("store", "must be a URL or a folder, got ''; write for example runs or s3://bucket/runs")
-        if self.workers.num > self.train.shards:
+        if self.workers.most > self.train.shards:
             raise FieldError(
                 "workers.num",
-                f"must be at most train.shards={self.train.shards}, got {self.workers.num}; "
+                f"must be at most train.shards={self.train.shards}, got {self.workers.most}; "
                 "lower it, or give a new run more shards",
             )
         self._check_metrics()

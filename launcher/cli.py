@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> boo
 
 _json_option = click.option(
     "--json", "as_json", is_flag=True, is_eager=True, callback=_remember_json, help="Print one JSON document on stdout."
+)
+_cluster_option = click.option(
+    "--cluster", metavar="HOST:PORT", help="The Ray cluster to run on, which this host is a node of; else this machine."
 )
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -56,36 +59,42 @@ def main() -> None:
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @_overrides
+@_cluster_option
 @_json_option
-def run(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Plan, then train JOB.yaml on this machine. A run that exists is continued if it is the same one."""
+def run(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: bool) -> None:
+    """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
     from launcher.description import load
 
     description = load(job, overrides)
-    _cheap_checks(description)
+    if cluster is None:
+        _cheap_checks(description)
     from launcher.runs import begin
 
-    _show_result(lambda display: begin(description, job.parent, display), as_json)
+    with _joined(cluster):
+        _show_result(lambda display: begin(description, job.parent, display), as_json)
 
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
 @_overrides
 @click.option("--force", is_flag=True, help="Go on even with another description or other data.")
+@_cluster_option
 @_json_option
-def resume(run_url: str, overrides: tuple[str, ...], force: bool, as_json: bool) -> None:
+def resume(run_url: str, overrides: tuple[str, ...], force: bool, cluster: str | None, as_json: bool) -> None:
     """Go on with RUN from its newest good checkpoint, with any number of workers."""
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
-    _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), as_json)
+    with _joined(cluster):
+        _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), as_json)
 
 
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @_overrides
+@_cluster_option
 @_json_option
-def plan(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
     from launcher.description import load
 
@@ -93,7 +102,8 @@ def plan(job: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from launcher.report import plan_text
     from launcher.runs import plan_only
 
-    made = plan_only(description, job.parent)
+    with _joined(cluster):
+        made = plan_only(description, job.parent)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
 
 
@@ -192,6 +202,18 @@ def _cheap_checks(description: Any) -> None:
 
     with named_errors(description.source):
         check_machine(description.spec)
+
+
+@contextlib.contextmanager
+def _joined(cluster: str | None) -> Iterator[None]:
+    """The cluster that was named, if one was."""
+    if cluster is None:
+        yield
+        return
+    from cluster.ray_train import joined_cluster
+
+    with joined_cluster(cluster):
+        yield
 
 
 def _existing_run(url: str) -> Any:

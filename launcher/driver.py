@@ -1,4 +1,4 @@
-"""The life of a run: start the workers, listen to them, keep the run directory, track, finish.
+"""The life of a run: gather workers, listen to them, keep the run directory, track, finish.
 
 The driver trains nothing. It owns what must be one: the tracker, the display, the event log, the metrics
 and the moment at which a checkpoint becomes one. Workers send it small messages and never wait for it.
@@ -24,10 +24,10 @@ from cluster.errors import (
     StorageError,
     TrainingError,
 )
-from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
+from launcher.crew import Change, Crew
 from launcher.failures import Failures, GiveUp, TryAgain
 from launcher.goodput import Ledger, goodput
 from launcher.plan import ENTRY, Plan
@@ -35,7 +35,10 @@ from launcher.progress import Progress
 
 _FLUSH_INTERVAL_S = 5.0
 _START_TIMEOUT_S = 180.0
+"""How long agents may take from the order to start them until all of them are there."""
 _RATE_WINDOW_S = 20.0
+_NONE = -1
+"""The attempt while there is none."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,11 @@ class RunState:
     best: dict[str, Any] | None = None
     state_sha256: str | None = None
     attempts: int = 0
+    workers: int = 0
+    """Workers that train now, or did last."""
+    waits_for: str | None = None
+    """What has to be waited for before training can go on."""
+    worker_hours: float = 0.0
     seconds: float = 0.0
     time: dict[str, float] = field(default_factory=dict)
     """Seconds by what they went into, as ``launcher.goodput`` tells them apart."""
@@ -82,33 +90,43 @@ class Driver:
         self._clock = clock
         self._metrics = run.metrics()
         self._events = run.events()
-        self._agents: dict[int, dict[str, Any]] = {}
-        self._attempt = -1
-        self._failures = Failures(spec.workers.num, spec.workers.max_failures)
+        self._crew: Crew
+        self._attempt = _NONE
+        self._failures = Failures(spec.workers.most, spec.workers.max_failures)
         self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
         self._interrupts = 0
         self._stop_asked = False
         self._stop_reason: str | None = None
-        self._flushed_at = self._started_at = clock()
+        self._change: Change | None = None
+        """Under way: the workers save, and others take their place."""
+        self._flushed_at = self._started_at = self._checked_at = clock()
+        self._asked_at = self._started_at
+        self._waiting_since: float | None = None
+        self._trains = False
+        self._save_s = 0.0
+        """What the last save took."""
         self._seconds_before = state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(state.time))
         self._rates: deque[tuple[float, int]] = deque()
 
-    def drive(self, start_group: Callable[[], WorkerGroup]) -> None:
+    def drive(self, make_crew: Callable[[], Crew]) -> None:
         """Runs until the workers have finished; the state then tells how.
+
+        Args:
+            make_crew: Opens the way to workers, of which none is there yet.
 
         Raises:
             LauncherError: The run failed, or was interrupted twice; what was committed is intact.
         """
         with self._catching_signals():
             try:
-                self._group = start_group()
+                self._crew = make_crew()
                 try:
                     self._listen()
                 finally:
-                    self._group.close()
+                    self._crew.group.close()
             except LauncherError as error:
                 self._end("stopped" if isinstance(error, Interrupted) else "failed", error)
                 raise
@@ -130,10 +148,12 @@ class Driver:
             "samples": state.samples,
             "metrics": state.metrics,
             "best": state.best,
-            "workers": self._spec.workers.num,
+            "workers": state.workers,
+            "waits_for": state.waits_for,
             "attempts": state.attempts,
             "state_sha256": state.state_sha256,
             "seconds": round(state.seconds, 3),
+            "worker_hours": round(state.worker_hours, 4),
             "time": state.time,
             "goodput": goodput(state.time),
             "images_per_second": state.images_per_second,
@@ -145,15 +165,26 @@ class Driver:
     # Listening.
 
     def _listen(self) -> None:
-        while len(self._finished) < self._spec.workers.num:
-            for message in self._group.messages(timeout_s=0.25):
-                self._hear(message)
+        while not self._is_over:
             self._check_time()
+            for message in self._crew.group.messages(timeout_s=0.25):
+                self._hear(message)
+
+    @property
+    def _is_over(self) -> bool:
+        """All workers have finished, and no others are to go on; or none are there, and none are wanted any more."""
+        if len(self._finished) < self._crew.num_workers:
+            return False
+        return self._completed or self._stop_reason is not None or (self._crew.is_complete and self._change is None)
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "hello":
             self._on_hello(message)
+        elif kind == "agents_placed":
+            self._crew.placed(message["nodes"])
+        elif kind == "agents_lost":
+            self._on_agents_lost(message)
         elif kind == "warning":
             self._display.warn(message["text"])
         elif message.get("attempt") == self._attempt:  # a process of an earlier attempt has nothing to say any more
@@ -175,42 +206,37 @@ class Driver:
             handle(message)
 
     def _on_hello(self, message: dict[str, Any]) -> None:
-        """An agent is there. When all are, an attempt starts; an agent that replaces another starts a new one."""
-        rank = message["rank"]
-        if rank in self._agents:
-            self._agents = {}
-            self._ledger.failed(self._clock())
-            self._event("worker_lost", rank=rank, reason="Ray replaced the worker")
-        self._agents[rank] = message
-        if len(self._agents) == self._spec.workers.num:
+        """An agent is there. When all are, an attempt starts."""
+        self._crew.joined(message)
+        if self._crew.is_complete:
             self._start_attempt()
 
     def _start_attempt(self) -> None:
         self._attempt = self.state.attempts
         self.state.attempts += 1
-        self._finished = set()
+        self._finished, self._trains = set(), False
         self._failures.attempt_started()
-        on_one_node = len({agent["node"] for agent in self._agents.values()}) == 1
-        host = "127.0.0.1" if on_one_node else self._agents[0]["address"]
         self._event(
             "attempt_started",
             attempt=self._attempt,
             workers=[
                 {"rank": rank, "node": agent["node"], "address": agent["address"], "pid": agent["pid"]}
-                for rank, agent in sorted(self._agents.items())
+                for rank, agent in sorted(self._crew.agents.items())
             ],
         )
-        self._group.order(attempt=self._attempt, host=host, meeting_port=None)
+        self._crew.group.order(
+            attempt=self._attempt, host=self._crew.host, meeting_port=None, stop=self._stop_reason is not None
+        )
         self._display.phase("building the model on the workers")
 
     def _on_meeting_place(self, message: dict[str, Any]) -> None:
-        self._group.order(meeting_port=message["port"])
+        self._crew.group.order(meeting_port=message["port"])
 
     def _on_started(self, message: dict[str, Any]) -> None:
         """The workers stand at a step; rows beyond it will be made anew."""
         if message["rank"] != 0:
             return
-        step = message["step"]
+        step, self._trains = message["step"], True
         self._ledger.training_began(self._clock())
         self._metrics.flush()
         rows = self._metrics.read()
@@ -240,7 +266,7 @@ class Driver:
             total_steps=self._plan.end_step,
             metrics={name: value for name, value in row.items() if "/" in name},
             images_per_second=state.images_per_second,
-            workers=self._spec.workers.num,
+            workers=state.workers,
         )
 
     def _on_matrix(self, message: dict[str, Any]) -> None:
@@ -269,7 +295,7 @@ class Driver:
         self._metrics.flush()
         self._run.checkpoints.commit(manifest)
         self.state.state_sha256 = manifest.state_sha256
-        self._saved_step = manifest.step
+        self._saved_step, self._save_s = manifest.step, message["seconds"]
         self._ledger.saved(message["spent"])
         best = self._spec.checkpoint.best
         if best is not None and message["best_step"] is not None:
@@ -286,6 +312,72 @@ class Driver:
             self._ledger.told(message["spent"])
         self.state.step = message["step"]
 
+    # Workers.
+
+    def _gather(self, now: float) -> None:
+        """Starts workers as soon as there is room for them."""
+        room = self._crew.room()
+        if room:
+            if self.state.workers not in (0, room):
+                self._event("resized", step=self.state.step, workers=room, before=self.state.workers)
+                self._display.message(f"step {self.state.step}: going on with {room} workers")
+            self._display.phase(f"starting {room} worker{'s' * (room > 1)}")
+            self.state.workers, self.state.waits_for, self._waiting_since = room, None, None
+            self._crew.start(room)
+            self._asked_at = now
+            return
+        shortage = self._crew.shortage()
+        if self._waiting_since is None:
+            self._waiting_since = now
+            self._event("waiting", step=self.state.step, reason=shortage)
+            self._display.message(f"waiting for workers: {shortage}")
+        self.state.waits_for = shortage
+        if now - self._waiting_since > self._spec.workers.wait_s:
+            raise ClusterError(
+                f"{shortage}, after {self._spec.workers.wait_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
+                f"or lower workers.num, then launcher resume {self._run.url}"
+            )
+
+    def _regroup(self) -> None:
+        """Lets go of the agents; others start as soon as there is room for them, from the newest checkpoint."""
+        self._crew.disband()
+        self._failures.attempt_started()
+        self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
+        self.state.step = self._saved_step
+
+    def _plan_change(self, change: Change) -> None:
+        """Has the workers save and leave, so that others go on without a step lost; or without, if there is no time."""
+        step = self.state.step
+        if change.ends_here:
+            self._ask_to_stop(f"{change.reason}, and the driver runs on it")
+            return
+        self._change = change
+        left_s = change.leave_by - time.time()
+        if left_s < self._save_s:
+            reason = (
+                f"{change.reason}: {max(0.0, left_s):.1f} s are left, and a save takes {self._save_s:.1f} s, "
+                f"so the checkpoint of step {self._saved_step} is relied upon"
+            )
+            self._event("leaving", step=step, reason=reason)
+            self._display.warn(reason)
+            self._ledger.failed(self._clock())
+            self._regroup()
+            return
+        self._event("leaving", step=step, reason=change.reason)
+        self._display.message(f"step {step}: {change.reason}: the workers save, then others go on")
+        self._crew.group.order(stop=True)
+
+    def _on_agents_lost(self, message: dict[str, Any]) -> None:
+        """Ray has lost agents, or could not start them. The others can only be replaced with them."""
+        self._ledger.failed(self._clock())
+        self._event("agents_lost", step=self.state.step, lost=message["lost"], reason=message["what"])
+        if self._change is None and message["lost"]:
+            self._failures.lost(message)
+            return
+        if message["what"]:
+            self._display.warn(f"the workers did not start: {message['what']}")
+        self._regroup()
+
     # Failures.
 
     def _on_failed(self, message: dict[str, Any]) -> None:
@@ -298,32 +390,32 @@ class Driver:
         if isinstance(verdict, TryAgain):
             if verdict.hang is not None:
                 self._event("worker_hung", **verdict.hang)
-            self._try_again(verdict.rank, verdict.reason)
+            self._try_again(verdict)
         elif isinstance(verdict, GiveUp) and isinstance(verdict.error, TrainingError):
             what, step = str(verdict.error), self._saved_step
             if verdict.rank is not None:
-                what = f"{self._where(verdict.rank)} {what} at step {self.state.step}; see {self._log_of(verdict.rank)}"
+                where = self._crew.where(verdict.rank)
+                what = f"{where} {what} at step {self.state.step}; see {self._log_of(verdict.rank)}"
             saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
             raise TrainingError(f"{what}; {saved}", verdict.error.traceback)
         elif isinstance(verdict, GiveUp):
             raise verdict.error
 
-    def _try_again(self, rank: int, reason: str) -> None:
-        """Starts all training processes anew, from the newest checkpoint."""
-        where, step = self._where(rank), self.state.step
+    def _try_again(self, verdict: TryAgain) -> None:
+        """Starts all training processes anew, from the newest checkpoint; the agents too, if some were lost."""
+        where, reason, step = self._crew.where(verdict.rank), verdict.reason, self.state.step
         self._ledger.failed(self._clock())
-        self._event("worker_lost", rank=rank, reason=reason, step=step)
+        self._event("worker_lost", rank=verdict.rank, reason=reason, step=step)
         if self._failures.are_too_many:
             raise ClusterError(
                 f"{where}: {reason} at step {step}, and workers.max_failures={self._spec.workers.max_failures} is used "
-                f"up; see {self._log_of(rank)}, then resume"
+                f"up; see {self._log_of(verdict.rank)}, then resume"
             )
         self._display.warn(f"{where}: {reason} at step {step}; starting anew from the newest checkpoint")
-        self._start_attempt()
-
-    def _where(self, rank: int) -> str:
-        agent = self._agents.get(rank)  # none while Ray replaces the agents
-        return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
+        if verdict.needs_agents or self._change is not None:
+            self._regroup()
+        else:
+            self._start_attempt()
 
     def _log_of(self, rank: int) -> str:
         return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"
@@ -332,25 +424,44 @@ class Driver:
 
     def _check_time(self) -> None:
         now = self._clock()
+        self.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
+        self._checked_at = now
         self.state.seconds = self._seconds_before + now - self._started_at
         self.state.time = self._ledger.parts(now)
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
             self._flush()
             self._stop_asked = self._run.is_stop_requested()
         self._judge(now)
-        if self._attempt < 0 and now - self._started_at > _START_TIMEOUT_S:
-            raise ClusterError(
-                f"only {len(self._agents)} of {self._spec.workers.num} workers started within "
-                f"{_START_TIMEOUT_S:.0f} s; free cores on this machine, or lower workers.num"
-            )
         if self._interrupts > 1:
             raise Interrupted(f"abandoned at step {self.state.step}; launcher resume {self._run.url}")
         reason = self._why_stop(now)
         if reason is not None and self._stop_reason is None:
-            self._stop_reason = reason
-            self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
-            self._event("stop_requested", step=self.state.step, reason=reason)
-            self._group.order(stop=True)
+            self._ask_to_stop(reason)
+        self._see_to_workers(now)
+
+    def _see_to_workers(self, now: float) -> None:
+        """Starts workers where there are none, and sees whether others would be better than those that train."""
+        if self._change is not None and len(self._finished) == self._crew.num_workers:
+            self._regroup()  # all have saved
+        if not self._crew.num_workers:
+            if self._stop_reason is None:
+                self._gather(now)
+        elif not self._crew.is_complete:
+            if now - self._asked_at > _START_TIMEOUT_S:
+                raise ClusterError(
+                    f"only {len(self._crew.agents)} of {self._crew.num_workers} workers started within "
+                    f"{_START_TIMEOUT_S:.0f} s; see /tmp/ray/session_latest/logs, then launcher resume {self._run.url}"
+                )
+        elif self._trains and self._change is None and self._stop_reason is None:
+            change = self._crew.change(now)
+            if change is not None:
+                self._plan_change(change)
+
+    def _ask_to_stop(self, reason: str) -> None:
+        self._stop_reason = reason
+        self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
+        self._event("stop_requested", step=self.state.step, reason=reason)
+        self._crew.group.order(stop=True)
 
     def _why_stop(self, now: float) -> str | None:
         """Why the run should save and stop, if it should."""
@@ -361,6 +472,9 @@ class Driver:
             return "stopping as asked by launcher stop"
         if limit is not None and now - self._started_at > limit:
             return f"stopping at train.max_seconds={limit:g}"
+        budget = self._spec.workers.max_worker_hours
+        if budget is not None and self.state.worker_hours > budget:
+            return f"stopping at workers.max_worker_hours={budget:g}"
         return None
 
     @contextlib.contextmanager

@@ -35,11 +35,13 @@ class TryAgain:
         rank: The worker.
         reason: What happened to it, for people.
         hang: What is known of where it stands, if it hung.
+        needs_agents: Its agent is gone, and with it the others' use.
     """
 
     rank: int
     reason: str
     hang: Message | None = None
+    needs_agents: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Failures:
         self._fatal: Message | None = None
         self._lost_peer: Message | None = None
         self._exits: list[Message] = []
+        self._lost: dict[int, str] = {}
         self._hung: dict[int, Message] = {}
         self._first_at: float | None = None
 
@@ -89,6 +92,10 @@ class Failures:
         """A worker makes no progress; nor do the others, which wait for it."""
         self._hung[message["rank"]] = message
 
+    def lost(self, message: Message) -> None:
+        """Ray has lost agents, and their training processes with them."""
+        self._lost = message["lost"]
+
     def goes_on(self, message: Message) -> None:
         """A worker that made no progress does again."""
         self._hung.pop(message["rank"], None)
@@ -105,6 +112,9 @@ class Failures:
         if self._fatal is not None:
             all_ended = len({message["rank"] for message in self._exits}) == self._num_workers
             return self._of_exception(self._fatal) if all_ended or has_waited else None
+        if self._lost:
+            rank, reason = min(self._lost.items())
+            return TryAgain(rank, reason, needs_agents=True)
         for message in self._exits:
             code = message["exit_code"]
             if code < 0:

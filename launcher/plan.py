@@ -5,8 +5,9 @@ the objects it names and one real micro-batch through model, loss and backward. 
 nothing is left behind.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import fork_server
 from cluster.agent import modules_of
@@ -16,7 +17,10 @@ from cluster.storage import Store
 from jobs.order import StepPlan, shard_block
 from jobs.spec import JobSpec
 from launcher.description import Description, named_errors
-from launcher.machine import check_machine
+from launcher.machine import check_machine, decide_workers
+
+if TYPE_CHECKING:
+    from cluster.ray_train import Node
 
 ENTRY = "jobs.worker:main"
 """What a training process runs."""
@@ -60,7 +64,8 @@ class Tried:
 
     steps: StepPlan
     num_val_samples: int
-    gpus: int
+    gpus_here: int
+    """GPUs of this machine."""
     groups: list[GroupPlan]
     parameters: int
     checkpoint_bytes: int
@@ -85,6 +90,8 @@ class Plan:
     end_step: int
     unused_per_epoch: int
     """Samples beyond the last whole batch; others in every epoch."""
+    num_workers: int
+    """The workers to begin with; more or fewer may follow, if that is what is written."""
     shards_by_worker: tuple[int, ...]
     gpus: int
     """GPUs per worker."""
@@ -107,12 +114,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
+def make_plan(description: Description, import_paths: tuple[str, ...], nodes: "Sequence[Node] | None" = None) -> Plan:
     """Checks everything and decides everything; takes a few seconds, for torch and the trial.
 
     Args:
         description: What to plan.
         import_paths: Folders of the user's own modules.
+        nodes: The nodes of the cluster to run on; none: this machine alone.
 
     Raises:
         DescriptionError: The description cannot run as written, here.
@@ -120,7 +128,8 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
     """
     spec = description.spec
     with named_errors(description.source):
-        check_machine(spec)
+        if nodes is None:
+            check_machine(spec)
         # The workers will be forked from this server too, so torch is imported once, and not in this process.
         fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else [])])
         store = check_store(spec)
@@ -128,8 +137,9 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
             tried: Tried = fork_server.call(_TRIAL, spec, import_paths)
         except ChildProcessError as error:
             raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
+        gpus, num_workers = decide_workers(spec, nodes, tried.gpus_here)
     steps = tried.steps
-    blocks = [shard_block(spec.train.shards, spec.workers.num, rank) for rank in range(spec.workers.num)]
+    blocks = [shard_block(spec.train.shards, num_workers, rank) for rank in range(num_workers)]
     return Plan(
         run=RunDirectory(store.at(spec.name)).url,
         num_samples=steps.num_samples,
@@ -139,8 +149,9 @@ def make_plan(description: Description, import_paths: tuple[str, ...]) -> Plan:
         total_steps=steps.total_steps,
         end_step=min(steps.total_steps, spec.train.max_steps or steps.total_steps),
         unused_per_epoch=steps.num_samples % steps.global_batch,
+        num_workers=num_workers,
         shards_by_worker=tuple(map(len, blocks)),
-        gpus=tried.gpus,
+        gpus=gpus,
         groups=tuple(tried.groups),
         parameters=tried.parameters,
         checkpoint_bytes=tried.checkpoint_bytes,

@@ -112,6 +112,7 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
 def plan_text(spec: JobSpec, plan: "Plan") -> str:
     """Everything a plan has decided, for a person."""
     workers = ", ".join(f"{count} shard{'s' * (count > 1)}" for count in plan.shards_by_worker)
+    bounds = "" if spec.workers.least == spec.workers.most else f" of {spec.workers.least} to {spec.workers.most}"
     limit = f"; train.max_steps ends it at {plan.end_step:,}" if plan.end_step < plan.total_steps else ""
     unused = f"; {plan.unused_per_epoch:,} others each epoch wait for the next" if plan.unused_per_epoch else ""
     validation = f"{plan.num_val_samples:,} samples" if plan.num_val_samples else "none"
@@ -124,7 +125,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("validation", validation),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
-        ("workers", f"{spec.workers.num} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
+        ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
         ("gradients", f"summed in {sum_order}"),
         ("loss", _loss(spec.loss)),
         ("optimizer", spec.optimizer.factory.path),

@@ -1,4 +1,7 @@
-"""Beginning and continuing a run: what a run directory holds already decides which of the two it is."""
+"""Beginning and continuing a run: what a run directory holds already decides which of the two it is.
+
+Where it runs is decided before: on the cluster that this process has joined, or else on one of this machine alone.
+"""
 
 import contextlib
 import dataclasses
@@ -16,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.ray_train import WorkerGroup, WorkerResources, import_ahead, local_cluster
+from cluster.ray_train import Node, WorkerGroup, WorkerResources, import_ahead, is_joined, local_cluster, nodes
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
+from launcher.crew import Crew
 from launcher.description import Description, differences, parse
 from launcher.driver import Driver, RunState, make_task
 from launcher.machine import num_cores
@@ -59,7 +63,7 @@ def begin(description: Description, folder: Path, display: Progress) -> dict[str
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         return _continue(run, stored, description, import_paths, display, force=False)
     import_ahead()
-    plan = make_plan(description, import_paths)
+    plan = make_plan(description, import_paths, _nodes_there())
     display.message(one_line(description.spec, plan))
     return _train(run, description, plan, import_paths, display)
 
@@ -90,7 +94,7 @@ def plan_only(description: Description, folder: Path) -> Plan:
     Raises:
         DescriptionError: The description cannot run as written, here.
     """
-    return make_plan(description, make_import_paths(folder))
+    return make_plan(description, make_import_paths(folder), _nodes_there())
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
@@ -107,7 +111,7 @@ def make_import_paths(folder: Path) -> tuple[str, ...]:
 def one_line(spec: JobSpec, plan: Plan) -> str:
     """The plan, for a person who has started a run."""
     device = "GPU" if plan.gpus else "CPU"
-    shards = f"{spec.train.shards} shards on {spec.workers.num} worker{'s' * (spec.workers.num > 1)} ({device})"
+    shards = f"{spec.train.shards} shards on {plan.num_workers} worker{'s' * (plan.num_workers > 1)} ({device})"
     return (
         f"{spec.name}: {plan.end_step:,} steps of {spec.train.global_batch} samples, "
         f"{plan.steps_per_epoch:,} an epoch; "
@@ -151,7 +155,7 @@ def _continue(
         display.message(f"changed {change}")
     import_ahead()
     begun_with = run.read_environment().get("init_from")
-    plan = make_plan(_of_begun(run, wanted, None if force else begun_with), import_paths)
+    plan = make_plan(_of_begun(run, wanted, None if force else begun_with), import_paths, _nodes_there())
     reached = max(run.checkpoints.steps(), default=0)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
@@ -179,23 +183,19 @@ def _train(
     _warn_of_other_versions(run, display)
     run.clear_stop()  # one that was asked of an earlier driver
     run.write_job(description.text)
-    _note_attempt(run, spec, plan, import_paths)
+    _note_attempt(run, plan, import_paths)
     tracker = _open_tracker(run, description, display)
     driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run, plan), display=display, tracker=tracker)
 
-    def start_group() -> WorkerGroup:
-        display.phase("starting workers")
-        return WorkerGroup(
-            make_task(spec, run, import_paths),
-            spec.workers.num,
-            WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator),
-            max_failures=spec.workers.max_failures,
-        )
+    def make_crew() -> Crew:
+        worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
+        group = WorkerGroup(make_task(spec, run, import_paths), worker, spec.workers.most)
+        return Crew(group, spec.workers, nodes)
 
     try:
         display.phase("starting Ray")
-        with local_cluster(num_cores()):
-            driver.drive(start_group)
+        with contextlib.nullcontext() if is_joined() else local_cluster(num_cores()):
+            driver.drive(make_crew)
     except LauncherError as error:
         error.document = driver.result()
         raise
@@ -205,6 +205,11 @@ def _train(
         summary |= {f"time/{part}": seconds for part, seconds in driver.state.time.items()}
         tracker.finish(summary, pictures, succeeded=driver.state.status != "failed")
     return driver.result() | {"interrupted": driver.interrupted}
+
+
+def _nodes_there() -> list[Node] | None:
+    """The nodes of the cluster that was joined; None: the run is for this machine, whose cluster starts with it."""
+    return nodes() if is_joined() else None
 
 
 def _of_begun(run: RunDirectory, wanted: Description, begun_with: dict[str, str] | None) -> Description:
@@ -253,7 +258,7 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     return state
 
 
-def _note_attempt(run: RunDirectory, spec: JobSpec, plan: Plan, import_paths: tuple[str, ...]) -> None:
+def _note_attempt(run: RunDirectory, plan: Plan, import_paths: tuple[str, ...]) -> None:
     environment = run.read_environment()
     attempt = {
         "time": round(time.time(), 3),
@@ -261,7 +266,7 @@ def _note_attempt(run: RunDirectory, spec: JobSpec, plan: Plan, import_paths: tu
         "python": platform.python_version(),
         "packages": _versions(),
         "hardware": {"machine": platform.machine(), "cores": num_cores(), "gpus_per_worker": plan.gpus},
-        "workers": spec.workers.num,
+        "workers": plan.num_workers,
         "git": _git_state(),
         "command": " ".join(map(os.path.basename, sys.argv[:2])),
     }

@@ -96,11 +96,14 @@ def type_words(hint: Any) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+_PLURALS = {str: "text", int: "whole numbers"}
+
+
 def _words(hint: Any) -> list[str]:
     if typing.get_origin(hint) is Literal:
         return [str(choice) for choice in typing.get_args(hint)]
     if typing.get_origin(hint) is tuple:
-        return ["a list of text" if typing.get_args(hint)[0] is str else "a list of mappings"]
+        return [f"a list of {_PLURALS.get(typing.get_args(hint)[0], 'mappings')}"]
     if hint is spec.Target or (is_section(hint) and has_target(hint)):
         return ["a mapping with _target_"]
     if is_section(hint):

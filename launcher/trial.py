@@ -40,7 +40,6 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         DescriptionError: Something cannot be built, does not fit together, or learns nothing.
     """
     sys.path[:0] = [path for path in import_paths if path not in sys.path]
-    gpus = decide_gpus(spec)
     device = torch.device("cpu")
     parts = build_parts(spec, device)
     init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
@@ -58,7 +57,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     return Tried(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
-        gpus=gpus,
+        gpus_here=torch.cuda.device_count(),
         groups=_group_plans(parts),
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         checkpoint_bytes=checkpoint_bytes,
@@ -86,23 +85,6 @@ def _begin_with(spec: InitSpec, parts: Parts) -> InitPlan:
         unused=report.unused,
         passed_over=report.passed_over,
     )
-
-
-def decide_gpus(spec: JobSpec) -> int:
-    """GPUs per worker: what is written, or for ``auto`` one if this machine has one for every worker.
-
-    Raises:
-        DescriptionError: More GPUs are written than there are.
-    """
-    available = torch.cuda.device_count()
-    if spec.workers.gpus == "auto":
-        return int(available >= spec.workers.num)
-    if spec.workers.gpus * spec.workers.num > available:
-        raise DescriptionError(
-            f"workers.gpus={spec.workers.gpus} for {spec.workers.num} workers needs {spec.workers.num} GPUs, "
-            f"and this machine has {available}; lower workers.num or set workers.gpus=0"
-        )
-    return spec.workers.gpus
 
 
 def fingerprint(parts: Parts) -> str:

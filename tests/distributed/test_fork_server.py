@@ -63,8 +63,6 @@ def test_a_death_is_told_with_the_last_words() -> None:
 def test_others_fork_from_it_too() -> None:
     address = fork_server.own_address()
     assert address is not None
-    assert fork_server.is_here(address)
-    assert not fork_server.is_here("/nowhere/listener")
     assert fork_server.call(f"{HERE}:nested", address) == 2
 
 

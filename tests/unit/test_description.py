@@ -106,7 +106,13 @@ FILE_MISTAKES = {
     "name: null": "name must be text, got null; write it, or remove the key",
     "tracking: {tags: x}": "tracking.tags must be a list of text, got 'x'",
     "tracking: {tags: [x, 3]}": "tracking.tags[1] must be text, got 3; quote it",
-    "workers: {num: [1, 4]}": "workers.num must be a whole number, got [1, 4]",
+    "workers: {num: [1]}": "workers.num must be a number or the least and the most, such as [1, 4], got [1]",
+    "workers: {num: [4, 1]}": "workers.num must be at least 1, the least first, got [4, 1]",
+    "workers: {num: [1, 5]}": (
+        "workers.num must be at most train.shards=4, got 5; lower it, or give a new run more shards"
+    ),
+    "workers: {num: [1, 1.5]}": "workers.num[1] must be a whole number, got 1.5; write a whole number",
+    "workers: {max_worker_hours: 0}": "workers.max_worker_hours must be finite and above 0, got 0.0",
     # choices
     "train: {precision: fp12}": "train.precision must be fp32, bf16 or fp16, got 'fp12' (did you mean 'fp32'?)",
     "tracking: {mode: 3}": "tracking.mode must be online, offline or disabled, got 3",

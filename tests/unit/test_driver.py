@@ -4,6 +4,8 @@ The worker group is a script; everything else is the product's own, on a store i
 """
 
 import io
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 
 from cluster.checkpoints import FileEntry, Manifest
 from cluster.errors import ClusterError, TrainingError
+from cluster.ray_train import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, WorkersSpec
+from launcher.crew import Crew
 from launcher.driver import Driver, RunState
 from launcher.progress import open_progress
 
@@ -25,10 +29,13 @@ SPENT = {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3, "validation
 class Group:
     """Workers that say what the script says, batch by batch; a number lets so many seconds pass."""
 
+    resources = WorkerResources(cpus=1.0, gpus=0, accelerator=None)
+
     def __init__(self, script: list[list[Message] | float]) -> None:
         self.script = list(script)
         self.now = 0.0
         self.orders: list[dict[str, Any]] = []
+        self.started: list[int] = []
         self.is_closed = False
 
     def messages(self, timeout_s: float) -> list[Message]:
@@ -36,6 +43,9 @@ class Group:
         said = self.script.pop(0)
         self.now += timeout_s if isinstance(said, list) else said
         return said if isinstance(said, list) else []
+
+    def start(self, num_workers: int) -> None:
+        self.started.append(num_workers)
 
     def order(self, **changes: Any) -> None:
         self.orders.append(changes)
@@ -52,15 +62,20 @@ def run() -> RunDirectory:
     return RunDirectory("memory://driver/run")
 
 
-def drive(run: RunDirectory, script: list[list[Message] | float], max_failures: int = 3) -> tuple[Driver, Group]:
-    """Drives a run of two workers through a script, which ends with the run."""
+def drive(
+    run: RunDirectory,
+    script: list[list[Message] | float],
+    look: Callable[[float], list[Node]] = lambda _: [node("a", 2)],
+    **workers: Any,
+) -> tuple[Driver, Group]:
+    """Drives a run through a script, which ends with the run; ``look`` tells the nodes that there are by then."""
     spec = JobSpec(
         name="run",
         model=Target("a.Model"),
         data=DataSpec(train=Target("a.data")),
         loss=LossSpec(factory=Target("MSELoss")),
         optimizer=OptimizerSpec(factory=Target("SGD")),
-        workers=WorkersSpec(num=2, max_failures=max_failures),
+        workers=WorkersSpec(**({"num": 2, "max_failures": 3} | workers)),
     )
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
@@ -68,13 +83,29 @@ def drive(run: RunDirectory, script: list[list[Message] | float], max_failures: 
     driver = Driver(
         spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker(), clock=lambda: group.now
     )
-    start: Any = lambda: group  # noqa: E731
+    scripted: Any = group
     try:
-        driver.drive(start)
+        driver.drive(lambda: Crew(scripted, spec.workers, lambda: look(group.now)))
     finally:
         assert group.is_closed
         assert not group.script, "the driver left before the end of the script"
     return driver, group
+
+
+def node(id: str, free: float, *, drains_at: float | None = None, is_here: bool = False) -> Node:
+    """A node of four cores."""
+    return Node(
+        id=id, address=f"10.0.0.{id}", resources={"CPU": 4.0}, free={"CPU": free}, drains_at=drains_at, is_here=is_here
+    )
+
+
+def hello(*nodes: str) -> list[Message]:
+    """Agents on these nodes, by rank, placed and there."""
+    placed = [{"kind": "agents_placed", "nodes": list(nodes)}]
+    return placed + [
+        {"kind": "hello", "rank": rank, "world_size": len(nodes), "node": id, "address": f"10.0.0.{id}", "pid": rank}
+        for rank, id in enumerate(nodes)
+    ]
 
 
 def both(kind: str, attempt: int = 0, **content: Any) -> list[Message]:
@@ -85,7 +116,7 @@ def one(kind: str, rank: int, attempt: int = 0, **content: Any) -> Message:
     return {"kind": kind, "rank": rank, "attempt": attempt, **content}
 
 
-HELLO = [{"kind": "hello", "rank": rank, "node": "n", "address": "10.0.0.1", "pid": rank} for rank in range(2)]
+HELLO = hello("a", "a")
 
 
 def finished(attempt: int) -> list[Message]:
@@ -185,7 +216,7 @@ class TestExceptions:
             versions={},
             created="2026-01-01T00:00:00+00:00",
         )
-        saved = one("checkpoint", 0, manifest=manifest, spent=SPENT, best_metric=None, best_step=None)
+        saved = one("checkpoint", 0, manifest=manifest, spent=SPENT, seconds=2.0, best_metric=None, best_step=None)
         script: list[list[Message] | float] = [
             HELLO, both("started", step=0), [failed(1, 0), exited(0)[1]], [saved, failed(0, 0), exited(0)[0]],
         ]  # fmt: skip
@@ -221,7 +252,7 @@ class TestDeaths:
             drive(run, [HELLO, both("started", step=4), left])
 
         assert str(caught.value) == (
-            "worker 1 on node 10.0.0.1 ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
+            "worker 1 on node 10.0.0.a ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
             "worker 1; the newest checkpoint is of step 4"
         )
         assert caught.value.traceback == "last words"

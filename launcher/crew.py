@@ -1,0 +1,132 @@
+"""The workers of a run: who is there, where, and how many there should be.
+
+How many there should be follows from what is written and what the cluster has room for. Time comes in as a
+number: nothing here looks at a clock.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.ray_train import Node, WorkerGroup
+from jobs.spec import WorkersSpec
+
+_LOOK_INTERVAL_S = 1.0
+_SETTLE_S = 5.0
+"""How long there must be room for more workers before they are taken: each change costs a few seconds."""
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Other workers are wanted than those there are.
+
+    Attributes:
+        reason: Why, for people.
+        leave_by: The Unix time by which some of them will be gone; infinity: no matter when, or nobody knows.
+        ends_here: The driver's own host is one that goes, and no other can take its place.
+    """
+
+    reason: str
+    leave_by: float = math.inf
+    ends_here: bool = False
+
+
+class Crew:
+    """The agents of a run, which the driver replaces as a group."""
+
+    def __init__(self, group: WorkerGroup, workers: WorkersSpec, look: Callable[[], Sequence[Node]]) -> None:
+        """Only assigns. ``look``: the nodes of the cluster that are alive."""
+        self.group = group
+        self.num_workers = 0
+        """Those that were asked for; 0: none."""
+        self.agents: dict[int, dict[str, Any]] = {}
+        """What each said when it came, by rank."""
+        self._workers = workers
+        self._look = look
+        self._held: Counter[str] = Counter()
+        self._looked_at = -math.inf
+        self._room_since = math.inf
+
+    @property
+    def is_complete(self) -> bool:
+        """All are there."""
+        return 0 < self.num_workers == len(self.agents)
+
+    @property
+    def host(self) -> str:
+        """The address of rank 0 for the others."""
+        is_one_node = len({agent["node"] for agent in self.agents.values()}) == 1
+        return _LOOPBACK if is_one_node else self.agents[0]["address"]
+
+    def where(self, rank: int) -> str:
+        """A worker, for people."""
+        agent = self.agents.get(rank)
+        return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
+
+    def joined(self, hello: dict[str, Any]) -> None:
+        """An agent is there. One of a group that has been replaced meanwhile is not counted."""
+        if hello["world_size"] == self.num_workers:
+            self.agents[hello["rank"]] = hello
+
+    def placed(self, nodes: Sequence[str]) -> None:
+        """The nodes, by id, that hold a place for an agent of this run, as often as they do."""
+        self._held = Counter(nodes)
+
+    def disband(self) -> None:
+        """The agents are no longer counted on; others will be started as soon as there is room."""
+        self.num_workers, self.agents = 0, {}
+        self._looked_at, self._room_since = -math.inf, math.inf
+
+    def start(self, num_workers: int) -> None:
+        """Starts so many agents in place of those there are."""
+        self.disband()
+        self.num_workers = num_workers
+        self.group.start(num_workers)
+
+    def room(self) -> int:
+        """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few."""
+        return self._fitting(self._look())
+
+    def change(self, now: float) -> Change | None:
+        """What should change about workers that are all there; looks at the cluster every second.
+
+        Args:
+            now: Seconds that only grow.
+        """
+        if now - self._looked_at < _LOOK_INTERVAL_S:
+            return None
+        self._looked_at = now
+        nodes = self._look()
+        fitting = self._fitting(nodes)
+        leaving = [node for node in nodes if node.drains_at is not None and self._held[node.id]]
+        if leaving:
+            return Change(
+                " and ".join(f"node {node.address} is being drained" for node in leaving),
+                min(node.drains_at for node in leaving if node.drains_at is not None),
+                any(node.is_here for node in leaving),
+            )
+        if fitting <= self.num_workers:
+            self._room_since = math.inf
+            return None
+        self._room_since = min(self._room_since, now)
+        if now - self._room_since < _SETTLE_S:
+            return None
+        return Change(f"there is room for {fitting} workers")
+
+    def shortage(self) -> str:
+        """What there is, beside what is needed, where workers have to be waited for."""
+        nodes = self._look()
+        return (
+            f"there is room for {sum(map(self._room_on, nodes))} of at least {self._workers.least} workers of "
+            f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+        )
+
+    def _fitting(self, nodes: Sequence[Node]) -> int:
+        fits = min(self._workers.most, sum(map(self._room_on, nodes)))
+        return fits if fits >= self._workers.least else 0
+
+    def _room_on(self, node: Node) -> int:
+        return 0 if node.drains_at is not None else node.room(self.group.resources, self._held[node.id])
