@@ -12,12 +12,13 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from cluster.agent import Agent, Orders, Task
+from cluster import fork_server
+from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.errors import ClusterError, one_line
 
 if TYPE_CHECKING:
@@ -211,20 +212,19 @@ class WorkerGroup:
         from ray.train import RunConfig, ScalingConfig
 
         self.resources = resources
-        here = ray.get_runtime_context().get_node_id()
+        self._task = task
+        self._hosts: dict[str, Any] = {}
+        """By node, so that Ray lets them live as long as this group."""
+        self._here = here = ray.get_runtime_context().get_node_id()
         # Where the driver lives: it must not be lost with a node that only works.
-        self._switchboard: Any = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(_Switchboard).remote()
+        self._switchboard: Any = _actor_on(here, _Switchboard).remote()
         self._orders = Orders()
         self._wanted = _Wanted()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
         trainer = _steered_trainer(self._switchboard)(
             _run_agent,
-            train_loop_config={
-                "task": task,
-                "switchboard": self._switchboard,
-                "driver_node": here,
-            },
+            train_loop_config={"task": task, "switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(
                 num_workers=most,  # how many there are at a time is told by the steering policy
                 use_gpu=resources.gpus > 0,
@@ -234,6 +234,13 @@ class WorkerGroup:
         )
         self._fit = threading.Thread(target=self._run_fit, args=(trainer,), name="ray-train", daemon=True)
         self._fit.start()
+
+    def prepare(self, nodes: Sequence[Node]) -> None:
+        """Has nodes import ahead what training processes need; to be told of every node as soon as it is known."""
+        for node in nodes:
+            if node.id not in self._hosts and node.id != self._here:
+                name = _host_name(node.id)
+                self._hosts[node.id] = _actor_on(node.id, _Host, name=name).remote(modules_of(self._task.entry))
 
     def start(self, num_workers: int) -> None:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
@@ -381,6 +388,30 @@ def _steered_trainer(switchboard: Any) -> type:
     return SteeredTrainer
 
 
+def _actor_on(node: str, actor: type, **options: Any) -> Any:
+    """An actor class whose actors live on a node and take no worker's place."""
+    import ray
+
+    return ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node}, **options)(actor)
+
+
+def _host_name(node: str) -> str:
+    return f"launcher-host-{node}"
+
+
+class _Host:
+    """An actor on each node but the driver's: keeps a server from which training processes are forked, imports done.
+
+    It outlives the agents, so that the next ones find it warm.
+    """
+
+    def __init__(self, modules: list[str]) -> None:
+        fork_server.start(modules)
+
+    def address(self) -> str | None:
+        return fork_server.own_address()
+
+
 class _Switchboard:
     """An actor between driver, agents and Ray Train's controller: messages one way, the newest wishes the other."""
 
@@ -466,8 +497,7 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         rank=here.get_world_rank(),
         world_size=here.get_world_size(),
         on_gpu=bool(ray.get_gpu_ids()),
-        # The driver's server is for agents of its host, which a path alone may not tell: hosts can share folders.
-        fork_server=config["task"].fork_server if worker.get_node_id() == config["driver_node"] else None,
+        fork_server=_fork_server(config["task"], worker.get_node_id() == config["driver_node"]),
     )
     identity = {
         "world_size": task.world_size,
@@ -476,6 +506,19 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         "pid": os.getpid(),
     }
     Agent(_RayChannel(config["switchboard"]), task, identity).run()
+
+
+def _fork_server(task: Task, is_with_driver: bool) -> str | None:
+    """The address of the server of this node: the driver's own, or its host actor's; none yet on a node that is new."""
+    import ray
+
+    if is_with_driver:
+        return task.fork_server
+    try:
+        host: Any = ray.get_actor(_host_name(ray.get_runtime_context().get_node_id()))
+    except ValueError:  # there is no such actor
+        return None
+    return cast("str | None", ray.get(host.address.remote()))
 
 
 def _reason(error: BaseException) -> str:

@@ -88,7 +88,7 @@ class Crew:
 
     def room(self) -> int:
         """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few."""
-        return self._fitting(self._look())
+        return self._fitting(self._nodes())
 
     def change(self, now: float) -> Change | None:
         """What should change about workers that are all there; looks at the cluster every second.
@@ -99,7 +99,7 @@ class Crew:
         if now - self._looked_at < _LOOK_INTERVAL_S:
             return None
         self._looked_at = now
-        nodes = self._look()
+        nodes = self._nodes()
         fitting = self._fitting(nodes)
         leaving = [node for node in nodes if node.drains_at is not None and self._held[node.id]]
         if leaving:
@@ -118,11 +118,16 @@ class Crew:
 
     def shortage(self) -> str:
         """What there is, beside what is needed, where workers have to be waited for."""
-        nodes = self._look()
+        nodes = self._nodes()
         return (
             f"there is room for {sum(map(self._room_on, nodes))} of at least {self._workers.least} workers of "
             f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}"
         )
+
+    def _nodes(self) -> Sequence[Node]:
+        nodes = self._look()
+        self.group.prepare(nodes)
+        return nodes
 
     def _fitting(self, nodes: Sequence[Node]) -> int:
         fits = min(self._workers.most, sum(map(self._room_on, nodes)))

@@ -44,6 +44,9 @@ class Group:
         self.now += timeout_s if isinstance(said, list) else said
         return said if isinstance(said, list) else []
 
+    def prepare(self, nodes: list[Node]) -> None:
+        pass
+
     def start(self, num_workers: int) -> None:
         self.started.append(num_workers)
 
@@ -208,17 +211,8 @@ class TestExceptions:
 
     def test_what_all_agree_on_is_not_tried_again_and_the_save_under_way_is_kept(self, run: RunDirectory) -> None:
         """Rank 1 is heard first; what rank 0 was saving becomes a checkpoint before the run ends."""
-        manifest = Manifest(
-            step=5,
-            files={"model": FileEntry.of(b"weights")},
-            state_sha256="0" * 64,
-            metrics={},
-            versions={},
-            created="2026-01-01T00:00:00+00:00",
-        )
-        saved = one("checkpoint", 0, manifest=manifest, spent=SPENT, seconds=2.0, best_metric=None, best_step=None)
         script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), [failed(1, 0), exited(0)[1]], [saved, failed(0, 0), exited(0)[0]],
+            HELLO, both("started", step=0), [failed(1, 0), exited(0)[1]], [saved(0, 5), failed(0, 0), exited(0)[0]],
         ]  # fmt: skip
         with pytest.raises(TrainingError) as caught:
             drive(run, script)
@@ -256,3 +250,177 @@ class TestDeaths:
             "worker 1; the newest checkpoint is of step 4"
         )
         assert caught.value.traceback == "last words"
+
+
+def saved(attempt: int, step: int, seconds: float = 2.0) -> Message:
+    manifest = Manifest(
+        step=step,
+        files={"model": FileEntry.of(b"weights")},
+        state_sha256="0" * 64,
+        metrics={},
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    best = {"best_metric": None, "best_step": None}
+    return one("checkpoint", 0, attempt, manifest=manifest, spent=SPENT, seconds=seconds, **best)
+
+
+def all_of(count: int, kind: str, attempt: int, **content: Any) -> list[Message]:
+    return [one(kind, rank, attempt, **content) for rank in range(count)]
+
+
+def left(count: int, attempt: int, step: int) -> list[Message]:
+    """The workers have saved and finished, with steps left to do."""
+    return [saved(attempt, step), *all_of(count, "finished", attempt, step=step, completed=False, spent=SPENT)]
+
+
+def done(count: int, attempt: int) -> list[Message]:
+    return all_of(count, "finished", attempt, step=100, completed=True, spent=SPENT)
+
+
+class TestElastic:
+    def test_it_begins_with_what_is_there_and_takes_more_once_there_has_been_room_for_a_while(
+        self, run: RunDirectory
+    ) -> None:
+        def look(now: float) -> list[Node]:
+            return [node("a", 1)] if now < 10 else [node("a", 0), node("b", 2)]
+
+        script: list[list[Message] | float] = [
+            hello("a"), all_of(1, "started", 0, step=0), 10.0, 4.0, 2.0, left(1, 0, 9), hello("a", "b", "b"),
+            all_of(3, "started", 1, step=9), done(3, 1),
+        ]  # fmt: skip
+        driver, group = drive(run, script, look, num=(1, 4))
+
+        assert group.started == [1, 3]
+        assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
+        (resized,) = events(run, "resized")
+        assert (resized["before"], resized["workers"], resized["step"]) == (1, 3, 9)
+        assert driver.result()["workers"] == 3
+
+    def test_room_that_comes_and_goes_is_not_taken(self, run: RunDirectory) -> None:
+        def look(now: float) -> list[Node]:
+            return [node("a", 1 - now // 3 % 2)]
+
+        script: list[list[Message] | float] = [hello("a"), all_of(1, "started", 0, step=0), *[1.1] * 20, done(1, 0)]
+        _, group = drive(run, script, look, num=(1, 4))
+
+        assert group.started == [1]
+
+    def test_it_never_takes_more_than_the_most(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [hello("a", "a"), all_of(2, "started", 0, step=0), *[3.0] * 5, done(2, 0)]
+        _, group = drive(run, script, lambda _: [node("a", 2), node("b", 4)], num=(1, 2))
+
+        assert group.started == [2]
+
+    def test_a_lost_node_is_done_without(self, run: RunDirectory) -> None:
+        """What the survivors hold is theirs to take again."""
+
+        def look(now: float) -> list[Node]:
+            return [node("a", 0), node("b", 0)] if now < 2 else [node("a", 0)]
+
+        script: list[list[Message] | float] = [
+            hello("a", "a", "b"), all_of(3, "started", 0, step=0), 2.0,
+            [{"kind": "agents_lost", "lost": {2: "its node has died"}, "what": ""}],
+            [one("failed", 0, 0, cause="ClusterError", message="lost the others", traceback="", place="")],
+            hello("a", "a"), all_of(2, "started", 1, step=0), done(2, 1),
+        ]  # fmt: skip
+        first = [node("a", 2), node("b", 1)]
+        _, group = drive(run, script, lambda now: first if now < 0.1 else look(now), num=(1, 3))
+
+        assert group.started == [3, 2]
+        (lost,) = events(run, "worker_lost")
+        assert (lost["rank"], lost["reason"]) == (2, "its node has died")
+
+    def test_too_few_are_waited_for(self, run: RunDirectory) -> None:
+        def look(now: float) -> list[Node]:
+            return [node("a", 1 if now < 30 else 2)]
+
+        _, group = drive(run, [10.0, 10.0, 20.0, HELLO, finished(0)], look, num=2)
+
+        assert group.started == [2]
+        (waiting,) = events(run, "waiting")
+        assert waiting["reason"] == "there is room for 1 of at least 2 workers of 1 CPU each, on 1 node"
+
+    def test_but_not_for_ever(self, run: RunDirectory) -> None:
+        with pytest.raises(ClusterError) as caught:
+            drive(run, [10.0, 10.0], lambda _: [node("a", 1)], num=2, wait_s=15.0)
+
+        assert str(caught.value) == (
+            "there is room for 1 of at least 2 workers of 1 CPU each, on 1 node, after 15 s of waiting "
+            "(workers.wait_s); free or add nodes, or lower workers.num, then launcher resume memory://driver/run"
+        )
+
+    def test_agents_that_could_not_start_are_no_failure(self, run: RunDirectory) -> None:
+        """Room was taken by others in the meantime."""
+        not_started = [{"kind": "agents_lost", "lost": {}, "what": "the placement group was not ready in 15 s"}]
+        _, group = drive(run, [not_started, HELLO, finished(0)], max_failures=0)
+
+        assert group.started == [2, 2]
+        assert events(run, "worker_lost") == []
+
+
+class TestLeaving:
+    def draining(self, within_s: float, **here: bool) -> Callable[[float], list[Node]]:
+        """Two nodes for two workers; the one of rank 1 is drained while they train."""
+        deadline = time.time() + within_s
+
+        def look(now: float) -> list[Node]:
+            drains_at = deadline if now > 0.6 else None
+            return [node("a", 1), node("b", 1, drains_at=drains_at, **here)]
+
+        return look
+
+    def test_a_drained_node_is_left_after_a_save(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            hello("a", "b"), [*both("started", step=0), saved(0, 5)], 1.1, left(2, 0, 9), hello("a", "a"),
+            both("started", 1, step=9), done(2, 1),
+        ]  # fmt: skip
+        driver, group = drive(run, script, self.draining(60.0))
+
+        assert group.started == [2, 2]
+        assert [event["reason"] for event in events(run, "leaving")] == ["node 10.0.0.b is being drained"]
+        assert [event["step"] for event in events(run, "training")] == [0, 9]
+        assert driver.result()["time"]["lost"] == 0
+
+    def test_or_at_once_if_a_save_would_not_fit(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            hello("a", "b"), [*both("started", step=0), saved(0, 5, seconds=30.0)], 1.1, 0.1, hello("a", "a"),
+            both("started", 1, step=5), done(2, 1),
+        ]  # fmt: skip
+        _, group = drive(run, script, self.draining(10.0))
+
+        assert group.started == [2, 2]
+        assert not [order for order in group.orders if order.get("stop")]
+        (leaving,) = events(run, "leaving")
+        assert leaving["reason"].endswith(
+            "s are left, and a save takes 30.0 s, so the checkpoint of step 5 is relied upon"
+        )
+        assert events(run, "worker_lost") == []
+
+    def test_the_drivers_own_node_ends_the_run_resumable(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [hello("a", "b"), both("started", step=0), 1.1, left(2, 0, 9)]
+        driver, _ = drive(run, script, self.draining(60.0, is_here=True))
+
+        assert driver.result()["status"] == "stopped"
+        (stopping,) = events(run, "stop_requested")
+        assert stopping["reason"] == "node 10.0.0.b is being drained, and the driver runs on it"
+
+    def test_workers_that_die_on_their_way_out_are_no_failure(self, run: RunDirectory) -> None:
+        died = [{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}]
+        script: list[list[Message] | float] = [
+            hello("a", "b"), both("started", step=0), 1.1, died,
+            hello("a", "a"), both("started", 1, step=0), done(2, 1),
+        ]  # fmt: skip
+        _, group = drive(run, script, self.draining(60.0), max_failures=0)
+
+        assert group.started == [2, 2]
+        assert events(run, "worker_lost") == []
+
+    def test_a_budget_of_worker_hours(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [HELLO, both("started", step=0), 1800.0, left(2, 0, 9)]
+        driver, _ = drive(run, script, max_worker_hours=0.9)
+
+        assert driver.result()["status"] == "stopped"
+        assert driver.result()["worker_hours"] == pytest.approx(1.0, abs=0.01)
+        (stopping,) = events(run, "stop_requested")
+        assert stopping["reason"] == "stopping at workers.max_worker_hours=0.9"
