@@ -154,13 +154,14 @@ def _continue(
     for change in changed:
         display.message(f"changed {change}")
     import_ahead()
-    begun_with = run.read_environment().get("init_from")
-    plan = make_plan(_of_begun(run, wanted, None if force else begun_with), import_paths, _nodes_there())
-    reached = max(run.checkpoints.steps(), default=0)
+    environment, reached = run.read_environment(), max(run.checkpoints.steps(), default=0)
+    begun_with = environment.get("init_from")
+    left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
+    plan = make_plan(left_to_load, import_paths, _nodes_there())
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return _document(status)
-    fingerprint = run.read_environment().get("data_fingerprint")
+    fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
             f"{wanted.source}: data has changed since the run began: other samples, classes or targets; "
@@ -212,10 +213,10 @@ def _nodes_there() -> list[Node] | None:
     return nodes() if is_joined() else None
 
 
-def _of_begun(run: RunDirectory, wanted: Description, begun_with: dict[str, str] | None) -> Description:
+def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] | None) -> Description:
     """What is left to plan of ``init_from``: nothing once the run has weights of its own, else the very same source."""
     init_from = wanted.spec.init_from
-    if init_from is None or run.checkpoints.steps():
+    if init_from is None or reached:
         init_from = None
     elif begun_with is not None:
         init_from = dataclasses.replace(init_from, url=begun_with["url"])
