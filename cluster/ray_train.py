@@ -9,7 +9,6 @@ import importlib
 import logging
 import math
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _ORDERS_WAIT_S = 30.0
 _CONTROLLER_WAIT_S = 0.5
 _ROUNDING = 1e-6
+_joined = threading.Event()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,15 +152,17 @@ def joined_cluster(address: str) -> "Iterator[None]":
             f"--cluster {address}: {one_line(error)[:300]}; give the HOST:PORT that `ray start --head` printed, on a "
             "host of the cluster, with the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
+    _joined.set()
     try:
         yield
     finally:
+        _joined.clear()
         ray.shutdown()
 
 
 def is_joined() -> bool:
-    """Whether this process is connected to a cluster; does not import Ray."""
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    """Whether this process is in a ``joined_cluster``; does not import Ray."""
+    return _joined.is_set()
 
 
 def nodes() -> list[Node]:
@@ -523,7 +525,8 @@ def _fork_server(task: Task, is_with_driver: bool) -> str | None:
 
 def _reason(error: BaseException) -> str:
     """What Ray says of an agent that it lost, in a line, without the advice that follows."""
-    return _last_line(error).partition(" Some common causes")[0]
+    reason = _last_line(error).partition(" Some common causes")[0].partition("Worker exit detail: ")
+    return (reason[2] or reason[0]).rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:
