@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, and the driver looks for itself
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then the driver is asked again: what was free may be taken
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -39,6 +41,7 @@ _ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 100 * 2**20
 _ORDERS_WAIT_S = 30.0
 _CONTROLLER_WAIT_S = 0.5
+_CONNECT_TIMEOUT_S = 10.0
 _ROUNDING = 1e-6
 _joined = threading.Event()
 
@@ -143,6 +146,7 @@ def joined_cluster(address: str) -> "Iterator[None]":
         ClusterError: There is none, or it does not let this process in.
     """
     _set_environment()
+    _check_listens(address)  # Ray itself would try for minutes
     import ray
 
     try:
@@ -158,6 +162,18 @@ def joined_cluster(address: str) -> "Iterator[None]":
     finally:
         _joined.clear()
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ClusterError(f"--cluster must be HOST:PORT, got {address!r}; `ray start --head` printed it")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"--cluster {address}: no Ray head answers there: {error}; is it up, and the port its own?"
+        ) from error
 
 
 def is_joined() -> bool:
@@ -332,10 +348,16 @@ def _steered_trainer(switchboard: Any) -> type:
 
     unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
+    can_grow = is_joined()
+
     class Steering(FixedScalingPolicy):
         """Starts the agents that the driver wants, when it wants others than there are."""
 
         generation = 0
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            if can_grow:  # a machine alone has no autoscaler, and asking takes a process of its own
+                super().after_controller_start(train_run_context)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
             return self._decide(_CONTROLLER_WAIT_S)
@@ -350,7 +372,8 @@ def _steered_trainer(switchboard: Any) -> type:
             if wanted.is_over or wanted.generation == self.generation:
                 return NoopDecision()
             self.generation = wanted.generation
-            self._maybe_send_resource_request()
+            if can_grow:
+                self._maybe_send_resource_request()
             return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
 
     class Telling(FailurePolicy):
