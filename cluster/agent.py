@@ -28,6 +28,8 @@ from cluster.errors import LauncherError, StorageError
 from cluster.link import Beat, Link
 from cluster.run_directory import RunDirectory
 
+FAULTS_VARIABLE = "LAUNCHER_FAULTS"
+"""The environment variable that names a plan of faults, see ``cluster.faults``."""
 _WATCH_INTERVAL_S = 1.0
 _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
@@ -323,7 +325,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         f"{began}: worker {task.rank} of {task.world_size}, attempt {task.attempt}, "
         f"process {os.getpid()} on {socket.gethostname()}"
     )
-    link = Link(connection)
+    link = _make_link(connection, task)
     try:
         fork_server.resolve(task.entry)(link, task)
     except LauncherError as error:
@@ -338,6 +340,16 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         link.close()
         os._exit(1)
     link.close()
+
+
+def _make_link(connection: Connection, task: Task) -> Link:
+    """The wire to the agent; where a plan of faults is given, which no production does, one with faults in it."""
+    plan = os.environ.get(FAULTS_VARIABLE)
+    if plan is None:
+        return Link(connection)
+    from cluster.faults import FaultyLink
+
+    return FaultyLink(connection, Path(plan), task.rank, task.attempt)
 
 
 def _state_of(pid: int | None) -> str:
