@@ -1,0 +1,70 @@
+"""Runs with planned faults, and what they are held against."""
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.agent import FAULTS_VARIABLE
+from cluster.run_directory import RunDirectory
+from launcher.description import load
+from tests.distributed.team_process import run_job
+from tests.e2e.command import JOBS, Ended, rows
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
+
+Bits = tuple[str, list[dict[str, Any]]]
+"""What no fault may change: the digest of the whole state, and every row of metrics."""
+
+
+def undisturbed(home: Path) -> Bits:
+    """The bits of the short job, trained by one process: no Ray, no agent, no driver."""
+    spec = replace(load(JOBS / "digits.yaml", SHORT).spec, store=str(home))
+    outcome = run_job(spec, world_size=1)
+    return outcome.digest, outcome.rows
+
+
+def bits(ended: Ended, run: Path) -> Bits:
+    """The bits of a run that is complete."""
+    assert ended.exit_code == 0, ended.stderr
+    assert ended.document["status"] == "completed"
+    return ended.document["state_sha256"], [json.loads(line) for line in rows(run).splitlines()]
+
+
+def assert_nothing_was_lost(run: Path) -> None:
+    """Every attempt went on from the newest checkpoint that was committed before it."""
+    newest = 0
+    for event in RunDirectory(str(run)).events().read():
+        if event["kind"] == "checkpoint":
+            newest = event["step"]
+        elif event["kind"] == "training":
+            assert event["step"] == newest, event
+
+
+def processes_of(plan: Path) -> dict[int, str]:
+    """The processes that were started with this plan in their environment and have not ended, and their commands."""
+    named = f"{FAULTS_VARIABLE}={plan}".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if named in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it has just ended, or is another user's
+                continue
+    return found
+
+
+def wait_for_end_of(plan: Path, timeout_s: float) -> dict[int, str]:
+    """Waits until nothing of a run is left; returns, and ends, what is left after that."""
+    deadline = time.monotonic() + timeout_s
+    while (left := processes_of(plan)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left

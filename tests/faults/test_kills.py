@@ -1,0 +1,112 @@
+"""Processes killed at every moment of a run; the bits are those of an undisturbed one, and little is done twice."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cluster.agent import FAULTS_VARIABLE
+from cluster.faults import EXIT_CODE, Fault, fired, write_plan
+from tests.e2e.command import JOBS, Running, events, launcher
+from tests.faults.planned import SHORT, Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
+
+OVERRIDES = (*SHORT, "workers.max_failures=20", "--json")
+END_TIMEOUT_S = 15.0
+MOMENTS = [
+    Fault(kind="kill", doing="start", rank=0),
+    Fault(kind="kill", doing="start", rank=1, after_s=0.2, follows=0),  # while it builds, or waits for the other
+    Fault(kind="kill", doing="forward", step=7, rank=1),
+    Fault(kind="kill", doing="start", rank=0, follows=2),  # during the recovery from it
+    Fault(kind="kill", doing="backward", step=12, rank=0, after_s=0.003),  # in the exchange
+    Fault(kind="kill", doing="storage", step=15, rank=0, after_s=0.005),  # amid the files of a checkpoint
+    Fault(kind="kill", doing="storage", step=20, rank=0, after_s=0.02),
+    Fault(kind="kill", doing="storage", step=20, rank=0, after_s=0.02),  # twice in a row
+    Fault(kind="kill", doing="validation", step=22, rank=1),
+    Fault(kind="raise", doing="data", step=27, rank=1),
+    Fault(kind="kill", doing="forward", step=30, rank=0),  # both at once
+    Fault(kind="kill", doing="forward", step=30, rank=1),
+    Fault(kind="kill", doing="forward", step=36, rank=1, victim="agent"),
+    Fault(kind="kill", doing="start", rank=0, follows=12, victim="agent"),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a plan for the commands that follow."""
+
+    def make(*faults: Fault, name: str = "plan.json") -> Path:
+        write_plan(faults, tmp_path / name)
+        monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / name))
+        return tmp_path / name
+
+    return make
+
+
+def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bits) -> None:
+    plan = make_plan(*MOMENTS)
+    ended = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path)
+    run = tmp_path / "runs/digits"
+
+    assert bits(ended, run) == reference
+    assert fired(plan).keys() == set(range(len(MOMENTS)))
+    assert_nothing_was_lost(run)
+    # Each is one failure and one attempt more; two at once are one or two.
+    num_lost = len(events(run, "worker_lost"))
+    assert len(MOMENTS) - 1 <= num_lost <= len(MOMENTS)
+    assert ended.document["attempts"] == num_lost + 1
+    assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
+
+
+def test_a_run_that_ended_badly_is_resumed(tmp_path: Path, make_plan, reference: Bits) -> None:
+    """By an exception that comes again, an exit code, and a driver that is killed: in other places each time."""
+    run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    again = Fault(kind="raise", doing="data", step=12, rank=1)
+    plan = make_plan(again, again, name="raised.json")
+    raised = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path)
+    assert raised.exit_code == 1
+    assert fired(plan).keys() == {0, 1}
+    assert raised.document["attempts"] == 2
+    error = raised.document["error"]
+    assert error.startswith("worker 1, step 13: InjectedFault: fault 1 of the plan, in data after step 12; the newest")
+    assert f"error: {error}\n" in raised.stderr
+    assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
+
+    plan = make_plan(Fault(kind="exit", doing="forward", step=17, rank=2), name="exited.json")
+    exited = launcher("resume", run, "workers.num=3", "--json", cwd=elsewhere)
+    assert exited.exit_code == 1
+    assert fired(plan).keys() == {0}
+    assert f"ended with exit code {EXIT_CODE} at step" in exited.document["error"]
+    assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
+
+    plan = make_plan(Fault(kind="note", doing="forward", step=17), name="driver.json")
+    running = Running(["resume", run, "workers.num=4", "--json"], elsewhere)
+    running.wait_until(lambda: 0 in fired(plan))
+    os.kill(running.pid, signal.SIGSTOP)  # it commits nothing any more
+    running.wait_until(lambda: uncommitted(run) != set())
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait().exit_code == -signal.SIGKILL
+    assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
+    assert uncommitted(run), "it was killed between the files of a checkpoint and its manifest"
+
+    make_plan()
+    resumed = launcher("resume", run, "workers.num=1", "--json", cwd=elsewhere)
+    assert bits(resumed, run) == reference
+    assert_nothing_was_lost(run)
+    assert uncommitted(run) == set()
+
+
+def uncommitted(run: Path) -> set[str]:
+    """The folders of checkpoints whose files are all there, and whose manifest is not."""
+    folders: dict[str, set[str]] = {}
+    for path in (run / "checkpoints").glob("*/*"):
+        folders.setdefault(path.parent.name, set()).add(path.name)
+    files = {"model.safetensors", "training.safetensors", "training.json"}
+    return {name for name, found in folders.items() if found == files}
