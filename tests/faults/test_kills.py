@@ -79,8 +79,8 @@ def test_a_run_that_ended_badly_is_resumed(tmp_path: Path, make_plan, reference:
     assert f"error: {error}\n" in raised.stderr
     assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
 
-    plan = make_plan(Fault(kind="exit", doing="forward", step=17, rank=2), name="exited.json")
-    exited = launcher("resume", run, "workers.num=3", "--json", cwd=elsewhere)
+    plan = make_plan(Fault(kind="exit", doing="forward", step=17), name="exited.json")
+    exited = launcher("resume", run, "workers.num=1", "--json", cwd=elsewhere)
     assert exited.exit_code == 1
     assert fired(plan).keys() == {0}
     assert f"ended with exit code {EXIT_CODE} at step" in exited.document["error"]
@@ -97,7 +97,7 @@ def test_a_run_that_ended_badly_is_resumed(tmp_path: Path, make_plan, reference:
     assert uncommitted(run), "it was killed between the files of a checkpoint and its manifest"
 
     make_plan()
-    resumed = launcher("resume", run, "workers.num=1", "--json", cwd=elsewhere)
+    resumed = launcher("resume", run, "workers.num=3", "--json", cwd=elsewhere)
     assert bits(resumed, run) == reference
     assert_nothing_was_lost(run)
     assert uncommitted(run) == set()
