@@ -240,11 +240,11 @@ class _TrainingProcess:
     def news_of_progress(self) -> dict[str, Any] | None:
         """A message when the process has made no progress for too long, where it stands; and when it goes on again.
 
-        Until its first step is done it may be long about reading, compiling and tuning, and a save is as slow as its
-        store: those have limits of their own.
+        Until its own first step is done, wherever the run stands, it may be long about reading, compiling and tuning,
+        and a save is as slow as its store: those have limits of their own.
         """
         beat, silent_s = self._beat, time.monotonic() - self._heard_at
-        if beat is None or beat.step == 0:
+        if beat is None or beat.is_first_step:
             return None
         is_hung = silent_s + beat.for_s >= self.task.hang_timeout_s and beat.doing != "storage"
         if is_hung == self._is_hung:

@@ -7,6 +7,7 @@ tree allows; between workers, each owns one slice of a bucket, receives everybod
 finishes the tree, and sends the slice to all. Those are the bytes of a ring all-reduce.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from cluster.link import Activity
 
 Node = tuple[int, int]
 """A node of the summation tree: the shards [first, end) below it."""
@@ -68,7 +71,7 @@ def complete_subtrees(block: range, shards: int) -> list[Node]:
 
 
 class TreeExchange:
-    """A DDP communication hook that sums gradients along the tree.
+    """Sums gradients along the tree, for a communication hook of DDP.
 
     DDP averages and this does not: the loss is expected to be divided by the size of the global batch.
 
@@ -111,8 +114,8 @@ class TreeExchange:
         """Forgets what was set aside; called after the backward pass of the block's last shard."""
         self._aside = Fold(self._shards)
 
-    def hook(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """The communication hook: the bucket holds the gradients of the block's last shard."""
+    def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """For a communication hook of DDP: the bucket holds the gradients of the block's last shard."""
         buffer = bucket.buffer()
         earlier = [
             torch.cat([grads[self._index[parameter]].reshape(-1) for parameter in bucket.parameters()])
@@ -207,6 +210,51 @@ class TreeExchange:
         ]
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
+
+
+def sum_by_backend(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The other way to sum a bucket, in whatever order the backend takes; neither divides by the number of workers."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None, "an asynchronous collective is work"
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+class ExchangeWaits:
+    """Books what of an exchange a worker has to wait for, once its own part in it is done.
+
+    The process stands still with the CPU, and says so. A GPU stands still for itself, behind the process: events on
+    its stream tell how long, and they are read when they have happened, so that nobody waits for them.
+    """
+
+    def __init__(self, activity: Activity, device: torch.device) -> None:
+        self._activity = activity
+        self._on_gpu = device.type == "cuda"
+        self._began: torch.cuda.Event | None = None
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def begin(self) -> None:
+        """Everything that this worker has to give is computed, or enqueued."""
+        if self._on_gpu:
+            self._began = _event_on_stream()
+        else:
+            self._activity.begin_exchange()
+
+    def end(self) -> None:
+        """What the others have to give is there, or waited for on the stream."""
+        if not self._on_gpu:
+            self._activity.end_exchange()
+            return
+        assert self._began is not None, "an exchange has begun"
+        self._under_way.append((self._began, _event_on_stream()))
+        while self._under_way and self._under_way[0][1].query():
+            began, ended = self._under_way.popleft()
+            self._activity.exchanged(began.elapsed_time(ended) / 1000)
+
+
+def _event_on_stream() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def new_group(backend: str | None = None) -> dist.ProcessGroup:

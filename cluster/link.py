@@ -1,23 +1,25 @@
 """The training process's end of the wire to its agent: small messages out, orders in, nobody waits.
 
 A message is a dict of plain values with a ``kind``. Messages leave in batches, a few times a second, so
-that a run of short steps does not spend them on messages; they arrive complete and in order.
+that a run of short steps does not spend them on messages; they arrive complete and in order. Among them are
+beats, for the agent alone: what the process is at, and what its time has gone into.
 """
 
 import os
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 _BATCH_INTERVAL_S = 0.2
 _BEAT_INTERVAL_S = 1.0
 
-
-DOING = ("start", "data", "forward", "backward", "validation", "storage")
-"""What a training process can be at; within a step, in this order."""
+DOING = ("start", "restore", "data", "forward", "backward", "validation", "storage", "exchange")
+"""What a training process can be at; within a step, in this order. Whoever is in an exchange waits for the others,
+wherever they are, and so comes last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +27,98 @@ class Beat:
     """A sign of life, and of progress.
 
     Attributes:
-        marks: How often the work has told where it is.
         doing: What it does since the last mark, one of ``DOING``.
         step: The optimizer steps completed by then.
+        is_first_step: This process has not completed a step yet.
         for_s: Seconds since the last mark, when the beat left.
+        spent: Seconds by what was done, since the process began.
     """
 
-    marks: int
     doing: str
     step: int
+    is_first_step: bool
     for_s: float
+    spent: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Since when something is done, and what was spent until then; whole, so that any thread can read it."""
+
+    doing: str
+    step: int
+    at: float
+    spent: dict[str, float]
+
+
+class Activity:
+    """What a training process does, step by step, and what it has spent its time on.
+
+    One thread at a time tells it; any other may ask.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._mark = _Mark(DOING[0], 0, clock(), dict.fromkeys(DOING, 0.0))
+        self._first_step: int | None = None
+        self._before_exchange = DOING[0]
+
+    def mark(self, doing: str, step: int) -> None:
+        """Tells what is done from now on, and the steps completed; costs next to nothing."""
+        if self._first_step is None and doing == "data":  # which every step begins with
+            self._first_step = step
+        now = self._clock()
+        self._mark = _Mark(doing, step, now, _spent_until(now, self._mark))
+
+    def begin_exchange(self) -> None:
+        """From now on the process waits for what others have to give."""
+        self._before_exchange = self._mark.doing
+        self.mark("exchange", self._mark.step)
+
+    def end_exchange(self) -> None:
+        """It goes on with what it did before."""
+        self.mark(self._before_exchange, self._mark.step)
+
+    def exchanged(self, seconds: float) -> None:
+        """So much of what counts as ``backward`` was an exchange: a GPU tells of it when it is long over.
+
+        What the GPU waited while the process waited for something else has no share in the process's time.
+        """
+        mark = self._mark
+        seconds = min(seconds, mark.spent["backward"])
+        spent = dict(mark.spent)
+        spent["backward"] -= seconds
+        spent["exchange"] += seconds
+        self._mark = replace(mark, spent=spent)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by what was done, since the process began."""
+        return _spent_until(self._clock(), self._mark)
+
+    def beat(self) -> Beat:
+        """This moment, for a watcher."""
+        mark, now = self._mark, self._clock()
+        is_first_step = self._first_step is None or mark.step == self._first_step
+        return Beat(mark.doing, mark.step, is_first_step, now - mark.at, _spent_until(now, mark))
+
+
+def _spent_until(now: float, mark: _Mark) -> dict[str, float]:
+    return mark.spent | {mark.doing: mark.spent[mark.doing] + now - mark.at}
 
 
 class Link:
-    """Sends messages to the driver and hears its orders.
+    """Sends messages to the driver and hears its orders; its beats tell of ``activity``.
 
     The process ends at once when its agent is gone: nobody would hear of what it does.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.stop_wanted = threading.Event()
+        self.activity = Activity()
         self._connection = connection
         self._outbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._meeting_place: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._mark = (0, DOING[0], 0, time.monotonic())
-        self._spent = dict.fromkeys(DOING, 0.0)
         self._sender = threading.Thread(target=self._send_batches, name="link-send", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, name="link-receive", daemon=True).start()
@@ -58,18 +126,6 @@ class Link:
     def send(self, kind: str, **content: Any) -> None:
         """Queues a message for the driver; returns at once."""
         self._outbox.put({"kind": kind, **content})
-
-    def mark(self, doing: str, step: int) -> None:
-        """Tells what the work does from now on; costs next to nothing. A beat carries it to the agent."""
-        now = time.monotonic()
-        marks, was_doing, _, since = self._mark
-        self._spent[was_doing] += now - since
-        self._mark = (marks + 1, doing, step, now)
-
-    def spent(self) -> dict[str, float]:
-        """Seconds since the link was made, by what the work did; for the thread that marks."""
-        _, doing, _, since = self._mark
-        return self._spent | {doing: self._spent[doing] + time.monotonic() - since}
 
     def wait_for_meeting_place(self, timeout_s: float) -> tuple[str, int]:
         """The address and port where rank 0 waits for the others.
@@ -95,8 +151,7 @@ class Link:
             now = time.monotonic()
             if now - beat_at >= _BEAT_INTERVAL_S:
                 beat_at = now
-                marks, doing, step, marked_at = self._mark
-                batch.append(Beat(marks, doing, step, now - marked_at))
+                batch.append(self.activity.beat())
             while not self._outbox.empty():
                 batch.append(self._outbox.get())
             if batch:

@@ -33,6 +33,7 @@ def begin(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team:
             begin with are others than the plan read.
         StorageError: The store does not answer.
     """
+    link.activity.mark("restore", progress.step)
     found = team.from_rank_0(lambda: _newest_good(link, run))
     if found is not None:
         step, metrics, files = found

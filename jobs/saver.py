@@ -40,7 +40,7 @@ class Saver:
         """
         self.wait()
         state = to_host({**self._parts.state(), "progress": asdict(self._progress)})
-        self._in_flight = self._thread.submit(self._write, state, dict(metrics), self._link.spent())
+        self._in_flight = self._thread.submit(self._write, state, dict(metrics), self._link.activity.spent())
 
     def wait(self) -> None:
         """Returns when nothing is in flight.

@@ -42,6 +42,7 @@ class TrainingStep:
 
     def take(self, step: int, micro_batches: Sequence[Any]) -> StepOutcome:
         """Step number ``step``, counted from 0, on one micro-batch for each of this worker's shards."""
+        self._mark("forward", step)
         if self._replica is None or step in self._thaws:
             self._set_trainable(step)
         # Every shard starts from the buffers of the step's start, and shard 0's are everyone's at its end.
@@ -69,7 +70,6 @@ class TrainingStep:
         tallies = []
         denominator = self._weighed_denominator(step, micro_batches)
         buffers_of_first: list[Tensor] = []
-        self._mark("forward", step)
         for shard, (inputs, target) in zip(team.block, micro_batches):
             is_first, is_last = shard == team.block[0], shard == team.block[-1]
             if not is_first and buffers_at_start:
@@ -83,14 +83,15 @@ class TrainingStep:
                     denominator = loss.denominator(own_denominator, spec.train.shards)
                 if is_last:
                     self._mark("backward", step)
-                mean = numerator * (team.gradient_scale / denominator)
+                mean = numerator * (1.0 / denominator)
                 (mean if parts.scaler is None else parts.scaler.scale(mean)).backward()
+            if is_last:
+                team.step_done()
+            else:
+                team.set_aside_gradients(shard, self._trained)
             tallies.append(loss.tally(output, target, numerator))
             if is_first and not is_last:
                 buffers_of_first = [buffer.clone() for buffer in self._buffers]
-            if not is_last:
-                team.set_aside_gradients(shard, self._trained)
-        team.step_done()
         if buffers_of_first:
             torch._foreach_copy_(self._buffers, buffers_of_first)
         team.share_buffers(self._buffers)

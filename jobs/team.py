@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import LauncherError
-from cluster.exchange import TreeExchange, all_gather_flat, new_group
+from cluster.exchange import ExchangeWaits, TreeExchange, all_gather_flat, new_group, sum_by_backend
+from cluster.link import Activity
 from jobs.order import shard_block
 from jobs.pulse import exact_sum
 
@@ -31,8 +32,17 @@ class Team:
     Collective: every rank constructs it and calls its methods in the same order.
     """
 
-    def __init__(self, *, rank: int, world_size: int, shards: int, exact: bool, device: torch.device) -> None:
-        """The default process group must exist."""
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        shards: int,
+        exact: bool,
+        device: torch.device,
+        activity: Activity | None = None,
+    ) -> None:
+        """The default process group must exist. ``activity`` is told when this worker waits for the others."""
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -40,14 +50,13 @@ class Team:
         self.block = self.blocks[rank]
         self.cpu_group = new_group("gloo")
         self._exchange = TreeExchange(shards=shards, blocks=self.blocks, rank=rank, device=device) if exact else None
-        # DDP's own all-reduce divides by the number of workers; the tree exchange leaves a sum a sum.
-        self.gradient_scale = 1.0 if exact else float(world_size)
+        self._activity = activity or Activity()
+        self._waits = ExchangeWaits(self._activity, device)
 
     def replicate(self, model: nn.Module) -> DistributedDataParallel:
         """Wraps a model so that its backward pass ends with the gradients of the global batch."""
         replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_LEAVE_BUFFERS)
-        if self._exchange is not None:
-            replica.register_comm_hook(None, self._exchange.hook)
+        replica.register_comm_hook(None, self._sum_bucket)
         return replica
 
     def set_aside_gradients(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
@@ -57,6 +66,8 @@ class Team:
 
     def step_done(self) -> None:
         """After the backward pass of this worker's last shard of the step."""
+        if self.world_size > 1:
+            self._waits.end()
         if self._exchange is not None:
             self._exchange.step_done()
 
@@ -67,7 +78,9 @@ class Team:
         for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
             same = [buffer for buffer in buffers if buffer.dtype == dtype]
             flat = torch.cat([buffer.reshape(-1) for buffer in same])
+            self._waits.begin()
             dist.broadcast(flat, src=0)
+            self._waits.end()
             values = flat.split([buffer.numel() for buffer in same])
             torch._foreach_copy_(same, [value.view_as(buffer) for value, buffer in zip(values, same)])
 
@@ -107,7 +120,16 @@ class Team:
             self._exchange.close()
         dist.destroy_process_group()
 
+    def _sum_bucket(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP's communication hook. DDP calls it in the order of its buckets, with each as soon as it is computed."""
+        total = sum_by_backend(bucket) if self._exchange is None else self._exchange.sum(bucket)
+        if bucket.is_last() and self.world_size > 1:
+            self._waits.begin()
+        return total
+
     def _gather(self, values: Tensor) -> Tensor:
         gathered = values.new_empty(self.world_size * values.numel())
+        self._activity.begin_exchange()
         all_gather_flat(gathered, values, self.cpu_group)
+        self._activity.end_exchange()
         return gathered

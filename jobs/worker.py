@@ -41,7 +41,12 @@ def main(link: Link, task: Task) -> None:
     try:
         meet(link, task, spec.workers.timeout_s)
         team = Team(
-            rank=task.rank, world_size=task.world_size, shards=spec.train.shards, exact=spec.train.exact, device=device
+            rank=task.rank,
+            world_size=task.world_size,
+            shards=spec.train.shards,
+            exact=spec.train.exact,
+            device=device,
+            activity=link.activity,
         )
         train(link, RunDirectory(task.run_url), spec, build_parts(spec, device), progress, team)
     except LauncherError:
@@ -72,7 +77,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
 
     def tell(kind: str, **content: Any) -> None:
         if team.rank == 0:
-            link.send(kind, time=time.time(), spent=link.spent(), **content)
+            link.send(kind, time=time.time(), spent=link.activity.spent(), **content)
 
     loop = Loop(
         spec,
@@ -83,20 +88,20 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         tell=tell,
         save=saver.save if team.rank == 0 else lambda _: None,
         stop_wanted=link.stop_wanted.is_set,
-        mark=link.mark,
+        mark=link.activity.mark,
     )
-    link.mark("data", progress.step)
-    link.send("started", step=progress.step)
+    link.activity.mark("data", progress.step)
+    link.send("started", step=progress.step, spent=link.activity.spent())
     try:
         loop.run()
     except Exception:
         with contextlib.suppress(StorageError):  # the failure at hand is the one to tell
             saver.wait()
         raise
-    link.mark("storage", progress.step)
+    link.activity.mark("storage", progress.step)
     saver.wait()
     team.barrier()
-    link.send("finished", step=progress.step, completed=loop.is_complete, spent=link.spent())
+    link.send("finished", step=progress.step, completed=loop.is_complete, spent=link.activity.spent())
     team.close()
 
 

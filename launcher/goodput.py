@@ -7,83 +7,105 @@ an attempt that failed is lost, and done again. Times come in as numbers: nothin
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PARTS = ("startup", "recovery", "data", "compute", "validation", "storage", "lost", "closing")
-"""Until the first attempt trains; from a failure until the next one does; waiting for data; forward, backward and
-exchange; validation; waiting for a save; work that no checkpoint kept; after the last step."""
-_PRODUCTIVE = ("compute", "validation")
+PARTS = (
+    "startup", "waiting", "restore", "recovery", "data", "compute", "exchange", "validation", "storage", "lost",
+    "closing",
+)  # fmt: skip
+"""Until the first attempt trains; with none or too few workers there; reading what an attempt begins with; from the
+end of an attempt until the next one trains; waiting for data; computing steps; waiting for what the other workers add
+to them; validation; waiting for a save; work that no checkpoint kept; after the last step."""
+_PRODUCTIVE = ("compute", "exchange", "validation")
 _PART_OF = {
-    "data": "data", "forward": "compute", "backward": "compute", "validation": "validation", "storage": "storage",
+    "data": "data", "forward": "compute", "backward": "compute", "exchange": "exchange", "validation": "validation",
+    "storage": "storage",
 }  # fmt: skip
+_TRAINING = "training"
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Books a run's wall time.
+    """Books a run's wall time, phase by phase: an attempt trains, or the next one is waited for and prepared.
 
     Attributes:
-        begun_at: When the first part began.
-        booked: Seconds by part, of everything that is over; earlier invocations of the run may have booked some.
+        begun_at: When the present phase began.
+        booked: Seconds by part, of all phases before it; earlier invocations of the run may have booked some.
     """
 
     begun_at: float
     booked: dict[str, float] = field(default_factory=dict)
-    _waits_for: str = "startup"
-    _training_since: float | None = None
+    _phase: str = "startup"
+    """A part, as a whole; or training, which has many."""
+    _preparing: str = "startup"
+    """The phase from when all workers are there until they train."""
     _told: dict[str, float] = field(default_factory=dict)
     _kept: dict[str, float] = field(default_factory=dict)
 
-    def training_began(self, now: float) -> None:
-        """The workers stand at a step."""
-        self._book(self._waits_for, now - self.begun_at)
-        self._training_since = self.begun_at = now
-        self._told, self._kept = {}, {}
+    def waiting(self, now: float) -> None:
+        """Workers are missing."""
+        self._begin("waiting", now)
+
+    def workers_there(self, now: float) -> None:
+        """None is missing; an attempt is prepared."""
+        self._begin(self._preparing, now)
+
+    def training_began(self, now: float, spent: Mapping[str, float]) -> None:
+        """The workers stand at a step; ``spent``: what rank 0 has spent on what to come there."""
+        self._kept = {"restore": spent["restore"]}
+        self._begin(_TRAINING, now)
 
     def told(self, spent: Mapping[str, float]) -> None:
-        """What rank 0 has spent on what, since it began."""
-        self._told = _in_parts(spent)
+        """What rank 0 has spent on what, since its process began."""
+        if self._phase == _TRAINING:  # what is told later is lost all the same
+            self._told = _in_parts(spent)
 
     def saved(self, spent: Mapping[str, float]) -> None:
         """A checkpoint has kept what was spent until then."""
-        self._kept = _in_parts(spent)
+        if self._phase == _TRAINING:
+            self._kept = _in_parts(spent)
+            self._told = {part: max(length, self._told.get(part, 0.0)) for part, length in self._kept.items()}
 
     def failed(self, now: float) -> None:
-        """The workers are lost; the next are waited for."""
-        if self._training_since is not None:
-            self._end(self._kept, "lost", now)
-        else:
-            self._book(self._waits_for, now - self.begun_at)
-            self.begun_at = now
-        self._waits_for = "recovery"
+        """The workers are lost, and with them what no checkpoint kept; it can be noticed in several ways."""
+        self._preparing = "recovery"
+        self._begin("recovery", now)
+
+    def parked(self, now: float) -> None:
+        """The workers have saved and left, and others will go on: nothing is lost."""
+        self._kept = self._told
+        self._begin("waiting", now, unkept="recovery")
 
     def ended(self, now: float, *, kept: bool) -> None:
         """The run is over; ``kept``: everything that was told is in a checkpoint."""
-        if self._training_since is not None:
-            self._end(self._told if kept else self._kept, "closing" if kept else "lost", now)
-        else:
-            self._book(self._waits_for, now - self.begun_at)
-            self.begun_at = now
+        if kept:
+            self._kept = self._told
+        self._begin("closing", now, unkept="closing" if kept else "lost")
 
     def parts(self, now: float) -> dict[str, float]:
         """Seconds by part, of everything until now; what is not kept yet counts as what it was told to be."""
         seconds = dict(self.booked)
-        if self._training_since is None:
-            open_parts = {self._waits_for: now - self.begun_at}
-        else:
-            rest = now - self._training_since - sum(self._told.values())
-            open_parts = {**self._told, "compute": self._told.get("compute", 0.0) + max(0.0, rest)}
-        for part, length in open_parts.items():
-            seconds[part] = seconds.get(part, 0.0) + length
+        _add(seconds, _divided(now - self.begun_at, self._told, "compute" if self._phase == _TRAINING else self._phase))
         return {part: round(seconds.get(part, 0.0), 3) for part in PARTS}
 
-    def _end(self, kept: Mapping[str, float], rest: str, now: float) -> None:
-        assert self._training_since is not None
-        for part, length in kept.items():
-            self._book(part, length)
-        self._book(rest, max(0.0, now - self._training_since - sum(kept.values())))
-        self._training_since, self.begun_at = None, now
+    def unsaved(self) -> dict[str, float]:
+        """Of these, the seconds that no checkpoint has kept yet."""
+        return {part: round(length - self._kept.get(part, 0.0), 3) for part, length in self._told.items()}
 
-    def _book(self, part: str, length: float) -> None:
-        self.booked[part] = self.booked.get(part, 0.0) + length
+    def _begin(self, phase: str, now: float, *, unkept: str = "lost") -> None:
+        """Books the phase that is over; ``unkept``: what becomes of the time of an attempt that nothing has kept."""
+        is_attempt = self._phase == _TRAINING
+        _add(self.booked, _divided(now - self.begun_at, self._kept, unkept if is_attempt else self._phase))
+        if is_attempt:
+            self._preparing = "recovery"
+        self._phase, self.begun_at = phase, now
+        self._told, self._kept = {}, {}
+
+
+def taken_over(parts: Mapping[str, float], unsaved: Mapping[str, float]) -> dict[str, float]:
+    """What a driver that was killed has booked, without what it had not saved: that is lost."""
+    seconds = dict(parts)
+    _add(seconds, {part: -length for part, length in unsaved.items()})
+    _add(seconds, {"lost": sum(unsaved.values())})
+    return seconds
 
 
 def goodput(parts: Mapping[str, float]) -> float | None:
@@ -92,8 +114,26 @@ def goodput(parts: Mapping[str, float]) -> float | None:
     return round(sum(parts.get(part, 0.0) for part in _PRODUCTIVE) / total, 4) if total else None
 
 
+def _divided(elapsed: float, known: Mapping[str, float], rest: str) -> dict[str, float]:
+    """Divides the length of a phase into what is known of it, and the rest.
+
+    Messages take a moment to arrive, so what is known can be a little longer than the phase, and is shortened then.
+    """
+    total = sum(known.values())
+    scale = min(1.0, elapsed / total) if total else 0.0
+    parts = {part: length * scale for part, length in known.items()}
+    _add(parts, {rest: elapsed - total * scale})
+    return parts
+
+
+def _add(seconds: dict[str, float], parts: Mapping[str, float]) -> None:
+    for part, length in parts.items():
+        seconds[part] = seconds.get(part, 0.0) + length
+
+
 def _in_parts(spent: Mapping[str, float]) -> dict[str, float]:
     parts: dict[str, float] = {}
-    for doing, part in _PART_OF.items():
-        parts[part] = parts.get(part, 0.0) + spent[doing]
+    for doing, length in spent.items():
+        if doing in _PART_OF:  # what came before the first step is in another phase
+            _add(parts, {_PART_OF[doing]: length})
     return parts

@@ -256,13 +256,16 @@ def _spent(result: Mapping[str, Any]) -> str | None:
 
 
 def _goodput(result: Mapping[str, Any]) -> str | None:
-    """The share of the time that went into training, and where most of the rest went."""
+    """The share of the time that went into training, and what all of it went into, the most first."""
     if result.get("goodput") is None:
         return None
-    parts = sorted(result["time"].items(), key=lambda part: -part[1])
-    return f"{result['goodput']:.0%}: " + ", ".join(
-        f"{name} {seconds:.1f} s" for name, seconds in parts if seconds >= 0.05
-    )
+    longest_first = sorted(result["time"].items(), key=lambda part: part[1], reverse=True)
+    parts = [
+        f"{name} {duration(seconds) if seconds >= 60 else f'{seconds:.1f} s'}"
+        for name, seconds in longest_first
+        if seconds >= 0.05
+    ]
+    return f"{result['goodput']:.0%}: {', '.join(parts)}"
 
 
 def _next_commands(status: str, run: str) -> list[tuple[str, str]]:

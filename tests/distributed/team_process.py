@@ -79,7 +79,12 @@ def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
     device = torch.device("cpu")
     meet(link, task, TIMEOUT_S)
     team = Team(
-        rank=task.rank, world_size=task.world_size, shards=spec.train.shards, exact=spec.train.exact, device=device
+        rank=task.rank,
+        world_size=task.world_size,
+        shards=spec.train.shards,
+        exact=spec.train.exact,
+        device=device,
+        activity=link.activity,
     )
     parts = build_parts(spec, device)
     stopping_link: Any = _StoppingLink(link, stop_after)
@@ -188,7 +193,7 @@ class _StoppingLink:
     """A link over which the order to stop arrives when it has told of a step."""
 
     def __init__(self, link: Link, stop_after: int | None) -> None:
-        self.stop_wanted, self.mark, self.spent = link.stop_wanted, link.mark, link.spent
+        self.stop_wanted, self.activity = link.stop_wanted, link.activity
         self._link = link
         self._stop_after = stop_after
 

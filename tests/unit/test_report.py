@@ -115,6 +115,11 @@ class TestSummary:
         error = "digits.yaml: model raised\nTraceback ..."
         assert f"\n\n{error}\n\nnext: " in summary(RESULT | {"status": "failed", "error": error})
 
+    def test_where_the_time_went(self) -> None:
+        time = {"startup": 12.34, "compute": 3723.4, "lost": 0.0, "exchange": 59.96, "storage": 0.04}
+        text = summary(RESULT | {"goodput": 0.981, "time": time})
+        assert "  goodput       98%: compute 1:02:03, exchange 60.0 s, startup 12.3 s\n" in text
+
     def test_what_is_not_known_is_left_out(self) -> None:
         assert summary({"run": "runs/a", "status": "failed"}) == (
             "runs/a failed\n\n"
