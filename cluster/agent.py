@@ -31,6 +31,7 @@ from cluster.run_directory import RunDirectory
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
 """The environment variable that names a plan of faults, see ``cluster.faults``."""
 _WATCH_INTERVAL_S = 1.0
+_PACE_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
 _LOG_LIMIT_BYTES = 16 * 2**20
@@ -165,7 +166,7 @@ class Agent:
 
     def _attend(self, child: "_TrainingProcess") -> None:
         """Passes on what the process said, keeps its log, and reports its end, once."""
-        messages = child.messages()
+        messages = child.messages() + child.news_of_pace()
         if child.has_ended() and not child.end_reported:
             messages += child.messages()
             self._keep_log(child)
@@ -203,7 +204,7 @@ class _TrainingProcess:
         self._connection, theirs = multiprocessing.Pipe()
         self._met = self._stopped = self._is_hung = False
         self._beat: Beat | None = None
-        self._heard_at = time.monotonic()
+        self._heard_at = self._pace_told_at = time.monotonic()
         self._process = fork_server.fork(
             _run_training, (theirs, task, str(self._log_path), dict(os.environ)), f"worker-{task.rank}"
         )
@@ -236,6 +237,14 @@ class _TrainingProcess:
         except (EOFError, OSError):  # it has ended; how is told by its exit code
             self._open = False
         return messages
+
+    def news_of_pace(self) -> list[dict[str, Any]]:
+        """Now and then, how far it is and what its time has gone into: beside the others, it tells who is slow."""
+        beat, now = self._beat, time.monotonic()
+        if beat is None or beat.is_first_step or now - self._pace_told_at < _PACE_INTERVAL_S:
+            return []
+        self._pace_told_at = now
+        return [{"kind": "pace", "step": beat.step, "spent": beat.spent}]
 
     def news_of_progress(self) -> dict[str, Any] | None:
         """A message when the process has made no progress for too long, where it stands; and when it goes on again.
