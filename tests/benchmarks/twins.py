@@ -1,0 +1,245 @@
+"""One training, twice: by ``launcher run``, and by a stock ``TorchTrainer`` as Ray's documentation has it.
+
+Both train the reference CNN on the digits with two gloo workers, without end, and save every 20 steps, of which they
+keep three. Both use one optimizer class that writes down the first step of each process that has a process group: by
+these stamps it is told when training began, or began again, and where.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+NUM_WORKERS = 2
+LAUNCHER_RUN = "runs/twin"
+"""The run directory, from the folder that the launcher is started in."""
+_OPTIMIZER = '''
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+STAMPS = Path(__file__).with_name("stamps")
+
+
+class StampedSGD(torch.optim.SGD):
+    """SGD that writes down when its first step in a training process was done."""
+
+    stamped = False
+
+    def step(self, closure=None):
+        super().step(closure)
+        if not self.stamped and torch.distributed.is_initialized():
+            self.stamped = True
+            stamp = STAMPS / f"{torch.distributed.get_rank()}.{socket.gethostname()}.{os.getpid()}"
+            unfinished = stamp.with_name(f"unfinished-{stamp.name}")
+            unfinished.write_text(repr(time.time()))
+            unfinished.rename(stamp)
+'''
+_JOB = """
+name: twin
+store: runs
+model: {_target_: jobs.models.Net, in_channels: 1, num_classes: 10, image_size: 32}
+data:
+  train: {_target_: jobs.data.digits, split: train}
+loss: {_target_: CrossEntropyLoss}
+optimizer: {_target_: stamped.StampedSGD, lr: 0.01, momentum: 0.9}
+train: {epochs: 100000, global_batch: 64, shards: 2}
+workers: {num: 2, max_failures: 50}
+checkpoint: {every_steps: 20, keep: 3}
+tracking: {mode: disabled}
+"""
+_SCRIPT = """
+import tempfile
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from jobs.data import digits
+from jobs.models import Net
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from stamped import StampedSGD
+from torch.utils.data import DataLoader
+
+
+def train():
+    model = Net(in_channels=1, num_classes=10, image_size=32)
+    optimizer = StampedSGD(model.parameters(), lr=0.01, momentum=0.9)
+    step = first_epoch = 0
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder, "state.pt"))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, first_epoch = state["step"], state["epoch"]
+    model = ray.train.torch.prepare_model(model)
+    loader = ray.train.torch.prepare_data_loader(DataLoader(digits("train"), batch_size=32, shuffle=True))
+    loss_function = torch.nn.CrossEntropyLoss()
+    for epoch in range(first_epoch, 100000):
+        loader.sampler.set_epoch(epoch)
+        for images_NCHW, labels_N in loader:
+            optimizer.zero_grad()
+            loss = loss_function(model(images_NCHW), labels_N)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step % 20 == 0:
+                report(model.module, optimizer, step, epoch, loss.item())
+
+
+def report(model, optimizer, step, epoch, loss):
+    metrics = {"step": step, "loss": loss}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder, "state.pt"))
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+if __name__ == "__main__":
+    ray.init(**RAY_INIT)
+    TorchTrainer(
+        train,
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            name="twin",
+            storage_path=STORAGE,
+            failure_config=FailureConfig(max_failures=50),
+            checkpoint_config=CheckpointConfig(num_to_keep=3),
+        ),
+    ).fit()
+"""
+_TIMEOUT_S = 300.0
+_POLL_INTERVAL_S = 0.02
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A way to train.
+
+    Attributes:
+        make_command: Writes what it needs into a folder, and says what to run there.
+        committed: Pattern of the files of which one is written when a checkpoint is whole.
+    """
+
+    make_command: Callable[[Path], list[str]]
+    committed: str
+
+
+def launcher(*arguments: str) -> Twin:
+    """``launcher run``, with further arguments."""
+
+    def make_command(folder: Path) -> list[str]:
+        (folder / "twin.yaml").write_text(_JOB)
+        return [str(Path(sys.executable).with_name("launcher")), "run", "twin.yaml", "--json", *arguments]
+
+    return Twin(make_command, f"{LAUNCHER_RUN}/checkpoints/*/manifest.json")
+
+
+def stock(**ray_init: object) -> Twin:
+    """The stock script; ``ray_init``: what it passes to ``ray.init``."""
+
+    def make_command(folder: Path) -> list[str]:
+        script = _SCRIPT.replace("RAY_INIT", repr(ray_init)).replace("STORAGE", repr(str(folder / "results")))
+        (folder / "stock.py").write_text(script)
+        return [sys.executable, "stock.py"]
+
+    return Twin(make_command, "results/twin/checkpoint_manager_snapshot.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The first step of a training process."""
+
+    rank: int
+    host: str
+    pid: int
+    time: float
+
+
+class Training:
+    """A twin that trains, in a folder of its own."""
+
+    def __init__(self, twin: Twin, folder: Path, wrap: Callable[[list[str]], list[str]] = list) -> None:
+        """``wrap``: turns its command into one that runs elsewhere."""
+        self.folder = folder
+        self._committed = twin.committed
+        self._stamps = folder / "stamps"
+        self._stamps.mkdir()
+        (folder / "stamped.py").write_text(_OPTIMIZER)
+        command = wrap(twin.make_command(folder))
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        with open(folder / "output", "wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._trains_since = 0.0
+
+    def wait_until_it_trains(self, before: frozenset[Stamp] = frozenset()) -> float:
+        """Waits until every rank has taken a step in a process without a stamp in ``before``; returns when that was."""
+
+        def last_of_first_steps() -> float | None:
+            first: dict[int, float] = {}
+            for stamp in self.stamps() - before:
+                first[stamp.rank] = min(stamp.time, first.get(stamp.rank, stamp.time))
+            return max(first.values()) if len(first) == NUM_WORKERS else None
+
+        self._trains_since = self.wait_for(last_of_first_steps)
+        return self._trains_since
+
+    def wait_for_checkpoint(self) -> None:
+        """Waits for one that is newer than its training."""
+
+        def is_committed() -> bool:
+            for path in self.folder.glob(self._committed):
+                with suppress(FileNotFoundError):  # only the newest are kept
+                    if path.stat().st_mtime > self._trains_since:
+                        return True
+            return False
+
+        self.wait_for(is_committed)
+
+    def wait_for(self, find: Callable[[], T | None]) -> T:
+        """Waits until ``find`` finds something, and returns it."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not (found := find()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                output = (self.folder / "output").read_text(errors="replace")[-4000:]
+                raise SystemExit(f"it ended, or did nothing for {_TIMEOUT_S:.0f} s:\n{output}")
+            time.sleep(_POLL_INTERVAL_S)
+        return found
+
+    def stamps(self) -> frozenset[Stamp]:
+        """The first steps of all training processes so far."""
+        return frozenset(map(_read_stamp, self._stamps.glob("[0-9]*.*")))
+
+    def newest_stamp(self, rank: int) -> Stamp:
+        """The first step of the process that a rank has now."""
+        return max((stamp for stamp in self.stamps() if stamp.rank == rank), key=lambda stamp: stamp.time)
+
+
+def _read_stamp(path: Path) -> Stamp:
+    rank, _, rest = path.name.partition(".")
+    host, _, pid = rest.rpartition(".")
+    return Stamp(int(rank), host, int(pid), float(path.read_text()))

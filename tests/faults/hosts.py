@@ -1,0 +1,201 @@
+"""Hosts of one's own on one machine: each has an address, a cable that can be cut, and power that can go and come.
+
+A host is a set of Linux namespaces: network, processes, mounts, host name. The hosts are wired to a switch, a bridge
+in namespaces of its own. So no device, address or name of the machine is touched, and two sets of hosts that have the
+same addresses do not see each other. A set of namespaces lives as long as its first process; with that the kernel kills
+all others in it and drops their devices, and it dies with the process that made it: nothing is left, however that ends.
+
+Hosts share the machine's file system, and with it the unix sockets that have a path there: a store that all of them
+reach, and a trap for code that takes a path that exists for a thing on its own host.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+RAY_PORT = 6379
+_NETWORK = "10.77.0"
+_OBJECT_STORE_BYTES = 100 * 2**20
+_RAY_START_TIMEOUT_S = 60.0
+_POLL_INTERVAL_S = 0.02
+
+
+def why_there_can_be_none() -> str | None:
+    """What this machine lacks for hosts of one's own; None: nothing."""
+    try:
+        with _Namespaces() as switch:
+            switch.run("ip link add switch type bridge")
+    except FileNotFoundError as error:
+        return f"hosts of their own need {error.filename}"
+    except subprocess.CalledProcessError as error:
+        return f"hosts of their own need root and namespaces: {' '.join(error.cmd)}: {error.stderr.strip()}"
+    return None
+
+
+@contextmanager
+def hosts(*names: str) -> Iterator[list["Host"]]:
+    """Hosts on one switch, powered on, for as long as the context lasts.
+
+    Raises:
+        FileNotFoundError, CalledProcessError: ``why_there_can_be_none`` tells why.
+    """
+    with ExitStack() as stack:
+        # A short path, for that of a unix socket has at most 107 characters, and Ray's have 60 without it.
+        folder = tempfile.TemporaryDirectory(prefix="hosts-", dir="/tmp", ignore_cleanup_errors=True)
+        home = Path(stack.enter_context(folder))
+        (home / "token").write_text(secrets.token_hex(32))
+        switch = stack.enter_context(_Namespaces())
+        switch.run("ip link add switch type bridge")
+        switch.run("ip link set switch up")
+        made = [Host(name, f"{_NETWORK}.{number}", switch, home) for number, name in enumerate(names, start=1)]
+        for host in made:
+            stack.callback(host.end)
+            host.power_on()
+        yield made
+
+
+class Host:
+    """One host. Made by ``hosts``."""
+
+    def __init__(self, name: str, address: str, switch: "_Namespaces", home: Path) -> None:
+        self.name = name
+        self.address = address
+        self._switch = switch
+        self._home = home
+        self._starts = 0
+        self._inside: _Namespaces | None = None
+        self._ray: subprocess.Popen[bytes] | None = None
+
+    def power_on(self) -> None:
+        """Starts the host, with its address and nothing else."""
+        self._starts += 1
+        self._inside = _Namespaces()
+        self._switch.run(f"ip link add {self._port} type veth peer name eth0 netns {self._inside.pid}")
+        self._inside.run(f"hostname {self.name}")
+        self._inside.run("ip link set lo up")
+        self._inside.run(f"ip address add {self.address}/24 dev eth0")
+        self._inside.run("ip link set eth0 up")
+        self._switch.run(f"ip link set {self._port} master switch up")
+
+    def power_off(self) -> None:
+        """Takes its power: no process of it ends in order, and no peer hears of it."""
+        self.cut()  # first, for the kernel closes the connections of the dead
+        self.end()
+
+    def end(self) -> None:
+        """Ends it and all that runs on it, if its power is on."""
+        if self._inside is not None:
+            self._inside.end()
+            self._inside = None
+        if self._ray is not None:
+            self._ray.wait()
+            self._ray = None
+
+    def cut(self) -> None:
+        """Cuts its cable: what it sends is lost, and what is sent to it. It still reaches itself."""
+        self._switch.run(f"ip link set {self._port} down")
+
+    def mend(self) -> None:
+        """Makes its cable whole again."""
+        self._switch.run(f"ip link set {self._port} up")
+
+    def command(self, arguments: Sequence[object], cwd: Path, **environment: str) -> list[str]:
+        """A command line for this machine that runs another one on the host, with what Ray needs there."""
+        assert self._inside is not None, f"{self.name} is off"
+        environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._home / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        } | environment
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        return self._inside.command("env", f"--chdir={cwd}", *settings, *map(str, arguments))
+
+    def start_ray(self, head: "Host | None" = None, *, num_cpus: int = 1, **environment: str) -> None:
+        """Begins to start Ray: a head, or a node that joins one.
+
+        A driver needs nothing but the head's address: Ray looks for its node among the processes it sees, which are
+        those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are.
+        """
+        whose = ["--head", f"--port={RAY_PORT}"] if head is None else [f"--address={head.address}:{RAY_PORT}"]
+        arguments = [
+            *("ray", "start", "--block", *whose),
+            f"--node-ip-address={self.address}",
+            f"--num-cpus={num_cpus}",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            f"--temp-dir={self._home / self.name}",
+        ]
+        with open(self._ray_log, "wb") as log:
+            self._ray = subprocess.Popen(
+                self.command(arguments, self._home, **environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_for_ray(self) -> None:
+        """Returns when Ray runs on the host."""
+        assert self._ray is not None, f"Ray was not started on {self.name}"
+        deadline = time.monotonic() + _RAY_START_TIMEOUT_S
+        while "Ray runtime started" not in (said := self._ray_log.read_text()):
+            assert self._ray.poll() is None, f"Ray did not start on {self.name}: {said}"
+            assert time.monotonic() < deadline, f"Ray has not started on {self.name}: {said}"
+            time.sleep(_POLL_INTERVAL_S)
+
+    @property
+    def _port(self) -> str:
+        return f"{self.name}-{self._starts}"  # the kernel takes its time to drop that of a host without power
+
+    @property
+    def _ray_log(self) -> Path:
+        return self._home / f"{self.name}.log"
+
+
+class _Namespaces:
+    """Namespaces of their own, and the process that holds them."""
+
+    def __init__(self) -> None:
+        hold = [
+            "sh",
+            "-c",
+            "echo ready; exec env --ignore-signal=CHLD sleep infinity",
+        ]  # orphans are reaped, as by init
+        unshare = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = ["setpriv", "--pdeathsig", "KILL", *unshare, *hold]
+        self._holder = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != "ready\n":
+            _, stderr = self._holder.communicate()
+            raise subprocess.CalledProcessError(self._holder.returncode, command, stderr=stderr)
+        holder = self._holder.pid
+        self.pid = int(Path(f"/proc/{holder}/task/{holder}/children").read_text())
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs another one in the namespaces."""
+        return self._enter("--net", "--uts", "--mount", "--pid", *arguments)
+
+    def run(self, command: str) -> None:
+        """Runs a command on devices and names; it sees the processes of the machine."""
+        subprocess.run(self._enter("--net", "--uts", *command.split()), check=True, capture_output=True, text=True)
+
+    def end(self) -> None:
+        """Kills every process in the namespaces, and returns when they are gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._holder.communicate()  # the first process ends after all others, and the holder after that
+
+    def _enter(self, *arguments: str) -> list[str]:
+        return ["nsenter", f"--target={self.pid}", *arguments]
+
+    def __enter__(self) -> "_Namespaces":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
