@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from tests.e2e.command import events
 
 NUM_WORKERS = 2
 LAUNCHER_RUN = "runs/twin"
@@ -237,6 +239,12 @@ class Training:
     def newest_stamp(self, rank: int) -> Stamp:
         """The first step of the process that a rank has now."""
         return max((stamp for stamp in self.stamps() if stamp.rank == rank), key=lambda stamp: stamp.time)
+
+
+def seconds_to(training: Training, fault: float, kinds: Sequence[str]) -> dict[str, float]:
+    """From a fault to the first event of each kind after it, as the launcher's event log tells; stock has none."""
+    moments = {kind: [event["time"] for event in events(training.folder / LAUNCHER_RUN, kind)] for kind in kinds}
+    return {kind: min(after) - fault for kind, times in moments.items() if (after := [*filter(fault.__lt__, times)])}
 
 
 def _read_stamp(path: Path) -> Stamp:

@@ -15,12 +15,20 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-RAY_PORT = 6379
+NETWORK_INTERFACE = "eth0"
+QUICK_HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Settings of a head that finds a host dead after 12 s without an answer; Ray's own take 65 s."""
 _NETWORK = "10.77.0"
+_RAY_PORT = 6379
 _OBJECT_STORE_BYTES = 100 * 2**20
 _RAY_START_TIMEOUT_S = 60.0
 _POLL_INTERVAL_S = 0.02
@@ -60,6 +68,15 @@ def hosts(*names: str) -> Iterator[list["Host"]]:
         yield made
 
 
+def start_ray(head: "Host", *others: "Host", head_settings: Mapping[str, str] | None = None) -> None:
+    """A Ray cluster of hosts; returns when it runs. ``head_settings``: for the head's environment."""
+    head.start_ray(environment=head_settings)
+    for host in others:
+        host.start_ray(head)
+    for host in (head, *others):
+        host.wait_for_ray()
+
+
 class Host:
     """One host. Made by ``hosts``."""
 
@@ -76,11 +93,11 @@ class Host:
         """Starts the host, with its address and nothing else."""
         self._starts += 1
         self._inside = _Namespaces()
-        self._switch.run(f"ip link add {self._port} type veth peer name eth0 netns {self._inside.pid}")
+        self._switch.run(f"ip link add {self._port} type veth peer name {NETWORK_INTERFACE} netns {self._inside.pid}")
         self._inside.run(f"hostname {self.name}")
         self._inside.run("ip link set lo up")
-        self._inside.run(f"ip address add {self.address}/24 dev eth0")
-        self._inside.run("ip link set eth0 up")
+        self._inside.run(f"ip address add {self.address}/24 dev {NETWORK_INTERFACE}")
+        self._inside.run(f"ip link set {NETWORK_INTERFACE} up")
         self._switch.run(f"ip link set {self._port} master switch up")
 
     def power_off(self) -> None:
@@ -105,24 +122,29 @@ class Host:
         """Makes its cable whole again."""
         self._switch.run(f"ip link set {self._port} up")
 
-    def command(self, arguments: Sequence[object], cwd: Path, **environment: str) -> list[str]:
+    def command(
+        self, arguments: Sequence[object], cwd: Path, environment: Mapping[str, str] | None = None
+    ) -> list[str]:
         """A command line for this machine that runs another one on the host, with what Ray needs there."""
         assert self._inside is not None, f"{self.name} is off"
-        environment = {
+        settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._home / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
-        } | environment
-        settings = [f"{name}={value}" for name, value in environment.items()]
-        return self._inside.command("env", f"--chdir={cwd}", *settings, *map(str, arguments))
+            **(environment or {}),
+        }
+        assignments = [f"{name}={value}" for name, value in settings.items()]
+        return self._inside.command("env", f"--chdir={cwd}", *assignments, *map(str, arguments))
 
-    def start_ray(self, head: "Host | None" = None, *, num_cpus: int = 1, **environment: str) -> None:
+    def start_ray(
+        self, head: "Host | None" = None, *, num_cpus: int = 1, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Begins to start Ray: a head, or a node that joins one.
 
         A driver needs nothing but the head's address: Ray looks for its node among the processes it sees, which are
         those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are.
         """
-        whose = ["--head", f"--port={RAY_PORT}"] if head is None else [f"--address={head.address}:{RAY_PORT}"]
+        whose = ["--head", f"--port={_RAY_PORT}"] if head is None else [f"--address={head.ray_address}"]
         arguments = [
             *("ray", "start", "--block", *whose),
             f"--node-ip-address={self.address}",
@@ -132,7 +154,7 @@ class Host:
         ]
         with open(self._ray_log, "wb") as log:
             self._ray = subprocess.Popen(
-                self.command(arguments, self._home, **environment),
+                self.command(arguments, self._home, environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -147,6 +169,11 @@ class Host:
             assert self._ray.poll() is None, f"Ray did not start on {self.name}: {said}"
             assert time.monotonic() < deadline, f"Ray has not started on {self.name}: {said}"
             time.sleep(_POLL_INTERVAL_S)
+
+    @property
+    def ray_address(self) -> str:
+        """Where a driver, and other nodes, find this host if it is a head."""
+        return f"{self.address}:{_RAY_PORT}"
 
     @property
     def _port(self) -> str:
