@@ -338,7 +338,7 @@ def _steered_trainer(switchboard: Any) -> type:
     Ray Train has no public way to say how many workers there shall be, and when; its policies are made for that.
     """
     import ray
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
     from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
     from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
@@ -387,13 +387,24 @@ def _steered_trainer(switchboard: Any) -> type:
             is_over = ray.get(switchboard.post_of_controller.remote([told]))
             return FailureDecision.RAISE if is_over else FailureDecision.RETRY
 
-    class Census(WorkerGroupCallback):
+    class Census(ControllerCallback, WorkerGroupCallback):
         """Tells the driver on which nodes room is held for agents: from before they speak until they are gone."""
 
+        room: Any = None
+
+        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002  # by its name
+            # Ray Train lets go of the other agents' room when it starts new ones, and for them the driver waits for
+            # room. Until then Ray would hold a place for a lost agent wherever it finds one.
+            if self.room is not None:
+                self.room.shutdown()
+                self._tell([])
+
         def after_worker_group_start(self, worker_group: Any) -> None:
+            self.room = worker_group.get_worker_group_state().placement_group_handle
             self._tell([worker.metadata.node_id for worker in worker_group.get_workers()])
 
         def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002  # by its name
+            self.room = None
             self._tell([])
 
         def _tell(self, nodes: list[str]) -> None:
