@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from cluster import fork_server
 from cluster.errors import LauncherError, StorageError
-from cluster.link import Beat, Link
+from cluster.link import Activity, Beat, Link
 from cluster.run_directory import RunDirectory
 
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
@@ -334,7 +334,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         f"{began}: worker {task.rank} of {task.world_size}, attempt {task.attempt}, "
         f"process {os.getpid()} on {socket.gethostname()}"
     )
-    link = _make_link(connection, task)
+    link = Link(connection, _make_activity(connection, task))
     try:
         fork_server.resolve(task.entry)(link, task)
     except LauncherError as error:
@@ -351,14 +351,14 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     link.close()
 
 
-def _make_link(connection: Connection, task: Task) -> Link:
-    """The wire to the agent; where a plan of faults is given, which no production does, one with faults in it."""
+def _make_activity(connection: Connection, task: Task) -> Activity:
+    """What the process tells of its work; where a plan of faults is given, which no production does, they happen."""
     plan = os.environ.get(FAULTS_VARIABLE)
     if plan is None:
-        return Link(connection)
-    from cluster.faults import FaultyLink
+        return Activity()
+    from cluster.faults import FaultyActivity
 
-    return FaultyLink(connection, Path(plan), task.rank, task.attempt)
+    return FaultyActivity(connection, Path(plan), task.rank, task.attempt)
 
 
 def _state_of(pid: int | None) -> str:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.link import DOING, Link
+from cluster.link import DOING, Activity
 
 EXIT_CODE = 3
 """Of a process that ends by the fault ``exit``."""
@@ -85,11 +85,11 @@ def fired(path: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-class FaultyLink(Link):
-    """A link whose marks are the moments of a plan."""
+class FaultyActivity(Activity):
+    """An activity whose marks are the moments of a plan."""
 
     def __init__(self, connection: Connection, plan_path: Path, rank: int, attempt: int) -> None:
-        super().__init__(connection)
+        super().__init__()
         self._plan_path = plan_path
         self._stamp = {"rank": rank, "attempt": attempt, "pid": os.getpid()}
         self._agent = _maker_of(connection)
@@ -115,8 +115,8 @@ class FaultyLink(Link):
                 self._happen(number, fault)
 
     def _happen(self, number: int, fault: Fault) -> None:
-        _, doing, step, _ = self._mark
-        if not _claim(_proof(self._plan_path, number), {**self._stamp, "doing": doing, "step": step}):
+        now = self.beat()
+        if not _claim(_proof(self._plan_path, number), {**self._stamp, "doing": now.doing, "step": now.step}):
             return
         victim = self._agent if fault.victim == "agent" else os.getpid()
         match fault.kind:
@@ -127,7 +127,7 @@ class FaultyLink(Link):
             case "exit":
                 os._exit(EXIT_CODE)
             case "raise":
-                raise InjectedFault(f"fault {number} of the plan, in {doing} after step {step}")
+                raise InjectedFault(f"fault {number} of the plan, in {now.doing} after step {now.step}")
             case "hang":
                 while True:
                     time.sleep(_LOOP_INTERVAL_S)

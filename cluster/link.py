@@ -112,9 +112,9 @@ class Link:
     The process ends at once when its agent is gone: nobody would hear of what it does.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, activity: Activity) -> None:
         self.stop_wanted = threading.Event()
-        self.activity = Activity()
+        self.activity = activity
         self._connection = connection
         self._outbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._meeting_place: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()

@@ -26,10 +26,12 @@ from cluster.errors import (
 )
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
+from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
 from launcher.failures import Failures, GiveUp, TryAgain
 from launcher.goodput import Ledger, goodput
+from launcher.pace import Pace
 from launcher.plan import ENTRY, Plan
 from launcher.progress import Progress
 
@@ -91,6 +93,7 @@ class Driver:
         self._metrics = run.metrics()
         self._events = run.events()
         self._crew: Crew
+        self._pace: Pace
         self._attempt = _NONE
         self._failures = Failures(spec.workers.most, spec.workers.max_failures)
         self._saved_step = 0
@@ -123,6 +126,7 @@ class Driver:
         with self._catching_signals():
             try:
                 self._crew = make_crew()
+                self._ledger.waiting(self._clock())
                 try:
                     self._listen()
                 finally:
@@ -195,6 +199,7 @@ class Driver:
                 "fell_back": self._on_fell_back,
                 "row": self._on_row,
                 "matrix": self._on_matrix,
+                "pace": self._on_pace,
                 "event": self._on_event,
                 "checkpoint": self._on_checkpoint,
                 "finished": self._on_finished,
@@ -209,6 +214,8 @@ class Driver:
         """An agent is there. When all are, an attempt starts."""
         self._crew.joined(message)
         if self._crew.is_complete:
+            shards, num_workers = self._spec.train.shards, self._crew.num_workers
+            self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
             self._start_attempt()
 
     def _start_attempt(self) -> None:
@@ -216,6 +223,8 @@ class Driver:
         self.state.attempts += 1
         self._finished, self._trains = set(), False
         self._failures.attempt_started()
+        self._ledger.workers_there(self._clock())
+        self._pace.restarted()
         self._event(
             "attempt_started",
             attempt=self._attempt,
@@ -237,7 +246,7 @@ class Driver:
         if message["rank"] != 0:
             return
         step, self._trains = message["step"], True
-        self._ledger.training_began(self._clock())
+        self._ledger.training_began(self._clock(), message["spent"])
         self._metrics.flush()
         rows = self._metrics.read()
         if rows and rows[-1]["step"] > step:
@@ -273,6 +282,14 @@ class Driver:
         """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
         matrix = {name: message[name] for name in ("step", "classes", "values")}
         self._run.write_matrix(message["name"].replace("/", "-"), matrix)
+
+    def _on_pace(self, message: dict[str, Any]) -> None:
+        for news in self._pace.heard(message["rank"], message["step"], message["spent"]):
+            kind = "worker_recovered" if news.what is None else "worker_slow"
+            node = self._crew.agents[news.rank]["address"]
+            self._event(kind, step=message["step"], rank=news.rank, node=node, what=news.what, factor=news.factor)
+            tell = self._display.message if news.what is None else self._display.warn
+            tell(f"{self._crew.where(news.rank)} {news.text}")
 
     def _on_event(self, message: dict[str, Any]) -> None:
         self._event(message["event"], step=message["step"], reason=message["reason"])
@@ -341,6 +358,7 @@ class Driver:
     def _regroup(self) -> None:
         """Lets go of the agents; others start as soon as there is room for them, from the newest checkpoint."""
         self._crew.disband()
+        self._ledger.waiting(self._clock())
         self._failures.attempt_started()
         self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
         self.state.step = self._saved_step
@@ -442,6 +460,7 @@ class Driver:
     def _see_to_workers(self, now: float) -> None:
         """Starts workers where there are none, and sees whether others would be better than those that train."""
         if self._change is not None and len(self._finished) == self._crew.num_workers:
+            self._ledger.parked(now)
             self._regroup()  # all have saved
         if not self._crew.num_workers:
             if self._stop_reason is None:
@@ -502,7 +521,9 @@ class Driver:
         self._flushed_at = self._clock()
         self._metrics.flush()
         self._run.write_status(
-            self.result() | {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
+            self.result()
+            | {"unsaved": self._ledger.unsaved()}
+            | {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
         )
 
     def _end(self, status: str, error: LauncherError | None = None) -> None:

@@ -26,6 +26,7 @@ from jobs.spec import JobSpec
 from launcher.crew import Crew
 from launcher.description import Description, differences, parse
 from launcher.driver import Driver, RunState, make_task
+from launcher.goodput import taken_over
 from launcher.machine import num_cores
 from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
@@ -245,7 +246,8 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None:
-        state.seconds, state.best, state.time = status["seconds"], status["best"], status["time"]
+        state.seconds, state.best = status["seconds"], status["best"]
+        state.time = taken_over(status["time"], status.get("unsaved", {}))
     for event in run.events().read():
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

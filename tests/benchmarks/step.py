@@ -172,7 +172,7 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     """The product's loop, put together as ``jobs.worker.train`` does."""
     import torch
 
-    from cluster.link import Link
+    from cluster.link import Activity, Link
     from jobs.loop import Loop, Progress
     from jobs.parts import build_parts
     from jobs.team import Team
@@ -180,7 +180,7 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     spec, device = settings.job(exact), torch.device("cpu")
     team = Team(rank=rank, world_size=settings.workers, shards=spec.train.shards, exact=exact, device=device)
     parts = build_parts(spec, device)
-    link = Link(messages)
+    link = Link(messages, Activity())
 
     def tell(kind: str, **content: Any) -> None:
         if rank == 0:

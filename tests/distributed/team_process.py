@@ -20,7 +20,7 @@ import torch
 
 from cluster.agent import Task
 from cluster.errors import LauncherError
-from cluster.link import Beat, Link
+from cluster.link import Activity, Beat, Link
 from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
 from jobs.parts import build_parts
@@ -178,7 +178,7 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
 def _run(connection: Connection, entry: Callable[..., Any], task: Task, options: dict[str, Any]) -> None:
     """A process, from its first line to its end."""
     warnings.simplefilter("error")
-    link = Link(connection)
+    link = Link(connection, Activity())
     try:
         link.send("result", result=entry(link, task, **options))
     except LauncherError as error:

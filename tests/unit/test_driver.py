@@ -14,6 +14,7 @@ import pytest
 
 from cluster.checkpoints import FileEntry, Manifest
 from cluster.errors import ClusterError, TrainingError
+from cluster.link import DOING
 from cluster.ray_train import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
@@ -23,7 +24,7 @@ from launcher.driver import Driver, RunState
 from launcher.progress import open_progress
 
 Message = dict[str, Any]
-SPENT = {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3, "validation": 0.0, "storage": 0.0}
+SPENT = dict.fromkeys(DOING, 0.0) | {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
 
 
 class Group:
@@ -112,11 +113,12 @@ def hello(*nodes: str) -> list[Message]:
 
 
 def both(kind: str, attempt: int = 0, **content: Any) -> list[Message]:
-    return [{"kind": kind, "rank": rank, "attempt": attempt, **content} for rank in range(2)]
+    return all_of(2, kind, attempt, **content)
 
 
 def one(kind: str, rank: int, attempt: int = 0, **content: Any) -> Message:
-    return {"kind": kind, "rank": rank, "attempt": attempt, **content}
+    spent = {"spent": SPENT} if kind == "started" else {}
+    return {"kind": kind, "rank": rank, "attempt": attempt, **spent, **content}
 
 
 HELLO = hello("a", "a")
