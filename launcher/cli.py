@@ -210,7 +210,7 @@ def _joined(cluster: str | None) -> Iterator[None]:
     if cluster is None:
         yield
         return
-    from cluster.ray_train import joined_cluster
+    from cluster.ray_cluster import joined_cluster
 
     with joined_cluster(cluster):
         yield

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.ray_train import Node, WorkerGroup
+from cluster.ray_cluster import Node
+from cluster.ray_train import WorkerGroup
 from jobs.spec import WorkersSpec
 
 _LOOK_INTERVAL_S = 1.0

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from cluster.errors import DescriptionError
-from cluster.ray_train import Node, WorkerResources
+from cluster.ray_cluster import Node, WorkerResources
 from jobs.spec import JobSpec
 
 

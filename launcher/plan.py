@@ -20,7 +20,7 @@ from launcher.description import Description, named_errors
 from launcher.machine import check_machine, decide_workers
 
 if TYPE_CHECKING:
-    from cluster.ray_train import Node
+    from cluster.ray_cluster import Node
 
 ENTRY = "jobs.worker:main"
 """What a training process runs."""

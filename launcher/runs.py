@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.ray_train import Node, WorkerGroup, WorkerResources, import_ahead, is_joined, local_cluster, nodes
+from cluster.ray_cluster import Node, WorkerResources, import_ahead, is_joined, local_cluster, nodes
+from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec

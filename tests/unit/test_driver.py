@@ -15,7 +15,7 @@ import pytest
 from cluster.checkpoints import FileEntry, Manifest
 from cluster.errors import ClusterError, TrainingError
 from cluster.link import DOING
-from cluster.ray_train import Node, WorkerResources
+from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, WorkersSpec

@@ -1,0 +1,212 @@
+"""The Ray cluster: starting one or joining one, and what its nodes have. Ray stays in ``cluster/ray_*.py``."""
+
+import importlib
+import logging
+import math
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import ClusterError, one_line
+
+# Set before Ray is imported, for it reads them then. Ray Train passes its own on to its actors.
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default of 2 s adds 8 s to the shortest run
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, and the driver looks for itself
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then the driver is asked again: what was free may be taken
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences advice about a default that will change
+}
+_OBJECT_STORE_BYTES = 100 * 2**20
+_CONNECT_TIMEOUT_S = 10.0
+_ROUNDING = 1e-6
+_joined = threading.Event()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerResources:
+    """What each worker reserves."""
+
+    cpus: float
+    gpus: int
+    accelerator: str | None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{each:g} {name}" for name, each in self.as_ray_names_them().items())
+
+    def as_ray_names_them(self) -> dict[str, float]:
+        gpus = {"GPU": float(self.gpus)} if self.gpus else {}
+        # Ray makes a little of this resource on each node that has the accelerator.
+        return {
+            "CPU": self.cpus,
+            **gpus,
+            **({f"accelerator_type:{self.accelerator}": 0.001} if self.accelerator else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A node of the cluster that is alive."""
+
+    id: str
+    address: str
+    resources: Mapping[str, float]
+    """What it has, by Ray's names."""
+    free: Mapping[str, float]
+    """What nobody has reserved; a moment old."""
+    drains_at: float | None
+    """The Unix time at which it will be gone, if that is known; infinity: it will, and nobody knows when."""
+    is_here: bool
+    """This process runs on it."""
+
+    def most(self, worker: WorkerResources) -> int:
+        """The workers that it could hold if nobody else used it."""
+        return _fitting(worker, self.resources)
+
+    def room(self, worker: WorkerResources, own: int) -> int:
+        """The workers that it can hold now, ``own`` of which it holds already."""
+        return min(self.most(worker), own + _fitting(worker, self.free))
+
+
+def _fitting(worker: WorkerResources, resources: Mapping[str, float]) -> int:
+    need = worker.as_ray_names_them()
+    return int(min(max(0.0, resources.get(name, 0.0)) / each for name, each in need.items()) + _ROUNDING)
+
+
+def import_ahead() -> None:
+    """Begins to import Ray in the background, for a process that has something else to wait for."""
+    _set_environment()
+    # No daemon: an interpreter that exits in the middle of the import of a C++ library can crash.
+    threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray").start()
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def local_cluster(num_cpus: int) -> Iterator[None]:
+    """A cluster of this machine alone, for as long as the context lasts; it listens on loopback.
+
+    Raises:
+        ClusterError: Ray did not start.
+    """
+    _set_environment()
+    import ray
+
+    try:
+        # An explicit address: without one, Ray joins whatever cluster it finds on the machine.
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    except (RuntimeError, OSError, ConnectionError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise ClusterError(f"Ray did not start on this machine: {what}; see /tmp/ray/session_latest/logs") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def joined_cluster(address: str) -> Iterator[None]:
+    """The cluster whose head listens at ``HOST:PORT``, which this host is a node of.
+
+    Raises:
+        ClusterError: There is none, or it does not let this process in.
+    """
+    _set_environment()
+    _check_listens(address)  # Ray itself would try for minutes
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, OSError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"--cluster {address}: {one_line(error)[:300]}; give the HOST:PORT that `ray start --head` printed, on a "
+            "host of the cluster, with the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+    _joined.set()
+    try:
+        yield
+    finally:
+        _joined.clear()
+        ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ClusterError(f"--cluster must be HOST:PORT, got {address!r}; `ray start --head` printed it")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"--cluster {address}: no Ray head answers there: {error}; is it up, and the port its own?"
+        ) from error
+
+
+def is_joined() -> bool:
+    """Whether this process is in a ``joined_cluster``; does not import Ray."""
+    return _joined.is_set()
+
+
+def nodes() -> list[Node]:
+    """The nodes of the cluster that are alive.
+
+    Raises:
+        ClusterError: Ray is gone.
+    """
+    import ray
+    from ray._private.state import available_resources_per_node, state
+
+    here = ray.get_runtime_context().get_node_id()
+    try:
+        free = available_resources_per_node()
+        draining = state.get_draining_nodes()
+        table = ray.nodes()
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise ClusterError(f"Ray is gone: {last_line(error)}; see /tmp/ray/session_latest/logs") from error
+    return [
+        Node(
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            resources=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+            # Ray counts in milliseconds, and means by 0 that there is no deadline.
+            drains_at=(draining[node["NodeID"]] / 1000 or math.inf) if node["NodeID"] in draining else None,
+            is_here=node["NodeID"] == here,
+        )
+        for node in table
+        if node["Alive"]
+    ]
+
+
+def actor_on(node: str, actor: type, **options: Any) -> Any:
+    """An actor class whose actors live on a node and take no worker's place."""
+    import ray
+
+    return ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node}, **options)(actor)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of Ray's says in the end, below the tracebacks of other processes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

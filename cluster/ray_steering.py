@@ -1,0 +1,123 @@
+"""Steering Ray Train: how many agents there are, and when they are replaced, is for the driver to say.
+
+Ray Train has no public way to be told; its policies are made for that, and they are not public. They run in Ray
+Train's controller and speak with the driver through its switchboard.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import one_line
+from cluster.ray_cluster import is_joined, last_line
+
+_CONTROLLER_WAIT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The agents that the driver wants.
+
+    Attributes:
+        generation: Another number means other agents, even if they are as many.
+        num_workers: How many.
+        is_over: None any more.
+    """
+
+    generation: int = 0
+    num_workers: int = 0
+    is_over: bool = False
+
+
+def steered_trainer(switchboard: Any) -> type:
+    """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+    can_grow = is_joined()
+
+    class Steering(FixedScalingPolicy):
+        """Starts the agents that the driver wants, when it wants others than there are."""
+
+        generation = 0
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            if can_grow:  # a machine alone has no autoscaler, and asking takes a process of its own
+                super().after_controller_start(train_run_context)
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            return self._decide(_CONTROLLER_WAIT_S)
+
+        def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:  # noqa: ARG002  # by their names
+            return self._decide(0.0)
+
+        def _decide(self, wait_s: float) -> Any:
+            wanted = ray.get(switchboard.wanted_after.remote(self.generation, wait_s))
+            if wanted.is_over and wait_s:
+                raise RuntimeError("the run is over, and no agents are there to end with it")
+            if wanted.is_over or wanted.generation == self.generation:
+                return NoopDecision()
+            self.generation = wanted.generation
+            if can_grow:
+                self._maybe_send_resource_request()
+            return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
+
+    class Telling(FailurePolicy):
+        """Tells the driver which agents were lost, and leaves the rest to it."""
+
+        def make_decision(self, training_failed_error: BaseException) -> Any:
+            failures = getattr(training_failed_error, "worker_failures", {})
+            lost = {rank: _reason(error) for rank, error in failures.items()}
+            what = "" if isinstance(training_failed_error, WorkerGroupError) else one_line(training_failed_error)
+            told = {"kind": "agents_lost", "lost": lost, "what": what}
+            is_over = ray.get(switchboard.post_of_controller.remote([told]))
+            return FailureDecision.RAISE if is_over else FailureDecision.RETRY
+
+    class Census(ControllerCallback, WorkerGroupCallback):
+        """Tells the driver on which nodes room is held for agents: from before they speak until they are gone."""
+
+        room: Any = None
+
+        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002  # by its name
+            # Ray Train lets go of the other agents' room when it starts new ones, and for them the driver waits for
+            # room. Until then Ray would hold a place for a lost agent wherever it finds one.
+            if self.room is not None:
+                self.room.shutdown()
+                self._tell([])
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            self.room = worker_group.get_worker_group_state().placement_group_handle
+            self._tell([worker.metadata.node_id for worker in worker_group.get_workers()])
+
+        def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002  # by its name
+            self.room = None
+            self._tell([])
+
+        def _tell(self, nodes: list[str]) -> None:
+            ray.get(switchboard.post.remote([{"kind": "agents_placed", "nodes": nodes}]))
+
+    class SteeredTrainer(DataParallelTrainer):
+        # Should Ray drop this hook, nobody calls it, and the helpers are back.
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [Census(), *(callback for callback in callbacks if type(callback).__name__ not in unused)]
+
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            steering = Steering(parts["scaling_policy"].scaling_config)
+            policies = {"scaling_policy": steering, "failure_policy": Telling(FailureConfig())}
+            return super()._initialize_and_run_controller(**(parts | policies))
+
+    return SteeredTrainer
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray says of an agent that it lost, in a line, without the advice that follows."""
+    reason = last_line(error).partition(" Some common causes")[0].partition("Worker exit detail: ")
+    return (reason[2] or reason[0]).rstrip(".")
