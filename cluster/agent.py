@@ -31,6 +31,7 @@ from cluster.run_directory import RunDirectory
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
 """The environment variable that names a plan of faults, see ``cluster.faults``."""
 _WATCH_INTERVAL_S = 1.0
+_HERE_INTERVAL_S = 5.0
 _PACE_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
@@ -121,6 +122,7 @@ class Agent:
         else:
             fork_server.start(modules_of(self._task.entry))
         self._channel.post([{"kind": "hello", "rank": self._task.rank, **self._identity}])
+        said_at = time.monotonic()
         news, wake = multiprocessing.Pipe(duplex=False)
         threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
         try:
@@ -131,6 +133,9 @@ class Agent:
                     self._attend(self._child)
                 if news in ready:
                     self._obey(news.recv())
+                if time.monotonic() - said_at > _HERE_INTERVAL_S:
+                    said_at = time.monotonic()
+                    self._channel.post([{"kind": "here", "rank": self._task.rank}])
         finally:
             self._end_child()
 

@@ -47,6 +47,7 @@ class Crew:
         """What each said when it came, by rank."""
         self._workers = workers
         self._look = look
+        self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
         self._looked_at = -math.inf
         self._room_since = math.inf
@@ -67,10 +68,24 @@ class Crew:
         agent = self.agents.get(rank)
         return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
 
-    def joined(self, hello: dict[str, Any]) -> None:
+    def joined(self, hello: dict[str, Any], now: float) -> None:
         """An agent is there. One of a group that has been replaced meanwhile is not counted."""
         if hello["world_size"] == self.num_workers:
             self.agents[hello["rank"]] = hello
+            self._heard_at[hello["rank"]] = now
+
+    def heard(self, rank: int, now: float) -> None:
+        """An agent says that it is there still, as all do every few seconds."""
+        self._heard_at[rank] = now
+
+    def silent(self, now: float) -> dict[int, str]:
+        """The agents that say nothing any more, though Ray has not lost them: stopped, or cut off."""
+        limit_s = self._workers.hang_timeout_s
+        return {
+            rank: f"its agent has said nothing for {now - self._heard_at[rank]:.0f} s"
+            for rank in self.agents
+            if now - self._heard_at[rank] > limit_s
+        }
 
     def placed(self, nodes: Sequence[str]) -> None:
         """The nodes, by id, that hold a place for an agent of this run, as often as they do."""

@@ -185,6 +185,8 @@ class Driver:
         kind = message["kind"]
         if kind == "hello":
             self._on_hello(message)
+        elif kind == "here":
+            self._crew.heard(message["rank"], self._clock())
         elif kind == "agents_placed":
             self._crew.placed(message["nodes"])
         elif kind == "agents_lost":
@@ -212,7 +214,7 @@ class Driver:
 
     def _on_hello(self, message: dict[str, Any]) -> None:
         """An agent is there. When all are, an attempt starts."""
-        self._crew.joined(message)
+        self._crew.joined(message, self._clock())
         if self._crew.is_complete:
             shards, num_workers = self._spec.train.shards, self._crew.num_workers
             self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
@@ -471,6 +473,8 @@ class Driver:
                     f"only {len(self._crew.agents)} of {self._crew.num_workers} workers started within "
                     f"{_START_TIMEOUT_S:.0f} s; see /tmp/ray/session_latest/logs, then launcher resume {self._run.url}"
                 )
+        elif silent := self._crew.silent(now):
+            self._on_agents_lost({"lost": silent, "what": ""})
         elif self._trains and self._change is None and self._stop_reason is None:
             change = self._crew.change(now)
             if change is not None:

@@ -333,6 +333,17 @@ class TestElastic:
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (2, "its node has died")
 
+    def test_an_agent_that_falls_silent_is_replaced_though_ray_has_not_lost_it(self, run: RunDirectory) -> None:
+        here: list[Message] = [{"kind": "here", "rank": 0}]
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), 200.0, here, 110.0, 0.1, HELLO, both("started", 1, step=0), done(2, 1),
+        ]  # fmt: skip
+        _, group = drive(run, script, hang_timeout_s=300.0)
+
+        assert group.started == [2, 2]
+        (lost,) = events(run, "worker_lost")
+        assert (lost["rank"], lost["reason"]) == (1, "its agent has said nothing for 310 s")
+
     def test_too_few_are_waited_for(self, run: RunDirectory) -> None:
         def look(now: float) -> list[Node]:
             return [node("a", 1 if now < 30 else 2)]
