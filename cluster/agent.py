@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
-from cluster.errors import LauncherError, StorageError
+from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import Activity, Beat, Link
+from cluster.memory import OomKills, be_taken_first
 from cluster.run_directory import RunDirectory
 
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
@@ -37,6 +38,10 @@ _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
+_FAULT = "Fatal Python error:"
+"""How the stack begins that ``faulthandler`` prints of a process that crashes."""
+_NOISE = ("frame #", "Extension modules:")
+"""Lines about C++ that crashes print, and people do not read."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -172,10 +177,11 @@ class Agent:
     def _attend(self, child: "_TrainingProcess") -> None:
         """Passes on what the process said, keeps its log, and reports its end, once."""
         messages = child.messages() + child.news_of_pace()
+        child.oom_kills.look()
         if child.has_ended() and not child.end_reported:
             messages += child.messages()
             self._keep_log(child)
-            messages.append({"kind": "exited", "exit_code": child.exit_code, "log_tail": child.log_tail()})
+            messages.append({"kind": "exited", **child.end()})
             child.end_reported = True
         elif (news := child.news_of_progress()) is not None:
             messages.append(news)
@@ -215,11 +221,8 @@ class _TrainingProcess:
         )
         theirs.close()
         self._open = True
-
-    @property
-    def exit_code(self) -> int | None:
-        """Negative: the number of the signal that killed the process."""
-        return self._process.exitcode
+        assert self._process.pid is not None
+        self.oom_kills = OomKills(self._process.pid)
 
     def sources(self) -> list[Any]:
         """What to wait on for news of the process."""
@@ -227,6 +230,19 @@ class _TrainingProcess:
 
     def has_ended(self) -> bool:
         return not self._process.is_alive()
+
+    def end(self) -> dict[str, Any]:
+        """How the process ended, for one that has.
+
+        A negative exit code is the number of the signal that killed it; ``oom_kill``: the kernel has just killed a
+        process for want of memory; ``step``: the steps completed by its last beat, if there was one.
+        """
+        return {
+            "exit_code": self._process.exitcode,
+            "oom_kill": self.oom_kills.any_lately(),
+            "step": self._beat and self._beat.step,
+            "log_tail": self.log_tail(),
+        }
 
     def messages(self) -> list[dict[str, Any]]:
         """What the process has sent since the last call; does not wait."""
@@ -310,7 +326,10 @@ class _TrainingProcess:
             return log.read()
 
     def log_tail(self) -> str:
-        return "\n".join(self.log().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+        """The last lines of the log; of a crash, the whole Python stack."""
+        lines = [line for line in self.log().decode(errors="replace").splitlines() if not line.startswith(_NOISE)]
+        fault = next((number for number, line in enumerate(lines) if line.startswith(_FAULT)), len(lines))
+        return "\n".join(lines[min(fault, max(0, len(lines) - _TAIL_LINES)) :])
 
     def _tell(self, order: Any) -> None:
         try:
@@ -332,8 +351,8 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it
-    os.chdir(task.working_directory)
-    sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
+    faulthandler.enable(all_threads=False)  # and when the process crashes
+    be_taken_first()
     began = datetime.now(UTC).isoformat(timespec="seconds")
     print(
         f"{began}: worker {task.rank} of {task.world_size}, attempt {task.attempt}, "
@@ -341,16 +360,12 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection, _make_activity(connection, task))
     try:
+        os.chdir(task.working_directory)
+        sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
         fork_server.resolve(task.entry)(link, task)
-    except LauncherError as error:
+    except Exception as error:  # the last door of the process: whatever is not told here, nobody hears of
         traceback.print_exc()
-        link.send(
-            "failed",
-            cause=type(error).__name__,
-            message=str(error),
-            traceback=getattr(error, "traceback", ""),
-            place=getattr(error, "place", ""),
-        )
+        link.send("failed", **_last_words(error))
         link.close()
         os._exit(1)
     link.close()
@@ -364,6 +379,21 @@ def _make_activity(connection: Connection, task: Task) -> Activity:
     from cluster.faults import FaultyActivity
 
     return FaultyActivity(connection, Path(plan), task.rank, task.attempt)
+
+
+def _last_words(error: Exception) -> dict[str, Any]:
+    """What the driver is told of the exception that ends a training process."""
+    if not isinstance(error, LauncherError):  # the entry lets no other out: it is what it needs of its host
+        what = f"cannot train on this host: {type(error).__name__}: {one_line(error)}"
+        error = ClusterError(what, cause="environment", step=0)
+    return {
+        "error": type(error).__name__,
+        "cause": error.cause,
+        "message": str(error),
+        "step": error.step,
+        "place": error.place,
+        "traceback": error.traceback,
+    }
 
 
 def _state_of(pid: int | None) -> str:

@@ -13,32 +13,55 @@ A message is one line of the form ``where: what, got value; what to do``.
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
+
+Cause = Literal[
+    "code",  # an exception of the training code
+    "crash",  # the training process ended itself: a fault such as SIGSEGV, or an exit without a word
+    "out_of_memory",  # the host's: the kernel or Ray's memory monitor killed it, or an allocation was refused
+    "gpu_out_of_memory",
+    "killed",  # by a signal, and nothing says that memory was short
+    "hung",
+    "node_lost",  # its node is gone, or out of reach
+    "preempted",  # its node was drained, or taken away with notice
+    "exchange_timeout",  # an exchange took too long, and no worker is to blame
+    "connection_lost",  # an exchange broke, and no worker is known to be gone
+    "environment",  # its host lacks a module or a file that the plan found on its own, or has another version
+    "storage",
+    "checkpoint",
+]
+"""Why a worker failed."""
 
 
 class LauncherError(Exception):
     """The root of the tree: caught once, by the command line.
 
-    ``document`` is what is known of the run that failed, for ``--json``, if it got as far as that.
+    Attributes:
+        document: What is known of the run that failed, for ``--json``, if it got as far as that.
+        traceback: The text of the user's traceback, or the last that a process printed; shown once below the message.
+        cause: Why a training process that raises this fails.
+        step: The optimizer steps it had completed, if the failure is its own and not the same on every worker.
+        place: At which step and line it was raised, where trying again may help.
     """
 
     exit_code = 1
     document: dict[str, Any] | None = None
+    cause: Cause = "code"
+
+    def __init__(
+        self, message: str, traceback: str = "", *, cause: Cause | None = None, step: int | None = None, place: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+        self.cause = cause or self.cause
+        self.step = step
+        self.place = place
 
 
 class TrainingError(LauncherError):
-    """The model, the data or another part of the user's own code raised.
-
-    ``traceback`` is the text of the user's traceback, shown once below the message; ``place`` says at which step and
-    line it was raised, where trying again may help.
-    """
+    """The model, the data or another part of the user's own code failed."""
 
     exit_code = 1
-
-    def __init__(self, message: str, traceback: str = "", place: str = "") -> None:
-        super().__init__(message)
-        self.traceback = traceback
-        self.place = place
 
 
 class DescriptionError(LauncherError):
@@ -51,18 +74,21 @@ class CheckpointError(LauncherError):
     """No checkpoint could be used, or one does not fit the model."""
 
     exit_code = 3
+    cause = "checkpoint"
 
 
 class StorageError(LauncherError):
     """The store refused or failed an operation."""
 
     exit_code = 4
+    cause = "storage"
 
 
 class ClusterError(LauncherError):
     """The cluster could not start, hold or finish the workers."""
 
     exit_code = 5
+    cause = "connection_lost"
 
 
 class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone

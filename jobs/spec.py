@@ -255,6 +255,22 @@ class TrainSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MaxFailuresSpec:
+    """How many failures of each kind a run recovers from before it is given up; null: any number."""
+
+    machine: int | None = 10
+    """Workers and nodes lost, processes killed, hung, or out of memory by the machine's doing."""
+    preemption: int | None = None
+    """Workers lost because their node was drained or taken away with notice."""
+    code: int | None = 3
+    """Exceptions of the training code, each tried again once; a second one at the same step and line ends the run at
+    once."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "machine", "preemption", "code")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSpec:
     """Who does the work. Nothing here changes a bit of the result."""
 
@@ -267,9 +283,7 @@ class WorkersSpec:
     """GPUs per worker: 1 (NCCL), 0 (CPU with gloo), or auto: 1 where every worker can have one, else 0."""
     accelerator: str | None = None
     """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
-    max_failures: int = 3
-    """Failures of workers to recover from before the run is given up: lost, hung, or an exception of the training
-    code, which is tried again once."""
+    max_failures: MaxFailuresSpec = field(default_factory=MaxFailuresSpec)
     wait_s: float = 3600.0
     """Seconds to wait for a cluster to have room for the workers, at the start and after nodes are lost, before the
     run is given up; it can be resumed."""
@@ -297,7 +311,6 @@ class WorkersSpec:
         if not 1 <= self.least <= self.most:
             shown = self.num if isinstance(self.num, int) else list(self.num)
             raise FieldError("num", f"must be at least 1, the least first, got {shown}")
-        _at_least(self, 0, "max_failures")
         if not 0 < self.cpus < math.inf:
             raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
         if self.max_worker_hours is not None and not 0 < self.max_worker_hours < math.inf:

@@ -2,9 +2,9 @@
 
 import contextlib
 import os
+import platform
 import socket
 import time
-import traceback
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
 
 from cluster.agent import Task
-from cluster.errors import ClusterError, LauncherError, StorageError, TrainingError
+from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.link import Link
 from cluster.network import interface_of
 from cluster.run_directory import RunDirectory
 from jobs.beginning import begin
+from jobs.causes import broken_exchange, named, what
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
 from jobs.saver import Saver
@@ -29,8 +30,8 @@ def main(link: Link, task: Task) -> None:
     """Runs the job ``task.content`` as one of ``task.world_size`` workers.
 
     Raises:
-        TrainingError: The model, the data or another part of the user's code raised.
-        ClusterError: The other workers could not be reached, or were lost.
+        TrainingError: The model, the data or another part of the user's code failed.
+        ClusterError: The other workers could not be reached, or were lost; or this host is not fit for the job.
         CheckpointError, StorageError: The run could not be restored or saved.
     """
     spec: JobSpec = task.content
@@ -40,6 +41,9 @@ def main(link: Link, task: Task) -> None:
         torch.cuda.set_device(device)
     try:
         meet(link, task, spec.workers.timeout_s)
+    except (OSError, RuntimeError) as error:  # none of the user's code has run
+        raise ClusterError(f"did not meet the others: {what(error)}", cause=broken_exchange(error), step=0) from error
+    try:
         team = Team(
             rank=task.rank,
             world_size=task.world_size,
@@ -49,18 +53,12 @@ def main(link: Link, task: Task) -> None:
             activity=link.activity,
         )
         train(link, RunDirectory(task.run_url), spec, build_parts(spec, device), progress, team)
+    except DescriptionError as error:  # the plan has built the same, on its host
+        raise ClusterError(str(error), cause="environment", step=0) from error
     except LauncherError:
         raise
-    except Exception as error:  # everything else is the user's code, or a peer that was lost
-        if _is_lost_peer(error):
-            raise ClusterError(
-                f"worker {task.rank}: lost the others at step {progress.step}: {_first_line(error)}"
-            ) from error
-        raise TrainingError(
-            f"worker {task.rank}, step {progress.step + 1}: {type(error).__name__}: {_first_line(error)}",
-            _user_traceback(error),
-            _place(error, progress.step),
-        ) from error
+    except (Exception, SystemExit) as error:  # everything else is the user's code, or a peer that was lost
+        raise named(error, progress.step) from error
 
 
 def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: Progress, team: Team) -> None:
@@ -109,6 +107,10 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
     """Joins the default process group: rank 0 opens the store, and its agent tells the others where.
 
     Collective: every rank.
+
+    Raises:
+        ClusterError: This worker's versions are not those of rank 0.
+        OSError, RuntimeError: The others did not come in time, or not at all.
     """
     timeout = timedelta(seconds=timeout_s)
     # gloo would otherwise take the interface that the host's name resolves to, which may be none that others reach.
@@ -124,38 +126,27 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
     else:
         host, port = link.wait_for_meeting_place(timeout_s)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    compare_versions(store, task.rank)
     dist.init_process_group(
         "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
     )
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether an exception says that a collective broke because another worker is gone."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket Timeout")
-    return isinstance(error, (dist.DistError, ConnectionError)) or any(sign in text for sign in signs)
+def compare_versions(store: dist.Store, rank: int) -> None:
+    """Refuses a worker whose versions are not those of rank 0: others round otherwise, or send what is not understood.
 
-
-def _user_traceback(error: Exception) -> str:
-    """The traceback without the product's own frames at its top."""
-    own = os.path.dirname(os.path.abspath(__file__))
-    frames = traceback.extract_tb(error.__traceback__)
-    while frames and os.path.dirname(frames[0].filename) == own:
-        frames.pop(0)
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-    return "Traceback (most recent call last):\n" + "".join(lines)
-
-
-def _place(error: Exception, step: int) -> str:
-    """Where an exception was raised: once may be bad luck, such as a file that could not be read."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    return f"step {step + 1}, {innermost.filename}:{innermost.lineno}, {type(error).__name__}"
+    Raises:
+        ClusterError: They are not.
+    """
+    python = ".".join(platform.python_version_tuple()[:2])
+    here = f"Python {python}, torch {torch.__version__}"
+    if rank == 0:
+        store.set("versions", here)
+        return
+    there = store.get("versions").decode()
+    if here != there:
+        raise ClusterError(f"has {here}, where worker 0 has {there}", cause="environment", step=0)
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _first_line(error: Exception) -> str:
-    """What a collective or the user's code says first; a stack may follow."""
-    return str(error).strip().partition("\n")[0]

@@ -1,154 +1,288 @@
-"""From what workers say of their ends to what is to be done: whose fault it was, and whether to try again.
+"""From what workers say of their ends to what is to be done: the cause, whose fault it was, whether to try again.
 
 One failure has many messages: workers that lose a peer fail too, and those that wait for a hung one make no progress
 either. Here they become one verdict. Nothing here starts, stops or writes anything; the time comes in as a number.
 """
 
 import signal
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from cluster.errors import (
+    Cause,
     CheckpointError,
     ClusterError,
-    DescriptionError,
     LauncherError,
     StorageError,
     TrainingError,
+    listed,
 )
 from cluster.link import DOING
+from jobs.spec import MaxFailuresSpec
 
 Message = dict[str, Any]
+Kind = Literal["machine", "preemption", "code"]
+"""Whose doing a failure was; each has a budget of its own."""
 
-_CAUSE_WAIT_S = 5.0
+_LAST_WORDS_S = 5.0
 """How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
-_CAUSES: dict[str, type[LauncherError]] = {
-    error.__name__: error for error in (TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError)
+_CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
+"""What workers die of when another one is gone or hung: the cause only if that is all that anyone says."""
+_ERRORS: dict[str, type[LauncherError]] = {
+    error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
 }
+_SMALLER = "begin anew with smaller micro-batches: a lower train.global_batch or more train.shards"
+_ADVICE: dict[Cause, str] = {
+    "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
+    "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",
+    "killed": "find out who killed it, then resume",
+    "hung": "see where it stood; if it was at work, raise workers.hang_timeout_s; then resume",
+    "node_lost": "resume on other nodes",
+    "preempted": "resume on other nodes",
+    "exchange_timeout": "see why the workers do not reach each other, or raise workers.timeout_s; then resume",
+    "connection_lost": "see why the workers do not reach each other, then resume",
+    "environment": "give that node the modules and files that the others have, then resume",
+}
+"""What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
+_SIGNS_OF_RAY: dict[str, Cause] = {
+    "running low on memory": "out_of_memory",  # its memory monitor
+    "node was preempted": "preempted",
+    "node was terminated expectedly": "preempted",
+    "node was terminated": "node_lost",
+    "node has died": "node_lost",
+    "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
+    "No module named": "environment",
+}
+"""What Ray says of an agent that it has lost, the most telling first; of any other, that its process died."""
+_FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
+"""Exit codes of processes that ended themselves, by a fault of their own."""
+_NCCL = "ProcessGroupNCCL"
+"""Names itself in the log of a process that it aborts, for another worker is gone or silent."""
+_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "hung", *_CONSEQUENCES)
+"""What a worker may die of because its node is being drained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What is known of a failure: of the worker that failed first, for the others follow from it.
+
+    Attributes:
+        cause: Why it failed.
+        message: What happened to it, in a line, for people; not where and when.
+        kind: Whose doing it was; None: trying again does not help.
+        rank: The worker; None: it is the same for all.
+        step: The optimizer steps it had completed; None: it did not say.
+        error: What the run ends with, if it does.
+        place: The step and line at which the code failed.
+        traceback: Of the user's code.
+        log_tail: What a process printed last that could not say why it ended.
+        hang: What is known of where it stands, if it hung.
+    """
+
+    cause: Cause
+    message: str
+    kind: Kind | None = "machine"
+    rank: int | None
+    step: int | None = None
+    error: type[LauncherError] = ClusterError
+    place: str = ""
+    traceback: str = ""
+    log_tail: str = ""
+    hang: Message | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """All training processes are to be started anew, because of one worker.
+    """All training processes are to be started anew; ``needs_agents``: and the agents, for some were lost."""
 
-    Attributes:
-        rank: The worker.
-        reason: What happened to it, for people.
-        hang: What is known of where it stands, if it hung.
-        needs_agents: Its agent is gone, and with it the others' use.
-    """
-
-    rank: int
-    reason: str
-    hang: Message | None = None
-    needs_agents: bool = False
+    failure: Failure
+    needs_agents: bool
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The run is to end with this error; ``rank``: the worker whose log says more than the error does."""
+    """The run is to end.
 
-    error: LauncherError
-    rank: int | None = None
+    Attributes:
+        failure: Of what.
+        why: Why it is not tried again, such as ``and workers.max_failures.code=3 is used up``; or nothing.
+    """
+
+    failure: Failure
+    why: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, if it can be said."""
+        return _ADVICE.get(self.failure.cause, "")
 
 
 class Failures:
     """What the workers of the present attempt have said, and the failures of all attempts before it."""
 
-    def __init__(self, num_workers: int, max_failures: int) -> None:
-        self._num_workers = num_workers
+    def __init__(self, max_failures: MaxFailuresSpec) -> None:
         self._max_failures = max_failures
-        self._count = 0
+        self.counts: dict[Kind, int] = {"machine": 0, "preemption": 0, "code": 0}
+        """The failures so far, by whose doing they were."""
         self._places: set[str] = set()
-        self.attempt_started()
+        self.attempt_started(0)
 
-    @property
-    def are_too_many(self) -> bool:
-        """More was to be tried again than the description allows."""
-        return self._count > self._max_failures
-
-    def attempt_started(self) -> None:
-        """What was said before is of processes that are gone."""
+    def attempt_started(self, num_workers: int) -> None:
+        """What was said before is of processes that are gone; there are so many now."""
+        self._num_workers = num_workers
         self._fatal: Message | None = None
-        self._lost_peer: Message | None = None
-        self._exits: list[Message] = []
+        self._broken: dict[int, Message] = {}
+        self._exits: dict[int, Message] = {}
         self._lost: dict[int, str] = {}
         self._hung: dict[int, Message] = {}
-        self._first_at: float | None = None
+        self._finished: set[int] = set()
+        self._draining: set[int] = set()
+        self._waits_since: float | None = None
 
-    def failed(self, message: Message, now: float) -> None:
+    def failed(self, message: Message) -> None:
         """A worker says why it ends. Of a lost peer that is a consequence; the cause is on its way."""
-        self._first_at = now if self._first_at is None else self._first_at
-        if _CAUSES[message["cause"]] is ClusterError:
-            self._lost_peer = self._lost_peer or message
+        if message["cause"] in _CONSEQUENCES:
+            self._broken[message["rank"]] = message
         elif self._fatal is None:
-            self._fatal, self._first_at = message, now
+            self._fatal, self._waits_since = message, None
 
     def exited(self, message: Message) -> None:
         """An agent says how its training process ended."""
-        self._exits.append(message)
+        self._exits[message["rank"]] = message
+        if message["exit_code"] == -signal.SIGABRT and _NCCL in message["log_tail"]:
+            cause = "exchange_timeout" if "operation timeout" in message["log_tail"] else "connection_lost"
+            self._broken[message["rank"]] = message | {"cause": cause, "message": "NCCL aborted it"}
 
     def hung(self, message: Message) -> None:
         """A worker makes no progress; nor do the others, which wait for it."""
         self._hung[message["rank"]] = message
 
-    def lost(self, message: Message) -> None:
-        """Ray has lost agents, and their training processes with them."""
-        self._lost = message["lost"]
-
     def goes_on(self, message: Message) -> None:
         """A worker that made no progress does again."""
         self._hung.pop(message["rank"], None)
 
+    def finished(self, message: Message) -> None:
+        """A worker has done its work: however its process ends, it is no failure any more."""
+        self._finished.add(message["rank"])
+
+    def lost(self, message: Message) -> None:
+        """Ray has lost agents, and their training processes with them."""
+        self._lost |= message["lost"]
+
+    def draining(self, ranks: Collection[int]) -> None:
+        """The nodes of these workers are being taken away; whatever takes the workers with them is that."""
+        self._draining.update(ranks)
+
     def verdict(self, now: float) -> TryAgain | GiveUp | None:
         """What is to be done by now; None while nothing is, or last words are waited for."""
-        verdict = self._verdict(now)
-        if isinstance(verdict, TryAgain):
-            self._count += 1
-        return verdict
+        failure = self._first_failure(now)
+        if failure is None:
+            return None
+        if failure.rank in self._draining and failure.cause in _TAKEN_AWAY:
+            message = f"its node was being drained: {failure.message}"
+            failure = replace(failure, cause="preempted", kind="preemption", message=message)
+        if failure.kind is None:
+            return GiveUp(failure)
+        self.counts[failure.kind] += 1
+        if failure.place in self._places:
+            return GiveUp(failure, "for the second time")
+        limit: int | None = getattr(self._max_failures, failure.kind)
+        if limit is not None and self.counts[failure.kind] > limit:
+            return GiveUp(failure, f"and workers.max_failures.{failure.kind}={limit} is used up")
+        if failure.place:
+            self._places.add(failure.place)
+        return TryAgain(failure, needs_agents=bool(self._lost))
 
-    def _verdict(self, now: float) -> TryAgain | GiveUp | None:
-        has_waited = self._first_at is not None and now - self._first_at > _CAUSE_WAIT_S
+    def _first_failure(self, now: float) -> Failure | None:
+        if self._waits_since is None and (self._fatal or self._broken):
+            self._waits_since = now
+        has_waited = self._waits_since is not None and now - self._waits_since > _LAST_WORDS_S
         if self._fatal is not None:
-            all_ended = len({message["rank"] for message in self._exits}) == self._num_workers
+            all_ended = len(self._exits.keys() | self._lost.keys()) == self._num_workers
             return self._of_exception(self._fatal) if all_ended or has_waited else None
         if self._lost:
-            rank, reason = min(self._lost.items())
-            return TryAgain(rank, reason, needs_agents=True)
-        for message in self._exits:
-            code = message["exit_code"]
-            if code < 0:
-                return TryAgain(message["rank"], f"killed by {signal.Signals(-code).name}")
-            if code > 0 and self._lost_peer is None:
-                return GiveUp(TrainingError(f"ended with exit code {code}", message["log_tail"]), message["rank"])
-        if any(message["is_silent"] for message in self._hung.values()) or len(self._hung) == self._num_workers:
+            return self._of_agents()
+        for message in self._exits.values():
+            if message["rank"] not in self._finished | self._broken.keys():
+                return _of_exit(message)
+        if any(message["is_silent"] for message in self._hung.values()) or 0 < self._num_workers == len(self._hung):
             return self._of_hang()  # one that has not said so works, and the others wait for it
-        if self._lost_peer is not None and has_waited:
-            return TryAgain(self._lost_peer["rank"], f"no worker says more than: {self._lost_peer['message']}")
-        return None
+        return self._of_exchange() if self._broken and has_waited else None
 
-    def _of_exception(self, message: Message) -> TryAgain | GiveUp:
-        """An exception of the training code may be bad luck; a second one at the same step and line is the code's."""
-        place = message["place"]
-        if place and place not in self._places and self._count < self._max_failures:
-            self._places.add(place)
-            return TryAgain(message["rank"], message["message"])
-        cause = _CAUSES[message["cause"]]
-        if cause is TrainingError:
-            return GiveUp(TrainingError(message["message"], message["traceback"]))
-        return GiveUp(cause(message["message"]))
+    def _of_exception(self, message: Message) -> Failure:
+        """What a worker says of itself; of one alone, a second time at the same step and line is the code's fault."""
+        rank, cause, step = message["rank"], message["cause"], message["step"]
+        kind: Kind | None = "code" if message["place"] else None
+        if cause == "crash" and rank in self._exits and self._exits[rank]["oom_kill"]:
+            cause, kind = "out_of_memory", "machine"  # of a loader process
+        return Failure(
+            cause=cause,
+            message=message["message"],
+            kind=kind,
+            rank=None if step is None else rank,
+            step=step,
+            error=_ERRORS[message["error"]],
+            place=message["place"] if kind == "code" else "",
+            traceback=message["traceback"],
+        )
 
-    def _of_hang(self) -> TryAgain:
+    def _of_agents(self) -> Failure:
+        """The agent of whose loss Ray says most."""
+        causes = {rank: _cause_by_ray(reason) for rank, reason in self._lost.items()}
+        telling = [*_SIGNS_OF_RAY.values(), "killed"]
+        rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
+        kinds: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
+        return Failure(cause=causes[rank], message=self._lost[rank], kind=kinds.get(causes[rank], "machine"), rank=rank)
+
+    def _of_hang(self) -> Failure:
         """The worker that the others wait for: one that is silent, or else one that is behind them."""
         hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
         silent = [message for message in hung if message["is_silent"]]
         found = (silent or hung)[0]
         place = _innermost(found["stack"])
-        reason = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
-        if not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1:
-            reason += ", and so for all: what they exchange is stuck"
+        what = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
+        is_stuck = not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1
         hang = {name: found[name] for name in ("rank", "step", "doing", "for_s", "stack")}
-        return TryAgain(found["rank"], reason, hang | {"waiting": sorted(self._hung.keys() - {found["rank"]})})
+        return Failure(
+            cause="exchange_timeout" if is_stuck else "hung",
+            message=what + ", and so for all: what they exchange is stuck" * is_stuck,
+            rank=found["rank"],
+            step=found["step"],
+            hang=hang | {"waiting": sorted(self._hung.keys() - {found["rank"]})},
+        )
+
+    def _of_exchange(self) -> Failure:
+        """Exchanges broke, and nobody says why. If all others waited in vain for one that is silent, it hangs."""
+        first, *_ = self._broken.values()
+        silent = sorted(set(range(self._num_workers)) - self._broken.keys() - self._exits.keys())
+        if silent and all(message["cause"] == "exchange_timeout" for message in self._broken.values()):
+            others = f"worker{'s' * (len(self._broken) > 1)} {listed(sorted(self._broken))}"
+            what = f"says nothing, and {others} waited for it in vain: {first['message']}"
+            return Failure(cause="hung", message=what, rank=silent[0], step=first["step"])
+        what = f"no worker says more than: {first['message']}"
+        return Failure(cause=first["cause"], message=what, rank=first["rank"], step=first["step"])
+
+
+def _of_exit(message: Message) -> Failure:
+    """How a process ended that did not say why."""
+    step, code, log_tail = message["step"], message["exit_code"], message["log_tail"]
+    known = {"rank": message["rank"], "step": step, "log_tail": log_tail}
+    if code >= 0:
+        what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
+        return Failure(cause="crash", message=what, kind=None, error=TrainingError, **known)
+    name = signal.Signals(-code).name
+    if code in _FAULTS:
+        line = _innermost(log_tail.partition("Fatal Python error")[2])
+        what, place = f"crashed with {name}" + (f", {line}" if line else ""), f"step {step}, {line}, {name}"
+        return Failure(cause="crash", message=what, kind="code", error=TrainingError, place=place, **known)
+    if code == -signal.SIGKILL and message["oom_kill"]:
+        return Failure(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})", **known)
+    return Failure(cause="killed", message=f"killed by {name}", **known)
+
+
+def _cause_by_ray(reason: str) -> Cause:
+    return next((cause for sign, cause in _SIGNS_OF_RAY.items() if sign in reason), "killed")
 
 
 def _innermost(stack: str) -> str:

@@ -21,7 +21,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     if status is None:
         return {
             "run": run.url, "status": "failed", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None,
-            "workers": 0, "attempts": 0, "state_sha256": None, "seconds": 0.0,
+            "workers": 0, "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
             "error": "it ended before its first step",
         }  # fmt: skip
     document = {name: value for name, value in status.items() if name not in ("host", "pid")} | {"run": run.url}

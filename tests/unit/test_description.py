@@ -113,6 +113,8 @@ FILE_MISTAKES = {
     ),
     "workers: {num: [1, 1.5]}": "workers.num[1] must be a whole number, got 1.5; write a whole number",
     "workers: {max_worker_hours: 0}": "workers.max_worker_hours must be finite and above 0, got 0.0",
+    "workers: {max_failures: 3}": "workers.max_failures must be a mapping, got 3",
+    "workers: {max_failures: {code: -1}}": "workers.max_failures.code must be at least 0, got -1",
     # choices
     "train: {precision: fp12}": "train.precision must be fp32, bf16 or fp16, got 'fp12' (did you mean 'fp32'?)",
     "tracking: {mode: 3}": "tracking.mode must be online, offline or disabled, got 3",
@@ -475,6 +477,7 @@ def test_schema_lists_every_field_with_its_docstring() -> None:
         "": JobSpec, "data.": language.DataSpec, "optimizer.groups[].": GroupSpec, "train.": TrainSpec,
         "loss.": LossSpec, "init_from.": InitSpec, "train.early_stop.": EarlyStopSpec,
         "scheduler.": SchedulerSpec, "workers.": language.WorkersSpec, "checkpoint.": language.CheckpointSpec,
+        "workers.max_failures.": language.MaxFailuresSpec,
         "checkpoint.best.": language.BestSpec, "tracking.": language.TrackingSpec, "optimizer.": OptimizerSpec,
     }  # fmt: skip
     written = {"factory": "_target_", "args": "<argument>"}

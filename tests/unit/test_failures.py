@@ -1,0 +1,219 @@
+"""Which cause, of what kind, follows from what workers, agents and Ray say; and when a run is given up."""
+
+import signal
+from typing import Any
+
+import pytest
+
+from jobs.spec import MaxFailuresSpec
+from launcher.failures import Failure, Failures, GiveUp, TryAgain
+
+Message = dict[str, Any]
+STACK = """\
+some words
+Fatal Python error: Segmentation fault
+
+Current thread 0x00007f (most recent call first):
+  File "mine.py", line 7 in read
+  File "loop.py", line 3 in run"""
+NCCL = "[rank1]:[E] [ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout"
+
+
+def failed(cause: str, rank: int = 1, *, place: str = "", step: int | None = 3, text: str = "words") -> Message:
+    error = {"storage": "StorageError", "code": "TrainingError", "out_of_memory": "TrainingError"}
+    content = {"message": text, "traceback": "", "place": place, "step": step}
+    return {"kind": "failed", "rank": rank, "error": error.get(cause, "ClusterError"), "cause": cause, **content}
+
+
+def exited(code: int, rank: int = 1, *, oom_kill: bool = False, log_tail: str = "") -> Message:
+    return {
+        "kind": "exited", "rank": rank, "exit_code": code, "oom_kill": oom_kill, "step": 3, "log_tail": log_tail,
+    }  # fmt: skip
+
+
+def hung(rank: int, doing: str) -> Message:
+    return {"kind": "hung", "rank": rank, "step": 3, "doing": doing, "for_s": 300, "is_silent": False, "stack": ""}
+
+
+def lost(reasons: dict[int, str]) -> Message:
+    return {"kind": "agents_lost", "lost": reasons}
+
+
+def finished(rank: int) -> Message:
+    return {"kind": "finished", "rank": rank}
+
+
+def draining(rank: int) -> Message:
+    return {"kind": "draining", "rank": rank}
+
+
+def tell(failures: Failures, *messages: Message) -> None:
+    for message in messages:
+        match message["kind"]:
+            case "draining":
+                failures.draining([message["rank"]])
+            case "agents_lost":
+                failures.lost(message)
+            case kind:
+                getattr(failures, kind)(message)
+
+
+def of(*messages: Message, num_workers: int = 2) -> TryAgain | GiveUp | None:
+    """The verdict on workers that say this, once no more is to be waited for."""
+    failures = Failures(MaxFailuresSpec())
+    failures.attempt_started(num_workers)
+    tell(failures, *messages)
+    return failures.verdict(0.0) or failures.verdict(6.0)
+
+
+def failure_of(*messages: Message) -> Failure:
+    verdict = of(*messages)
+    assert verdict is not None
+    return verdict.failure
+
+
+LATE = "lost the others: timed out"
+NODE_DIED = "the actor's node was terminated unexpectedly: health check failed"
+NODE_LEFT = "the actor's node was terminated expectedly: received SIGTERM"
+UNREACHABLE = "The actor 01 is unavailable: RpcError"
+WORKER_DIED = "Worker unexpectedly exits with a connection error code 2. End of file"
+LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Memory on the node was 23GB used / 24GB"
+
+
+@pytest.mark.parametrize(
+    ("messages", "cause", "kind", "rank"),
+    [
+        ([exited(-signal.SIGKILL)], "killed", "machine", 1),
+        ([exited(-signal.SIGTERM, oom_kill=True)], "killed", "machine", 1),
+        ([exited(-signal.SIGKILL, oom_kill=True)], "out_of_memory", "machine", 1),
+        ([exited(-signal.SIGSEGV, log_tail=STACK)], "crash", "code", 1),
+        ([exited(3)], "crash", None, 1),
+        ([exited(0)], "crash", None, 1),
+        ([failed("connection_lost", 0), exited(1, 0), exited(-signal.SIGKILL)], "killed", "machine", 1),
+        ([exited(-signal.SIGABRT, 0, log_tail=NCCL), exited(-signal.SIGKILL)], "killed", "machine", 1),
+        ([exited(-signal.SIGABRT, 1, log_tail=NCCL), failed("exchange_timeout", 0)], "exchange_timeout", "machine", 1),
+        ([failed("code", place="p"), exited(1)], "code", "code", 1),
+        ([failed("code", step=None), exited(1)], "code", None, None),
+        ([failed("connection_lost", 0), failed("code", place="p"), exited(1)], "code", "code", 1),
+        ([failed("out_of_memory", place="p"), exited(1)], "out_of_memory", "code", 1),
+        ([failed("crash", place="p"), exited(1, oom_kill=True)], "out_of_memory", "machine", 1),
+        ([failed("crash", place="p"), exited(1)], "crash", "code", 1),
+        ([failed("environment"), exited(1)], "environment", None, 1),
+        ([failed("storage", 0, step=None), exited(1, 0)], "storage", None, None),
+        ([failed("connection_lost", 0), exited(1, 0)], "connection_lost", "machine", 0),
+        ([failed("exchange_timeout", 0), failed("exchange_timeout", 1)], "exchange_timeout", "machine", 0),
+        ([failed("exchange_timeout", 0, text=LATE), exited(1, 0)], "hung", "machine", 1),
+        ([hung(0, "backward"), hung(1, "data")], "hung", "machine", 1),
+        ([hung(0, "backward"), hung(1, "backward")], "exchange_timeout", "machine", 0),
+        ([lost({1: WORKER_DIED})], "killed", "machine", 1),
+        ([lost({0: WORKER_DIED, 1: NODE_DIED})], "node_lost", "machine", 1),
+        ([lost({0: UNREACHABLE, 1: UNREACHABLE})], "node_lost", "machine", 0),
+        ([lost({1: NODE_LEFT})], "preempted", "preemption", 1),
+        ([lost({0: NODE_DIED, 1: LOW_MEMORY})], "out_of_memory", "machine", 1),
+        ([lost({1: "ModuleNotFoundError: No module named 'cluster'"})], "environment", None, 1),
+        ([failed("code", place="p"), lost({0: NODE_DIED}), exited(1)], "code", "code", 1),
+        ([draining(1), exited(-signal.SIGKILL)], "preempted", "preemption", 1),
+        ([draining(1), lost({1: NODE_DIED})], "preempted", "preemption", 1),
+        ([draining(1), failed("connection_lost", 1)], "preempted", "preemption", 1),
+        ([draining(0), exited(-signal.SIGKILL)], "killed", "machine", 1),
+        ([draining(1), failed("code", place="p"), exited(1)], "code", "code", 1),
+    ],
+)  # fmt: skip
+def test_causes(messages: list[Message], cause: str, kind: str | None, rank: int | None) -> None:
+    failure = failure_of(*messages)
+
+    assert (failure.cause, failure.kind, failure.rank) == (cause, kind, rank)
+
+
+def test_who_has_finished_may_end_as_it_likes() -> None:
+    assert of(finished(0), finished(1), exited(0, 0), exited(-signal.SIGSEGV)) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (exited(-signal.SIGKILL, oom_kill=True), "killed by the kernel for want of memory (SIGKILL)"),
+        (exited(-signal.SIGSEGV, log_tail='  File "old.py", line 1 in f\n' + STACK),
+         'crashed with SIGSEGV, File "mine.py", line 7 in read'),
+        (exited(-signal.SIGABRT), "crashed with SIGABRT"),
+        (exited(0), "ended before its work was done, with exit code 0"),
+        (failed("exchange_timeout", 0, text=LATE), f"says nothing, and worker 0 waited for it in vain: {LATE}"),
+    ],
+)  # fmt: skip
+def test_words(message: Message, text: str) -> None:
+    assert failure_of(message).message == text
+
+
+def test_an_agent_lost_is_decided_at_once_unless_an_exception_has_been_told() -> None:
+    failures = Failures(MaxFailuresSpec())
+    failures.attempt_started(2)
+    tell(failures, lost({1: NODE_DIED}))
+    verdict = failures.verdict(0.0)
+    assert isinstance(verdict, TryAgain)
+    assert verdict.needs_agents
+
+    failures.attempt_started(2)
+    tell(failures, failed("code", 0, place="p"), lost({1: NODE_DIED}))
+    assert failures.verdict(0.0) is None, "its agent has not said yet how it ended, and a save may be under way"
+    tell(failures, exited(1, 0))
+    verdict = failures.verdict(0.1)
+    assert isinstance(verdict, TryAgain)
+    assert (verdict.failure.cause, verdict.needs_agents) == ("code", True)
+
+
+KILL, LOSS = [exited(-signal.SIGKILL)], [lost({1: NODE_LEFT})]
+
+
+def raised_at(place: str, cause: str = "code") -> list[Message]:
+    return [failed(cause, 0, place=place), exited(1, 0), exited(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "why"),
+    [
+        ([KILL, KILL, KILL], "and workers.max_failures.machine=2 is used up"),
+        ([KILL, LOSS, raised_at("a"), KILL, LOSS, KILL], "and workers.max_failures.machine=2 is used up"),
+        ([LOSS, LOSS], "and workers.max_failures.preemption=1 is used up"),
+        ([raised_at("a"), KILL, raised_at("b"), raised_at("c")], "and workers.max_failures.code=2 is used up"),
+        ([raised_at("a"), KILL, raised_at("a")], "for the second time"),
+        ([raised_at("a", "out_of_memory"), raised_at("a", "out_of_memory")], "for the second time"),
+        ([[failed("environment", step=0), exited(1)]], ""),
+    ],
+    ids=["machine", "each kind by itself", "preemption", "code", "the same place", "memory", "no use"],
+)
+def test_budgets(attempts: list[list[Message]], why: str) -> None:
+    failures = Failures(MaxFailuresSpec(machine=2, preemption=1 if LOSS in attempts[:1] else None, code=2))
+    verdicts = []
+    for messages in attempts:
+        failures.attempt_started(2)
+        tell(failures, *messages)
+        verdicts.append(failures.verdict(0.0) or failures.verdict(6.0))
+
+    assert all(isinstance(verdict, TryAgain) for verdict in verdicts[:-1])
+    last = verdicts[-1]
+    assert isinstance(last, GiveUp)
+    assert last.why == why
+
+
+def test_failures_are_counted_by_kind() -> None:
+    failures = Failures(MaxFailuresSpec(machine=None))
+    for messages in [KILL] * 20 + [LOSS, raised_at("a")]:
+        failures.attempt_started(2)
+        tell(failures, *messages)
+        assert isinstance(failures.verdict(0.0), TryAgain)
+
+    assert failures.counts == {"machine": 20, "preemption": 1, "code": 1}
+
+
+@pytest.mark.parametrize(
+    ("messages", "advice"),
+    [
+        ([failed("out_of_memory"), exited(1)], "a lower train.global_batch or more train.shards"),
+        ([failed("gpu_out_of_memory"), exited(1)], "take GPUs with more memory (workers.accelerator)"),
+        ([failed("environment"), exited(1)], "give that node the modules and files that the others have"),
+    ],
+)
+def test_what_to_do(messages: list[Message], advice: str) -> None:
+    verdict = of(*messages)
+    assert isinstance(verdict, GiveUp)
+    assert advice in verdict.advice
