@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster.errors import DescriptionError, Interrupted, LauncherError, TrainingError
+from cluster.errors import DescriptionError, Interrupted, LauncherError
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
@@ -40,7 +40,7 @@ class _Verbs(click.Group):
             return super().invoke(ctx)
         except LauncherError as error:
             click.echo(f"error: {error}", err=True)
-            if isinstance(error, TrainingError) and error.traceback:
+            if error.traceback:
                 click.echo(error.traceback, err=True)
             if ctx.meta.get("launcher.json"):
                 _show({"status": "failed", **(error.document or {}), "error": str(error)}, "", as_json=True)

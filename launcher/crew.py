@@ -28,11 +28,13 @@ class Change:
         reason: Why, for people.
         leave_by: The Unix time by which some of them will be gone; infinity: no matter when, or nobody knows.
         ends_here: The driver's own host is one that goes, and no other can take its place.
+        leaving: The workers, by rank, whose nodes are taken away.
     """
 
     reason: str
     leave_by: float = math.inf
     ends_here: bool = False
+    leaving: frozenset[int] = frozenset()
 
 
 class Crew:
@@ -119,10 +121,12 @@ class Crew:
         fitting = self._fitting(nodes)
         leaving = [node for node in nodes if node.drains_at is not None and self._held[node.id]]
         if leaving:
+            ids = {node.id for node in leaving}
             return Change(
                 " and ".join(f"node {node.address} is being drained" for node in leaving),
                 min(node.drains_at for node in leaving if node.drains_at is not None),
                 any(node.is_here for node in leaving),
+                frozenset(rank for rank, agent in self.agents.items() if agent["node"] in ids),
             )
         if fitting <= self.num_workers:
             self._room_since = math.inf

@@ -22,14 +22,13 @@ from cluster.errors import (
     Interrupted,
     LauncherError,
     StorageError,
-    TrainingError,
 )
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
-from launcher.failures import Failures, GiveUp, TryAgain
+from launcher.failures import Failure, Failures, GiveUp
 from launcher.goodput import Ledger, goodput
 from launcher.pace import Pace
 from launcher.plan import ENTRY, Plan
@@ -65,6 +64,8 @@ class RunState:
     time: dict[str, float] = field(default_factory=dict)
     """Seconds by what they went into, as ``launcher.goodput`` tells them apart."""
     images_per_second: float | None = None
+    failure: dict[str, Any] | None = None
+    """The last failure of a worker, also while the run goes on again."""
     error: str | None = None
 
 
@@ -95,7 +96,7 @@ class Driver:
         self._crew: Crew
         self._pace: Pace
         self._attempt = _NONE
-        self._failures = Failures(spec.workers.most, spec.workers.max_failures)
+        self._failures = Failures(spec.workers.max_failures)
         self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
@@ -163,6 +164,8 @@ class Driver:
             "images_per_second": state.images_per_second,
             "total_steps": self._plan.total_steps,
             "tracker": self._tracker.url,
+            "failures": self._failures.counts,
+            "failure": state.failure,
             "error": state.error,
         }
 
@@ -224,7 +227,7 @@ class Driver:
         self._attempt = self.state.attempts
         self.state.attempts += 1
         self._finished, self._trains = set(), False
-        self._failures.attempt_started()
+        self._failures.attempt_started(self._crew.num_workers)
         self._ledger.workers_there(self._clock())
         self._pace.restarted()
         self._event(
@@ -325,6 +328,7 @@ class Driver:
             self._event("checkpoints_removed", steps=removed)
 
     def _on_finished(self, message: dict[str, Any]) -> None:
+        self._failures.finished(message)
         self._finished.add(message["rank"])
         self._completed = message["completed"]
         if message["rank"] == 0:
@@ -361,13 +365,14 @@ class Driver:
         """Lets go of the agents; others start as soon as there is room for them, from the newest checkpoint."""
         self._crew.disband()
         self._ledger.waiting(self._clock())
-        self._failures.attempt_started()
+        self._failures.attempt_started(0)
         self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
         self.state.step = self._saved_step
 
     def _plan_change(self, change: Change) -> None:
         """Has the workers save and leave, so that others go on without a step lost; or without, if there is no time."""
         step = self.state.step
+        self._failures.draining(change.leaving)
         if change.ends_here:
             self._ask_to_stop(f"{change.reason}, and the driver runs on it")
             return
@@ -402,40 +407,57 @@ class Driver:
 
     def _on_failed(self, message: dict[str, Any]) -> None:
         self._ledger.failed(self._clock())
-        self._failures.failed(message, self._clock())
+        self._failures.failed(message)
 
     def _judge(self, now: float) -> None:
         """Does what the failures of workers ask for."""
         verdict = self._failures.verdict(now)
-        if isinstance(verdict, TryAgain):
-            if verdict.hang is not None:
-                self._event("worker_hung", **verdict.hang)
-            self._try_again(verdict)
-        elif isinstance(verdict, GiveUp) and isinstance(verdict.error, TrainingError):
-            what, step = str(verdict.error), self._saved_step
-            if verdict.rank is not None:
-                where = self._crew.where(verdict.rank)
-                what = f"{where} {what} at step {self.state.step}; see {self._log_of(verdict.rank)}"
-            saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
-            raise TrainingError(f"{what}; {saved}", verdict.error.traceback)
-        elif isinstance(verdict, GiveUp):
-            raise verdict.error
-
-    def _try_again(self, verdict: TryAgain) -> None:
-        """Starts all training processes anew, from the newest checkpoint; the agents too, if some were lost."""
-        where, reason, step = self._crew.where(verdict.rank), verdict.reason, self.state.step
-        self._ledger.failed(self._clock())
-        self._event("worker_lost", rank=verdict.rank, reason=reason, step=step)
-        if self._failures.are_too_many:
-            raise ClusterError(
-                f"{where}: {reason} at step {step}, and workers.max_failures={self._spec.workers.max_failures} is used "
-                f"up; see {self._log_of(verdict.rank)}, then resume"
-            )
-        self._display.warn(f"{where}: {reason} at step {step}; starting anew from the newest checkpoint")
+        if verdict is None:
+            return
+        self._ledger.failed(now)
+        self._note_failure(verdict.failure)
+        if isinstance(verdict, GiveUp):
+            raise self._final_error(verdict)
+        self._display.warn(f"{self._described(verdict.failure)}; starting anew from the newest checkpoint")
         if verdict.needs_agents or self._change is not None:
             self._regroup()
         else:
             self._start_attempt()
+
+    def _note_failure(self, failure: Failure) -> None:
+        agent = {} if failure.rank is None else self._crew.agents.get(failure.rank, {})  # none while they gather
+        told = {
+            "cause": failure.cause,
+            "rank": failure.rank,
+            "node": agent.get("node"),
+            "address": agent.get("address"),
+            "step": self._step_of(failure),
+        }
+        self.state.failure = told | {"message": failure.message}
+        if failure.hang is not None:
+            self._event("worker_hung", **failure.hang)
+        if failure.rank is not None:
+            last = {"log_tail": failure.log_tail} if failure.log_tail else {}
+            self._event("worker_lost", **told, reason=failure.message, **last)
+
+    def _described(self, failure: Failure) -> str:
+        """A failure in a line: where, what, when."""
+        if failure.rank is None:
+            return failure.message
+        return f"{self._crew.where(failure.rank)}: {failure.message} at step {self._step_of(failure)}"
+
+    def _step_of(self, failure: Failure) -> int:
+        """The steps completed by then, as the later of two says: what an agent knows is a second old."""
+        return max(self.state.step, failure.step or 0)
+
+    def _final_error(self, verdict: GiveUp) -> LauncherError:
+        """What the run ends with: what happened, what to do, where more is told, and what is left."""
+        failure, step = verdict.failure, self._saved_step
+        what = f"{self._described(failure)}, {verdict.why}" if verdict.why else self._described(failure)
+        log = f"see {self._log_of(failure.rank)}" if failure.rank is not None and not failure.traceback else ""
+        saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
+        line = "; ".join(part for part in (what, verdict.advice, log, saved) if part)
+        return failure.error(line, traceback=failure.traceback or failure.log_tail)
 
     def _log_of(self, rank: int) -> str:
         return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"

@@ -249,6 +249,7 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     if status is not None:
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
+        state.failure = status.get("failure")
     for event in run.events().read():
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

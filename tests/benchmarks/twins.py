@@ -54,7 +54,7 @@ data:
 loss: {_target_: CrossEntropyLoss}
 optimizer: {_target_: stamped.StampedSGD, lr: 0.01, momentum: 0.9}
 train: {epochs: 100000, global_batch: 64, shards: 2}
-workers: {num: 2, max_failures: 50}
+workers: {num: 2, max_failures: {machine: 50}}
 checkpoint: {every_steps: 20, keep: 3}
 tracking: {mode: disabled}
 """

@@ -88,7 +88,7 @@ def test_accuracy_of_no_classes_is_refused(home: Path) -> None:
 
 def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     """The second time it is raised at the same step and line it is the code's, whatever the budget says."""
-    ended = run(home, "data.train.broken_at=100", "workers.max_failures=5")
+    ended = run(home, "data.train.broken_at=100", "workers.max_failures.code=5")
     assert ended.exit_code == 1
     assert ended.document["status"] == "failed"
     assert "disk of sample 100" in ended.document["error"]
@@ -103,6 +103,7 @@ def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     status = launcher("status", home / "work/runs/own", "--json", cwd=home).document
     assert status["status"] == "failed"
     assert "disk of sample 100" in status["error"]
+    assert (status["failure"]["cause"], status["failures"]["code"]) == ("code", 2)
 
 
 def test_an_exception_that_does_not_come_back_is_survived(home: Path) -> None:

@@ -11,7 +11,7 @@ from cluster.faults import EXIT_CODE, Fault, fired, write_plan
 from tests.e2e.command import JOBS, Running, events, launcher
 from tests.faults.planned import SHORT, Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
-OVERRIDES = (*SHORT, "workers.max_failures=20", "--json")
+OVERRIDES = (*SHORT, "workers.max_failures={machine: 20, code: 20}", "--json")
 END_TIMEOUT_S = 15.0
 MOMENTS = [
     Fault(kind="kill", doing="start", rank=0),

@@ -18,7 +18,7 @@ from cluster.link import DOING
 from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
-from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, WorkersSpec
+from jobs.spec import DataSpec, JobSpec, LossSpec, MaxFailuresSpec, OptimizerSpec, Target, WorkersSpec
 from launcher.crew import Crew
 from launcher.driver import Driver, RunState
 from launcher.progress import open_progress
@@ -79,7 +79,7 @@ def drive(
         data=DataSpec(train=Target("a.data")),
         loss=LossSpec(factory=Target("MSELoss")),
         optimizer=OptimizerSpec(factory=Target("SGD")),
-        workers=WorkersSpec(**({"num": 2, "max_failures": 3} | workers)),
+        workers=WorkersSpec(**({"num": 2} | workers)),
     )
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
@@ -132,12 +132,22 @@ def hung(rank: int, doing: str, *, step: int = 7, is_silent: bool = False, stack
     return one("hung", rank, step=step, doing=doing, for_s=300.4, is_silent=is_silent, stack=stack)
 
 
-def failed(rank: int, attempt: int, *, place: str = "", cause: str = "TrainingError") -> Message:
-    return one("failed", rank, attempt, cause=cause, message="worker 1: ValueError: bad", traceback="T", place=place)
+def failed(rank: int, attempt: int, *, place: str = "", step: int | None = None) -> Message:
+    content = {"cause": "code", "message": "ValueError: bad", "traceback": "T", "place": place, "step": step}
+    return one("failed", rank, attempt, error="TrainingError", **content)
 
 
-def exited(attempt: int, code: int = 1) -> list[Message]:
-    return both("exited", attempt, exit_code=code, log_tail="")
+def lost_peer(rank: int, attempt: int = 0) -> Message:
+    content = {"cause": "connection_lost", "message": "lost the others", "traceback": "", "place": "", "step": 3}
+    return one("failed", rank, attempt, error="ClusterError", **content)
+
+
+def died(rank: int, attempt: int = 0, *, code: int = -9, log_tail: str = "") -> Message:
+    return one("exited", rank, attempt, exit_code=code, log_tail=log_tail, oom_kill=False, step=None)
+
+
+def exited(attempt: int) -> list[Message]:
+    return [died(rank, attempt, code=1) for rank in range(2)]
 
 
 def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
@@ -189,27 +199,34 @@ class TestHangs:
 
 class TestExceptions:
     def test_once_is_bad_luck(self, run: RunDirectory) -> None:
-        raised = [failed(1, 0, place="step 3, mine.py:4, ValueError"), *exited(0)]
+        raised = [failed(1, 0, place="step 3, mine.py:4, ValueError", step=3), *exited(0)]
         driver, _ = drive(run, [HELLO, both("started", step=0), raised, finished(attempt=1)])
 
         assert driver.result()["status"] == "completed"
-        assert [lost["reason"] for lost in events(run, "worker_lost")] == ["worker 1: ValueError: bad"]
+        (lost,) = events(run, "worker_lost")
+        assert {name: lost[name] for name in ("cause", "rank", "node", "address", "step", "reason")} == {
+            "cause": "code", "rank": 1, "node": "a", "address": "10.0.0.a", "step": 3, "reason": "ValueError: bad",
+        }  # fmt: skip
+        assert driver.result()["failure"]["message"] == "ValueError: bad"
+        assert driver.result()["failures"] == {"machine": 0, "preemption": 0, "code": 1}
 
     def test_twice_at_the_same_place_is_the_codes(self, run: RunDirectory) -> None:
         place = "step 3, mine.py:4, ValueError"
-        raised = [[failed(1, attempt, place=place), *exited(attempt)] for attempt in range(2)]
+        raised = [[failed(1, attempt, place=place, step=3), *exited(attempt)] for attempt in range(2)]
         with pytest.raises(TrainingError) as caught:
             drive(run, [HELLO, both("started", step=0), raised[0], both("started", 1, step=0), raised[1]])
 
-        assert str(caught.value) == "worker 1: ValueError: bad; there is no checkpoint yet"
+        assert str(caught.value) == (
+            "worker 1 on node 10.0.0.a: ValueError: bad at step 3, for the second time; there is no checkpoint yet"
+        )
         assert caught.value.traceback == "T"
 
     def test_elsewhere_it_is_tried_again_as_far_as_the_budget_goes(self, run: RunDirectory) -> None:
-        raised = [[failed(1, attempt, place=f"step {attempt}"), *exited(attempt)] for attempt in range(2)]
-        with pytest.raises(TrainingError):
-            drive(run, [HELLO, raised[0], raised[1]], max_failures=1)
+        raised = [[failed(1, attempt, place=f"step {attempt}", step=3), *exited(attempt)] for attempt in range(2)]
+        with pytest.raises(TrainingError, match=r"bad at step 3, and workers.max_failures.code=1 is used up; there is"):
+            drive(run, [HELLO, raised[0], raised[1]], max_failures=MaxFailuresSpec(code=1))
 
-        assert len(events(run, "worker_lost")) == 1
+        assert len(events(run, "worker_lost")) == 2
 
     def test_what_all_agree_on_is_not_tried_again_and_the_save_under_way_is_kept(self, run: RunDirectory) -> None:
         """Rank 1 is heard first; what rank 0 was saving becomes a checkpoint before the run ends."""
@@ -230,25 +247,30 @@ class TestExceptions:
 class TestDeaths:
     def test_consequences_of_a_death_are_not_its_cause(self, run: RunDirectory) -> None:
         """Rank 0 says that it lost its peer before the peer's agent says how that ended."""
-        lost_peer = [failed(0, 0, cause="ClusterError"), exited(0)[0]]
-        died = [one("exited", 1, exit_code=-9, log_tail="")]
-        drive(run, [HELLO, both("started", step=0), lost_peer, died, finished(attempt=1)])
+        broken = [lost_peer(0), died(0, code=1)]
+        drive(run, [HELLO, both("started", step=0), broken, [died(1)], finished(attempt=1)])
 
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (1, "killed by SIGKILL")
 
     def test_a_budget_that_is_used_up_ends_the_run(self, run: RunDirectory) -> None:
-        died = [[one("exited", 1, attempt, exit_code=-9, log_tail="")] for attempt in range(2)]
-        with pytest.raises(ClusterError, match=r"killed by SIGKILL at step 0, and workers.max_failures=1 is used up"):
-            drive(run, [HELLO, died[0], died[1]], max_failures=1)
-
-    def test_a_process_that_leaves_without_a_word_is_the_codes(self, run: RunDirectory) -> None:
-        left = [one("exited", 1, exit_code=3, log_tail="last words")]
-        with pytest.raises(TrainingError) as caught:
-            drive(run, [HELLO, both("started", step=4), left])
+        with pytest.raises(ClusterError) as caught:
+            drive(run, [HELLO, [died(1)], [died(1, 1, log_tail="last")]], max_failures=MaxFailuresSpec(machine=1))
 
         assert str(caught.value) == (
-            "worker 1 on node 10.0.0.a ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
+            "worker 1 on node 10.0.0.a: killed by SIGKILL at step 0, and workers.max_failures.machine=1 is used up; "
+            "find out who killed it, then resume; see memory://driver/run/logs, attempt 1, worker 1; "
+            "there is no checkpoint yet"
+        )
+        assert caught.value.traceback == "last"
+        assert [lost.get("log_tail") for lost in events(run, "worker_lost")] == [None, "last"]
+
+    def test_a_process_that_leaves_without_a_word_is_the_codes(self, run: RunDirectory) -> None:
+        with pytest.raises(TrainingError) as caught:
+            drive(run, [HELLO, both("started", step=4), [died(1, code=3, log_tail="last words")]])
+
+        assert str(caught.value) == (
+            "worker 1 on node 10.0.0.a: ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
             "worker 1; the newest checkpoint is of step 4"
         )
         assert caught.value.traceback == "last words"
@@ -323,7 +345,7 @@ class TestElastic:
         script: list[list[Message] | float] = [
             hello("a", "a", "b"), all_of(3, "started", 0, step=0), 2.0,
             [{"kind": "agents_lost", "lost": {2: "its node has died"}, "what": ""}],
-            [one("failed", 0, 0, cause="ClusterError", message="lost the others", traceback="", place="")],
+            [lost_peer(0)],
             hello("a", "a"), all_of(2, "started", 1, step=0), done(2, 1),
         ]  # fmt: skip
         first = [node("a", 2), node("b", 1)]
@@ -366,7 +388,7 @@ class TestElastic:
     def test_agents_that_could_not_start_are_no_failure(self, run: RunDirectory) -> None:
         """Room was taken by others in the meantime."""
         not_started = [{"kind": "agents_lost", "lost": {}, "what": "the placement group was not ready in 15 s"}]
-        _, group = drive(run, [not_started, HELLO, finished(0)], max_failures=0)
+        _, group = drive(run, [not_started, HELLO, finished(0)], max_failures=MaxFailuresSpec(machine=0))
 
         assert group.started == [2, 2]
         assert events(run, "worker_lost") == []
@@ -419,15 +441,27 @@ class TestLeaving:
         assert stopping["reason"] == "node 10.0.0.b is being drained, and the driver runs on it"
 
     def test_workers_that_die_on_their_way_out_are_no_failure(self, run: RunDirectory) -> None:
-        died = [{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}]
+        gone = [{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}]
         script: list[list[Message] | float] = [
-            hello("a", "b"), both("started", step=0), 1.1, died,
+            hello("a", "b"), both("started", step=0), 1.1, gone,
             hello("a", "a"), both("started", 1, step=0), done(2, 1),
         ]  # fmt: skip
-        _, group = drive(run, script, self.draining(60.0), max_failures=0)
+        _, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
 
         assert group.started == [2, 2]
         assert events(run, "worker_lost") == []
+
+    def test_one_that_is_killed_while_its_node_is_drained_is_preempted(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            hello("a", "b"), both("started", step=0), 1.1, [died(1)],
+            hello("a", "a"), both("started", 1, step=0), done(2, 1),
+        ]  # fmt: skip
+        driver, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
+
+        assert group.started == [2, 2]
+        (lost,) = events(run, "worker_lost")
+        assert (lost["cause"], lost["reason"]) == ("preempted", "its node was being drained: killed by SIGKILL")
+        assert driver.result()["failures"] == {"machine": 0, "preemption": 1, "code": 0}
 
     def test_a_budget_of_worker_hours(self, run: RunDirectory) -> None:
         script: list[list[Message] | float] = [HELLO, both("started", step=0), 1800.0, left(2, 0, 9)]
