@@ -8,7 +8,7 @@ for each kind of kill: in the stock script its one process, which is a Ray worke
 process, and the Ray worker that holds it, the agent.
 
 The clock starts at the kill, and stops when every rank has taken an optimizer step in a process that did not exist at
-the kill: both arms use one optimizer class that writes down the first step of each process that has a process group.
+the kill: both arms use one optimizer class that writes down the steps of each process that has a process group.
 That step may repeat one from before the kill, in both arms alike: what lies behind the checkpoint is lost, and is no
 part of the time.
 
@@ -17,30 +17,22 @@ event log. The last line is JSON.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from tests.benchmarks.twins import LAUNCHER_RUN, Training, Twin, launcher, seconds_to, stock
-from tests.e2e.command import ancestors, events
+from tests.benchmarks.twins import LAUNCHER_RUN, Training, Twin, launcher, running, seconds_to, stock
+from tests.e2e.command import events
 
 _KILLS_PER_RUN = 2
 """Of each kind: a start takes longer than a recovery."""
-_PR_SET_CHILD_SUBREAPER = 36
 _VICTIM = 1
-_END_TIMEOUT_S = 20.0
-_POLL_INTERVAL_S = 0.02
 _LONGEST_PAUSE_S = 2.0
 _PHASES = ("worker_lost", "attempt_started", "training")
 
@@ -86,58 +78,12 @@ def _kill(training: Training, find_victim: Callable[[Training], int]) -> tuple[f
     return killed, training.wait_until_it_trains(before)
 
 
-def _end(training: Training) -> None:
-    """Ends every process of it: as Ctrl-C does, and by their own numbers those that are left after that."""
-    training.process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        training.process.wait(_END_TIMEOUT_S)
-    while left := _descendants():
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(_POLL_INTERVAL_S)
-
-
-def _adopt_orphans() -> None:
-    """Makes this process the parent of descendants that lose theirs, so that it finds them at the end."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-
-
-def _descendants() -> list[int]:
-    """The processes that descend from this one and have not ended."""
-    parents, alive = {}, []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(parent)
-        if state not in "ZX":
-            alive.append(int(entry.name))
-    return [pid for pid in alive if os.getpid() in ancestors(pid, parents)]
-
-
-@contextmanager
-def _running(twin: Twin) -> Iterator[Training]:
-    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-", ignore_cleanup_errors=True) as folder:
-        training = Training(twin, Path(folder))
-        try:
-            training.wait_until_it_trains()
-            yield training
-        finally:
-            _end(training)
-
-
 def run_once(arm: _Arm) -> list[tuple[str, dict[str, float]]]:
     """For each kill its kind, and the seconds from it to the first new step and to what the launcher's events tell."""
-    with _running(arm.twin) as training:
+    with running(arm.twin) as training:
         kinds = list(arm.victims) * _KILLS_PER_RUN
         kills = [(kind, *_kill(training, arm.victims[kind])) for kind in kinds]
-        _end(training)  # all events are readable now
+        training.end()  # all events are readable now
         return [
             (kind, seconds_to(training, killed, _PHASES) | {"first_step": stepped - killed})
             for kind, killed, stepped in kills
@@ -148,7 +94,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2, help=f"each has {_KILLS_PER_RUN} kills of each kind")
     arguments = parser.parse_args()
-    _adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind by it either
     found: dict[tuple[str, str], list[dict[str, float]]] = {
         (name, kind): [] for name, arm in _ARMS.items() for kind in arm.victims

@@ -13,35 +13,17 @@ the seconds until the process had ended. The last line is JSON.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_STAMPED_OPTIMIZER = '''
-import os
-import time
-from pathlib import Path
+from tests.benchmarks.twins import NUM_WORKERS, Training, Twin, launcher, seconds_to, stock
 
-import torch
-
-
-class StampedSGD(torch.optim.SGD):
-    """SGD that writes down when its first step in a training process was done."""
-
-    def step(self, closure=None):
-        super().step(closure)
-        stamp = Path(os.environ["STAMPS"], str(os.getpid()))
-        if torch.distributed.is_initialized() and not stamp.exists():
-            stamp.write_text(repr(time.time()))
-'''
 _JOB = """
-name: startup
+name: twin
 store: runs
 model: {_target_: torchvision.models.resnet18, num_classes: 100}
 data:
@@ -52,7 +34,7 @@ train: {global_batch: 64, shards: 2, max_steps: 1}
 workers: {num: 2}
 tracking: {mode: disabled}
 """
-_STOCK = """
+_SCRIPT = """
 import ray
 import ray.train
 import ray.train.torch
@@ -79,56 +61,27 @@ def train():
 
 
 if __name__ == "__main__":
-    ray.init(address="local")
+    ray.init(**RAY_INIT)
     TorchTrainer(
         train, scaling_config=ScalingConfig(num_workers=2), run_config=RunConfig(storage_path=STORAGE)
     ).fit()
 """
 _TIMEOUT_S = 300.0
 _PHASES = ("attempt_started", "training")
+_ARMS = {"launcher": launcher(job=_JOB), "stock": stock(script=_SCRIPT, address="local")}
 
 
-def _launcher(folder: Path) -> list[str]:
-    (folder / "startup.yaml").write_text(_JOB)
-    return [str(Path(sys.executable).with_name("launcher")), "run", "startup.yaml", "--json"]
-
-
-def _stock(folder: Path) -> list[str]:
-    (folder / "stock.py").write_text(_STOCK.replace("STORAGE", repr(str(folder / "results"))))
-    return [sys.executable, "stock.py"]
-
-
-_ARMS: dict[str, Callable[[Path], list[str]]] = {"launcher": _launcher, "stock": _stock}
-
-
-def run_once(make_command: Callable[[Path], list[str]]) -> dict[str, float]:
+def run_once(twin: Twin) -> dict[str, float]:
     """Seconds from the command to the first step, to the end, and to what the launcher's events tell."""
-    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-") as name:
-        folder = Path(name)
-        (folder / "stamped.py").write_text(_STAMPED_OPTIMIZER)
-        (folder / "stamps").mkdir()
-        command = make_command(folder)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment["STAMPS"] = str(folder / "stamps")
-        with open(folder / "output", "wb") as output:
-            start = time.time()
-            done = subprocess.run(
-                command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=_TIMEOUT_S, check=False
-            )
-            end = time.time()
-        stamps = [float(stamp.read_text()) for stamp in (folder / "stamps").iterdir()]
-        if done.returncode != 0 or len(stamps) != 2:
-            raise SystemExit(f"{command} ended with {done.returncode}:\n{(folder / 'output').read_text()[-4000:]}")
-        moments = {"first_step": max(stamps) - start, "end": end - start}
-        return moments | {kind: moment - start for kind, moment in _events(folder / "runs" / "startup")}
-
-
-def _events(run: Path) -> list[tuple[str, float]]:
-    if not run.exists():
-        return []
-    from cluster.run_directory import RunDirectory
-
-    return [(event["kind"], event["time"]) for event in RunDirectory(str(run)).events().read()]
+    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-") as folder:
+        start = time.time()
+        training = Training(twin, Path(folder))
+        exit_code = training.process.wait(_TIMEOUT_S)
+        end = time.time()
+        first_steps = [stamp.time for stamp in training.stamps()]
+        if exit_code != 0 or len(first_steps) != NUM_WORKERS:
+            raise SystemExit(f"it ended with {exit_code}:\n{training.output()}")
+        return {"first_step": max(first_steps) - start, "end": end - start} | seconds_to(training, start, _PHASES)
 
 
 def main() -> None:

@@ -1,21 +1,26 @@
 """One training, twice: by ``launcher run``, and by a stock ``TorchTrainer`` as Ray's documentation has it.
 
 Both train the reference CNN on the digits with two gloo workers, without end, and save every 20 steps, of which they
-keep three. Both use one optimizer class that writes down the first step of each process that has a process group: by
-these stamps it is told when training began, or began again, and where.
+keep three; or a benchmark brings a job and a script of its own. All use one optimizer class that counts its steps, also
+over a restart, for the count is in its state, and writes down when each was done in a process that has a process group:
+by these stamps it is told when training began, or began again, where, and how far it came.
 """
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from tests.e2e.command import events
+from tests.processes import descendants
 
 NUM_WORKERS = 2
 LAUNCHER_RUN = "runs/twin"
@@ -32,18 +37,26 @@ STAMPS = Path(__file__).with_name("stamps")
 
 
 class StampedSGD(torch.optim.SGD):
-    """SGD that writes down when its first step in a training process was done."""
+    """SGD that counts its steps, and in a training process writes down when each was done."""
 
-    stamped = False
+    stamps = None
 
     def step(self, closure=None):
         super().step(closure)
-        if not self.stamped and torch.distributed.is_initialized():
-            self.stamped = True
-            stamp = STAMPS / f"{torch.distributed.get_rank()}.{socket.gethostname()}.{os.getpid()}"
-            unfinished = stamp.with_name(f"unfinished-{stamp.name}")
-            unfinished.write_text(repr(time.time()))
-            unfinished.rename(stamp)
+        group = self.param_groups[0]
+        group["steps"] = group.get("steps", 0) + 1
+        if torch.distributed.is_initialized():
+            self.write(f"{group['steps']} {time.time()!r}\\n")
+
+    def write(self, line):
+        if self.stamps is not None:
+            self.stamps.write(line)
+            return
+        stamp = STAMPS / f"{torch.distributed.get_rank()}.{socket.gethostname()}.{os.getpid()}"
+        unfinished = stamp.with_name(f"unfinished-{stamp.name}")
+        self.stamps = open(unfinished, "w", buffering=1)
+        self.stamps.write(line)
+        unfinished.rename(stamp)
 '''
 _JOB = """
 name: twin
@@ -54,7 +67,7 @@ data:
 loss: {_target_: CrossEntropyLoss}
 optimizer: {_target_: stamped.StampedSGD, lr: 0.01, momentum: 0.9}
 train: {epochs: 100000, global_batch: 64, shards: 2}
-workers: {num: 2, max_failures: {machine: 50}}
+workers: {num: 2, max_failures: {machine: null}}
 checkpoint: {every_steps: 20, keep: 3}
 tracking: {mode: disabled}
 """
@@ -96,7 +109,7 @@ def train():
             loss.backward()
             optimizer.step()
             step += 1
-            if step % 20 == 0:
+            if step % EVERY_STEPS == 0:
                 report(model.module, optimizer, step, epoch, loss.item())
 
 
@@ -119,13 +132,15 @@ if __name__ == "__main__":
         run_config=RunConfig(
             name="twin",
             storage_path=STORAGE,
-            failure_config=FailureConfig(max_failures=50),
+            failure_config=FailureConfig(max_failures=1000),
             checkpoint_config=CheckpointConfig(num_to_keep=3),
         ),
     ).fit()
 """
 _TIMEOUT_S = 300.0
+_END_TIMEOUT_S = 20.0
 _POLL_INTERVAL_S = 0.02
+_PR_SET_CHILD_SUBREAPER = 36
 
 T = TypeVar("T")
 
@@ -143,22 +158,25 @@ class Twin:
     committed: str
 
 
-def launcher(*arguments: str) -> Twin:
-    """``launcher run``, with further arguments."""
+def launcher(*arguments: str, job: str = _JOB) -> Twin:
+    """``launcher run``, with further arguments; a job of another kind is named twin too."""
 
     def make_command(folder: Path) -> list[str]:
-        (folder / "twin.yaml").write_text(_JOB)
+        (folder / "twin.yaml").write_text(job)
         return [str(Path(sys.executable).with_name("launcher")), "run", "twin.yaml", "--json", *arguments]
 
     return Twin(make_command, f"{LAUNCHER_RUN}/checkpoints/*/manifest.json")
 
 
-def stock(**ray_init: object) -> Twin:
-    """The stock script; ``ray_init``: what it passes to ``ray.init``."""
+def stock(*, script: str = _SCRIPT, every_steps: int = 20, **ray_init: object) -> Twin:
+    """A stock script that saves every so many steps; ``ray_init``: what it passes to ``ray.init``."""
 
     def make_command(folder: Path) -> list[str]:
-        script = _SCRIPT.replace("RAY_INIT", repr(ray_init)).replace("STORAGE", repr(str(folder / "results")))
-        (folder / "stock.py").write_text(script)
+        values = {"RAY_INIT": ray_init, "STORAGE": str(folder / "results"), "EVERY_STEPS": every_steps}
+        text = script
+        for name, value in values.items():
+            text = text.replace(name, repr(value))
+        (folder / "stock.py").write_text(text)
         return [sys.executable, "stock.py"]
 
     return Twin(make_command, "results/twin/checkpoint_manager_snapshot.json")
@@ -171,6 +189,14 @@ class Stamp:
     rank: int
     host: str
     pid: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a training process, counted from 1."""
+
+    number: int
     time: float
 
 
@@ -222,23 +248,54 @@ class Training:
 
         self.wait_for(is_committed)
 
+    def end(self) -> None:
+        """Ends every process of it: as Ctrl-C does, and by their own numbers those that are left after that."""
+        self.process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_TIMEOUT_S)
+        while left := descendants(os.getpid()):
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            time.sleep(_POLL_INTERVAL_S)
+
     def wait_for(self, find: Callable[[], T | None]) -> T:
         """Waits until ``find`` finds something, and returns it."""
         deadline = time.monotonic() + _TIMEOUT_S
         while not (found := find()):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                output = (self.folder / "output").read_text(errors="replace")[-4000:]
-                raise SystemExit(f"it ended, or did nothing for {_TIMEOUT_S:.0f} s:\n{output}")
+                raise SystemExit(f"it ended, or did nothing for {_TIMEOUT_S:.0f} s:\n{self.output()}")
             time.sleep(_POLL_INTERVAL_S)
         return found
+
+    def output(self) -> str:
+        """The last of what it printed."""
+        return (self.folder / "output").read_text(errors="replace")[-4000:]
 
     def stamps(self) -> frozenset[Stamp]:
         """The first steps of all training processes so far."""
         return frozenset(map(_read_stamp, self._stamps.glob("[0-9]*.*")))
 
+    def steps(self, rank: int) -> list[list[Step]]:
+        """All steps that a rank has taken so far, a list for each process that it had."""
+        return [list(map(_read_step, path.read_text().splitlines())) for path in self._stamps.glob(f"{rank}.*")]
+
     def newest_stamp(self, rank: int) -> Stamp:
         """The first step of the process that a rank has now."""
         return max((stamp for stamp in self.stamps() if stamp.rank == rank), key=lambda stamp: stamp.time)
+
+
+@contextmanager
+def running(twin: Twin) -> Iterator[Training]:
+    """A twin that trains, until the context ends; then, at the latest, all its processes end."""
+    _adopt_orphans()
+    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-", ignore_cleanup_errors=True) as folder:
+        training = Training(twin, Path(folder))
+        try:
+            training.wait_until_it_trains()
+            yield training
+        finally:
+            training.end()
 
 
 def seconds_to(training: Training, fault: float, kinds: Sequence[str]) -> dict[str, float]:
@@ -250,4 +307,17 @@ def seconds_to(training: Training, fault: float, kinds: Sequence[str]) -> dict[s
 def _read_stamp(path: Path) -> Stamp:
     rank, _, rest = path.name.partition(".")
     host, _, pid = rest.rpartition(".")
-    return Stamp(int(rank), host, int(pid), float(path.read_text()))
+    with open(path) as steps:
+        return Stamp(int(rank), host, int(pid), _read_step(steps.readline()).time)
+
+
+def _read_step(line: str) -> Step:
+    number, moment = line.split()
+    return Step(int(number), float(moment))
+
+
+def _adopt_orphans() -> None:
+    """Makes this process the parent of descendants that lose theirs, so that it finds them at the end."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")

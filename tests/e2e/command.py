@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.processes import descendants
+
 CHECKOUT = Path(__file__).parents[2]
 JOBS = CHECKOUT / "jobs"
 _LAUNCHER = [str(Path(sys.executable).parent / "launcher")]
@@ -98,25 +100,6 @@ def checkpointed(run: Path, step: int) -> Callable[[], bool]:
 
 def training_processes(driver: int) -> list[int]:
     """The processes that train: grandchildren of Ray's workers, forked from this run's fork server."""
-    parents = {}
-    servers = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            command = (entry / "cmdline").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(fields[1])
-        if "multiprocessing.forkserver" in command:
-            servers.add(int(entry.name))
-    return [pid for pid in servers if parents[pid] in servers and driver in ancestors(pid, parents)]
-
-
-def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
-    found = set()
-    while pid in parents:
-        pid = parents[pid]
-        found.add(pid)
-    return found
+    forked = [process for process in descendants(driver) if "multiprocessing.forkserver" in process.command]
+    servers = {process.pid for process in forked}
+    return [process.pid for process in forked if process.parent in servers]

@@ -1,0 +1,43 @@
+"""The processes of this machine, as Linux tells of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that has not ended, or whose end nobody has asked for yet.
+
+    Attributes:
+        parent: The number of its parent.
+        command: Its command line; empty when it has ended.
+    """
+
+    pid: int
+    parent: int
+    command: str
+
+
+def descendants(ancestor: int) -> list[Process]:
+    """Those processes, not yet ended, that descend from one."""
+    processes = _processes()
+    return [process for process in processes.values() if process.command and _descends(process, ancestor, processes)]
+
+
+def _descends(process: Process, ancestor: int, processes: dict[int, Process]) -> bool:
+    parent = processes.get(process.parent)
+    return process.parent == ancestor or (parent is not None and _descends(parent, ancestor, processes))
+
+
+def _processes() -> dict[int, Process]:
+    processes = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (entry / "cmdline").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        processes[int(entry.name)] = Process(int(entry.name), int(parent), command)
+    return processes
