@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,13 @@ from launcher.description import load
 from tests.distributed.team_process import run_job
 from tests.e2e.command import JOBS, Ended, rows
 
-SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
-
 Bits = tuple[str, list[dict[str, Any]]]
 """What no fault may change: the digest of the whole state, and every row of metrics."""
 
 
-def undisturbed(home: Path) -> Bits:
-    """The bits of the short job, trained by one process: no Ray, no agent, no driver."""
-    spec = replace(load(JOBS / "digits.yaml", SHORT).spec, store=str(home))
+def undisturbed(home: Path, overrides: Sequence[str]) -> Bits:
+    """The bits of ``jobs/digits.yaml``, trained by one process: no Ray, no agent, no driver."""
+    spec = replace(load(JOBS / "digits.yaml", overrides).spec, store=str(home))
     outcome = run_job(spec, world_size=1)
     return outcome.digest, outcome.rows
 

@@ -9,8 +9,9 @@ import pytest
 from cluster.agent import FAULTS_VARIABLE
 from cluster.faults import EXIT_CODE, Fault, fired, write_plan
 from tests.e2e.command import JOBS, Running, events, launcher
-from tests.faults.planned import SHORT, Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
+from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
+SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 OVERRIDES = (*SHORT, "workers.max_failures={machine: 20, code: 20}", "--json")
 END_TIMEOUT_S = 15.0
 MOMENTS = [
@@ -33,7 +34,7 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
 
 
 @pytest.fixture
