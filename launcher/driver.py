@@ -1,38 +1,32 @@
-"""The life of a run: gather workers, listen to them, keep the run directory, track, finish.
+"""The life of a run: gather workers, listen to them, decide what their failures come to, finish.
 
-The driver trains nothing. It owns what must be one: the tracker, the display, the event log, the metrics
+The driver trains nothing. With its record it owns what must be one: the tracker, the display, the events, the metrics
 and the moment at which a checkpoint becomes one. Workers send it small messages and never wait for it.
 """
 
 import contextlib
 import os
 import signal
-import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Task
-from cluster.checkpoints import Manifest
 from cluster.errors import (
     ClusterError,
     Interrupted,
     LauncherError,
-    StorageError,
 )
 from cluster.run_directory import RunDirectory
-from cluster.tracking import Tracker
 from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
 from launcher.failures import Failure, Failures, GiveUp
-from launcher.goodput import Ledger, goodput
+from launcher.goodput import Ledger
 from launcher.pace import Pace
-from launcher.plan import ENTRY, Plan
-from launcher.progress import Progress
+from launcher.plan import ENTRY
+from launcher.record import Record
 
 _FLUSH_INTERVAL_S = 5.0
 _START_TIMEOUT_S = 180.0
@@ -42,33 +36,6 @@ _NONE = -1
 """The attempt while there is none."""
 
 
-@dataclass(slots=True)
-class RunState:
-    """What the driver knows of the run, and ``status.json`` tells."""
-
-    status: str = "running"
-    step: int = 0
-    epoch: int = 0
-    """Epochs completed."""
-    samples: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    state_sha256: str | None = None
-    attempts: int = 0
-    workers: int = 0
-    """Workers that train now, or did last."""
-    waits_for: str | None = None
-    """What has to be waited for before training can go on."""
-    worker_hours: float = 0.0
-    seconds: float = 0.0
-    time: dict[str, float] = field(default_factory=dict)
-    """Seconds by what they went into, as ``launcher.goodput`` tells them apart."""
-    images_per_second: float | None = None
-    failure: dict[str, Any] | None = None
-    """The last failure of a worker, also while the run goes on again."""
-    error: str | None = None
-
-
 class Driver:
     """Runs one job on workers that it starts, to its end."""
 
@@ -76,28 +43,20 @@ class Driver:
         self,
         *,
         spec: JobSpec,
-        plan: Plan,
-        run: RunDirectory,
-        state: RunState,
-        display: Progress,
-        tracker: Tracker,
+        run_url: str,
+        record: Record,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Only assigns. ``state`` carries over what earlier invocations of the run counted."""
+        """Only assigns. ``record``: where it is written what happens; ``run_url``: what to call the run."""
         self._spec = spec
-        self._plan = plan
-        self._run = run
-        self.state = state
-        self._display = display
-        self._tracker = tracker
+        self._run_url = run_url
+        self._record = record
+        self._display = record.display
         self._clock = clock
-        self._metrics = run.metrics()
-        self._events = run.events()
         self._crew: Crew
         self._pace: Pace
         self._attempt = _NONE
         self._failures = Failures(spec.workers.max_failures)
-        self._saved_step = 0
         self._finished: set[int] = set()
         self._completed = False
         self._interrupts = 0
@@ -109,11 +68,8 @@ class Driver:
         self._asked_at = self._started_at
         self._waiting_since: float | None = None
         self._trains = False
-        self._save_s = 0.0
-        """What the last save took."""
-        self._seconds_before = state.seconds
-        self._ledger = Ledger(begun_at=self._started_at, booked=dict(state.time))
-        self._rates: deque[tuple[float, int]] = deque()
+        self._seconds_before = record.state.seconds
+        self._ledger = Ledger(begun_at=self._started_at, booked=dict(record.state.time))
 
     def drive(self, make_crew: Callable[[], Crew]) -> None:
         """Runs until the workers have finished; the state then tells how.
@@ -141,33 +97,6 @@ class Driver:
     def interrupted(self) -> bool:
         """A signal asked the run to stop."""
         return self._interrupts > 0
-
-    def result(self) -> dict[str, Any]:
-        """The ``--json`` document."""
-        state = self.state
-        return {
-            "run": self._run.url,
-            "status": state.status,
-            "step": state.step,
-            "epoch": state.epoch,
-            "samples": state.samples,
-            "metrics": state.metrics,
-            "best": state.best,
-            "workers": state.workers,
-            "waits_for": state.waits_for,
-            "attempts": state.attempts,
-            "state_sha256": state.state_sha256,
-            "seconds": round(state.seconds, 3),
-            "worker_hours": round(state.worker_hours, 4),
-            "time": state.time,
-            "goodput": goodput(state.time),
-            "images_per_second": state.images_per_second,
-            "total_steps": self._plan.total_steps,
-            "tracker": self._tracker.url,
-            "failures": self._failures.counts,
-            "failure": state.failure,
-            "error": state.error,
-        }
 
     # Listening.
 
@@ -199,7 +128,7 @@ class Driver:
         elif message.get("attempt") == self._attempt:  # a process of an earlier attempt has nothing to say any more
             handle = {
                 "meeting_place": self._on_meeting_place,
-                "environment": lambda message: self._event(**_without_stamp(message)),
+                "environment": lambda message: self._record.event(**_without_stamp(message)),
                 "started": self._on_started,
                 "fell_back": self._on_fell_back,
                 "row": self._on_row,
@@ -224,13 +153,13 @@ class Driver:
             self._start_attempt()
 
     def _start_attempt(self) -> None:
-        self._attempt = self.state.attempts
-        self.state.attempts += 1
+        self._attempt = self._record.state.attempts
+        self._record.state.attempts += 1
         self._finished, self._trains = set(), False
         self._failures.attempt_started(self._crew.num_workers)
         self._ledger.workers_there(self._clock())
         self._pace.restarted()
-        self._event(
+        self._record.event(
             "attempt_started",
             attempt=self._attempt,
             workers=[
@@ -247,85 +176,40 @@ class Driver:
         self._crew.group.order(meeting_port=message["port"])
 
     def _on_started(self, message: dict[str, Any]) -> None:
-        """The workers stand at a step; rows beyond it will be made anew."""
-        if message["rank"] != 0:
-            return
-        step, self._trains = message["step"], True
-        self._ledger.training_began(self._clock(), message["spent"])
-        self._metrics.flush()
-        rows = self._metrics.read()
-        if rows and rows[-1]["step"] > step:
-            self._metrics.compact(row for row in rows if row["step"] <= step)
-        self._event("training", step=step)
-        self.state.step = self._saved_step = step
-        self._rates.clear()
-        self._display.phase(f"training from step {step}" if step else "training")
+        if message["rank"] == 0:
+            self._trains = True
+            self._ledger.training_began(self._clock(), message["spent"])
+            self._record.begins_at(message["step"])
 
     def _on_fell_back(self, message: dict[str, Any]) -> None:
-        self._event("fell_back", step=message["step"], defect=message["defect"])
+        self._record.event("fell_back", step=message["step"], defect=message["defect"])
         self._display.warn(f"{message['defect']}; the checkpoint before it is used")
 
     def _on_row(self, message: dict[str, Any]) -> None:
-        row, state = message["row"], self.state
         self._ledger.told(message["spent"])
-        self._metrics.append(row)
-        self._tracker.log(row | self._throughput(message["time"], row["samples"]))
-        state.step, state.samples = row["step"], row["samples"]
-        state.epoch = row["step"] // self._plan.steps_per_epoch
-        state.metrics |= {name: value for name, value in row.items() if "/" in name}
-        self._display.update(
-            epoch=row["epoch"],
-            epochs=self._spec.train.epochs,
-            step=state.step,
-            total_steps=self._plan.end_step,
-            metrics={name: value for name, value in row.items() if "/" in name},
-            images_per_second=state.images_per_second,
-            workers=state.workers,
-        )
+        self._record.row(message["row"], message["time"])
 
     def _on_matrix(self, message: dict[str, Any]) -> None:
-        """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
-        matrix = {name: message[name] for name in ("step", "classes", "values")}
-        self._run.write_matrix(message["name"].replace("/", "-"), matrix)
+        self._record.matrix(message["name"], {name: message[name] for name in ("step", "classes", "values")})
 
     def _on_pace(self, message: dict[str, Any]) -> None:
         for news in self._pace.heard(message["rank"], message["step"], message["spent"]):
             kind = "worker_recovered" if news.what is None else "worker_slow"
             node = self._crew.agents[news.rank]["address"]
-            self._event(kind, step=message["step"], rank=news.rank, node=node, what=news.what, factor=news.factor)
+            self._record.event(
+                kind, step=message["step"], rank=news.rank, node=node, what=news.what, factor=news.factor
+            )
             tell = self._display.message if news.what is None else self._display.warn
             tell(f"{self._crew.where(news.rank)} {news.text}")
 
     def _on_event(self, message: dict[str, Any]) -> None:
-        self._event(message["event"], step=message["step"], reason=message["reason"])
+        self._record.event(message["event"], step=message["step"], reason=message["reason"])
         self._display.message(f"step {message['step']}: {message['event'].replace('_', ' ')}: {message['reason']}")
 
-    def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
-        """Images per second over the last moments, by the workers' clock."""
-        self._rates.append((sent_at, samples))
-        while self._rates[-1][0] - self._rates[0][0] > _RATE_WINDOW_S:
-            self._rates.popleft()
-        (first_at, first), (last_at, last) = self._rates[0], self._rates[-1]
-        if last_at <= first_at:
-            return {}
-        self.state.images_per_second = round((last - first) / (last_at - first_at), 1)
-        return {"throughput/images_per_second": self.state.images_per_second}
-
     def _on_checkpoint(self, message: dict[str, Any]) -> None:
-        """A worker has written the files of a checkpoint. Rows first, then the manifest: what is committed is whole."""
-        manifest: Manifest = message["manifest"]
-        self._metrics.flush()
-        self._run.checkpoints.commit(manifest)
-        self.state.state_sha256 = manifest.state_sha256
-        self._saved_step, self._save_s = manifest.step, message["seconds"]
+        best = (message["best_step"], message["best_metric"])
+        self._record.checkpoint(message["manifest"], best, message["seconds"])
         self._ledger.saved(message["spent"])
-        best = self._spec.checkpoint.best
-        if best is not None and message["best_step"] is not None:
-            self.state.best = {"metric": best.metric, "value": message["best_metric"], "step": message["best_step"]}
-        self._event("checkpoint", step=manifest.step, state_sha256=manifest.state_sha256)
-        removed = self._run.checkpoints.retain(self._spec.checkpoint.keep, message["best_step"])
-        if removed:
-            self._event("checkpoints_removed", steps=removed)
 
     def _on_finished(self, message: dict[str, Any]) -> None:
         self._failures.finished(message)
@@ -333,7 +217,7 @@ class Driver:
         self._completed = message["completed"]
         if message["rank"] == 0:
             self._ledger.told(message["spent"])
-        self.state.step = message["step"]
+        self._record.state.step = message["step"]
 
     # Workers.
 
@@ -341,24 +225,26 @@ class Driver:
         """Starts workers as soon as there is room for them."""
         room = self._crew.room()
         if room:
-            if self.state.workers not in (0, room):
-                self._event("resized", step=self.state.step, workers=room, before=self.state.workers)
-                self._display.message(f"step {self.state.step}: going on with {room} workers")
+            if self._record.state.workers not in (0, room):
+                self._record.event(
+                    "resized", step=self._record.state.step, workers=room, before=self._record.state.workers
+                )
+                self._display.message(f"step {self._record.state.step}: going on with {room} workers")
             self._display.phase(f"starting {room} worker{'s' * (room > 1)}")
-            self.state.workers, self.state.waits_for, self._waiting_since = room, None, None
+            self._record.state.workers, self._record.state.waits_for, self._waiting_since = room, None, None
             self._crew.start(room)
             self._asked_at = now
             return
         shortage = self._crew.shortage()
         if self._waiting_since is None:
             self._waiting_since = now
-            self._event("waiting", step=self.state.step, reason=shortage)
+            self._record.event("waiting", step=self._record.state.step, reason=shortage)
             self._display.message(f"waiting for workers: {shortage}")
-        self.state.waits_for = shortage
+        self._record.state.waits_for = shortage
         if now - self._waiting_since > self._spec.workers.wait_s:
             raise ClusterError(
                 f"{shortage}, after {self._spec.workers.wait_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
-                f"or lower workers.num, then launcher resume {self._run.url}"
+                f"or lower workers.num, then launcher resume {self._run_url}"
             )
 
     def _regroup(self) -> None:
@@ -367,35 +253,35 @@ class Driver:
         self._ledger.waiting(self._clock())
         self._failures.attempt_started(0)
         self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
-        self.state.step = self._saved_step
+        self._record.state.step = self._record.saved_step
 
     def _plan_change(self, change: Change) -> None:
         """Has the workers save and leave, so that others go on without a step lost; or without, if there is no time."""
-        step = self.state.step
+        step = self._record.state.step
         self._failures.draining(change.leaving)
         if change.ends_here:
             self._ask_to_stop(f"{change.reason}, and the driver runs on it")
             return
         self._change = change
         left_s = change.leave_by - time.time()
-        if left_s < self._save_s:
+        if left_s < self._record.save_s:
             reason = (
-                f"{change.reason}: {max(0.0, left_s):.1f} s are left, and a save takes {self._save_s:.1f} s, "
-                f"so the checkpoint of step {self._saved_step} is relied upon"
+                f"{change.reason}: {max(0.0, left_s):.1f} s are left, and a save takes {self._record.save_s:.1f} s, "
+                f"so the checkpoint of step {self._record.saved_step} is relied upon"
             )
-            self._event("leaving", step=step, reason=reason)
+            self._record.event("leaving", step=step, reason=reason)
             self._display.warn(reason)
             self._ledger.failed(self._clock())
             self._regroup()
             return
-        self._event("leaving", step=step, reason=change.reason)
+        self._record.event("leaving", step=step, reason=change.reason)
         self._display.message(f"step {step}: {change.reason}: the workers save, then others go on")
         self._crew.group.order(stop=True)
 
     def _on_agents_lost(self, message: dict[str, Any]) -> None:
         """Ray has lost agents, or could not start them. The others can only be replaced with them."""
         self._ledger.failed(self._clock())
-        self._event("agents_lost", step=self.state.step, lost=message["lost"], reason=message["what"])
+        self._record.event("agents_lost", step=self._record.state.step, lost=message["lost"], reason=message["what"])
         if self._change is None and message["lost"]:
             self._failures.lost(message)
             return
@@ -433,12 +319,12 @@ class Driver:
             "address": agent.get("address"),
             "step": self._step_of(failure),
         }
-        self.state.failure = told | {"message": failure.message}
+        self._record.state.failure = told | {"message": failure.message}
         if failure.hang is not None:
-            self._event("worker_hung", **failure.hang)
+            self._record.event("worker_hung", **failure.hang)
         if failure.rank is not None:
             last = {"log_tail": failure.log_tail} if failure.log_tail else {}
-            self._event("worker_lost", **told, reason=failure.message, **last)
+            self._record.event("worker_lost", **told, reason=failure.message, **last)
 
     def _described(self, failure: Failure) -> str:
         """A failure in a line: where, what, when."""
@@ -448,11 +334,11 @@ class Driver:
 
     def _step_of(self, failure: Failure) -> int:
         """The steps completed by then, as the later of two says: what an agent knows is a second old."""
-        return max(self.state.step, failure.step or 0)
+        return max(self._record.state.step, failure.step or 0)
 
     def _final_error(self, verdict: GiveUp) -> LauncherError:
         """What the run ends with: what happened, what to do, where more is told, and what is left."""
-        failure, step = verdict.failure, self._saved_step
+        failure, step = verdict.failure, self._record.saved_step
         what = f"{self._described(failure)}, {verdict.why}" if verdict.why else self._described(failure)
         log = f"see {self._log_of(failure.rank)}" if failure.rank is not None and not failure.traceback else ""
         saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
@@ -460,26 +346,33 @@ class Driver:
         return failure.error(line, traceback=failure.traceback or failure.log_tail)
 
     def _log_of(self, rank: int) -> str:
-        return f"{self._run.url}/logs, attempt {self._attempt}, worker {rank}"
+        return f"{self._run_url}/logs, attempt {self._attempt}, worker {rank}"
 
     # Time.
 
     def _check_time(self) -> None:
         now = self._clock()
-        self.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
+        self._record.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
         self._checked_at = now
-        self.state.seconds = self._seconds_before + now - self._started_at
-        self.state.time = self._ledger.parts(now)
+        self._account(now)
         if now - self._flushed_at > _FLUSH_INTERVAL_S:
-            self._flush()
-            self._stop_asked = self._run.is_stop_requested()
+            self._flushed_at = now
+            self._record.flush()
+            self._stop_asked = self._record.is_stop_requested()
         self._judge(now)
         if self._interrupts > 1:
-            raise Interrupted(f"abandoned at step {self.state.step}; launcher resume {self._run.url}")
+            raise Interrupted(f"abandoned at step {self._record.state.step}; launcher resume {self._run_url}")
         reason = self._why_stop(now)
         if reason is not None and self._stop_reason is None:
             self._ask_to_stop(reason)
         self._see_to_workers(now)
+
+    def _account(self, now: float) -> None:
+        """Brings up to date what is counted in time."""
+        state = self._record.state
+        state.seconds = self._seconds_before + now - self._started_at
+        state.time, state.unsaved = self._ledger.parts(now), self._ledger.unsaved()
+        state.failures = {str(kind): count for kind, count in self._failures.counts.items()}
 
     def _see_to_workers(self, now: float) -> None:
         """Starts workers where there are none, and sees whether others would be better than those that train."""
@@ -493,7 +386,7 @@ class Driver:
             if now - self._asked_at > _START_TIMEOUT_S:
                 raise ClusterError(
                     f"only {len(self._crew.agents)} of {self._crew.num_workers} workers started within "
-                    f"{_START_TIMEOUT_S:.0f} s; see /tmp/ray/session_latest/logs, then launcher resume {self._run.url}"
+                    f"{_START_TIMEOUT_S:.0f} s; see /tmp/ray/session_latest/logs, then launcher resume {self._run_url}"
                 )
         elif silent := self._crew.silent(now):
             self._on_agents_lost({"lost": silent, "what": ""})
@@ -505,7 +398,7 @@ class Driver:
     def _ask_to_stop(self, reason: str) -> None:
         self._stop_reason = reason
         self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
-        self._event("stop_requested", step=self.state.step, reason=reason)
+        self._record.event("stop_requested", step=self._record.state.step, reason=reason)
         self._crew.group.order(stop=True)
 
     def _why_stop(self, now: float) -> str | None:
@@ -518,7 +411,7 @@ class Driver:
         if limit is not None and now - self._started_at > limit:
             return f"stopping at train.max_seconds={limit:g}"
         budget = self._spec.workers.max_worker_hours
-        if budget is not None and self.state.worker_hours > budget:
+        if budget is not None and self._record.state.worker_hours > budget:
             return f"stopping at workers.max_worker_hours={budget:g}"
         return None
 
@@ -536,41 +429,11 @@ class Driver:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # The run directory.
-
-    def _event(self, kind: str, **content: Any) -> None:
-        """Events are rare, and the last one before a machine dies is the one that matters: each is stored at once."""
-        self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
-        self._events.flush()
-
-    def _flush(self) -> None:
-        self._flushed_at = self._clock()
-        self._metrics.flush()
-        self._run.write_status(
-            self.result()
-            | {"unsaved": self._ledger.unsaved()}
-            | {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
-        )
-
     def _end(self, status: str, error: LauncherError | None = None) -> None:
-        """Closes the run's books. A store that fails here, after a failure, must not hide that failure."""
-        self.state.status = status
-        self.state.error = None if error is None else str(error)
         now = self._clock()
         self._ledger.ended(now, kept=error is None)
-        self.state.seconds = self._seconds_before + now - self._started_at
-        self.state.time = self._ledger.parts(now)
-        failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
-        try:
-            self._event(status, step=self.state.step, **failure)
-            self._flush()
-            self._run.clear_stop()
-            self._metrics.compact()
-            self._events.compact()
-        except StorageError as storage_error:
-            if error is None:
-                raise
-            self._display.warn(f"the run directory could not be closed: {storage_error}")
+        self._account(now)
+        self._record.close(status, error)
 
 
 def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:

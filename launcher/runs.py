@@ -26,12 +26,13 @@ from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.crew import Crew
 from launcher.description import Description, differences, parse
-from launcher.driver import Driver, RunState, make_task
+from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
 from launcher.machine import num_cores
 from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
+from launcher.record import Record, RunState
 from launcher.status import is_driven_here
 
 _SAFE = (
@@ -188,7 +189,9 @@ def _train(
     run.write_job(description.text)
     _note_attempt(run, plan, import_paths)
     tracker = _open_tracker(run, description, display)
-    driver = Driver(spec=spec, plan=plan, run=run, state=_state_so_far(run, plan), display=display, tracker=tracker)
+    state = _state_so_far(run, plan)
+    record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
+    driver = Driver(spec=spec, run_url=run.url, record=record)
 
     def make_crew() -> Crew:
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
@@ -200,14 +203,14 @@ def _train(
         with contextlib.nullcontext() if is_joined() else local_cluster(num_cores()):
             driver.drive(make_crew)
     except LauncherError as error:
-        error.document = driver.result()
+        error.document = record.document()
         raise
     finally:
         pictures = _write_pictures(run, spec.name, display)
-        summary = {name: value for name, value in driver.result().items() if isinstance(value, (int, float, str))}
-        summary |= {f"time/{part}": seconds for part, seconds in driver.state.time.items()}
-        tracker.finish(summary, pictures, succeeded=driver.state.status != "failed")
-    return driver.result() | {"interrupted": driver.interrupted}
+        summary = {name: value for name, value in record.document().items() if isinstance(value, (int, float, str))}
+        summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
+        tracker.finish(summary, pictures, succeeded=state.status != "failed")
+    return record.document() | {"interrupted": driver.interrupted}
 
 
 def _nodes_there() -> list[Node] | None:
@@ -249,7 +252,7 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     if status is not None:
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
-        state.failure = status.get("failure")
+        state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
     for event in run.events().read():
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

@@ -20,8 +20,9 @@ from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import DataSpec, JobSpec, LossSpec, MaxFailuresSpec, OptimizerSpec, Target, WorkersSpec
 from launcher.crew import Crew
-from launcher.driver import Driver, RunState
+from launcher.driver import Driver
 from launcher.progress import open_progress
+from launcher.record import Record, RunState
 
 Message = dict[str, Any]
 SPENT = dict.fromkeys(DOING, 0.0) | {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
@@ -71,7 +72,7 @@ def drive(
     script: list[list[Message] | float],
     look: Callable[[float], list[Node]] = lambda _: [node("a", 2)],
     **workers: Any,
-) -> tuple[Driver, Group]:
+) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run; ``look`` tells the nodes that there are by then."""
     spec = JobSpec(
         name="run",
@@ -84,16 +85,15 @@ def drive(
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(io.StringIO(), clock=lambda: group.now)
-    driver = Driver(
-        spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker(), clock=lambda: group.now
-    )
+    record = Record(spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
+    driver = Driver(spec=spec, run_url=run.url, record=record, clock=lambda: group.now)
     scripted: Any = group
     try:
         driver.drive(lambda: Crew(scripted, spec.workers, lambda: look(group.now)))
     finally:
         assert group.is_closed
         assert not group.script, "the driver left before the end of the script"
-    return driver, group
+    return record.document(), group
 
 
 def node(id: str, free: float, *, drains_at: float | None = None, is_here: bool = False) -> Node:
@@ -172,12 +172,12 @@ class TestHangs:
     def test_the_one_that_the_others_wait_for_is_blamed(
         self, run: RunDirectory, reports: list[Message], blamed: int, reason: str
     ) -> None:
-        driver, group = drive(run, [HELLO, both("started", step=0), reports, finished(attempt=1)])
+        document, group = drive(run, [HELLO, both("started", step=0), reports, finished(attempt=1)])
 
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (blamed, reason)
         assert [order.get("attempt") for order in group.orders] == [0, 1]
-        assert driver.result()["status"] == "completed"
+        assert document["status"] == "completed"
 
     def test_a_worker_whose_silence_is_certain_is_replaced_at_once(self, run: RunDirectory) -> None:
         silent = [hung(1, "backward", is_silent=True)]
@@ -191,24 +191,24 @@ class TestHangs:
             HELLO, both("started", step=0), [hung(1, "backward")], 60.0, [one("goes_on", 1)], [hung(0, "data")], 60.0,
             [one("goes_on", 0)], both("finished", step=100, completed=True, spent=SPENT),
         ]  # fmt: skip
-        driver, _ = drive(run, script)
+        document, _ = drive(run, script)
 
         assert events(run, "worker_lost") == []
-        assert driver.result()["attempts"] == 1
+        assert document["attempts"] == 1
 
 
 class TestExceptions:
     def test_once_is_bad_luck(self, run: RunDirectory) -> None:
         raised = [failed(1, 0, place="step 3, mine.py:4, ValueError", step=3), *exited(0)]
-        driver, _ = drive(run, [HELLO, both("started", step=0), raised, finished(attempt=1)])
+        document, _ = drive(run, [HELLO, both("started", step=0), raised, finished(attempt=1)])
 
-        assert driver.result()["status"] == "completed"
+        assert document["status"] == "completed"
         (lost,) = events(run, "worker_lost")
         assert {name: lost[name] for name in ("cause", "rank", "node", "address", "step", "reason")} == {
             "cause": "code", "rank": 1, "node": "a", "address": "10.0.0.a", "step": 3, "reason": "ValueError: bad",
         }  # fmt: skip
-        assert driver.result()["failure"]["message"] == "ValueError: bad"
-        assert driver.result()["failures"] == {"machine": 0, "preemption": 0, "code": 1}
+        assert document["failure"]["message"] == "ValueError: bad"
+        assert document["failures"] == {"machine": 0, "preemption": 0, "code": 1}
 
     def test_twice_at_the_same_place_is_the_codes(self, run: RunDirectory) -> None:
         place = "step 3, mine.py:4, ValueError"
@@ -313,13 +313,13 @@ class TestElastic:
             hello("a"), all_of(1, "started", 0, step=0), 10.0, 4.0, 2.0, left(1, 0, 9), hello("a", "b", "b"),
             all_of(3, "started", 1, step=9), done(3, 1),
         ]  # fmt: skip
-        driver, group = drive(run, script, look, num=(1, 4))
+        document, group = drive(run, script, look, num=(1, 4))
 
         assert group.started == [1, 3]
         assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
         (resized,) = events(run, "resized")
         assert (resized["before"], resized["workers"], resized["step"]) == (1, 3, 9)
-        assert driver.result()["workers"] == 3
+        assert document["workers"] == 3
 
     def test_room_that_comes_and_goes_is_not_taken(self, run: RunDirectory) -> None:
         def look(now: float) -> list[Node]:
@@ -410,12 +410,12 @@ class TestLeaving:
             hello("a", "b"), [*both("started", step=0), saved(0, 5)], 1.1, left(2, 0, 9), hello("a", "a"),
             both("started", 1, step=9), done(2, 1),
         ]  # fmt: skip
-        driver, group = drive(run, script, self.draining(60.0))
+        document, group = drive(run, script, self.draining(60.0))
 
         assert group.started == [2, 2]
         assert [event["reason"] for event in events(run, "leaving")] == ["node 10.0.0.b is being drained"]
         assert [event["step"] for event in events(run, "training")] == [0, 9]
-        assert driver.result()["time"]["lost"] == 0
+        assert document["time"]["lost"] == 0
 
     def test_or_at_once_if_a_save_would_not_fit(self, run: RunDirectory) -> None:
         script: list[list[Message] | float] = [
@@ -434,9 +434,9 @@ class TestLeaving:
 
     def test_the_drivers_own_node_ends_the_run_resumable(self, run: RunDirectory) -> None:
         script: list[list[Message] | float] = [hello("a", "b"), both("started", step=0), 1.1, left(2, 0, 9)]
-        driver, _ = drive(run, script, self.draining(60.0, is_here=True))
+        document, _ = drive(run, script, self.draining(60.0, is_here=True))
 
-        assert driver.result()["status"] == "stopped"
+        assert document["status"] == "stopped"
         (stopping,) = events(run, "stop_requested")
         assert stopping["reason"] == "node 10.0.0.b is being drained, and the driver runs on it"
 
@@ -456,18 +456,18 @@ class TestLeaving:
             hello("a", "b"), both("started", step=0), 1.1, [died(1)],
             hello("a", "a"), both("started", 1, step=0), done(2, 1),
         ]  # fmt: skip
-        driver, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
+        document, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
 
         assert group.started == [2, 2]
         (lost,) = events(run, "worker_lost")
         assert (lost["cause"], lost["reason"]) == ("preempted", "its node was being drained: killed by SIGKILL")
-        assert driver.result()["failures"] == {"machine": 0, "preemption": 1, "code": 0}
+        assert document["failures"] == {"machine": 0, "preemption": 1, "code": 0}
 
     def test_a_budget_of_worker_hours(self, run: RunDirectory) -> None:
         script: list[list[Message] | float] = [HELLO, both("started", step=0), 1800.0, left(2, 0, 9)]
-        driver, _ = drive(run, script, max_worker_hours=0.9)
+        document, _ = drive(run, script, max_worker_hours=0.9)
 
-        assert driver.result()["status"] == "stopped"
-        assert driver.result()["worker_hours"] == pytest.approx(1.0, abs=0.01)
+        assert document["status"] == "stopped"
+        assert document["worker_hours"] == pytest.approx(1.0, abs=0.01)
         (stopping,) = events(run, "stop_requested")
         assert stopping["reason"] == "stopping at workers.max_worker_hours=0.9"
