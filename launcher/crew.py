@@ -17,6 +17,8 @@ from jobs.spec import WorkersSpec
 _LOOK_INTERVAL_S = 1.0
 _SETTLE_S = 5.0
 """How long there must be room for more workers before they are taken: each change costs a few seconds."""
+_LAG_S = 0.5
+"""How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -53,6 +55,8 @@ class Crew:
         self._held: Counter[str] = Counter()
         self._looked_at = -math.inf
         self._room_since = math.inf
+        self._seen: tuple[int, float] | None = None
+        """The room while no agents are there, and since when it has been that."""
 
     @property
     def is_complete(self) -> bool:
@@ -96,7 +100,7 @@ class Crew:
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
         self.num_workers, self.agents = 0, {}
-        self._looked_at, self._room_since = -math.inf, math.inf
+        self._looked_at, self._room_since, self._seen = -math.inf, math.inf, None
 
     def start(self, num_workers: int) -> None:
         """Starts so many agents in place of those there are."""
@@ -104,9 +108,18 @@ class Crew:
         self.num_workers = num_workers
         self.group.start(num_workers)
 
-    def room(self) -> int:
-        """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few."""
-        return self._fitting(self._nodes())
+    def room(self, now: float) -> int | None:
+        """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few.
+
+        None: it is too early to tell, for what former agents have held may become free yet.
+
+        Args:
+            now: Seconds that only grow.
+        """
+        room = self._fitting(self._nodes())
+        if self._seen is None or self._seen[0] != room:
+            self._seen = room, now
+        return room if room == self._workers.most or now - self._seen[1] >= _LAG_S else None
 
     def change(self, now: float) -> Change | None:
         """What should change about workers that are all there; looks at the cluster every second.

@@ -223,7 +223,9 @@ class Driver:
 
     def _gather(self, now: float) -> None:
         """Starts workers as soon as there is room for them."""
-        room = self._crew.room()
+        room = self._crew.room(now)
+        if room is None:
+            return
         if room:
             if self._record.state.workers not in (0, room):
                 self._record.event(

@@ -26,6 +26,8 @@ from launcher.record import Record, RunState
 
 Message = dict[str, Any]
 SPENT = dict.fromkeys(DOING, 0.0) | {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
+LAG = 0.6
+"""Seconds after which room for fewer than the most is believed to be all there is."""
 
 
 class Group:
@@ -310,7 +312,7 @@ class TestElastic:
             return [node("a", 1)] if now < 10 else [node("a", 0), node("b", 2)]
 
         script: list[list[Message] | float] = [
-            hello("a"), all_of(1, "started", 0, step=0), 10.0, 4.0, 2.0, left(1, 0, 9), hello("a", "b", "b"),
+            LAG, hello("a"), all_of(1, "started", 0, step=0), 10.0, 4.0, 2.0, left(1, 0, 9), LAG, hello("a", "b", "b"),
             all_of(3, "started", 1, step=9), done(3, 1),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 4))
@@ -325,7 +327,9 @@ class TestElastic:
         def look(now: float) -> list[Node]:
             return [node("a", 1 - now // 3 % 2)]
 
-        script: list[list[Message] | float] = [hello("a"), all_of(1, "started", 0, step=0), *[1.1] * 20, done(1, 0)]
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), all_of(1, "started", 0, step=0), *[1.1] * 20, done(1, 0),
+        ]  # fmt: skip
         _, group = drive(run, script, look, num=(1, 4))
 
         assert group.started == [1]
@@ -346,7 +350,7 @@ class TestElastic:
             hello("a", "a", "b"), all_of(3, "started", 0, step=0), 2.0,
             [{"kind": "agents_lost", "lost": {2: "its node has died"}, "what": ""}],
             [lost_peer(0)],
-            hello("a", "a"), all_of(2, "started", 1, step=0), done(2, 1),
+            LAG, hello("a", "a"), all_of(2, "started", 1, step=0), done(2, 1),
         ]  # fmt: skip
         first = [node("a", 2), node("b", 1)]
         _, group = drive(run, script, lambda now: first if now < 0.1 else look(now), num=(1, 3))
@@ -378,12 +382,22 @@ class TestElastic:
 
     def test_but_not_for_ever(self, run: RunDirectory) -> None:
         with pytest.raises(ClusterError) as caught:
-            drive(run, [10.0, 10.0], lambda _: [node("a", 1)], num=2, wait_s=15.0)
+            drive(run, [LAG, 10.0, 10.0], lambda _: [node("a", 1)], num=2, wait_s=15.0)
 
         assert str(caught.value) == (
             "there is room for 1 of at least 2 workers of 1 CPU each, on 1 node, after 15 s of waiting "
             "(workers.wait_s); free or add nodes, or lower workers.num, then launcher resume memory://driver/run"
         )
+
+    def test_what_becomes_free_a_moment_late_is_not_done_without(self, run: RunDirectory) -> None:
+        """Ray lets go of the room of agents bit by bit, and tells of it late."""
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now >= 0.2), node("b", now >= 0.4)]
+
+        _, group = drive(run, [0.3, 0.3, 0.3, 0.3, hello("a", "b"), done(2, 0)], look, num=(1, 3))
+
+        assert group.started == [2]
 
     def test_agents_that_could_not_start_are_no_failure(self, run: RunDirectory) -> None:
         """Room was taken by others in the meantime."""
