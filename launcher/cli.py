@@ -70,8 +70,7 @@ def run(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: boo
         _cheap_checks(description)
     from launcher.runs import begin
 
-    with _joined(cluster):
-        _show_result(lambda display: begin(description, job.parent, display), as_json)
+    _show_result(lambda display: begin(description, job.parent, display), cluster, as_json)
 
 
 @main.command()
@@ -85,8 +84,7 @@ def resume(run_url: str, overrides: tuple[str, ...], force: bool, cluster: str |
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
-    with _joined(cluster):
-        _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), as_json)
+    _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), cluster, as_json)
 
 
 @main.command()
@@ -205,14 +203,17 @@ def _cheap_checks(description: Any) -> None:
 
 
 @contextlib.contextmanager
-def _joined(cluster: str | None) -> Iterator[None]:
-    """The cluster that was named, if one was."""
-    if cluster is None:
-        yield
-        return
-    from cluster.ray_cluster import joined_cluster
+def _joined(address: str | None) -> Iterator[None]:
+    """In the cluster that was named, if one was.
 
-    with joined_cluster(cluster):
+    Stdout is for the result. Ray prints notices of its own there, the last of them when it is left, of what the driver
+    tells in one line: they are dropped.
+    """
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as stack:
+        if address is not None:
+            from cluster.ray_cluster import joined_cluster
+
+            stack.enter_context(joined_cluster(address))
         yield
 
 
@@ -227,15 +228,14 @@ def _existing_run(url: str) -> Any:
     return run_directory
 
 
-def _show_result(work: Callable[[Any], dict[str, Any]], as_json: bool) -> None:
+def _show_result(work: Callable[[Any], dict[str, Any]], cluster: str | None, as_json: bool) -> None:
     """Runs with a display on stderr, then prints the result and exits as it ended."""
     from launcher.progress import open_progress
     from launcher.report import summary
 
     display = open_progress(sys.stderr)
     try:
-        # stdout is for the result. Ray prints notices of its own there, of what the driver tells in one line.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with _joined(cluster):
             result = work(display)
     finally:
         display.close()
