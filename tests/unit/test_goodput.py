@@ -47,6 +47,7 @@ class TestLedger:
         assert ledger.unsaved() == {"data": 1, "compute": 3, "exchange": 0, "validation": 0, "storage": 0}
         ledger.failed(20.0)
         ledger.told(spent(forward=9.0))  # by a process that does not know yet
+        assert nonzero(ledger, 20.5) == {"startup": 10, "recovery": 0.5, "data": 1, "compute": 4, "lost": 5}
         ledger.failed(21.0)
         assert nonzero(ledger, 22.0) == {"startup": 10, "recovery": 2, "data": 1, "compute": 4, "lost": 5}
 

@@ -1,0 +1,62 @@
+"""What an agent tells of the progress of its training process."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import fork_server
+from cluster.agent import Agent, Orders, Task
+from cluster.link import Link
+
+HANG_TIMEOUT_S = 2.0
+FIRST_STEP_S, SECOND_STEP_S = 3.0, 4.0
+
+
+class Driver:
+    """Orders one attempt, and ends the run when its process has ended."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+        self._ended = threading.Event()
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        self.heard += messages
+        if any(message["kind"] == "exited" for message in messages):
+            self._ended.set()
+
+    def orders_after(self, version: int) -> Orders:
+        if version < 1:
+            return Orders(version=1, attempt=0)
+        self._ended.wait()
+        return Orders(version=2, end=True)
+
+
+def resume(link: Link, _: Task) -> None:
+    """Goes on at step 7; both of its steps are long about their data."""
+    link.activity.mark("restore", 0)
+    for step, seconds in ((7, FIRST_STEP_S), (8, SECOND_STEP_S)):
+        link.activity.mark("data", step)
+        time.sleep(seconds)
+
+
+def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> None:
+    fork_server.start([__name__])
+    driver = Driver()
+    task = Task(
+        entry=f"{__name__}:resume",
+        run_url=str(tmp_path),
+        import_paths=(),
+        working_directory=".",
+        fork_server=fork_server.own_address(),
+        hang_timeout_s=HANG_TIMEOUT_S,
+    )
+    Agent(driver, task, {}).run()
+
+    assert sorted(message["kind"] for message in driver.heard) == ["exited", "hello", "hung", "pace"]
+    (hung,) = [message for message in driver.heard if message["kind"] == "hung"]
+    assert (hung["step"], hung["doing"]) == (8, "data")
+    (pace,) = [message for message in driver.heard if message["kind"] == "pace"]
+    assert pace["step"] == 8
+    assert pace["spent"]["data"] > FIRST_STEP_S
+    assert driver.heard[-1]["exit_code"] == 0, driver.heard[-1]["log_tail"]
