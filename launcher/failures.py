@@ -45,7 +45,7 @@ _ADVICE: dict[Cause, str] = {
     "environment": "give that node the modules and files that the others have, then resume",
 }
 """What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
-_SIGNS_OF_RAY: dict[str, Cause] = {
+_SIGNS_OF_LOSS: dict[str, Cause] = {
     "running low on memory": "out_of_memory",  # its memory monitor
     "node was preempted": "preempted",
     "node was terminated expectedly": "preempted",
@@ -53,8 +53,9 @@ _SIGNS_OF_RAY: dict[str, Cause] = {
     "node has died": "node_lost",
     "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
     "No module named": "environment",
+    "has said nothing": "hung",  # stopped or cut off, and Ray has not noticed
 }
-"""What Ray says of an agent that it has lost, the most telling first; of any other, that its process died."""
+"""What is said of an agent that is lost, the most telling first; of any other Ray says that its process died."""
 _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
 """Exit codes of processes that ended themselves, by a fault of their own."""
 _NCCL = "ProcessGroupNCCL"
@@ -228,9 +229,9 @@ class Failures:
         )
 
     def _of_agents(self) -> Failure:
-        """The agent of whose loss Ray says most."""
-        causes = {rank: _cause_by_ray(reason) for rank, reason in self._lost.items()}
-        telling = [*_SIGNS_OF_RAY.values(), "killed"]
+        """The agent of whose loss most is said."""
+        causes = {rank: _cause_of_loss(reason) for rank, reason in self._lost.items()}
+        telling = [*_SIGNS_OF_LOSS.values(), "killed"]
         rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
         kinds: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
         return Failure(cause=causes[rank], message=self._lost[rank], kind=kinds.get(causes[rank], "machine"), rank=rank)
@@ -281,8 +282,8 @@ def _of_exit(message: Message) -> Failure:
     return Failure(cause="killed", message=f"killed by {name}", **known)
 
 
-def _cause_by_ray(reason: str) -> Cause:
-    return next((cause for sign, cause in _SIGNS_OF_RAY.items() if sign in reason), "killed")
+def _cause_of_loss(reason: str) -> Cause:
+    return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), "killed")
 
 
 def _innermost(stack: str) -> str:

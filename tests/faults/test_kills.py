@@ -1,6 +1,7 @@
 """Processes killed at every moment of a run; the bits are those of an undisturbed one, and little is done twice."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_a_run_that_ended_badly_is_resumed(tmp_path: Path, make_plan, reference:
     assert fired(plan).keys() == {0, 1}
     assert raised.document["attempts"] == 2
     error = raised.document["error"]
-    assert error.startswith("worker 1, step 13: InjectedFault: fault 1 of the plan, in data after step 12; the newest")
+    what = "InjectedFault: fault 1 of the plan, in data after step 12 at step 12, for the second time; the newest"
+    assert re.match(rf"worker 1 on node \S+: {what} ", error)
     assert f"error: {error}\n" in raised.stderr
     assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
 

@@ -109,6 +109,7 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([lost({0: WORKER_DIED, 1: NODE_DIED})], "node_lost", "machine", 1),
         ([lost({0: UNREACHABLE, 1: UNREACHABLE})], "node_lost", "machine", 0),
         ([lost({1: NODE_LEFT})], "preempted", "preemption", 1),
+        ([lost({1: "its agent has said nothing for 301 s"})], "hung", "machine", 1),
         ([lost({0: NODE_DIED, 1: LOW_MEMORY})], "out_of_memory", "machine", 1),
         ([lost({1: "ModuleNotFoundError: No module named 'cluster'"})], "environment", None, 1),
         ([failed("code", place="p"), lost({0: NODE_DIED}), exited(1)], "code", "code", 1),
