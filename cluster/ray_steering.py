@@ -117,7 +117,13 @@ def steered_trainer(switchboard: Any) -> type:
     return SteeredTrainer
 
 
+_SAID_FIRST = ("running low on memory", "has been hanging")
+
+
 def _reason(error: BaseException) -> str:
     """What Ray says of an agent that it lost, in a line, without the advice that follows."""
-    reason = last_line(error).partition(" Some common causes")[0].partition("Worker exit detail: ")
+    # Ray says the last thing last; but its memory monitor and a worker that does not answer come before much else.
+    telling = (line for line in str(error).splitlines() if any(sign in line for sign in _SAID_FIRST))
+    line = next(telling, last_line(error))
+    reason = line.partition(" Some common causes")[0].partition("Worker exit detail: ")
     return (reason[2] or reason[0]).rstrip(".")

@@ -54,6 +54,7 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
     "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
     "No module named": "environment",
     "has said nothing": "hung",  # stopped or cut off, and Ray has not noticed
+    "has been hanging": "hung",  # by Ray Train's own health check
 }
 """What is said of an agent that is lost, the most telling first; of any other Ray says that its process died."""
 _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster.ray_steering import _reason
 from jobs.spec import MaxFailuresSpec
 from launcher.failures import Failure, Failures, GiveUp, TryAgain
 
@@ -218,3 +219,39 @@ def test_what_to_do(messages: list[Message], advice: str) -> None:
     verdict = of(*messages)
     assert isinstance(verdict, GiveUp)
     assert advice in verdict.advice
+
+
+DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tip: 192.0.2.2\n"
+NODE = f"{DIED}The actor died because its node has died. Node Id: 7d17\n\tthe actor's node was "
+EXITED = (
+    f"{DIED}The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+    "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the "
+    "process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called"
+)
+SHORT_OF_MEMORY = (
+    "A worker health check failed.\nWorker info: Worker(...)\n1 worker(s) were killed due to the node running low on "
+    "memory. Memory on the node (IP: 192.0.2.2, ID: 335e) was 4.96GB used / 23.54GB limit (0.210896)\nOOM kill reason: "
+    "Memory usage 4996268032B exceeded threshold of 3791475456B\nRefer to the documentation on how to address the out "
+    "of memory issue: https://docs.ray.io. To disable worker killing, set `RAY_memory_monitor_refresh_ms` to zero."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "reason"),
+    [
+        (EXITED, "killed", "Worker unexpectedly exits with a connection error code 2. End of file"),
+        (f"{NODE}terminated unexpectedly: health check failed due to missing too many heartbeats", "node_lost",
+         "the actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"),
+        (f"{NODE}terminated expectedly: received SIGTERM", "preempted",
+         "the actor's node was terminated expectedly: received SIGTERM"),
+        (f"{NODE}preempted: spot", "preempted", "the actor's node was preempted: spot"),
+        (SHORT_OF_MEMORY, "out_of_memory", SHORT_OF_MEMORY.splitlines()[2]),
+        ("A worker health check has been hanging for 60.00 seconds. Marking the worker as dead.\nWorker info: W",
+         "hung", "A worker health check has been hanging for 60.00 seconds. Marking the worker as dead"),
+    ],
+)  # fmt: skip
+def test_what_ray_2_60_says(text: str, cause: str, reason: str) -> None:
+    """Recorded of nodes and actors that were killed, drained, and short of memory; the last is from its source."""
+    failure = failure_of(lost({1: _reason(RuntimeError(text))}))
+
+    assert (failure.cause, failure.message) == (cause, reason)
