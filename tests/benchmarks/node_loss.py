@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.benchmarks.twins import Training, Twin, launcher, seconds_to, stock
-from tests.faults.hosts import NETWORK_INTERFACE, QUICK_HEALTH_CHECKS, hosts, start_ray, why_there_can_be_none
+from tests.faults.hosts import HEAD_SETTINGS, NETWORK_INTERFACE, hosts, start_ray, why_there_can_be_none
 
 _LOSSES = ("cut", "power_off")
 _PHASES = ("agents_lost", "attempt_started", "training")
@@ -54,9 +54,9 @@ def _stock(cluster: str) -> Twin:
 
 
 _ARMS = {
-    "launcher": _Arm(_launcher, QUICK_HEALTH_CHECKS),
+    "launcher": _Arm(_launcher, HEAD_SETTINGS),
     "stock": _Arm(_stock),
-    "stock_quick_head": _Arm(_stock, QUICK_HEALTH_CHECKS),
+    "stock_quick_head": _Arm(_stock, HEAD_SETTINGS),
 }
 
 

@@ -40,9 +40,10 @@ def launcher(*arguments: object, cwd: Path, timeout_s: float = 150.0) -> Ended:
 class Running:
     """A command in a session of its own, so that a signal reaches all that a terminal's would."""
 
-    def __init__(self, arguments: Sequence[object], cwd: Path) -> None:
+    def __init__(self, arguments: Sequence[object], cwd: Path, wrap: Callable[[list[str]], list[str]] = list) -> None:
+        """``wrap``: turns the command into one that runs elsewhere."""
         self._process = subprocess.Popen(
-            [*_LAUNCHER, *map(str, arguments)],
+            wrap([*_LAUNCHER, *map(str, arguments)]),
             cwd=cwd,
             env={**os.environ, "WANDB_DIR": str(cwd)},
             stdin=subprocess.DEVNULL,

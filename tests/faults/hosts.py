@@ -20,13 +20,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NETWORK_INTERFACE = "eth0"
-QUICK_HEALTH_CHECKS = {
+HEAD_SETTINGS = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
-"""Settings of a head that finds a host dead after 12 s without an answer; Ray's own take 65 s."""
+"""Of a head as the README starts it: a host is dead after 12 s without an answer, and with Ray's own after 65 s. A call
+to a host that is cut off ends after 10 s, and not after 2 min; that long, what it was to reserve elsewhere is lost."""
 _NETWORK = "10.77.0"
 _RAY_PORT = 6379
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -61,7 +63,7 @@ def hosts(*names: str) -> Iterator[list["Host"]]:
         switch = stack.enter_context(_Namespaces())
         switch.run("ip link add switch type bridge")
         switch.run("ip link set switch up")
-        made = [Host(name, f"{_NETWORK}.{number}", switch, home) for number, name in enumerate(names, start=1)]
+        made = [Host(name, number, switch, home) for number, name in enumerate(names, start=1)]
         for host in made:
             stack.callback(host.end)
             host.power_on()
@@ -80,9 +82,10 @@ def start_ray(head: "Host", *others: "Host", head_settings: Mapping[str, str] | 
 class Host:
     """One host. Made by ``hosts``."""
 
-    def __init__(self, name: str, address: str, switch: "_Namespaces", home: Path) -> None:
+    def __init__(self, name: str, number: int, switch: "_Namespaces", home: Path) -> None:
         self.name = name
-        self.address = address
+        self.address = f"{_NETWORK}.{number}"
+        self._mac_address = f"02:00:00:00:00:{number:02x}"  # the same after each start: its peers remember it
         self._switch = switch
         self._home = home
         self._starts = 0
@@ -93,7 +96,8 @@ class Host:
         """Starts the host, with its address and nothing else."""
         self._starts += 1
         self._inside = _Namespaces()
-        self._switch.run(f"ip link add {self._port} type veth peer name {NETWORK_INTERFACE} netns {self._inside.pid}")
+        wire = f"name {NETWORK_INTERFACE} address {self._mac_address} netns {self._inside.pid}"
+        self._switch.run(f"ip link add {self._port} type veth peer {wire}")
         self._inside.run(f"hostname {self.name}")
         self._inside.run("ip link set lo up")
         self._inside.run(f"ip address add {self.address}/24 dev {NETWORK_INTERFACE}")
@@ -169,6 +173,11 @@ class Host:
             assert self._ray.poll() is None, f"Ray did not start on {self.name}: {said}"
             assert time.monotonic() < deadline, f"Ray has not started on {self.name}: {said}"
             time.sleep(_POLL_INTERVAL_S)
+
+    @property
+    def runs_ray(self) -> bool:
+        """Whether Ray, which was started here, has not ended."""
+        return self._ray is not None and self._ray.poll() is None
 
     @property
     def ray_address(self) -> str:
