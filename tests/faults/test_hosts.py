@@ -1,4 +1,4 @@
-"""Hosts that lose their power, are cut off, or come back: the run goes on with those there are, to the same bits."""
+"""Hosts lose power, are cut off, come back, are drained: the run goes on with those there are, to the same bits."""
 
 import signal
 import subprocess
@@ -71,7 +71,7 @@ def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
-    """The third of three hosts loses its power, the second is cut off; then the third comes back."""
+    """The third of three hosts loses its power, the second is cut off; the third comes back, and is then drained."""
     head, second, third = three
     start_ray(*three, head_settings=HEAD_SETTINGS)
     home, undisturbed_home = tmp_path / "disturbed", tmp_path / "undisturbed"
@@ -102,6 +102,11 @@ def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
     third.power_on()
     third.start_ray(head)
     disturbed.wait_until(lambda: has_saved(3))
+    (drained,) = [w["node"] for w in events(run, "attempt_started")[-1]["workers"] if w["address"] == third.address]
+    notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
+    drain = ["ray", "drain-node", f"--address={head.ray_address}", f"--node-id={drained}", *notice]
+    subprocess.run(head.command(drain, home), check=True, capture_output=True)
+    disturbed.wait_until(lambda: has_saved(4))
     brake.unlink()
     ended, expected = disturbed.wait(), undisturbed.wait()
 
@@ -109,15 +114,17 @@ def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
     assert ended.stdout.count("\n") == 1, ended.stdout
     assert ended.document["state_sha256"] == expected.document["state_sha256"]
     assert rows(run) == rows(undisturbed_home / "runs/digits")
-    assert ended.document["attempts"] == 4
+    assert ended.document["attempts"] == 5
     started = [{worker["address"] for worker in event["workers"]} for event in events(run, "attempt_started")]
     assert started == [
         {head.address, second.address, third.address},
         {head.address, second.address},
         {head.address},
         {head.address, third.address},
+        {head.address},
     ]
-    assert [(event["before"], event["workers"]) for event in events(run, "resized")] == [(3, 2), (2, 1), (1, 2)]
+    resizes = [(event["before"], event["workers"]) for event in events(run, "resized")]
+    assert resizes == [(3, 2), (2, 1), (1, 2), (2, 1)]
     losses = events(run, "worker_lost")
     assert [(loss["cause"], loss["address"]) for loss in losses] == [
         ("node_lost", third.address),
@@ -126,6 +133,10 @@ def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
     for loss in losses:
         assert "health check failed" in loss["reason"]
         assert f"on node {loss['address']}: {loss['reason']}" in ended.stderr
-    (change,) = events(run, "leaving")
-    assert change["reason"] == "there is room for 2 workers"
+    room, drain = events(run, "leaving")
+    assert room["reason"] == "there is room for 2 workers"
+    assert drain["reason"] == f"node {third.address} is being drained"
+    steps = [event["step"] for event in events(run, "checkpoint")]
+    for begun in events(run, "training")[3:]:
+        assert begun["step"] in steps, "what was planned loses no step"
     assert not second.runs_ray, "what was cut off ends itself, its training process included"
