@@ -35,6 +35,8 @@ from tests.faults.hosts import HEAD_SETTINGS, NETWORK_INTERFACE, hosts, start_ra
 _LOSSES = ("cut", "power_off")
 _PHASES = ("agents_lost", "attempt_started", "training")
 _LONGEST_PAUSE_S = 3.0
+_LAST_EVENTS_S = 1.0
+"""What the launcher's events may be behind its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def run_once(arm: _Arm, loss: str) -> dict[str, float]:
         lost = time.time()
         {"cut": victim.cut, "power_off": victim.power_off}[loss]()
         stepped = training.wait_until_it_trains(before)
+        time.sleep(_LAST_EVENTS_S)
         head.end()
         training.process.wait()
         return seconds_to(training, lost, _PHASES) | {"first_step": stepped - lost}
