@@ -103,7 +103,8 @@ def _draw_life(rng: random.Random, steps: range, *, is_last: bool) -> Life:
     for step in sorted(rng.sample(steps, rng.randint(1, 4))):
         faults.append(_draw_fault(rng, step, num_workers))
         while rng.random() < 0.25:  # in the recovery from it, and in that from this one
-            faults.append(_draw_kill(rng, "start", None, num_workers, follows=len(faults) - 1))
+            doing = rng.choice(("start", "restore"))
+            faults.append(_draw_kill(rng, doing, None, num_workers, follows=len(faults) - 1))
     deed, delay_s = None, 0.0
     if not is_last:
         faults.append(Fault(kind="note", doing="forward", step=steps[-1]))
@@ -112,7 +113,7 @@ def _draw_life(rng: random.Random, steps: range, *, is_last: bool) -> Life:
 
 
 def _draw_fault(rng: random.Random, step: int, num_workers: int) -> Fault:
-    doings = ["data", "forward", "backward"]
+    doings = ["data", "forward", "backward", "exchange"]
     if step and step % STEPS_PER_EPOCH == 0:
         doings += ["validation"] * 2
     if step and (step % STEPS_PER_EPOCH == 0 or step % EVERY_STEPS == 0):
@@ -129,7 +130,7 @@ def _draw_fault(rng: random.Random, step: int, num_workers: int) -> Fault:
 
 
 def _draw_kill(rng: random.Random, doing: str, step: int | None, num_workers: int, follows: int | None = None) -> Fault:
-    longest_s = 0.5 if doing == "start" else 0.03
+    longest_s = {"start": 0.5, "restore": 0.1}.get(doing, 0.03)
     after_s = rng.choice((0.0, round(rng.uniform(0, longest_s), 4)))
     return Fault(kind="kill", doing=doing, step=step, rank=rng.randrange(num_workers), after_s=after_s, follows=follows)
 
@@ -261,30 +262,37 @@ def soak(seed: int, numbers: Iterable[int], limit_s: float) -> list[int]:
     """Runs schedules one after the other; returns the numbers of those that failed, whose folders are kept."""
     began, tally = time.monotonic(), Tally()
     home = Path(tempfile.mkdtemp(prefix="soak-"))
-    reference = undisturbed(home / "undisturbed", SHORT)
-    for number in numbers:
-        if time.monotonic() - began > limit_s:
-            break
-        schedule, folder, begun = draw(seed, number), home / str(number), time.monotonic()
-        (folder / "tmp").mkdir(parents=True)
-        os.environ["TMPDIR"] = str(folder / "tmp")  # what a kill leaves there goes with the folder
-        try:
-            live(schedule, folder, reference, tally)
-            outcome = "passed"
-        except AssertionError as error:
-            tally.failed.append(number)
-            outcome = f"FAILED, see {folder}: {error}"
-        finally:
-            for plan in folder.glob("plan-*.json"):
-                wait_for_end_of(plan, timeout_s=0)
-        if outcome == "passed":
-            shutil.rmtree(folder)
-        tally.seconds.append(time.monotonic() - begun)
-        print(f"{number} {tally.seconds[-1]:.1f} s {schedule}: {outcome}", flush=True)
-    print(tally.table())
-    if not tally.failed:
-        shutil.rmtree(home)
+    try:
+        reference = undisturbed(home / "undisturbed", SHORT)
+        for number in numbers:
+            if time.monotonic() - began > limit_s:
+                break
+            _live_in(home / str(number), draw(seed, number), reference, tally)
+    finally:
+        print(tally.table())
+        if not tally.failed:
+            shutil.rmtree(home)
     return tally.failed
+
+
+def _live_in(folder: Path, schedule: Schedule, reference: Bits, tally: Tally) -> None:
+    """Lives a schedule and tells how that went; what of it runs then is ended, and its folder kept if it failed."""
+    begun = time.monotonic()
+    (folder / "tmp").mkdir(parents=True)
+    os.environ["TMPDIR"] = str(folder / "tmp")  # what a kill leaves there goes with the folder
+    try:
+        live(schedule, folder, reference, tally)
+        outcome = "passed"
+    except AssertionError as error:
+        tally.failed.append(schedule.number)
+        outcome = f"FAILED, see {folder}: {error}"
+    finally:
+        for plan in folder.glob("plan-*.json"):
+            wait_for_end_of(plan, timeout_s=0)
+    if outcome == "passed":
+        shutil.rmtree(folder)
+    tally.seconds.append(time.monotonic() - begun)
+    print(f"{schedule.number} {tally.seconds[-1]:.1f} s {schedule}: {outcome}", flush=True)
 
 
 if __name__ == "__main__":
