@@ -10,6 +10,7 @@ finishes the tree, and sends the slice to all. Those are the bytes of a ring all
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -78,7 +79,15 @@ class TreeExchange:
     Collective: every rank constructs it and runs every backward pass; bucket by bucket, in DDP's order.
     """
 
-    def __init__(self, *, shards: int, blocks: Sequence[range], rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        shards: int,
+        blocks: Sequence[range],
+        rank: int,
+        device: torch.device,
+        timeout_s: float | None = None,
+    ) -> None:
         """Opens a process group of its own, so that its collectives never queue behind DDP's or the loop's.
 
         Args:
@@ -86,13 +95,14 @@ class TreeExchange:
             blocks: The contiguous shards of each rank, in rank order.
             rank: This worker.
             device: Where gradients live.
+            timeout_s: The longest that it waits for the others; none: as long as torch does.
         """
         self._shards = shards
         self._world_size = len(blocks)
         self._last_leaf = (blocks[rank][-1], blocks[rank][-1] + 1)
         self._nodes_by_rank = [complete_subtrees(block, shards) for block in blocks]
         self._rank = rank
-        self._group = new_group()
+        self._group = new_group(timeout_s)
         self._aside = Fold(shards)
         self._index: dict[Tensor, int] = {}
         self._on_gpu = device.type == "cuda"
@@ -257,12 +267,14 @@ def _event_on_stream() -> torch.cuda.Event:
     return event
 
 
-def new_group(backend: str | None = None) -> dist.ProcessGroup:
-    """A process group of all ranks.
+def new_group(timeout_s: float | None, backend: str | None = None) -> dist.ProcessGroup:
+    """A process group of all ranks; ``timeout_s``: the longest that one may wait for the others, or torch's default.
 
     Collective: every rank.
     """
-    group = dist.new_group(backend=backend)
+    # Without a time of its own, a group takes torch's default, whatever that of the default group is.
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "every rank is a member"
     return group
 

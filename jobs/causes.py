@@ -39,7 +39,7 @@ def broken_exchange(error: BaseException) -> Cause:
 
 def what(error: BaseException) -> str:
     """What an exception says, in a line; a stack may follow, or come before it if a loader process raised it."""
-    text = re.sub(r".*gloo/transport/\S+\] |\. This is typically caused by.*", "", str(error).strip())
+    text = re.sub(r".*gloo/transport/\S+\] |\. This is typically caused by.*| to Tensor$", "", str(error).strip())
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.rpartition("\n")[2].partition(": ")[2]
     return text.partition("\n")[0]

@@ -40,16 +40,30 @@ class Team:
         shards: int,
         exact: bool,
         device: torch.device,
+        timeout_s: float | None = None,
         activity: Activity | None = None,
     ) -> None:
-        """The default process group must exist. ``activity`` is told when this worker waits for the others."""
+        """The default process group must exist.
+
+        Args:
+            rank, world_size: This worker among all.
+            shards: The shards of a step.
+            exact: Sum gradients along the tree, or as the backend does.
+            device: Where gradients live.
+            timeout_s: The longest that this worker waits for the others; none: as long as torch does.
+            activity: Is told when it waits for them.
+        """
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.blocks = [shard_block(shards, world_size, other) for other in range(world_size)]
         self.block = self.blocks[rank]
-        self.cpu_group = new_group("gloo")
-        self._exchange = TreeExchange(shards=shards, blocks=self.blocks, rank=rank, device=device) if exact else None
+        self.cpu_group = new_group(timeout_s, "gloo")
+        self._exchange = None
+        if exact:
+            self._exchange = TreeExchange(
+                shards=shards, blocks=self.blocks, rank=rank, device=device, timeout_s=timeout_s
+            )
         self._activity = activity or Activity()
         self._waits = ExchangeWaits(self._activity, device)
 

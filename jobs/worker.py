@@ -50,6 +50,7 @@ def main(link: Link, task: Task) -> None:
             shards=spec.train.shards,
             exact=spec.train.exact,
             device=device,
+            timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )
         train(link, RunDirectory(task.run_url), spec, build_parts(spec, device), progress, team)

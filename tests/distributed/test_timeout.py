@@ -1,0 +1,47 @@
+"""A worker waits for the others as long as it was told, wherever it waits."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cluster.agent import Task
+from cluster.errors import LauncherError
+from cluster.link import Link
+from jobs.causes import named
+from jobs.team import Team
+from jobs.worker import meet
+from tests.distributed.small_job import full_job
+from tests.distributed.team_process import TIMEOUT_S, run_processes
+
+WAIT_S = 1.0
+
+
+def wait_for_rank_1(link: Link, task: Task) -> list[tuple[str, str]]:
+    """What rank 0 comes to that alone exchanges gradients, and then meets at a barrier."""
+    meet(link, task, TIMEOUT_S)
+    device = torch.device("cpu")
+    team = Team(rank=task.rank, world_size=2, shards=4, exact=True, device=device, timeout_s=WAIT_S)
+    replica = team.replicate(nn.Linear(3, 2))
+    team.barrier()
+    if task.rank == 1:
+        time.sleep(3 * WAIT_S)
+        return []
+    loss = replica(torch.ones(1, 3)).sum()
+    told: list[LauncherError] = []
+    for exchange in (loss.backward, team.barrier):
+        try:
+            exchange()
+        except Exception as error:
+            told.append(named(error, step=0))
+    return [(error.cause, str(error)) for error in told]
+
+
+def test_nobody_waits_longer_than_told(tmp_path: Path) -> None:
+    outcome = run_processes(wait_for_rank_1, full_job(tmp_path, "run"), world_size=2)
+
+    assert not outcome.failures, "\n".join(outcome.failures.values())
+    exchange, barrier = outcome.results[0]
+    assert exchange == ("exchange_timeout", "lost the others: Timed out waiting 1000ms for recv operation to complete")
+    assert barrier[0] == "exchange_timeout"
