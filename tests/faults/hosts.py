@@ -23,11 +23,11 @@ NETWORK_INTERFACE = "eth0"
 HEAD_SETTINGS = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
-"""Of a head as the README starts it: a host is dead after 12 s without an answer, and with Ray's own after 65 s. A call
+"""Of a head as the README starts it: a host is dead after 9 s without an answer, and with Ray's own after 65 s. A call
 to a host that is cut off ends after 10 s, and not after 2 min; that long, what it was to reserve elsewhere is lost."""
 _NETWORK = "10.77.0"
 _RAY_PORT = 6379
