@@ -6,7 +6,8 @@
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
 training processes is a plan of ``cluster.faults``; what happens to others is done from here, when a fault of the kind
-``note`` says that its moment has come.
+``note`` says that its moment has come. Every fourth run is elastic, on hosts of its own that lose their power, are cut
+off and come back.
 """
 
 import argparse
@@ -21,31 +22,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.agent import FAULTS_VARIABLE
 from cluster.faults import Fault, fired, write_plan
+from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
+from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, processes_of, undisturbed, wait_for_end_of
 
 EPOCHS, STEPS_PER_EPOCH, EVERY_STEPS = 4, 22, 5
 STEPS = EPOCHS * STEPS_PER_EPOCH
-SHORT = (f"train.epochs={EPOCHS}", f"checkpoint.every_steps={EVERY_STEPS}", "tracking.mode=disabled")
-OVERRIDES = (
-    *SHORT,
-    "workers.max_failures={machine: 100, code: 100}",
-    "workers.hang_timeout_s=4",
-    "workers.timeout_s=20",
-)
+HANG_TIMEOUT_S = 8
+ELASTIC_EVERY = 4
+"""One schedule in so many runs on hosts of its own."""
 LATE_STEPS = 14
-"""A deed from outside hits the run so many steps after its moment, or less."""
-LIFE_TIMEOUT_S = 180.0
+"""What is done from outside ends a run so many steps after its moment, or fewer."""
+LIFE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 20.0
+BLINK_S = 3.0
 POLL_INTERVAL_S = 0.01
 
-EXIT_CODES = {
+ENDS = {
     "interrupt": 130,
     "stop": 0,
     "kill driver": -signal.SIGKILL,
@@ -53,148 +54,286 @@ EXIT_CODES = {
     "kill ray::TrainController": 5,
     "kill ray::_Switchboard": 5,
 }
-"""What is done to a run from outside, and what it ends with; one that was complete by then ends with 0."""
+"""What is done to a run from outside to end it, and its exit code; one that was complete by then ends with 0."""
+HOSTS = ("second", "third")
+"""Those that things happen to; the first one has the driver."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deed:
+    """Something that is done from outside.
+
+    Attributes:
+        note: The number of the fault that says when.
+        what: One of ``ENDS``, or what is done to a host.
+        host: Which.
+        delay_s: Seconds from the note to the deed.
+    """
+
+    note: int
+    what: str
+    host: str = ""
+    delay_s: float = 0.0
+
+    def __str__(self) -> str:
+        delay = f", {self.delay_s:g} s later" if self.delay_s else ""
+        return f"at {self.note}{delay} {self.what} {self.host}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Life:
-    """One command, and what happens to it."""
+    """One command, and what is done to it from outside; what ends it is the last, else it completes."""
 
-    num_workers: int
-    faults: tuple[Fault, ...]
-    deed: str | None
-    """What ends it, one of ``EXIT_CODES``, when the last fault, a ``note``, has come; none: it completes."""
-    delay_s: float
-    """From the note to the deed."""
+    workers: str
+    is_elastic: bool = False
+    deeds: tuple[Deed, ...] = ()
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{number} {_words(fault)}" for number, fault in enumerate(self.faults))
-        deed = f", {self.delay_s:g} s later {self.deed}" if self.deed else ""
-        return f"{self.num_workers} workers [{faults}]{deed}"
+        return f"{self.workers} workers" + "".join(f", {deed}" for deed in self.deeds)
+
+    @property
+    def exit_code(self) -> int:
+        """How it ends, unless it completes before."""
+        return ENDS.get(self.deeds[-1].what, 0) if self.deeds else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """The life of a run, command by command."""
+    """The life of a run, command by command, and the faults within its processes."""
 
     number: int
     lives: tuple[Life, ...]
+    faults: tuple[Fault, ...]
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.lives))
+        faults = (f"{number} {_words(fault)}" for number, fault in enumerate(self.faults))
+        return f"[{'; '.join(map(str, self.lives))}: {', '.join(faults)}]"
 
 
 def draw(seed: int, number: int) -> Schedule:
     """The schedule of this number."""
-    rng = random.Random(f"{seed}/{number}")
-    num_lives = rng.choice((1, 2, 2, 3))
-    ends = [STEPS * (index + 1) // num_lives for index in range(num_lives)]
-    begins = [0, *(end + LATE_STEPS for end in ends)]
-    lives = [_draw_life(rng, range(begin, end), is_last=end == STEPS) for begin, end in zip(begins, ends)]
-    return Schedule(number=number, lives=tuple(lives))
+    drawing = _Drawing(random.Random(f"{seed}/{number}"))
+    if number % ELASTIC_EVERY == ELASTIC_EVERY - 1:
+        drawing.elastic_run()
+    else:
+        drawing.run()
+    return Schedule(number=number, lives=tuple(drawing.lives), faults=tuple(drawing.faults))
 
 
-def _draw_life(rng: random.Random, steps: range, *, is_last: bool) -> Life:
-    """A life that passes these steps."""
-    num_workers = rng.randint(1, 4)
-    faults: list[Fault] = []
-    if rng.random() < 0.25:
-        faults.append(_draw_kill(rng, "start", None, num_workers))
-    for step in sorted(rng.sample(steps, rng.randint(1, 4))):
-        faults.append(_draw_fault(rng, step, num_workers))
-        while rng.random() < 0.25:  # in the recovery from it, and in that from this one
-            doing = rng.choice(("start", "restore"))
-            faults.append(_draw_kill(rng, doing, None, num_workers, follows=len(faults) - 1))
-    deed, delay_s = None, 0.0
-    if not is_last:
-        faults.append(Fault(kind="note", doing="forward", step=steps[-1]))
-        deed, delay_s = rng.choice(list(EXIT_CODES)), round(rng.choice((0.0, rng.random())), 3)
-    return Life(num_workers=num_workers, faults=tuple(faults), deed=deed, delay_s=delay_s)
+class _Drawing:
+    """A schedule as it is drawn, from its beginning to its end."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.lives: list[Life] = []
+        self.faults: list[Fault] = []
+        self._rng = rng
+
+    def run(self) -> None:
+        num_lives = self._rng.choice((1, 2, 2, 3))
+        ends = [STEPS * (index + 1) // num_lives for index in range(num_lives)]
+        begins = [0, *(end + LATE_STEPS for end in ends)]
+        for begin, end in zip(begins, ends):
+            self._life(range(begin, end), ends_run=end < STEPS)
+
+    def elastic_run(self) -> None:
+        """On hosts; it may go on without them."""
+        deeds, off = [], set[str]()
+        for step in sorted(self._rng.sample(range(4, STEPS // 2, 4), self._rng.randint(1, 3))):
+            self._fault(step, num_workers=1)
+            host = self._rng.choice(HOSTS)
+            what = "return" if host in off else self._rng.choice(("power off", "power off", "cut", "blink"))
+            off = off - {host} if what == "return" else off | {host} if what != "blink" else off
+            deeds.append(Deed(note=self._note(step + 1), what=what, host=host))
+        if self._rng.random() < 0.5:
+            deeds.append(Deed(note=self._note(STEPS // 2 + 4), what="kill driver", delay_s=self._delay_s()))
+        self.lives.append(Life(workers=f"[1,{1 + len(HOSTS)}]", is_elastic=True, deeds=tuple(deeds)))
+        if deeds[-1].what in ENDS:
+            self._life(range(STEPS // 2 + 4 + LATE_STEPS, STEPS), ends_run=False)
+
+    def _life(self, steps: range, *, ends_run: bool) -> None:
+        """A life that passes these steps, on this machine alone."""
+        num_workers = self._rng.randint(1, 4)
+        if self._rng.random() < 0.25:
+            before = self.lives[-1].deeds[-1].note if self.lives else None
+            self._kill("start", None, num_workers, follows=before)
+        for step in sorted(self._rng.sample(steps, self._rng.randint(1, 4))):
+            self._fault(step, num_workers)
+        what = self._rng.choice(list(ENDS))
+        end = (Deed(note=self._note(steps[-1]), what=what, delay_s=self._delay_s()),) if ends_run else ()
+        self.lives.append(Life(workers=str(num_workers), deeds=end))
+
+    def _fault(self, step: int, num_workers: int) -> None:
+        """One at a step; in the recovery from it there may be another, and in the recovery from that one."""
+        doings = ["data", "forward", "backward", *(["exchange"] if num_workers > 1 else [])]
+        if step and step % STEPS_PER_EPOCH == 0:
+            doings += ["validation"] * 2
+        if step and (step % STEPS_PER_EPOCH == 0 or step % EVERY_STEPS == 0):
+            doings += ["storage"] * 2
+        doing, rank = self._rng.choice(doings), self._rng.randrange(num_workers)
+        # Who stands still in his first step may be at work, for all that anyone knows; others would wait in vain.
+        standstills = ("stop", "hang") if num_workers > 1 else ()
+        kind = self._rng.choice(("kill",) * 5 + ("kill agent", "raise") + standstills)
+        if kind == "kill":
+            self._kill(doing, step, num_workers)
+        elif kind == "kill agent":
+            self.faults.append(Fault(kind="kill", victim="agent", doing=doing, step=step, rank=rank))
+        else:
+            self.faults.append(Fault(kind=kind, doing=doing, step=step, rank=rank))
+        while self._rng.random() < 0.25:
+            self._kill(self._rng.choice(("start", "restore")), None, num_workers, follows=len(self.faults) - 1)
+
+    def _kill(self, doing: str, step: int | None, num_workers: int, follows: int | None = None) -> None:
+        longest_s = {"start": 0.5, "restore": 0.1}.get(doing, 0.03)
+        after_s = self._rng.choice((0.0, round(self._rng.uniform(0, longest_s), 4)))
+        rank = self._rng.randrange(num_workers)
+        self.faults.append(Fault(kind="kill", doing=doing, step=step, rank=rank, after_s=after_s, follows=follows))
+
+    def _note(self, step: int) -> int:
+        self.faults.append(Fault(kind="note", doing="forward", step=step))
+        return len(self.faults) - 1
+
+    def _delay_s(self) -> float:
+        return round(self._rng.choice((0.0, self._rng.random())), 3)
 
 
-def _draw_fault(rng: random.Random, step: int, num_workers: int) -> Fault:
-    doings = ["data", "forward", "backward", "exchange"]
-    if step and step % STEPS_PER_EPOCH == 0:
-        doings += ["validation"] * 2
-    if step and (step % STEPS_PER_EPOCH == 0 or step % EVERY_STEPS == 0):
-        doings += ["storage"] * 2
-    doing, rank = rng.choice(doings), rng.randrange(num_workers)
-    # Nobody tells a process that stands still from one that is long about its first step, but those that wait for it.
-    standstills = ("stop", "hang") if num_workers > 1 else ()
-    kind = rng.choice(("kill",) * 5 + ("kill agent", "raise") + standstills)
-    if kind == "kill":
-        return _draw_kill(rng, doing, step, num_workers)
-    if kind == "kill agent":
-        return Fault(kind="kill", victim="agent", doing=doing, step=step, rank=rank)
-    return Fault(kind=kind, doing=doing, step=step, rank=rank)
+class Stage:
+    """Where a schedule is lived: a folder, and hosts if it needs them."""
 
+    def __init__(self, schedule: Schedule, folder: Path) -> None:
+        self._schedule = schedule
+        self._folder = folder
+        self._hosts: dict[str, Host] = {}
+        self._off: set[str] = set()
+        self.plan = folder / "plan.json"
+        self.run = folder / "runs/digits"
+        self.done: list[Deed] = []
+        """The deeds so far."""
 
-def _draw_kill(rng: random.Random, doing: str, step: int | None, num_workers: int, follows: int | None = None) -> Fault:
-    longest_s = {"start": 0.5, "restore": 0.1}.get(doing, 0.03)
-    after_s = rng.choice((0.0, round(rng.uniform(0, longest_s), 4)))
-    return Fault(kind="kill", doing=doing, step=step, rank=rng.randrange(num_workers), after_s=after_s, follows=follows)
+    def live(self, reference: Bits) -> None:
+        """Lives the schedule, and holds its end against the undisturbed run.
 
+        Raises:
+            AssertionError: Something else happened than what is documented.
+        """
+        (self._folder / "tmp").mkdir(parents=True)
+        os.environ["TMPDIR"] = str(self._folder / "tmp")  # what a kill leaves there goes with the folder
+        os.environ[FAULTS_VARIABLE] = str(self.plan)
+        write_plan(self._schedule.faults, self.plan)
+        with ExitStack() as stack:
+            if self._schedule.lives[0].is_elastic:
+                made = stack.enter_context(hosts("head", *HOSTS))
+                self._hosts = {host.name: host for host in made}
+                start_ray(*made, head_settings=HEAD_SETTINGS)
+                self._brake.touch()
+            for number, life in enumerate(self._schedule.lives):
+                ended = self._live_once(life, number)
+                is_complete = ended.exit_code == 0 and ended.document["status"] == "completed"
+                if not is_complete:
+                    assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
+                if not life.is_elastic:  # the hosts' Ray lives on, and ends with them
+                    self._assert_nothing_is_left(number)
+                if is_complete:
+                    break
+        self._assert_nothing_is_left(number)
+        assert bits(ended, self.run) == reference, "other bits"
+        assert_nothing_was_lost(self.run)
 
-def live(schedule: Schedule, folder: Path, reference: Bits, tally: "Tally") -> None:
-    """Lives it in a folder, and holds its end against the undisturbed run.
-
-    Raises:
-        AssertionError: Something else happened than what is documented.
-    """
-    run, completed = folder / "runs/digits", False
-    for number, life in enumerate(schedule.lives):
-        place, plan = folder / f"place-{number}", folder / f"plan-{number}.json"
+    def _live_once(self, life: Life, number: int) -> Ended:
+        place = self._folder / f"place-{number}"
         place.mkdir()
-        write_plan(life.faults, plan)
-        os.environ[FAULTS_VARIABLE] = str(plan)
-        command = ["resume", run] if run.exists() else ["run", JOBS / "digits.yaml", f"store={run.parent}", *OVERRIDES]
-        try:
-            ended = _live_once([*command, f"workers.num={life.num_workers}", "--json"], place, life, plan)
-        finally:
-            tally.count(life, fired(plan).keys())
-        completed = ended.exit_code == 0 and ended.document["status"] == "completed"
-        if not completed:
-            wanted = None if life.deed is None else EXIT_CODES[life.deed]
-            assert ended.exit_code == wanted, f"life {number} ended with {ended.exit_code}: {ended.stderr}"
-        left = wait_for_end_of(plan, END_TIMEOUT_S)
+        command: list[object] = ["resume", self.run]
+        if not self.run.exists():
+            command = ["run", JOBS / "digits.yaml", f"store={self.run.parent}", *overrides(self._brake)]
+        command += [f"workers.num={life.workers}", f"workers.cpus={1 if life.is_elastic else 0.5}", "--json"]
+        if life.is_elastic:
+            head = self._hosts["head"]
+            running = Running(
+                [*command, "--cluster", head.ray_address], place, lambda words: head.command(words, place)
+            )
+        else:
+            running = Running(command, place)
+        for deed in life.deeds:
+            if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
+                break
+            time.sleep(deed.delay_s)
+            self._do(deed, running)
+            self.done.append(deed)
+        self._brake.unlink(missing_ok=True)
+        return running.wait(LIFE_TIMEOUT_S)
+
+    def _do(self, deed: Deed, running: Running) -> None:
+        if deed.host:
+            self._do_to_host(deed, self._hosts[deed.host], running)
+        elif deed.what == "interrupt":
+            running.signal_group(signal.SIGINT)
+        elif deed.what == "stop":
+            launcher("stop", self.run, cwd=self._folder)
+        elif deed.what == "kill all":
+            running.signal_group(signal.SIGKILL)
+        else:
+            name = {"kill driver": f"{sys.executable} "}.get(deed.what, deed.what.removeprefix("kill "))
+            for pid, command in processes_of(self.plan).items():
+                if command.startswith(name) and ("launcher " in command or "ray::" in command):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _do_to_host(self, deed: Deed, host: Host, running: Running) -> None:
+        """Does it, and waits until the run goes on with the hosts there are."""
+        if deed.what == "blink":
+            host.cut()
+            time.sleep(BLINK_S)
+            host.mend()
+            return
+        if deed.what == "return":
+            self._off.remove(host.name)
+            host.end()
+            host.power_on()
+            host.start_ray(self._hosts["head"])
+        else:
+            self._off.add(host.name)
+            host.power_off() if deed.what == "power off" else host.cut()
+        there = {host.address for name, host in self._hosts.items() if name not in self._off}
+        _wait_until(lambda: self._trains_on() == there, running)
+
+    def _trains_on(self) -> set[str]:
+        """The hosts of the workers that train."""
+        addresses: set[str] = set()
+        trains = False
+        for event in RunDirectory(str(self.run)).events().read():
+            if event["kind"] == "attempt_started":
+                addresses, trains = {worker["address"] for worker in event["workers"]}, False
+            trains |= event["kind"] == "training"
+        return addresses if trains else set()
+
+    def _assert_nothing_is_left(self, number: int) -> None:
+        left = wait_for_end_of(self.plan, END_TIMEOUT_S)
         assert not left, f"life {number} left {left}"
-        if completed:
-            break
-    assert bits(ended, run) == reference, "other bits"
-    assert_nothing_was_lost(run)
+
+    @property
+    def _brake(self) -> Path:
+        return self._folder / "brake"
 
 
-def _live_once(command: list[object], place: Path, life: Life, plan: Path) -> Ended:
-    """Runs a command; when the moment of the deed has come, does it."""
-    running = Running(command, place)
+def overrides(brake: Path) -> tuple[str, ...]:
+    """What makes ``jobs/digits.yaml`` the job of the soak."""
+    return (
+        f"train.epochs={EPOCHS}",
+        f"checkpoint.every_steps={EVERY_STEPS}",
+        f"data.train.transform={{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: {brake}}}",
+        "workers.max_failures={machine: 100, code: 100}",
+        f"workers.hang_timeout_s={HANG_TIMEOUT_S}",
+        "workers.timeout_s=20",
+        "tracking.mode=disabled",
+    )
+
+
+def _wait_until(happened: Callable[[], bool], running: Running) -> bool:
+    """Waits for something, or for the end of a command or of patience; returns whether it has happened."""
     deadline = time.monotonic() + LIFE_TIMEOUT_S
-    while life.deed is not None and not _has_ended(running) and time.monotonic() < deadline:
-        if len(life.faults) - 1 in fired(plan):
-            time.sleep(life.delay_s)
-            _do(life.deed, running, plan)
+    while not (it_has := happened()) and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:  # its end stays to read
             break
         time.sleep(POLL_INTERVAL_S)
-    return running.wait(LIFE_TIMEOUT_S)
-
-
-def _do(deed: str, running: Running, plan: Path) -> None:
-    if deed == "interrupt":
-        running.signal_group(signal.SIGINT)
-    elif deed == "stop":
-        launcher("stop", plan.parent / "runs/digits", cwd=plan.parent)
-    elif deed == "kill driver":
-        os.kill(running.pid, signal.SIGKILL)
-    elif deed == "kill all":
-        running.signal_group(signal.SIGKILL)
-    else:
-        for pid, command in processes_of(plan).items():
-            if command.startswith(deed.removeprefix("kill ")):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _has_ended(running: Running) -> bool:
-    """Leaves its end to be waited for."""
-    return os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return it_has
 
 
 @dataclass(slots=True)
@@ -206,32 +345,70 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
 
-    def count(self, life: Life, happened: Collection[int]) -> None:
-        """A life is over; ``happened``: the numbers of its faults that have."""
-        for number, fault in enumerate(life.faults):
-            for kind in _kinds(fault, life.deed):
-                self.drawn[kind] += 1
-                self.fired[kind] += number in happened
+    def count(self, schedule: Schedule, stage: Stage) -> None:
+        """A schedule is over."""
+        happened = fired(stage.plan)
+        for number, fault in enumerate(schedule.faults):
+            if fault.kind != "note":
+                kind = fault.kind if fault.victim == "training" else f"{fault.kind} its agent"
+                self._count(f"a worker: {kind}", number in happened)
+                self._count(f"moment: {fault.doing}" + " again" * (fault.follows is not None), number in happened)
+        for deed in [deed for life in schedule.lives for deed in life.deeds]:
+            self._count(f"{'a host' if deed.host else 'the run'}: {deed.what}", deed in stage.done)
 
     def table(self) -> str:
         """For people."""
         lines = [f"{'':32} drawn  fired"]
         lines += [f"{kind:32} {self.drawn[kind]:5}  {self.fired[kind]:5}" for kind in sorted(self.drawn)]
         passed = len(self.seconds) - len(self.failed)
-        lines.append(
-            f"{passed} of {len(self.seconds)} schedules passed; median {statistics.median(self.seconds):.1f} s"
-        )
+        median = f"; median {statistics.median(self.seconds):.1f} s" if self.seconds else ""
+        lines.append(f"{passed} of {len(self.seconds)} schedules passed{median}")
         if self.failed:
             lines.append(f"failed: {', '.join(map(str, self.failed))}")
         return "\n".join(lines)
 
+    def _count(self, kind: str, has_happened: bool) -> None:
+        self.drawn[kind] += 1
+        self.fired[kind] += has_happened
 
-def _kinds(fault: Fault, deed: str | None) -> list[str]:
-    """What a fault is counted as."""
-    if fault.kind == "note":
-        return [f"the run: {deed}"]
-    kind = fault.kind if fault.victim == "training" else f"{fault.kind} its agent"
-    return [f"a worker: {kind}", f"moment: {'recovery' if fault.follows is not None else fault.doing}"]
+
+def soak(seed: int, numbers: Iterable[int], limit_s: float) -> Tally:
+    """Runs schedules one after the other, and tells of each; the folders of those that failed are kept."""
+    began, tally = time.monotonic(), Tally()
+    home = Path(tempfile.mkdtemp(prefix="soak-"))
+    why_no_hosts = why_there_can_be_none()
+    try:
+        reference = undisturbed(home / "undisturbed", overrides(home / "none"))
+        for number in numbers:
+            if time.monotonic() - began > limit_s:
+                break
+            schedule = draw(seed, number)
+            if schedule.lives[0].is_elastic and why_no_hosts:
+                print(f"{number} left out: {why_no_hosts}", flush=True)
+            else:
+                _live(schedule, home / str(number), reference, tally)
+    finally:
+        print(tally.table())
+        if not tally.failed:
+            shutil.rmtree(home)
+    return tally
+
+
+def _live(schedule: Schedule, folder: Path, reference: Bits, tally: Tally) -> None:
+    begun, stage = time.monotonic(), Stage(schedule, folder)
+    outcome = "passed"
+    try:
+        stage.live(reference)
+    except AssertionError as error:
+        tally.failed.append(schedule.number)
+        outcome = f"FAILED, see {folder}: {error}"
+    finally:
+        wait_for_end_of(stage.plan, timeout_s=0)
+    tally.seconds.append(time.monotonic() - begun)
+    tally.count(schedule, stage)
+    if outcome == "passed":
+        shutil.rmtree(folder)
+    print(f"{schedule.number} {tally.seconds[-1]:.0f} s {schedule}: {outcome}", flush=True)
 
 
 def _words(fault: Fault) -> str:
@@ -250,49 +427,11 @@ def main() -> None:
     parser.add_argument("--schedules", type=int, default=None, help="so many, from number 0")
     parser.add_argument("--only", type=int, default=None, help="the schedule of this number")
     arguments = parser.parse_args()
+    numbers: Iterable[int] = itertools.count() if arguments.schedules is None else range(arguments.schedules)
     if arguments.only is not None:
-        numbers: Iterable[int] = [arguments.only]
-    else:
-        numbers = itertools.count() if arguments.schedules is None else range(arguments.schedules)
+        numbers = [arguments.only]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind by it either
-    sys.exit(1 if soak(arguments.seed, numbers, arguments.minutes * 60) else 0)
-
-
-def soak(seed: int, numbers: Iterable[int], limit_s: float) -> list[int]:
-    """Runs schedules one after the other; returns the numbers of those that failed, whose folders are kept."""
-    began, tally = time.monotonic(), Tally()
-    home = Path(tempfile.mkdtemp(prefix="soak-"))
-    try:
-        reference = undisturbed(home / "undisturbed", SHORT)
-        for number in numbers:
-            if time.monotonic() - began > limit_s:
-                break
-            _live_in(home / str(number), draw(seed, number), reference, tally)
-    finally:
-        print(tally.table())
-        if not tally.failed:
-            shutil.rmtree(home)
-    return tally.failed
-
-
-def _live_in(folder: Path, schedule: Schedule, reference: Bits, tally: Tally) -> None:
-    """Lives a schedule and tells how that went; what of it runs then is ended, and its folder kept if it failed."""
-    begun = time.monotonic()
-    (folder / "tmp").mkdir(parents=True)
-    os.environ["TMPDIR"] = str(folder / "tmp")  # what a kill leaves there goes with the folder
-    try:
-        live(schedule, folder, reference, tally)
-        outcome = "passed"
-    except AssertionError as error:
-        tally.failed.append(schedule.number)
-        outcome = f"FAILED, see {folder}: {error}"
-    finally:
-        for plan in folder.glob("plan-*.json"):
-            wait_for_end_of(plan, timeout_s=0)
-    if outcome == "passed":
-        shutil.rmtree(folder)
-    tally.seconds.append(time.monotonic() - begun)
-    print(f"{schedule.number} {tally.seconds[-1]:.1f} s {schedule}: {outcome}", flush=True)
+    sys.exit(1 if soak(arguments.seed, numbers, arguments.minutes * 60).failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""A transform for descriptions of runs that something is to happen to from outside, which takes longer than they do."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torchvision.transforms.v2 import RandomCrop
+
+
+class Brake(RandomCrop):
+    """The crop of ``jobs/digits.yaml``, for the same bits; takes its time as long as there is a file."""
+
+    def __init__(self, size: int, padding: int, path: str) -> None:
+        super().__init__(size, padding)
+        self._path = Path(path)
+
+    def forward(self, *inputs: Any) -> Any:
+        if self._path.exists():
+            time.sleep(0.02)
+        return super().forward(*inputs)
