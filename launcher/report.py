@@ -69,6 +69,7 @@ def summary(result: Mapping[str, Any]) -> str:
         ("attempts", _counted(result, "attempts")),
         ("time", _spent(result)),
         ("goodput", _goodput(result)),
+        ("last failure", _failure(result)),
         ("state", result.get("state_sha256") and f"sha256 {result['state_sha256']}"),
     ]
     blocks = [
@@ -266,6 +267,17 @@ def _goodput(result: Mapping[str, Any]) -> str | None:
         if seconds >= 0.05
     ]
     return f"{result['goodput']:.0%}: {', '.join(parts)}"
+
+
+def _failure(result: Mapping[str, Any]) -> str | None:
+    """The last failure of a worker, also of a run that goes on again."""
+    failure = result.get("failure")
+    if failure is None:
+        return None
+    who = [] if failure["rank"] is None else [f"worker {failure['rank']}"]
+    where = [f"on node {failure['address']}"] if failure["address"] is not None else []  # one that never came has none
+    what = f"{' '.join(who + where)}: {failure['message']}" if who else failure["message"]
+    return f"{failure['cause']} at step {failure['step']:,}: {what}"
 
 
 def _next_commands(status: str, run: str) -> list[tuple[str, str]]:

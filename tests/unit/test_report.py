@@ -120,6 +120,23 @@ class TestSummary:
         text = summary(RESULT | {"goodput": 0.981, "time": time})
         assert "  goodput       98%: compute 1:02:03, exchange 60.0 s, startup 12.3 s\n" in text
 
+    @pytest.mark.parametrize(
+        ("rank", "address", "line"),
+        [
+            (1, "10.0.0.2", "killed at step 1,300: worker 1 on node 10.0.0.2: killed by SIGKILL"),
+            (1, None, "killed at step 1,300: worker 1: killed by SIGKILL"),
+            (None, None, "killed at step 1,300: killed by SIGKILL"),
+        ],
+    )
+    def test_the_last_failure_is_told_whatever_became_of_it(
+        self, rank: int | None, address: str | None, line: str
+    ) -> None:
+        failure = {
+            "cause": "killed", "rank": rank, "node": None, "address": address, "step": 1300,
+            "message": "killed by SIGKILL",
+        }  # fmt: skip
+        assert f"\n  last failure  {line}\n" in summary(RESULT | {"failure": failure})
+
     def test_what_is_not_known_is_left_out(self) -> None:
         assert summary({"run": "runs/a", "status": "failed"}) == (
             "runs/a failed\n\n"
