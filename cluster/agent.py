@@ -31,8 +31,9 @@ from cluster.run_directory import RunDirectory
 
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
 """The environment variable that names a plan of faults, see ``cluster.faults``."""
+HERE_INTERVAL_S = 5.0
+"""How often an agent says that it is there."""
 _WATCH_INTERVAL_S = 1.0
-_HERE_INTERVAL_S = 5.0
 _PACE_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
@@ -138,7 +139,7 @@ class Agent:
                     self._attend(self._child)
                 if news in ready:
                     self._obey(news.recv())
-                if time.monotonic() - said_at > _HERE_INTERVAL_S:
+                if time.monotonic() - said_at > HERE_INTERVAL_S:
                     said_at = time.monotonic()
                     self._channel.post([{"kind": "here", "rank": self._task.rank}])
         finally:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.agent import HERE_INTERVAL_S
 from cluster.ray_cluster import Node
 from cluster.ray_train import WorkerGroup
 from jobs.spec import WorkersSpec
@@ -20,6 +21,7 @@ _SETTLE_S = 5.0
 _LAG_S = 0.5
 """How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
 _LOOPBACK = "127.0.0.1"
+_LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Crew:
 
     def silent(self, now: float) -> dict[int, str]:
         """The agents that say nothing any more, though Ray has not lost them: stopped, or cut off."""
-        limit_s = self._workers.hang_timeout_s
+        # A limit as short as the time between two words of an agent would find all of them silent.
+        limit_s = max(self._workers.hang_timeout_s, _LEAST_SILENCE_S)
         return {
             rank: f"its agent has said nothing for {now - self._heard_at[rank]:.0f} s"
             for rank in self.agents

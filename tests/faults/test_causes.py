@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import JOBS, Running, events, launcher
-from tests.faults.planned import SHORT, bits, undisturbed
+from tests.faults.planned import bits, undisturbed
 
+SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 MORTAL = """\
 import ctypes
 import os
@@ -99,7 +100,7 @@ def test_deaths_of_many_kinds_in_one_run(home: Path, tmp_path_factory: pytest.Te
         ended = launcher("run", "digits.yaml", *overrides(home, cgroup), cwd=home)
 
     run = home / "runs/digits"
-    assert bits(ended, run) == undisturbed(tmp_path_factory.mktemp("undisturbed"))
+    assert bits(ended, run) == undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
 
     told = [(lost["cause"], lost["rank"], lost["reason"]) for lost in events(run, "worker_lost")]
     crash, killed, refused, *taken = told

@@ -370,6 +370,11 @@ class TestElastic:
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (1, "its agent has said nothing for 310 s")
 
+    def test_agents_that_speak_more_rarely_than_the_limit_are_not_silent(self, run: RunDirectory) -> None:
+        _, group = drive(run, [HELLO, both("started", step=0), 10.0, done(2, 0)], hang_timeout_s=1.0)
+
+        assert group.started == [2]
+
     def test_too_few_are_waited_for(self, run: RunDirectory) -> None:
         def look(now: float) -> list[Node]:
             return [node("a", 1 if now < 30 else 2)]
