@@ -144,6 +144,7 @@ class Loop:
 
     def _validate(self) -> dict[str, float]:
         """Measures, and tells of matrices, which are in no row."""
+        self.mark("validation", self.progress.step)
         spec, parts, team = self.spec, self.parts, self.team
         batches = validation_batches(
             parts.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
