@@ -1,10 +1,12 @@
-"""A transform for descriptions of runs that something is to happen to from outside, which takes longer than they do."""
+"""A transform for runs that shall not end before something has happened to them from outside."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from torchvision.transforms.v2 import RandomCrop
+
+_SECONDS = 0.06
 
 
 class Brake(RandomCrop):
@@ -16,5 +18,5 @@ class Brake(RandomCrop):
 
     def forward(self, *inputs: Any) -> Any:
         if self._path.exists():
-            time.sleep(0.02)
+            time.sleep(_SECONDS)
         return super().forward(*inputs)

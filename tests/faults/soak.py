@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -219,24 +219,27 @@ class Stage:
         os.environ["TMPDIR"] = str(self._folder / "tmp")  # what a kill leaves there goes with the folder
         os.environ[FAULTS_VARIABLE] = str(self.plan)
         write_plan(self._schedule.faults, self.plan)
-        with ExitStack() as stack:
-            if self._schedule.lives[0].is_elastic:
-                made = stack.enter_context(hosts("head", *HOSTS))
-                self._hosts = {host.name: host for host in made}
-                start_ray(*made, head_settings=HEAD_SETTINGS)
-                self._brake.touch()
-            for number, life in enumerate(self._schedule.lives):
+        for number, life in enumerate(self._schedule.lives):
+            with self._hosts_of(life):
                 ended = self._live_once(life, number)
-                is_complete = ended.exit_code == 0 and ended.document["status"] == "completed"
-                if not is_complete:
-                    assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
-                if not life.is_elastic:  # the hosts' Ray lives on, and ends with them
-                    self._assert_nothing_is_left(number)
-                if is_complete:
-                    break
-        self._assert_nothing_is_left(number)
+            left = wait_for_end_of(self.plan, END_TIMEOUT_S)
+            assert not left, f"life {number} left {left}"
+            if ended.exit_code == 0 and ended.document["status"] == "completed":
+                break
+            assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
         assert bits(ended, self.run) == reference, "other bits"
         assert_nothing_was_lost(self.run)
+
+    @contextmanager
+    def _hosts_of(self, life: Life) -> Iterator[None]:
+        """The hosts that a life is lived on, if it is elastic."""
+        if not life.is_elastic:
+            yield
+            return
+        with hosts("head", *HOSTS) as made:
+            self._hosts = {host.name: host for host in made}
+            start_ray(*made, head_settings=HEAD_SETTINGS)
+            yield
 
     def _live_once(self, life: Life, number: int) -> Ended:
         place = self._folder / f"place-{number}"
@@ -256,34 +259,34 @@ class Stage:
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break
             time.sleep(deed.delay_s)
-            self._do(deed, running)
+            if deed.host:
+                self._do_to_host(deed, self._hosts[deed.host], running)
+            else:
+                self._do_to_run(deed, running)
             self.done.append(deed)
-        self._brake.unlink(missing_ok=True)
         return running.wait(LIFE_TIMEOUT_S)
 
-    def _do(self, deed: Deed, running: Running) -> None:
-        if deed.host:
-            self._do_to_host(deed, self._hosts[deed.host], running)
-        elif deed.what == "interrupt":
+    def _do_to_run(self, deed: Deed, running: Running) -> None:
+        if deed.what == "interrupt":
             running.signal_group(signal.SIGINT)
         elif deed.what == "stop":
             launcher("stop", self.run, cwd=self._folder)
         elif deed.what == "kill all":
             running.signal_group(signal.SIGKILL)
         else:
-            name = {"kill driver": f"{sys.executable} "}.get(deed.what, deed.what.removeprefix("kill "))
-            for pid, command in processes_of(self.plan).items():
-                if command.startswith(name) and ("launcher " in command or "ray::" in command):
-                    os.kill(pid, signal.SIGKILL)
+            victims = [pid for pid, command in processes_of(self.plan).items() if _is_hit(command, deed)]
+            assert victims, f"nothing there to {deed}"
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
 
     def _do_to_host(self, deed: Deed, host: Host, running: Running) -> None:
-        """Does it, and waits until the run goes on with the hosts there are."""
+        """Does it, and waits until the run goes on with the hosts there are, which takes longer than the run would."""
+        self._brake.touch()
         if deed.what == "blink":
             host.cut()
             time.sleep(BLINK_S)
             host.mend()
-            return
-        if deed.what == "return":
+        elif deed.what == "return":
             self._off.remove(host.name)
             host.end()
             host.power_on()
@@ -292,7 +295,8 @@ class Stage:
             self._off.add(host.name)
             host.power_off() if deed.what == "power off" else host.cut()
         there = {host.address for name, host in self._hosts.items() if name not in self._off}
-        _wait_until(lambda: self._trains_on() == there, running)
+        assert _wait_until(lambda: self._trains_on() == there, running), f"after {deed} it does not go on on {there}"
+        self._brake.unlink()
 
     def _trains_on(self) -> set[str]:
         """The hosts of the workers that train."""
@@ -304,13 +308,16 @@ class Stage:
             trains |= event["kind"] == "training"
         return addresses if trains else set()
 
-    def _assert_nothing_is_left(self, number: int) -> None:
-        left = wait_for_end_of(self.plan, END_TIMEOUT_S)
-        assert not left, f"life {number} left {left}"
-
     @property
     def _brake(self) -> Path:
         return self._folder / "brake"
+
+
+def _is_hit(command: str, deed: Deed) -> bool:
+    """Whether the process with this command line is the one that is to be killed."""
+    if deed.what == "kill driver":
+        return "/bin/launcher " in command and not command.startswith("nsenter")
+    return command.startswith(deed.what.removeprefix("kill "))
 
 
 def overrides(brake: Path) -> tuple[str, ...]:
