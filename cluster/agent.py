@@ -163,7 +163,10 @@ class Agent:
 
     def _obey(self, orders: Orders) -> None:
         self._orders = orders
-        if orders.end or orders.attempt is None:
+        if orders.end:
+            return
+        if orders.attempt is None:  # other agents take over
+            self._end_child()
             return
         if self._child is None or self._child.task.attempt != orders.attempt:
             self._end_child()
@@ -346,9 +349,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     """
     os.environ.clear()
     os.environ.update(environment)
-    address = fork_server.own_address()
-    if address is not None:
-        fork_server.use(address)  # so that loader processes come from it too
+    fork_server.belong_to_it()
     fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it

@@ -5,6 +5,7 @@ from it, not only the one that started it. So one import of torch, begun while R
 driver's host, every restart of a training process, and the loader processes of each.
 """
 
+import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -19,7 +20,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ForkServer
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
-from typing import Any
+from typing import Any, cast
+
+_PR_SET_PDEATHSIG = 1
 
 # From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
 _CAN_SHARE = sys.version_info < (3, 14)
@@ -89,6 +92,22 @@ def resolve(function: str) -> Callable[..., Any]:
     """The function that ``module:function`` names; importing its module here and not where it was named."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def belong_to_it() -> None:
+    """For a process that was forked from the server: its children will be too, and it is killed when the server ends.
+
+    One that is stopped, or hangs in a driver of the kernel, does not notice that nobody is left to hear of it; it would
+    keep its memory and its GPU.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    address, server = own_address(), cast("Any", multiprocessing.forkserver)._forkserver
+    if address is not None:
+        os.close(server._forkserver_alive_fd)  # whoever holds it keeps the server alive
+        use(address)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_to(log_path: str) -> None:
