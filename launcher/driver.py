@@ -404,12 +404,14 @@ class Driver:
         self._crew.group.order(stop=True)
 
     def _why_stop(self, now: float) -> str | None:
-        """Why the run should save and stop, if it should."""
+        """Why the run should save and stop, if it should; a limit that passes while workers start costs them a step."""
         limit = self._spec.train.max_seconds
         if self._interrupts:
             return "stopping on a signal"
         if self._stop_asked:
             return "stopping as asked by launcher stop"
+        if not self._trains and self._waiting_since is None:
+            return None
         if limit is not None and now - self._started_at > limit:
             return f"stopping at train.max_seconds={limit:g}"
         budget = self._spec.workers.max_worker_hours
