@@ -16,6 +16,9 @@ from launcher.description import load
 from tests.distributed.team_process import run_job
 from tests.e2e.command import JOBS, Ended, rows
 
+_LINGERERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
+"""Ray's own, by either name. Where a driver is killed with its Ray, they try for a minute to tell that they live."""
+
 Bits = tuple[str, list[dict[str, Any]]]
 """What no fault may change: the digest of the whole state, and every row of metrics."""
 
@@ -61,9 +64,13 @@ def processes_of(plan: Path) -> dict[int, str]:
 def wait_for_end_of(plan: Path, timeout_s: float) -> dict[int, str]:
     """Waits until nothing of a run is left; returns, and ends, what is left after that."""
     deadline = time.monotonic() + timeout_s
-    while (left := processes_of(plan)) and time.monotonic() < deadline:
+    while (left := _without_lingerers(processes_of(plan))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
+    for pid in processes_of(plan):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return left
+
+
+def _without_lingerers(processes: dict[int, str]) -> dict[int, str]:
+    return {pid: command for pid, command in processes.items() if not any(name in command for name in _LINGERERS)}
