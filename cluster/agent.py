@@ -217,13 +217,17 @@ class _TrainingProcess:
         os.close(log)  # the process opens it for itself
         self._log_path = Path(log_path)
         self._connection, theirs = multiprocessing.Pipe()
+        their_lifeline, self._lifeline = multiprocessing.Pipe(duplex=False)
         self._met = self._stopped = self._is_hung = False
         self._beat: Beat | None = None
         self._heard_at = self._pace_told_at = time.monotonic()
         self._process = fork_server.fork(
-            _run_training, (theirs, task, str(self._log_path), dict(os.environ)), f"worker-{task.rank}"
+            _run_training,
+            (theirs, their_lifeline, task, str(self._log_path), dict(os.environ)),
+            f"worker-{task.rank}",
         )
         theirs.close()
+        their_lifeline.close()
         self._open = True
         assert self._process.pid is not None
         self.oom_kills = OomKills(self._process.pid)
@@ -342,14 +346,20 @@ class _TrainingProcess:
             self._open = False
 
 
-def _run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
+def _run_training(
+    connection: Connection, lifeline: Connection, task: Task, log_path: str, environment: dict[str, str]
+) -> None:
     """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry.
 
-    ``environment`` is the agent's, in which Ray says which GPU is whose; the fork server may have another.
+    ``lifeline`` is a pipe whose other end the agent holds. ``environment`` is the agent's, in which Ray says which GPU
+    is whose; the fork server may have another.
     """
+    fork_server.die_with(lifeline)
     os.environ.clear()
     os.environ.update(environment)
-    fork_server.belong_to_it()
+    address = fork_server.own_address()
+    if address is not None:
+        fork_server.use(address)  # so that loader processes come from it too
     fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it

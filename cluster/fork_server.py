@@ -5,7 +5,7 @@ from it, not only the one that started it. So one import of torch, begun while R
 driver's host, every restart of a training process, and the loader processes of each.
 """
 
-import ctypes
+import fcntl
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -20,9 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ForkServer
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
-from typing import Any, cast
-
-_PR_SET_PDEATHSIG = 1
+from typing import Any
 
 # From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
 _CAN_SHARE = sys.version_info < (3, 14)
@@ -94,20 +92,20 @@ def resolve(function: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def belong_to_it() -> None:
-    """For a process that was forked from the server: its children will be too, and it is killed when the server ends.
+def die_with(lifeline: Connection) -> None:
+    """Has the kernel kill this process when the other end of a pipe is closed, by whatever end its holder finds.
 
-    One that is stopped, or hangs in a driver of the kernel, does not notice that nobody is left to hear of it; it would
-    keep its memory and its GPU.
+    A process that is stopped, or hangs in C, cannot notice by itself that nobody is left to hear of it; it would keep
+    its memory and its GPU. Linux can do this; elsewhere such a process has to be killed by hand.
 
-    Source: prctl(2), PR_SET_PDEATHSIG.
+    Source: fcntl(2), F_SETSIG.
     """
-    address, server = own_address(), cast("Any", multiprocessing.forkserver)._forkserver
-    if address is not None:
-        os.close(server._forkserver_alive_fd)  # whoever holds it keeps the server alive
-        use(address)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        if lifeline.poll():  # it was closed before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def print_to(log_path: str) -> None:

@@ -3,9 +3,8 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -45,21 +44,6 @@ def nested(address: str) -> int:
     return fork_server.call(f"{HERE}:answer", 1)[0]
 
 
-def stop_for_ever() -> None:
-    fork_server.belong_to_it()
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def leave_one_stopped() -> int:
-    """For a process of its own, which then ends, and its server with it."""
-    fork_server.start([])
-    stopped = fork_server.fork(stop_for_ever, (), "stopped").pid
-    assert stopped is not None
-    while "T (stopped)" not in Path(f"/proc/{stopped}/status").read_text():
-        time.sleep(0.01)
-    return stopped
-
-
 def test_it_returns_what_the_function_returns(capfd: pytest.CaptureFixture[str]) -> None:
     value, pid = fork_server.call(f"{HERE}:answer", 41)
     assert value == 42
@@ -90,14 +74,18 @@ def test_no_child_is_left() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_stopped_process_does_not_outlive_its_server() -> None:
-    code = f"import os; from {HERE} import leave_one_stopped; print(leave_one_stopped(), flush=True); os._exit(0)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True, timeout=30
-    )
-    stopped = Path(f"/proc/{int(ended.stdout)}")
-    deadline = time.monotonic() + 10
-    while stopped.exists() and "Z (zombie)" not in (stopped / "status").read_text():
-        assert time.monotonic() < deadline, "it is still there"
+def test_a_process_that_stands_still_dies_with_its_lifeline() -> None:
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    process = fork_server.fork(stop_with, (theirs,), "stopped")
+    theirs.close()
+    while "T (stopped)" not in Path(f"/proc/{process.pid}/status").read_text():
+        assert process.is_alive()
         time.sleep(0.01)
+    ours.close()
+    process.join(timeout=5)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def stop_with(lifeline: Connection) -> None:
+    fork_server.die_with(lifeline)
+    os.kill(os.getpid(), signal.SIGSTOP)
