@@ -1,7 +1,12 @@
 """What an agent tells of the progress of its training process."""
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +48,7 @@ def resume(link: Link, _: Task) -> None:
 def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> None:
     fork_server.start([__name__])
     driver = Driver()
-    task = Task(
-        entry=f"{__name__}:resume",
-        run_url=str(tmp_path),
-        import_paths=(),
-        working_directory=".",
-        fork_server=fork_server.own_address(),
-        hang_timeout_s=HANG_TIMEOUT_S,
-    )
-    Agent(driver, task, {}).run()
+    Agent(driver, task_of("resume", tmp_path), {}).run()
 
     (hung,) = heard(driver, "hung")
     assert (hung["step"], hung["doing"]) == (8, "data")
@@ -60,6 +57,68 @@ def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> No
     assert pace["spent"]["data"] > FIRST_STEP_S
     (exited,) = heard(driver, "exited")
     assert exited["exit_code"] == 0, exited["log_tail"]
+
+
+def stop_for_ever(link: Link, _: Task) -> None:
+    link.send("stopping", pid=os.getpid())
+    link.close()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class OnlyHears:
+    """Orders one attempt, and passes on what it hears."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        self._connection.send(messages)
+
+    def orders_after(self, version: int) -> Orders:
+        if version >= 1:
+            threading.Event().wait()
+        return Orders(version=1, attempt=0)
+
+
+def run_agent(connection: Connection, task: Task) -> None:
+    Agent(OnlyHears(connection), task, {}).run()
+
+
+def test_a_stopped_process_dies_with_its_agent(tmp_path: Path) -> None:
+    fork_server.start([__name__])
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    agent = fork_server.fork(run_agent, (theirs, task_of("stop_for_ever", tmp_path)), "agent")
+    theirs.close()
+    messages: list[dict[str, Any]] = []
+    while not any(message["kind"] == "stopping" for message in messages):
+        messages += ours.recv()
+    process = Path(f"/proc/{messages[-1]['pid']}")
+    wait_until(lambda: "T (stopped)" in state_of(process))
+    agent.kill()
+    agent.join()
+    wait_until(lambda: state_of(process) == "" or "Z (zombie)" in state_of(process))
+
+
+def state_of(process: Path) -> str:
+    return (process / "status").read_text() if process.exists() else ""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def task_of(entry: str, run_path: Path) -> Task:
+    return Task(
+        entry=f"{__name__}:{entry}",
+        run_url=str(run_path),
+        import_paths=(),
+        working_directory=".",
+        fork_server=fork_server.own_address(),
+        hang_timeout_s=HANG_TIMEOUT_S,
+    )
 
 
 def heard(driver: Driver, kind: str) -> list[dict[str, Any]]:
