@@ -1,26 +1,35 @@
 """Checkpoints of a run: each is whole and verified, or it does not exist.
 
-A checkpoint is the folder ``step-00000500`` of files and a ``manifest.json``, written last, that names every file
-with its size and SHA-256. A folder without a manifest is no checkpoint; one whose bytes differ from its manifest
-is refused by name. What the store gives back is not trusted: it is parsed strictly, hashed, and never unpickled.
-This module does not know what the files mean.
+A checkpoint is a ``manifest.json`` in a folder ``step-00000500``, written last, that names every file with its parts,
+and of each part the object that holds it, its size and its SHA-256. The objects lie in the same folder, or, where a
+part has not changed since, in that of an earlier step. A folder without a manifest is no checkpoint; one whose bytes
+differ from its manifest is refused by name. What the store gives back is not trusted: it is parsed strictly, hashed,
+and never unpickled. No object but the manifest is ever written twice under one name, so a writer that should be gone
+cannot spoil what another has written. This module does not know what the files mean.
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import uuid
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from cluster.errors import CheckpointError
 from cluster.storage import MissingObject, Store
 
 MANIFEST = "manifest.json"
+CONCURRENT_REQUESTS = 8
+"""How many parts a process reads or writes at a time: most of a request to a remote store is waiting."""
 
-_SCHEMA = 1
-_MAX_MANIFEST_BYTES = 1 << 20
-_MAX_FILE_BYTES = 1 << 50
+_SCHEMA = 2
+_MAX_MANIFEST_BYTES = 1 << 26
+_MAX_PART_BYTES = 1 << 32
 
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -28,19 +37,51 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
-    """One file of a checkpoint, as it was when it was written."""
+PartKey = tuple[str, int]
+"""A part of a checkpoint: its file, and its number there, from 0."""
 
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a file, as it was when it was written."""
+
+    object: str
+    """The name of the object that holds it, below the folder of checkpoints."""
     size: int
     """Bytes."""
     sha256: str
     """Of the bytes, in lower-case hexadecimal."""
 
     @classmethod
-    def of(cls, data: bytes) -> "FileEntry":
-        """The entry of these bytes."""
-        return cls(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    def of(cls, name: str, data: bytes | memoryview) -> "Part":
+        """The part with these bytes, in the object of this name."""
+        return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    parts: tuple[Part, ...]
+    """In order; there is at least one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes, if there is one part; else of the SHA-256 of all parts, joined."""
+        if len(self.parts) == 1:
+            return self.parts[0].sha256
+        return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
+
+def digest_of_files(files: Mapping[str, FileEntry]) -> str:
+    """One SHA-256 for some files, by their names and digests."""
+    lines = (f"{name}:{files[name].sha256}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,35 +101,106 @@ class Manifest:
     created: str
     """When it was made: ISO 8601, UTC."""
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(entry.size for entry in self.files.values())
+
+    def part_keys(self) -> list[PartKey]:
+        """All parts, file by file."""
+        return [(name, number) for name, entry in self.files.items() for number in range(len(entry.parts))]
+
+    def part(self, key: PartKey) -> Part:
+        """One part."""
+        return self.files[key[0]].parts[key[1]]
+
+    def objects(self) -> set[str]:
+        """The names of the objects that hold it."""
+        return {part.object for entry in self.files.values() for part in entry.parts}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one worker has written of a checkpoint that several write together."""
+
+    step: int
+    num_parts: Mapping[str, int]
+    """How many parts each file has; all workers say the same."""
+    parts: Mapping[PartKey, Part]
+    """Those that this worker has written."""
+    state_files: Collection[str]
+    """The files that ``state_sha256`` is taken of."""
+    metrics: Mapping[str, float]
+    versions: Mapping[str, str]
+    created: str
+
+
+def join(shares: Sequence[Share]) -> Manifest | None:
+    """The manifest of a checkpoint, of all shares of it; none while some are missing."""
+    first = shares[0]
+    parts = {key: part for share in shares for key, part in share.parts.items()}
+    if len(parts) < sum(first.num_parts.values()):
+        return None
+    files = {
+        name: FileEntry(tuple(parts[name, number] for number in range(count)))
+        for name, count in first.num_parts.items()
+    }
+    return Manifest(
+        step=first.step,
+        files=files,
+        state_sha256=digest_of_files({name: files[name] for name in first.state_files}),
+        metrics=first.metrics,
+        versions=first.versions,
+        created=max(share.created for share in shares),
+    )
+
+
+def divide(sizes: Sequence[int], count: int) -> list[range]:
+    """Contiguous shares, some of which may be empty, of things of these sizes: which things each one has.
+
+    The first thing is the first one's.
+    """
+    starts = [0, *itertools.accumulate(sizes)]
+    owners = [start * count // max(1, starts[-1]) for start in starts[:-1]]
+    return [range(bisect_left(owners, owner), bisect_right(owners, owner)) for owner in range(count)]
+
 
 class Checkpoints:
     """The checkpoints in a store, which is the ``checkpoints`` folder of a run."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._token = uuid.uuid4().hex[:8]
+        self._manifests: dict[int, Manifest] = {}  # as committed or read by this object, for retention
 
-    def write_files(self, step: int, files: Mapping[str, bytes]) -> dict[str, FileEntry]:
-        """Writes the files of a checkpoint, which exists only when its manifest is committed.
+    def write_part(self, step: int, key: PartKey, data: bytes | memoryview, before: Part | None = None) -> Part:
+        """Writes a part of a file under a name that nobody else gives.
 
-        An older checkpoint of the same step ceases to exist first, so that its manifest never stands over the
-        files of two.
+        Args:
+            step: Of the checkpoint that it is written for.
+            key: Which part of which file.
+            data: Its bytes.
+            before: The same part in the checkpoint before this one; if its bytes are these, nothing is written.
 
         Returns:
-            The entries for the manifest.
+            The part written, or ``before``.
         """
-        for name in files:
-            assert _is_file_name(name), f"{name!r} is no plain file name"
-        folder = _folder(step)
-        self._store.delete([f"{folder}/{MANIFEST}"])
-        for name, data in files.items():
-            self._store.write(f"{folder}/{name}", data)
-        return {name: FileEntry.of(data) for name, data in files.items()}
+        file, number = key
+        assert _is_file_name(file), f"{file!r} is no plain file name"
+        path = PurePosixPath(file)
+        part = Part.of(f"{_folder(step)}/{path.stem}-{self._token}-{number:05d}{path.suffix}", data)
+        if before is not None and (before.size, before.sha256) == (part.size, part.sha256):
+            return before
+        self._store.write(part.object, data)
+        return part
 
     def commit(self, manifest: Manifest) -> None:
         """Makes a checkpoint exist; the last write of all, once everything it stands for is safe in the store."""
         data = _to_json(manifest)
         assert _parse(data, manifest.step) == manifest  # what we write, we accept
+        self._manifests.pop(manifest.step, None)
         self._store.write(f"{_folder(manifest.step)}/{MANIFEST}", data)
+        self._manifests[manifest.step] = manifest
 
     def url(self, step: int) -> str:
         """Where the checkpoint of a step lies, or would."""
@@ -109,21 +221,41 @@ class Checkpoints:
         except MissingObject as error:
             raise self._bad(step, f"{MANIFEST} is missing: it was not written to the end") from error
         try:
-            return _parse(data, step)
+            manifest = _parse(data, step)
         except _DefectError as defect:
             raise self._bad(step, f"{MANIFEST} {defect}") from defect
+        self._manifests[step] = manifest
+        return manifest
 
-    def read(self, step: int) -> tuple[Manifest, dict[str, bytes]]:
-        """A checkpoint's manifest and files; each file is read once and held against the manifest.
+    def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey]) -> list[bytes]:
+        """Parts of a checkpoint, several at a time; each is read once and held against the manifest.
+
+        Args:
+            manifest: Of the checkpoint.
+            wanted: Which.
 
         Raises:
-            CheckpointError: The first file that is not what the manifest says, and how it differs.
+            CheckpointError: One of them is not what the manifest says, and how it differs.
+        """
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="read") as pool:
+            return list(pool.map(lambda key: self._read_part(manifest, key), wanted))
+
+    def read(self, step: int, files: Collection[str] | None = None) -> tuple[Manifest, dict[str, bytes]]:
+        """A checkpoint's manifest and files, or those of them that are wanted and there.
+
+        Raises:
+            CheckpointError: The first part that is not what the manifest says, and how it differs.
         """
         manifest = self.manifest(step)
-        return manifest, {name: self._read_file(step, name, entry) for name, entry in manifest.files.items()}
+        names = [name for name in manifest.files if files is None or name in files]
+        wanted = [key for key in manifest.part_keys() if key[0] in names]
+        data: dict[str, list[bytes]] = {name: [] for name in names}
+        for (name, _), part in zip(wanted, self.read_parts(manifest, wanted)):
+            data[name].append(part)
+        return manifest, {name: b"".join(parts) for name, parts in data.items()}
 
     def newest_good(
-        self, on_bad: Callable[[int, CheckpointError], None], at_most: int | None = None
+        self, on_bad: Callable[[int, CheckpointError], None], files: Collection[str] | None = None
     ) -> tuple[Manifest, dict[str, bytes]] | None:
         """The newest checkpoint that is whole, or none.
 
@@ -131,61 +263,70 @@ class Checkpoints:
 
         Args:
             on_bad: Told of every newer checkpoint that was passed over, and why.
-            at_most: Look at no step beyond this one.
+            files: Read and judge these alone.
         """
         for step in reversed(self.steps()):
-            if at_most is None or step <= at_most:
-                try:
-                    return self.read(step)
-                except CheckpointError as error:
-                    on_bad(step, error)
+            try:
+                return self.read(step, files)
+            except CheckpointError as error:
+                on_bad(step, error)
         return None
 
-    def retain(self, keep: int, best_step: int | None = None) -> list[int]:
-        """Deletes all but the newest checkpoints and the best one, and what half-written ones have left behind.
+    def retain(self, keep: int, best_step: int | None = None, bad: Collection[int] = ()) -> list[int]:
+        """Deletes all but the newest checkpoints and the best one, and the objects that no checkpoint needs.
 
-        A folder without a manifest goes only when a newer checkpoint exists: it may be one that is being written.
+        Nothing beyond the newest checkpoint is touched: it may be of one that is being written.
+
+        Args:
+            keep: How many of the newest are kept.
+            best_step: Of one that is kept beside them.
+            bad: Steps of checkpoints that are known to be bad: they stay as they are, and do not count.
 
         Returns:
             The steps of the checkpoints deleted.
         """
         assert keep >= 1
         names = self._store.names()
-        committed = _committed(names)
-        if not committed:
+        kept, left_alone = list[Manifest](), set(bad)
+        for step in reversed(_committed(names)):
+            if step not in left_alone and (len(kept) < keep or step == best_step):
+                try:
+                    kept.append(self._manifests.get(step) or self.manifest(step))
+                except CheckpointError:  # it is for somebody to look at, who will hear of it when it is read
+                    left_alone.add(step)
+        if not kept:
             return []
-        kept = {*committed[-keep:], best_step}
-        older = {step for step in _by_step(names) if step < committed[-1]}
-        self._delete(names, older - kept)
-        return [step for step in committed if step not in kept]
+        needed = {name for manifest in kept for name in manifest.objects()}
+        needed |= {f"{_folder(manifest.step)}/{MANIFEST}" for manifest in kept}
+        old = [own for step, own in _by_step(names).items() if step <= kept[0].step and step not in left_alone]
+        unneeded = [name for own in old for name in own if name not in needed]
+        self._delete(unneeded)
+        return _committed(unneeded)
 
     def discard_after(self, step: int) -> list[int]:
-        """Deletes everything beyond a step, which a run resumed at that step supersedes.
-
-        Without it a bad or superseded checkpoint would count as the newest, and ``retain`` would give up the good
-        ones for it.
+        """Deletes everything beyond a step, to which the run goes back.
 
         Returns:
             The steps of the checkpoints deleted.
         """
         names = self._store.names()
-        self._delete(names, {later for later in _by_step(names) if later > step})
+        self._delete(name for later, own in _by_step(names).items() if later > step for name in own)
         return [later for later in _committed(names) if later > step]
 
-    def _delete(self, names: list[str], steps: set[int]) -> None:
-        """Oldest first, and of each the manifest first: from then on it does not exist, whatever is left."""
-        folders = _by_step(names)
-        for step in sorted(steps):
-            self._store.delete(sorted(folders[step], key=lambda name: not name.endswith(f"/{MANIFEST}")))
+    def _delete(self, names: Iterable[str]) -> None:
+        """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left."""
+        self._store.delete(sorted(names, key=lambda name: (not name.endswith(f"/{MANIFEST}"), name)))
 
-    def _read_file(self, step: int, name: str, entry: FileEntry) -> bytes:
+    def _read_part(self, manifest: Manifest, key: PartKey) -> bytes:
+        step, part = manifest.step, manifest.part(key)
+        name = part.object.removeprefix(f"{_folder(step)}/")
         try:
-            data = self._store.read(f"{_folder(step)}/{name}")
+            data = self._store.read(part.object)
         except MissingObject as error:
             raise self._bad(step, f"{name} is missing") from error
-        if len(data) != entry.size:
-            raise self._bad(step, f"{name} has {len(data)} bytes, the manifest says {entry.size}")
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        if len(data) != part.size:
+            raise self._bad(step, f"{name} has {len(data)} bytes, the manifest says {part.size}")
+        if hashlib.sha256(data).hexdigest() != part.sha256:
             raise self._bad(step, f"{name} has other bytes than were written: its SHA-256 differs")
         return data
 
@@ -214,7 +355,10 @@ def _committed(names: list[str]) -> list[int]:
 
 
 def _to_json(manifest: Manifest) -> bytes:
-    files = {name: asdict(entry) for name, entry in sorted(manifest.files.items())}
+    files = {
+        name: [{"object": part.object, "size": part.size, "sha256": part.sha256} for part in entry.parts]
+        for name, entry in sorted(manifest.files.items())
+    }
     fields = {
         "schema": _SCHEMA,
         "step": manifest.step,
@@ -255,6 +399,10 @@ def _parse(data: bytes, step: int) -> Manifest:
     files = _mapping(fields, "files")
     if not files:
         _refuse("names no file")
+    entries = {name: _parse_entry(name, parts, step) for name, parts in files.items()}
+    objects = [part.object for entry in entries.values() for part in entry.parts]
+    if len(set(objects)) != len(objects):
+        _refuse("names an object twice")
     metrics, versions = _mapping(fields, "metrics"), _mapping(fields, "versions")
     for name, value in metrics.items():
         if type(value) not in (int, float):
@@ -264,7 +412,7 @@ def _parse(data: bytes, step: int) -> Manifest:
             _refuse(f"has versions {_short(name)}: {_short(value)}, not a text")
     return Manifest(
         step=step,
-        files={name: _parse_entry(name, entry) for name, entry in files.items()},
+        files=entries,
         state_sha256=fields["state_sha256"],
         metrics=metrics,
         versions=versions,
@@ -272,17 +420,32 @@ def _parse(data: bytes, step: int) -> Manifest:
     )
 
 
-def _parse_entry(name: str, entry: Any) -> FileEntry:
+def _parse_entry(name: str, parts: Any, step: int) -> FileEntry:
     if not _is_file_name(name):
         _refuse(f"names the file {_short(name)}, not a plain name")
-    if not isinstance(entry, dict):
-        _refuse(f"has {_short(entry)} for {name}, not size and sha256")
-    _check_keys(entry, {"size", "sha256"}, name)
-    if type(entry["size"]) is not int or not 0 <= entry["size"] <= _MAX_FILE_BYTES:
-        _refuse(f"gives {name} the size {_short(entry['size'])}")
-    if not _matches(_SHA256, entry["sha256"]):
-        _refuse(f"gives {name} the sha256 {_short(entry['sha256'])}, not a SHA-256")
-    return FileEntry(size=entry["size"], sha256=entry["sha256"])
+    if not isinstance(parts, list) or not parts:
+        _refuse(f"has {_short(parts)} for {name}, not its parts")
+    return FileEntry(tuple(_parse_part(name, part, step) for part in parts))
+
+
+def _parse_part(file: str, part: Any, step: int) -> Part:
+    if not isinstance(part, dict):
+        _refuse(f"has {_short(part)} for a part of {file}, not object, size and sha256")
+    _check_keys(part, {"object", "size", "sha256"}, file)
+    if not _is_object_name(part["object"], step):
+        _refuse(f"says that {file} is in {_short(part['object'])}, not an object of a step up to its own")
+    if type(part["size"]) is not int or not 0 <= part["size"] <= _MAX_PART_BYTES:
+        _refuse(f"gives a part of {file} the size {_short(part['size'])}")
+    if not _matches(_SHA256, part["sha256"]):
+        _refuse(f"gives a part of {file} the sha256 {_short(part['sha256'])}, not a SHA-256")
+    return Part(part["object"], part["size"], part["sha256"])
+
+
+def _is_object_name(name: object, step: int) -> bool:
+    """Whether a manifest may name it: a plain name in the folder of its own step or of an earlier one."""
+    folder, _, base = name.partition("/") if isinstance(name, str) else ("", "", "")
+    match = _STEP_FOLDER.fullmatch(folder)
+    return match is not None and int(match[1]) <= step and folder == _folder(int(match[1])) and _is_file_name(base)
 
 
 def _is_file_name(name: str) -> bool:

@@ -1,12 +1,17 @@
 """Where a worker begins: at the newest good checkpoint, with given weights, or with random ones.
 
-Rank 0 reads and verifies, once, and everyone begins with the same bytes.
+All ranks read and verify, each a share of it, once, and everyone begins with the same bytes.
 """
 
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-from cluster.errors import CheckpointError, one_line
+import torch
+
+from cluster.checkpoints import Checkpoints, Manifest, divide
+from cluster.errors import CheckpointError, LauncherError, one_line
 from cluster.link import Link
 from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
@@ -16,15 +21,12 @@ from jobs.state import decode
 from jobs.team import Team
 from jobs.warm_start import Source, Weights, load_weights, match_weights, read_weights
 
-_Found = tuple[int, dict[str, float], Mapping[str, bytes]]
-"""A checkpoint: its step, the newest metrics at it, and its files."""
 
-
-def begin(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> dict[str, float]:
+def begin(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team: Team) -> Manifest | None:
     """Puts parts and progress where the run stands.
 
     Returns:
-        The newest metrics at that step.
+        The manifest of the checkpoint they are of now; none at the very beginning.
 
     Collective: every rank.
 
@@ -34,28 +36,50 @@ def begin(link: Link, run: RunDirectory, parts: Parts, progress: Progress, team:
         StorageError: The store does not answer.
     """
     link.activity.mark("restore", progress.step)
-    found = team.from_rank_0(lambda: _newest_good(link, run))
-    if found is not None:
-        step, metrics, files = found
+    steps = team.from_rank_0(run.checkpoints.steps)
+    for step in reversed(steps):
+        try:
+            manifest = team.from_rank_0(partial(run.checkpoints.manifest, step))
+            files = _read_together(run.checkpoints, manifest, team)
+        except CheckpointError as error:  # the same on every rank
+            if team.rank == 0:
+                link.send("fell_back", step=step, defect=str(error))
+            continue
         _restore(parts, progress, files, run.checkpoints.url(step))
-        return metrics
+        return manifest
+    if steps:
+        raise CheckpointError(f"{run.url}: no checkpoint is good; look at them, or start a run of another name")
     init_from = parts.spec.init_from
     if init_from is not None:
         weights = team.from_rank_0(lambda: _weights(init_from, run))
         load_weights(parts.model, parts.ema, weights, match_weights(parts.model, init_from, weights))
-    return {}
+    return None
 
 
-def _newest_good(link: Link, run: RunDirectory) -> _Found | None:
-    def on_bad(step: int, error: CheckpointError) -> None:
-        link.send("fell_back", step=step, defect=str(error))
-
-    found = run.checkpoints.newest_good(on_bad)
-    if found is None and run.checkpoints.steps():
-        raise CheckpointError(f"{run.url}: no checkpoint is good; look at them, or start a run of another name")
-    # What lies beyond is of a future that will be made anew; left there, it would count as the newest.
-    run.checkpoints.discard_after(-1 if found is None else found[0].step)
-    return None if found is None else (found[0].step, dict(found[0].metrics), found[1])
+def _read_together(checkpoints: Checkpoints, manifest: Manifest, team: Team) -> dict[str, bytes]:
+    """The files of a checkpoint, of which each rank reads a share and gives it to the others."""
+    keys = manifest.part_keys()
+    sizes = [manifest.part(key).size for key in keys]
+    ends = [0, *itertools.accumulate(sizes)]
+    shares = divide(sizes, team.world_size)
+    stretches = [range(ends[share.start], ends[share.stop]) for share in shares]
+    own, stretch = shares[team.rank], stretches[team.rank]
+    error, parts = None, list[bytes]()
+    try:
+        parts = checkpoints.read_parts(manifest, keys[own.start : own.stop])
+    except LauncherError as caught:
+        error = caught
+    for defect in team.gather(error):
+        if defect is not None:
+            raise defect
+    data = torch.empty(ends[-1], dtype=torch.uint8)
+    memoryview(cast(Any, data.numpy()))[stretch.start : stretch.stop] = b"".join(parts)
+    team.share(data, stretches)
+    files, start = {}, 0
+    for name, entry in manifest.files.items():
+        files[name] = data[start : start + entry.size].numpy().tobytes()
+        start += entry.size
+    return files
 
 
 def _weights(spec: InitSpec, run: RunDirectory) -> Weights:

@@ -65,7 +65,7 @@ class Loop:
             team: The workers and the way to exchange gradients.
             metrics: The newest metrics at that state.
             tell: Takes what is to be known outside, a kind and its content; the same on every rank.
-            save: Saves a checkpoint of this moment, given the newest metrics.
+            save: Saves this worker's share of a checkpoint of this moment, given the newest metrics.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
             mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
         """

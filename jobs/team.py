@@ -124,6 +124,23 @@ class Team:
             raise told[0]
         return told[0]
 
+    def gather(self, value: _T) -> list[_T]:
+        """What every rank has to say, in rank order."""
+        told: list[Any] = [None] * self.world_size
+        dist.all_gather_object(told, value, group=self.cpu_group)
+        return told
+
+    def share(self, data: Tensor, own: Sequence[range]) -> None:
+        """Fills in the bytes that others have.
+
+        Args:
+            data: uint8 [bytes] on the CPU.
+            own: The stretch that each rank has.
+        """
+        for rank, stretch in enumerate(own):
+            if stretch and self.world_size > 1:
+                dist.broadcast(data[stretch.start : stretch.stop], src=rank, group=self.cpu_group)
+
     def barrier(self) -> None:
         """Waits for everybody."""
         dist.barrier(group=self.cpu_group)

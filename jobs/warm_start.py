@@ -21,11 +21,12 @@ from cluster.errors import CheckpointError, DescriptionError, listed, nearest, o
 from cluster.run_directory import RunDirectory
 from cluster.storage import MissingObject, Store
 from jobs.spec import InitSpec
-from jobs.state import MODEL_FILE, TENSORS_FILE, decode
+from jobs.state import EMA_FILE, MODEL_FILE
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
+_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
 _OF_AVERAGE = "module."
 """What ``AveragedModel`` puts before the model's own names."""
 _MOST_PATTERNS = 8
@@ -90,7 +91,7 @@ def read_weights(spec: InitSpec, planned: Source | None = None) -> Weights:
     if name.endswith(_SAFETENSORS):
         weights = _of_file(url, name, spec)
     elif folder := _STEP_FOLDER.fullmatch(name):
-        manifest, files = Checkpoints(Store(url.removesuffix(name))).read(int(folder[1]))
+        manifest, files = Checkpoints(Store(url.removesuffix(name))).read(int(folder[1]), [_FILES[spec.weights]])
         weights = _of_checkpoint(url, manifest, files, spec)
     else:
         weights = _of_run(RunDirectory(url), spec)
@@ -158,16 +159,12 @@ def _of_file(url: str, name: str, spec: InitSpec) -> Weights:
             "leave weights out to take the file's own"
         )
     data = Store(url.removesuffix(name)).read(name)
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{url}: is no whole safetensors file, {one_line(error)}; restore it") from error
-    return Weights(Source(url, hashlib.sha256(data).hexdigest()), tensors)
+    return Weights(Source(url, hashlib.sha256(data).hexdigest()), _parsed(data, url))
 
 
 def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
     passed_over: list[str] = []
-    found = run.checkpoints.newest_good(lambda _, error: passed_over.append(str(error)))
+    found = run.checkpoints.newest_good(lambda _, error: passed_over.append(str(error)), [_FILES[spec.weights]])
     if found is not None:
         manifest, files = found
         return _of_checkpoint(run.checkpoints.url(manifest.step), manifest, files, spec, tuple(passed_over))
@@ -181,18 +178,25 @@ def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
 def _of_checkpoint(
     url: str, manifest: Manifest, files: Mapping[str, bytes], spec: InitSpec, passed_over: tuple[str, ...] = ()
 ) -> Weights:
-    state = decode(files)
-    if spec.weights == "model":
-        return Weights(Source(url, manifest.files[MODEL_FILE].sha256), state["model"], passed_over)
-    if state["ema"] is None:
+    file = _FILES[spec.weights]
+    if file not in files:
         raise DescriptionError(
             f"init_from.weights ema needs a run that keeps averaged weights, and {url} has none; "
             "write model, or name a run with train.ema_decay"
         )
-    average = {
-        name.removeprefix(_OF_AVERAGE): tensor for name, tensor in state["ema"].items() if name.startswith(_OF_AVERAGE)
-    }
-    return Weights(Source(url, manifest.files[TENSORS_FILE].sha256), average, passed_over)
+    tensors = _parsed(files[file], url)
+    if spec.weights == "ema":
+        tensors = {
+            name.removeprefix(_OF_AVERAGE): tensor for name, tensor in tensors.items() if name.startswith(_OF_AVERAGE)
+        }
+    return Weights(Source(url, manifest.files[file].sha256), tensors, passed_over)
+
+
+def _parsed(data: bytes, url: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{url}: is no whole safetensors file, {one_line(error)}; restore it") from error
 
 
 # --- Matching ---

@@ -69,10 +69,10 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     """
     if team.rank == 0:
         link.send("environment", torch=str(torch.__version__), device=_device_name(team.device))
-    metrics = begin(link, run, parts, progress, team)
+    restored = begin(link, run, parts, progress, team)
     if spec.train.compile:
         parts.model.compile()
-    saver = Saver(parts, progress, run.checkpoints, link)
+    saver = Saver(parts, progress, run.checkpoints, link, team, restored)
 
     def tell(kind: str, **content: Any) -> None:
         if team.rank == 0:
@@ -83,9 +83,9 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         parts,
         progress,
         team,
-        metrics=metrics,
+        metrics={} if restored is None else restored.metrics,
         tell=tell,
-        save=saver.save if team.rank == 0 else lambda _: None,
+        save=saver.save,
         stop_wanted=link.stop_wanted.is_set,
         mark=link.activity.mark,
     )
@@ -97,11 +97,11 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         with contextlib.suppress(StorageError):  # the failure at hand is the one to tell
             saver.wait()
         raise
+    team.barrier()
+    team.close()  # from here on a slow store makes nobody wait for another
     link.activity.mark("storage", progress.step)
     saver.wait()
-    team.barrier()
     link.send("finished", step=progress.step, completed=loop.is_complete, spent=link.activity.spent())
-    team.close()
 
 
 def meet(link: Link, task: Task, timeout_s: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Task
+from cluster.checkpoints import join
 from cluster.errors import (
     ClusterError,
     Interrupted,
@@ -58,6 +59,8 @@ class Driver:
         self._attempt = _NONE
         self._failures = Failures(spec.workers.max_failures)
         self._finished: set[int] = set()
+        self._shares: dict[int, list[dict[str, Any]]] = {}
+        """What workers have told of checkpoints that are not whole yet, by step."""
         self._completed = False
         self._interrupts = 0
         self._stop_asked = False
@@ -135,7 +138,7 @@ class Driver:
                 "matrix": self._on_matrix,
                 "pace": self._on_pace,
                 "event": self._on_event,
-                "checkpoint": self._on_checkpoint,
+                "share": self._on_share,
                 "finished": self._on_finished,
                 "failed": self._on_failed,
                 "exited": self._failures.exited,
@@ -155,7 +158,7 @@ class Driver:
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
         self._record.state.attempts += 1
-        self._finished, self._trains = set(), False
+        self._finished, self._trains, self._shares = set(), False, {}
         self._failures.attempt_started(self._crew.num_workers)
         self._ledger.workers_there(self._clock())
         self._pace.restarted()
@@ -182,7 +185,7 @@ class Driver:
             self._record.begins_at(message["step"])
 
     def _on_fell_back(self, message: dict[str, Any]) -> None:
-        self._record.event("fell_back", step=message["step"], defect=message["defect"])
+        self._record.fell_back(message["step"], message["defect"])
         self._display.warn(f"{message['defect']}; the checkpoint before it is used")
 
     def _on_row(self, message: dict[str, Any]) -> None:
@@ -206,10 +209,18 @@ class Driver:
         self._record.event(message["event"], step=message["step"], reason=message["reason"])
         self._display.message(f"step {message['step']}: {message['event'].replace('_', ' ')}: {message['reason']}")
 
-    def _on_checkpoint(self, message: dict[str, Any]) -> None:
+    def _on_share(self, message: dict[str, Any]) -> None:
+        """A worker has written its share of a checkpoint. With the last share it becomes one."""
+        step = message["share"].step
+        told = self._shares.setdefault(step, [])
+        told.append(message)
+        manifest = join([other["share"] for other in told])
+        if manifest is None:
+            return
+        self._shares = {later: shares for later, shares in self._shares.items() if later > step}
         best = (message["best_step"], message["best_metric"])
-        self._record.checkpoint(message["manifest"], best, message["seconds"])
-        self._ledger.saved(message["spent"])
+        self._record.checkpoint(manifest, best, max(other["seconds"] for other in told))
+        self._ledger.saved(next(other["spent"] for other in told if other["rank"] == 0))
 
     def _on_finished(self, message: dict[str, Any]) -> None:
         self._failures.finished(message)

@@ -74,6 +74,7 @@ class Record:
         self._metrics = run.metrics()
         self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
+        self._bad_steps: set[int] = set()
 
     def document(self) -> dict[str, Any]:
         """The ``--json`` document."""
@@ -128,8 +129,13 @@ class Record:
         """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
         self._run.write_matrix(name.replace("/", "-"), matrix)
 
+    def fell_back(self, step: int, defect: str) -> None:
+        """A checkpoint is bad, and an older one is used; it stays for somebody to look at."""
+        self._bad_steps.add(step)
+        self.event("fell_back", step=step, defect=defect)
+
     def checkpoint(self, manifest: Manifest, best: tuple[int | None, float | None], seconds: float) -> None:
-        """A worker has written the files of a checkpoint. Rows first, then the manifest: what is committed is whole.
+        """Workers have written the files of a checkpoint. Rows first, then the manifest: what is committed is whole.
 
         Args:
             manifest: Of the files.
@@ -138,13 +144,14 @@ class Record:
         """
         self._metrics.flush()
         self._run.checkpoints.commit(manifest)
+        self._bad_steps.discard(manifest.step)
         self.state.state_sha256 = manifest.state_sha256
         self.saved_step, self.save_s = manifest.step, seconds
         best_step, value = best
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         self.event("checkpoint", step=manifest.step, state_sha256=manifest.state_sha256)
-        removed = self._run.checkpoints.retain(self._spec.checkpoint.keep, best_step)
+        removed = self._run.checkpoints.retain(self._spec.checkpoint.keep, best_step, self._bad_steps)
         if removed:
             self.event("checkpoints_removed", steps=removed)
 

@@ -18,7 +18,7 @@ from jobs.optimizers import set_trainable
 from jobs.order import draw_key
 from jobs.parts import Parts, build_parts
 from jobs.spec import InitSpec, JobSpec, watched_metrics
-from jobs.state import size_in_bytes
+from jobs.state import lay_out
 from jobs.warm_start import load_weights, match_weights, read_weights
 from launcher.fit import MicroBatch, check_fit, check_mean, listed_targets
 from launcher.plan import GroupPlan, InitPlan, Tried
@@ -51,7 +51,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         measured |= _forward(parts, spec, "data.val", list(range(min(_MOST_SAMPLES, len(parts.val_set)))))[2]
     _check_watched(spec, measured)
     try:
-        checkpoint_bytes = size_in_bytes(parts.state())
+        checkpoint_bytes = lay_out(parts.state()).size
     except CheckpointError as error:
         raise DescriptionError(f"{error}") from error
     return Tried(

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from cluster.agent import Task
+from cluster.checkpoints import Share, join
 from cluster.errors import LauncherError
 from cluster.link import Activity, Beat, Link
 from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
 from jobs.parts import build_parts
 from jobs.spec import JobSpec
-from jobs.state import decode, digest, to_host
+from jobs.state import decode, digest
 from jobs.team import Team
 from jobs.worker import meet, train
 
@@ -51,6 +52,8 @@ class Outcome:
     """Steps of the checkpoints that were passed over."""
     failures: dict[int, str] = field(default_factory=dict)
     """The error of each rank that failed."""
+    shares: dict[int, list[Share]] = field(default_factory=dict)
+    """What ranks have written of checkpoints, by step."""
 
     @property
     def digest(self) -> str:
@@ -89,7 +92,7 @@ def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
     parts = build_parts(spec, device)
     stopping_link: Any = _StoppingLink(link, stop_after)
     train(stopping_link, RunDirectory(task.run_url), spec, parts, Progress(), team)
-    return digest(to_host(parts.state()))
+    return digest(parts.state())
 
 
 def run_directory(spec: JobSpec) -> RunDirectory:
@@ -164,9 +167,13 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
             outcome.rows.append(row)
         case {"kind": "event", "event": event, "step": step}:
             outcome.events.append((event, step))
-        case {"kind": "checkpoint", "manifest": manifest}:
-            run.checkpoints.commit(manifest)
-            outcome.digests[manifest.step] = manifest.state_sha256
+        case {"kind": "share", "share": share}:
+            shares = outcome.shares.setdefault(share.step, [])
+            shares.append(share)
+            manifest = join(shares)
+            if manifest is not None:
+                run.checkpoints.commit(manifest)
+                outcome.digests[manifest.step] = manifest.state_sha256
         case {"kind": "fell_back", "step": step}:
             outcome.fell_back.append(step)
         case {"kind": "result", "result": result}:

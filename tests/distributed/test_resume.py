@@ -45,7 +45,9 @@ def test_a_wish_to_stop_is_heard_by_all_at_one_step_and_changes_nothing(undistur
 def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(undisturbed: Outcome, tmp_path: Path) -> None:
     job = full_job(tmp_path, "run")
     first = run_job(full_job(tmp_path, "run", max_steps=8), world_size=2)
-    weights = Path(run_directory(job).url, "checkpoints", "step-00000008", "model.safetensors")
+    checkpoints = run_directory(job).checkpoints
+    part = checkpoints.manifest(8).part(("model.safetensors", 0))
+    weights = Path(run_directory(job).url, "checkpoints", part.object)
     weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
 
     second = run_job(job, world_size=3)

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
+from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, launcher
 
 FINETUNE = JOBS / "finetune.yaml"
@@ -30,7 +31,8 @@ def finetuned(home: Path) -> Ended:
 
 
 def tensors(home: Path, run: str, step: int) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(home / f"runs/{run}/checkpoints/step-{step:08d}/model.safetensors")
+    _, files = RunDirectory(f"{home}/runs/{run}").checkpoints.read(step)
+    return safetensors.torch.load(files["model.safetensors"])
 
 
 def test_plan_shows_what_is_loaded_and_what_is_not(home: Path) -> None:

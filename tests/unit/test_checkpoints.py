@@ -1,15 +1,20 @@
 """A checkpoint is whole and verified, or it does not exist."""
 
+import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable
 
 import pytest
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
-from cluster.checkpoints import Checkpoints, FileEntry, Manifest
+from cluster.checkpoints import Checkpoints, FileEntry, Part, Share, digest_of_files, divide, join
 from cluster.errors import CheckpointError, StorageError
 from cluster.storage import Store
+from tests import saved
 
+MODEL = "model.safetensors"
 SHA = "0123456789abcdef" * 4
 
 
@@ -35,40 +40,100 @@ def files_of(step: int, version: int = 0) -> dict[str, bytes]:
 
 def save(checkpoints: Checkpoints, *steps: int, version: int = 0) -> None:
     for step in steps:
-        checkpoints.commit(manifest(step, checkpoints.write_files(step, files_of(step, version))))
+        saved.save(checkpoints, step, files_of(step, version))
 
 
-def manifest(step: int, files: dict[str, FileEntry]) -> Manifest:
-    return Manifest(
-        step=step,
-        files=files,
-        state_sha256=SHA,
-        metrics={"val/loss": 0.5, "train/loss": float("inf")},
-        versions={"torch": "2.13.0"},
-        created="2026-11-23T11:24:00.123456+00:00",
-    )
+def objects(checkpoints: Checkpoints, step: int) -> dict[str, str]:
+    """The object of each file, which has one part."""
+    return {name: entry.parts[0].object for name, entry in checkpoints.manifest(step).files.items()}
 
 
-def newest_good(checkpoints: Checkpoints, at_most: int | None = None) -> tuple[int | None, dict[int, str]]:
+def newest_good(checkpoints: Checkpoints) -> tuple[int | None, dict[int, str]]:
     """The step of the newest good checkpoint, and what was said of the newer ones."""
     bad: dict[int, str] = {}
-    good = checkpoints.newest_good(lambda step, error: bad.update({step: str(error)}), at_most)
+    good = checkpoints.newest_good(lambda step, error: bad.update({step: str(error)}))
     return (good[0].step if good else None), bad
 
 
 def test_a_checkpoint_is_read_as_it_was_committed(checkpoints, store):
-    save(checkpoints, 500)
-    read_manifest, files = checkpoints.read(500)
-    assert read_manifest == checkpoints.manifest(500) == manifest(500, {n: FileEntry.of(d) for n, d in files.items()})
-    assert files == files_of(500)
-    assert store.names() == [
-        "step-00000500/manifest.json", "step-00000500/model.safetensors", "step-00000500/optimizer.bin",
-    ]  # fmt: skip
+    manifest = saved.manifest_of(500, saved.write_files(checkpoints, 500, files_of(500)))
+    checkpoints.commit(manifest)
+    assert checkpoints.read(500) == (manifest, files_of(500))
+    assert checkpoints.read(500, ["optimizer.bin", "nothing"])[1] == {"optimizer.bin": files_of(500)["optimizer.bin"]}
+    assert store.names() == sorted(["step-00000500/manifest.json", *objects(checkpoints, 500).values()])
+    assert re.fullmatch(r"step-00000500/model-[0-9a-f]{8}-00000\.safetensors", objects(checkpoints, 500)[MODEL])
+
+
+def test_a_file_may_have_parts_and_the_parts_other_writers(checkpoints, store):
+    parts = [b"first", b"", b"third"]
+    writers = [Checkpoints(store) for _ in parts]
+    written = [writer.write_part(5, (MODEL, n), data) for n, (writer, data) in enumerate(zip(writers, parts))]
+    shares = [share(5, {(MODEL, n): part}, num_parts={MODEL: 3}) for n, part in enumerate(written)]
+    assert [join(shares[:count]) for count in (1, 2)] == [None, None]
+    manifest = join(shares)
+    checkpoints.commit(manifest)
+    assert checkpoints.read(5) == (manifest, {MODEL: b"firstthird"})
+    assert manifest.size == manifest.files[MODEL].size == 10
+    assert manifest.state_sha256 == join(shares[::-1]).state_sha256 == digest_of_files(manifest.files)
+    assert len({part.object for part in written}) == 3
+
+
+def share(step: int, parts: dict[tuple[str, int], Part], num_parts: dict[str, int]) -> Share:
+    return Share(
+        step=step, parts=parts, num_parts=num_parts, state_files=list(num_parts), metrics={}, versions={},
+        created="2026-11-23T11:24:00+00:00",
+    )  # fmt: skip
+
+
+def test_the_digest_of_a_file_is_its_sha256_or_that_of_its_parts():
+    one, two = Part.of("a", b"one"), Part.of("b", b"two")
+    assert FileEntry((one,)).sha256 == hashlib.sha256(b"one").hexdigest()
+    assert FileEntry((one, two)).sha256 == hashlib.sha256((one.sha256 + two.sha256).encode()).hexdigest()
+    assert digest_of_files({"x": FileEntry((one,))}) != digest_of_files({"y": FileEntry((one,))})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "shares"),
+    [
+        ([], 2, [[], []]),
+        ([5], 3, [[0], [], []]),
+        ([1, 1, 1, 1], 2, [[0, 1], [2, 3]]),
+        ([1, 1, 1], 2, [[0, 1], [2]]),
+        ([4, 4, 1, 1, 1, 1], 3, [[0], [1], [2, 3, 4, 5]]),
+        ([0, 0], 2, [[0, 1], []]),
+        ([9, 1, 1], 2, [[0], [1, 2]]),
+    ],
+)
+def test_shares_are_contiguous_and_about_equal(sizes, count, shares):
+    assert [list(share) for share in divide(sizes, count)] == shares
+
+
+def test_what_has_not_changed_is_not_written_again(checkpoints, store):
+    first = checkpoints.write_part(5, (MODEL, 0), b"trunk")
+    assert checkpoints.write_part(10, (MODEL, 0), b"trunk", first) is first
+    assert checkpoints.write_part(10, (MODEL, 0), b"other", first).object.startswith("step-00000010/")
+    assert len(store.names()) == 2
+
+
+def test_a_part_lives_as_long_as_a_checkpoint_that_names_it(checkpoints, store):
+    trunk = checkpoints.write_part(1, ("trunk", 0), b"trunk")
+    for step in range(1, 5):
+        again = checkpoints.write_part(step, ("trunk", 0), b"trunk", trunk)
+        files = {"trunk": FileEntry((again,)), **saved.write_files(checkpoints, step, {"head": b"%d" % step})}
+        checkpoints.commit(saved.manifest_of(step, files))
+        checkpoints.retain(1)
+        assert checkpoints.read(step)[1] == {"trunk": b"trunk", "head": b"%d" % step}
+        assert len(store.names()) == 3
+    assert Checkpoints(store).retain(1) == []
+    assert trunk.object in store.names()
+    save(checkpoints, 5)
+    assert Checkpoints(store).retain(1) == [4]
+    assert trunk.object not in store.names()
 
 
 def test_without_its_manifest_it_does_not_exist(checkpoints):
     save(checkpoints, 5)
-    checkpoints.write_files(10, files_of(10))
+    saved.write_files(checkpoints, 10, files_of(10))
     assert checkpoints.steps() == [5]
     assert newest_good(checkpoints) == (5, {})
     with pytest.raises(CheckpointError, match=r"step-00000010: manifest.json is missing"):
@@ -86,12 +151,6 @@ def test_steps_ascend_as_numbers(checkpoints):
     assert checkpoints.steps() == [7, 99_999_999, 100_000_000]
 
 
-def test_at_most_limits_the_step(checkpoints):
-    save(checkpoints, 5, 10, 15)
-    assert newest_good(checkpoints, at_most=12) == (10, {})
-    assert newest_good(checkpoints, at_most=4) == (None, {})
-
-
 def shorten(data: bytes) -> bytes:
     return data[:-1]
 
@@ -103,14 +162,14 @@ def flip_a_bit(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (shorten, "model.safetensors has 89 bytes, the manifest says 90; restore it, or use an older checkpoint"),
-        (flip_a_bit, "model.safetensors has other bytes than were written: its SHA-256 differs"),
-        (None, "model.safetensors is missing"),
+        (shorten, " has 89 bytes, the manifest says 90; restore it, or use an older checkpoint"),
+        (flip_a_bit, " has other bytes than were written: its SHA-256 differs"),
+        (None, " is missing"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(checkpoints, store, damage, said):
     save(checkpoints, 5, 10)
-    name = "step-00000010/model.safetensors"
+    name = objects(checkpoints, 10)[MODEL]
     if damage is None:
         store.delete([name])
     else:
@@ -118,15 +177,21 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(checkpoints, 
     step, bad = newest_good(checkpoints)
     assert step == 5
     assert list(bad) == [10]
-    assert bad[10].startswith(f"{store.url}/step-00000010: {said}")
+    assert bad[10].startswith(f"{store.url}/step-00000010: {name.partition('/')[2]}{said}")
 
 
 def changed(**changes) -> Callable[[dict], str]:
     return lambda fields: json.dumps(fields | changes)
 
 
-def with_file(name: str, **entry) -> Callable[[dict], str]:
-    return lambda fields: json.dumps(fields | {"files": {name: {"size": 1, "sha256": SHA} | entry}})
+def with_file(name: str, **part) -> Callable[[dict], str]:
+    whole = {"object": "step-00000005/model", "size": 1, "sha256": SHA} | part
+    return lambda fields: json.dumps(fields | {"files": {name: [whole]}})
+
+
+def twice_the_same_object(fields: dict) -> str:
+    part = {"object": "step-00000005/model", "size": 1, "sha256": SHA}
+    return json.dumps(fields | {"files": {"a": [part], "b": [part]}})
 
 
 def without(key: str) -> Callable[[dict], str]:
@@ -149,10 +214,10 @@ def test_every_torn_manifest_is_refused(checkpoints, store):
         (lambda _: "\0" * 100, "is not JSON"),
         (lambda _: "[" * 100_000, "is not JSON"),
         (lambda _: "9" * 10_000, "is not JSON"),
-        (lambda fields: " " * (1 << 20) + json.dumps(fields), "more than any manifest"),
+        (lambda fields: " " * (1 << 26) + json.dumps(fields), "more than any manifest"),
         (lambda _: "[]", "has no schema version"),
         (without("schema"), "has no schema version"),
-        (changed(schema=2), "has schema 2, this version reads 1"),
+        (changed(schema=1), "has schema 1, this version reads 2"),
         (changed(schema=True), "has no schema version"),
         (without("versions"), "lacks versions"),
         (changed(extra=1), "unknown keys ['extra']"),
@@ -169,7 +234,18 @@ def test_every_torn_manifest_is_refused(checkpoints, store):
         (changed(versions={"torch": 2}), "not a text"),
         (changed(files={}), "names no file"),
         (changed(files=["model"]), "not a mapping"),
-        (changed(files={"model": SHA}), "not size and sha256"),
+        (changed(files={"model": SHA}), "not its parts"),
+        (changed(files={"model": []}), "not its parts"),
+        (changed(files={"model": [SHA]}), "not object, size and sha256"),
+        (with_file("model", object="step-00000006/model"), "not an object of a step up to its own"),
+        (with_file("model", object="step-00000005/../model"), "not an object of a step"),
+        (with_file("model", object="step-00000005/manifest.json"), "not an object of a step"),
+        (with_file("model", object="../step-00000005/model"), "not an object of a step"),
+        (with_file("model", object="step-5/model"), "not an object of a step"),
+        (with_file("model", object="/etc/passwd"), "not an object of a step"),
+        (with_file("model", object="model"), "not an object of a step"),
+        (with_file("model", object=["step-00000005/model"]), "not an object of a step"),
+        (twice_the_same_object, "names an object twice"),
         (with_file("../../../etc/passwd"), "not a plain name"),
         (with_file("/etc/passwd"), "not a plain name"),
         (with_file("a/b"), "not a plain name"),
@@ -232,11 +308,11 @@ def test_retention_keeps_the_newest_and_the_best(checkpoints, store):
 
 
 def test_retention_sweeps_half_written_folders_but_none_that_may_be_being_written(checkpoints, store):
-    checkpoints.write_files(3, files_of(3))
+    saved.write_files(checkpoints, 3, files_of(3))
     assert checkpoints.retain(1) == []
     assert store.folders() == ["step-00000003"]
     save(checkpoints, 5)
-    checkpoints.write_files(7, files_of(7))
+    saved.write_files(checkpoints, 7, files_of(7))
     assert checkpoints.retain(3) == []
     assert store.folders() == ["step-00000005", "step-00000007"]
 
@@ -258,18 +334,38 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(checkpoints, store):
     assert store.names() == sorted(foreign)
 
 
-def test_a_resume_discards_what_it_supersedes(checkpoints, store):
-    """Else the bad newest one would count for ``retain``, and the good ones would go for it."""
+def test_a_bad_checkpoint_stays_and_does_not_count(checkpoints, store):
     save(checkpoints, 5, 10, 15)
-    store.write("step-00000015/optimizer.bin", b"")
-    checkpoints.write_files(20, files_of(20))
+    store.write(objects(checkpoints, 15)[MODEL], b"")
+    store.write("step-00000005/manifest.json", b"")
+    before = [name for name in store.names() if name.startswith("step-00000015/")]
     step, bad = newest_good(checkpoints)
     assert (step, list(bad)) == (10, [15])
+    resumed = Checkpoints(store)
+    save(resumed, 12)
+    assert resumed.retain(9, bad=[15]) == []
+    assert resumed.steps() == [5, 10, 12, 15]
+    assert resumed.retain(1, bad=[15]) == [5, 10]
+    save(resumed, 20)
+    assert resumed.retain(1, bad=[15]) == [12]
+    assert [name for name in store.names() if name.startswith("step-00000015/")] == before
+
+
+def test_a_step_that_was_bad_is_good_again_once_it_is_made_again(checkpoints, store):
+    save(checkpoints, 5, 10)
+    store.write(objects(checkpoints, 10)[MODEL], b"")
+    resumed = Checkpoints(store)
+    save(resumed, 10, version=1)
+    assert resumed.retain(1) == [5]
+    assert resumed.read(10)[1] == files_of(10, version=1)
+    assert len(store.names()) == 3
+
+
+def test_going_back_discards_what_lies_beyond(checkpoints, store):
+    save(checkpoints, 5, 10, 15)
+    saved.write_files(checkpoints, 20, files_of(20))
     assert checkpoints.discard_after(10) == [15]
     assert store.folders() == ["step-00000005", "step-00000010"]
-    save(checkpoints, 12)
-    assert checkpoints.retain(1) == [5, 10]
-    assert newest_good(checkpoints) == (12, {})
 
 
 @pytest.mark.parametrize("kind", ["before", "torn", "after"])
@@ -279,10 +375,9 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
     first = Checkpoints(store)
     save(first, 5, 10)
     if leftover:  # of a process killed here earlier, with other bytes
-        first.write_files(15, files_of(15, version=1))
-    content, at = copy_of_store(), 0
-    outcomes = set()
-    while True:
+        saved.write_files(first, 15, files_of(15, version=1))
+    content, outcomes = copy_of_store(), set()
+    for at in itertools.count():
         faults = restore(content)
         faults.at, faults.kind = at, kind
         checkpoints = Checkpoints(store)
@@ -294,21 +389,24 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
         faults.at = None
         step, bad = newest_good(checkpoints)
         outcomes.add(step)
-        torn_manifest = kind == "torn" and at == 3
-        assert list(bad) == ([15] if torn_manifest else [])
-        assert step == (15 if at > 3 or (at, kind) == (3, "after") else 10), faults.calls[-1]
+        assert list(bad) == ([15] if (kind, at) == ("torn", MANIFEST_AT) else [])
+        assert step == (15 if at > MANIFEST_AT or (at, kind) == (MANIFEST_AT, "after") else 10), faults.calls[-1]
         for good in set(checkpoints.steps()) - set(bad):
             assert checkpoints.read(good)[1] == files_of(good)
         if not faults.fired:
             break
-        checkpoints.discard_after(step)
-        save(checkpoints, 15)
-        checkpoints.retain(1)
+        resumed = Checkpoints(store)
+        save(resumed, 15)
+        resumed.retain(1, bad=bad.keys() - {15})
         assert store.folders() == ["step-00000015"]
-        assert checkpoints.read(15)[1] == files_of(15)
-        at += 1
+        assert resumed.read(15)[1] == files_of(15)
+        assert len(store.names()) == 3
     assert outcomes == {10, 15}
-    assert at == 4 + 6  # the old manifest away, two files, the manifest; then two checkpoints of three objects
+    assert at == MANIFEST_AT + 1 + 6 + 2 * leftover  # two checkpoints of three objects, and what was left over
+
+
+MANIFEST_AT = 2
+"""The write of a save that commits it."""
 
 
 @pytest.mark.parametrize("kind", ["before", "torn", "after"])
@@ -316,7 +414,7 @@ def test_a_kill_while_a_step_is_saved_again_never_mixes_two(store, kind):
     first = Checkpoints(store)
     save(first, 5, 10)
     content = copy_of_store()
-    for at in range(5):
+    for at in range(MANIFEST_AT + 2):
         faults = restore(content)
         faults.at, faults.kind = at, kind
         checkpoints = Checkpoints(store)
@@ -327,4 +425,4 @@ def test_a_kill_while_a_step_is_saved_again_never_mixes_two(store, kind):
         good = checkpoints.newest_good(lambda step, error: None)  # noqa: ARG005
         assert good is not None
         assert good[1] in (files_of(5), files_of(10), files_of(10, version=1))
-        assert bool(faults.fired) == (at < 4)
+        assert bool(faults.fired) == (at <= MANIFEST_AT)

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from cluster.checkpoints import FileEntry, Manifest
+from cluster.checkpoints import Part, Share
 from cluster.errors import ClusterError, TrainingError
 from cluster.link import DOING
 from cluster.ray_cluster import Node, WorkerResources
@@ -279,16 +279,17 @@ class TestDeaths:
 
 
 def saved(attempt: int, step: int, seconds: float = 2.0) -> Message:
-    manifest = Manifest(
+    share = Share(
         step=step,
-        files={"model": FileEntry.of(b"weights")},
-        state_sha256="0" * 64,
+        num_parts={"model": 1},
+        parts={("model", 0): Part.of(f"step-{step:08d}/model", b"weights")},
+        state_files=["model"],
         metrics={},
         versions={},
         created="2026-01-01T00:00:00+00:00",
     )
     best = {"best_metric": None, "best_step": None}
-    return one("checkpoint", 0, attempt, manifest=manifest, spent=SPENT, seconds=seconds, **best)
+    return one("share", 0, attempt, share=share, spent=SPENT, seconds=seconds, **best)
 
 
 def all_of(count: int, kind: str, attempt: int, **content: Any) -> list[Message]:

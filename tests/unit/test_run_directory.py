@@ -29,13 +29,13 @@ def test_every_name_of_a_run(run):
     assert run.write_picture("curves", b"png") == f"{run.url}/curves.png"
     run.write_matrix("val-confusion", {"step": 5})
     run.write_log(0, 12, b"hello")
-    run.checkpoints.write_files(5, {"model": b"1"})
+    part = run.checkpoints.write_part(5, ("model", 0), b"1")
     for log in (run.metrics(), run.events()):
         log.append({"step": 5})
         log.flush()
         log.compact()
     assert run.store.names() == [
-        "checkpoints/step-00000005/model", "curves.png", "environment.json", "events.jsonl", "job.yaml",
+        f"checkpoints/{part.object}", "curves.png", "environment.json", "events.jsonl", "job.yaml",
         "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl", "status.json",
         "tracker.json",
     ]  # fmt: skip

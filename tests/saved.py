@@ -1,0 +1,25 @@
+"""Checkpoints made by tests."""
+
+from collections.abc import Mapping
+
+from cluster.checkpoints import Checkpoints, FileEntry, Manifest, digest_of_files
+
+
+def write_files(checkpoints: Checkpoints, step: int, files: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    """Writes each file as one part; without a manifest they are no checkpoint."""
+    return {name: FileEntry((checkpoints.write_part(step, (name, 0), data),)) for name, data in files.items()}
+
+
+def manifest_of(step: int, files: Mapping[str, FileEntry]) -> Manifest:
+    return Manifest(
+        step=step,
+        files=files,
+        state_sha256=digest_of_files(files),
+        metrics={"val/loss": 0.5, "train/loss": float("inf")},
+        versions={"torch": "2.13.0"},
+        created="2026-11-23T11:24:00.123456+00:00",
+    )
+
+
+def save(checkpoints: Checkpoints, step: int, files: Mapping[str, bytes]) -> None:
+    checkpoints.commit(manifest_of(step, write_files(checkpoints, step, files)))
