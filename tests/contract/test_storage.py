@@ -1,16 +1,30 @@
 """What the rest of the program relies on, of every store alike."""
 
+import contextlib
+import errno
+import itertools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import threading
+import time
+import traceback
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from cluster import storage
 from cluster.errors import StorageError
 from cluster.storage import MissingObject, Store
+from tests.stores import Proxy, S3Server, SSHServer, s3_server, ssh_server
 
 
 class StoreContract:
@@ -24,6 +38,28 @@ class StoreContract:
     def test_an_object_is_read_as_it_was_written(self, store, data):
         store.write("a/b/c.bin", data)
         assert store.read("a/b/c.bin") == data
+
+    @pytest.mark.parametrize("name", ["with space/and more", "ünï/çödé-数", "plus+and%20percent", "hash#and&more=1"])
+    def test_a_name_is_any_text(self, store, name):
+        store.write(name, b"1")
+        assert store.read(name) == b"1"
+        assert store.names() == [name]
+        store.delete([name])
+        assert not store.exists(name)
+
+    def test_a_part_of_a_buffer_is_written_as_it_was_at_the_call(self, store):
+        buffer = bytearray(range(256)) * 4000
+        store.write("a", memoryview(buffer)[1000:900_000])
+        expected = bytes(buffer[1000:900_000])
+        buffer[:] = bytes(len(buffer))
+        assert store.read("a") == expected
+
+    def test_many_threads_use_one_store(self, store):
+        contents = {f"part-{number % 3}/{number}": os.urandom(200_000) for number in range(24)}
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(store.write, contents, contents.values()))
+            assert dict(zip(contents, threads.map(store.read, contents))) == contents
+        assert store.names() == sorted(contents)
 
     def test_the_last_write_of_a_name_counts(self, store):
         store.write("a", b"first and longer")
@@ -85,7 +121,7 @@ class StoreContract:
         assert store.names() == ["run/logs/x"]
         assert store.at("run/logs").url == f"{store.url}/run/logs"
 
-    @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/a", "a//b", "a/", "."])
+    @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/a", "a//b", "a/", ".", "a\nb"])
     def test_no_name_leads_out_of_the_store(self, store, name):
         for call in (
             store.read,
@@ -97,11 +133,11 @@ class StoreContract:
             with pytest.raises(StorageError, match="is no name of an object"):
                 call(name)
 
-    def test_a_pickle_is_the_url(self, store):
-        store.write("a", b"1")
+    def test_a_pickle_is_the_url_and_the_patience(self, url):
+        store = Store(url, patience_s=7.0)
         twin = pickle.loads(pickle.dumps(store.at("x")))  # noqa: S301
-        assert twin.url == f"{store.url}/x"
-        assert store.__reduce__() == (Store, (store.url,))
+        assert (twin.url, twin.patience_s) == (f"{store.url}/x", 7.0)
+        assert store.__reduce__() == (Store, (store.url, 7.0))
 
     def test_the_canonical_url_leads_to_the_same_place(self, store, url):
         store.write("a", b"1")
@@ -118,6 +154,8 @@ class StoreContract:
         if child == 0:
             os._exit(0 if store.read("a") == b"1" else 1)
         assert os.waitpid(child, 0)[1] == 0
+        # And what the child did to its copies of connections is not the parent's: no second try is needed.
+        assert Store(store.url, patience_s=0).read("a") == b"1"
 
 
 class SharedStoreContract(StoreContract):
@@ -125,7 +163,9 @@ class SharedStoreContract(StoreContract):
         store.write("a", b"from the parent")
         assert store.is_shared
         program = f"import pickle; print(pickle.loads({pickle.dumps(store)!r}).read('a').decode())"
-        child = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        child = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
         assert child.stdout == "from the parent\n", child.stderr
 
 
@@ -184,6 +224,511 @@ class TestFileUrl(LocalStoreContract):
         return f"file://{tmp_path}/store"
 
 
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory) -> Iterator[SSHServer]:
+    with ssh_server(tmp_path_factory.mktemp("ssh")) as server:
+        yield server
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; file systems that know the old ones are forgotten, now and in the end."""
+
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+
+    def set_to(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        _forget_sessions()
+
+    yield set_to
+    _forget_sessions()
+
+
+def _forget_sessions() -> None:
+    for protocol in ("s3", "sftp"):
+        storage._file_system(protocol, "").clear_instance_cache()
+
+
+class TestS3(SharedStoreContract):
+    @pytest.fixture(autouse=True)
+    def _credentials(self, s3, environment):
+        environment(**s3.environment)
+
+    @pytest.fixture
+    def url(self, s3) -> str:
+        return f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+
+    @pytest.fixture
+    def proxy(self, s3, environment) -> Iterator[Proxy]:
+        with Proxy(s3.port) as proxy:
+            environment(AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
+            yield proxy
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda store: store.write("a", b"1"),
+            lambda store: store.read("a"),
+            lambda store: store.names(),
+            lambda store: store.folders(),
+            lambda store: store.probe(),
+        ],
+        ids=["write", "read", "names", "folders", "probe"],
+    )
+    def test_a_misspelt_bucket_is_an_error_and_never_a_new_bucket(self, call):
+        with pytest.raises(StorageError) as caught, _no_longer_than(1.5):
+            call(Store("s3://rums/a"))
+        assert str(caught.value).startswith("s3://rums/a: ")
+        with pytest.raises(StorageError):  # it did not come into being
+            Store("s3://rums").names()
+
+    def test_a_wrong_secret_is_one_line_at_once(self, store, environment):
+        environment(AWS_SECRET_ACCESS_KEY="another-secret-than-the-right")
+        with pytest.raises(StorageError) as caught, _no_longer_than(1.5):
+            store.write("a", b"1")
+        assert str(caught.value).startswith(f"{store.url}: cannot write a: ")
+        assert str(caught.value).endswith("; check the credentials in the environment, and what they may do")
+        assert "\n" not in str(caught.value)
+        assert "another-secret" not in str(caught.value)
+
+    def test_a_listing_has_more_than_one_page(self, store):
+        names = [f"part/{number:04d}" for number in range(1_050)]
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(store.write, names, itertools.repeat(b"1")))
+        assert store.names() == names
+
+    def test_an_object_of_many_parts_is_whole(self, store):
+        data = os.urandom(1 << 20) * 101  # s3fs sends 100 MiB and more in parts
+        store.write("large", data)
+        assert store.read("large") == data
+
+    def test_a_busy_and_a_rude_server_are_asked_again(self, store, proxy):
+        data = os.urandom(3_000_000)
+        proxy.slow_downs, proxy.resets = 2, 2
+        store.write("a", data)
+        assert proxy.turned_away == 4
+        proxy.slow_downs, proxy.resets = 2, 2
+        assert store.read("a") == data
+        assert proxy.turned_away == 8
+
+    def test_a_server_that_comes_back_in_time_costs_no_more_than_time(self, store, proxy):
+        store.write("a", b"1")
+        with ThreadPoolExecutor(1) as thread:
+            with proxy.away():
+                reading = thread.submit(store.read, "a")
+                trouble = _soon(lambda: store.trouble)
+                assert "connect" in trouble.reason.lower()
+            assert reading.result() == b"1"
+        assert store.trouble is None
+
+    def test_a_server_away_for_longer_than_patience_lasts_is_one_line(self, url, proxy):
+        store = Store(url, patience_s=1.2)
+        with proxy.away(), pytest.raises(StorageError, match=r", tried for 1[.\d]* s; check the URL") as caught:
+            store.write("a", b"1")
+        assert "\n" not in str(caught.value)
+
+    def test_a_server_that_never_answers_is_given_up(self, url, proxy, monkeypatch):
+        store = Store(url, patience_s=0)
+        assert store.names() == []
+        monkeypatch.setattr(storage, "_CALL_S", 1.0)
+        no_answer = pytest.raises(StorageError, match="cannot write a: no answer within 1 s; ")
+        with proxy.away(silent=True), _no_longer_than(2.5), no_answer:
+            store.write("a", b"1")
+
+
+class TestSFTP(SharedStoreContract):
+    @pytest.fixture(autouse=True)
+    def _keys(self, ssh, environment):
+        environment(**ssh.environment)
+
+    @pytest.fixture
+    def url(self, ssh) -> str:
+        return f"sftp://127.0.0.1:{ssh.port}{ssh.folder}/{uuid.uuid4().hex}"
+
+    @pytest.fixture
+    def proxy(self, ssh) -> Iterator[Proxy]:
+        """Not yet a known host."""
+        with Proxy(ssh.port, http=False) as proxy:
+            yield proxy
+
+    def test_no_empty_folder_stays(self, store, ssh):
+        store.write("checkpoints/step-1/model", b"1")
+        store.delete(["checkpoints/step-1/model"])
+        assert store.folders() == []
+        assert list((ssh.folder / store.url.rpartition("/")[2]).iterdir()) == []
+
+    def test_the_url_may_name_the_user(self, url, ssh):
+        store = Store(url.replace("://", f"://{ssh.environment['USER']}@"))
+        store.write("a", b"1")
+        assert Store(url).read("a") == b"1"
+
+    def test_a_host_of_the_users_ssh_configuration(self, store, ssh):
+        store.write("a", b"1")
+        folder = store.url.rpartition("/")[2]
+        with _ssh_config(ssh, f"Host lab\n  HostName 127.0.0.1\n  Port {ssh.port}\n  User {ssh.environment['USER']}\n"):
+            assert Store(f"sftp://lab{ssh.folder}/{folder}").read("a") == b"1"
+
+    def test_an_unknown_host_is_refused_at_once(self, proxy, ssh):
+        store = Store(f"sftp://127.0.0.1:{proxy.port}{ssh.folder}")
+        with pytest.raises(StorageError) as caught, _no_longer_than(1.5):
+            store.write("a", b"1")
+        assert (
+            f"sftp://127.0.0.1:{proxy.port}: its host key is not in ~/.ssh/known_hosts, got ssh-ed25519 SHA256:"
+            in str(caught.value)
+        )
+        assert str(caught.value).endswith(f"then: ssh-keyscan -p {proxy.port} 127.0.0.1 >> ~/.ssh/known_hosts")
+        assert not (ssh.folder / "a").exists()
+
+    def test_a_changed_host_key_is_refused_at_once(self, proxy, ssh):
+        known_hosts = ssh.home / ".ssh" / "known_hosts"
+        other = " ".join((ssh.home / ".ssh" / "id_ed25519.pub").read_text().split()[:2])
+        known_hosts.write_text(f"{known_hosts.read_text()}[127.0.0.1]:{proxy.port} {other}\n")
+        store = Store(f"sftp://127.0.0.1:{proxy.port}{ssh.folder}")
+        with (
+            pytest.raises(StorageError, match="has another host key than ~/.ssh/known_hosts says"),
+            _no_longer_than(1.5),
+        ):
+            store.write("a", b"1")
+        assert not (ssh.folder / "a").exists()
+
+    def test_a_key_that_is_not_taken_is_one_line_at_once(self, url, ssh, tmp_path, environment):
+        shutil.copytree(ssh.home, tmp_path / "home")
+        (tmp_path / "home" / ".ssh" / "id_ed25519").unlink()
+        environment(HOME=str(tmp_path / "home"))
+        refused = pytest.raises(StorageError, match="takes none of the keys of this user; load the right one")
+        with refused, _no_longer_than(1.5):
+            Store(url).write("a", b"1")
+
+    def test_a_lost_session_is_opened_anew(self, url, ssh, proxy):
+        ssh.know_at(proxy.port)
+        store = Store(url.replace(f":{ssh.port}", f":{proxy.port}"))
+        store.write("a", b"1")
+        for _ in range(2):
+            proxy.cut()
+            assert store.read("a") == b"1"
+        # The new session is kept: it needs no second try.
+        assert Store(store.url, patience_s=0).read("a") == b"1"
+
+    def test_a_server_away_for_longer_than_patience_lasts_is_one_line(self, url, ssh, proxy):
+        ssh.know_at(proxy.port)
+        store = Store(url.replace(f":{ssh.port}", f":{proxy.port}"), patience_s=1.2)
+        store.write("a", b"1")
+        with proxy.away(), pytest.raises(StorageError, match=r"cannot read a: .*, tried for 1[.\d]* s; check the URL"):
+            store.read("a")
+        assert store.read("a") == b"1"
+
+
+@contextlib.contextmanager
+def _ssh_config(ssh: SSHServer, text: str) -> Iterator[None]:
+    config = ssh.home / ".ssh" / "config"
+    config.write_text(text)
+    try:
+        yield
+    finally:
+        config.unlink()
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float) -> Iterator[None]:
+    """For errors that no patience helps: it is ten seconds."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        assert time.monotonic() - began < seconds
+
+
+def _soon(condition, within_s: float = 5.0):
+    """What a condition comes to, once it is something."""
+    deadline = time.monotonic() + within_s
+    while (found := condition()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+class TestFullDisk:
+    """A write that does not fit leaves nothing; what was there before stays whole, and smaller ones go on."""
+
+    @pytest.fixture(params=["local", "sftp"])
+    def store(self, request, full_disk) -> Store:
+        url = str(full_disk)
+        if request.param == "sftp":
+            ssh = request.getfixturevalue("ssh")
+            request.getfixturevalue("environment")(**ssh.environment)
+            url = f"sftp://127.0.0.1:{ssh.port}{full_disk}"
+        return Store(url, patience_s=0.5)
+
+    @pytest.mark.parametrize("size", [1_200_000, 5_000_000])
+    def test_it_is_said_in_one_line_and_leaves_nothing_torn(self, store, size):
+        store.write("small", b"1" * 100_000)
+        with pytest.raises(StorageError, match=r"cannot write large: .*(No space left|disk may be full).*, tried for"):
+            store.write("large", b"2" * size)
+        assert store.names() == ["small"]
+        assert store.read("small") == b"1" * 100_000
+        store.write("large", b"3" * 100_000)
+
+    def test_room_that_is_made_in_time_is_used(self, store):
+        store.write("old", b"1" * 800_000)
+        store = Store(store.url)
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(store.write, "new", b"2" * 800_000)
+            assert _soon(lambda: store.trouble)
+            Store(store.url).delete(["old"])
+            writing.result()
+        assert store.read("new") == b"2" * 800_000
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """``flaky://``: each write meets the next of these errors, until there are no more."""
+
+    protocol = "flaky"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    errors: ClassVar[Iterator[Exception]] = iter(())
+    writes: ClassVar[int] = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def pipe_file(self, path, value, **kwargs):
+        FlakyFileSystem.writes += 1
+        for error in self.errors:
+            raise error
+        super().pipe_file(path, value, **kwargs)
+
+
+fsspec.register_implementation("flaky", FlakyFileSystem)
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """Sets what the writes to ``flaky://`` meet."""
+    monkeypatch.setattr(FlakyFileSystem, "writes", 0)
+    return lambda errors: monkeypatch.setattr(FlakyFileSystem, "errors", iter(errors))
+
+
+class NoCredentialsError(Exception):
+    """As botocore's: known by its name."""
+
+
+class VendorError(Exception):
+    def __init__(self, status: int | None = None) -> None:
+        super().__init__("something of the vendor's")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "no such bucket"),
+        PermissionError("denied"),
+        IsADirectoryError("a"),
+        OSError(errno.EINVAL, "bad name"),
+        OSError(errno.EROFS, "read-only"),
+        OSError(errno.ENAMETOOLONG, "too long"),
+        ValueError("no such option"),
+        NoCredentialsError("none"),
+        VendorError(403),
+    ],
+    ids=repr,
+)
+def test_a_lasting_error_is_told_at_once(flaky, error):
+    flaky([error])
+    with pytest.raises(StorageError, match="flaky://a: cannot write b: "):
+        Store("flaky://a").write("b", b"1")
+    assert FlakyFileSystem.writes == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError("the server's own"),
+        OSError(errno.EIO, "input/output error"),
+        OSError(errno.EBUSY, "SlowDown"),
+        OSError(errno.ENOSPC, "no space"),
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.ESTALE, "stale handle"),
+        OSError("Failure"),
+        EOFError(),
+        VendorError(),
+        VendorError(429),
+        VendorError(503),
+    ],
+    ids=repr,
+)
+def test_a_passing_error_is_met_with_patience(flaky, error):
+    flaky([error, error])
+    Store("flaky://a").write("b", b"1")
+    assert FlakyFileSystem.writes == 3
+    flaky([error])
+    with pytest.raises(StorageError, match="flaky://a: cannot write b: "):
+        Store("flaky://a", patience_s=0).write("b", b"1")
+    assert FlakyFileSystem.writes == 4
+
+
+def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):
+    flaky(itertools.repeat(ConnectionResetError("reset")))
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"cannot write b: reset, tried for 2[.\d]* s; check the URL"):
+        Store("flaky://a", patience_s=2.0).write("b", b"1")
+    assert 2.0 <= time.monotonic() - began < 3.0
+    assert 3 <= FlakyFileSystem.writes <= 30
+
+
+def test_what_is_below_a_store_shares_its_patience_and_its_trouble(flaky):
+    store = Store("flaky://a", patience_s=1.0)
+    flaky(itertools.repeat(ConnectionResetError("reset")))
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(store.at("b").write, "c", b"1")
+        trouble = _soon(lambda: store.trouble)
+        assert (trouble.reason, began <= trouble.since <= began + 0.5) == ("reset", True)
+        with pytest.raises(StorageError, match=r"flaky://a/b: cannot write c: reset, tried for 1[.\d]* s"):
+            writing.result()
+    assert store.trouble is None
+
+
+class TestHang:
+    """A pipe that nobody reads or writes hangs whoever opens it, in C, as a file does whose server is gone."""
+
+    @pytest.fixture
+    def store(self, tmp_path, monkeypatch) -> Iterator[Store]:
+        os.mkfifo(tmp_path / "pipe")
+        monkeypatch.setattr(storage, "_CALL_S", 0.3)
+        yield Store(str(tmp_path), patience_s=0)
+        # Both ends open: whoever hangs goes on.
+        with open(tmp_path / "pipe", "r+b", buffering=0) as pipe:
+            time.sleep(0.1)
+            pipe.write(b"1")
+
+    @pytest.mark.parametrize(
+        ("call", "action"),
+        [
+            (lambda store: store.read("pipe"), "read pipe"),
+            (lambda store: store.write("pipe", b"1"), "write pipe"),
+        ],
+        ids=["read", "write"],
+    )
+    def test_a_call_that_hangs_is_given_up_and_the_others_go_on(self, store, call, action):
+        with pytest.raises(StorageError, match=f"cannot {action}: no answer within 0.3 s"), _no_longer_than(2.0):
+            call(store)
+        store.write("a", b"1")
+        assert store.read("a") == b"1"
+
+    def test_a_large_object_is_given_the_time_that_its_bytes_take(self, store, monkeypatch, tmp_path):
+        monkeypatch.setattr(storage, "_SLOWEST_BYTES_PER_S", 100.0)
+        (tmp_path / "a").write_bytes(bytes(200))
+        monkeypatch.setattr(fsspec.get_filesystem_class("file"), "cat_file", _slow(tmp_path / "a", 1.0))
+        assert store.read("a") == bytes(200)
+        (tmp_path / "a").write_bytes(bytes(10))
+        with pytest.raises(StorageError, match="cannot read a: no answer within 0.4 s"):
+            store.read("a")
+
+    def test_threads_are_used_again(self, store):
+        store.write("a", b"1")
+        before = threading.active_count()
+        for _ in range(50):
+            store.read("a")
+        assert threading.active_count() == before
+
+
+def _slow(path: Path, seconds: float):
+    def cat_file(*_, **__) -> bytes:
+        data = path.read_bytes()
+        time.sleep(seconds)
+        return data
+
+    return cat_file
+
+
+class TestSecrets:
+    SECRET: ClassVar[str] = "pl4nted-s3cret"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "the key is pl4nted-s3cret!",
+            "GET http://h/b?X-Amz-Credential=AKIA&X-Amz-Signature=pl4nted-s3cret&x=1 failed",
+            "https://h/b?sv=2020&sig=pl4nted-s3cret",
+            "403 for https://h/b?AWSAccessKeyId=pl4nted-s3cret",
+            "headers {'Authorization': 'AWS4-HMAC-SHA256 Credential=AKIA/x, Signature=pl4nted-s3cret'}",
+            "sent Bearer pl4nted-s3cret.abc",
+            "sftp://me:pl4nted-s3cret@host: refused",
+            "AccountName=a;AccountKey=pl4nted-s3cret;EndpointSuffix=b",
+        ],
+    )
+    @pytest.mark.parametrize("kind", [ConnectionResetError, PermissionError])
+    def test_no_error_tells_one(self, flaky, text, kind):
+        flaky(itertools.repeat(kind(text)))
+        store = Store("flaky://a", patience_s=0)
+        with pytest.raises(StorageError) as caught:
+            store.write("b", b"1")
+        assert "***" in str(caught.value)
+        assert self.SECRET not in _all_that_is_told(caught.value)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN",
+            "FSSPEC_SFTP_PASSWORD",
+            "WANDB_API_KEY",
+            "AZURE_STORAGE_ACCOUNT_KEY",
+        ],
+    )
+    def test_none_of_the_environment_is_told(self, flaky, monkeypatch, name):
+        monkeypatch.setenv(name, self.SECRET)
+        self.test_no_error_tells_one(flaky, "odd: pl4nted-s3cret, said the server", ConnectionResetError)
+
+    def test_none_of_the_configuration_of_fsspec_is_told(self, flaky, monkeypatch):
+        monkeypatch.setitem(fsspec.config.conf, "sftp", {"password": self.SECRET})
+        self.test_no_error_tells_one(flaky, "odd: pl4nted-s3cret, said the server", ConnectionResetError)
+
+    def test_what_is_harmless_is_kept(self, flaky, monkeypatch):
+        monkeypatch.setenv("FSSPEC_SFTP_KEY_FILENAME", "/home/me/.ssh/key")
+        flaky([PermissionError("cannot open /home/me/.ssh/key, version 1.2")])
+        with pytest.raises(StorageError, match="cannot open /home/me/.ssh/key, version 1.2; ") as caught:
+            Store("flaky://a").write("b", b"1")
+        assert isinstance(caught.value.__cause__, PermissionError)
+
+    def test_a_store_holds_none(self, ssh, environment, monkeypatch):
+        environment(**ssh.environment)
+        monkeypatch.setitem(fsspec.config.conf, "sftp", {"password": self.SECRET})
+        store = Store(f"sftp://127.0.0.1:{ssh.port}{ssh.folder}")
+        store.probe()
+        assert self.SECRET not in repr(store)
+        assert self.SECRET.encode() not in pickle.dumps(store)
+
+
+def _all_that_is_told(error: BaseException) -> str:
+    """The traceback that Python would print, causes and all."""
+    return "".join(traceback.format_exception(error))
+
+
 class TestMemory(StoreContract):
     @pytest.fixture
     def url(self) -> str:
@@ -211,6 +756,16 @@ class TestMemory(StoreContract):
             "sftp://me:secret@host/runs",
             "sftp://host: a store's URL must not hold a password, it is written down and handed on; use a key, or set "
             "FSSPEC_SFTP_PASSWORD",
+        ),
+        (
+            "sftp://me:sec/ret@host:22/runs",
+            "sftp://host:22: a store's URL must not hold a password, it is written down and handed on; use a key, or "
+            "set FSSPEC_SFTP_PASSWORD",
+        ),
+        (
+            "abfs://runs@account/a?sig=secret",
+            "abfs://runs@account/a: a store's URL must not hold a query, it is written down and handed on; leave it "
+            "out, and give credentials in the environment",
         ),
     ],
 )

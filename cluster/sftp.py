@@ -1,0 +1,161 @@
+"""fsspec's file system over SFTP, made fit for training: it knows whom it talks to, and does not wait per packet.
+
+As fsspec has it, any host key is taken for the right one, and a write waits for an answer after each 32 KiB. Here
+hosts, users, keys and known hosts are those of OpenSSH's own files; a host that is not known is refused. The only
+module that knows paramiko.
+"""
+
+import errno
+import os
+import stat
+import weakref
+from typing import Any
+
+import paramiko
+from fsspec.implementations.sftp import SFTPFileSystem
+
+from cluster.errors import StorageError
+
+_CONFIG = "~/.ssh/config"
+_KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
+
+_CONNECT_S = 10.0
+"""How long each step of opening a session may take."""
+_SILENCE_S = 30.0
+"""How long the server may leave a session without a word that is due."""
+_KEEPALIVE_S = 15
+"""Between the signs of life that keep an idle session from being forgotten on its way."""
+
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: list[Any] = []
+# A session that a forked child threw away would say goodbye to the server in its parent's name: it keeps them.
+os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.clear)
+
+
+class PinnedSFTPFileSystem(SFTPFileSystem):
+    """Files on a host whose key is in a ``known_hosts`` file.
+
+    ``Host`` entries of ``~/.ssh/config`` count (HostName, Port, User, IdentityFile, UserKnownHostsFile); then what the
+    URL says, the user's agent and keys, and options that fsspec reads from the environment, such as
+    ``FSSPEC_SFTP_KEY_FILENAME``.
+
+    Raises:
+        StorageError: The host is not known, has another key than it had, or takes none of the keys.
+    """
+
+    def _connect(self) -> None:
+        options, known_hosts = _configured(self.host)
+        options |= self.ssh_kwargs
+        where = f"sftp://{options['hostname']}:{options.get('port', 22)}"
+        self.client = paramiko.SSHClient()
+        for path in known_hosts:
+            if os.path.exists(os.path.expanduser(path)):
+                self.client.load_system_host_keys(os.path.expanduser(path))
+        self.client.set_missing_host_key_policy(_Refusal(where, known_hosts[0]))
+        try:
+            self.client.connect(**options)
+        except paramiko.BadHostKeyException as error:
+            raise StorageError(
+                f"{where}: has another host key than {known_hosts[0]} says, {error.key.get_name()} "
+                f"{error.key.fingerprint}; if the server was set up anew, take the old key out: ssh-keygen -R, "
+                "else somebody is in between"
+            ) from error
+        except paramiko.AuthenticationException as error:
+            raise StorageError(
+                f"{where}: takes none of the keys of {options.get('username') or 'this user'}; load the right one "
+                f"(ssh-add), name it as IdentityFile in {_CONFIG} or in FSSPEC_SFTP_KEY_FILENAME"
+            ) from error
+        self.client.get_transport().set_keepalive(_KEEPALIVE_S)
+        self.ftp = self.client.open_sftp()
+        self.ftp.get_channel().settimeout(_SILENCE_S)
+        _alive.update((self.client, self.ftp))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        assert mode == "overwrite"
+        data = memoryview(value)
+        with self.ftp.open(path, "wb") as file:
+            try:
+                # Many packets are under way at a time; the last byte waits for the answers to all of them, since
+                # paramiko forgets those that nobody waits for, also those that say that the disk is full.
+                file.set_pipelined(True)
+                file.write(data[:-1])
+                file.set_pipelined(False)
+                file.write(data[-1:])
+            except OSError as error:
+                if error.errno is None:  # SFTP has no word for a full disk
+                    raise OSError(errno.EIO, f"the server only says {str(error)!r}, its disk may be full") from error
+                raise
+        # Closing tells of no error, and some file systems know only then.
+        size = self.ftp.stat(path).st_size
+        if size != len(data):
+            raise OSError(errno.EIO, f"{size} of {len(data)} bytes arrived")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        if start is not None or end is not None:
+            return super().cat_file(path, start, end, **kwargs)
+        with self.ftp.open(path, "rb") as file:
+            found = file.stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            file.prefetch(found.st_size)
+            return file.read(found.st_size)
+
+    def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o777) -> None:
+        """As ``os.makedirs``: several may make the same folder at once."""
+        try:
+            found = self.ftp.stat(path)
+        except FileNotFoundError:
+            self.makedirs(os.path.dirname(path), exist_ok=True, mode=mode)
+            try:
+                self.ftp.mkdir(path, mode)
+            except OSError:
+                if not self.isdir(path):
+                    raise
+        else:
+            if not stat.S_ISDIR(found.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            if not exist_ok:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    def rm_file(self, path: str) -> None:
+        self.ftp.remove(path)
+
+
+class _Refusal(paramiko.MissingHostKeyPolicy):
+    """No host is trusted at first sight."""
+
+    def __init__(self, where: str, known_hosts: str) -> None:
+        self._where = where
+        self._known_hosts = known_hosts
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:  # noqa: ARG002
+        port = self._where.rpartition(":")[2]
+        host = hostname.partition("]")[0].removeprefix("[")
+        raise StorageError(
+            f"{self._where}: its host key is not in {self._known_hosts}, got {key.get_name()} {key.fingerprint}; "
+            f"compare it with the server's own, then: ssh-keyscan -p {port} {host} >> {self._known_hosts}"
+        )
+
+
+def _configured(host: str) -> tuple[dict[str, Any], list[str]]:
+    """How to connect to a host, and the files of known hosts, the user's own first."""
+    options: dict[str, Any] = {
+        "hostname": host,
+        "timeout": _CONNECT_S,
+        "banner_timeout": _CONNECT_S,
+        "auth_timeout": _CONNECT_S,
+        "channel_timeout": _CONNECT_S,
+    }
+    known_hosts = list(_KNOWN_HOSTS)
+    path = os.path.expanduser(_CONFIG)
+    if os.path.exists(path):
+        found = paramiko.SSHConfig.from_path(path).lookup(host)
+        options["hostname"] = found["hostname"]
+        if "port" in found:
+            options["port"] = int(found["port"])
+        if "user" in found:
+            options["username"] = found["user"]
+        if "identityfile" in found:
+            options["key_filename"] = [name for name in found["identityfile"] if os.path.exists(name)]
+        known_hosts[:1] = found.get("userknownhostsfile", known_hosts[0]).split()
+    return options, known_hosts
