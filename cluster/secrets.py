@@ -6,9 +6,11 @@ import traceback
 from collections.abc import Mapping
 
 _HIDDEN = "***"
-_SHORTEST = 4  # of a value that is looked for: a shorter one would hide half of every text
+_SHORTEST = 6  # of a value that is looked for: a shorter one would hide half of every text
 
-_SECRET_NAME = re.compile(r"secret|token|passw|passphrase|(access|account|api)_?key(?!_?id)|connection_string", re.I)
+_SECRET_NAME = re.compile(
+    r"secret|token(?!iz)|passw|passphrase|(access|account|api)_?key(?!_?id)|connection_string", re.I
+)
 # Where a secret lies, and no secret.
 _PLACE_NAME = re.compile(r"(file|filename|path|dir|url|uri)$", re.I)
 

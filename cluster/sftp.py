@@ -26,11 +26,6 @@ _SILENCE_S = 30.0
 _KEEPALIVE_S = 15
 """Between the signs of life that keep an idle session from being forgotten on its way."""
 
-_alive: weakref.WeakSet[Any] = weakref.WeakSet()
-_kept: list[Any] = []
-# A session that a forked child threw away would say goodbye to the server in its parent's name: it keeps them.
-os.register_at_fork(before=lambda: _kept.extend(_alive), after_in_parent=_kept.clear)
-
 
 class PinnedSFTPFileSystem(SFTPFileSystem):
     """Files on a host whose key is in a ``known_hosts`` file.
@@ -48,9 +43,11 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         options |= self.ssh_kwargs
         where = f"sftp://{options['hostname']}:{options.get('port', 22)}"
         self.client = paramiko.SSHClient()
-        for path in known_hosts:
-            if os.path.exists(os.path.expanduser(path)):
-                self.client.load_system_host_keys(os.path.expanduser(path))
+        # Paramiko leaves sessions open that nobody holds any more, and lets a forked child end those of its parent.
+        weakref.finalize(self, self.client.close)
+        for path in map(os.path.expanduser, known_hosts):
+            if os.path.exists(path):
+                self.client.load_system_host_keys(path)
         self.client.set_missing_host_key_policy(_Refusal(where, known_hosts[0]))
         try:
             self.client.connect(**options)
@@ -60,15 +57,17 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
                 f"{error.key.fingerprint}; if the server was set up anew, take the old key out: ssh-keygen -R, "
                 "else somebody is in between"
             ) from error
-        except paramiko.AuthenticationException as error:
-            raise StorageError(
-                f"{where}: takes none of the keys of {options.get('username') or 'this user'}; load the right one "
-                f"(ssh-add), name it as IdentityFile in {_CONFIG} or in FSSPEC_SFTP_KEY_FILENAME"
-            ) from error
+        except paramiko.SSHException as error:
+            # Without any key to try, it has no type of its own for that.
+            if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
+                raise StorageError(
+                    f"{where}: takes none of the keys of {options.get('username') or 'this user'}; load the right one "
+                    f"(ssh-add), name it as IdentityFile in {_CONFIG} or in FSSPEC_SFTP_KEY_FILENAME"
+                ) from error
+            raise
         self.client.get_transport().set_keepalive(_KEEPALIVE_S)
         self.ftp = self.client.open_sftp()
         self.ftp.get_channel().settimeout(_SILENCE_S)
-        _alive.update((self.client, self.ftp))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         assert mode == "overwrite"
