@@ -26,7 +26,7 @@ def faults():
 @pytest.fixture
 def store(faults) -> Store:
     assert faults.fired == 0
-    return Store("crash://run/checkpoints")
+    return Store("crash://run/checkpoints", patience_s=0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def faults():
 @pytest.fixture
 def store(faults) -> Store:
     assert faults.fired == 0
-    return Store("crash://run")
+    return Store("crash://run", patience_s=0)
 
 
 def metrics(store: Store) -> RowLog:
