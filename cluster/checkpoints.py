@@ -21,7 +21,7 @@ from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from cluster.errors import CheckpointError
-from cluster.storage import MissingObject, Store
+from cluster.storage import MissingObject, Store, Trouble
 
 MANIFEST = "manifest.json"
 CONCURRENT_REQUESTS = 8
@@ -201,6 +201,11 @@ class Checkpoints:
         self._manifests.pop(manifest.step, None)
         self._store.write(f"{_folder(manifest.step)}/{MANIFEST}", data)
         self._manifests[manifest.step] = manifest
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """What keeps the store from answering, if something does; for whoever does not want to wait for it."""
+        return self._store.trouble
 
     def url(self, step: int) -> str:
         """Where the checkpoint of a step lies, or would."""

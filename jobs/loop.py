@@ -52,7 +52,7 @@ class Loop:
         *,
         metrics: Mapping[str, float],
         tell: Callable[..., None],
-        save: Callable[[dict[str, float]], None],
+        save: Callable[..., None],
         stop_wanted: Callable[[], bool],
         mark: Callable[[str, int], None] = lambda *_: None,
     ) -> None:
@@ -65,7 +65,8 @@ class Loop:
             team: The workers and the way to exchange gradients.
             metrics: The newest metrics at that state.
             tell: Takes what is to be known outside, a kind and its content; the same on every rank.
-            save: Saves this worker's share of a checkpoint of this moment, given the newest metrics.
+            save: Saves this worker's share of a checkpoint of this moment, given the newest metrics and ``is_needed``:
+                whether it is more than one in a series.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
             mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
         """
@@ -128,9 +129,10 @@ class Loop:
         self.parts.schedule.measured(watched, ends_epoch=ends_epoch)
         self._note_stall(watched)
         on_schedule = ends_epoch if every is None else step % every == 0
-        if on_schedule or improved or self.stopping or self.progress.ended_early or step == self.end:
+        is_needed = improved or self.stopping or self.progress.ended_early or step == self.end
+        if on_schedule or is_needed:
             self.mark("storage", step)
-            self.save(self.metrics)
+            self.save(self.metrics, is_needed=is_needed)
 
     def _validates_at(self, step: int) -> bool:
         steps, train = self.parts.steps, self.spec.train

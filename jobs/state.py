@@ -261,7 +261,13 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _pack(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()}
-        return ["map", [[key, _pack(item, f"{name}.{key}", tensors)] for key, item in sorted(value.items(), key=repr)]]
+        return [
+            "map",
+            [
+                [key, _pack(item, f"{name}.{key}", tensors)]
+                for key, item in sorted(value.items(), key=lambda item: repr(item[0]))
+            ],
+        ]
     if isinstance(value, (list, tuple)):
         tag = "tuple" if isinstance(value, tuple) else "list"
         return [tag, [_pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]]

@@ -46,10 +46,10 @@ _PER_WORKER = 32
 _ARMS = ("bare", "exact", "inexact", "aa")
 
 
-class _Gate:
+class Gate:
     """Where the thread of an arm stops between blocks, and reads the clock in each step."""
 
-    def __init__(self, train: "Callable[[_Gate], None]") -> None:
+    def __init__(self, train: "Callable[[Gate], None]") -> None:
         self.step_times: list[float] = []
         self.cpu_time = 0.0
         """Of the newest block, in all threads of the process."""
@@ -94,7 +94,7 @@ class _Gate:
         self._cpu_since = time.process_time()
         self._since = time.perf_counter()
 
-    def _run(self, train: "Callable[[_Gate], None]") -> None:
+    def _run(self, train: "Callable[[Gate], None]") -> None:
         self._wait()
         try:
             train(self)
@@ -104,7 +104,7 @@ class _Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """Some steps of one arm in a row, in seconds."""
 
     arm: str
@@ -144,10 +144,10 @@ def _work(settings: _Settings, rank: int, store_path: str, results: Connection, 
     store = dist.FileStore(store_path, settings.workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=settings.workers)
     gates = {
-        "bare": _Gate(_bare(settings, rank)),
-        "exact": _Gate(_launched(settings, rank, messages, exact=True)),
-        "inexact": _Gate(_launched(settings, rank, messages, exact=False)),
-        "aa": _Gate(_bare(settings, rank)),
+        "bare": Gate(_bare(settings, rank)),
+        "exact": Gate(_launched(settings, rank, messages, exact=True)),
+        "inexact": Gate(_launched(settings, rank, messages, exact=False)),
+        "aa": Gate(_bare(settings, rank)),
     }
 
     def run_block(arm: str, steps: int) -> list[float]:
@@ -161,14 +161,14 @@ def _work(settings: _Settings, rank: int, store_path: str, results: Connection, 
     for number in range(settings.rounds):
         for arm in random.Random(number).sample(_ARMS, len(_ARMS)):
             times = run_block(arm, settings.block)
-            results.send(_Block(arm, times, gates[arm].cpu_time))
+            results.send(Block(arm, times, gates[arm].cpu_time))
     for arm in _ARMS:
         gates[arm].end()
     results.close()
     dist.destroy_process_group()
 
 
-def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bool) -> Callable[[_Gate], None]:
+def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bool) -> Callable[[Gate], None]:
     """The product's loop, put together as ``jobs.worker.train`` does."""
     import torch
 
@@ -186,17 +186,17 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
         if rank == 0:
             link.send(kind, time=time.time(), **content)
 
-    def train(gate: _Gate) -> None:
+    def train(gate: Gate) -> None:
         loop = Loop(
             spec, parts, Progress(), team,
-            metrics={}, tell=tell, save=lambda _: None, stop_wanted=gate,
+            metrics={}, tell=tell, save=lambda _, **__: None, stop_wanted=gate,
         )  # fmt: skip
         loop.run()
 
     return train
 
 
-def _bare(settings: _Settings, rank: int) -> Callable[[_Gate], None]:
+def _bare(settings: _Settings, rank: int) -> Callable[[Gate], None]:
     """What one would write by hand: DDP with its defaults, cross-entropy, SGD."""
     import torch
     from torch import nn
@@ -212,7 +212,7 @@ def _bare(settings: _Settings, rank: int) -> Callable[[_Gate], None]:
     model, loss = DistributedDataParallel(parts.model), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    def train(gate: _Gate) -> None:
+    def train(gate: Gate) -> None:
         for inputs, targets in loader:
             optimizer.zero_grad()
             loss(model(inputs), targets).backward()
@@ -223,7 +223,7 @@ def _bare(settings: _Settings, rank: int) -> Callable[[_Gate], None]:
     return train
 
 
-def measure(settings: _Settings) -> Iterator[_Block]:
+def measure(settings: _Settings) -> Iterator[Block]:
     """Runs the workers; yields every block, with the wall time of its slowest worker and the CPU time of all."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -238,16 +238,16 @@ def measure(settings: _Settings) -> Iterator[_Block]:
             theirs.close()
             pipes.append(results)
         their_messages.close()
-        threading.Thread(target=_drain, args=(messages,), daemon=True).start()
+        threading.Thread(target=drain, args=(messages,), daemon=True).start()
         for _ in range(settings.rounds * len(_ARMS)):
-            of_workers: list[_Block] = [pipe.recv() for pipe in pipes]
+            of_workers: list[Block] = [pipe.recv() for pipe in pipes]
             slowest = max(of_workers, key=lambda block: sum(block.times))
             yield replace(slowest, cpu_time=sum(block.cpu_time for block in of_workers))
         for worker in workers:
             worker.join()
 
 
-def _drain(messages: Connection) -> None:
+def drain(messages: Connection) -> None:
     """Reads what the loops send, as an agent would."""
     try:
         while True:
@@ -257,13 +257,13 @@ def _drain(messages: Connection) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Quartiles:
+class Quartiles:
     low: float
     median: float
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> "_Quartiles":
+    def of(cls, values: list[float]) -> "Quartiles":
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     def __format__(self, spec: str) -> str:
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5, help="steps of each arm that are not counted")
     arguments = parser.parse_args()
     settings = _Settings(arguments.workers, arguments.block, arguments.rounds, arguments.warm_up)
-    blocks: dict[str, list[_Block]] = {arm: [] for arm in _ARMS}
+    blocks: dict[str, list[Block]] = {arm: [] for arm in _ARMS}
     for block in measure(settings):
         blocks[block.arm].append(block)
     document: dict[str, Any] = {}
@@ -286,9 +286,9 @@ def main() -> None:
     columns = "".join(f" {name:>7} {'quartiles':>15}" for name in ("step ms", "ratio", "cpu"))
     print(f"{'arm':8} {'steps':>5}{columns}")
     for arm, own in blocks.items():
-        step_ms = _Quartiles.of([1000 * seconds for block in own for seconds in block.times])
-        ratio = _Quartiles.of([sum(a.times) / sum(b.times) for a, b in zip(own, blocks["bare"])])
-        cpu = _Quartiles.of([a.cpu_time / b.cpu_time for a, b in zip(own, blocks["bare"])])
+        step_ms = Quartiles.of([1000 * seconds for block in own for seconds in block.times])
+        ratio = Quartiles.of([sum(a.times) / sum(b.times) for a, b in zip(own, blocks["bare"])])
+        cpu = Quartiles.of([a.cpu_time / b.cpu_time for a, b in zip(own, blocks["bare"])])
         steps = settings.block * settings.rounds
         print(f"{arm:8} {steps:5} {step_ms:7.1f} {ratio:7.4f} {cpu:7.4f}")
         document[f"{arm}_ms"] = round(step_ms.median, 2)
