@@ -43,7 +43,7 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         options |= self.ssh_kwargs
         where = f"sftp://{options['hostname']}:{options.get('port', 22)}"
         self.client = paramiko.SSHClient()
-        # Paramiko leaves sessions open that nobody holds any more, and lets a forked child end those of its parent.
+        # Paramiko leaves sessions open that nobody holds any more.
         weakref.finalize(self, self.client.close)
         for path in map(os.path.expanduser, known_hosts):
             if os.path.exists(path):
