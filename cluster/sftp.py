@@ -149,6 +149,12 @@ def _configured(host: str) -> tuple[dict[str, Any], list[str]]:
     path = os.path.expanduser(_CONFIG)
     if os.path.exists(path):
         found = paramiko.SSHConfig.from_path(path).lookup(host)
+        for way in ("proxyjump", "proxycommand"):
+            if found.get(way, "none") != "none":
+                raise StorageError(
+                    f"sftp://{host}: {_CONFIG} has {way} {found[way]} for it, which is not supported; forward a port "
+                    "(ssh -L) and use that"
+                )
         options["hostname"] = found["hostname"]
         if "port" in found:
             options["port"] = int(found["port"])

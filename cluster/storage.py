@@ -8,7 +8,6 @@ process that uses a store; neither a URL, nor a pickle, nor an error holds any.
 
 import contextlib
 import errno
-import itertools
 import os
 import random
 import re
@@ -39,9 +38,8 @@ _SLOWEST_BYTES_PER_S = 1e6
 _LISTING_S = 240.0
 """How much longer a listing may take: an object store wants a request for each 1,000 names."""
 
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 5.0
-"""Between two tries. What is drawn is a number below: many workers that failed together do not come back together."""
+_PAUSES_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+"""The longest pauses between tries. What is drawn lies below: many that failed together do not come back together."""
 
 # Where an object needs its folder first. On an object store a folder is never made: there mkdir makes buckets,
 # so that a misspelt one would come into being.
@@ -311,9 +309,9 @@ class Store:
         """
         if name:
             self._plain(name)
-        began, thread = time.monotonic(), threading.get_ident()
+        began, thread, attempt = time.monotonic(), threading.get_ident(), 0
         try:
-            for attempt in itertools.count():
+            while True:
                 try:
                     return self._call_once(call, name, size, extra_s)
                 except StorageError:
@@ -323,10 +321,10 @@ class Store:
                     if _is_permanent(error) or waited_s >= self.patience_s:
                         raise self._failure(action, error, waited_s if attempt else 0) from harmless(error, _options())
                     self._troubles[thread] = Trouble(began, _reason(error))
-                pause_s = random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt))
+                pause_s = random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
                 # The last try is made when patience ends, not before.
                 time.sleep(min(pause_s, self.patience_s - waited_s))
-            raise AssertionError("counting ends")
+                attempt += 1
         finally:
             self._troubles.pop(thread, None)
 
@@ -379,7 +377,7 @@ def _canonical_url(url: str) -> str:
     """The one spelling of a store's place, good in any working directory."""
     protocol, is_url, rest = url.partition("://")
     if "::" in url:
-        raise StorageError(f"{url}: is a chain of file systems; write the URL of the store itself")
+        raise StorageError(f"{redacted(url, {})}: is a chain of file systems; write the URL of the store itself")
     if not is_url:
         if re.match(r"[A-Za-z][\w+.-]*:/", url):
             raise StorageError(f"{url}: is neither a URL nor a folder; write {url.replace(':/', '://', 1)}")

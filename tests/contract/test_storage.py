@@ -65,6 +65,19 @@ class StoreContract:
             assert dict(zip(contents, threads.map(store.read, contents))) == contents
         assert store.names() == sorted(contents)
 
+    def test_many_threads_make_one_folder(self, url):
+        store = Store(url, patience_s=0)
+        together = threading.Barrier(8)
+
+        def write(number: int) -> None:
+            for folder in range(5):
+                together.wait(5)
+                store.write(f"{folder}/a/b/{number}", b"1")
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(write, range(8)))
+        assert len(store.names()) == 40
+
     def test_the_last_write_of_a_name_counts(self, store):
         store.write("a", b"first and longer")
         store.write("a", b"second")
@@ -394,6 +407,13 @@ class TestSFTP(SharedStoreContract):
         folder = store.url.rpartition("/")[2]
         with _ssh_config(ssh, f"Host lab\n  HostName 127.0.0.1\n  Port {ssh.port}\n  User {ssh.environment['USER']}\n"):
             assert Store(f"sftp://lab{ssh.folder}/{folder}").read("a") == b"1"
+
+    def test_a_way_to_the_host_that_is_not_supported_is_an_error(self, ssh):
+        refused = pytest.raises(
+            StorageError, match="sftp://inner: ~/.ssh/config has proxyjump gate for it, which is not"
+        )
+        with _ssh_config(ssh, "Host inner\n  ProxyJump gate\n"), refused:
+            Store("sftp://inner/runs").names()
 
     def test_an_unknown_host_is_refused_at_once(self, proxy, ssh):
         store = Store(f"sftp://127.0.0.1:{proxy.port}{ssh.folder}")
@@ -782,6 +802,10 @@ class TestMemory(StoreContract):
         (
             "simplecache::s3://bucket",
             "simplecache::s3://bucket: is a chain of file systems; write the URL of the store itself",
+        ),
+        (
+            "simplecache::sftp://me:secret@host/runs",
+            "simplecache::sftp://me:***@host/runs: is a chain of file systems; write the URL of the store itself",
         ),
         (
             "sftp://me:secret@host/runs",
