@@ -1,121 +1,179 @@
 """A log of JSON rows on a store that cannot append.
 
-Rows lie in ``<name>.jsonl`` and in newer parts ``<name>/part-00000042.jsonl``, all of them plain JSON lines.
-Every row has a key, an integer: where a key occurs twice the newest row counts. So a crash between writing a
-thing and deleting what it replaces shows the same rows as no crash, and a row that is logged again after a
-restart replaces its first self. This module knows no kind of row.
+Rows are plain JSON lines in parts, ``<name>/<writer>-00000042.jsonl``. Every row has a key, an integer: where a key
+occurs twice the newest row counts, by writer and part. A cut, ``<name>/<writer>-00000043-from-00000051.jsonl``, is an
+empty part: of all that is older, rows from that key on count no more. A new writer first copies what there is into a
+part of its own, and cuts off all older ones. So nobody writes over what another has written, and what a writer adds
+that does not know yet that another has taken its place counts for nothing; a crash changes no row either.
+
+``<name>.jsonl`` is a copy of all rows for people and other programs, older than every part. This module knows no kind
+of row.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.storage import MissingObject, Store
 
 Row = dict[str, Any]
 
-_PART = re.compile(r"part-([0-9]{8,})\.jsonl")
+_PART = re.compile(r"([0-9]{8}-[0-9a-f]{8}|part)-([0-9]{8,})(?:-from-([0-9]{8,}))?\.jsonl")
+_UNCLAIMED = "part"
+"""Stands for the writer in the names of parts from before writers had names."""
 
 # A part is written again, longer, until it has this size: few objects to read, and little to write at each flush.
 _PART_BYTES = 256 * 1024
 
 
+class _Part(NamedTuple):
+    """An object of the log; they are ordered as their rows are."""
+
+    writer: str
+    number: int
+    cut: int | None
+    name: str
+
+
 class RowLog:
-    """The rows of one name in a store; it has one writer, and any number of readers.
+    """The rows of one name in a store, for one of its writers, or for a reader.
 
     Args:
         store: Where the rows lie.
         name: The log's name there.
         key: The integer field that names a row and orders them. ``seq`` is given by the log itself, one number
             per row; any other the rows bring along.
+        writer: The claim of the one that writes; a later writer's is greater.
     """
 
-    def __init__(self, store: Store, name: str, *, key: str = "seq") -> None:
+    def __init__(self, store: Store, name: str, *, key: str = "seq", writer: str | None = None) -> None:
         self._store = store
         self._name = name
         self._key = key
-        self._unsaved: list[Row] = []
-        self._newest_text = ""  # what the newest part holds; empty when that part is full, or another's
-        self._newest_part: int | None = None  # not looked for yet
+        self._writer = writer
+        self._unsaved: list[Row | int] = []  # rows, and the keys of cuts
+        self._newest_part = -1
+        self._newest_text = ""  # what the newest part holds; empty when that part is full, or a cut
         self._next_seq = 0
+        self._is_own = False
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Takes a row, to be written by the next ``flush``."""
         assert self._key == "seq" or type(row[self._key]) is int
         self._unsaved.append(dict(row))
 
+    def cut(self, key: int) -> None:
+        """Drops all rows so far from this key on, with the next ``flush``; they will be made anew."""
+        self._unsaved.append(key)
+
     def flush(self) -> None:
-        """Writes the rows taken so far.
+        """Writes the rows and the cuts taken so far.
 
         Raises:
-            StorageError: Nothing is lost: the rows stay, for the next call to write.
+            StorageError: Nothing is lost: they stay, for the next call to write.
         """
-        if not self._unsaved:
-            return
-        previous = self._continue()
-        rows = self._numbered(list(self._unsaved))
-        replaced = [self._part(previous)] if self._newest_text else []
-        text = self._newest_text + _to_text(rows)
-        self._store.write(self._part(previous + 1), text.encode())
-        self._newest_part = previous + 1
-        self._newest_text = text if len(text) < _PART_BYTES else ""
-        self._next_seq += len(rows)
-        del self._unsaved[: len(rows)]  # not clear(): another thread may have appended meanwhile
-        self._store.delete(replaced)
+        entries = list(self._unsaved)  # another thread may append meanwhile
+        if entries and not self._is_own:
+            self._adopt()
+        rows: list[Row] = []
+        for entry in entries:
+            if isinstance(entry, dict):
+                rows.append(entry)
+                continue
+            self._write_rows(rows)
+            rows = []
+            self._write_cut(self._newest_part + 1, entry)
+            self._newest_part, self._newest_text = self._newest_part + 1, ""
+            del self._unsaved[:1]
+        self._write_rows(rows)
 
     def read(self) -> list[Row]:
         """The rows in the store, in the order of their key; what a crash has torn is left out."""
-        # Parts first: a compaction that runs meanwhile writes the whole file before it deletes a part.
-        newer = [row for number in self._parts() for row in self._rows(self._part(number))]
-        rows = self._rows(f"{self._name}.jsonl") + newer
-        newest = {row[self._key]: row for row in rows}
+        known: dict[_Part, list[Row]] = {}
+        before: list[_Part] = []
+        while (parts := self._counting()) != before:
+            before = parts
+            for part in parts:
+                rows = self._rows(part) if part not in known else None
+                if rows is not None:
+                    known[part] = rows
+            if all(part in known for part in parts):
+                break  # else one went meanwhile: its rows are in a newer one
+        newest: dict[int, Row] = {}
+        for part in parts:
+            if part.cut is not None:
+                newest = {key: row for key, row in newest.items() if key < part.cut}
+            newest |= {row[self._key]: row for row in known.get(part, [])}
         return [newest[key] for key in sorted(newest)]
 
-    def compact(self, rows: Iterable[Row] | None = None) -> None:
-        """Rewrites the log as one object.
+    def newest_writer(self) -> str:
+        """The claim of the last that wrote here; empty if nobody did."""
+        return max((part.writer for part in self._parts()), default="")
 
-        Rows not flushed yet are not touched.
+    def publish(self) -> None:
+        """Writes a copy of all rows as one object, for people and other programs."""
+        self._store.write(f"{self._name}.jsonl", _to_text(self.read()).encode())
 
-        Args:
-            rows: All that the log shall hold, of the rows that ``read`` gave; by default every one.
-        """
-        text = _to_text(self.read() if rows is None else rows)
-        copy = self._continue() + 1
-        parts = self._parts()
-        # On a store with folders a kill can tear the whole file while it is written; so a copy lies beside it, in a
-        # part newer than all the others, until it is safe. Deleted oldest first: a part left over never overrules.
-        self._store.write(self._part(copy), text.encode())
-        self._newest_part = copy
-        self._newest_text = ""
-        self._store.write(f"{self._name}.jsonl", text.encode())
-        self._store.delete(self._part(number) for number in [*parts, copy])
+    def _adopt(self) -> None:
+        """Makes the log this writer's own. Never writes over what it may have written in a call that failed."""
+        assert self._writer is not None
+        # Not a later writer's: this one may not know yet that there is one.
+        others, rows = [part for part in self._parts() if part.writer <= self._writer], self.read()
+        cut, copy, self._newest_part = self._newest_part + 1, self._newest_part + 2, self._newest_part + 2
+        text = _to_text(rows)
+        if rows:
+            self._store.write(f"{self._own(copy)}.jsonl", text.encode())
+        self._write_cut(cut, 0)  # the copy is safe by now
+        self._is_own = True
+        self._newest_text = text if len(text) < _PART_BYTES else ""
+        if self._key == "seq":
+            self._next_seq = 1 + max((row["seq"] for row in rows), default=-1)
+        self._store.delete(part.name for part in others)
 
-    def _continue(self) -> int:
-        """The newest part's number (-1: none), found once; so is the number of the next row."""
-        if self._newest_part is None:
-            if self._key == "seq":
-                self._next_seq = 1 + max((row["seq"] for row in self.read()), default=-1)
-            self._newest_part = max(self._parts(), default=-1)
-        return self._newest_part
+    def _write_cut(self, number: int, key: int) -> None:
+        self._store.write(f"{self._own(number)}-from-{key:08d}.jsonl", b"")
 
-    def _numbered(self, rows: list[Row]) -> list[Row]:
-        if self._key != "seq":
-            return rows
-        return [{"seq": seq, **row} for seq, row in enumerate(rows, self._next_seq)]
+    def _write_rows(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        numbered = rows
+        if self._key == "seq":
+            numbered = [{"seq": seq, **row} for seq, row in enumerate(rows, self._next_seq)]
+        replaced = [f"{self._own(self._newest_part)}.jsonl"] if self._newest_text else []
+        text = self._newest_text + _to_text(numbered)
+        self._store.write(f"{self._own(self._newest_part + 1)}.jsonl", text.encode())
+        self._newest_part += 1
+        self._newest_text = text if len(text) < _PART_BYTES else ""
+        self._next_seq += len(rows)
+        del self._unsaved[: len(rows)]
+        self._store.delete(replaced)
 
-    def _part(self, number: int) -> str:
-        return f"{self._name}/part-{number:08d}.jsonl"
+    def _own(self, number: int) -> str:
+        assert self._writer is not None, "only the one that has claimed the run writes to its logs"
+        return f"{self._name}/{self._writer}-{number:08d}"
 
-    def _parts(self) -> list[int]:
-        names = (name.removeprefix(f"{self._name}/") for name in self._store.names(self._name))
-        return sorted(int(match[1]) for match in map(_PART.fullmatch, names) if match)
+    def _parts(self) -> list[_Part]:
+        found = []
+        for name in self._store.names(self._name):
+            match = _PART.fullmatch(name.removeprefix(f"{self._name}/"))
+            if match:
+                writer = "" if match[1] == _UNCLAIMED else match[1]
+                found.append(_Part(writer, int(match[2]), None if match[3] is None else int(match[3]), name))
+        return sorted(found, key=lambda part: part[:2])
 
-    def _rows(self, object_name: str) -> list[Row]:
-        try:
-            text = self._store.read(object_name).decode(errors="replace")
-        except MissingObject:
+    def _counting(self) -> list[_Part]:
+        """The parts that count: from the newest on that cuts off all before it."""
+        parts = [_Part("", -1, None, f"{self._name}.jsonl"), *self._parts()]
+        return parts[max((number for number, part in enumerate(parts) if part.cut == 0), default=0) :]
+
+    def _rows(self, part: _Part) -> list[Row] | None:
+        if part.cut is not None:
             return []
+        try:
+            text = self._store.read(part.name).decode(errors="replace")
+        except MissingObject:
+            return None
         rows = map(_from_line, text.split("\n"))
         return [row for row in rows if row is not None and type(row.get(self._key)) is int]
 

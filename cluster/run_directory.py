@@ -3,19 +3,21 @@
 Nothing else in the program knows a path below a run's URL. What the documents hold is their writers' business.
 """
 
-import json
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
+from cluster.claims import Claim, newest_status
+from cluster.documents import read_document, write_document
 from cluster.row_log import RowLog
 from cluster.storage import MissingObject, Store
 
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
-_STATUS = "status.json"
+_UNCLAIMED_STATUS = "status.json"
+"""Where the status lay before it lay with the claim of its driver."""
 _TRACKER = "tracker.json"
 _STOP = "stop.json"
 _CHECKPOINTS = "checkpoints"
@@ -23,10 +25,6 @@ _LOGS = "logs"
 _MATRICES = "matrices"
 _METRICS = "metrics"
 _EVENTS = "events"
-
-# A document that is being overwritten is torn for a moment, on a store with folders.
-_READS = 4
-_SECONDS_BETWEEN_READS = 0.05
 
 
 class RunDirectory:
@@ -39,6 +37,7 @@ class RunDirectory:
     def __init__(self, place: str | Store) -> None:
         self.store = place if isinstance(place, Store) else Store(place)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS))
+        self._claim: Claim | None = None
 
     def __repr__(self) -> str:
         return f"RunDirectory({self.url!r})"
@@ -57,13 +56,29 @@ class RunDirectory:
         """Whether a run was ever written here."""
         return self.store.exists(_JOB)
 
+    def claim(self) -> None:
+        """Takes the run: whoever drives it until now writes nothing more, and only the holder writes logs and status.
+
+        Raises:
+            SupersededError: Another process has taken it at the same moment.
+        """
+        self._claim = Claim(self.store, self.read_status(), after=self.events().newest_writer())
+
+    def check_claim(self) -> None:
+        """Makes sure that the run is still this process's, which a write of any kind asks for; one listing.
+
+        Raises:
+            SupersededError: Another driver holds it.
+        """
+        self._held().check()
+
     def metrics(self) -> RowLog:
-        """The metrics: one row per logged step. A log has one writer: the driver keeps the one it got."""
-        return RowLog(self.store, _METRICS, key="step")
+        """The metrics: one row per logged step. The driver keeps the one it got."""
+        return self._log(_METRICS, key="step")
 
     def events(self) -> RowLog:
-        """What happened to the run, in order. A log has one writer: the driver keeps the one it got."""
-        return RowLog(self.store, _EVENTS)
+        """What happened to the run, in order. The driver keeps the one it got."""
+        return self._log(_EVENTS, key="seq")
 
     def write_job(self, text: str) -> None:
         """Writes the resolved description."""
@@ -83,23 +98,23 @@ class RunDirectory:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Writes versions, hardware and whatever else may explain the bits."""
-        self._write_document(_ENVIRONMENT, environment)
+        write_document(self.store, _ENVIRONMENT, environment)
 
     def read_environment(self) -> dict[str, Any]:
         """What ``write_environment`` wrote; empty if it never did, or was killed while it did."""
-        return self._read_document(_ENVIRONMENT) or {}
+        return read_document(self.store, _ENVIRONMENT) or {}
 
     def write_status(self, status: Mapping[str, Any]) -> None:
-        """Overwrites how the run stands."""
-        self._write_document(_STATUS, status)
+        """Overwrites how the run stands; also the sign that its driver lives."""
+        self._held().write(status)
 
     def read_status(self) -> dict[str, Any] | None:
-        """How the run stood last; none if that is not known."""
-        return self._read_document(_STATUS)
+        """How the run stood last; none if that is not known. Just claimed for the first time, it has no step yet."""
+        return newest_status(self.store) or read_document(self.store, _UNCLAIMED_STATUS)
 
     def request_stop(self) -> None:
         """Asks whoever drives the run to save and stop; from anywhere that reaches the store."""
-        self._write_document(_STOP, {"time": round(time.time(), 3)})
+        write_document(self.store, _STOP, {"time": round(time.time(), 3)})
 
     def is_stop_requested(self) -> bool:
         """Whether somebody asked for a stop that has not been answered."""
@@ -111,11 +126,11 @@ class RunDirectory:
 
     def write_tracker_id(self, tracker_id: str) -> None:
         """Writes by which name the tracker knows the run, for later attempts to go on with."""
-        self._write_document(_TRACKER, {"id": tracker_id})
+        write_document(self.store, _TRACKER, {"id": tracker_id})
 
     def read_tracker_id(self) -> str | None:
         """The tracker's name of the run; none before its first attempt."""
-        tracker_id = (self._read_document(_TRACKER) or {}).get("id")
+        tracker_id = (read_document(self.store, _TRACKER) or {}).get("id")
         return tracker_id if isinstance(tracker_id, str) else None
 
     def write_picture(self, name: str, png: bytes) -> str:
@@ -125,12 +140,12 @@ class RunDirectory:
 
     def write_matrix(self, name: str, matrix: Mapping[str, Any]) -> None:
         """Overwrites what a validation came to in a table, such as a confusion matrix."""
-        self._write_document(f"{_MATRICES}/{name}.json", matrix, indent=None)
+        write_document(self.store, f"{_MATRICES}/{name}.json", matrix, indent=None)
 
     def read_matrices(self) -> dict[str, dict[str, Any]]:
         """The newest of each matrix, by name; one whose writer was killed while it wrote is not there."""
         names = [name.removeprefix(f"{_MATRICES}/") for name in self.store.names(_MATRICES) if name.endswith(".json")]
-        found = {name.removesuffix(".json"): self._read_document(f"{_MATRICES}/{name}") for name in sorted(names)}
+        found = {name.removesuffix(".json"): read_document(self.store, f"{_MATRICES}/{name}") for name in sorted(names)}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def write_log(self, attempt: int, rank: int, data: bytes) -> str:
@@ -152,22 +167,12 @@ class RunDirectory:
         """A log by its name."""
         return self.store.read(f"{_LOGS}/{name}")
 
-    def _write_document(self, name: str, document: Mapping[str, Any], indent: int | None = 1) -> None:
-        self.store.write(name, (json.dumps(document, indent=indent) + "\n").encode())
+    def _held(self) -> Claim:
+        assert self._claim is not None, "only the driver that has claimed a run writes here"
+        return self._claim
 
-    def _read_document(self, name: str) -> dict[str, Any] | None:
-        """A JSON document; none if it is missing, or stays torn: its writer was killed while it wrote."""
-        for attempt in range(_READS):
-            if attempt:
-                time.sleep(_SECONDS_BETWEEN_READS)
-            try:
-                document = json.loads(self.store.read(name))
-            except MissingObject:
-                return None
-            except ValueError:
-                continue
-            return document if isinstance(document, dict) else None
-        return None
+    def _log(self, name: str, key: str) -> RowLog:
+        return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
 
 
 def list_runs(store: Store) -> list[RunDirectory]:

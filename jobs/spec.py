@@ -345,9 +345,13 @@ class CheckpointSpec:
     """How many of the newest checkpoints are kept."""
     best: BestSpec | None = None
     """Also make a checkpoint whenever this metric improves, and keep the best one."""
+    patience_s: float = 1800.0
+    """Seconds that the store may be away while training goes on; after that the run ends, and can be resumed."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every_steps", "keep")
+        if not 0 < self.patience_s < math.inf:
+            raise FieldError("patience_s", f"must be finite and above 0 seconds, got {self.patience_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

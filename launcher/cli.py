@@ -29,6 +29,9 @@ _json_option = click.option(
 _cluster_option = click.option(
     "--cluster", metavar="HOST:PORT", help="The Ray cluster to run on, which this host is a node of; else this machine."
 )
+_take_over_option = click.option(
+    "--take-over", is_flag=True, help="Go on in the place of a driver that is alive; that one ends."
+)
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -59,9 +62,10 @@ def main() -> None:
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @_overrides
+@_take_over_option
 @_cluster_option
 @_json_option
-def run(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: bool) -> None:
+def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster: str | None, as_json: bool) -> None:
     """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
     from launcher.description import load
 
@@ -70,21 +74,27 @@ def run(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: boo
         _cheap_checks(description)
     from launcher.runs import begin
 
-    _show_result(lambda display: begin(description, job.parent, display), cluster, as_json)
+    _show_result(lambda display: begin(description, job.parent, display, take_over=take_over), cluster, as_json)
 
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
 @_overrides
 @click.option("--force", is_flag=True, help="Go on even with another description or other data.")
+@_take_over_option
 @_cluster_option
 @_json_option
-def resume(run_url: str, overrides: tuple[str, ...], force: bool, cluster: str | None, as_json: bool) -> None:
+def resume(
+    run_url: str, overrides: tuple[str, ...], force: bool, take_over: bool, cluster: str | None, as_json: bool
+) -> None:
     """Go on with RUN from its newest good checkpoint, with any number of workers."""
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
-    _show_result(lambda display: resume_run(run_directory, overrides, display, force=force), cluster, as_json)
+    def work(display: Any) -> dict[str, Any]:
+        return resume_run(run_directory, overrides, display, force=force, take_over=take_over)
+
+    _show_result(work, cluster, as_json)
 
 
 @main.command()

@@ -14,6 +14,7 @@ from typing import Any
 from cluster import fork_server
 from cluster.agent import Task
 from cluster.checkpoints import join
+from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import (
     ClusterError,
     Interrupted,
@@ -29,7 +30,6 @@ from launcher.pace import Pace
 from launcher.plan import ENTRY
 from launcher.record import Record
 
-_FLUSH_INTERVAL_S = 5.0
 _START_TIMEOUT_S = 180.0
 """How long agents may take from the order to start them until all of them are there."""
 _RATE_WINDOW_S = 20.0
@@ -63,7 +63,6 @@ class Driver:
         """What workers have told of checkpoints that are not whole yet, by step."""
         self._completed = False
         self._interrupts = 0
-        self._stop_asked = False
         self._stop_reason: str | None = None
         self._change: Change | None = None
         """Under way: the workers save, and others take their place."""
@@ -148,12 +147,11 @@ class Driver:
             handle(message)
 
     def _on_hello(self, message: dict[str, Any]) -> None:
-        """An agent is there. When all are, an attempt starts."""
+        """An agent is there. When all are, an attempt can start."""
         self._crew.joined(message, self._clock())
         if self._crew.is_complete:
             shards, num_workers = self._spec.train.shards, self._crew.num_workers
             self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
-            self._start_attempt()
 
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
@@ -219,8 +217,9 @@ class Driver:
             return
         self._shares = {later: shares for later, shares in self._shares.items() if later > step}
         best = (message["best_step"], message["best_metric"])
-        self._record.checkpoint(manifest, best, max(other["seconds"] for other in told))
-        self._ledger.saved(next(other["spent"] for other in told if other["rank"] == 0))
+        spent = next(other["spent"] for other in told if other["rank"] == 0)
+        seconds = max(other["seconds"] for other in told)
+        self._record.checkpoint(manifest, best, seconds, lambda: self._ledger.saved(spent))
 
     def _on_finished(self, message: dict[str, Any]) -> None:
         self._failures.finished(message)
@@ -365,14 +364,15 @@ class Driver:
 
     def _check_time(self) -> None:
         now = self._clock()
+        self._record.tend()
         self._record.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
         self._checked_at = now
         self._account(now)
-        if now - self._flushed_at > _FLUSH_INTERVAL_S:
+        if now - self._flushed_at > STATUS_INTERVAL_S:
             self._flushed_at = now
             self._record.flush()
-            self._stop_asked = self._record.is_stop_requested()
-        self._judge(now)
+        if self._record.is_settled:
+            self._judge(now)
         if self._interrupts > 1:
             raise Interrupted(f"abandoned at step {self._record.state.step}; launcher resume {self._run_url}")
         reason = self._why_stop(now)
@@ -389,7 +389,8 @@ class Driver:
 
     def _see_to_workers(self, now: float) -> None:
         """Starts workers where there are none, and sees whether others would be better than those that train."""
-        if self._change is not None and len(self._finished) == self._crew.num_workers:
+        have_left = self._change is not None and len(self._finished) == self._crew.num_workers
+        if have_left and self._record.is_settled:
             self._ledger.parked(now)
             self._regroup()  # all have saved
         if not self._crew.num_workers:
@@ -403,6 +404,8 @@ class Driver:
                 )
         elif silent := self._crew.silent(now):
             self._on_agents_lost({"lost": silent, "what": ""})
+        elif self._attempt == _NONE and self._record.is_settled:
+            self._start_attempt()
         elif self._trains and self._change is None and self._stop_reason is None:
             change = self._crew.change(now)
             if change is not None:
@@ -419,7 +422,7 @@ class Driver:
         limit = self._spec.train.max_seconds
         if self._interrupts:
             return "stopping on a signal"
-        if self._stop_asked:
+        if self._record.is_stop_requested:
             return "stopping as asked by launcher stop"
         if not self._trains and self._waiting_since is None:
             return None
@@ -448,7 +451,7 @@ class Driver:
         now = self._clock()
         self._ledger.ended(now, kept=error is None)
         self._account(now)
-        self._record.close(status, error)
+        self._record.close(status, error, lambda: self._interrupts > 1)
 
 
 def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:

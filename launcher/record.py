@@ -1,21 +1,22 @@
 """What a run leaves behind while it goes on: rows, checkpoints, events and status, and what people see of them.
 
 The driver decides what happens; here it is written down. There is one of it, and one run directory, tracker and
-display that it writes to.
+display that it writes to. The run directory is written behind the driver's back: it never waits for the store.
 """
 
-import os
-import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from cluster.checkpoints import Manifest
-from cluster.errors import LauncherError, StorageError
+from cluster.claims import STATUS_INTERVAL_S, SupersededError
+from cluster.errors import CheckpointError, LauncherError
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
+from launcher.background import Background
 from launcher.goodput import goodput
 from launcher.plan import Plan
 from launcher.progress import Progress
@@ -25,7 +26,7 @@ _RATE_WINDOW_S = 20.0
 
 @dataclass(slots=True)
 class RunState:
-    """What the driver knows of the run, and ``status.json`` tells."""
+    """What the driver knows of the run, and its status tells."""
 
     status: str = "running"
     step: int = 0
@@ -54,8 +55,22 @@ class RunState:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A checkpoint whose files are written, and that does not exist yet."""
+
+    manifest: Manifest
+    best: tuple[int | None, float | None]
+    seconds: float
+    committed: Callable[[], None]
+
+
 class Record:
-    """The books of a run."""
+    """The books of a run, which this process has claimed; they are kept between entering and leaving.
+
+    While the store is away they are kept in memory: the rows and events of that time, the newest status, the newest
+    matrix of each name, and the saves whose files were written before.
+    """
 
     def __init__(
         self, *, spec: JobSpec, plan: Plan, run: RunDirectory, state: RunState, display: Progress, tracker: Tracker
@@ -75,6 +90,24 @@ class Record:
         self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
         self._bad_steps: set[int] = set()
+        self._newest_row = state.step
+        self._unproven_step = 0
+        self._matrices: dict[str, dict[str, Any]] = {}
+        self._saves: deque[_Save] = deque()
+        self._committed: deque[_Save] = deque()
+        self._newest_save: _Save | None = None  # after which nothing old has been removed yet
+        self._status = self.document() | {"unsaved": self.state.unsaved}
+        self._is_closing = False
+        self._is_stop_requested = False
+        self._away_since: float | None = None
+        self._background = Background(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s)
+
+    def __enter__(self) -> Self:
+        self._background.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.__exit__()
 
     def document(self) -> dict[str, Any]:
         """The ``--json`` document."""
@@ -92,17 +125,16 @@ class Record:
 
     def event(self, kind: str, **content: Any) -> None:
         """Events are rare, and the last one before a machine dies is the one that matters: each is stored at once."""
-        self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
-        self._events.flush()
+        self._tell(kind, content)
+        self._background.ask()
 
     def begins_at(self, step: int) -> None:
         """The workers stand at a step; rows beyond it will be made anew."""
-        self._metrics.flush()
-        rows = self._metrics.read()
-        if rows and rows[-1]["step"] > step:
-            self._metrics.compact(row for row in rows if row["step"] <= step)
+        if step > self._newest_row:
+            self._unproven_step = step
+        self._metrics.cut(step + 1)
         self.event("training", step=step)
-        self.state.step = self.saved_step = step
+        self.state.step = self.saved_step = self._newest_row = step
         self._rates.clear()
         self.display.phase(f"training from step {step}" if step else "training")
 
@@ -112,6 +144,7 @@ class Record:
         self._metrics.append(row)
         self._tracker.log(row | self._throughput(sent_at, row["samples"]))
         state.step, state.samples = row["step"], row["samples"]
+        self._newest_row = row["step"]
         state.epoch = row["step"] // self._plan.steps_per_epoch
         metrics = {name: value for name, value in row.items() if "/" in name}
         state.metrics |= metrics
@@ -127,59 +160,163 @@ class Record:
 
     def matrix(self, name: str, matrix: dict[str, Any]) -> None:
         """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
-        self._run.write_matrix(name.replace("/", "-"), matrix)
+        self._matrices[name.replace("/", "-")] = matrix
 
     def fell_back(self, step: int, defect: str) -> None:
         """A checkpoint is bad, and an older one is used; it stays for somebody to look at."""
         self._bad_steps.add(step)
         self.event("fell_back", step=step, defect=defect)
 
-    def checkpoint(self, manifest: Manifest, best: tuple[int | None, float | None], seconds: float) -> None:
-        """Workers have written the files of a checkpoint. Rows first, then the manifest: what is committed is whole.
+    def checkpoint(
+        self,
+        manifest: Manifest,
+        best: tuple[int | None, float | None],
+        seconds: float,
+        committed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Workers have written the files of a checkpoint; it exists as soon as its manifest is in the store.
 
         Args:
             manifest: Of the files.
             best: Step and value of the best checkpoint by then, if one is watched for.
             seconds: What the save took.
+            committed: Called by ``tend`` once the checkpoint exists.
         """
-        self._metrics.flush()
-        self._run.checkpoints.commit(manifest)
-        self._bad_steps.discard(manifest.step)
-        self.state.state_sha256 = manifest.state_sha256
-        self.saved_step, self.save_s = manifest.step, seconds
-        best_step, value = best
-        if self._spec.checkpoint.best is not None and best_step is not None:
-            self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
-        self.event("checkpoint", step=manifest.step, state_sha256=manifest.state_sha256)
-        removed = self._run.checkpoints.retain(self._spec.checkpoint.keep, best_step, self._bad_steps)
-        if removed:
-            self.event("checkpoints_removed", steps=removed)
+        self._saves.append(_Save(manifest, best, seconds, committed))
+        self._background.ask()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the store answers, and every save is a checkpoint: workers that start now find the newest."""
+        return not self._saves and not self._committed and self._background.failing is None
+
+    @property
     def is_stop_requested(self) -> bool:
         """Whether somebody has asked for a stop, in the run directory."""
-        return self._run.is_stop_requested()
+        return self._is_stop_requested
+
+    def tend(self) -> None:
+        """Takes note of what has been written, and of a store that goes away or is back. Never waits.
+
+        Raises:
+            SupersededError: Another driver has taken the run over.
+            StorageError: The store has been away for longer than patience lasts.
+            CheckpointError: The workers began at a checkpoint that is not this run's.
+        """
+        while self._committed:
+            self._note(self._committed[0])
+            self._committed.popleft()
+        failing = self._background.failing
+        if failing is not None and self._away_since is None:
+            self._away_since, error = failing
+            patience_s = self._spec.checkpoint.patience_s
+            self.display.warn(f"{error}; training goes on without the store, for {patience_s:g} s at most")
+        elif failing is None and self._away_since is not None:
+            away_s, self._away_since = round(time.monotonic() - self._away_since, 1), None
+            self.event("store_away", step=self.state.step, seconds=away_s)
+            self.display.message(f"the store is back after {away_s:g} s")
+        self._background.check()
 
     def flush(self) -> None:
-        """Stores what is not yet stored, and how the run stands."""
-        self._metrics.flush()
-        here = {"updated": round(time.time(), 3), "host": socket.gethostname(), "pid": os.getpid()}
-        self._run.write_status(self.document() | {"unsaved": self.state.unsaved} | here)
+        """Has stored what is not yet stored, and how the run stands."""
+        self._status = self.document() | {"unsaved": self.state.unsaved}
+        self._background.ask()
 
-    def close(self, status: str, error: LauncherError | None) -> None:
-        """Closes the books. A store that fails here, after a failure, must not hide that failure."""
-        self.state.status = status
-        self.state.error = None if error is None else str(error)
+    def close(self, status: str, error: LauncherError | None, is_abandoned: Callable[[], bool]) -> None:
+        """Closes the books. A store that fails here, after a failure, must not hide that failure.
+
+        Raises:
+            LauncherError: What happened was not written: the run is not complete, or it is another driver's.
+        """
         failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
+            if not self.is_settled:
+                self._background.finish(is_abandoned)
+            self.tend()
+            self.state.status = status
+            self.state.error = None if error is None else str(error)
             self.event(status, step=self.state.step, **failure)
+            self._is_closing = True
             self.flush()
-            self._run.clear_stop()
-            self._metrics.compact()
-            self._events.compact()
-        except StorageError as storage_error:
-            if error is None:
+            self._background.finish(is_abandoned)
+        except LauncherError as late:
+            self.state.status, self.state.error = "failed", str(error or late)
+            if error is None or isinstance(late, SupersededError):
                 raise
-            self.display.warn(f"the run directory could not be closed: {storage_error}")
+            if late is not error:
+                self.display.warn(f"the run directory could not be closed: {late}")
+
+    def write(self) -> None:
+        """Writes what there is to write; called in the background, and again after a failure.
+
+        Raises:
+            LauncherError: What was not written stays to be written.
+        """
+        is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
+        self._run.check_claim()
+        self._prove()
+        self._metrics.flush()
+        for save in saves:
+            self._commit(save)
+        if self._newest_save is not None:
+            self._retain(self._newest_save)
+        self._events.flush()
+        for name in list(self._matrices):
+            matrix = self._matrices[name]
+            self._run.write_matrix(name, matrix)
+            if self._matrices[name] is matrix:
+                del self._matrices[name]
+        if is_closing:
+            self._run.clear_stop()
+            self._metrics.publish()
+            self._events.publish()
+        self._run.write_status(self._status)
+        self._is_stop_requested = self._run.is_stop_requested()
+        if is_closing:
+            self._run.check_claim()  # else it would end well, and not know that the run is another's
+
+    def _commit(self, save: _Save) -> None:
+        """Rows first, which are written by now, then the manifest: what is committed is whole."""
+        manifest = save.manifest
+        self._run.check_claim()
+        self._run.checkpoints.commit(manifest)
+        self._bad_steps.discard(manifest.step)
+        self._tell("checkpoint", {"step": manifest.step, "state_sha256": manifest.state_sha256})
+        self._newest_save = save
+        self._committed.append(save)
+        self._saves.popleft()
+        self._events.flush()
+
+    def _retain(self, save: _Save) -> None:
+        self._run.check_claim()
+        keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
+        removed = self._run.checkpoints.retain(keep, save.best[0], bad)
+        if removed:
+            self._tell("checkpoints_removed", {"steps": removed})
+        self._newest_save = None
+
+    def _tell(self, kind: str, content: dict[str, Any]) -> None:
+        self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
+
+    def _note(self, save: _Save) -> None:
+        """A checkpoint exists."""
+        manifest, (best_step, value) = save.manifest, save.best
+        self.state.state_sha256 = manifest.state_sha256
+        self.saved_step, self.save_s = manifest.step, save.seconds
+        if self._spec.checkpoint.best is not None and best_step is not None:
+            self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
+        save.committed()
+
+    def _prove(self) -> None:
+        """Makes sure that a checkpoint beyond the rows that were known has rows; they are written before it is."""
+        step = self._unproven_step
+        rows = self._metrics.read() if step else []
+        if rows and rows[-1]["step"] < step:
+            raise CheckpointError(
+                f"{self._run.checkpoints.url(step)}: was written by a driver that had lost the run: there are rows of "
+                f"metrics up to step {rows[-1]['step']} only; remove that folder, then launcher resume {self._run.url}"
+            )
+        self._unproven_step = 0
 
     def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
         """Images per second over the last moments, by the workers' clock."""

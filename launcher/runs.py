@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.ray_cluster import Node, WorkerResources, import_ahead, is_joined, local_cluster, nodes
 from cluster.ray_train import WorkerGroup
@@ -33,7 +34,7 @@ from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
-from launcher.status import is_driven_here
+from launcher.status import is_driven, without_driver
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -46,13 +47,14 @@ _DECISIVE_PACKAGES = ("torch", "torchvision", "numpy")
 """Packages whose version may change a bit."""
 
 
-def begin(description: Description, folder: Path, display: Progress) -> dict[str, Any]:
+def begin(description: Description, folder: Path, display: Progress, *, take_over: bool = False) -> dict[str, Any]:
     """Runs a job from its description; a run that exists already is continued if it is the same one.
 
     Args:
         description: What to run.
         folder: Where the job file lies, for the user's own modules.
         display: Shows progress.
+        take_over: Even from a driver that is alive, which then ends.
 
     Returns:
         The ``--json`` document.
@@ -64,15 +66,19 @@ def begin(description: Description, folder: Path, display: Progress) -> dict[str
     run = _run_directory(description)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
-        return _continue(run, stored, description, import_paths, display, force=False)
+        return _continue(run, stored, description, import_paths, display, force=False, take_over=take_over)
     import_ahead()
     plan = make_plan(description, import_paths, _nodes_there())
     display.message(one_line(description.spec, plan))
     return _train(run, description, plan, import_paths, display)
 
 
-def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, force: bool = False) -> dict[str, Any]:
+def resume(
+    run: RunDirectory, overrides: Sequence[str], display: Progress, *, force: bool = False, take_over: bool = False
+) -> dict[str, Any]:
     """Goes on with a run from its newest good checkpoint, from its directory alone.
+
+    ``force``: even with another description or other data; ``take_over``: even from a driver that is alive.
 
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
@@ -88,7 +94,7 @@ def resume(run: RunDirectory, overrides: Sequence[str], display: Progress, *, fo
     with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
         os.chdir(environment.get("working_directory", "."))
     import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())
-    return _continue(run, stored, wanted, import_paths, display, force=force)
+    return _continue(run, stored, wanted, import_paths, display, force=force, take_over=take_over)
 
 
 def plan_only(description: Description, folder: Path) -> Plan:
@@ -139,8 +145,9 @@ def _continue(
     display: Progress,
     *,
     force: bool,
+    take_over: bool,
 ) -> dict[str, Any]:
-    """Goes on with a run that exists, if what is wanted is that run."""
+    """Goes on with a run that exists, if what is wanted is that run, and nobody drives it."""
     changed = differences(stored.spec, wanted.spec)
     unsafe = [change for change in changed if not _is_safe(change.key)]
     if unsafe and not force:
@@ -149,11 +156,11 @@ def _continue(
             f"{wanted.source}: the run {run.url} exists with another description: {listed}; "
             "give this one another name, or resume with --force to change the run"
         )
+    _meet_other_driver(run, display, take_over=take_over)
     status = run.read_status()
-    _refuse_second_driver(run, status)
     if status is not None and status["status"] == "completed" and not unsafe:
         display.message(f"{run.url} is complete; nothing to do (another name starts another run)")
-        return _document(status)
+        return without_driver(status)
     for change in changed:
         display.message(f"changed {change}")
     import_ahead()
@@ -163,7 +170,7 @@ def _continue(
     plan = make_plan(left_to_load, import_paths, _nodes_there())
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
-        return _document(status)
+        return without_driver(status)
     fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
@@ -184,6 +191,7 @@ def _train(
 ) -> dict[str, Any]:
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
     spec = description.spec
+    run.claim()
     _warn_of_other_versions(run, display)
     run.clear_stop()  # one that was asked of an earlier driver
     run.write_job(description.text)
@@ -200,7 +208,7 @@ def _train(
 
     try:
         display.phase("starting Ray")
-        with contextlib.nullcontext() if is_joined() else local_cluster(num_cores()):
+        with record, contextlib.nullcontext() if is_joined() else local_cluster(num_cores()):
             driver.drive(make_crew)
     except LauncherError as error:
         error.document = record.document()
@@ -236,20 +244,27 @@ def _is_safe(key: str) -> bool:
     return any(key == safe or key.startswith(safe + ".") for safe in _SAFE)
 
 
-def _document(status: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in status.items() if name not in ("updated", "host", "pid")}
-
-
-def _refuse_second_driver(run: RunDirectory, status: dict[str, Any] | None) -> None:
-    """Two drivers would write over each other; one that lives on this machine is certain."""
-    if status is not None and status["status"] == "running" and is_driven_here(status):
-        raise ClusterError(f"{run.url}: process {status['pid']} on this machine is running it; stop that one first")
+def _meet_other_driver(run: RunDirectory, display: Progress, *, take_over: bool) -> None:
+    """Refuses to take a run from a driver that is alive, unless that is wanted."""
+    status = run.read_status()
+    if status is None or status["status"] != "running":
+        return
+    driver = f"process {status['pid']} on {status['host']}"
+    if take_over:
+        display.message(f"taking {run.url} over from {driver}")
+    elif is_driven(run, status):
+        raise ClusterError(
+            f"{run.url}: {driver} is running it; stop it with `launcher stop {run.url}`, or add --take-over to go on "
+            "here in its place"
+        )
+    else:
+        display.message(f"{driver} ran {run.url} and is gone: going on in its place")
 
 
 def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
-    if status is not None:
+    if status is not None and "seconds" in status:  # else it was claimed, and never begun
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
         state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
@@ -347,9 +362,12 @@ def _write_pictures(run: RunDirectory, name: str, display: Progress) -> dict[str
     """The pictures of the run; a store that fails now must not hide how the run ended."""
     try:
         pictures = draw(run.metrics().read(), run.read_matrices(), name)
+        run.check_claim()
         for picture, png in pictures.items():
             run.write_picture(picture, png)
     except StorageError as error:
         display.warn(f"the pictures were not written: {error}")
+        return {}
+    except SupersededError:  # how the run ended tells it
         return {}
     return pictures

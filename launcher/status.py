@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
 
@@ -13,18 +14,20 @@ _FOLLOW_INTERVAL_S = 2.0
 _STOP_INTERVAL_S = 0.5
 _SILENCE_S = 120.0
 """A driver writes every few seconds; one that has not for this long is gone."""
+_WATCH_S = 2 * STATUS_INTERVAL_S + 2.0
+_NOT_BEGUN: dict[str, Any] = {
+    "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
+    "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
+}  # fmt: skip
+"""What there is to say of a run that has not begun."""
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
-    """The ``--json`` document of a run, whoever wrote it last; reads one or two small objects."""
+    """The ``--json`` document of a run, whoever wrote it last; a listing, and one small object."""
     status = run.read_status()
     if status is None:
-        return {
-            "run": run.url, "status": "failed", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None,
-            "workers": 0, "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
-            "error": "it ended before its first step",
-        }  # fmt: skip
-    document = {name: value for name, value in status.items() if name not in ("host", "pid")} | {"run": run.url}
+        return _NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
+    document = _NOT_BEGUN | without_driver(status) | {"run": run.url}
     if status["status"] == "running" and _is_gone(status):
         silent_s = time.time() - status["updated"]
         document |= {
@@ -32,6 +35,11 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
             "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
         }
     return document
+
+
+def without_driver(status: dict[str, Any]) -> dict[str, Any]:
+    """A status without who wrote it."""
+    return {name: value for name, value in status.items() if name not in ("host", "pid", "claimed")}
 
 
 def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
@@ -96,18 +104,32 @@ def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterat
         time.sleep(_FOLLOW_INTERVAL_S)
 
 
-def is_driven_here(status: dict[str, Any]) -> bool:
-    """Whether the driver that wrote ``status.json`` is a process of this machine, and alive."""
-    if status["host"] != socket.gethostname():
-        return False
-    try:
-        command = Path(f"/proc/{status['pid']}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return b"launcher" in command  # another process may have its number by now
+def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
+    """Whether the driver that wrote this status is alive.
+
+    From another machine that shows in what it writes: it may take two of its intervals to see. What it wrote at two
+    moments is compared, for its clock need not agree with ours.
+    """
+    if status["host"] == socket.gethostname() or _is_gone(status):
+        return not _is_gone(status)
+    deadline = time.monotonic() + _WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(_STOP_INTERVAL_S)
+        newest = run.read_status()
+        if newest != status:
+            return newest is not None and newest["status"] == "running"
+    return False
 
 
 def _is_gone(status: dict[str, Any]) -> bool:
     if status["host"] == socket.gethostname():
-        return not is_driven_here(status)
+        return not _is_launcher(status["pid"])
     return time.time() - status["updated"] > _SILENCE_S
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process of this machine is one of ours, and alive; another may have its number by now."""
+    try:
+        return b"launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

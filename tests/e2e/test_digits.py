@@ -55,7 +55,7 @@ def test_leaves_a_run_directory(ended: Ended, home: Path) -> None:
     run = home / "runs" / "digits"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     steps = {"step-00000220", f"step-{ended.document['best']['step']:08d}"}
-    expected = {"job.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "curves.png"}
+    expected = {"job.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "curves.png"}
     expected |= {f"checkpoints/{step}/manifest.json" for step in steps}
     expected |= {f"logs/attempt-000-worker-{rank:03d}.log" for rank in range(2)}
     assert expected <= names

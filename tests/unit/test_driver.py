@@ -41,8 +41,12 @@ class Group:
         self.orders: list[dict[str, Any]] = []
         self.started: list[int] = []
         self.is_closed = False
+        self.is_settled: Callable[[], bool] = lambda: True
 
     def messages(self, timeout_s: float) -> list[Message]:
+        if not self.is_settled():  # the script goes on when the store has what was said
+            time.sleep(0.001)
+            return []
         assert self.script, "the driver waits for what never comes"
         said = self.script.pop(0)
         self.now += timeout_s if isinstance(said, list) else said
@@ -87,11 +91,14 @@ def drive(
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(io.StringIO(), clock=lambda: group.now)
+    run.claim()
     record = Record(spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
+    group.is_settled = lambda: record.is_settled
     driver = Driver(spec=spec, run_url=run.url, record=record, clock=lambda: group.now)
     scripted: Any = group
     try:
-        driver.drive(lambda: Crew(scripted, spec.workers, lambda: look(group.now)))
+        with record:
+            driver.drive(lambda: Crew(scripted, spec.workers, lambda: look(group.now)))
     finally:
         assert group.is_closed
         assert not group.script, "the driver left before the end of the script"

@@ -1,5 +1,6 @@
 """The rows that are read, whatever happened while they were written."""
 
+import itertools
 import json
 
 import pytest
@@ -22,8 +23,16 @@ def store(faults) -> Store:
     return Store("crash://run", patience_s=0)
 
 
+_numbers = itertools.count(1)
+
+
+def open_log(store: Store, name: str, key: str = "seq") -> RowLog:
+    """The log for a new writer, who comes after all others."""
+    return RowLog(store, name, key=key, writer=f"{next(_numbers):08d}-00000000")
+
+
 def metrics(store: Store) -> RowLog:
-    return RowLog(store, "metrics", key="step")
+    return open_log(store, "metrics", key="step")
 
 
 def write(log: RowLog, *steps: int, loss: float = 0.5) -> None:
@@ -63,14 +72,14 @@ def test_a_later_row_of_a_step_replaces_the_earlier_one(store):
     assert [(row["step"], row["loss"]) for row in metrics(store).read()] == [(1, 0.1), (2, 0.2), (3, 0.2), (4, 0.2)]
 
 
-def test_events_are_numbered_on_over_writers_and_compactions(store):
+def test_events_are_numbered_on_over_writers(store):
     for writer in range(3):
-        log = RowLog(store, "events")
+        log = open_log(store, "events")
         for kind in ("started", "stopped"):
             log.append({"kind": kind, "writer": writer})
             log.flush()
         if writer:
-            log.compact()
+            log.publish()
     assert [(row["seq"], row["writer"]) for row in RowLog(store, "events").read()] == [
         (0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2),
     ]  # fmt: skip
@@ -82,43 +91,63 @@ def test_small_flushes_share_a_part_and_a_full_part_is_left_alone(store, faults,
     for step in range(40):
         write(log, step)
     assert steps(log) == list(range(40))
-    assert len(store.names("metrics")) == 5
-    assert len(faults.calls) == 40 + 35  # each flush one part, that replaces the one before unless that was full
+    assert len(store.names("metrics")) == 1 + 5
+    # A cut; then each flush one part, that replaces the one before unless that was full.
+    assert len(faults.calls) == 1 + 40 + 35
 
 
-def test_a_new_writer_adds_parts_beyond_those_there_are(store):
+def test_a_new_writer_leaves_nothing_of_the_one_before(store):
     write(metrics(store), 1)
+    first = set(store.names())
     write(metrics(store), 2)
-    assert store.names() == ["metrics/part-00000000.jsonl", "metrics/part-00000001.jsonl"]
+    assert steps(metrics(store)) == [1, 2]
+    assert first.isdisjoint(store.names())
+    assert len(store.names()) == 2  # a cut, and a part with the rows of both
 
 
-def test_compacting_leaves_one_object_of_plain_rows(store):
+def test_what_an_older_writer_adds_does_not_count(store):
+    old, new = metrics(store), metrics(store)
+    write(old, 1, 2, 3, 4)
+    new.cut(3)
+    new.flush()
+    old.cut(1)  # it stands at the beginning again
+    write(old, 3, 9, loss=0.9)
+    write(new, 3)
+    assert [(row["step"], row["loss"]) for row in metrics(store).read()] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+
+
+def test_a_log_from_before_writers_had_names(store):
+    store.write("metrics.jsonl", b'{"step": 1}\n{"step": 2}\n')
+    store.write("metrics/part-00000000.jsonl", b'{"step": 2, "loss": 1}\n{"step": 3}\n')
+    store.write("metrics/part-00000001.jsonl", b'{"step": 3, "loss": 2}\n')
+    rows = [{"step": 1}, {"step": 2, "loss": 1}, {"step": 3, "loss": 2}]
+    assert metrics(store).read() == rows
+    write(metrics(store), 4)
+    assert metrics(store).read() == [*rows, {"step": 4, "loss": 0.5}]
+    assert not any("part-" in name for name in store.names())
+
+
+def test_the_copy_for_people_is_plain_rows_and_counts_least(store):
     write(metrics(store), 1, 2)
     log = metrics(store)
     write(log, 2, 3)
-    log.compact()
-    assert store.names() == ["metrics.jsonl"]
+    log.publish()
     assert [json.loads(line)["step"] for line in store.read("metrics.jsonl").splitlines()] == [1, 2, 3]
+    store.write("metrics.jsonl", b'{"step": 1, "loss": 7}\n{"step": 9}\n')
     write(log, 4)
-    assert steps(log) == [1, 2, 3, 4]
+    assert [(row["step"], row["loss"]) for row in log.read()] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.5)]
 
 
-def test_compacting_the_rows_of_a_resume_drops_the_rest(store):
+def test_a_cut_drops_the_rows_before_it_and_not_those_after_it(store):
     write(metrics(store), 1, 2, 3, 4)
     log = metrics(store)
-    log.compact(row for row in log.read() if row["step"] <= 2)
-    assert steps(log) == [1, 2]
-    write(log, 3, loss=0.9)
-    assert log.read()[-1] == {"step": 3, "loss": 0.9}
-
-
-def test_rows_not_flushed_outlive_a_compaction(store):
-    log = metrics(store)
-    write(log, 1)
-    log.append({"step": 2})
-    log.compact()
+    log.append({"step": 5})
+    log.cut(3)
+    assert steps(metrics(store)) == [1, 2, 3, 4], "it waits for a flush"
+    log.append({"step": 3, "loss": 0.9})
     log.flush()
-    assert steps(log) == [1, 2]
+    assert steps(log) == [1, 2, 3]
+    assert log.read()[-1] == {"step": 3, "loss": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +155,7 @@ def test_rows_not_flushed_outlive_a_compaction(store):
 )
 def test_a_torn_line_is_left_out(store, torn):
     write(metrics(store), 1, 2)
-    store.write("metrics/part-00000001.jsonl", b'{"step": 9}\n' + torn)
+    store.write("metrics/99999999-00000000-00000000.jsonl", b'{"step": 9}\n' + torn)
     store.write("metrics/notes.txt", b'{"step": 10}\n')
     assert steps(metrics(store)) == [1, 2, 9]
 
@@ -144,7 +173,7 @@ def test_a_refused_flush_loses_and_repeats_nothing(store, faults):
 
 
 def test_a_refused_delete_loses_and_repeats_nothing(store, faults):
-    log = RowLog(store, "events")
+    log = open_log(store, "events")
     log.append({"kind": "a"})
     log.flush()
     faults.at, faults.kind = len(faults.calls) + 1, "refused"
@@ -159,58 +188,47 @@ def test_a_refused_delete_loses_and_repeats_nothing(store, faults):
 
 @pytest.mark.parametrize("kind", ["before", "torn", "after"])
 @pytest.mark.parametrize("key", ["step", "seq"])
-def test_a_kill_at_any_call_of_a_compaction_changes_no_row(store, kind, key):
-    """Also while the compacted file of an earlier time is overwritten, when nothing else holds its rows."""
+@pytest.mark.parametrize("cut", [None, 22])
+def test_a_kill_at_any_call_of_a_new_writer_changes_no_row(store, kind, key, cut, monkeypatch):
+    monkeypatch.setattr(row_log, "_PART_BYTES", 200)
     for first in (0, 10, 20):
-        log = RowLog(store, "log", key=key)
+        log = open_log(store, "log", key)
         for step in range(first, first + 10):
             log.append({"step": step, "text": "x" * step})
             log.flush()
-        if first < 20:
-            log.compact()
-    for loss in (0.1, 0.2, 0.3):  # of the keyed log, rows that replace each other from part to part
-        write(RowLog(store, "log", key=key), 29, 30, loss=loss)
-    before = RowLog(store, "log", key=key).read()
-    assert len(before) == {"step": 31, "seq": 36}[key]
+        log.publish()
+    log = open_log(store, "log", key)
+    before = log.read()
+    assert len(before) == 30
+
+    def begin() -> None:
+        log = open_log(store, "log", key)
+        if cut is not None:
+            log.cut(cut)
+        log.append({"step": 30})
+        log.flush()
 
     content, at = copy_of_store(), 0
+    kept = [row for row in before if cut is None or row[key] < cut]
     while True:
         faults = restore(content)
         faults.at, faults.kind = at, kind
         try:
-            RowLog(store, "log", key=key).compact()
+            begin()
         except Killed:
             assert faults.fired == 1
-            assert RowLog(store, "log", key=key).read() == before, faults.calls[-1]
+            found = open_log(store, "log", key).read()
+            assert found[: len(kept)] == kept, faults.calls[-1]
+            assert found in (before, kept, [*before, found[-1]], [*kept, found[-1]])
             faults.at = None
-            RowLog(store, "log", key=key).compact()
-        assert RowLog(store, "log", key=key).read() == before
-        assert store.names() == ["log.jsonl"]
+            begin()
+        found = open_log(store, "log", key).read()
+        assert found[: len(kept)] == kept
+        assert found[-1]["step"] == 30
         if not faults.fired:
             break
         at += 1
-    assert at >= 5  # a copy, the file, and at least three parts
-
-
-@pytest.mark.parametrize("kind", ["before", "torn", "after"])
-def test_a_kill_at_any_call_of_a_resume_keeps_the_rows_it_goes_on_from(store, kind):
-    for first in (0, 4, 8):
-        write(metrics(store), *range(first, first + 4))
-    content, at = copy_of_store(), 0
-    while True:
-        faults = restore(content)
-        faults.at, faults.kind = at, kind
-        log = metrics(store)
-        try:
-            log.compact([row for row in log.read() if row["step"] <= 5])
-        except Killed:
-            assert faults.fired == 1
-            assert steps(metrics(store))[:6] == [0, 1, 2, 3, 4, 5]
-        if not faults.fired:
-            break
-        at += 1
-    assert at == 6  # a copy, the file, three parts, the copy
-    assert steps(metrics(store)) == [0, 1, 2, 3, 4, 5]
+    assert at >= 8  # a copy, a cut, the parts of the writer before, and what is new
 
 
 @pytest.mark.parametrize("kind", ["before", "torn", "after"])
@@ -231,7 +249,7 @@ def test_a_kill_at_any_call_of_a_flush_keeps_all_rows_flushed_before(store, kind
         if not faults.fired:
             break
         at += 1
-    assert at == 6 + 5  # six parts written, five of them replaced by the next
+    assert at == 1 + 6 + 5  # a cut; six parts written, five of them replaced by the next
 
 
 @pytest.mark.parametrize("verb", ["list", "read"])

@@ -1,9 +1,12 @@
 """What lies where in a run's directory."""
 
+import os
+import re
 import time
 
 import pytest
 
+from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory, list_runs
 from cluster.storage import MissingObject, Store
 
@@ -22,6 +25,7 @@ def pauses(monkeypatch) -> list[float]:
 
 
 def test_every_name_of_a_run(run):
+    run.claim()
     run.write_job("name: digits\n")
     run.write_environment({"torch": "2.13"})
     run.write_status({"step": 5})
@@ -33,14 +37,17 @@ def test_every_name_of_a_run(run):
     for log in (run.metrics(), run.events()):
         log.append({"step": 5})
         log.flush()
-        log.compact()
-    assert run.store.names() == [
-        f"checkpoints/{part.object}", "curves.png", "environment.json", "events.jsonl", "job.yaml",
-        "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl", "status.json",
-        "tracker.json",
+        log.publish()
+    names = [re.sub("00000001-[0-9a-f]{8}", "CLAIM", name) for name in run.store.names()]
+    assert names == [
+        f"checkpoints/{part.object}", "curves.png", "drivers/CLAIM.json", "environment.json", "events.jsonl",
+        "events/CLAIM-00000000-from-00000000.jsonl", "events/CLAIM-00000002.jsonl", "job.yaml",
+        "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl",
+        "metrics/CLAIM-00000000-from-00000000.jsonl", "metrics/CLAIM-00000002.jsonl", "tracker.json",
     ]  # fmt: skip
     assert (run.name, run.read_job(), run.read_environment()) == ("digits", "name: digits\n", {"torch": "2.13"})
-    assert (run.read_status(), run.read_tracker_id()) == ({"step": 5}, "abc")
+    status = run.read_status()
+    assert (status["step"], status["pid"], run.read_tracker_id()) == (5, os.getpid(), "abc")
     assert run.events().read() == [{"seq": 0, "step": 5}]
 
 
@@ -54,10 +61,19 @@ def test_a_run_that_is_not_there(run, tmp_path):
 
 
 def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
-    run.write_status({"step": 5})
-    run.store.write("status.json", b'{"st')
+    run.claim()
+    (claim,) = run.store.names("drivers")
+    run.store.write(claim, b'{"st')
     monkeypatch.setattr(time, "sleep", lambda seconds: run.write_status({"step": 6}))  # noqa: ARG005
-    assert run.read_status() == {"step": 6}
+    assert run.read_status()["step"] == 6
+
+
+def test_a_status_from_before_drivers_had_claims_is_carried_on(run):
+    run.store.write("status.json", b'{"status": "stopped", "step": 7, "host": "a", "pid": 1}')
+    assert run.read_status()["step"] == 7
+    run.claim()
+    status = run.read_status()
+    assert (status["status"], status["step"], status["pid"]) == ("running", 7, os.getpid())
 
 
 def test_a_document_that_stays_torn_is_not_known(run, pauses):
@@ -65,6 +81,18 @@ def test_a_document_that_stays_torn_is_not_known(run, pauses):
         run.store.write(name, b'{"id')
     assert (run.read_status(), run.read_environment(), run.read_tracker_id()) == (None, {}, None)
     assert sum(pauses) < 1
+
+
+def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
+    for number in range(3):
+        run.claim()
+        log = run.events()
+        log.append({"number": number})
+        log.flush()
+        run.store.delete(run.store.names("drivers"))
+    assert [row["number"] for row in run.events().read()] == [0, 1, 2]
+    with pytest.raises(StorageError, match="holds no drivers any more; mount the store again, or restore it"):
+        run.check_claim()
 
 
 def test_the_newest_of_each_matrix_is_kept(run):

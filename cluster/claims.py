@@ -1,0 +1,101 @@
+"""Who drives a run: one process at a time, on a store that has neither locks nor compare-and-swap.
+
+Whoever begins to drive writes a claim, ``drivers/00000002-1f3ac0de.json``: its number is one more than the newest's,
+its token is random. The claim that is last by number and token holds, and nobody can take that back but a later one.
+A driver makes sure that its claim holds before it writes. That is no lock: it can be stopped between the two for as
+long as the machine likes. So what two drivers write has the claim in its name, and what the older one writes late is
+passed over by whoever reads. A claim holds the newest status of its driver, and so is its sign of life too.
+"""
+
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster.documents import read_document, write_document
+from cluster.errors import ClusterError, StorageError
+from cluster.storage import Store
+
+STATUS_INTERVAL_S = 5.0
+"""A driver that lives, and reaches the store, writes how the run stands at least as often."""
+
+_FOLDER = "drivers"
+_NAME = re.compile(rf"{_FOLDER}/([0-9]{{8}}-[0-9a-f]{{8}})\.json")
+
+
+class SupersededError(ClusterError):
+    """Another driver has taken the run over; this one writes nothing more."""
+
+
+class Claim:
+    """A driver's hold on the run in a store."""
+
+    def __init__(self, store: Store, status: Mapping[str, Any] | None, after: str = "") -> None:
+        """Claims the run, whoever holds it now.
+
+        Args:
+            store: The run's.
+            status: How the run stands so far, if that is known.
+            after: A claim that this one comes after, should a person have removed it.
+
+        Raises:
+            SupersededError: Another driver has claimed it at the same moment, and has won.
+        """
+        earlier = _ids(store)
+        number = 1 + int(max([*earlier, after]).partition("-")[0] or 0)
+        self.id = f"{number:08d}-{secrets.token_hex(4)}"
+        """Orders what drivers write: a later driver's is greater."""
+        self._store = store
+        self._identity = {"host": socket.gethostname(), "pid": os.getpid(), "claimed": round(time.time(), 3)}
+        self.write({**(status or {}), "status": "running"})
+        self.check()
+        store.delete(map(_object, earlier))
+
+    def write(self, status: Mapping[str, Any]) -> None:
+        """Overwrites how the run stands, as this driver knows it."""
+        document = {**status, **self._identity, "updated": round(time.time(), 3)}
+        write_document(self._store, _object(self.id), document)
+
+    def check(self) -> None:
+        """Makes sure that the claim holds; one listing.
+
+        Raises:
+            SupersededError: Another driver holds the run.
+            StorageError: The store does not answer, or shows no claim at all, as one that is not mounted does.
+        """
+        ids = _ids(self._store)
+        if not ids:
+            raise StorageError(f"{self._store.url}: holds no {_FOLDER} any more; mount the store again, or restore it")
+        if ids[-1] != self.id:
+            raise SupersededError(f"{self._store.url}: {self._holder(ids[-1])}; this one ends and writes nothing more")
+
+    def _holder(self, claim_id: str) -> str:
+        found = read_document(self._store, _object(claim_id))
+        if found is None:
+            return "another driver has taken the run over"
+        when = datetime.fromtimestamp(found["claimed"], UTC).isoformat(" ", "seconds")
+        return f"process {found['pid']} on {found['host']} has taken the run over at {when}"
+
+
+def newest_status(store: Store) -> dict[str, Any] | None:
+    """What the newest driver wrote last; none if there never was one."""
+    before: list[str] = []
+    while (ids := _ids(store)) != before:  # again, if all of them went meanwhile: then there is a newer one
+        before = ids
+        for claim_id in reversed(ids):
+            status = read_document(store, _object(claim_id))
+            if status is not None:
+                return status
+    return None
+
+
+def _ids(store: Store) -> list[str]:
+    return sorted(match[1] for match in map(_NAME.fullmatch, store.names(_FOLDER)) if match)
+
+
+def _object(claim_id: str) -> str:
+    return f"{_FOLDER}/{claim_id}.json"

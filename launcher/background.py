@@ -1,0 +1,128 @@
+"""Work that must be done in the end, behind the back of a loop that must not wait for it.
+
+One function is called in a thread of its own: when asked, every few seconds, and again for as long as the store fails
+it. It has to bear being called again wherever it was when it failed. What it does is its owner's business.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+from cluster.errors import StorageError
+
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 5.0
+_HANGS_S = 15.0
+"""A call of the store that has not come back for so long counts as one that has failed."""
+_LEFT_S = 5.0
+"""How long a person who abandons a run still waits for its last words."""
+
+
+class Background:
+    """Calls ``work`` in a thread, between entering and leaving.
+
+    Args:
+        work: What to do; a ``StorageError`` is tried again.
+        interval_s: Seconds after which it is called without being asked.
+        patience_s: Seconds that the store may fail it, before that is an error.
+    """
+
+    def __init__(self, work: Callable[[], None], interval_s: float, patience_s: float) -> None:
+        self._work = work
+        self._interval_s = interval_s
+        self._patience_s = patience_s
+        self._news = threading.Condition()
+        self._asked = self._done = 0
+        self._is_left = False
+        self._since: float | None = None  # when what is being done was tried first
+        self._last_error: StorageError | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)  # a call may never come back
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        self._thread.join(_LEFT_S)  # so that nothing is torn by the end of the process, unless it hangs
+
+    def ask(self) -> None:
+        """Has the work done soon, with all that there is to do by now."""
+        with self._news:
+            self._asked += 1
+            self._news.notify_all()
+
+    @property
+    def failing(self) -> tuple[float, str] | None:
+        """Since when the store fails the work, by the monotonic clock, and how; none while it answers."""
+        since, error = self._since, self._last_error
+        if since is None or (error is None and time.monotonic() - since < _HANGS_S):
+            return None
+        return since, str(error) if error else f"a call has not come back for {time.monotonic() - since:.0f} s"
+
+    def check(self) -> None:
+        """Raises what has ended the work, if something has.
+
+        Raises:
+            StorageError: The store has failed it for longer than patience lasts.
+        """
+        failing = self.failing
+        if self._error is None and failing is not None and time.monotonic() - failing[0] > self._patience_s:
+            what = f"the store has been away for {self._patience_s:g} s (checkpoint.patience_s)"
+            self._error = StorageError(f"{what}: {failing[1]}")
+            self._leave()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self, is_abandoned: Callable[[], bool] = lambda: False) -> None:
+        """Waits until all that there is to do by now is done; a moment only, once that is abandoned.
+
+        Raises:
+            LauncherError: It could not be done.
+        """
+        self.ask()
+        asked, began_at = self._asked, time.monotonic()
+        while True:
+            with self._news:
+                if self._news.wait_for(lambda: self._done >= asked or self._error is not None, timeout=0.1):
+                    break
+            self.check()
+            if is_abandoned() and time.monotonic() - began_at > _LEFT_S:
+                raise StorageError("what was not yet written is given up, as the run is")
+        self.check()
+
+    def _leave(self) -> None:
+        with self._news:
+            self._is_left = True
+            self._news.notify_all()
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._is_left:
+            with self._news:
+                if not failures:
+                    self._news.wait_for(lambda: self._is_left or self._asked > self._done, self._interval_s)
+                asked = self._asked
+            self._since = self._since or time.monotonic()
+            try:
+                self._work()
+            except StorageError as error:
+                self._last_error = error
+                pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures) * random.uniform(0.5, 1.0)
+                failures += 1
+                with self._news:
+                    self._news.wait_for(lambda: self._is_left, pause_s)
+                continue
+            except Exception as error:  # the border of a thread: told by ``check``
+                with self._news:
+                    self._error = error
+                    self._news.notify_all()
+                return
+            failures = 0
+            self._since = self._last_error = None
+            with self._news:
+                self._done = asked
+                self._news.notify_all()

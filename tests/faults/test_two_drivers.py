@@ -1,0 +1,49 @@
+"""Two processes that drive one run: the later one has it, the bits are those of an undisturbed one."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cluster.run_directory import RunDirectory
+from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
+from tests.faults.planned import bits, undisturbed
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
+
+
+@pytest.mark.timeout(300)
+def test_a_driver_that_was_taken_over_from_ends_and_writes_nothing(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    old = Running(["run", JOBS / "digits.yaml", *SHORT, "--json"], tmp_path)
+    old.wait_until(checkpointed(run, 10))
+    os.kill(old.pid, signal.SIGSTOP)
+
+    refused = launcher("resume", run, "--json", cwd=elsewhere)
+    assert refused.exit_code == 5
+    error = refused.document["error"]
+    assert f"process {old.pid} on " in error
+    assert f"stop it with `launcher stop {run}`, or add --take-over to go on here in its place" in error
+    taken = launcher("resume", run, "--take-over", "workers.num=3", "--json", cwd=elsewhere)
+    before = content(run)
+    os.kill(old.pid, signal.SIGCONT)
+    ended = old.wait()
+
+    assert ended.exit_code == 5, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert " has taken the run over at " in line
+    assert line.endswith("; this one ends and writes nothing more")
+    assert f"taking {run} over from process {old.pid} on " in taken.stderr
+    assert content(run) == before, "it has written nothing"
+    assert bits(taken, run) == undisturbed(tmp_path / "undisturbed", SHORT)
+    assert [step for step in RunDirectory(str(run)).checkpoints.steps() if step > 44] == []
+    assert len(events(run, "completed")) == 1
+    assert launcher("status", run, "--json", cwd=elsewhere).document["status"] == "completed"
+
+
+def content(run: Path) -> dict[Path, bytes]:
+    """What drivers write; the logs of workers and the files of checkpoints are not theirs."""
+    found = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return {path: data for path, data in found.items() if path.parent.name != "logs"}

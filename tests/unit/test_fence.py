@@ -1,0 +1,263 @@
+"""Two drivers of one run: at every storage call of the first, another takes over, in part or to its end.
+
+The real record, run directory and logs, on a file system in memory that hands its calls to whoever wants to come first.
+"""
+
+import io
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cluster import claims
+from cluster.checkpoints import Checkpoints, FileEntry, Manifest
+from cluster.claims import SupersededError
+from cluster.run_directory import RunDirectory
+from cluster.tracking import NoTracker
+from jobs.spec import CheckpointSpec, DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
+from launcher.progress import open_progress
+from launcher.record import Record, RunState
+
+URL = "watched://run"
+SPEC = JobSpec(
+    name="run",
+    model=Target("a.Model"),
+    data=DataSpec(train=Target("a.data")),
+    loss=LossSpec(factory=Target("MSELoss")),
+    optimizer=OptimizerSpec(factory=Target("SGD")),
+    checkpoint=CheckpointSpec(keep=2),
+)
+Call = Callable[[], Any]
+Watch = Callable[[str, Call], Any]
+
+
+def let(_: str, call: Call) -> Any:
+    return call()
+
+
+class WatchedFileSystem(MemoryFileSystem):
+    """Every call goes through ``watch``, which is told what it is and makes it."""
+
+    protocol = "watched"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    watch: ClassVar[Watch] = staticmethod(let)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("watched://", "memory://"))
+
+    def pipe_file(self, path, value, **kwargs):
+        return type(self).watch("write", lambda: MemoryFileSystem.pipe_file(self, path, value, **kwargs))
+
+    def rm_file(self, path):
+        return type(self).watch("delete", lambda: MemoryFileSystem.rm_file(self, path))
+
+    def cat_file(self, path, **kwargs):
+        return type(self).watch("read", lambda: MemoryFileSystem.cat_file(self, path, **kwargs))
+
+    def find(self, path, **kwargs):
+        return type(self).watch("list", lambda: list(MemoryFileSystem.find(self, path, **kwargs)))
+
+
+fsspec.register_implementation("watched", WatchedFileSystem)
+
+
+@pytest.fixture(autouse=True)
+def _empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    WatchedFileSystem.store.clear()
+    monkeypatch.setattr(WatchedFileSystem, "watch", staticmethod(let))
+
+
+@pytest.fixture(autouse=True)
+def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ascending, so that every run of a scenario is the same."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(claims.secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}")
+
+
+def watching(watch: Watch) -> None:
+    WatchedFileSystem.watch = staticmethod(watch)
+
+
+def drive(name: str, last: int) -> int:
+    """What a driver does to a run directory: claims it, goes on from its newest checkpoint, closes the books.
+
+    Returns:
+        The step it began at.
+    """
+    run = RunDirectory(URL)
+    run.claim()
+    found = run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
+    begun = 0 if found is None else found[0].step
+    rows = run.metrics().read()
+    plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
+    state = RunState(step=rows[-1]["step"] if rows else 0)
+    display = open_progress(io.StringIO(), clock=lambda: 0.0)
+    record = Record(spec=SPEC, plan=plan, run=run, state=state, display=display, tracker=NoTracker())
+    record.event("attempt_started", by=name)
+    record.begins_at(begun)
+    record.write()
+    for step in range(begun + 1, last + 1):
+        row = {"step": step, "epoch": 0, "samples": step, "by": name}
+        record.row(row, 0.0)
+        if step % 2 == 0:
+            record.checkpoint(save(run, step), (None, None), 0.1)
+            record.write()
+            record.tend()
+    record.state.status = "completed"
+    record.event("completed", by=name)
+    record.flush()
+    record._is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
+    record.write()
+    return begun
+
+
+def save(run: RunDirectory, step: int) -> Manifest:
+    """The workers' part, whose bits follow from the step alone; not among the calls that are watched."""
+    watch = WatchedFileSystem.watch
+    watching(let)
+    part = Checkpoints(run.store.at("checkpoints")).write_part(step, ("model", 0), b"%d" % step)
+    watching(watch)
+    return Manifest(
+        step=step,
+        files={"model": FileEntry((part,))},
+        state_sha256=f"{step:064x}",
+        metrics={},
+        versions={},
+        created="2030-01-01T00:00:00Z",
+    )
+
+
+def calls_of(work: Callable[[], object]) -> list[str]:
+    """The storage calls that it makes, undisturbed."""
+    kinds: list[str] = []
+
+    def note(kind: str, call: Call) -> Any:
+        kinds.append(kind)
+        return call()
+
+    watching(note)
+    work()
+    watching(let)
+    return kinds
+
+
+def assert_only_the_new_one_shows(begun: int, last: int) -> None:
+    watching(let)
+    run = RunDirectory(URL)
+    rows = run.metrics().read()
+    assert [row["step"] for row in rows] == list(range(1, last + 1)), "none is lost"
+    assert {row["by"] for row in rows if row["step"] > begun} == {"new"}
+    told = [(event["kind"], event.get("by")) for event in run.events().read()]
+    of_new = told[told.index(("attempt_started", "new")) :]
+    assert "old" not in [by for _, by in of_new]
+    saves = ["checkpoint"] * len(range(begun + 2, last + 1, 2))
+    kinds = [kind for kind, _ in of_new if kind != "checkpoints_removed"]
+    assert kinds == ["attempt_started", "training", *saves, "completed"]
+    found = run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
+    assert found is not None
+    assert found[0].step == last
+    assert run.checkpoints.read(last - 2)
+    status = run.read_status()
+    assert status is not None
+    assert (status["status"], status["step"]) == ("completed", last)
+
+
+OLD_LAST, NEW_LAST = 4, 8
+
+
+def interleave(at: int, other_at: int | None) -> bool:
+    """The new driver runs to its end at one call of the old one; that call is made at one of the new one's calls.
+
+    Args:
+        at: The old one's call, from 0.
+        other_at: The new one's call before which it is made; none: after the last.
+
+    Returns:
+        Whether both calls were there to be made.
+    """
+    WatchedFileSystem.store.clear()
+    counts = {"old": 0, "new": 0}
+    outcome: list[Any] = []
+    begun: list[int] = []
+
+    def in_old(_: str, call: Call) -> Any:
+        counts["old"] += 1
+        if counts["old"] - 1 != at:
+            return call()
+
+        def make() -> None:
+            try:
+                outcome.append(call())
+            except FileNotFoundError as error:
+                outcome.append(error)
+
+        def in_new(_: str, own_call: Call) -> Any:
+            counts["new"] += 1
+            if counts["new"] - 1 == other_at:
+                make()
+            return own_call()
+
+        watching(in_new)
+        begun.append(drive("new", NEW_LAST))
+        if not outcome:
+            make()
+        watching(in_old)
+        if isinstance(outcome[0], FileNotFoundError):
+            raise outcome[0]
+        return outcome[0]
+
+    watching(in_old)
+    with pytest.raises(SupersededError, match="has taken the run over"):
+        drive("old", OLD_LAST)
+    assert_only_the_new_one_shows(begun[0], NEW_LAST)
+    return other_at is None or counts["new"] > other_at
+
+
+CLAIM_CALL = 4
+"""Before it writes its claim, a driver is not there."""
+
+
+def test_every_interleaving_of_two_drivers():
+    """A call that changes something is made before, between any two, or after all calls of the new one."""
+    old = calls_of(lambda: drive("old", OLD_LAST))
+    assert old[CLAIM_CALL] == "write"
+    num_points = 0
+    for at in range(CLAIM_CALL, len(old)):
+        changes = old[at] in ("write", "delete")
+        for other_at in (None, *range(10_000 if changes else 1)):
+            if (at, other_at) == (len(old) - 1, 0):
+                break  # the old one has ended before the new one begins
+            num_points += 1
+            if not interleave(at, other_at):
+                break
+    assert num_points > 1000
+
+
+@pytest.mark.parametrize("at", range(2))
+def test_a_reader_of_a_log_that_is_written_meanwhile_misses_nothing_that_was_there(at: int) -> None:
+    """Each flush puts another part in the place of the one before, which is gone when the reader comes to it."""
+    run = RunDirectory(URL)
+    run.claim()
+    log = run.metrics()
+    log.append({"step": 1})
+    log.flush()
+    counted = itertools.count()
+
+    def write_at(_: str, call: Call) -> Any:
+        if next(counted) == at:
+            watching(let)
+            log.append({"step": 2})
+            log.flush()
+            watching(write_at)
+        return call()
+
+    watching(write_at)
+    found = [row["step"] for row in RunDirectory(URL).metrics().read()]
+    assert next(counted) > at, "there was a call to come before"
+    assert found in ([1], [1, 2])
