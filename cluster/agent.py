@@ -17,6 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -37,6 +39,8 @@ _WATCH_INTERVAL_S = 1.0
 _PACE_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_INTERVAL_S = 20.0
+_LAST_LOG_S = 10.0
+"""How long the end of a run waits for the last log to be kept."""
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
 _FAULT = "Fatal Python error:"
@@ -119,6 +123,8 @@ class Agent:
         self._run = RunDirectory(task.run_url)
         self._orders = Orders()
         self._child: _TrainingProcess | None = None
+        self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not silence the agent
+        self._keeping: Future[None] | None = None
 
     def run(self) -> None:
         """Follows orders until they say that the run is over."""
@@ -144,6 +150,8 @@ class Agent:
                     self._channel.post([{"kind": "here", "rank": self._task.rank}])
         finally:
             self._end_child()
+            if self._keeping is not None:
+                wait_for([self._keeping], _LAST_LOG_S)
 
     def _end_child(self) -> None:
         if self._child is not None:
@@ -189,21 +197,24 @@ class Agent:
             child.end_reported = True
         elif (news := child.news_of_progress()) is not None:
             messages.append(news)
-        elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S:
+        elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S and (not self._keeping or self._keeping.done()):
             self._keep_log(child)
         if messages:
             stamp = {"rank": child.task.rank, "attempt": child.task.attempt}
             self._channel.post([{**message, **stamp} for message in messages])
 
     def _keep_log(self, child: "_TrainingProcess") -> None:
-        """Puts the log into the run directory; a store that fails here must not hurt the run."""
+        """Has the log put into the run directory; a store that fails here must not hurt the run."""
         child.log_kept_at = time.monotonic()
+        log = child.log()
+        if log:
+            self._keeping = self._logs.submit(self._write_log, child.task.attempt, child.task.rank, log)
+
+    def _write_log(self, attempt: int, rank: int, log: bytes) -> None:
         try:
-            log = child.log()
-            if log:
-                self._run.write_log(child.task.attempt, child.task.rank, log)
+            self._run.write_log(attempt, rank, log)
         except StorageError as error:
-            self._channel.post([{"kind": "warning", "text": f"worker {child.task.rank}: log not kept: {error}"}])
+            self._channel.post([{"kind": "warning", "text": f"worker {rank}: log not kept: {error}"}])
 
 
 class _TrainingProcess:

@@ -17,6 +17,7 @@ from cluster.errors import ClusterError, DescriptionError, LauncherError, Storag
 from cluster.link import Link
 from cluster.network import interface_of
 from cluster.run_directory import RunDirectory
+from cluster.storage import Store
 from jobs.beginning import begin
 from jobs.causes import broken_exchange, named, what
 from jobs.loop import Loop, Progress
@@ -53,7 +54,8 @@ def main(link: Link, task: Task) -> None:
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )
-        train(link, RunDirectory(task.run_url), spec, build_parts(spec, device), progress, team)
+        run = RunDirectory(Store(task.run_url, spec.checkpoint.patience_s))
+        train(link, run, spec, build_parts(spec, device), progress, team)
     except DescriptionError as error:  # the plan has built the same, on its host
         raise ClusterError(str(error), cause="environment", step=0) from error
     except LauncherError:
