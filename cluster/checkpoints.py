@@ -16,9 +16,9 @@ import uuid
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from cluster.errors import CheckpointError
 from cluster.storage import MissingObject, Store, Trouble
@@ -33,10 +33,13 @@ _MAX_PART_BYTES = 1 << 32
 
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_WRITTEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{8}-[0-9]{5,}(\.[A-Za-z0-9_-]+)?")
+"""The names that ``write_part`` gives, within a folder."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII)
 
 
+T = TypeVar("T")
 PartKey = tuple[str, int]
 """A part of a checkpoint: its file, and its number there, from 0."""
 
@@ -133,6 +136,18 @@ class Share:
     metrics: Mapping[str, float]
     versions: Mapping[str, str]
     created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What lies in a store of checkpoints, as one listing and the manifests tell it; no other object was read."""
+
+    manifests: Mapping[int, Manifest]
+    """By step, ascending: of the checkpoints that may be good. All their objects are there."""
+    defects: Mapping[int, CheckpointError]
+    """By step, ascending: what is wrong with the others."""
+    orphans: tuple[str, ...]
+    """Objects that no checkpoint needs: saves that were killed have left them, or are writing them now."""
 
 
 def join(shares: Sequence[Share]) -> Manifest | None:
@@ -232,6 +247,54 @@ class Checkpoints:
         self._manifests[step] = manifest
         return manifest
 
+    def survey(self) -> Survey:
+        """What is there, in time that hardly grows with the number of checkpoints; a live run may go on meanwhile."""
+        names = self._store.names()
+        there, steps = set(names), _committed(names)
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="survey") as pool:
+            found = dict(zip(steps, pool.map(lambda step: self._look_at(step, there), steps)))
+        manifests = {step: manifest for step, manifest in found.items() if isinstance(manifest, Manifest)}
+        defects = {step: defect for step, defect in found.items() if isinstance(defect, CheckpointError)}
+        needed = {name for manifest in manifests.values() for name in manifest.objects()}
+        orphans = [
+            name
+            for step, own in _by_step(names).items()
+            # Up to a bad checkpoint everything may be of it: it is for whoever mends it.
+            if step > max(defects, default=-1)
+            for name in own
+            if name not in needed and _WRITTEN.fullmatch(name.partition("/")[2])
+        ]
+        return Survey(manifests, defects, tuple(orphans))
+
+    def remove_orphans(self, survey: Survey) -> None:
+        """Deletes what a survey found to be needed by nobody; no run may have written here since before it."""
+        self._delete(survey.orphans)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Reads a whole checkpoint, and keeps nothing of it.
+
+        Raises:
+            CheckpointError: A part that is not what the manifest says, and how it differs.
+        """
+        self._for_each_part(manifest, lambda _, data: len(data))
+
+    def copy_to(self, target: "Checkpoints", manifest: Manifest) -> None:
+        """Copies a checkpoint, verified on the way, to another store; there it needs no folder but its own.
+
+        Raises:
+            CheckpointError: A part is not what the manifest says, and how it differs; there is no checkpoint then.
+        """
+        parts = self._for_each_part(manifest, lambda key, data: target.write_part(manifest.step, key, data))
+        files = {
+            name: FileEntry(tuple(parts[name, number] for number in range(len(entry.parts))))
+            for name, entry in manifest.files.items()
+        }
+        target.commit(replace(manifest, files=files))
+
+    def exists(self, step: int) -> bool:
+        """Whether a step has a manifest."""
+        return self._store.exists(f"{_folder(step)}/{MANIFEST}")
+
     def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey]) -> list[bytes]:
         """Parts of a checkpoint, several at a time; each is read once and held against the manifest.
 
@@ -242,8 +305,8 @@ class Checkpoints:
         Raises:
             CheckpointError: One of them is not what the manifest says, and how it differs.
         """
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="read") as pool:
-            return list(pool.map(lambda key: self._read_part(manifest, key), wanted))
+        parts = self._for_each_part(manifest, lambda _, data: data, wanted)
+        return [parts[key] for key in wanted]
 
     def read(self, step: int, files: Collection[str] | None = None) -> tuple[Manifest, dict[str, bytes]]:
         """A checkpoint's manifest and files, or those of them that are wanted and there.
@@ -321,6 +384,25 @@ class Checkpoints:
     def _delete(self, names: Iterable[str]) -> None:
         """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left."""
         self._store.delete(sorted(names, key=lambda name: (not name.endswith(f"/{MANIFEST}"), name)))
+
+    def _look_at(self, step: int, there: Collection[str]) -> Manifest | CheckpointError | None:
+        """The manifest or the defect of a checkpoint that was listed; none if it has been deleted since."""
+        try:
+            manifest = self.manifest(step)
+            for name in sorted(manifest.objects().difference(there)):
+                if not self._store.exists(name):  # nor was it written since
+                    raise self._bad(step, f"{name.removeprefix(f'{_folder(step)}/')} is missing")
+        except CheckpointError as defect:
+            return defect if self.exists(step) else None
+        return manifest
+
+    def _for_each_part(
+        self, manifest: Manifest, use: Callable[[PartKey, bytes], T], wanted: Sequence[PartKey] | None = None
+    ) -> dict[PartKey, T]:
+        """What ``use`` makes of parts, by default of all, several at a time; each is read once, and verified."""
+        keys = manifest.part_keys() if wanted is None else wanted
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="parts") as pool:
+            return dict(zip(keys, pool.map(lambda key: use(key, self._read_part(manifest, key)), keys)))
 
     def _read_part(self, manifest: Manifest, key: PartKey) -> bytes:
         step, part = manifest.step, manifest.part(key)

@@ -6,9 +6,10 @@ Nothing else in the program knows a path below a run's URL. What the documents h
 import re
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.checkpoints import Checkpoints
+from cluster.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.claims import Claim, newest_status
 from cluster.documents import read_document, write_document
 from cluster.row_log import RowLog
@@ -177,5 +178,6 @@ class RunDirectory:
 
 def list_runs(store: Store) -> list[RunDirectory]:
     """The runs directly in a store, by name."""
-    runs = (RunDirectory(store.at(folder)) for folder in store.folders())
-    return [run for run in runs if run.exists()]
+    runs = [RunDirectory(store.at(folder)) for folder in store.folders()]
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="list") as pool:
+        return [run for run, exists in zip(runs, pool.map(RunDirectory.exists, runs)) if exists]

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cluster.errors import DescriptionError, Interrupted, LauncherError
+from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
@@ -80,19 +80,28 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster: str | N
 @main.command()
 @click.argument("run_url", metavar="RUN")
 @_overrides
+@click.option("--at", metavar="STEP", type=click.IntRange(min=0), help="Go back to this checkpoint.")
+@click.option("--as", "new", metavar="NEW", help="Go on in a new run, by its name or URL; RUN stays as it is.")
 @click.option("--force", is_flag=True, help="Go on even with another description or other data.")
 @_take_over_option
 @_cluster_option
 @_json_option
 def resume(
-    run_url: str, overrides: tuple[str, ...], force: bool, take_over: bool, cluster: str | None, as_json: bool
+    run_url: str,
+    overrides: tuple[str, ...],
+    at: int | None,
+    new: str | None,
+    force: bool,
+    take_over: bool,
+    cluster: str | None,
+    as_json: bool,
 ) -> None:
-    """Go on with RUN from its newest good checkpoint, with any number of workers."""
+    """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers."""
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
     def work(display: Any) -> dict[str, Any]:
-        return resume_run(run_directory, overrides, display, force=force, take_over=take_over)
+        return resume_run(run_directory, overrides, display, force=force, take_over=take_over, at=at, new=new)
 
     _show_result(work, cluster, as_json)
 
@@ -148,22 +157,32 @@ def list_(store: str, as_json: bool) -> None:
     from cluster.run_directory import list_runs
     from cluster.storage import Store
     from launcher.report import runs_table
-    from launcher.status import read_status
+    from launcher.status import read_statuses
 
-    documents = [read_status(run_directory) for run_directory in list_runs(Store(store))]
+    documents = read_statuses(list_runs(Store(store)))
     _show(documents, runs_table(documents), as_json)
 
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
+@click.option("--verify", is_flag=True, help="Read and hash all of them.")
+@click.option("--repair", is_flag=True, help="Remove what killed saves have left; bad checkpoints stay.")
 @_json_option
-def checkpoints(run_url: str, as_json: bool) -> None:
-    """List RUN's checkpoints after reading and verifying every one."""
-    from launcher.report import checkpoints_table
-    from launcher.status import verify_checkpoints
+def checkpoints(run_url: str, verify: bool, repair: bool, as_json: bool) -> None:
+    """List RUN's checkpoints by their manifests, or verify them; exit code 3 if one is bad."""
+    from launcher.report import checkpoints_table, repair_text
+    from launcher.status import checkpoint_documents, remove_orphans
 
-    documents = verify_checkpoints(_existing_run(run_url))
-    _show(documents, checkpoints_table(documents), as_json)
+    run_directory = _existing_run(run_url)
+    survey = remove_orphans(run_directory) if repair else run_directory.checkpoints.survey()
+    documents = checkpoint_documents(run_directory, survey, verify=verify)
+    if repair:
+        repaired = {"run": run_directory.url, "checkpoints": documents, "orphans_removed": survey.orphans}
+        _show(repaired, repair_text(documents, survey.orphans), as_json)
+    else:
+        _show(documents, checkpoints_table(documents), as_json)
+    if any(document["good"] is False for document in documents):
+        sys.exit(CheckpointError.exit_code)
 
 
 @main.command()
@@ -192,6 +211,23 @@ def plot(run_url: str, as_json: bool) -> None:
     urls = {name: run_directory.write_picture(name, png) for name, png in pictures.items()}
     document = {"run": run_directory.url, "curves": urls["curves"], "pictures": urls, "rows": len(rows)}
     _show(document, "\n".join(urls.values()), as_json)
+
+
+@main.command()
+@click.argument("run_url", metavar="RUN")
+@click.option("--at", metavar="STEP", type=click.IntRange(min=0), help="Of this checkpoint; else the newest good one.")
+@click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True)
+@click.option("--to", metavar="FILE", help="A path or URL, .safetensors or .onnx; else RUN's name, .safetensors, here.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@_json_option
+def export(run_url: str, at: int | None, weights: Any, to: str | None, force: bool, as_json: bool) -> None:
+    """Write the weights of one of RUN's checkpoints to a file, and check it by reading it back."""
+    run_directory = _existing_run(run_url)
+    from launcher.export import export as export_weights
+    from launcher.report import export_text
+
+    document = export_weights(run_directory, to=to, at=at, which=weights, force=force)
+    _show(document, export_text(document), as_json)
 
 
 @main.command()

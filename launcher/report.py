@@ -181,7 +181,7 @@ def _init_facts(init: "InitPlan | None") -> list[tuple[str, str]]:
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The checkpoints of a run, one line each, as ``launcher.status`` verified them; then what is wrong with any."""
+    """The checkpoints of a run, one line each, as ``launcher.status`` tells of them; then what is wrong with any."""
     if not documents:
         return "no checkpoints"
     measured = dict.fromkeys(name for document in documents for name in _metrics(document) if _is_val(name))
@@ -190,8 +190,8 @@ def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
         [
             (
                 document["step"],
-                "yes" if document["good"] else "no",
-                document["bytes"] / 2**20 if document["good"] else None,
+                {True: "yes", False: "no", None: "not read"}[document["good"]],
+                document["bytes"] / 2**20 if "bytes" in document else None,
                 *(document.get("metrics", {}).get(name) for name in measured),
                 document.get("state_sha256", "")[:16],
                 document.get("created"),
@@ -199,7 +199,25 @@ def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
             for document in documents
         ],
     )
-    return "\n".join([lines, *(document["defect"] for document in documents if not document["good"])])
+    return "\n".join([lines, *(document["defect"] for document in documents if "defect" in document)])
+
+
+def repair_text(documents: Sequence[Mapping[str, Any]], orphans: Sequence[str]) -> str:
+    """The checkpoints of a run, and what was removed from beside them."""
+    removed = [f"removed {name}, which no checkpoint needs" for name in orphans] or ["no orphans"]
+    return "\n".join([checkpoints_table(documents), *removed])
+
+
+def export_text(document: Mapping[str, Any]) -> str:
+    """What ``launcher.export`` wrote."""
+    kind = "weights" if document["weights"] == "model" else "averaged weights"
+    checked = "read back, bit for bit the checkpoint's"
+    if "largest_difference" in document:
+        checked = f"onnxruntime's outputs differ from torch's by {document['largest_difference']:.1e} of the largest"
+    return (
+        f"{document['to']}: the {kind} of step {document['step']:,}, {number(document['tensors'])} tensors, "
+        f"{document['bytes'] / 2**20:,.1f} MiB; {checked}"
+    )
 
 
 def _is_val(name: str) -> bool:

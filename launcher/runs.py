@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import secrets
@@ -18,17 +19,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import Manifest
 from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.ray_cluster import Node, WorkerResources, import_ahead, is_joined, local_cluster, nodes
 from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
+from cluster.storage import Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.crew import Crew
 from launcher.description import Description, differences, parse
 from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
+from launcher.history import branch_directory, checkpoint_at, copy_run, go_back, good_checkpoint_at
 from launcher.machine import num_cores
 from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
@@ -74,27 +78,54 @@ def begin(description: Description, folder: Path, display: Progress, *, take_ove
 
 
 def resume(
-    run: RunDirectory, overrides: Sequence[str], display: Progress, *, force: bool = False, take_over: bool = False
+    run: RunDirectory,
+    overrides: Sequence[str],
+    display: Progress,
+    *,
+    force: bool = False,
+    take_over: bool = False,
+    at: int | None = None,
+    new: str | None = None,
 ) -> dict[str, Any]:
-    """Goes on with a run from its newest good checkpoint, from its directory alone.
+    """Goes on with a run from a checkpoint, from its directory alone.
 
-    ``force``: even with another description or other data; ``take_over``: even from a driver that is alive.
+    Args:
+        run: What to go on with.
+        overrides: What to change in its description.
+        display: Shows progress.
+        force: Go on even with another description or other data.
+        take_over: Even from a driver that is alive, which then ends.
+        at: The step of the checkpoint, to which the run goes back; by default the newest good one.
+        new: The name or the URL of a branch, which goes on in place of the run.
 
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
     source = f"{run.url}/job.yaml"
     text = run.read_job()
-    stored, wanted = parse(text, source), parse(text, source, overrides)
+    stored = parse(text, source)
+    branch = None if new is None else branch_directory(run, new)
+    if take_over and at is not None:
+        raise DescriptionError(
+            f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
+        )
     environment = run.read_environment()
-    limit = wanted.spec.train.max_steps
-    reached = max(run.checkpoints.steps(), default=0)
-    if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
-        wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
     with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
         os.chdir(environment.get("working_directory", "."))
     import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())
-    return _continue(run, stored, wanted, import_paths, display, force=force, take_over=take_over)
+    steps = run.checkpoints.steps()
+    reached = max(steps, default=0) if at is None else at
+    if branch is not None:
+        overrides = [*overrides, *_place_of(branch, stored, overrides)]
+    wanted = parse(text, source, overrides)
+    limit = wanted.spec.train.max_steps
+    if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
+        wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
+    if branch is None:
+        return _continue(run, stored, wanted, import_paths, display, force=force, take_over=take_over, at=at)
+    if at is not None:
+        steps = [checkpoint_at(run, at, steps).step]
+    return _branch(run, branch, steps, stored, wanted, import_paths, display, force=force)
 
 
 def plan_only(description: Description, folder: Path) -> Plan:
@@ -129,8 +160,6 @@ def one_line(spec: JobSpec, plan: Plan) -> str:
 
 
 def _run_directory(description: Description) -> RunDirectory:
-    from cluster.storage import Store
-
     try:
         return RunDirectory(Store(description.spec.store).at(description.spec.name))
     except StorageError as error:
@@ -146,8 +175,9 @@ def _continue(
     *,
     force: bool,
     take_over: bool,
+    at: int | None = None,
 ) -> dict[str, Any]:
-    """Goes on with a run that exists, if what is wanted is that run, and nobody drives it."""
+    """Goes on with a run that exists, if what is wanted is that run; from the step ``at``, if it is to go back."""
     changed = differences(stored.spec, wanted.spec)
     unsafe = [change for change in changed if not _is_safe(change.key)]
     if unsafe and not force:
@@ -158,19 +188,77 @@ def _continue(
         )
     _meet_other_driver(run, display, take_over=take_over)
     status = run.read_status()
-    if status is not None and status["status"] == "completed" and not unsafe:
+    steps = run.checkpoints.steps()
+    back_to = None if at is None else good_checkpoint_at(run, at, steps)
+    goes_back = status is not None and at is not None and at < status.get("step", 0)
+    if status is not None and status["status"] == "completed" and not unsafe and not goes_back:
         display.message(f"{run.url} is complete; nothing to do (another name starts another run)")
         return without_driver(status)
     for change in changed:
         display.message(f"changed {change}")
-    import_ahead()
-    environment, reached = run.read_environment(), max(run.checkpoints.steps(), default=0)
-    begun_with = environment.get("init_from")
-    left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
-    plan = make_plan(left_to_load, import_paths, _nodes_there())
+    reached = max(steps, default=0) if at is None else at
+    plan = _plan_to_go_on(run, wanted, reached, import_paths, force=force)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
+    if back_to is None:
+        display.message(f"resuming {run.url}")
+    else:
+        display.message(f"going back to step {at} of {run.url}")
+    return _train(run, wanted, plan, import_paths, display, back_to)
+
+
+def _branch(
+    run: RunDirectory,
+    branch: RunDirectory,
+    steps: Sequence[int],
+    stored: Description,
+    wanted: Description,
+    import_paths: tuple[str, ...],
+    display: Progress,
+    *,
+    force: bool,
+) -> dict[str, Any]:
+    """Goes on in a new run from the newest good one of some checkpoints."""
+    changed = differences(stored.spec, wanted.spec)
+    unsafe = [change for change in changed if not _is_safe(change.key)]
+    if unsafe and not force:
+        raise DescriptionError(
+            f"{wanted.source}: the branch has another description: {'; '.join(map(str, unsafe))}; "
+            "leave that as it is, or branch with --force"
+        )
+    for change in changed:
+        display.message(f"changed {change}")
+    plan = _plan_to_go_on(run, wanted, max(steps, default=0), import_paths, force=force)
+    manifest = copy_run(run, branch, wanted.text, steps, display.warn)
+    display.message(f"branching from step {manifest.step} of {run.url}")
+    return _train(branch, wanted, plan, import_paths, display)
+
+
+def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str]) -> list[str]:
+    """What to change in a description so that its run lies there."""
+    if any(override.startswith(("name=", "store=")) for override in overrides):
+        raise DescriptionError(
+            f"{stored.source}: a branch has its name and its store from --as; leave out name and store"
+        )
+    store = branch.url.rpartition("/")[0]
+    is_beside = Store(stored.spec.store).url == store  # then it may stay relative
+    return [f"name={json.dumps(branch.name)}", *([] if is_beside else [f"store={json.dumps(store)}"])]
+
+
+def _plan_to_go_on(
+    run: RunDirectory, wanted: Description, reached: int, import_paths: tuple[str, ...], *, force: bool
+) -> Plan:
+    """The plan of a run that has reached a step.
+
+    Raises:
+        DescriptionError: It cannot run as written, here; or what it began with has changed since.
+    """
+    import_ahead()
+    environment = run.read_environment()
+    begun_with = environment.get("init_from")
+    left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
+    plan = make_plan(left_to_load, import_paths, _nodes_there())
     fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
@@ -182,16 +270,22 @@ def _continue(
             f"{wanted.source}: init_from: {plan.init_from.url} has changed since the run began; "
             "restore it, or resume with --force"
         )
-    display.message(f"resuming {run.url}")
-    return _train(run, wanted, plan, import_paths, display)
+    return plan
 
 
 def _train(
-    run: RunDirectory, description: Description, plan: Plan, import_paths: tuple[str, ...], display: Progress
+    run: RunDirectory,
+    description: Description,
+    plan: Plan,
+    import_paths: tuple[str, ...],
+    display: Progress,
+    back_to: Manifest | None = None,
 ) -> dict[str, Any]:
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
     spec = description.spec
     run.claim()
+    if back_to is not None:
+        go_back(run, back_to)
     _warn_of_other_versions(run, display)
     run.clear_stop()  # one that was asked of an earlier driver
     run.write_job(description.text)

@@ -2,10 +2,12 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
 from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
@@ -66,26 +68,56 @@ def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
     return status
 
 
-def verify_checkpoints(run: RunDirectory) -> list[dict[str, Any]]:
-    """Reads every checkpoint of a run in full, and tells what is wrong with those that are not good."""
-    documents = []
-    for step in run.checkpoints.steps():
+def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
+    """The ``--json`` documents of some runs."""
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="status") as pool:
+        return list(pool.map(read_status, runs))
+
+
+def checkpoint_documents(run: RunDirectory, survey: Survey, *, verify: bool = False) -> list[dict[str, Any]]:
+    """What is known of each checkpoint of a run, by step.
+
+    Args:
+        run: Whose they are.
+        survey: What is there.
+        verify: Read and hash all of them. Without it, ``good`` is none where nothing is known to be wrong.
+    """
+    documents = [_bad(step, defect) for step, defect in survey.defects.items()]
+    for step, manifest in survey.manifests.items():
+        document = {
+            "step": step,
+            "good": True if verify else None,
+            "bytes": manifest.size,
+            "created": manifest.created,
+            "state_sha256": manifest.state_sha256,
+            "metrics": dict(manifest.metrics),
+        }
         try:
-            manifest, files = run.checkpoints.read(step)
-        except CheckpointError as error:
-            documents.append({"step": step, "good": False, "defect": str(error)})
-            continue
-        documents.append(
-            {
-                "step": step,
-                "good": True,
-                "bytes": sum(map(len, files.values())),
-                "created": manifest.created,
-                "state_sha256": manifest.state_sha256,
-                "metrics": dict(manifest.metrics),
-            }
-        )
-    return documents
+            if verify:
+                run.checkpoints.verify(manifest)
+        except CheckpointError as defect:
+            if not run.checkpoints.exists(step):  # a live run has deleted it meanwhile
+                continue
+            document = _bad(step, defect)
+        documents.append(document)
+    return sorted(documents, key=lambda document: document["step"])
+
+
+def remove_orphans(run: RunDirectory) -> Survey:
+    """Deletes what killed saves have left among the checkpoints of a run; bad checkpoints stay.
+
+    Returns:
+        What was there before.
+
+    Raises:
+        ClusterError: The run is going on: what looks like an orphan may be of a save under way.
+    """
+    before = refuse_if_running(run)
+    survey = run.checkpoints.survey()
+    if refuse_if_running(run) != before:
+        raise ClusterError(f"{run.url}: was run while its checkpoints were looked at; nothing was removed, try again")
+    run.checkpoints.remove_orphans(survey)
+    return survey
 
 
 def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterator[tuple[str, str]]:
@@ -119,6 +151,22 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
         if newest != status:
             return newest is not None and newest["status"] == "running"
     return False
+
+
+def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
+    """Raises if somebody drives the run, here or anywhere; else tells how it stands, to see whether that changes.
+
+    Raises:
+        ClusterError: The run is going on.
+    """
+    status = read_status(run)
+    if status["status"] == "running":
+        raise ClusterError(f"{run.url}: is running, at step {status['step']}; stop it first, nothing was changed")
+    return {name: status[name] for name in ("status", "step", "attempts")}
+
+
+def _bad(step: int, defect: CheckpointError) -> dict[str, Any]:
+    return {"step": step, "good": False, "defect": str(defect)}
 
 
 def _is_gone(status: dict[str, Any]) -> bool:

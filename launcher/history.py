@@ -1,0 +1,136 @@
+"""The past of a run, changed before it goes on: going back to a step, and branching at one.
+
+Both are prepared here, in the store alone. Whether the run may go on at all is decided before, by ``launcher.runs``:
+what is wrong must not cost anything.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.checkpoints import Manifest
+from cluster.errors import CheckpointError, DescriptionError, listed
+from cluster.run_directory import RunDirectory
+
+
+def checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
+    """The manifest of one of a run's checkpoints.
+
+    Args:
+        run: Whose it is.
+        step: Of the checkpoint.
+        steps: Those that the run has checkpoints of.
+
+    Raises:
+        CheckpointError: There is none, or its manifest is bad.
+    """
+    if step not in steps:
+        there = f"there are those of steps {listed(steps, most=20)}" if steps else "there is none yet"
+        raise CheckpointError(f"{run.url}: has no checkpoint of step {step}; {there}")
+    try:
+        return run.checkpoints.manifest(step)
+    except CheckpointError as error:
+        raise _with_steps(error, steps) from error
+
+
+def good_checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
+    """The same, after the whole checkpoint was read and verified."""
+    manifest = checkpoint_at(run, step, steps)
+    try:
+        run.checkpoints.verify(manifest)
+    except CheckpointError as error:
+        raise _with_steps(error, steps) from error
+    return manifest
+
+
+def go_back(run: RunDirectory, to: Manifest) -> None:
+    """Makes a checkpoint the newest, and its step the last that was trained; what lies beyond is deleted.
+
+    This process has claimed the run, which so is no longer complete. A kill on the way leaves a run that goes on from
+    this checkpoint, or from a later one that is whole.
+    """
+    beyond = [step for step in run.checkpoints.steps() if step > to.step]
+    status, metrics = run.read_status() or {}, run.metrics()
+    best = status.get("best")
+    kept = best if best is not None and best["step"] <= to.step else None
+    run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
+    _note(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
+    run.checkpoints.discard_after(to.step)
+    metrics.cut(to.step + 1)
+    metrics.flush()
+
+
+def branch_directory(run: RunDirectory, new: str) -> RunDirectory:
+    """Where a branch of a run is to lie, where nothing may lie yet.
+
+    Args:
+        run: What is branched.
+        new: A name, for a run beside it; or a URL or a path, which has a ``/``.
+
+    Raises:
+        DescriptionError: Something is there.
+    """
+    branch = RunDirectory(new if "/" in new else f"{run.url.rpartition('/')[0]}/{new}")
+    if branch.exists():
+        raise DescriptionError(f"{branch.url}: is a run already; give the branch another name")
+    if names := branch.store.names():
+        raise DescriptionError(f"{branch.url}: is not empty, it holds {names[0]}; give the branch another name")
+    return branch
+
+
+def copy_run(
+    run: RunDirectory, branch: RunDirectory, job: str, steps: Sequence[int], warn: Callable[[str], None]
+) -> Manifest:
+    """Makes a run of another one's checkpoint, and of its rows up to there; the other is only read.
+
+    Args:
+        run: What is branched.
+        branch: An empty directory.
+        job: The description of the branch.
+        steps: Of the checkpoints to begin at: the last one that is good is taken.
+        warn: Told of those that are bad.
+
+    Returns:
+        The manifest of the checkpoint taken.
+
+    Raises:
+        CheckpointError: None is good; there is no branch, then.
+    """
+    branch.claim()
+    manifest = _copy_newest(run, branch, steps, warn)
+    metrics = branch.metrics()
+    for row in run.metrics().read():
+        if row["step"] <= manifest.step:
+            metrics.append(row)
+    metrics.flush()
+    branch.write_environment(run.read_environment())  # also what it began with: the bits of this state depend on it
+    _note(branch, "branched", source=run.url, step=manifest.step, state_sha256=manifest.state_sha256)
+    branch.write_job(job)  # last: it makes it a run, which would begin anew if it had no checkpoint
+    return manifest
+
+
+def _copy_newest(
+    run: RunDirectory, branch: RunDirectory, steps: Sequence[int], warn: Callable[[str], None]
+) -> Manifest:
+    for step in reversed(steps):
+        try:
+            manifest = run.checkpoints.manifest(step)
+            run.checkpoints.copy_to(branch.checkpoints, manifest)
+        except CheckpointError as error:
+            branch.checkpoints.discard_after(-1)  # as far as it was copied
+            if len(steps) == 1:
+                raise
+            warn(f"{error}; the checkpoint before it is used")
+        else:
+            return manifest
+    raise CheckpointError(f"{run.url}: has no good checkpoint to branch from; train it first, or restore one")
+
+
+def _note(run: RunDirectory, kind: str, **content: Any) -> None:
+    events = run.events()
+    events.append({"time": round(time.time(), 3), "kind": kind, **content})
+    events.flush()
+
+
+def _with_steps(error: CheckpointError, steps: Sequence[int]) -> CheckpointError:
+    return CheckpointError(f"{error}; there are those of steps {listed(steps, most=20)}")
