@@ -103,7 +103,7 @@ def test_the_bucket_tells_all(ended: Ended, home: Path) -> None:
     assert {key: status[key] for key in RESULT_KEYS} == {key: ended.document[key] for key in RESULT_KEYS}
     listed = launcher("list", "runs", "--json", cwd=home).document
     assert [run["run"] for run in listed] == [str(home / "runs" / "digits")]
-    verified = launcher("checkpoints", "runs/digits", "--json", cwd=home).document
+    verified = launcher("checkpoints", "runs/digits", "--verify", "--json", cwd=home).document
     assert all(checkpoint["good"] for checkpoint in verified)
     assert verified[-1]["state_sha256"] == ended.document["state_sha256"]
     assert "completed" in launcher("status", "runs/digits", cwd=home).stdout
