@@ -1,7 +1,8 @@
 """What the command line does with nothing but the URL of a run, and what it costs the store."""
 
 import json
-import socket
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,14 @@ def run() -> RunDirectory:
 
 def make_run(name: str, steps: list[int], status: str = "completed") -> RunDirectory:
     run = RunDirectory(f"count://runs/{name}")
+    run.claim()
     run.write_job(JOB.replace("digits", name, 1))
     run.write_environment({"data_fingerprint": "ab", "attempts": [{"packages": {"torch": "2.13.0"}}]})
     run.write_status(
         {
             "run": run.url, "status": status, "step": max(steps), "epoch": 1, "samples": 1, "metrics": {},
             "best": {"metric": "val/loss", "value": 0.1, "step": 15}, "workers": 1, "attempts": 1, "failure": None,
-            "state_sha256": "ab", "seconds": 1.0, "error": None, "updated": 1.7e9, "host": "elsewhere", "pid": 1,
+            "state_sha256": "ab", "seconds": 1.0, "error": None,
         }
     )  # fmt: skip
     for step in steps:
@@ -81,7 +83,9 @@ def everything() -> dict[str, bytes]:
 
 
 def drive(run: RunDirectory, **status: Any) -> None:
-    run.write_status((run.read_status() or {}) | status)
+    """Writes what a driver would, from wherever."""
+    (name,) = run.store.names("drivers")
+    run.store.write(name, json.dumps((run.read_status() or {}) | status).encode())
 
 
 class TestWhatItCosts:
@@ -111,7 +115,7 @@ class TestWhatItCosts:
         start_counting(latency_s=0.002)
         documents = json.loads(launcher("list", "count://runs", "--json").stdout)
         assert [document["run"][-5:] for document in documents] == [f"run{number:02}" for number in range(20)]
-        assert CountingFileSystem.calls == {"look": 20, "list": 1, "read": 20}
+        assert CountingFileSystem.calls == {"look": 20, "list": 21, "read": 20}
         assert 4 <= CountingFileSystem.most_reading <= 8
 
 
@@ -175,7 +179,7 @@ class TestCheckpoints:
 
     def test_nothing_is_removed_while_it_runs(self, run):
         write_to(run, "step-00000020/model-0a1b2c3d-00001.bin")
-        drive(run, status="running", updated=4e9)
+        drive(run, status="running", updated=4e9, host="elsewhere")
         before = everything()
         ended = launcher("checkpoints", run.url, "--repair")
         assert (ended.exit_code, everything()) == (5, before)
@@ -228,11 +232,15 @@ class TestBadInputCostsNothing:
         assert (ended.exit_code, everything()) == (3, before)
         assert "there are those of steps 5, 10, 15" in ended.stderr
 
-    def test_back_while_it_runs_elsewhere(self, run):
-        drive(run, status="running", updated=4e9, host=f"not-{socket.gethostname()}")
-        before = everything()
-        ended = launcher("resume", run.url, "--at", 10)
-        assert (ended.exit_code, everything()) == (5, before)
+    @pytest.mark.parametrize("option", [[], ["--take-over"]])
+    def test_back_while_it_runs(self, run, option):
+        with subprocess.Popen(["launcher", "60"], executable=shutil.which("sleep")) as driver:
+            drive(run, status="running", pid=driver.pid)
+            before = everything()
+            ended = launcher("resume", run.url, "--at", 10, *option)
+            driver.kill()
+        assert (ended.exit_code, everything()) == (2 if option else 5, before)
+        assert f"launcher stop {run.url}" in ended.stderr or "launcher stop it" in ended.stderr
 
 
 class TestExport:
