@@ -1,5 +1,6 @@
 """A file system in memory that counts what is asked of it; ``count://`` URLs lead here."""
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -16,10 +17,10 @@ class CountingFileSystem(MemoryFileSystem):
     calls: ClassVar[Counter] = Counter()
     """The calls so far, by verb."""
     latency_s: ClassVar[float] = 0.0
-    """What each read takes."""
-    reading: ClassVar[int] = 0
-    most_reading: ClassVar[int] = 0
-    """The most reads that were under way at a time."""
+    """What each read and each look takes."""
+    under_way: ClassVar[Counter] = Counter()
+    most: ClassVar[Counter] = Counter()
+    """The most calls that were under way at a time, by verb."""
     lock: ClassVar = threading.Lock()
 
     @classmethod
@@ -35,16 +36,12 @@ class CountingFileSystem(MemoryFileSystem):
         super().rm_file(path)
 
     def cat_file(self, path, **kwargs):
-        self._count("read", 1)
-        time.sleep(self.latency_s)
-        try:
+        with self._slowly("read"):
             return super().cat_file(path, **kwargs)
-        finally:
-            self._count(None, -1)
 
     def info(self, path, **kwargs):
-        self._count("look")
-        return super().info(path, **kwargs)
+        with self._slowly("look"):
+            return super().info(path, **kwargs)
 
     def find(self, path, **_):
         """One request, as on an object store; what it looks at on the way is none."""
@@ -57,12 +54,23 @@ class CountingFileSystem(MemoryFileSystem):
         return super().ls(path, detail=detail, **kwargs)
 
     @classmethod
-    def _count(cls, verb, reading=0) -> None:
+    def _count(cls, verb) -> None:
         with cls.lock:
-            if verb is not None:
-                cls.calls[verb] += 1
-            cls.reading += reading
-            cls.most_reading = max(cls.most_reading, cls.reading)
+            cls.calls[verb] += 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def _slowly(cls, verb):
+        with cls.lock:
+            cls.calls[verb] += 1
+            cls.under_way[verb] += 1
+            cls.most[verb] = max(cls.most[verb], cls.under_way[verb])
+        time.sleep(cls.latency_s)
+        try:
+            yield
+        finally:
+            with cls.lock:
+                cls.under_way[verb] -= 1
 
 
 fsspec.register_implementation("count", CountingFileSystem)
@@ -72,4 +80,4 @@ def start_counting(latency_s: float = 0.0) -> None:
     """From zero; the objects stay."""
     CountingFileSystem.calls = Counter()
     CountingFileSystem.latency_s = latency_s
-    CountingFileSystem.most_reading = 0
+    CountingFileSystem.most = Counter()
