@@ -2,7 +2,7 @@
 
     LauncherError                1   something went wrong, and the message says what
     ├── TrainingError            1   the training code failed
-    ├── DescriptionError         2   what is written in the job description is wrong
+    ├── DescriptionError         2   what is written in a description is wrong
     ├── CheckpointError          3   a checkpoint is missing, torn or does not fit
     ├── StorageError             4   the store cannot be read or written
     ├── ClusterError             5   Ray, a node or a worker failed
@@ -65,7 +65,7 @@ class TrainingError(LauncherError):
 
 
 class DescriptionError(LauncherError):
-    """The job description cannot run as written."""
+    """The description of a job or of a cluster cannot run as written."""
 
     exit_code = 2
 
@@ -95,6 +95,18 @@ class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone
     """A signal ended the run; what was trained is saved."""
 
     exit_code = 130
+
+
+class FieldError(ValueError):
+    """A field of a description holds a value that makes no sense; ``key`` is relative to the section that raised it.
+
+    Who reads the description makes a ``DescriptionError`` of it.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.key = key
+        self.problem = problem
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """The job language: what a person may write, as frozen dataclasses.
 
-Standard library only, so that a mistake is found before torch or Ray is imported. A value that can
+Standard library and errors only, so that a mistake is found before torch or Ray is imported. A value that can
 be judged alone is judged here; what needs the data, the model or the machine is judged by the plan.
 The docstring under a field is its reference text: ``launcher schema`` prints it.
 """
@@ -11,20 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from cluster.errors import FieldError
+
 NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
 """What to do where text stands for a number: an environment variable is text until it is decoded."""
 
 
 _ALWAYS_MEASURED = ("loss", "accuracy")
-
-
-class FieldError(ValueError):
-    """A field holds a value that makes no sense; ``key`` is relative to the section that raised it."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key} {problem}")
-        self.key = key
-        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)

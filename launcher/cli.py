@@ -27,7 +27,11 @@ _json_option = click.option(
     "--json", "as_json", is_flag=True, is_eager=True, callback=_remember_json, help="Print one JSON document on stdout."
 )
 _cluster_option = click.option(
-    "--cluster", metavar="HOST:PORT", help="The Ray cluster to run on, which this host is a node of; else this machine."
+    "--cluster",
+    "cluster_name",
+    metavar="CLUSTER",
+    help="Where to run: the YAML file of a cluster, the name of one that is shipped, or HOST:PORT of a Ray head; "
+    "else this machine.",
 )
 _take_over_option = click.option(
     "--take-over", is_flag=True, help="Go on in the place of a driver that is alive; that one ends."
@@ -65,12 +69,14 @@ def main() -> None:
 @_take_over_option
 @_cluster_option
 @_json_option
-def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster: str | None, as_json: bool) -> None:
+def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
     """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
+    from launcher.clusters import load_cluster
     from launcher.description import load
 
-    description = load(job, overrides)
-    if cluster is None:
+    cluster, changes = load_cluster(cluster_name, overrides)
+    description = load(job, changes)
+    if cluster.kind == "local":
         _cheap_checks(description)
     from launcher.runs import begin
 
@@ -93,15 +99,18 @@ def resume(
     new: str | None,
     force: bool,
     take_over: bool,
-    cluster: str | None,
+    cluster_name: str | None,
     as_json: bool,
 ) -> None:
     """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers."""
+    from launcher.clusters import load_cluster
+
+    cluster, changes = load_cluster(cluster_name, overrides)
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
     def work(display: Any) -> dict[str, Any]:
-        return resume_run(run_directory, overrides, display, force=force, take_over=take_over, at=at, new=new)
+        return resume_run(run_directory, changes, display, force=force, take_over=take_over, at=at, new=new)
 
     _show_result(work, cluster, as_json)
 
@@ -111,11 +120,13 @@ def resume(
 @_overrides
 @_cluster_option
 @_json_option
-def plan(job: Path, overrides: tuple[str, ...], cluster: str | None, as_json: bool) -> None:
+def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
+    from launcher.clusters import load_cluster
     from launcher.description import load
 
-    description = load(job, overrides)
+    cluster, changes = load_cluster(cluster_name, overrides)
+    description = load(job, changes)
     from launcher.report import plan_text
     from launcher.runs import plan_only
 
@@ -231,12 +242,16 @@ def export(run_url: str, at: int | None, weights: Any, to: str | None, force: bo
 
 
 @main.command()
+@click.option("--cluster", "kind", metavar="KIND", help="That of clusters of this kind, and not of jobs.")
 @_json_option
-def schema(as_json: bool) -> None:
+def schema(kind: str | None, as_json: bool) -> None:
     """Print the job language: every key, its type, its default and what it means."""
+    from jobs.spec import JobSpec
+    from launcher.clusters import language_of
     from launcher.schema import describe, describe_json
 
-    _show(describe_json() if as_json else None, "" if as_json else describe(), as_json)
+    language = JobSpec if kind is None else language_of(kind)
+    _show(describe_json(language) if as_json else None, "" if as_json else describe(language), as_json)
 
 
 def _cheap_checks(description: Any) -> None:
@@ -249,17 +264,17 @@ def _cheap_checks(description: Any) -> None:
 
 
 @contextlib.contextmanager
-def _joined(address: str | None) -> Iterator[None]:
-    """In the cluster that was named, if one was.
+def _joined(cluster: Any) -> Iterator[None]:
+    """In the cluster, if it is one to join.
 
     Stdout is for the result. Ray prints notices of its own there, the last of them when it is left, of what the driver
     tells in one line: they are dropped.
     """
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as stack:
-        if address is not None:
+        if cluster.kind == "ray":
             from cluster.ray_cluster import joined_cluster
 
-            stack.enter_context(joined_cluster(address))
+            stack.enter_context(joined_cluster(cluster.address))
         yield
 
 
@@ -274,7 +289,7 @@ def _existing_run(url: str) -> Any:
     return run_directory
 
 
-def _show_result(work: Callable[[Any], dict[str, Any]], cluster: str | None, as_json: bool) -> None:
+def _show_result(work: Callable[[Any], dict[str, Any]], cluster: Any, as_json: bool) -> None:
     """Runs with a display on stderr, then prints the result and exits as it ended."""
     from launcher.progress import open_progress
     from launcher.report import summary

@@ -1,4 +1,4 @@
-"""From YAML and ``key=value`` overrides to a ``JobSpec``, with the file and the full key in every error.
+"""From YAML and ``key=value`` overrides to a spec, of a job mostly, with the file and the full key in every error.
 
 OmegaConf stops here, and so does YAML: the rest of the code sees dataclasses. OmegaConf reads, interpolates and
 writes; what a value may be is judged here against the dataclasses' own types, more strictly than OmegaConf would:
@@ -9,7 +9,7 @@ at once.
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
@@ -28,11 +28,24 @@ from omegaconf.errors import (
     UnsupportedInterpolationType,
 )
 
-from cluster.errors import DescriptionError, nearest
-from jobs.spec import NUMBER_FROM_TEXT, FieldError, JobSpec, PlanValue, Target
+from cluster.errors import DescriptionError, FieldError, nearest
+from jobs.spec import NUMBER_FROM_TEXT, JobSpec, PlanValue, Target
 from launcher.schema import has_target, is_section, section_in, shorthand_of, type_words, union_members
 
 _COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What can be described, beside others, in a file of its own."""
+
+    section_of: Callable[[Mapping[str, Any]], type]
+    """The dataclass for what is written; raises ``FieldError`` if that cannot be told."""
+    needs: str
+    """The keys that nothing of it can do without, in words."""
+
+
+JOBS: Final = Language(lambda _: JobSpec, "model, data.train, loss and optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +93,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Description:
         DescriptionError: For every mistake in it, in one line.
     """
     path = Path(path)
+    return parse(read_text(path), path.name, overrides, default_name=path.stem)
+
+
+def read_text(path: Path) -> str:
+    """What a description file holds.
+
+    Raises:
+        DescriptionError: It cannot be read, in one line.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DescriptionError(f"{path.name}: there is no such file, looked at {path.absolute()}") from None
     except IsADirectoryError:
@@ -90,7 +112,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Description:
         raise DescriptionError(f"{path.name}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
     except OSError as error:
         raise DescriptionError(f"{path.name}: cannot be read, {error.strerror}: {path.absolute()}") from error
-    return parse(text, path.name, overrides, default_name=path.stem)
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = (), default_name: str | None = None) -> Description:
@@ -101,17 +122,39 @@ def parse(text: str, source: str, overrides: Sequence[str] = (), default_name: s
     Raises:
         DescriptionError: For every mistake in it, in one line.
     """
-    job = _read_job(text, source, default_name)
-    overridden = [_override(job, override) for override in overrides]
-    job = _completed(JobSpec, job)  # an override may have begun a section
+    defaults = {} if default_name is None else {"name": default_name}
+    spec, written = read(JOBS, text, source, overrides, defaults)
+    return Description(spec, written, source)
+
+
+def read(
+    language: Language, text: str, source: str, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, str]:
+    """Reads a description of any language.
+
+    Args:
+        language: What it describes.
+        text: YAML.
+        source: What to call it in errors.
+        overrides: Changes, each the whole value of a key.
+        defaults: Keys that are there unless they are written.
+
+    Returns:
+        The spec, everything resolved; and YAML of the defaults, the text and the overrides, its interpolations kept.
+
+    Raises:
+        DescriptionError: For every mistake in it, in one line.
+    """
+    written = _read_written(language, text, source, defaults or {})
+    overridden = [_override(written, override) for override in overrides]
     try:
-        spec = _checked(job)
+        spec, written = _checked(language, written)
     except FieldError as error:
         by_override = any(_is_within(error.key, key) for key in overridden)
-        if by_override or (overridden and _is_sound(_read_job(text, source, default_name))):
+        if by_override or (overridden and _is_sound(language, _read_written(language, text, source, defaults or {}))):
             raise _error(_COMMAND_LINE, error) from error
         raise _error(source, error) from error
-    return Description(spec, OmegaConf.to_yaml(OmegaConf.create(job)), source)
+    return spec, OmegaConf.to_yaml(OmegaConf.create(written))
 
 
 def flatten(spec: JobSpec) -> dict[str, object]:
@@ -143,23 +186,19 @@ def _error(where: str, problem: object) -> DescriptionError:
 # --- YAML ---
 
 
-def _read_job(text: str, source: str, default_name: str | None) -> dict[str, Any]:
+def _read_written(language: Language, text: str, source: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What is written, and the defaults beside it."""
     try:
-        job = _read_yaml(text)
+        written = _read_yaml(text)
+        if written is None or written == {}:
+            raise _error(source, f"is empty; it needs {language.needs}")
+        if not isinstance(written, dict):
+            raise _error(source, f"must be a mapping, got {_show(written)}; it needs {language.needs}")
+        return _completed(language.section_of(written), {**defaults, **written})
     except yaml.YAMLError as error:
         raise _error(source, _syntax_problem(error, text)) from error
     except FieldError as error:
         raise _error(source, error) from error
-    if job is None or job == {}:
-        raise _error(source, "is empty; it needs model, data.train, loss and optimizer")
-    if not isinstance(job, dict):
-        raise _error(source, f"must be a mapping of keys such as model and data, got {_show(job)}")
-    if default_name is not None:
-        job.setdefault("name", default_name)
-    completed = _completed(JobSpec, job)
-    assert isinstance(completed, dict)
-    return completed
 
 
 def _read_yaml(text: str) -> Any:
@@ -400,15 +439,16 @@ def _field_error(error: OmegaConfBaseException, job: dict[str, Any]) -> FieldErr
 # --- From plain data to dataclasses ---
 
 
-def _checked(job: dict[str, Any]) -> JobSpec:
-    spec = _section(JobSpec, _resolved(job), "")
-    assert isinstance(spec, JobSpec)
-    return spec
+def _checked(language: Language, written: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The spec of what is written, and that with its defaults: an override may have begun a section."""
+    section = language.section_of(written)
+    written = _completed(section, written)
+    return _section(section, _resolved(written), ""), written
 
 
-def _is_sound(job: dict[str, Any]) -> bool:
+def _is_sound(language: Language, written: dict[str, Any]) -> bool:
     try:
-        _checked(job)
+        _checked(language, written)
     except FieldError:
         return False
     return True

@@ -288,8 +288,8 @@ def _train(
         go_back(run, back_to)
     _warn_of_other_versions(run, display)
     run.clear_stop()  # one that was asked of an earlier driver
-    run.write_job(description.text)
     _note_attempt(run, plan, import_paths)
+    run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
     tracker = _open_tracker(run, description, display)
     state = _state_so_far(run, plan)
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)

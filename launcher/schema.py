@@ -1,12 +1,12 @@
-"""The job language as a reference text, read from the dataclasses and the docstrings under their fields.
+"""The languages of jobs and clusters as reference texts, read from the dataclasses and the docstrings in them.
 
-It owns the words for types, which error messages share; it knows ``jobs.spec`` and how a section is written
-in YAML, but reads no YAML.
+It owns the words for types, which error messages share; it knows how a section is written in YAML, but reads no YAML.
 """
 
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 import types
 import typing
@@ -35,31 +35,31 @@ class Entry:
     is_section: bool = False
 
 
-def describe() -> str:
-    """The whole language, written like an annotated job file; ``???`` marks what must be written."""
-    lines = _comment(spec.JobSpec.__doc__, "")
-    for entry in entries():
+def describe(language: type = spec.JobSpec) -> str:
+    """The whole language, written like an annotated file; ``???`` marks what must be written."""
+    lines = _comment(language.__doc__, "")
+    for entry in entries(language):
         if entry.depth == 0:
             lines.append("")
         indent = INDENT * entry.depth
         lines += _comment(entry.doc, indent)
         lines.append(indent + _annotated(entry))
-    for special in (spec.Target, spec.PlanValue):
+    for special in (spec.Target, spec.PlanValue) if language is spec.JobSpec else ():
         lines += ["", *_comment(special.__doc__, "")]
     return "\n".join(lines)
 
 
-def describe_json() -> dict[str, dict[str, Any]]:
+def describe_json(language: type = spec.JobSpec) -> dict[str, dict[str, Any]]:
     """The same as data: key -> its type in words, default, whether it is required, and docstring."""
     return {
         entry.key: {"type": entry.type, "default": entry.default, "required": entry.required, "doc": entry.doc}
-        for entry in entries()
+        for entry in entries(language)
     }
 
 
-def entries() -> Iterator[Entry]:
+def entries(language: type = spec.JobSpec) -> Iterator[Entry]:
     """Every key of the language, a section before what is in it, in the order of the dataclasses."""
-    return _entries(spec.JobSpec, "", 0, _docstrings())
+    return _entries(language, "", 0, _docstrings(language))
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
@@ -144,10 +144,10 @@ def _default(section: type, field: "dataclasses.Field[Any]") -> tuple[bool, Any]
     return False, list(field.default) if isinstance(field.default, tuple) else field.default
 
 
-def _docstrings() -> dict[tuple[str, str], str]:
+def _docstrings(language: type) -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal below the field, which Python does not keep."""
     found = {}
-    for node in ast.parse(inspect.getsource(spec)).body:
+    for node in ast.parse(inspect.getsource(sys.modules[language.__module__])).body:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:]):
                 match field, below:

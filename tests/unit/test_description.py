@@ -210,8 +210,8 @@ def test_mistake_in_the_file(written: str, expected: str, monkeypatch: pytest.Mo
 WHOLE_FILES = {
     "": "is empty; it needs model, data.train, loss and optimizer",
     "# nothing": "is empty; it needs model, data.train, loss and optimizer",
-    "[1]": "must be a mapping of keys such as model and data, got [1]",
-    "model": "must be a mapping of keys such as model and data, got 'model'",
+    "[1]": "must be a mapping, got [1]; it needs model, data.train, loss and optimizer",
+    "model": "must be a mapping, got 'model'; it needs model, data.train, loss and optimizer",
     "seed: 3": "model is missing; write a mapping with _target_",
     "model: a.B\nloss: L\noptimizer: SGD": "data.train is missing; write a mapping with _target_",
     "model: a.B\ndata: {train: a.b}\noptimizer: SGD": "loss is missing; write a mapping with _target_",

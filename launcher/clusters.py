@@ -1,0 +1,74 @@
+"""Which cluster is meant by ``--cluster``: a file, one of those that are shipped, or the address of a Ray head."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import cluster
+from cluster.errors import DescriptionError, FieldError, nearest
+from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec
+from launcher.description import Language, read, read_text
+
+PREFIX = "cluster."
+"""Of the overrides that change the cluster, and not the job."""
+
+_SHIPPED: Final = Path(cluster.__file__).parent
+
+
+def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSpec, list[str]]:
+    """The cluster that is meant, and the overrides of the job: what it says of workers first, the person's own last.
+
+    Args:
+        named: HOST:PORT of a Ray head, the path of a YAML file, or the name of one that is shipped; none: this machine.
+        overrides: Of both.
+
+    Raises:
+        DescriptionError: For every mistake in it, in one line.
+    """
+    of_cluster = [change.removeprefix(PREFIX) for change in overrides if change.startswith(PREFIX)]
+    of_job = [change for change in overrides if not change.startswith(PREFIX)]
+    if named is None and of_cluster:
+        raise DescriptionError(f"command line: {PREFIX}{of_cluster[0]} changes a cluster; name it with --cluster")
+    spec = LocalClusterSpec() if named is None else _read(named, of_cluster)
+    return spec, [*spec.worker.overrides(), *of_job]
+
+
+def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
+    if re.fullmatch(r"[^/]+:\d+", named):
+        return read(_CLUSTERS, f"kind: ray\naddress: '{named}'\n", f"--cluster {named}", overrides)[0]
+    if named.endswith((".yaml", ".yml")):
+        path = Path(named)
+    else:
+        path = _SHIPPED / f"{named}.yaml"
+        known = sorted(shipped.stem for shipped in _SHIPPED.glob("*.yaml"))
+        if named not in known:
+            raise DescriptionError(
+                f"--cluster {named}: is no cluster{nearest(named, known)}; write HOST:PORT of a Ray head, the path of "
+                f"a YAML file, or one of {', '.join(known)}"
+            )
+    return read(_CLUSTERS, read_text(path), path.name, overrides)[0]
+
+
+def language_of(kind: str) -> type[ClusterSpec]:
+    """The dataclass that describes clusters of a kind.
+
+    Raises:
+        DescriptionError: There is no such kind.
+    """
+    try:
+        return _section_of({"kind": kind})
+    except FieldError as error:
+        raise DescriptionError(f"--cluster {error}") from error
+
+
+def _section_of(written: Mapping[str, Any]) -> type[ClusterSpec]:
+    kind = written.get("kind")
+    if kind is None:
+        raise FieldError("kind", f"is missing; write one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FieldError("kind", f"must be one of {', '.join(KINDS)}, got {kind!r}{nearest(str(kind), KINDS)}")
+    return KINDS[kind]
+
+
+_CLUSTERS: Final = Language(_section_of, "kind")
