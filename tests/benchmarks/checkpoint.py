@@ -18,21 +18,19 @@ Reported: medians with quartiles, and n; ratios are of blocks of the same round.
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.step import Gate, Quartiles, drain
+from tests.benchmarks.arms import Gate, Quartiles, join_team, side_by_side
 
 _JOB = """
 name: checkpoint
@@ -115,12 +113,10 @@ class _Told:
 
 def _work(settings: _Settings, rank: int, folder: str, results: Connection, messages: Connection) -> None:
     """One worker: all arms, block by block."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
 
-    store = dist.FileStore(os.path.join(folder, "meeting"), _WORKERS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=_WORKERS)
+    join_team(rank, _WORKERS, folder)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     blocked: list[float] = []
@@ -189,29 +185,6 @@ def _arm(
     return Gate(train), saver.wait
 
 
-def measure(settings: _Settings) -> Iterator[list[_Told]]:
-    """Runs the workers; yields what each told of every block."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-") as folder:
-        workers, pipes = [], []
-        messages, their_messages = context.Pipe()
-        for rank in range(_WORKERS):
-            results, theirs = context.Pipe(duplex=False)
-            workers.append(
-                context.Process(target=_work, args=(settings, rank, folder, theirs, their_messages), daemon=True)
-            )
-            workers[-1].start()
-            theirs.close()
-            pipes.append(results)
-        their_messages.close()
-        threading.Thread(target=drain, args=(messages,), daemon=True).start()
-        for _ in range(settings.rounds * len(_ARMS)):
-            yield [pipe.recv() for pipe in pipes]
-        for worker in workers:
-            worker.join()
-
-
 def stock_blocked(folder: Path, count: int) -> list[float]:
     """What each checkpoint of a stock script kept its rank 0 from training, in seconds; the first is not counted."""
     text = _SCRIPT.replace("COUNT", repr(count + 1)).replace("STORAGE", repr(str(folder)))
@@ -232,7 +205,8 @@ def main() -> None:
     ours: list[float] = []
     with tempfile.TemporaryDirectory(prefix="launcher-benchmark-") as folder:
         stock = stock_blocked(Path(folder), arguments.count // 2)
-        for told in measure(_Settings(f"{folder}/runs", arguments.rounds)):
+        work = partial(_work, _Settings(f"{folder}/runs", arguments.rounds))
+        for told in side_by_side(work, _WORKERS, arguments.rounds * len(_ARMS)):
             seconds[told[0].arm].append(max(worker.seconds for worker in told))
             ours += [max(saves) for saves in zip(*(worker.blocked for worker in told))]
         stock += stock_blocked(Path(folder), arguments.count - arguments.count // 2)

@@ -20,17 +20,15 @@ tells of added work even where neighbours disturb the wall clock, but not of add
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
-import statistics
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.benchmarks.arms import Gate, Quartiles, join_team, side_by_side
 
 _JOB = """
 name: step
@@ -46,65 +44,8 @@ _PER_WORKER = 32
 _ARMS = ("bare", "exact", "inexact", "aa")
 
 
-class Gate:
-    """Where the thread of an arm stops between blocks, and reads the clock in each step."""
-
-    def __init__(self, train: "Callable[[Gate], None]") -> None:
-        self.step_times: list[float] = []
-        self.cpu_time = 0.0
-        """Of the newest block, in all threads of the process."""
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._left = 0
-        self._over = False
-        self._since = self._cpu_since = 0.0
-        self._error: Exception | None = None
-        threading.Thread(target=self._run, args=(train,), daemon=True).start()
-
-    def run_block(self, steps: int) -> list[float]:
-        """Lets the arm go on for some steps; their times."""
-        self.step_times, self._left = [], steps
-        self._hand_over()
-        return self.step_times
-
-    def end(self) -> None:
-        """Lets the arm run to its end."""
-        self._over = True
-        self._hand_over()
-
-    def __call__(self) -> bool:
-        """The end of a step; whether the arm is to stop."""
-        now = time.perf_counter()
-        self.step_times.append(now - self._since)
-        self._since = now
-        self._left -= 1
-        if self._left == 0:
-            self.cpu_time = time.process_time() - self._cpu_since
-            self._done.release()
-            self._wait()
-        return self._over
-
-    def _hand_over(self) -> None:
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _wait(self) -> None:
-        self._go.acquire()
-        self._cpu_since = time.process_time()
-        self._since = time.perf_counter()
-
-    def _run(self, train: "Callable[[Gate], None]") -> None:
-        self._wait()
-        try:
-            train(self)
-        except Exception as error:  # the main thread raises it as its own
-            self._error = error
-        self._done.release()
-
-
 @dataclass(frozen=True, slots=True)
-class Block:
+class _Block:
     """Some steps of one arm in a row, in seconds."""
 
     arm: str
@@ -135,14 +76,12 @@ class _Settings:
         return parse(text, "step.yaml").spec
 
 
-def _work(settings: _Settings, rank: int, store_path: str, results: Connection, messages: Connection) -> None:
+def _work(settings: _Settings, rank: int, folder: str, results: Connection, messages: Connection) -> None:
     """One worker: all arms, block by block."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
 
-    store = dist.FileStore(store_path, settings.workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=settings.workers)
+    join_team(rank, settings.workers, folder)
     gates = {
         "bare": Gate(_bare(settings, rank)),
         "exact": Gate(_launched(settings, rank, messages, exact=True)),
@@ -161,7 +100,7 @@ def _work(settings: _Settings, rank: int, store_path: str, results: Connection, 
     for number in range(settings.rounds):
         for arm in random.Random(number).sample(_ARMS, len(_ARMS)):
             times = run_block(arm, settings.block)
-            results.send(Block(arm, times, gates[arm].cpu_time))
+            results.send(_Block(arm, times, gates[arm].cpu_time))
     for arm in _ARMS:
         gates[arm].end()
     results.close()
@@ -223,51 +162,11 @@ def _bare(settings: _Settings, rank: int) -> Callable[[Gate], None]:
     return train
 
 
-def measure(settings: _Settings) -> Iterator[Block]:
+def measure(settings: _Settings) -> Iterator[_Block]:
     """Runs the workers; yields every block, with the wall time of its slowest worker and the CPU time of all."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="launcher-benchmark-") as folder:
-        workers, pipes = [], []
-        messages, their_messages = context.Pipe()
-        for rank in range(settings.workers):
-            results, theirs = context.Pipe(duplex=False)
-            arguments = (settings, rank, os.path.join(folder, "store"), theirs, their_messages)
-            workers.append(context.Process(target=_work, args=arguments, daemon=True))
-            workers[-1].start()
-            theirs.close()
-            pipes.append(results)
-        their_messages.close()
-        threading.Thread(target=drain, args=(messages,), daemon=True).start()
-        for _ in range(settings.rounds * len(_ARMS)):
-            of_workers: list[Block] = [pipe.recv() for pipe in pipes]
-            slowest = max(of_workers, key=lambda block: sum(block.times))
-            yield replace(slowest, cpu_time=sum(block.cpu_time for block in of_workers))
-        for worker in workers:
-            worker.join()
-
-
-def drain(messages: Connection) -> None:
-    """Reads what the loops send, as an agent would."""
-    try:
-        while True:
-            messages.recv()
-    except (EOFError, OSError):
-        return
-
-
-@dataclass(frozen=True, slots=True)
-class Quartiles:
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Quartiles":
-        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.median:{spec}} {self.low:{spec}}-{self.high:{spec}}"
+    for told in side_by_side(partial(_work, settings), settings.workers, settings.rounds * len(_ARMS)):
+        slowest: _Block = max(told, key=lambda block: sum(block.times))
+        yield replace(slowest, cpu_time=sum(block.cpu_time for block in told))
 
 
 def main() -> None:
@@ -278,7 +177,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5, help="steps of each arm that are not counted")
     arguments = parser.parse_args()
     settings = _Settings(arguments.workers, arguments.block, arguments.rounds, arguments.warm_up)
-    blocks: dict[str, list[Block]] = {arm: [] for arm in _ARMS}
+    blocks: dict[str, list[_Block]] = {arm: [] for arm in _ARMS}
     for block in measure(settings):
         blocks[block.arm].append(block)
     document: dict[str, Any] = {}

@@ -165,7 +165,7 @@ def launcher(*arguments: str, job: str = _JOB) -> Twin:
         (folder / "twin.yaml").write_text(job)
         return [str(Path(sys.executable).with_name("launcher")), "run", "twin.yaml", "--json", *arguments]
 
-    return Twin(make_command, f"{LAUNCHER_RUN}/checkpoints/*/manifest.json")
+    return Twin(make_command, f"{LAUNCHER_RUN}/checkpoints/*/manifest-*.json")
 
 
 def stock(*, script: str = _SCRIPT, every_steps: int = 20, **ray_init: object) -> Twin:
