@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -57,6 +58,8 @@ class Orders:
     version: int = 0
     attempt: int | None = None
     """The attempt to run; none: not yet."""
+    agents: frozenset[str] = frozenset()
+    """The ids of the agents that run it. One that Ray has lost may live on, and hear of what is no longer its own."""
     host: str = _LOOPBACK
     """The address of rank 0 for the others."""
     meeting_port: int | None = None
@@ -119,6 +122,7 @@ class Agent:
         """``identity``: what the driver is told of this worker, such as its node."""
         self._channel = channel
         self._task = task
+        self._id = uuid.uuid4().hex
         self._identity = dict(identity)
         self._run = RunDirectory(task.run_url)
         self._orders = Orders()
@@ -133,7 +137,7 @@ class Agent:
             fork_server.use(address)
         else:
             fork_server.start(modules_of(self._task.entry))
-        self._channel.post([{"kind": "hello", "rank": self._task.rank, **self._identity}])
+        self._channel.post([{"kind": "hello", "rank": self._task.rank, "id": self._id, **self._identity}])
         said_at = time.monotonic()
         news, wake = multiprocessing.Pipe(duplex=False)
         threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
@@ -147,7 +151,7 @@ class Agent:
                     self._obey(news.recv())
                 if time.monotonic() - said_at > HERE_INTERVAL_S:
                     said_at = time.monotonic()
-                    self._channel.post([{"kind": "here", "rank": self._task.rank}])
+                    self._channel.post([{"kind": "here", "rank": self._task.rank, "id": self._id}])
         finally:
             self._end_child()
             if self._keeping is not None:
@@ -173,7 +177,7 @@ class Agent:
         self._orders = orders
         if orders.end:
             return
-        if orders.attempt is None:  # other agents take over
+        if orders.attempt is None or self._id not in orders.agents:  # other agents take over
             self._end_child()
             return
         if self._child is None or self._child.task.attempt != orders.attempt:

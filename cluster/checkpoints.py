@@ -1,11 +1,12 @@
 """Checkpoints of a run: each is whole and verified, or it does not exist.
 
-A checkpoint is a ``manifest.json`` in a folder ``step-00000500``, written last, that names every file with its parts,
-and of each part the object that holds it, its size and its SHA-256. The objects lie in the same folder, or, where a
-part has not changed since, in that of an earlier step. A folder without a manifest is no checkpoint; one whose bytes
-differ from its manifest is refused by name. What the store gives back is not trusted: it is parsed strictly, hashed,
-and never unpickled. No object but the manifest is ever written twice under one name, so a writer that should be gone
-cannot spoil what another has written. This module does not know what the files mean.
+A checkpoint is a manifest in a folder ``step-00000500``, written last, that names every file with its parts, and of
+each part the object that holds it, its size and its SHA-256. The objects lie in the same folder, or, where a part has
+not changed since, in that of an earlier step. A folder without a manifest is no checkpoint; one whose bytes differ from
+its manifest is refused by name. What the store gives back is not trusted: it is parsed strictly, hashed, and never
+unpickled. All names are their writer's own, ``manifest-00000002-1f3ac0de.json`` after its claim; of two manifests of a
+step the later claim's counts. So a writer that should be gone cannot spoil what another has written. This module does
+not know what the files mean.
 """
 
 import hashlib
@@ -23,7 +24,6 @@ from typing import Any, NoReturn, TypeVar
 from cluster.errors import CheckpointError
 from cluster.storage import MissingObject, Store, Trouble
 
-MANIFEST = "manifest.json"
 CONCURRENT_REQUESTS = 8
 """How many parts a process reads or writes at a time: most of a request to a remote store is waiting."""
 
@@ -31,6 +31,8 @@ _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
 _MAX_PART_BYTES = 1 << 32
 
+_MANIFEST = re.compile(r"manifest(?:-([0-9]{8}-[0-9a-f]{8}))?\.json")
+"""With the claim of its writer, or without if it has none."""
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _WRITTEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{8}-[0-9]{5,}(\.[A-Za-z0-9_-]+)?")
@@ -183,10 +185,12 @@ def divide(sizes: Sequence[int], count: int) -> list[range]:
 class Checkpoints:
     """The checkpoints in a store, which is the ``checkpoints`` folder of a run."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, claim: str | None = None) -> None:
+        """``claim``: that of the driver which commits here, if there is one; a later one's is greater."""
         self._store = store
         self._token = uuid.uuid4().hex[:8]
-        self._manifests: dict[int, Manifest] = {}  # as committed or read by this object, for retention
+        self._manifest_name = f"manifest-{claim}.json" if claim else "manifest.json"
+        self._manifests: dict[str, Manifest] = {}  # by object, as committed or read here, for retention
 
     def write_part(self, step: int, key: PartKey, data: bytes | memoryview, before: Part | None = None) -> Part:
         """Writes a part of a file under a name that nobody else gives.
@@ -213,9 +217,10 @@ class Checkpoints:
         """Makes a checkpoint exist; the last write of all, once everything it stands for is safe in the store."""
         data = _to_json(manifest)
         assert _parse(data, manifest.step) == manifest  # what we write, we accept
-        self._manifests.pop(manifest.step, None)
-        self._store.write(f"{_folder(manifest.step)}/{MANIFEST}", data)
-        self._manifests[manifest.step] = manifest
+        name = f"{_folder(manifest.step)}/{self._manifest_name}"
+        self._manifests.pop(name, None)
+        self._store.write(name, data)
+        self._manifests[name] = manifest
 
     @property
     def trouble(self) -> Trouble | None:
@@ -228,7 +233,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending; whether it is true, ``read`` finds out."""
-        return _committed(self._store.names())
+        return list(_committed(_by_step(self._store.names())))
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a checkpoint.
@@ -236,33 +241,29 @@ class Checkpoints:
         Raises:
             CheckpointError: There is none, or it is not one that ``commit`` could have written.
         """
-        try:
-            data = self._store.read(f"{_folder(step)}/{MANIFEST}")
-        except MissingObject as error:
-            raise self._bad(step, f"{MANIFEST} is missing: it was not written to the end") from error
-        try:
-            manifest = _parse(data, step)
-        except _DefectError as defect:
-            raise self._bad(step, f"{MANIFEST} {defect}") from defect
-        self._manifests[step] = manifest
-        return manifest
+        name = _committed(_by_step(self._store.names(_folder(step)))).get(step)
+        if name is None:
+            raise self._bad(step, "its manifest is missing: it was not written to the end")
+        return self._read_manifest(step, name)
 
     def survey(self) -> Survey:
         """What is there, in time that hardly grows with the number of checkpoints; a live run may go on meanwhile."""
         names = self._store.names()
-        there, steps = set(names), _committed(names)
+        there, own_of = set(names), _by_step(names)
+        committed = _committed(own_of)
         with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="survey") as pool:
-            found = dict(zip(steps, pool.map(lambda step: self._look_at(step, there), steps)))
+            looks = pool.map(lambda step: self._look_at(step, committed[step], there), committed)
+            found = dict(zip(committed, looks))
         manifests = {step: manifest for step, manifest in found.items() if isinstance(manifest, Manifest)}
         defects = {step: defect for step, defect in found.items() if isinstance(defect, CheckpointError)}
-        needed = {name for manifest in manifests.values() for name in manifest.objects()}
+        needed = {name for manifest in manifests.values() for name in manifest.objects()}.union(committed.values())
         orphans = [
             name
-            for step, own in _by_step(names).items()
+            for step, own in own_of.items()
             # Up to a bad checkpoint everything may be of it: it is for whoever mends it.
             if step > max(defects, default=-1)
             for name in own
-            if name not in needed and _WRITTEN.fullmatch(name.partition("/")[2])
+            if name not in needed and _is_ours(name.partition("/")[2])
         ]
         return Survey(manifests, defects, tuple(orphans))
 
@@ -293,7 +294,7 @@ class Checkpoints:
 
     def exists(self, step: int) -> bool:
         """Whether a step has a manifest."""
-        return self._store.exists(f"{_folder(step)}/{MANIFEST}")
+        return step in _committed(_by_step(self._store.names(_folder(step))))
 
     def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey]) -> list[bytes]:
         """Parts of a checkpoint, several at a time; each is read once and held against the manifest.
@@ -315,12 +316,20 @@ class Checkpoints:
             CheckpointError: The first part that is not what the manifest says, and how it differs.
         """
         manifest = self.manifest(step)
+        return manifest, self.read_files(manifest, files)
+
+    def read_files(self, manifest: Manifest, files: Collection[str] | None = None) -> dict[str, bytes]:
+        """The files of a checkpoint, or those of them that are wanted and there.
+
+        Raises:
+            CheckpointError: The first part that is not what the manifest says, and how it differs.
+        """
         names = [name for name in manifest.files if files is None or name in files]
         wanted = [key for key in manifest.part_keys() if key[0] in names]
         data: dict[str, list[bytes]] = {name: [] for name in names}
         for (name, _), part in zip(wanted, self.read_parts(manifest, wanted)):
             data[name].append(part)
-        return manifest, {name: b"".join(parts) for name, parts in data.items()}
+        return {name: b"".join(parts) for name, parts in data.items()}
 
     def newest_good(
         self, on_bad: Callable[[int, CheckpointError], None], files: Collection[str] | None = None
@@ -333,19 +342,22 @@ class Checkpoints:
             on_bad: Told of every newer checkpoint that was passed over, and why.
             files: Read and judge these alone.
         """
-        for step in reversed(self.steps()):
+        for step, name in reversed(_committed(_by_step(self._store.names())).items()):
             try:
-                return self.read(step, files)
+                manifest = self._read_manifest(step, name)
+                return manifest, self.read_files(manifest, files)
             except CheckpointError as error:
                 on_bad(step, error)
         return None
 
-    def retain(self, keep: int, best_step: int | None = None, bad: Collection[int] = ()) -> list[int]:
+    def retain(self, newest: int, keep: int, best_step: int | None = None, bad: Collection[int] = ()) -> list[int]:
         """Deletes all but the newest checkpoints and the best one, and the objects that no checkpoint needs.
 
-        Nothing beyond the newest checkpoint is touched: it may be of one that is being written.
+        What lies beyond the newest is neither touched nor counted: it may be of one that is being written, or of a
+        writer that has taken over from this one, which does not know it yet.
 
         Args:
+            newest: The step that was committed last.
             keep: How many of the newest are kept.
             best_step: Of one that is kept beside them.
             bad: Steps of checkpoints that are known to be bad: they stay as they are, and do not count.
@@ -354,44 +366,53 @@ class Checkpoints:
             The steps of the checkpoints deleted.
         """
         assert keep >= 1
-        names = self._store.names()
+        own_of = {step: own for step, own in _by_step(self._store.names()).items() if step <= newest}
+        committed = _committed(own_of)
         kept, left_alone = list[Manifest](), set(bad)
-        for step in reversed(_committed(names)):
+        for step, name in reversed(committed.items()):
             if step not in left_alone and (len(kept) < keep or step == best_step):
                 try:
-                    kept.append(self._manifests.get(step) or self.manifest(step))
+                    kept.append(self._manifests.get(name) or self._read_manifest(step, name))
                 except CheckpointError:  # it is for somebody to look at, who will hear of it when it is read
                     left_alone.add(step)
         if not kept:
             return []
         needed = {name for manifest in kept for name in manifest.objects()}
-        needed |= {f"{_folder(manifest.step)}/{MANIFEST}" for manifest in kept}
-        old = [own for step, own in _by_step(names).items() if step <= kept[0].step and step not in left_alone]
+        needed |= {committed[manifest.step] for manifest in kept}
+        old = [own for step, own in own_of.items() if step <= kept[0].step and step not in left_alone]
         unneeded = [name for own in old for name in own if name not in needed]
         self._delete(unneeded)
-        return _committed(unneeded)
+        return sorted(step for step, name in committed.items() if name in unneeded)
 
-    def discard_after(self, step: int) -> list[int]:
-        """Deletes everything beyond a step, to which the run goes back.
-
-        Returns:
-            The steps of the checkpoints deleted.
-        """
-        names = self._store.names()
-        self._delete(name for later, own in _by_step(names).items() if later > step for name in own)
-        return [later for later in _committed(names) if later > step]
+    def discard_after(self, step: int) -> None:
+        """Deletes everything beyond a step, to which the run goes back."""
+        own_of = _by_step(self._store.names())
+        self._delete(name for later, own in own_of.items() if later > step for name in own)
 
     def _delete(self, names: Iterable[str]) -> None:
         """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left."""
-        self._store.delete(sorted(names, key=lambda name: (not name.endswith(f"/{MANIFEST}"), name)))
+        rest = set(names)
+        manifests = [name for own in _by_step(sorted(rest)).values() for name in _manifests(own)]
+        self._store.delete([*manifests, *sorted(rest.difference(manifests))])
 
-    def _look_at(self, step: int, there: Collection[str]) -> Manifest | CheckpointError | None:
+    def _read_manifest(self, step: int, name: str) -> Manifest:
+        base = name.rpartition("/")[2]
+        try:
+            manifest = _parse(self._store.read(name), step)
+        except MissingObject as error:
+            raise self._bad(step, f"{base} is missing") from error
+        except _DefectError as defect:
+            raise self._bad(step, f"{base} {defect}") from defect
+        self._manifests[name] = manifest
+        return manifest
+
+    def _look_at(self, step: int, name: str, there: Collection[str]) -> Manifest | CheckpointError | None:
         """The manifest or the defect of a checkpoint that was listed; none if it has been deleted since."""
         try:
-            manifest = self.manifest(step)
-            for name in sorted(manifest.objects().difference(there)):
-                if not self._store.exists(name):  # nor was it written since
-                    raise self._bad(step, f"{name.removeprefix(f'{_folder(step)}/')} is missing")
+            manifest = self._read_manifest(step, name)
+            for part in sorted(manifest.objects().difference(there)):
+                if not self._store.exists(part):  # nor was it written since
+                    raise self._bad(step, f"{part.removeprefix(f'{_folder(step)}/')} is missing")
         except CheckpointError as defect:
             return defect if self.exists(step) else None
         return manifest
@@ -437,8 +458,21 @@ def _by_step(names: list[str]) -> dict[int, list[str]]:
     return found
 
 
-def _committed(names: list[str]) -> list[int]:
-    return sorted(step for step, own in _by_step(names).items() if f"{_folder(step)}/{MANIFEST}" in own)
+def _committed(own_of: Mapping[int, list[str]]) -> dict[int, str]:
+    """The manifest that counts of every step that has one, ascending; ``own_of``: the object names of each."""
+    found = {step: _manifests(own) for step, own in sorted(own_of.items())}
+    return {step: manifests[-1] for step, manifests in found.items() if manifests}
+
+
+def _manifests(names: list[str]) -> list[str]:
+    """Those of one step, the one that counts last."""
+    matches = ((_MANIFEST.fullmatch(name.partition("/")[2]), name) for name in names)
+    return [name for _, name in sorted((match[1] or "", name) for match, name in matches if match)]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it is a name, within a folder, that is given here."""
+    return _WRITTEN.fullmatch(name) is not None or _MANIFEST.fullmatch(name) is not None
 
 
 def _to_json(manifest: Manifest) -> bytes:
@@ -536,7 +570,7 @@ def _is_object_name(name: object, step: int) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
-    return _matches(_FILE_NAME, name) and name != MANIFEST
+    return _matches(_FILE_NAME, name) and not _matches(_MANIFEST, name)
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:

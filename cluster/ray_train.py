@@ -45,13 +45,16 @@ class WorkerGroup:
         self._here = here = ray.get_runtime_context().get_node_id()
         # Where the driver lives: it must not be lost with a node that only works.
         self._switchboard: Any = actor_on(here, _Switchboard).remote()
+        # Not with the training function: Ray shows what that is given, and a description may have taken secrets
+        # from the environment.
+        self._switchboard.set_task.remote(task)
         self._orders = Orders()
         self._wanted = Wanted()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
         trainer = steered_trainer(self._switchboard)(
             _run_agent,
-            train_loop_config={"task": task, "switchboard": self._switchboard, "driver_node": here},
+            train_loop_config={"switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(
                 num_workers=most,  # how many there are at a time is told by the steering policy
                 use_gpu=resources.gpus > 0,
@@ -150,6 +153,7 @@ class _Switchboard:
         import asyncio
 
         self._messages: list[dict[str, Any]] = []
+        self._task: Task
         self._orders = Orders()
         self._wanted = Wanted()
         self._changed = asyncio.Condition()
@@ -168,6 +172,12 @@ class _Switchboard:
         await self._wait(lambda: bool(self._messages), timeout_s)
         messages, self._messages = self._messages, []
         return messages
+
+    async def set_task(self, task: Task) -> None:
+        self._task = task
+
+    async def task(self) -> Task:
+        return self._task
 
     async def set_orders(self, orders: Orders) -> None:
         async with self._changed:
@@ -223,12 +233,13 @@ def _run_agent(config: Mapping[str, Any]) -> None:
     import ray.train
 
     here, worker = ray.train.get_context(), ray.get_runtime_context()
-    task: Task = replace(
-        config["task"],
+    task: Task = ray.get(config["switchboard"].task.remote())
+    task = replace(
+        task,
         rank=here.get_world_rank(),
         world_size=here.get_world_size(),
         on_gpu=bool(ray.get_gpu_ids()),
-        fork_server=_fork_server(config["task"], worker.get_node_id() == config["driver_node"]),
+        fork_server=_fork_server(task, worker.get_node_id() == config["driver_node"]),
     )
     identity = {
         "world_size": task.world_size,

@@ -64,6 +64,7 @@ class RunDirectory:
             SupersededError: Another process has taken it at the same moment.
         """
         self._claim = Claim(self.store, self.read_status(), after=self.events().newest_writer())
+        self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
 
     def check_claim(self) -> None:
         """Makes sure that the run is still this process's, which a write of any kind asks for; one listing.

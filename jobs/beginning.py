@@ -6,7 +6,7 @@ All ranks read and verify, each a share of it, once, and everyone begins with th
 import itertools
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
 from jobs.parts import Parts
 from jobs.spec import InitSpec
-from jobs.state import decode
+from jobs.state import decode, memory_of
 from jobs.team import Team
 from jobs.warm_start import Source, Weights, load_weights, match_weights, read_weights
 
@@ -73,7 +73,7 @@ def _read_together(checkpoints: Checkpoints, manifest: Manifest, team: Team) -> 
         if defect is not None:
             raise defect
     data = torch.empty(ends[-1], dtype=torch.uint8)
-    memoryview(cast(Any, data.numpy()))[stretch.start : stretch.stop] = b"".join(parts)
+    memory_of(data)[stretch.start : stretch.stop] = b"".join(parts)
     team.share(data, stretches)
     files, start = {}, 0
     for name, entry in manifest.files.items():

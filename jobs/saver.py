@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from cluster.checkpoints import CONCURRENT_REQUESTS, Checkpoints, Manifest, Part
 from cluster.link import Link
 from jobs.loop import Progress
 from jobs.parts import Parts
-from jobs.state import STATE_FILES, Layout, lay_out
+from jobs.state import STATE_FILES, Layout, lay_out, memory_of
 from jobs.team import Team
 
 _LONGEST_WAIT_S = 10.0
@@ -148,7 +148,7 @@ class Saver:
         copied = torch.cuda.Event() if self._on_gpu else None
         if copied is not None:
             copied.record()
-        data = memoryview(cast(Any, buffer.numpy()))
+        data = memory_of(buffer)
 
         def wait_for_it() -> list[memoryview]:
             if copied is not None:

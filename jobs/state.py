@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as files that load without unpickling, and the digest of a state.
+"""What a checkpoint holds, as files that load without unpickling.
 
 A state is a tree of dicts, lists, numbers and tensors. The tensors go into safetensors files and the
 tree, with a name in place of each tensor, into JSON. Sampler, augmentation and dropout need no place in
@@ -13,20 +13,20 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.checkpoints import FileEntry, Part, digest_of_files
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, one_line
 
 MODEL_FILE = "model.safetensors"
 """Weights and buffers under their names in the model."""
 EMA_FILE = "ema.safetensors"
 """Averaged weights, if there are any."""
+WEIGHTS_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
 STATE_FILES = (MODEL_FILE, "optimizer.safetensors", "optimizer.json")
 """The files that ``state_sha256`` is taken of: model, optimizer and schedule."""
 
@@ -35,6 +35,8 @@ PART_BYTES = 4 * 2**20
 _OWN_PART_BYTES = 2**18
 """A tensor of so many bytes begins a part, so that it is told to be unchanged whatever its neighbours do."""
 _ALIGNMENT = 64
+_OF_AVERAGE = "module."
+"""What ``AveragedModel`` puts before the model's own names."""
 
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
@@ -76,13 +78,6 @@ class Layout:
                 target = buffer[begin - wanted.start : end - wanted.start]
                 target.copy_(data[begin - offset : end - offset], non_blocking=True)
 
-    def bytes_of(self, file: str) -> bytes:
-        """A whole file."""
-        wanted = range(self.files[file][0].start, self.files[file][-1].stop)
-        buffer = torch.empty(len(wanted), dtype=torch.uint8)
-        self.copy_to(buffer, wanted)
-        return buffer.numpy().tobytes()
-
 
 def lay_out(state: Mapping[str, Any]) -> Layout:
     """The files of a state: ``state["model"]`` and ``state["ema"]`` are state dicts, the rest may have any keys.
@@ -107,12 +102,6 @@ def lay_out(state: Mapping[str, Any]) -> Layout:
     return writer.layout()
 
 
-def encode(state: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a state, see ``lay_out``."""
-    layout = lay_out(state)
-    return {name: layout.bytes_of(name) for name in layout.files}
-
-
 def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
     """The state that ``lay_out`` made files of.
 
@@ -135,23 +124,25 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
 
 
-def digest(state: Mapping[str, Any]) -> str:
-    """The ``state_sha256`` that a checkpoint of the state has.
+def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Tensor]:
+    """The weights in one of ``WEIGHTS_FILES``, by their names in the model.
 
-    Returns:
-        64 hexadecimal digits; equal states have equal digests, on any machine of the same byte order.
+    Raises:
+        CheckpointError: It is no safetensors file.
     """
-    layout = lay_out(state)
-    buffer = torch.empty(layout.size, dtype=torch.uint8)
-    layout.copy_to(buffer, range(layout.size))
-    data = memoryview(cast(Any, buffer.numpy()))
-    return digest_of_files(
-        {
-            name: FileEntry(tuple(Part.of("", data[part.start : part.stop]) for part in parts))
-            for name, parts in layout.files.items()
-            if name in STATE_FILES
-        }
-    )
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"is no whole safetensors file, {one_line(error)}; restore it") from error
+    if which == "model":
+        return tensors
+    named = tensors.items()
+    return {name.removeprefix(_OF_AVERAGE): tensor for name, tensor in named if name.startswith(_OF_AVERAGE)}
+
+
+def memory_of(buffer: Tensor) -> memoryview:
+    """The memory of a tensor uint8 [bytes] on the CPU, which may be written to."""
+    return memoryview(cast(Any, buffer.numpy()))
 
 
 class _Writer:

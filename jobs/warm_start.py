@@ -11,24 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cluster.checkpoints import Checkpoints, Manifest
-from cluster.errors import CheckpointError, DescriptionError, listed, nearest, one_line
+from cluster.errors import CheckpointError, DescriptionError, listed, nearest
 from cluster.run_directory import RunDirectory
 from cluster.storage import MissingObject, Store
 from jobs.spec import InitSpec
-from jobs.state import EMA_FILE, MODEL_FILE
+from jobs.state import WEIGHTS_FILES, decode_weights
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
-_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
-_OF_AVERAGE = "module."
-"""What ``AveragedModel`` puts before the model's own names."""
 _MOST_PATTERNS = 8
 """That an error proposes to write; more are no advice."""
 
@@ -91,7 +87,7 @@ def read_weights(spec: InitSpec, planned: Source | None = None) -> Weights:
     if name.endswith(_SAFETENSORS):
         weights = _of_file(url, name, spec)
     elif folder := _STEP_FOLDER.fullmatch(name):
-        manifest, files = Checkpoints(Store(url.removesuffix(name))).read(int(folder[1]), [_FILES[spec.weights]])
+        manifest, files = Checkpoints(Store(url.removesuffix(name))).read(int(folder[1]), [WEIGHTS_FILES[spec.weights]])
         weights = _of_checkpoint(url, manifest, files, spec)
     else:
         weights = _of_run(RunDirectory(url), spec)
@@ -159,12 +155,12 @@ def _of_file(url: str, name: str, spec: InitSpec) -> Weights:
             "leave weights out to take the file's own"
         )
     data = Store(url.removesuffix(name)).read(name)
-    return Weights(Source(url, hashlib.sha256(data).hexdigest()), _parsed(data, url))
+    return Weights(Source(url, hashlib.sha256(data).hexdigest()), _decoded(data, url, spec))
 
 
 def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
     passed_over: list[str] = []
-    found = run.checkpoints.newest_good(lambda _, error: passed_over.append(str(error)), [_FILES[spec.weights]])
+    found = run.checkpoints.newest_good(lambda _, error: passed_over.append(str(error)), [WEIGHTS_FILES[spec.weights]])
     if found is not None:
         manifest, files = found
         return _of_checkpoint(run.checkpoints.url(manifest.step), manifest, files, spec, tuple(passed_over))
@@ -178,25 +174,21 @@ def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
 def _of_checkpoint(
     url: str, manifest: Manifest, files: Mapping[str, bytes], spec: InitSpec, passed_over: tuple[str, ...] = ()
 ) -> Weights:
-    file = _FILES[spec.weights]
+    file = WEIGHTS_FILES[spec.weights]
     if file not in files:
         raise DescriptionError(
             f"init_from.weights ema needs a run that keeps averaged weights, and {url} has none; "
             "write model, or name a run with train.ema_decay"
         )
-    tensors = _parsed(files[file], url)
-    if spec.weights == "ema":
-        tensors = {
-            name.removeprefix(_OF_AVERAGE): tensor for name, tensor in tensors.items() if name.startswith(_OF_AVERAGE)
-        }
+    tensors = _decoded(files[file], url, spec)
     return Weights(Source(url, manifest.files[file].sha256), tensors, passed_over)
 
 
-def _parsed(data: bytes, url: str) -> dict[str, Tensor]:
+def _decoded(data: bytes, url: str, spec: InitSpec) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{url}: is no whole safetensors file, {one_line(error)}; restore it") from error
+        return decode_weights(data, spec.weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{url}: {error}") from error
 
 
 # --- Matching ---

@@ -82,9 +82,11 @@ class Crew:
             self.agents[hello["rank"]] = hello
             self._heard_at[hello["rank"]] = now
 
-    def heard(self, rank: int, now: float) -> None:
-        """An agent says that it is there still, as all do every few seconds."""
-        self._heard_at[rank] = now
+    def heard(self, here: dict[str, Any], now: float) -> None:
+        """An agent says that it is there still, as all do every few seconds; also one that is no longer counted."""
+        agent = self.agents.get(here["rank"])
+        if agent is not None and agent["id"] == here["id"]:
+            self._heard_at[here["rank"]] = now
 
     def silent(self, now: float) -> dict[int, str]:
         """The agents that say nothing any more, though Ray has not lost them: stopped, or cut off."""

@@ -120,7 +120,7 @@ class Driver:
         if kind == "hello":
             self._on_hello(message)
         elif kind == "here":
-            self._crew.heard(message["rank"], self._clock())
+            self._crew.heard(message, self._clock())
         elif kind == "agents_placed":
             self._crew.placed(message["nodes"])
         elif kind == "agents_lost":
@@ -169,7 +169,11 @@ class Driver:
             ],
         )
         self._crew.group.order(
-            attempt=self._attempt, host=self._crew.host, meeting_port=None, stop=self._stop_reason is not None
+            attempt=self._attempt,
+            agents=frozenset(agent["id"] for agent in self._crew.agents.values()),
+            host=self._crew.host,
+            meeting_port=None,
+            stop=self._stop_reason is not None,
         )
         self._display.phase("building the model on the workers")
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -24,15 +23,12 @@ from cluster.storage import Store
 from jobs.loader import KeyedDataset
 from jobs.parts import build_parts
 from jobs.spec import JobSpec
-from jobs.state import EMA_FILE, MODEL_FILE
+from jobs.state import WEIGHTS_FILES, decode_weights
 from launcher.description import named_errors, parse
 from launcher.history import checkpoint_at
 
 Which = Literal["model", "ema"]
 
-_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
-_OF_AVERAGE = "module."
-"""What ``AveragedModel`` puts before the model's own names."""
 _SAMPLES = 3
 """An ONNX model is made from two samples and checked with three: the size of a batch must not be a part of it."""
 _TOLERANCE = 1e-4
@@ -120,31 +116,26 @@ def _target(to: str, force: bool) -> Target:
 
 def _read(run: RunDirectory, at: int | None, which: Which) -> Source:
     """Reads the one file that is needed."""
-    checkpoints, file = run.checkpoints, _FILES[which]
+    checkpoints, file = run.checkpoints, WEIGHTS_FILES[which]
     if at is not None:
-        found = checkpoints.read(checkpoint_at(run, at, checkpoints.steps()).step, [file])
+        manifest = checkpoint_at(run, at, checkpoints.steps())
+        files = checkpoints.read_files(manifest, [file])
     else:
         defects: list[str] = []
         newest = checkpoints.newest_good(lambda _, error: defects.append(str(error)), [file])
         if newest is None:
             why = f"no checkpoint is good; the newest, {defects[0]}" if defects else "has no checkpoint; train it first"
             raise CheckpointError(f"{run.url}: {why}")
-        found = newest
-    manifest, files = found
+        manifest, files = newest
     if file not in files:
         raise DescriptionError(
             f"--weights {which}: the checkpoint of step {manifest.step} keeps no averaged weights; "
             "write model, or train with train.ema_decay"
         )
     try:
-        tensors = safetensors.torch.load(files[file])
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoints.url(manifest.step)}: {file} is no safetensors: {one_line(error)}"
-        ) from error
-    if which == "ema":
-        named = tensors.items()
-        tensors = {name.removeprefix(_OF_AVERAGE): tensor for name, tensor in named if name.startswith(_OF_AVERAGE)}
+        tensors = decode_weights(files[file], which)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoints.url(manifest.step)}: {file} {error}") from error
     return Source(run, manifest, which, tensors)
 
 

@@ -4,13 +4,13 @@ Both are prepared here, in the store alone. Whether the run may go on at all is 
 what is wrong must not cost anything.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.checkpoints import Manifest
 from cluster.errors import CheckpointError, DescriptionError, listed
 from cluster.run_directory import RunDirectory
+from launcher.record import event_row
 
 
 def checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
@@ -128,7 +128,7 @@ def _copy_newest(
 
 def _note(run: RunDirectory, kind: str, **content: Any) -> None:
     events = run.events()
-    events.append({"time": round(time.time(), 3), "kind": kind, **content})
+    events.append(event_row(kind, content))
     events.flush()
 
 

@@ -6,7 +6,7 @@ display that it writes to. The run directory is written behind the driver's back
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -53,6 +53,11 @@ class RunState:
     failure: dict[str, Any] | None = None
     """The last failure of a worker, also while the run goes on again."""
     error: str | None = None
+
+
+def event_row(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Something that happens now, for the log of events."""
+    return {"time": round(time.time(), 3), "kind": kind, **content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,13 +295,13 @@ class Record:
     def _retain(self, save: _Save) -> None:
         self._run.check_claim()
         keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
-        removed = self._run.checkpoints.retain(keep, save.best[0], bad)
+        removed = self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad)
         if removed:
             self._tell("checkpoints_removed", {"steps": removed})
         self._newest_save = None
 
     def _tell(self, kind: str, content: dict[str, Any]) -> None:
-        self._events.append({"time": round(time.time(), 3), "kind": kind, **content})
+        self._events.append(event_row(kind, content))
 
     def _note(self, save: _Save) -> None:
         """A checkpoint exists."""

@@ -1,5 +1,7 @@
 """The processes of this machine, as Linux tells of them."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +43,15 @@ def _processes() -> dict[int, Process]:
             continue
         processes[int(entry.name)] = Process(int(entry.name), int(parent), command)
     return processes
+
+
+def memory(pid: int) -> Iterator[bytes]:
+    """What a process of this user has written to its memory, stretch by stretch."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as file:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            stretch, access = line.split()[:2]
+            if access.startswith("rw"):
+                start, end = (int(address, 16) for address in stretch.split("-"))
+                file.seek(start)
+                with suppress(OSError):  # of a device
+                    yield file.read(end - start)

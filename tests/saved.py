@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cluster.checkpoints import Checkpoints, FileEntry, Manifest, digest_of_files
+from cluster.storage import Store
 
 
 def write_files(checkpoints: Checkpoints, step: int, files: Mapping[str, bytes]) -> dict[str, FileEntry]:
@@ -19,6 +20,12 @@ def manifest_of(step: int, files: Mapping[str, FileEntry]) -> Manifest:
         versions={"torch": "2.13.0"},
         created="2026-11-23T11:24:00.123456+00:00",
     )
+
+
+def manifest_name(store: Store, step: int) -> str:
+    """The object, in a store of checkpoints, that says what the checkpoint of a step holds; there is one."""
+    [name] = [name for name in store.names(f"step-{step:08d}") if "/manifest" in name]
+    return name
 
 
 def save(checkpoints: Checkpoints, step: int, files: Mapping[str, bytes]) -> None:

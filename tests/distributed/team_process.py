@@ -26,9 +26,10 @@ from cluster.run_directory import RunDirectory
 from jobs.loop import Progress
 from jobs.parts import build_parts
 from jobs.spec import JobSpec
-from jobs.state import decode, digest
+from jobs.state import decode
 from jobs.team import Team
 from jobs.worker import meet, train
+from tests.states import digest
 
 TIMEOUT_S = 120.0
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -23,16 +24,19 @@ class Driver:
 
     def __init__(self) -> None:
         self.heard: list[dict[str, Any]] = []
+        self._here = threading.Event()
         self._ended = threading.Event()
 
     def post(self, messages: list[dict[str, Any]]) -> None:
         self.heard += messages
+        self._here.set()
         if any(message["kind"] == "exited" for message in messages):
             self._ended.set()
 
     def orders_after(self, version: int) -> Orders:
         if version < 1:
-            return Orders(version=1, attempt=0)
+            self._here.wait()
+            return Orders(version=1, attempt=0, agents=frozenset({self.heard[0]["id"]}))
         self._ended.wait()
         return Orders(version=2, end=True)
 
@@ -59,6 +63,46 @@ def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> No
     assert exited["exit_code"] == 0, exited["log_tail"]
 
 
+class LosesIt:
+    """Orders one attempt, then one of other agents, and ends the run when nothing more is heard."""
+
+    def __init__(self) -> None:
+        self.heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.heard_late: list[dict[str, Any]] = []
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            self.heard.put(message)
+
+    def orders_after(self, version: int) -> Orders:
+        if version < 1:
+            hello = self.heard.get()
+            return Orders(version=1, attempt=0, agents=frozenset({hello["id"]}))
+        if version < 2:
+            working = self.heard.get()
+            self.process = Path(f"/proc/{working['pid']}")
+            return Orders(version=2, attempt=1, agents=frozenset({"another"}))
+        time.sleep(2.0)
+        while not self.heard.empty():
+            self.heard_late.append(self.heard.get())
+        return Orders(version=3, end=True)
+
+
+def work(link: Link, _: Task) -> None:
+    link.send("working", pid=os.getpid())
+    threading.Event().wait()
+
+
+def test_an_agent_that_was_lost_and_lives_on_has_no_part_in_the_attempt_of_others(tmp_path: Path) -> None:
+    """Its process would pass for that of the worker that has its rank now."""
+    fork_server.start([__name__])
+    driver = LosesIt()
+    Agent(driver, task_of("work", tmp_path), {}).run()
+
+    assert driver.heard_late == []
+    assert state_of(driver.process) == ""
+
+
 def stop_for_ever(link: Link, _: Task) -> None:
     link.send("stopping", pid=os.getpid())
     link.close()
@@ -70,14 +114,17 @@ class OnlyHears:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._agent: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def post(self, messages: list[dict[str, Any]]) -> None:
+        if messages[0]["kind"] == "hello":
+            self._agent.put(messages[0]["id"])
         self._connection.send(messages)
 
     def orders_after(self, version: int) -> Orders:
         if version >= 1:
             threading.Event().wait()
-        return Orders(version=1, attempt=0)
+        return Orders(version=1, attempt=0, agents=frozenset({self._agent.get()}))
 
 
 def run_agent(connection: Connection, task: Task) -> None:

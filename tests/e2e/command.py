@@ -95,8 +95,8 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def checkpointed(run: Path, step: int) -> Callable[[], bool]:
     """Whether a checkpoint of this step is committed."""
-    manifest = run / "checkpoints" / f"step-{step:08d}" / "manifest.json"
-    return manifest.exists
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return lambda: any(folder.glob("manifest-*.json"))
 
 
 def training_processes(driver: int) -> list[int]:

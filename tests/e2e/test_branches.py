@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import safetensors.torch
 
@@ -65,9 +66,6 @@ def test_branched_gone_back_and_exported(ended: Ended, home: Path) -> None:
 
 @pytest.mark.usefixtures("ended")
 def test_exported_with_its_model(home: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     exported = launcher("export", "runs/digits", "--to", "digits.onnx", "--json", cwd=home)
     assert exported.exit_code == 0, exported.stderr
     assert 0 <= exported.document["largest_difference"] <= 1e-4

@@ -1,10 +1,11 @@
 """A model, data and a loss of one's own, beside the job file; and what happens when they raise."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Ended, events, launcher
+from tests.e2e.command import Ended, Running, events, launcher, rows
 
 MINE = '''
 from pathlib import Path
@@ -112,3 +113,17 @@ def test_an_exception_that_does_not_come_back_is_survived(home: Path) -> None:
     assert (ended.document["status"], ended.document["step"], ended.document["attempts"]) == ("completed", 24, 2)
     (lost,) = events(home / "work/runs/own", "worker_lost")
     assert "OSError: disk of sample 100 is on fire" in lost["reason"]
+
+
+def test_a_driver_killed_as_soon_as_the_run_exists_is_resumed_from_elsewhere(home: Path) -> None:
+    """What a resume needs beside the description, such as where the own parts lie, is written before it."""
+    (home / "elsewhere").mkdir()
+    killed = Running(("run", home / "own.yaml"), cwd=home / "work")
+    store = home / "work/runs/own"
+    killed.wait_until((store / "job.yaml").exists)
+    killed.signal_group(signal.SIGKILL)
+    killed.wait()
+    resumed = launcher("resume", store, "--json", cwd=home / "elsewhere")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert run(home, "name=undisturbed").exit_code == 0
+    assert rows(store) == rows(home / "work/runs/undisturbed")

@@ -1,5 +1,6 @@
 """A checkpoint is whole and verified, or it does not exist."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -121,13 +122,13 @@ def test_a_part_lives_as_long_as_a_checkpoint_that_names_it(checkpoints, store):
         again = checkpoints.write_part(step, ("trunk", 0), b"trunk", trunk)
         files = {"trunk": FileEntry((again,)), **saved.write_files(checkpoints, step, {"head": b"%d" % step})}
         checkpoints.commit(saved.manifest_of(step, files))
-        checkpoints.retain(1)
+        checkpoints.retain(step, 1)
         assert checkpoints.read(step)[1] == {"trunk": b"trunk", "head": b"%d" % step}
         assert len(store.names()) == 3
-    assert Checkpoints(store).retain(1) == []
+    assert Checkpoints(store).retain(4, 1) == []
     assert trunk.object in store.names()
     save(checkpoints, 5)
-    assert Checkpoints(store).retain(1) == [4]
+    assert Checkpoints(store).retain(5, 1) == [4]
     assert trunk.object not in store.names()
 
 
@@ -136,14 +137,14 @@ def test_without_its_manifest_it_does_not_exist(checkpoints):
     saved.write_files(checkpoints, 10, files_of(10))
     assert checkpoints.steps() == [5]
     assert newest_good(checkpoints) == (5, {})
-    with pytest.raises(CheckpointError, match=r"step-00000010: manifest.json is missing"):
+    with pytest.raises(CheckpointError, match=r"step-00000010: its manifest is missing"):
         checkpoints.read(10)
 
 
 def test_there_is_none_in_an_empty_store(checkpoints):
     assert checkpoints.steps() == []
     assert newest_good(checkpoints) == (None, {})
-    assert checkpoints.retain(1) == []
+    assert checkpoints.retain(5, 1) == []
 
 
 def test_steps_ascend_as_numbers(checkpoints):
@@ -255,6 +256,7 @@ def test_every_torn_manifest_is_refused(checkpoints, store):
         (with_file("a\n"), "not a plain name"),
         (with_file("x" * 129), "not a plain name"),
         (with_file("manifest.json"), "not a plain name"),
+        (with_file("manifest-00000002-1f3ac0de.json"), "not a plain name"),
         (with_file("model", size=-1), "the size -1"),
         (with_file("model", size=1 << 60), "the size"),
         (with_file("model", size=True), "the size True"),
@@ -297,23 +299,88 @@ def test_saving_a_step_again_replaces_it_whole(checkpoints):
     assert checkpoints.read(5)[1] == files_of(5, version=1)
 
 
+OLD, NEW = "00000002-ffffffff", "00000010-00000000"
+
+
+def test_of_two_drivers_the_later_claim_counts_whoever_writes_last(store):
+    old, new = Checkpoints(store, OLD), Checkpoints(store, NEW)
+    save(old, 4, 5)
+    save(new, 5, version=1)
+    late = Checkpoints(store, OLD)
+    save(late, 5)
+    assert late.read(5)[1] == files_of(5, version=1)
+    assert new.exists(5)
+    assert old.retain(5, 1) == [4]
+    assert len(store.names()) == 3, "what the older one wrote is needed by nobody"
+    assert Checkpoints(store).read(5)[1] == files_of(5, version=1)
+
+
+def test_a_writer_that_was_taken_over_from_deletes_nothing_of_the_later_one(store):
+    """Nor do later checkpoints count among those that it keeps: its own would go, on which they may rest."""
+    old, new = Checkpoints(store, OLD), Checkpoints(store, NEW)
+    save(old, 4, 5)
+    save(new, 6, 7, 8)
+    saved.write_files(new, 9, files_of(9))
+    there = store.names()
+    assert old.retain(5, 2) == []
+    assert store.names() == there
+    assert old.retain(5, 1) == [4]
+    assert new.steps() == [5, 6, 7, 8]
+
+
+def test_a_manifest_that_does_not_count_is_an_orphan_with_all_its_parts(store):
+    save(Checkpoints(store, OLD), 5)
+    superseded = store.names()
+    save(Checkpoints(store, NEW), 5, version=1)
+    survey = Checkpoints(store).survey()
+    assert sorted(survey.orphans) == superseded
+    assert survey.manifests.keys() == {5}
+
+
+def test_a_later_claim_counts_over_none(store):
+    save(Checkpoints(store), 5, 6)
+    save(Checkpoints(store, NEW), 5, version=1)
+    assert newest_good(Checkpoints(store)) == (6, {})
+    assert Checkpoints(store).read(5)[1] == files_of(5, version=1)
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_a_kill_while_it_is_discarded_never_brings_back_what_was_superseded(store, kind):
+    save(Checkpoints(store), 5, 6)
+    save(Checkpoints(store, OLD), 6)
+    save(Checkpoints(store, NEW), 6, version=1)
+    content = copy_of_store()
+    for at in itertools.count():
+        faults = restore(content)
+        faults.at, faults.kind = at, kind
+        with contextlib.suppress(Killed):
+            Checkpoints(store).discard_after(5)
+        faults.at = None
+        found = Checkpoints(store).newest_good(lambda step, error: pytest.fail(f"{step}: {error}"))
+        assert found is not None
+        assert found[1] in (files_of(5), files_of(6, version=1))
+        if not faults.fired:
+            break
+    assert at == 9, "three manifests and two objects of each"
+
+
 def test_retention_keeps_the_newest_and_the_best(checkpoints, store):
     save(checkpoints, 1, 2, 3, 4, 5, 6)
-    assert checkpoints.retain(2, best_step=3) == [1, 2, 4]
+    assert checkpoints.retain(6, 2, best_step=3) == [1, 2, 4]
     assert checkpoints.steps() == [3, 5, 6]
     assert store.folders() == ["step-00000003", "step-00000005", "step-00000006"]
-    assert checkpoints.retain(2, best_step=3) == []
-    assert checkpoints.retain(1) == [3, 5]
-    assert checkpoints.retain(9) == []
+    assert checkpoints.retain(6, 2, best_step=3) == []
+    assert checkpoints.retain(6, 1) == [3, 5]
+    assert checkpoints.retain(6, 9) == []
 
 
 def test_retention_sweeps_half_written_folders_but_none_that_may_be_being_written(checkpoints, store):
     saved.write_files(checkpoints, 3, files_of(3))
-    assert checkpoints.retain(1) == []
+    assert checkpoints.retain(3, 1) == []
     assert store.folders() == ["step-00000003"]
     save(checkpoints, 5)
     saved.write_files(checkpoints, 7, files_of(7))
-    assert checkpoints.retain(3) == []
+    assert checkpoints.retain(5, 3) == []
     assert store.folders() == ["step-00000005", "step-00000007"]
 
 
@@ -329,8 +396,8 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(checkpoints, store):
         store.write(name, b"{}")
     save(checkpoints, 5, 6)
     assert checkpoints.steps() == [5, 6]
-    assert checkpoints.retain(1) == [5]
-    assert checkpoints.discard_after(0) == [6]
+    assert checkpoints.retain(6, 1) == [5]
+    checkpoints.discard_after(0)
     assert store.names() == sorted(foreign)
 
 
@@ -343,11 +410,11 @@ def test_a_bad_checkpoint_stays_and_does_not_count(checkpoints, store):
     assert (step, list(bad)) == (10, [15])
     resumed = Checkpoints(store)
     save(resumed, 12)
-    assert resumed.retain(9, bad=[15]) == []
+    assert resumed.retain(12, 9, bad=[15]) == []
     assert resumed.steps() == [5, 10, 12, 15]
-    assert resumed.retain(1, bad=[15]) == [5, 10]
+    assert resumed.retain(12, 1, bad=[15]) == [5, 10]
     save(resumed, 20)
-    assert resumed.retain(1, bad=[15]) == [12]
+    assert resumed.retain(20, 1, bad=[15]) == [12]
     assert [name for name in store.names() if name.startswith("step-00000015/")] == before
 
 
@@ -356,7 +423,7 @@ def test_a_step_that_was_bad_is_good_again_once_it_is_made_again(checkpoints, st
     store.write(objects(checkpoints, 10)[MODEL], b"")
     resumed = Checkpoints(store)
     save(resumed, 10, version=1)
-    assert resumed.retain(1) == [5]
+    assert resumed.retain(10, 1) == [5]
     assert resumed.read(10)[1] == files_of(10, version=1)
     assert len(store.names()) == 3
 
@@ -364,7 +431,7 @@ def test_a_step_that_was_bad_is_good_again_once_it_is_made_again(checkpoints, st
 def test_going_back_discards_what_lies_beyond(checkpoints, store):
     save(checkpoints, 5, 10, 15)
     saved.write_files(checkpoints, 20, files_of(20))
-    assert checkpoints.discard_after(10) == [15]
+    checkpoints.discard_after(10)
     assert store.folders() == ["step-00000005", "step-00000010"]
 
 
@@ -383,7 +450,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
         checkpoints = Checkpoints(store)
         try:
             save(checkpoints, 15)
-            checkpoints.retain(1)
+            checkpoints.retain(15, 1)
         except Killed:
             assert faults.fired == 1
         faults.at = None
@@ -397,7 +464,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
             break
         resumed = Checkpoints(store)
         save(resumed, 15)
-        resumed.retain(1, bad=bad.keys() - {15})
+        resumed.retain(15, 1, bad=bad.keys() - {15})
         assert store.folders() == ["step-00000015"]
         assert resumed.read(15)[1] == files_of(15)
         assert len(store.names()) == 3

@@ -18,11 +18,12 @@ from cluster.link import DOING
 from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
-from jobs.spec import DataSpec, JobSpec, LossSpec, MaxFailuresSpec, OptimizerSpec, Target, WorkersSpec
+from jobs.spec import MaxFailuresSpec, WorkersSpec
 from launcher.crew import Crew
 from launcher.driver import Driver
 from launcher.progress import open_progress
 from launcher.record import Record, RunState
+from tests.specs import bare_job
 
 Message = dict[str, Any]
 SPENT = dict.fromkeys(DOING, 0.0) | {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
@@ -80,14 +81,7 @@ def drive(
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run; ``look`` tells the nodes that there are by then."""
-    spec = JobSpec(
-        name="run",
-        model=Target("a.Model"),
-        data=DataSpec(train=Target("a.data")),
-        loss=LossSpec(factory=Target("MSELoss")),
-        optimizer=OptimizerSpec(factory=Target("SGD")),
-        workers=WorkersSpec(**({"num": 2} | workers)),
-    )
+    spec = bare_job(workers=WorkersSpec(**({"num": 2} | workers)))
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(io.StringIO(), clock=lambda: group.now)
@@ -116,7 +110,8 @@ def hello(*nodes: str) -> list[Message]:
     """Agents on these nodes, by rank, placed and there."""
     placed = [{"kind": "agents_placed", "nodes": list(nodes)}]
     return placed + [
-        {"kind": "hello", "rank": rank, "world_size": len(nodes), "node": id, "address": f"10.0.0.{id}", "pid": rank}
+        {"kind": "hello", "rank": rank, "id": f"{id}-{rank}", "world_size": len(nodes), "node": id, "pid": rank}
+        | {"address": f"10.0.0.{id}"}
         for rank, id in enumerate(nodes)
     ]
 
@@ -366,9 +361,11 @@ class TestElastic:
         assert group.started == [3, 2]
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (2, "its node has died")
+        orders = [order["agents"] for order in group.orders if "agents" in order]
+        assert orders == [{"a-0", "a-1", "b-2"}, {"a-0", "a-1"}]
 
     def test_an_agent_that_falls_silent_is_replaced_though_ray_has_not_lost_it(self, run: RunDirectory) -> None:
-        here: list[Message] = [{"kind": "here", "rank": 0}]
+        here: list[Message] = [{"kind": "here", "rank": 0, "id": "a-0"}, {"kind": "here", "rank": 1, "id": "of before"}]
         script: list[list[Message] | float] = [
             HELLO, both("started", step=0), 200.0, here, 110.0, 0.1, HELLO, both("started", 1, step=0), done(2, 1),
         ]  # fmt: skip

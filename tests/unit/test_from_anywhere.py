@@ -78,6 +78,10 @@ def write_to(run: RunDirectory, name: str, data: bytes = b"x") -> None:
     run.store.at("checkpoints").write(name, data)
 
 
+def tear_manifest(run: RunDirectory, step: int) -> None:
+    write_to(run, saved.manifest_name(run.store.at("checkpoints"), step), b"{")
+
+
 def everything() -> dict[str, bytes]:
     return {path: file.getvalue() for path, file in CountingFileSystem.store.items()}
 
@@ -142,7 +146,7 @@ class TestCheckpoints:
         ("spoil", "seen_in_manifest"),
         [
             (lambda run: run.store.at("checkpoints").delete(objects_of(run, 10)[:1]), True),
-            (lambda run: write_to(run, "step-00000010/manifest.json", b"{"), True),
+            (lambda run: tear_manifest(run, 10), True),
             (lambda run: write_to(run, objects_of(run, 10)[0], b"others"), False),
         ],
         ids=["an object is gone", "a torn manifest", "other bytes"],
@@ -173,7 +177,7 @@ class TestCheckpoints:
         older, newer = "step-00000005/model-0a1b2c3d-00000.bin", "step-00000015/model-0a1b2c3d-00001.bin"
         for name in (older, newer):
             write_to(run, name)
-        write_to(run, "step-00000010/manifest.json", b"{")
+        tear_manifest(run, 10)
         ended = launcher("checkpoints", run.url, "--repair", "--json")
         assert (ended.exit_code, json.loads(ended.stdout)["orphans_removed"]) == (3, [newer])
 
@@ -191,7 +195,7 @@ class TestCheckpoints:
         read = CountingFileSystem.cat_file
 
         def cat_file(fs, path, **kwargs):
-            if path.endswith("step-00000005/manifest.json"):
+            if path.rpartition("/")[0].endswith("step-00000005"):
                 CountingFileSystem.store.pop(path, None)
             return read(fs, path, **kwargs)
 
@@ -250,7 +254,7 @@ class TestExport:
         start_counting()
         ended = launcher("export", run.url, "--at", 10, "--weights", which, "--to", file, "--json")
         assert ended.exit_code == 0, ended.output
-        assert CountingFileSystem.calls == {"look": 1, "list": 1, "read": 3}, "the manifest twice and one file"
+        assert CountingFileSystem.calls == {"look": 1, "list": 2, "read": 2}, "the manifest and one file"
         tensors = safetensors.torch.load_file(file)
         assert tensors.keys() == expected.keys()
         assert all(tensors[name].numpy().tobytes() == expected[name].numpy().tobytes() for name in expected)
@@ -263,7 +267,7 @@ class TestExport:
         assert json.loads(ended.stdout)["to"] == str(file)
 
     def test_the_newest_good_one_to_a_store(self, run):
-        write_to(run, "step-00000015/manifest.json", b"{")
+        tear_manifest(run, 15)
         ended = launcher("export", run.url, "--to", "count://exports/a.safetensors", "--json")
         assert (ended.exit_code, json.loads(ended.stdout)["step"]) == (0, 10)
         assert "/exports/a.safetensors" in everything()

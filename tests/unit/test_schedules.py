@@ -16,8 +16,9 @@ from cluster.errors import DescriptionError
 from jobs.order import StepPlan
 from jobs.schedules import Schedule, build_schedule, plan_value
 from jobs.spec import PlanValue, SchedulerSpec, Target
-from jobs.state import decode, encode
+from jobs.state import decode
 from jobs.targets import Builder
+from tests.states import encode
 
 HERE = __name__
 STEPS = StepPlan(num_samples=50, global_batch=12, shards=4, epochs=3)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from cluster.errors import CheckpointError
-from jobs.state import MODEL_FILE, PART_BYTES, STATE_FILES, decode, digest, encode, lay_out
+from jobs.state import MODEL_FILE, PART_BYTES, STATE_FILES, decode, lay_out
+from tests.states import digest, encode
 
 
 def a_state() -> dict[str, Any]:
@@ -125,12 +126,12 @@ class TestLayout:
     }
 
     def test_parts_cover_a_file_without_gaps_and_none_is_too_large(self) -> None:
-        layout = lay_out(self.STATE)
+        layout, files = lay_out(self.STATE), encode(self.STATE)
         for name, parts in layout.files.items():
             assert [part.stop for part in parts[:-1]] == [part.start for part in parts[1:]]
             assert all(0 < len(part) <= PART_BYTES for part in parts)
             assert parts[0].start % 64 == 0
-            assert len(layout.bytes_of(name)) == parts[-1].stop - parts[0].start
+            assert len(files[name]) == parts[-1].stop - parts[0].start
 
     def test_a_large_tensor_has_parts_of_its_own(self) -> None:
         """So that a change of its neighbours does not make it another one."""
@@ -155,9 +156,8 @@ class TestLayout:
 
     @staticmethod
     def parts(state: dict[str, Any]) -> list[bytes]:
-        layout = lay_out(state)
-        data = layout.bytes_of(MODEL_FILE)
-        return [data[part.start : part.stop] for part in layout.files[MODEL_FILE]]
+        data = encode(state)[MODEL_FILE]
+        return [data[part.start : part.stop] for part in lay_out(state).files[MODEL_FILE]]
 
 
 class TestDigest:

@@ -17,9 +17,9 @@ from cluster.errors import CheckpointError, DescriptionError, LauncherError, Sto
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from jobs.spec import InitSpec
-from jobs.state import encode
 from jobs.warm_start import LoadReport, Source, Weights, load_weights, match_weights, read_weights
 from tests import saved
+from tests.states import encode
 
 
 class Net(nn.Module):
@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[LauncherError], str]] = {
         lambda run: f"{run.url}/checkpoints/step-00000015",
         {},
         CheckpointError,
-        "step-00000015: manifest.json is missing",
+        "step-00000015: its manifest is missing",
     ),
     "no checkpoint yet": (_without_checkpoints, {}, CheckpointError, "digits-2: has no checkpoint; train it first"),
     "no good checkpoint": (

@@ -1,0 +1,156 @@
+"""A whole run on remote stores that are slow, busy, rude and away; looked at, and gone on with, from elsewhere."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from cluster import storage
+from cluster.run_directory import RunDirectory
+from cluster.storage import Store
+from tests.e2e.command import JOBS, Running, launcher, training_processes
+from tests.faults.planned import Bits, undisturbed
+from tests.processes import descendants, memory
+from tests.stores import Proxy, s3_server, ssh_server
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=4", "tracking.mode=offline")
+LATENCY_S = 0.01
+AWAY_S = 11.0  # a shorter time is met by trying again, and not worth a word
+STORE_SECRET = "planted0store0secret"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
+
+
+@pytest.fixture(autouse=True)
+def _own_file_systems() -> Iterator[None]:
+    """They are kept by their URL, whatever the environment was in which they were made."""
+    for protocol in ("s3", "sftp"):
+        storage._file_system(protocol, "").clear_instance_cache()
+    yield
+    for protocol in ("s3", "sftp"):
+        storage._file_system(protocol, "").clear_instance_cache()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder from which nobody has ever seen the run."""
+    (tmp_path / "elsewhere").mkdir()
+    return tmp_path / "elsewhere"
+
+
+def bits(run: RunDirectory) -> Bits:
+    status = run.read_status()
+    assert status is not None
+    assert status["status"] == "completed", status
+    return status["state_sha256"], run.metrics().read()
+
+
+def happened(run: RunDirectory, kind: str) -> list[dict]:
+    return [event for event in run.events().read() if event["kind"] == kind] if run.exists() else []
+
+
+@pytest.mark.timeout(300)
+def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through refusals, broken connections, an outage and a kill to the same bits; and no secret is left anywhere."""
+    secrets = {"OWN_FOLDER": str(tmp_path / "planted0folder"), "WANDB_API_KEY": "0123456789" * 4}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    brake = Path(secrets["OWN_FOLDER"], "brake")
+    brake.parent.mkdir()
+    brake.touch()
+    transform = "{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: '${oc.env:OWN_FOLDER}/brake'}"
+    with s3_server(tmp_path / "server", STORE_SECRET) as server, Proxy(server.port, LATENCY_S) as proxy:
+        (tmp_path / "credentials").write_text(
+            f"[default]\naws_access_key_id = {server.environment['AWS_ACCESS_KEY_ID']}\n"
+            f"aws_secret_access_key = {STORE_SECRET}\n"
+        )
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        run = RunDirectory(f"s3://{server.bucket}/team/digits")
+        command = ["run", JOBS / "digits.yaml", *SHORT, f"store=s3://{server.bucket}/team"]
+        running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path)
+
+        running.wait_until(lambda: bool(happened(run, "training")))
+        proxy.slow_downs, proxy.resets = 3, 2
+        running.wait_until(lambda: bool(happened(run, "checkpoint")))
+        with proxy.away():
+            time.sleep(AWAY_S)
+        running.wait_until(lambda: bool(happened(run, "store_away")))
+        seen = descendants(running.pid)
+        leaks = re.compile("|".join([STORE_SECRET, *(f"(?<!{name}=){value}" for name, value in secrets.items())]))
+        (metadata,) = (process.pid for process in seen if "gcs_server" in process.command)
+        found = [leaks.search(stretch.decode(errors="replace")) for stretch in memory(metadata)]
+        assert len(found) > 10
+        assert not any(found), "Ray's metadata holds a secret"
+        os.kill(training_processes(running.pid)[0], signal.SIGKILL)
+        brake.unlink()
+        ended = running.wait()
+        seen += descendants(os.getpid())
+
+        assert ended.exit_code == 0, ended.stderr
+        assert bits(run) == reference
+        assert proxy.turned_away == 5
+        (gone,) = happened(run, "store_away")
+        assert AWAY_S - 5.5 < gone["seconds"] < AWAY_S + 6
+        assert ended.stderr.count("training goes on without the store, for 1800 s at most") == 1
+        assert gone["step"] > happened(run, "checkpoint")[0]["step"], "training went on"
+        assert [event["cause"] for event in happened(run, "worker_lost")] == ["killed"]
+        assert ended.document["attempts"] == 2
+
+        store = Store(run.url)
+        left = {name: store.read(name).decode(errors="replace") for name in store.names()}
+        left |= {"stdout": ended.stdout, "stderr": ended.stderr, "commands": str(seen)}
+        own = (path for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+        left |= {str(path): path.read_text(errors="replace") for path in own}
+        assert [name for name in left if any(text in left[name] for text in (STORE_SECRET, *secrets.values()))] == []
+
+        monkeypatch.delenv("OWN_FOLDER")
+        listed = launcher("list", f"s3://{server.bucket}/team", "--json", cwd=elsewhere)
+        assert [found["run"] for found in listed.document] == [run.url]
+        assert launcher("status", run.url, "--json", cwd=elsewhere).document["status"] == "completed"
+        verified = launcher("checkpoints", run.url, "--verify", "--json", cwd=elsewhere).document
+        assert [checkpoint["good"] for checkpoint in verified] == [True] * len(verified)
+        assert verified[-1]["step"] == 44
+        exported = launcher("export", run.url, "--to", "digits.safetensors", "--json", cwd=elsewhere)
+        assert exported.exit_code == 0, exported.stderr
+        expected = safetensors.torch.load(run.checkpoints.read(44)[1]["model.safetensors"])
+        assert safetensors.torch.load_file(elsewhere / "digits.safetensors").keys() == expected.keys()
+
+
+@pytest.mark.timeout(300)
+def test_a_run_on_sftp(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sessions are cut off while it saves; it is stopped, and gone on with by more workers, from elsewhere."""
+    brake = tmp_path / "brake"
+    brake.touch()
+    transform = f"{{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: {brake}}}"
+    with ssh_server(tmp_path / "server") as server, Proxy(server.port, LATENCY_S, http=False) as proxy:
+        server.know_at(proxy.port)
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        run = RunDirectory(f"sftp://127.0.0.1:{proxy.port}{server.folder}/team/digits")
+        command = ["run", JOBS / "digits.yaml", *SHORT, f"store={run.url.removesuffix('/digits')}"]
+        running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path)
+        running.wait_until(lambda: bool(happened(run, "training")))
+        proxy.cut()
+        running.wait_until(lambda: bool(happened(run, "checkpoint")))
+        proxy.cut()
+        stopped = launcher("stop", run.url, "--json", cwd=elsewhere)
+        assert stopped.exit_code == 0, stopped.stderr
+        ended = running.wait()
+        assert ended.document["status"] == "stopped"
+        assert ended.document["attempts"] == 1
+
+        brake.unlink()
+        resumed = launcher("resume", run.url, "workers.num=3", "--json", cwd=elsewhere)
+        assert resumed.exit_code == 0, resumed.stderr
+        assert [event["step"] for event in happened(run, "training")] == [0, ended.document["step"]]
+        assert bits(run) == reference
