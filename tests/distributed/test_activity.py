@@ -15,7 +15,7 @@ from jobs.spec import CheckpointSpec, DataSpec, LossSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, Images, plain_job
 from tests.distributed.team_process import run_processes, train_job
 
-SLEEP_S = 0.02
+SLEEP_S = 0.03
 STEPS = 8
 SLEPT_S = STEPS * 6 * SLEEP_S
 """By the worker that is slow, for its six samples of each step."""
@@ -36,11 +36,12 @@ class SlowImages(Images):
         return super().__getitem__(number)
 
 
-def timed_job(link: Link, task: Task) -> tuple[dict[str, float], float]:
-    """What this rank spends its time on, and how long it takes."""
-    begun_at = time.monotonic()
+def timed_job(link: Link, task: Task) -> tuple[dict[str, float], bool]:
+    """What this rank spends its time on, and whether that adds up to the time it takes."""
+    outer_at, before, inner_at = time.monotonic(), sum(link.activity.spent().values()), time.monotonic()
     train_job(link, task)
-    return link.activity.spent(), time.monotonic() - begun_at
+    inner_s, spent, outer_s = time.monotonic() - inner_at, link.activity.spent(), time.monotonic() - outer_at
+    return spent, inner_s <= sum(spent.values()) - before <= outer_s
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,13 +55,13 @@ def test_the_fast_one_waits_in_the_exchange(name: str, tmp_path: Path) -> None:
     )
     outcome = run_processes(timed_job, job, world_size=2)
     assert not outcome.failures, "\n".join(outcome.failures.values())
-    (fast, fast_s), (slow, slow_s) = outcome.results[0], outcome.results[1]
+    (fast, adds_up), (slow, adds_up_too) = outcome.results[0], outcome.results[1]
 
     assert slow["data"] >= SLEPT_S
-    assert fast["data"] < 0.2 * SLEPT_S
+    assert fast["data"] < 0.5 * SLEPT_S
     # In the first step it waits for the other while DDP is set up.
     assert fast["exchange"] > SLEPT_S * (STEPS - 2) / STEPS
     assert slow["exchange"] < 0.5 * fast["exchange"]
     assert fast["restore"] > 0
-    for spent, seconds in ((fast, fast_s), (slow, slow_s)):
-        assert sum(spent.values()) == pytest.approx(seconds, abs=0.1)
+    assert adds_up
+    assert adds_up_too

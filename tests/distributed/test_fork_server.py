@@ -82,7 +82,7 @@ def test_a_process_that_stands_still_dies_with_its_lifeline() -> None:
         assert process.is_alive()
         time.sleep(0.01)
     ours.close()
-    process.join(timeout=5)
+    process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
 
 

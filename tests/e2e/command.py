@@ -1,4 +1,7 @@
-"""The command line as a person has it: a process, its exit code, its two streams."""
+"""The command line as a person has it: a process, its exit code, its two streams.
+
+Verbs that need a model run without Ray (``tests.launcher_without_ray``) unless a test asks for Ray.
+"""
 
 import json
 import os
@@ -11,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import launcher_without_ray
 from tests.processes import descendants
 
 CHECKOUT = Path(__file__).parents[2]
 JOBS = CHECKOUT / "jobs"
-_LAUNCHER = [str(Path(sys.executable).parent / "launcher")]
+LIMIT_S = 300.0
+"""How long anything is waited for: at least ten times what it takes on a machine with nothing else to do."""
+_ON_RAY = [str(Path(sys.executable).parent / "launcher")]
+_WITHOUT_RAY = [sys.executable, "-P", "-m", "tests.launcher_without_ray"]
+_VERBS_WITH_A_MODEL = ("plan", "run", "resume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +40,29 @@ class Ended:
         return json.loads(self.stdout)
 
 
-def launcher(*arguments: object, cwd: Path, timeout_s: float = 150.0) -> Ended:
+def launcher(*arguments: object, cwd: Path, on_ray: bool = False) -> Ended:
     """Runs ``launcher ARGUMENTS`` to its end."""
-    return Running(arguments, cwd).wait(timeout_s)
+    return Running(arguments, cwd, on_ray=on_ray).wait()
 
 
 class Running:
     """A command in a session of its own, so that a signal reaches all that a terminal's would."""
 
-    def __init__(self, arguments: Sequence[object], cwd: Path, wrap: Callable[[list[str]], list[str]] = list) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        cwd: Path,
+        wrap: Callable[[list[str]], list[str]] = list,
+        *,
+        on_ray: bool = False,
+    ) -> None:
         """``wrap``: turns the command into one that runs elsewhere."""
+        is_without_ray = arguments[0] in _VERBS_WITH_A_MODEL and not on_ray
+        program, environment = (_WITHOUT_RAY, launcher_without_ray.environment()) if is_without_ray else (_ON_RAY, {})
         self._process = subprocess.Popen(
-            wrap([*_LAUNCHER, *map(str, arguments)]),
+            wrap([*program, *map(str, arguments)]),
             cwd=cwd,
-            env={**os.environ, "WANDB_DIR": str(cwd)},
+            env={**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": str(CHECKOUT), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -53,7 +70,7 @@ class Running:
             start_new_session=True,
         )
 
-    def wait(self, timeout_s: float = 150.0) -> Ended:
+    def wait(self, timeout_s: float = LIMIT_S) -> Ended:
         try:
             stdout, stderr = self._process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -62,14 +79,14 @@ class Running:
             raise AssertionError(f"no end within {timeout_s:.0f} s\n{stdout}\n{stderr}") from None
         return Ended(self._process.returncode, stdout, stderr)
 
-    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 90.0) -> None:
+    def wait_until(self, happened: Callable[[], bool]) -> None:
         """Returns when something has happened while the command still runs."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + LIMIT_S
         while not happened():
             assert self._process.poll() is None, f"ended before it happened: {self.wait()}"
             if time.monotonic() > deadline:
                 self.signal_group(signal.SIGKILL)
-                raise AssertionError(f"has not happened within {timeout_s:.0f} s: {self.wait()}")
+                raise AssertionError(f"has not happened within {LIMIT_S:.0f} s: {self.wait()}")
             time.sleep(0.02)
 
     def signal_group(self, number: signal.Signals) -> None:
@@ -94,9 +111,13 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def checkpointed(run: Path, step: int) -> Callable[[], bool]:
-    """Whether a checkpoint of this step is committed."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    return lambda: any(folder.glob("manifest-*.json"))
+    """Whether a checkpoint of this step, or of a later one, is committed."""
+
+    def is_committed() -> bool:
+        manifests = (run / "checkpoints").glob("step-*/manifest-*.json")
+        return any(int(manifest.parent.name.removeprefix("step-")) >= step for manifest in manifests)
+
+    return is_committed
 
 
 def training_processes(driver: int) -> list[int]:

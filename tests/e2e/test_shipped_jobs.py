@@ -17,7 +17,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_caltech101_at_full_size(images: Path, tmp_path: Path) -> None:
     ended = launcher(
         "run", JOBS / "caltech101.yaml", f"data.train.root={images}", "train.global_batch=8", "train.max_steps=2",
-        "tracking.mode=disabled", "--json", cwd=tmp_path, timeout_s=200,
+        "tracking.mode=disabled", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert ended.exit_code == 0, ended.stderr
     assert ended.document["step"] == 2
@@ -33,7 +33,7 @@ def test_resnet50_in_bf16_with_ema_and_warm_up(images: Path, tmp_path: Path) -> 
     ]  # fmt: skip
     planned = launcher("plan", JOBS / "resnet50.yaml", *small, cwd=tmp_path)
     assert re.search(r"type:BatchNorm\*\s+106\s+53,120", planned.stdout), planned.stdout + planned.stderr
-    ended = launcher("run", JOBS / "resnet50.yaml", *small, "--json", cwd=tmp_path, timeout_s=200)
+    ended = launcher("run", JOBS / "resnet50.yaml", *small, "--json", cwd=tmp_path)
     assert ended.exit_code == 0, ended.stderr
     result = ended.document
     assert result["step"] == 2

@@ -20,7 +20,7 @@ from unittest import mock
 from tests.faults.enumeration import BAD, GOOD, Place, Runs, Tally, enumerate_act
 from tests.faults.lives import OurRuns
 from tests.faults.stock_lives import StockRuns
-from tests.stores import s3_server, ssh_server
+from tests.stores import S3Server, SSHServer, s3_server, ssh_server
 
 STORES = ("memory", "folder", "s3", "sftp")
 _TOLD = 3
@@ -34,12 +34,24 @@ def place_at(store: str, folder: Path) -> Iterator[Place]:
     elif store == "folder":
         yield Place(store, str(folder / "runs"))
     elif store == "s3":
-        with s3_server(folder / "s3") as s3, mock.patch.dict(os.environ, s3.environment):
-            yield Place(store, f"s3://{s3.bucket}/crashes", can_tear=False, counts_looks=False)
+        with s3_server(folder / "s3") as s3, place_on_s3(s3) as place:
+            yield place
     else:
-        with ssh_server(folder / "sftp") as ssh, mock.patch.dict(os.environ, ssh.environment):
-            os.environ.pop("SSH_AUTH_SOCK", None)  # else the agent's keys would be tried first
-            yield Place(store, f"sftp://127.0.0.1:{ssh.port}{ssh.folder}/crashes", counts_looks=False)
+        with ssh_server(folder / "sftp") as ssh, place_on_sftp(ssh) as place:
+            yield place
+
+
+@contextmanager
+def place_on_s3(s3: S3Server) -> Iterator[Place]:
+    with mock.patch.dict(os.environ, s3.environment):
+        yield Place("s3", f"s3://{s3.bucket}/crashes", can_tear=False, counts_looks=False)
+
+
+@contextmanager
+def place_on_sftp(ssh: SSHServer) -> Iterator[Place]:
+    with mock.patch.dict(os.environ, ssh.environment):
+        os.environ.pop("SSH_AUTH_SOCK", None)  # else the agent's keys would be tried first
+        yield Place("sftp", f"sftp://127.0.0.1:{ssh.port}{ssh.folder}/crashes", counts_looks=False)
 
 
 def enumerate_runs(runs: Runs, place: Place, most: int | None = None) -> Tally:

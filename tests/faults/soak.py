@@ -251,10 +251,10 @@ class Stage:
         if life.is_elastic:
             head = self._hosts["head"]
             running = Running(
-                [*command, "--cluster", head.ray_address], place, lambda words: head.command(words, place)
+                [*command, "--cluster", head.ray_address], place, lambda words: head.command(words, place), on_ray=True
             )
         else:
-            running = Running(command, place)
+            running = Running(command, place, on_ray=True)
         for deed in life.deeds:
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, events, launcher
 from tests.faults.planned import bits, undisturbed
+
+pytestmark = pytest.mark.slow
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 MORTAL = """\
@@ -120,12 +123,15 @@ def test_deaths_of_many_kinds_in_one_run(home: Path, tmp_path_factory: pytest.Te
     assert taken == [("out_of_memory", 1, "killed by the kernel for want of memory (SIGKILL)")]
 
 
-def test_a_module_that_a_worker_does_not_find(home: Path) -> None:
-    """The plan has found it; it goes while Ray starts."""
+def test_a_module_that_a_worker_does_not_find(home: Path, make_plan) -> None:
+    """The plan has found it; it goes while the workers start."""
     run = home / "runs/digits"
+    faults = make_plan(*(Fault(kind="hold", doing="start", rank=rank) for rank in range(2)))
     running = Running(["run", "digits.yaml", *overrides(home, None)], home)
-    running.wait_until((run / "job.yaml").exists)
+    running.wait_until(lambda: len(fired(faults)) == 2)
     (home / "extra.py").unlink()
+    for rank in range(2):
+        release(faults, rank)
     ended = running.wait()
 
     assert ended.exit_code == 5

@@ -1,14 +1,17 @@
 """A worker that stops making progress is noticed, named, and replaced; the bits are those of an undisturbed run."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows, training_processes
+from cluster.faults import Fault, fired
+from tests.e2e.command import JOBS, Ended, events, launcher
+from tests.faults import planned
+from tests.faults.planned import Bits, bits
 
-SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "workers.hang_timeout_s=4", "tracking.mode=disabled", "--json")
+pytestmark = pytest.mark.slow
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "workers.hang_timeout_s=6", "tracking.mode=disabled")
 LOOPING = """\
 import time
 from pathlib import Path
@@ -36,35 +39,28 @@ class Looping:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
-    home = tmp_path_factory.mktemp("undisturbed")
-    ended = launcher("run", JOBS / "digits.yaml", *SHORT, "data.train.transform=null", cwd=home)
-    assert ended.exit_code == 0, ended.stderr
-    return ended.document["state_sha256"], rows(home / "runs/digits")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    return planned.undisturbed(tmp_path_factory.mktemp("undisturbed"), (*SHORT, "data.train.transform=null"))
 
 
-def assert_same(ended: Ended, home: Path, undisturbed: tuple[str, bytes]) -> None:
-    assert ended.exit_code == 0, ended.stderr
-    assert (ended.document["state_sha256"], rows(home / "runs/digits")) == undisturbed
+def assert_same(ended: Ended, run: Path, undisturbed: Bits) -> None:
+    assert bits(ended, run) == undisturbed
     assert ended.document["attempts"] == 2
 
 
-def test_a_stopped_process(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
-    running = Running(["run", JOBS / "digits.yaml", *SHORT, "data.train.transform=null"], tmp_path)
-    run = tmp_path / "runs/digits"
-    running.wait_until(checkpointed(run, 10))
-    stopped = training_processes(running.pid)[0]
-    os.kill(stopped, signal.SIGSTOP)
-    ended = running.wait()
+def test_a_stopped_process(tmp_path: Path, make_plan, undisturbed: Bits) -> None:
+    plan, run = make_plan(Fault(kind="stop", doing="forward", step=12, rank=1)), tmp_path / "runs/digits"
+    ended = launcher("run", JOBS / "digits.yaml", *SHORT, "data.train.transform=null", "--json", cwd=tmp_path)
 
-    assert_same(ended, tmp_path, undisturbed)
+    assert fired(plan).keys() == {0}
+    assert_same(ended, run, undisturbed)
     (hung,) = events(run, "worker_hung")
-    assert hung["stack"] == "State:\tT (stopped)"
-    assert hung["for_s"] < 8
+    assert (hung["rank"], hung["stack"]) == (1, "State:\tT (stopped)")
+    assert hung["for_s"] >= 6
     assert "State: T (stopped)" in ended.stderr.replace("\t", " ")
 
 
-def test_an_endless_loop_in_the_data(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+def test_an_endless_loop_in_the_data(tmp_path: Path, undisturbed: Bits) -> None:
     """Sample 700 is wanted by one worker; the other waits for it in the exchange, and is not blamed."""
     (tmp_path / "looping.py").write_text(LOOPING)
     text = (JOBS / "digits.yaml").read_text()
@@ -74,10 +70,10 @@ def test_an_endless_loop_in_the_data(tmp_path: Path, undisturbed: tuple[str, byt
         "data.val.mean=[0.3]",
         "data.val.std=[0.38]",
     )
-    ended = launcher("run", "digits.yaml", *SHORT, *overrides, cwd=tmp_path)
+    ended = launcher("run", "digits.yaml", *SHORT, *overrides, "--json", cwd=tmp_path)
 
     assert (tmp_path / "flag").exists(), "the fault fired"
-    assert_same(ended, tmp_path, undisturbed)
+    assert_same(ended, tmp_path / "runs/digits", undisturbed)
     (hung,) = events(tmp_path / "runs/digits", "worker_hung")
     assert hung["doing"] == "data"
     assert "looping.py" in hung["stack"]

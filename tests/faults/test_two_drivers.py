@@ -7,20 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from cluster.faults import Fault, fired, release
 from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
 from tests.faults.planned import bits, undisturbed
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 
 
-@pytest.mark.timeout(300)
-def test_a_driver_that_was_taken_over_from_ends_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_driver_that_was_taken_over_from_ends_and_writes_nothing(tmp_path: Path, make_plan) -> None:
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
+    plan = make_plan(Fault(kind="hold", doing="forward", step=12))
     old = Running(["run", JOBS / "digits.yaml", *SHORT, "--json"], tmp_path)
-    old.wait_until(checkpointed(run, 10))
+    old.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     claim = stop_in_between(old, run)
+    release(plan, 0)
 
     refused = launcher("resume", run, "--json", cwd=elsewhere)
     assert refused.exit_code == 5

@@ -35,7 +35,7 @@ def test_it_is_done_when_asked_and_every_few_seconds() -> None:
         asked.finish()
         assert work.done == 1
     with Background(work, interval_s=0.01, patience_s=60.0):
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while work.done < 4:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -63,6 +63,21 @@ def test_it_ends_when_patience_does() -> None:
         for _ in range(2):  # the same again for whoever asks later
             with pytest.raises(StorageError, match=r"away for 0.1 s \(checkpoint.patience_s\): s3://b: cannot write"):
                 tried.finish()
+
+
+def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the pause between two tries would be."""
+    monkeypatch.setattr(background, "_FIRST_PAUSE_S", 900.0)
+    monkeypatch.setattr(background, "_LONGEST_PAUSE_S", 900.0)
+    work = Work()
+
+    def fail_once() -> None:
+        work.is_away = not work.calls
+        work()
+
+    with Background(fail_once, interval_s=60.0, patience_s=0.2) as tried:
+        tried.finish()
+    assert work.done
 
 
 def test_a_call_that_does_not_come_back_is_a_failing_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.faults import Fault, FaultyActivity, InjectedFault, fired, read_plan, write_plan
+from cluster.faults import Fault, FaultyActivity, InjectedFault, fired, read_plan, release, write_plan
 
 
 def activity(plan: Path, rank: int = 0, attempt: int = 0) -> FaultyActivity:
@@ -29,6 +30,7 @@ def path(tmp_path: Path) -> Path:
         ({"kind": "kill", "doing": "forward", "victim": "driver"}, "no such fault"),
         ({"kind": "raise", "doing": "forward", "victim": "agent"}, "an agent gets signals alone, not 'raise'"),
         ({"kind": "hang", "doing": "forward", "after_s": 0.1}, "'hang' happens to the thread that passes the mark"),
+        ({"kind": "hold", "doing": "forward", "after_s": 0.1}, "'hold' happens to the thread that passes the mark"),
         ({"kind": "kill", "doing": "forward", "after_s": -1.0}, "after_s must be finite and at least 0, got -1.0"),
     ],
 )
@@ -66,6 +68,19 @@ def test_a_fault_waits_for_the_one_that_it_follows(path: Path) -> None:
     assert fired(path).keys() == {0}
     activity(path, attempt=1)
     assert fired(path)[1]["attempt"] == 1
+
+
+def test_who_is_held_goes_on_when_it_is_released(path: Path) -> None:
+    write_plan([Fault(kind="hold", doing="data", step=1)], path)
+    passes = threading.Thread(target=activity(path).mark, args=("data", 1))
+    passes.start()
+    while not fired(path):
+        passes.join(timeout=0.01)
+    assert passes.is_alive()
+    release(path, 0)
+    passes.join(timeout=60)
+    assert not passes.is_alive()
+    activity(path).mark("data", 1)  # nobody else is held
 
 
 def test_two_alike_happen_to_two_processes(path: Path) -> None:

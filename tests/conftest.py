@@ -1,0 +1,34 @@
+"""What holds for the whole suite: it leaves nothing behind, however it ends; one server of a kind a process."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.janitor import Janitor
+from tests.stores import S3Server, SSHServer, s3_server, ssh_server
+
+_JANITOR = pytest.StashKey[Janitor]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds like Ctrl-C
+    if not hasattr(config, "workerinput"):  # the first process, not one of xdist's workers
+        config.stash[_JANITOR] = Janitor()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _JANITOR in config.stash:
+        print(config.stash[_JANITOR].finish(), end="")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSHServer]:
+    with ssh_server(tmp_path_factory.mktemp("ssh")) as server:
+        yield server

@@ -1,0 +1,220 @@
+"""The command line without Ray: ``python -m tests.launcher_without_ray run JOB ...`` is ``launcher run JOB ...``.
+
+Agents are processes that the driver starts and not workers of Ray Train, and all commands of a test process fork from
+one server, which has torch imported. Nothing else is replaced: driver, agents, training processes, store and tracker
+are the product's own, so a run takes seconds and can be killed, stopped, cut off from its store and resumed like any
+other. Importing Ray here is an error.
+"""
+
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from cluster import fork_server
+from cluster.agent import Agent, Orders, Task
+from cluster.ray_cluster import Node, WorkerResources
+
+_ADDRESS = "127.0.0.1"
+_SERVER = "LAUNCHER_TEST_FORK_SERVER"
+_PRELOAD = ("jobs.worker", "jobs.metrics", "launcher.trial", __name__)
+
+
+def environment() -> dict[str, str]:
+    """What this command line needs in its environment; starts the server to fork from, once in a process."""
+    fork_server.start(_PRELOAD)
+    address = fork_server.own_address()
+    return {} if address is None else {_SERVER: address}
+
+
+class Machine:
+    """This machine as a cluster of one node."""
+
+    def __init__(self) -> None:
+        self._group: ProcessGroup | None = None
+
+    @contextmanager
+    def cluster(self, num_cpus: int) -> Iterator[None]:
+        """Stands in for ``local_cluster``."""
+        self._num_cpus = num_cpus
+        yield
+
+    def nodes(self) -> list[Node]:
+        """Stands in for ``nodes``."""
+        reserved = self._group.num_placed * self._group.resources.cpus if self._group else 0.0
+        return [
+            Node(
+                id=_ADDRESS,
+                address=_ADDRESS,
+                resources={"CPU": self._num_cpus},
+                free={"CPU": self._num_cpus - reserved},
+                drains_at=None,
+                is_here=True,
+            )
+        ]
+
+    def group(self, task: Task, resources: WorkerResources, most: int) -> "ProcessGroup":  # noqa: ARG002  # as WorkerGroup
+        """Stands in for ``WorkerGroup``."""
+        self._group = ProcessGroup(task, resources)
+        return self._group
+
+
+@dataclass
+class _Worker:
+    """An agent, as the driver's process holds it."""
+
+    process: BaseProcess
+    messages: Connection
+    orders: Connection
+    lifeline: Connection
+    """Nothing is ever sent over it; when it is closed, by whatever end of the driver, the kernel kills the agent."""
+    is_wanted: bool = True
+
+
+class ProcessGroup:
+    """Stands in for ``WorkerGroup``: the same methods with the same meaning, and the same messages of lost agents."""
+
+    def __init__(self, task: Task, resources: WorkerResources) -> None:
+        self.resources = resources
+        self.num_placed = 0
+        """The agents that hold a place."""
+        self._task = task
+        self._orders = Orders()
+        self._workers: list[_Worker] = []
+        self._inbox: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
+
+    def prepare(self, nodes: Sequence[Node]) -> None:
+        """The only node is the driver's, whose fork server is the driver's own."""
+
+    def start(self, num_workers: int) -> None:
+        self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
+        self._end_all()
+        self._workers = [self._started(rank, num_workers) for rank in range(num_workers)]
+        self._place(num_workers)
+        for rank, worker in enumerate(self._workers):
+            threading.Thread(target=self._hear, args=(rank, worker), daemon=True).start()
+
+    def messages(self, timeout_s: float) -> list[dict[str, Any]]:
+        try:
+            messages = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+        while not self._inbox.empty():
+            messages += self._inbox.get()
+        return messages
+
+    def order(self, **changes: Any) -> None:
+        self._orders = replace(self._orders, version=self._orders.version + 1, **changes)
+        for worker in self._workers:
+            with suppress(OSError):  # it has just died
+                worker.orders.send(self._orders)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        for worker in self._workers:
+            worker.is_wanted = False
+        self.order(end=True)
+        for worker in self._workers:
+            worker.process.join(timeout_s)
+        self._end_all()
+
+    def _started(self, rank: int, num_workers: int) -> _Worker:
+        messages, their_messages = multiprocessing.Pipe(duplex=False)
+        their_orders, orders = multiprocessing.Pipe(duplex=False)
+        their_lifeline, lifeline = multiprocessing.Pipe(duplex=False)
+        orders.send(self._orders)
+        task = replace(self._task, rank=rank, world_size=num_workers)
+        process = fork_server.fork(_run_agent, (their_messages, their_orders, their_lifeline, task), f"agent-{rank}")
+        for theirs in (their_messages, their_orders, their_lifeline):
+            theirs.close()
+        return _Worker(process, messages, orders, lifeline)
+
+    def _hear(self, rank: int, worker: _Worker) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._inbox.put(worker.messages.recv())
+        worker.process.join()
+        if worker.is_wanted:
+            self._place(0)
+            what = f"its process ended with exit code {worker.process.exitcode}"
+            self._inbox.put([{"kind": "agents_lost", "lost": {rank: what}, "what": ""}])
+
+    def _place(self, num_workers: int) -> None:
+        self.num_placed = num_workers
+        self._inbox.put([{"kind": "agents_placed", "nodes": [_ADDRESS] * num_workers}])
+
+    def _end_all(self) -> None:
+        for worker in self._workers:
+            worker.is_wanted = False
+            worker.process.kill()
+            worker.process.join()
+            worker.orders.close()
+            worker.lifeline.close()
+        self._workers = []
+
+
+class _PipeChannel:
+    """The agent's channel."""
+
+    def __init__(self, messages: Connection, orders: Connection) -> None:
+        self._messages = messages
+        self._orders = orders
+        self._sending = threading.Lock()
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        with self._sending:
+            self._messages.send(messages)
+
+    def orders_after(self, version: int) -> Orders:
+        while True:
+            orders = self._orders.recv()
+            if orders.version > version:
+                return orders
+
+
+def _run_agent(messages: Connection, orders: Connection, lifeline: Connection, task: Task) -> None:
+    fork_server.die_with(lifeline)
+    identity = {"world_size": task.world_size, "node": _ADDRESS, "address": _ADDRESS, "pid": os.getpid()}
+    Agent(_PipeChannel(messages, orders), task, identity).run()
+
+
+def _use_server(address: str) -> None:
+    """Forks from a server that is there already, which has another environment than this process."""
+    fork = fork_server.fork
+
+    def fork_with_environment(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
+        return fork(_call_with_environment, (dict(os.environ), target, args), name)
+
+    replaced: Any = fork_server
+    replaced.start = lambda modules: fork_server.use(address)  # noqa: ARG005  # as start
+    replaced.fork = fork_with_environment
+
+
+def _call_with_environment(environment: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    _use_server(environment[_SERVER])
+    target(*args)
+
+
+def main() -> None:
+    if _SERVER in os.environ:
+        _use_server(os.environ[_SERVER])
+    sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
+    from launcher import cli, runs
+
+    machine = Machine()
+    replaced: Any = runs
+    replaced.WorkerGroup, replaced.local_cluster, replaced.nodes = machine.group, machine.cluster, machine.nodes
+    replaced.import_ahead = lambda: None
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
