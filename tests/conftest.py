@@ -2,19 +2,32 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from cluster import fork_server
 from tests.janitor import Janitor
 from tests.stores import S3Server, SSHServer, s3_server, ssh_server
 
 _JANITOR = pytest.StashKey[Janitor]()
+_FORKED_NEEDS = ("jobs.worker", "jobs.metrics", "launcher.trial", "tests.launcher_without_ray")
+"""What the server that processes are forked from imports, whichever test starts it."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds like Ctrl-C
     if not hasattr(config, "workerinput"):  # the first process, not one of xdist's workers
         config.stash[_JANITOR] = Janitor()
+    start: Any = fork_server.start
+    replaced: Any = fork_server
+    replaced.start = lambda modules: start([*dict.fromkeys([*modules, *_FORKED_NEEDS])])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that all of xdist's processes have something to do until the end."""
+    folder = {name: number for number, name in enumerate(("faults", "e2e", "distributed", "contract", "unit"))}
+    items.sort(key=lambda item: folder[item.path.parent.name])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.stores import remove_sockets_of_the_dead
+
 MARK = "LAUNCHER_SUITE"
 """The environment variable that holds the suite's folder."""
 _GRACE_S = {True: 2.0, False: 20.0}
@@ -103,6 +105,7 @@ def main() -> None:
     came_to_its_end = sys.stdin.read() == "over"
     ended = _end_processes(folder, _GRACE_S[came_to_its_end])
     _remove(folder)
+    remove_sockets_of_the_dead()
     with suppress(BrokenPipeError):  # nobody is there to read it
         for pid, command in ended.items():
             print(f"the suite had left process {pid}: {command[:160]}")

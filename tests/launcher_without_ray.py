@@ -24,12 +24,11 @@ from cluster.ray_cluster import Node, WorkerResources
 
 _ADDRESS = "127.0.0.1"
 _SERVER = "LAUNCHER_TEST_FORK_SERVER"
-_PRELOAD = ("jobs.worker", "jobs.metrics", "launcher.trial", __name__)
 
 
 def environment() -> dict[str, str]:
     """What this command line needs in its environment; starts the server to fork from, once in a process."""
-    fork_server.start(_PRELOAD)
+    fork_server.start([__name__])
     address = fork_server.own_address()
     return {} if address is None else {_SERVER: address}
 

@@ -68,6 +68,19 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         server = S3Server(ports["s3"], "runs", {**environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"})
         _wait_until(lambda: _has_bucket(server), process, folder / "weed.log")
         yield server
+    remove_sockets_of_the_dead()
+
+
+def remove_sockets_of_the_dead() -> None:
+    """Removes the unix sockets of S3 servers that were killed; where they lie cannot be chosen for all of them."""
+    for path in Path("/tmp").glob("seaweedfs-*.sock"):
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                continue
 
 
 def _has_bucket(server: S3Server) -> bool:

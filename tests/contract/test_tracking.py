@@ -104,6 +104,7 @@ def driver(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Driver
             run_id="run1",
             directory=str(tmp_path / "tracker"),
             config=CONFIG,
+            finish_timeout_s=60.0,
         )
     )
     assert "WANDB_SERVICE" not in os.environ

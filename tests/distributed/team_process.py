@@ -6,7 +6,6 @@ commits checkpoints. What happens inside a process is the product's own.
 
 import contextlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import time
 import traceback
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cluster import fork_server
 from cluster.agent import Task
 from cluster.checkpoints import Share, join
 from cluster.errors import LauncherError
@@ -32,8 +32,6 @@ from jobs.worker import meet, train
 from tests.states import digest
 
 TIMEOUT_S = 120.0
-
-multiprocessing.forkserver.set_forkserver_preload(["jobs.worker", "jobs.metrics", __name__])
 
 
 @dataclass(kw_only=True)
@@ -108,7 +106,7 @@ def newest_state(spec: JobSpec) -> dict[str, Any]:
 
 def run_processes(entry: Callable[..., Any], spec: JobSpec, world_size: int, **options: Any) -> Outcome:
     """Calls ``entry(link, task, **options)`` in a process per rank, and hears them all to their ends."""
-    context = multiprocessing.get_context("forkserver")
+    fork_server.start([__name__])
     run = run_directory(spec)
     outcome = Outcome()
     processes = []
@@ -120,8 +118,7 @@ def run_processes(entry: Callable[..., Any], spec: JobSpec, world_size: int, **o
                 content=spec,
             )  # fmt: skip
             ours, theirs = multiprocessing.Pipe()
-            process = context.Process(target=_run, args=(theirs, entry, task, options))
-            process.start()
+            process = fork_server.fork(_run, (theirs, entry, task, options), f"rank-{rank}")
             processes.append(process)
             theirs.close()
             rank_of[ours] = rank
@@ -186,6 +183,9 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
 def _run(connection: Connection, entry: Callable[..., Any], task: Task, options: dict[str, Any]) -> None:
     """A process, from its first line to its end."""
     warnings.simplefilter("error")
+    address = fork_server.own_address()
+    if address is not None:
+        fork_server.use(address)  # loader processes come from it too
     link = Link(connection, Activity())
     try:
         link.send("result", result=entry(link, task, **options))

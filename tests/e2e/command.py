@@ -5,9 +5,11 @@ Verbs that need a model run without Ray (``tests.launcher_without_ray``) unless 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,25 +61,37 @@ class Running:
         """``wrap``: turns the command into one that runs elsewhere."""
         is_without_ray = arguments[0] in _VERBS_WITH_A_MODEL and not on_ray
         program, environment = (_WITHOUT_RAY, launcher_without_ray.environment()) if is_without_ray else (_ON_RAY, {})
-        self._process = subprocess.Popen(
-            wrap([*program, *map(str, arguments)]),
-            cwd=cwd,
-            env={**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": str(CHECKOUT), **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        # Files and not pipes, which what a killed command leaves behind would keep open.
+        self._said = Path(tempfile.mkdtemp(prefix="said-"))
+        self._ended: Ended | None = None
+        with (self._said / "stdout").open("wb") as stdout, (self._said / "stderr").open("wb") as stderr:
+            self._process = subprocess.Popen(
+                wrap([*program, *map(str, arguments)]),
+                cwd=cwd,
+                env={**os.environ, "WANDB_DIR": str(cwd), "PYTHONPATH": str(CHECKOUT), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
 
     def wait(self, timeout_s: float = LIMIT_S) -> Ended:
-        try:
-            stdout, stderr = self._process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.signal_group(signal.SIGKILL)
-            stdout, stderr = self._process.communicate()
-            raise AssertionError(f"no end within {timeout_s:.0f} s\n{stdout}\n{stderr}") from None
-        return Ended(self._process.returncode, stdout, stderr)
+        """Waits for the end of the command, and kills it if that does not come in time."""
+        if self._ended is None:
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.signal_group(signal.SIGKILL)
+                self._process.wait()
+                raise AssertionError(f"no end within {timeout_s:.0f} s\n{self.stderr}") from None
+            self._ended = Ended(self._process.returncode, (self._said / "stdout").read_text(), self.stderr)
+            shutil.rmtree(self._said)
+        return self._ended
+
+    @property
+    def stderr(self) -> str:
+        """What it has said by now; it has not been waited for yet."""
+        return (self._said / "stderr").read_text()
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         """Returns when something has happened while the command still runs."""

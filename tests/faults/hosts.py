@@ -57,7 +57,7 @@ def hosts(*names: str) -> Iterator[list["Host"]]:
     """
     with ExitStack() as stack:
         # A short path, for that of a unix socket has at most 107 characters, and Ray's have 60 without it.
-        folder = tempfile.TemporaryDirectory(prefix="hosts-", dir="/tmp", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix="h-", ignore_cleanup_errors=True)
         home = Path(stack.enter_context(folder))
         (home / "token").write_text(secrets.token_hex(32))
         switch = stack.enter_context(_Namespaces())

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.slow
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=4", "tracking.mode=offline")
 LATENCY_S = 0.01
-AWAY_S = 11.0  # a shorter time is met by trying again, and not worth a word
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def test_a_run_on_s3(
         proxy.slow_downs, proxy.resets = 3, 2
         running.wait_until(lambda: bool(happened(run, "checkpoint")))
         with proxy.away():
-            time.sleep(AWAY_S)
+            running.wait_until(lambda: "training goes on without the store" in running.stderr)
         running.wait_until(lambda: bool(happened(run, "store_away")))
         seen = descendants(running.pid)
         leaks = re.compile("|".join([S3_SECRET, *(f"(?<!{name}=){value}" for name, value in secrets.items())]))
@@ -101,7 +99,7 @@ def test_a_run_on_s3(
         assert bits(run) == reference
         assert proxy.turned_away == 5
         (gone,) = happened(run, "store_away")
-        assert gone["seconds"] > AWAY_S - 5.5
+        assert gone["seconds"] > 0
         assert ended.stderr.count("training goes on without the store, for 1800 s at most") == 1
         assert gone["step"] > happened(run, "checkpoint")[0]["step"], "training went on"
         assert [event["cause"] for event in happened(run, "worker_lost")] == ["killed"]
