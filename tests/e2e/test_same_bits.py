@@ -8,7 +8,10 @@ import pytest
 
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows, training_processes
 
-SHORT = ("train.epochs=3", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
+SHORT = (
+    *("train.epochs=1", "train.global_batch=16", "train.validate_every_steps=30", "checkpoint.every_steps=10"),
+    *("tracking.mode=disabled", "--json"),
+)
 
 
 def run_short(cwd: Path, *overrides: str, on_ray: bool = False) -> Ended:
