@@ -23,6 +23,7 @@ MARK = "LAUNCHER_SUITE"
 """The environment variable that holds the suite's folder."""
 _GRACE_S = {True: 2.0, False: 20.0}
 """How long processes may take to end by themselves, by whether the suite has come to its end or was killed."""
+_KILL_LIMIT_S = 30.0
 _SAMPLE_INTERVAL_S = 0.5
 
 
@@ -82,7 +83,8 @@ def _end_processes(folder: str, grace_s: float) -> dict[int, str]:
     while (left := marked_processes(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
     ended = dict[int, str]()
-    while left:  # they may have made others meanwhile
+    deadline = time.monotonic() + _KILL_LIMIT_S
+    while left and time.monotonic() < deadline:  # they may have made others meanwhile
         ended |= left
         for pid in left:
             with suppress(ProcessLookupError):

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
 
 
+@pytest.mark.slow
 def test_a_run_that_stalls_is_complete(tmp_path: Path) -> None:
     """The second validation is not better by as much as is asked for."""
     rule = "train.early_stop={metric: val/loss, mode: min, patience: 1, min_delta: 100}"

@@ -34,7 +34,7 @@ def assert_same(ended: Ended, home: Path, undisturbed: tuple[str, bytes]) -> Non
     assert rows(home / "runs/digits") == undisturbed[1]
 
 
-@pytest.mark.parametrize("workers", [3, 4])
+@pytest.mark.parametrize("workers", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
     assert_same(run_short(tmp_path, f"workers.num={workers}"), tmp_path, undisturbed)
 

@@ -14,6 +14,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images") / "photos", num_classes=101, per_class=2, size=64)
 
 
+@pytest.mark.slow
 def test_caltech101_at_full_size(images: Path, tmp_path: Path) -> None:
     ended = launcher(
         "run", JOBS / "caltech101.yaml", f"data.train.root={images}", "train.global_batch=8", "train.max_steps=2",
