@@ -5,6 +5,7 @@ that a run of short steps does not spend them on messages; they arrive complete 
 beats, for the agent alone: what the process is at, and what its time has gone into.
 """
 
+import math
 import os
 import queue
 import threading
@@ -144,14 +145,15 @@ class Link:
         self._sender.join()
 
     def _send_batches(self) -> None:
-        beat_at = 0.0
+        beat_at, was_first_step = -math.inf, True
         while True:
             is_last = self._closing.wait(_BATCH_INTERVAL_S)
             batch: list[Beat | dict[str, Any]] = []
-            now = time.monotonic()
-            if now - beat_at >= _BEAT_INTERVAL_S:
-                beat_at = now
-                batch.append(self.activity.beat())
+            now, beat = time.monotonic(), self.activity.beat()
+            # The end of the first step is told at once: from then on the agent watches for a hang.
+            if now - beat_at >= _BEAT_INTERVAL_S or beat.is_first_step != was_first_step:
+                beat_at, was_first_step = now, beat.is_first_step
+                batch.append(beat)
             while not self._outbox.empty():
                 batch.append(self._outbox.get())
             if batch:

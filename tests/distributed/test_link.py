@@ -1,0 +1,40 @@
+"""What a training process tells of itself without being asked."""
+
+import multiprocessing
+import threading
+from multiprocessing.connection import Connection
+
+from cluster import fork_server, link
+from cluster.link import Activity, Beat, Link
+
+
+def two_steps(connection: Connection) -> None:
+    """Begins its second step when it is told to stop; regular beats are an hour apart."""
+    link._BEAT_INTERVAL_S = 3600.0
+    told = Link(connection, Activity())
+    told.activity.mark("data", 7)
+    told.stop_wanted.wait()
+    told.activity.mark("data", 8)
+    threading.Event().wait()
+
+
+def test_the_end_of_the_first_step_is_told_at_once() -> None:
+    """A process that stops a moment later is noticed: until then it may take as long as it likes."""
+    fork_server.start([__name__])
+    ours, theirs = multiprocessing.Pipe()
+    process = fork_server.fork(two_steps, (theirs,), "two steps")
+    theirs.close()
+    first = next_beat(ours)
+    ours.send("stop")
+    second = next_beat(ours)
+    process.kill()
+    process.join()
+    ours.close()
+    assert (first.is_first_step, second.step, second.is_first_step) == (True, 8, False)
+
+
+def next_beat(connection: Connection) -> Beat:
+    assert connection.poll(60)
+    (beat,) = connection.recv()
+    assert isinstance(beat, Beat)
+    return beat
