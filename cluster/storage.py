@@ -91,8 +91,10 @@ _PASSING_STATUSES = frozenset({408, 425, 429})  # of HTTP, among those that blam
 
 _classes: set[type[fsspec.AbstractFileSystem]] = set()
 """The classes of the file systems in use."""
+_held: list[fsspec.AbstractFileSystem] = []
+"""During a fork: the file systems in use."""
 _inherited: list[fsspec.AbstractFileSystem] = []
-"""In a forked child: the file systems of its parent."""
+"""In a forked child: those of its parents."""
 
 
 def _hold_for_child() -> None:
@@ -101,11 +103,13 @@ def _hold_for_child() -> None:
     An event loop watches its connections through an epoll instance, which a child shares with its parent. A child that
     frees a connection takes it out of that instance, and its parent waits in vain for the next answer.
     """
-    for each in _classes:
-        _inherited.extend(each._cache.values())
+    for each in tuple(_classes):
+        _held.extend(tuple(each._cache.values()))
 
 
-os.register_at_fork(before=_hold_for_child, after_in_parent=_inherited.clear)
+os.register_at_fork(
+    before=_hold_for_child, after_in_parent=_held.clear, after_in_child=lambda: _inherited.extend(_held)
+)
 
 
 class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNotFound does

@@ -121,7 +121,7 @@ class Background:
                 if self._tried_at - since >= self._patience_s:
                     self._give_up(str(error))
                     return
-                pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**failures) * random.uniform(0.5, 1.0)
+                pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
                 # The last try is made when patience ends, not before.
                 pause_s = max(0.0, min(pause_s, since + self._patience_s - time.monotonic()))
                 failures += 1
