@@ -87,7 +87,7 @@ def fired(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def release(path: Path, number: int) -> None:
-    """Lets a process go on that the fault ``hold`` of the plan at ``path`` holds, or would hold later."""
+    """Lets the process go on that fault ``number``, a ``hold``, holds. If it holds none yet, it will hold none."""
     _release(path, number).touch()
 
 

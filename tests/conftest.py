@@ -1,12 +1,17 @@
 """What holds for the whole suite: it leaves nothing behind, however it ends; one server of a kind a process."""
 
+import multiprocessing.util
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import fork_server
+from cluster.agent import FAULTS_VARIABLE
+from cluster.faults import Fault, write_plan
+from tests.e2e.command import end_all
 from tests.janitor import Janitor
 from tests.stores import S3Server, SSHServer, s3_server, ssh_server
 
@@ -27,12 +32,32 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that all of xdist's processes have something to do until the end."""
     folder = {name: number for number, name in enumerate(("faults", "e2e", "distributed", "contract", "unit"))}
-    items.sort(key=lambda item: folder[item.path.parent.name])
+    items.sort(key=lambda item: folder.get(item.path.parent.name, -1))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _JANITOR in config.stash:
+        finish: Any = multiprocessing.util
+        finish._run_finalizers()  # while there still is what they remove
         print(config.stash[_JANITOR].finish(), end="")
+
+
+@pytest.fixture(autouse=True)
+def _no_command_outlives_its_test() -> Iterator[None]:
+    yield
+    end_all()
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a plan of faults for the commands that follow."""
+
+    def make(*faults: Fault, name: str = "plan.json") -> Path:
+        write_plan(faults, tmp_path / name)
+        monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / name))
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from tests.processes import descendants
 from tests.stores import remove_sockets_of_the_dead
 
 MARK = "LAUNCHER_SUITE"
@@ -24,7 +25,12 @@ MARK = "LAUNCHER_SUITE"
 _GRACE_S = {True: 2.0, False: 20.0}
 """How long processes may take to end by themselves, by whether the suite has come to its end or was killed."""
 _KILL_LIMIT_S = 30.0
+_OVER = "over\n"
 _SAMPLE_INTERVAL_S = 0.5
+SUITE_FOLDERS = "/tmp/s-"
+"""How the path of a suite's folder begins."""
+LEFT = "the suite had left process"
+"""How the line begins that tells of a process that the janitor had to end."""
 
 
 class Janitor:
@@ -33,7 +39,7 @@ class Janitor:
     def __init__(self) -> None:
         """Makes the suite's folder and marks this process and its descendants."""
         # A short path: Ray makes unix sockets below it, and the path of one has at most 107 characters.
-        folder = tempfile.mkdtemp(prefix="s-", dir="/tmp")
+        folder = tempfile.mkdtemp(prefix=Path(SUITE_FOLDERS).name, dir=Path(SUITE_FOLDERS).parent)
         os.environ |= {MARK: folder, "TMPDIR": folder, "RAY_TMPDIR": folder}
         tempfile.tempdir = None  # found again, from TMPDIR
         self._process = subprocess.Popen(
@@ -48,23 +54,27 @@ class Janitor:
 
     def finish(self) -> str:
         """Has everything cleaned up; what there was to tell, in lines."""
-        report, _ = self._process.communicate("over")
+        report, _ = self._process.communicate(_OVER)
         return report
 
 
 def marked_processes(folder: str) -> dict[int, str]:
-    """The processes of a suite that have not ended, and their command lines."""
+    """The processes of a suite that have not ended, and their command lines.
+
+    Some servers overwrite their environment with a title; those name a file in the suite's folder.
+    """
     mark, found = f"{MARK}={folder}".encode(), {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):  # it has just ended, or is another user's
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                command = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                if mark in (entry / "environ").read_bytes().split(b"\0") or f"{folder}/" in command:
+                    found[int(entry.name)] = command
     return found
 
 
 def _watch(pipe: int) -> int:
-    """Waits for the end of the suite; the most bytes of memory that were taken since the call."""
+    """Waits for the end of the suite. Returns the largest fall of the machine's available memory meanwhile."""
     least = before = _available_bytes()
     while not select.select([pipe], [], [], _SAMPLE_INTERVAL_S)[0]:
         least = min(least, _available_bytes())
@@ -104,13 +114,15 @@ def _remove(folder: str) -> None:
 def main() -> None:
     folder = sys.argv[1]
     peak_bytes = _watch(sys.stdin.fileno())
-    came_to_its_end = sys.stdin.read() == "over"
+    came_to_its_end = sys.stdin.readline() == _OVER
+    # Without xdist, the suite's first process has helpers of multiprocessing's that end with it.
+    helpers = {each.pid for each in descendants(os.getppid()) if each.parent == os.getppid()}
     ended = _end_processes(folder, _GRACE_S[came_to_its_end])
     _remove(folder)
     remove_sockets_of_the_dead()
     with suppress(BrokenPipeError):  # nobody is there to read it
-        for pid, command in ended.items():
-            print(f"the suite had left process {pid}: {command[:160]}")
+        for pid in ended.keys() - helpers:
+            print(f"{LEFT} {pid}: {ended[pid][:160]}")
         print(f"peak memory of the suite: {peak_bytes / 2**30:.1f} GiB", flush=True)
 
 

@@ -3,7 +3,7 @@
 Agents are processes that the driver starts and not workers of Ray Train, and all commands of a test process fork from
 one server, which has torch imported. Nothing else is replaced: driver, agents, training processes, store and tracker
 are the product's own, so a run takes seconds and can be killed, stopped, cut off from its store and resumed like any
-other. Importing Ray here is an error.
+other. Importing Ray into the driver is an error.
 """
 
 import multiprocessing
@@ -88,6 +88,7 @@ class ProcessGroup:
         self._orders = Orders()
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
+        self._changing = threading.Lock()  # whether workers are wanted
 
     def prepare(self, nodes: Sequence[Node]) -> None:
         """The only node is the driver's, whose fork server is the driver's own."""
@@ -139,18 +140,21 @@ class ProcessGroup:
             while True:
                 self._inbox.put(worker.messages.recv())
         worker.process.join()
-        if worker.is_wanted:
-            self._place(0)
-            what = f"its process ended with exit code {worker.process.exitcode}"
-            self._inbox.put([{"kind": "agents_lost", "lost": {rank: what}, "what": ""}])
+        with self._changing:
+            if worker.is_wanted:
+                self._place(0)
+                what = f"its process ended with exit code {worker.process.exitcode}"
+                self._inbox.put([{"kind": "agents_lost", "lost": {rank: what}, "what": ""}])
 
     def _place(self, num_workers: int) -> None:
         self.num_placed = num_workers
         self._inbox.put([{"kind": "agents_placed", "nodes": [_ADDRESS] * num_workers}])
 
     def _end_all(self) -> None:
+        with self._changing:
+            for worker in self._workers:
+                worker.is_wanted = False
         for worker in self._workers:
-            worker.is_wanted = False
             worker.process.kill()
             worker.process.join()
             worker.orders.close()

@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.janitor import LEFT, SUITE_FOLDERS
+
 CHECKOUT = Path(__file__).parents[1]
 _MARK = "LAUNCHER_STEADINESS"
 _HOG_BYTES = 256 * 2**20
@@ -56,21 +58,23 @@ def run_once(tier: str, interrupt: signal.Signals | None, after_s: float) -> Tim
             with suppress(subprocess.TimeoutExpired):
                 process.wait(after_s)
             process.send_signal(interrupt)
-        process.wait(None if interrupt is None else _END_LIMIT_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_LIMIT_S)
+            process.kill()  # if it has not ended
+        process.wait()
         seconds = time.monotonic() - began
         tests = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-        log_tail = Path(folder, "log").read_text(errors="replace").splitlines()[-5:]
+        said = Path(folder, "log").read_text(errors="replace").splitlines()
     failed = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
     names = sorted({f"{test.get('classname')}::{test.get('name')}" for test in failed})
     if not names and process.returncode and interrupt is None:
-        names = [f"pytest itself: {' | '.join(log_tail)}"]
-    return Time(
-        seconds=seconds,
-        exit_code=process.returncode,
-        num_tests=len(tests),
-        failed=names,
-        left=sorted(traces(mark) - before),
-    )
+        names = [f"pytest itself: {' | '.join(said[-5:])}"]
+    deadline = time.monotonic() + _END_LIMIT_S
+    while (left := traces(mark) - before) and time.monotonic() < deadline:  # the janitor may still be at it
+        time.sleep(0.5)
+    if interrupt is None:
+        left |= {line for line in said if line.startswith(LEFT)}
+    return Time(seconds=seconds, exit_code=process.returncode, num_tests=len(tests), failed=names, left=sorted(left))
 
 
 def traces(mark: str) -> set[str]:
@@ -81,8 +85,10 @@ def traces(mark: str) -> set[str]:
             continue
         with suppress(OSError):  # it has just ended, or is another user's
             found.add(f"namespace {os.readlink(entry / 'ns/net')}")
-            if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.add(f"process {entry.name}: {(entry / 'cmdline').read_text().replace(chr(0), ' ')[:120]}")
+            command = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
+            marked = f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            if marked or SUITE_FOLDERS in command:
+                found.add(f"process {entry.name}: {command[:120]}")
     found |= {f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines()}
     sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
     found |= {f"socket {words[7]}" for words in sockets if len(words) > 7 and words[7].startswith("/tmp")}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import getpass
 import os
 import re
@@ -74,13 +75,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 def remove_sockets_of_the_dead() -> None:
     """Removes the unix sockets of S3 servers that were killed; where they lie cannot be chosen for all of them."""
     for path in Path("/tmp").glob("seaweedfs-*.sock"):
-        with socket.socket(socket.AF_UNIX) as client:
-            try:
-                client.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-            except FileNotFoundError:
-                continue
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):  # of another user, or gone
+            if client.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
 
 
 def _has_bucket(server: S3Server) -> bool:

@@ -144,6 +144,13 @@ def finish_within(tracker: Tracker, limit_s: float) -> None:
     assert time.monotonic() - begin < limit_s
 
 
+def log_all(tracker: Tracker, first: int = 1) -> None:
+    begin = time.monotonic()
+    for row in rows(first, first + 999):
+        tracker.log(row)
+    assert time.monotonic() - begin < 5
+
+
 class TrackerContract:
     """Subclasses say how to open a tracker and how to read what it kept."""
 
@@ -278,12 +285,6 @@ class TestDisabled:
 class TestNothingOutsideHurtsTheRun:
     """No exception, no wait, one warning that says what to do, and the rows on the disk."""
 
-    def log_all(self, tracker: Tracker, first: int = 1) -> None:
-        begin = time.monotonic()
-        for row in rows(first, first + 999):
-            tracker.log(row)
-        assert time.monotonic() - begin < 5
-
     def assert_recorded_offline(self, driver: Driver, tracker: Tracker) -> None:
         [warning] = driver.warnings
         assert "\n" not in warning
@@ -297,7 +298,7 @@ class TestNothingOutsideHurtsTheRun:
     def test_no_key(self, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("WANDB_API_KEY")
         tracker = driver.open()
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 100)
         assert "wandb login" in driver.warnings[0]
         self.assert_recorded_offline(driver, tracker)
@@ -305,14 +306,14 @@ class TestNothingOutsideHurtsTheRun:
     def test_no_server(self, driver: Driver, server: WandbServer) -> None:
         server.close()
         tracker = driver.open(connect_timeout_s=1.0)
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 100)
         self.assert_recorded_offline(driver, tracker)
 
     def test_a_server_that_refuses(self, driver: Driver, server: WandbServer) -> None:
         server.fault = 403
         tracker = driver.open()
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 100)
         assert "403" in driver.warnings[0]
         self.assert_recorded_offline(driver, tracker)
@@ -320,7 +321,7 @@ class TestNothingOutsideHurtsTheRun:
     def test_a_server_that_is_out_of_order(self, driver: Driver, server: WandbServer) -> None:
         server.fault = 500  # which wandb tries again and again
         tracker = driver.open(connect_timeout_s=2.0)
-        self.log_all(tracker)
+        log_all(tracker)
         wait_until(lambda: tracker.url, "not offline in time")
         finish_within(tracker, 100)
         self.assert_recorded_offline(driver, tracker)
@@ -328,7 +329,7 @@ class TestNothingOutsideHurtsTheRun:
     def test_a_run_that_ends_before_the_server_answers(self, driver: Driver, server: WandbServer) -> None:
         server.fault = "hang"
         tracker = driver.open(finish_timeout_s=9.0)
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 100)
         self.assert_recorded_offline(driver, tracker)
 
@@ -341,7 +342,7 @@ class TestNothingOutsideHurtsTheRun:
             server.close()
         else:
             server.fault = fault
-        self.log_all(tracker, first=2)
+        log_all(tracker, first=2)
         finish_within(tracker, 70)
         [folder] = Path(driver.settings.directory).glob("wandb/run-*-run1")
         [warning] = driver.warnings
@@ -358,7 +359,7 @@ class TestNothingOutsideHurtsTheRun:
         if when == "recording":
             wait_until(lambda: tracker.url, "W&B did not start")
         os.kill(tracker._recorder.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 10)
         [warning] = driver.warnings
         assert "ended early (exit code -9)" in warning
@@ -368,7 +369,7 @@ class TestNothingOutsideHurtsTheRun:
         tracker = driver.open(finish_timeout_s=1.0)
         wait_until(lambda: tracker.url, "W&B did not start")
         os.kill(tracker._recorder.pid, signal.SIGSTOP)  # type: ignore[attr-defined]
-        self.log_all(tracker)
+        log_all(tracker)
         finish_within(tracker, 30)
         [warning] = driver.warnings
         assert "did not end within 1 s" in warning
@@ -381,7 +382,7 @@ class TestNothingOutsideHurtsTheRun:
         server.fault = "hang"
         tracker = driver.open(finish_timeout_s=6.0)
         for first in range(1, 10_000, 1000):
-            self.log_all(tracker, first)
+            log_all(tracker, first)
         finish_within(tracker, 70)
         [warning] = driver.warnings
         assert "cannot keep up" in warning
@@ -393,7 +394,7 @@ class TestNothingOutsideHurtsTheRun:
             raise OSError("the bucket is gone")
 
         tracker = open_tracker(driver.settings, driver.warnings.append, past())
-        self.log_all(tracker, first=2)
+        log_all(tracker, first=2)
         finish_within(tracker, 100)
         assert driver.warnings == ["W&B: recording stopped: the bucket is gone; metrics are in the run directory"]
 
@@ -405,14 +406,6 @@ class TestNothingOutsideHurtsTheRun:
         [warning] = driver.warnings
         assert warning.startswith("W&B: recording stopped: ")
 
-    def test_a_folder_that_cannot_be_written(self, driver: Driver, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        tracker = driver.open(mode="offline", directory=str(tmp_path / "file" / "tracker"))
-        self.log_all(tracker)
-        finish_within(tracker, 100)
-        [warning] = driver.warnings
-        assert warning == f"W&B: cannot write in {tmp_path}/file/tracker; recording in {tracker.url}"
-
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a small disk")
     def test_a_full_disk(self, driver: Driver, tmp_path: Path) -> None:
         disk = tmp_path / "disk"
@@ -420,12 +413,21 @@ class TestNothingOutsideHurtsTheRun:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=True)
         try:
             tracker = driver.open(mode="offline", directory=str(disk))
-            self.log_all(tracker)
+            log_all(tracker)
             finish_within(tracker, 100)
         finally:
             subprocess.run(["umount", "--lazy", disk], check=True)
         [warning] = driver.warnings
         assert warning.startswith(f"W&B: no space left in {disk}/wandb/offline-run-")
+
+
+def test_a_folder_that_cannot_be_written(driver: Driver, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tracker = driver.open(mode="offline", directory=str(tmp_path / "file" / "tracker"))
+    log_all(tracker)
+    finish_within(tracker, 100)
+    [warning] = driver.warnings
+    assert warning == f"W&B: cannot write in {tmp_path}/file/tracker; recording in {tracker.url}"
 
 
 def test_wandb_is_imported_by_the_recorder_only() -> None:

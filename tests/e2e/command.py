@@ -1,6 +1,6 @@
 """The command line as a person has it: a process, its exit code, its two streams.
 
-Verbs that need a model run without Ray (``tests.launcher_without_ray``) unless a test asks for Ray.
+Verbs that plan or train do it without Ray (``tests.launcher_without_ray``) unless a test asks for Ray.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ LIMIT_S = 300.0
 """How long anything is waited for: at least ten times what it takes on a machine with nothing else to do."""
 _ON_RAY = [str(Path(sys.executable).parent / "launcher")]
 _WITHOUT_RAY = [sys.executable, "-P", "-m", "tests.launcher_without_ray"]
-_VERBS_WITH_A_MODEL = ("plan", "run", "resume")
+_VERBS_THAT_PLAN = ("plan", "run", "resume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,21 @@ def launcher(*arguments: object, cwd: Path, on_ray: bool = False) -> Ended:
     return Running(arguments, cwd, on_ray=on_ray).wait()
 
 
+_unfinished: list["Running"] = []
+
+
+def end_all() -> None:
+    """Kills the commands that nobody has waited for."""
+    for running in tuple(_unfinished):
+        running.signal_group(signal.SIGKILL)
+        running.wait()
+
+
 class Running:
-    """A command in a session of its own, so that a signal reaches all that a terminal's would."""
+    """A command in a session of its own, so that a signal reaches all that a terminal's would.
+
+    Without Ray, its agents and their training processes are in the session of the test and end with the driver.
+    """
 
     def __init__(
         self,
@@ -59,7 +73,7 @@ class Running:
         on_ray: bool = False,
     ) -> None:
         """``wrap``: turns the command into one that runs elsewhere."""
-        is_without_ray = arguments[0] in _VERBS_WITH_A_MODEL and not on_ray
+        is_without_ray = arguments[0] in _VERBS_THAT_PLAN and not on_ray
         program, environment = (_WITHOUT_RAY, launcher_without_ray.environment()) if is_without_ray else (_ON_RAY, {})
         # Files and not pipes, which what a killed command leaves behind would keep open.
         self._said = Path(tempfile.mkdtemp(prefix="said-"))
@@ -74,6 +88,7 @@ class Running:
                 stderr=stderr,
                 start_new_session=True,
             )
+        _unfinished.append(self)
 
     def wait(self, timeout_s: float = LIMIT_S) -> Ended:
         """Waits for the end of the command, and kills it if that does not come in time."""
@@ -86,6 +101,7 @@ class Running:
                 raise AssertionError(f"no end within {timeout_s:.0f} s\n{self.stderr}") from None
             self._ended = Ended(self._process.returncode, (self._said / "stdout").read_text(), self.stderr)
             shutil.rmtree(self._said)
+            _unfinished.remove(self)
         return self._ended
 
     @property
@@ -105,7 +121,8 @@ class Running:
 
     def signal_group(self, number: signal.Signals) -> None:
         """What a terminal does: every process of the group gets the signal."""
-        os.killpg(self._process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self._process.pid, number)
 
     @property
     def pid(self) -> int:

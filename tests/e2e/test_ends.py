@@ -55,12 +55,12 @@ def test_a_run_is_stopped_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_run_stops_at_its_time_limit(tmp_path: Path) -> None:
-    """The limit passes while Ray starts: the first report of a step ends it."""
+    """The limit passes before the workers train: the first report of a step ends it."""
     ended = launcher(
-        "run", JOBS / "digits.yaml", "train.max_seconds=1", "tracking.mode=disabled", "--json", cwd=tmp_path
+        "run", JOBS / "digits.yaml", "train.max_seconds=0.001", "tracking.mode=disabled", "--json", cwd=tmp_path
     )
 
     assert (ended.exit_code, ended.document["status"]) == (0, "stopped"), ended.stderr
     assert 0 < ended.document["step"] < 22
     assert checkpointed(tmp_path / "runs/digits", ended.document["step"])()
-    assert "stopping at train.max_seconds=1:" in ended.stderr
+    assert "stopping at train.max_seconds=0.001:" in ended.stderr

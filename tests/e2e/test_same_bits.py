@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows, training_processes
 
-SHORT = (
-    *("train.epochs=1", "train.global_batch=16", "train.validate_every_steps=30", "checkpoint.every_steps=10"),
-    *("tracking.mode=disabled", "--json"),
-)
+SHORT = (*("train.epochs=2", "train.global_batch=32", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json"),)
+HOLDS = [Fault(kind="hold", doing="forward", step=25), Fault(kind="hold", doing="forward", step=50)]
+"""Where a run waits for what is done to it, in its first and in its second epoch."""
 
 
 def run_short(cwd: Path, *overrides: str, on_ray: bool = False) -> Ended:
@@ -40,26 +40,30 @@ def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[
 
 
 @pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])
-def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, undisturbed: tuple[str, bytes], on_ray: bool) -> None:
+def test_stopped_killed_and_resumed_elsewhere(
+    tmp_path: Path, make_plan, undisturbed: tuple[str, bytes], on_ray: bool
+) -> None:
     """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time."""
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
 
+    plan = make_plan(*HOLDS)
     limited = run_short(tmp_path, "train.max_steps=7", on_ray=on_ray)
     assert limited.exit_code == 0, limited.stderr
     assert limited.document["status"] == "stopped"
     assert limited.document["step"] == 7
 
     interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere, on_ray=on_ray)
-    interrupted.wait_until(checkpointed(run, 20))
+    interrupted.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
     interrupted.signal_group(signal.SIGINT)
+    release(plan, 0)
     stopped = interrupted.wait()
     assert stopped.exit_code == 130, stopped.stderr
     assert stopped.document["status"] == "stopped"
     assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
 
     killed = Running(["resume", run, "workers.num=1"], elsewhere, on_ray=on_ray)
-    killed.wait_until(checkpointed(run, 40))
+    killed.wait_until(lambda: checkpointed(run, 50)() and 1 in fired(plan))
     killed.signal_group(signal.SIGKILL)
     assert killed.wait().exit_code == -signal.SIGKILL
     status = launcher("status", run, "--json", cwd=tmp_path).document
@@ -72,13 +76,13 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, undisturbed: tuple
     assert resumed.document["attempts"] == 4
 
 
-def test_killed_processes_are_replaced(tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+def test_killed_processes_are_replaced(tmp_path: Path, make_plan, undisturbed: tuple[str, bytes]) -> None:
     """First a training process, which its agent starts again; then an agent, which Ray starts again."""
+    plan, run = make_plan(*HOLDS), tmp_path / "runs/digits"
     running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path, on_ray=True)
-    run = tmp_path / "runs/digits"
-    running.wait_until(checkpointed(run, 20))
+    running.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
     os.kill(training_processes(running.pid)[0], signal.SIGKILL)
-    running.wait_until(lambda: len(events(run, "training")) == 2)
+    running.wait_until(lambda: len(events(run, "training")) == 2 and 1 in fired(plan))
     os.kill(events(run, "attempt_started")[-1]["workers"][1]["pid"], signal.SIGKILL)
     ended = running.wait()
     assert_same(ended, tmp_path, undisturbed)

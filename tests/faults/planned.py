@@ -15,6 +15,7 @@ from cluster.run_directory import RunDirectory
 from launcher.description import load
 from tests.distributed.team_process import run_job
 from tests.e2e.command import JOBS, Ended, rows
+from tests.processes import descendants
 
 _LINGERERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
 """Ray's own, by either name. Where a driver is killed with its Ray, they try for a minute to tell that they live."""
@@ -48,7 +49,10 @@ def assert_nothing_was_lost(run: Path) -> None:
 
 
 def processes_of(plan: Path) -> dict[int, str]:
-    """The processes that were started with this plan in their environment and have not ended, and their commands."""
+    """The processes of commands with this plan that have not ended, by number, and their command lines.
+
+    They have the plan in their environment, or, without Ray, were forked from this process's server.
+    """
     named = f"{FAULTS_VARIABLE}={plan}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
@@ -58,7 +62,9 @@ def processes_of(plan: Path) -> dict[int, str]:
                     found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
             except OSError:  # it has just ended, or is another user's
                 continue
-    return found
+    own = descendants(os.getpid())
+    servers = {each.pid for each in own if each.parent == os.getpid() and "multiprocessing.forkserver" in each.command}
+    return found | {each.pid: each.command for each in own if each.parent in servers}
 
 
 def wait_for_end_of(plan: Path, timeout_s: float) -> dict[int, str]:

@@ -80,9 +80,10 @@ def small_memory() -> Iterator[Path | None]:
     except OSError:  # only root may, and not in every container
         yield None
     else:
-        yield group
-    if group.exists():
-        group.rmdir()
+        try:
+            yield group
+        finally:
+            group.rmdir()
 
 
 @pytest.fixture
