@@ -22,10 +22,9 @@ from tests.stores import remove_sockets_of_the_dead
 
 MARK = "LAUNCHER_SUITE"
 """The environment variable that holds the suite's folder."""
-_GRACE_S = {True: 2.0, False: 20.0}
-"""How long processes may take to end by themselves, by whether the suite has come to its end or was killed."""
+_GRACE_S = 20.0
+"""How long processes may take to end by themselves when the suite has."""
 _KILL_LIMIT_S = 30.0
-_OVER = "over\n"
 _SAMPLE_INTERVAL_S = 0.5
 SUITE_FOLDERS = "/tmp/s-"
 """How the path of a suite's folder begins."""
@@ -54,7 +53,7 @@ class Janitor:
 
     def finish(self) -> str:
         """Has everything cleaned up; what there was to tell, in lines."""
-        report, _ = self._process.communicate(_OVER)
+        report, _ = self._process.communicate("over\n")
         return report
 
 
@@ -87,10 +86,12 @@ def _available_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _end_processes(folder: str, grace_s: float) -> dict[int, str]:
-    """Ends what is left of the suite; what did not end by itself."""
-    deadline = time.monotonic() + grace_s
-    while (left := marked_processes(folder)) and time.monotonic() < deadline:
+def _end_processes(folder: str) -> dict[int, str]:
+    """Ends what is left of the suite; what should have ended by itself and did not."""
+    # Without xdist, the suite's first process has helpers of multiprocessing's, which end with it.
+    helpers = {each.pid for each in descendants(os.getppid()) if each.parent == os.getppid()}
+    deadline = time.monotonic() + _GRACE_S
+    while (left := marked_processes(folder)).keys() - helpers and time.monotonic() < deadline:
         time.sleep(0.1)
     ended = dict[int, str]()
     deadline = time.monotonic() + _KILL_LIMIT_S
@@ -101,7 +102,7 @@ def _end_processes(folder: str, grace_s: float) -> dict[int, str]:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
         left = marked_processes(folder)
-    return ended
+    return {pid: command for pid, command in ended.items() if pid not in helpers}
 
 
 def _remove(folder: str) -> None:
@@ -114,15 +115,12 @@ def _remove(folder: str) -> None:
 def main() -> None:
     folder = sys.argv[1]
     peak_bytes = _watch(sys.stdin.fileno())
-    came_to_its_end = sys.stdin.readline() == _OVER
-    # Without xdist, the suite's first process has helpers of multiprocessing's that end with it.
-    helpers = {each.pid for each in descendants(os.getppid()) if each.parent == os.getppid()}
-    ended = _end_processes(folder, _GRACE_S[came_to_its_end])
+    ended = _end_processes(folder)
     _remove(folder)
     remove_sockets_of_the_dead()
     with suppress(BrokenPipeError):  # nobody is there to read it
-        for pid in ended.keys() - helpers:
-            print(f"{LEFT} {pid}: {ended[pid][:160]}")
+        for pid, command in ended.items():
+            print(f"{LEFT} {pid}: {command[:160]}")
         print(f"peak memory of the suite: {peak_bytes / 2**30:.1f} GiB", flush=True)
 
 
