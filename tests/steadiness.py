@@ -2,8 +2,8 @@
 
 Runs a tier again and again, on a quiet machine or beside processes that keep it busy, and prints a table: whether each
 time passed, how long it took, which tests failed, what it left behind. ``--interrupt INT --after 60`` sends that signal
-to the suite after so many seconds and looks at what is left alone. The exit status is 1 if a test failed or anything
-was left.
+to the suite after so many seconds and looks at what is left alone. ``--logs DIR`` keeps what pytest says. The exit
+status is 1 if a test failed or anything was left.
 """
 
 import argparse
@@ -43,16 +43,22 @@ class Time:
     left: list[str] = field(default_factory=list)
 
 
-def run_once(tier: str, interrupt: signal.Signals | None, after_s: float) -> Time:
-    """Runs a tier; to its end, unless it is interrupted."""
+def run_once(tier: str, interrupt: signal.Signals | None, after_s: float, log: Path | None) -> Time:
+    """Runs a tier; to its end, unless it is interrupted. ``log``: the file to keep what pytest says in."""
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     before = traces(mark)
     with tempfile.TemporaryDirectory(prefix="steadiness-") as folder:
         report, began = Path(folder, "report.xml"), time.monotonic()
+        log = log or Path(folder, "log")
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-m", tier]
-        with open(Path(folder, "log"), "wb") as log:
+        with log.open("wb") as said:
             process = subprocess.Popen(
-                command, cwd=CHECKOUT, env={**os.environ, _MARK: mark}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command,
+                cwd=CHECKOUT,
+                env={**os.environ, _MARK: mark},
+                stdout=said,
+                stderr=said,
+                stdin=subprocess.DEVNULL,
             )
         if interrupt is not None:
             with suppress(subprocess.TimeoutExpired):
@@ -64,16 +70,16 @@ def run_once(tier: str, interrupt: signal.Signals | None, after_s: float) -> Tim
         process.wait()
         seconds = time.monotonic() - began
         tests = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-        said = Path(folder, "log").read_text(errors="replace").splitlines()
+        lines = log.read_text(errors="replace").splitlines()
     failed = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
     names = sorted({f"{test.get('classname')}::{test.get('name')}" for test in failed})
     if not names and process.returncode and interrupt is None:
-        names = [f"pytest itself: {' | '.join(said[-5:])}"]
+        names = [f"pytest itself: {' | '.join(lines[-5:])}"]
     deadline = time.monotonic() + _END_LIMIT_S
     while (left := traces(mark) - before) and time.monotonic() < deadline:  # the janitor may still be at it
         time.sleep(0.5)
     if interrupt is None:
-        left |= {line for line in said if line.startswith(LEFT)}
+        left |= {line for line in lines if line.startswith(LEFT)}
     return Time(seconds=seconds, exit_code=process.returncode, num_tests=len(tests), failed=names, left=sorted(left))
 
 
@@ -143,13 +149,17 @@ def main() -> None:
     parser.add_argument("--tier", choices=["default", "slow"], default="default")
     parser.add_argument("--interrupt", choices=["INT", "TERM", "KILL"], help="the signal that ends the suite")
     parser.add_argument("--after", type=float, default=60.0, help="seconds until then")
+    parser.add_argument("--logs", type=Path, help="the folder to keep what pytest says in, a file for each time")
     arguments = parser.parse_args()
     interrupt = signal.Signals[f"SIG{arguments.interrupt}"] if arguments.interrupt else None
     tier = "slow" if arguments.tier == "slow" else "not slow"
     times: list[Time] = []
     with busy(arguments.load), contextlib.suppress(KeyboardInterrupt):
-        for _ in range(arguments.times):
-            times.append(run_once(tier, interrupt, arguments.after))
+        if arguments.logs is not None:
+            arguments.logs.mkdir(parents=True, exist_ok=True)
+        for number in range(1, arguments.times + 1):
+            log = arguments.logs and arguments.logs / f"{number}.log"
+            times.append(run_once(tier, interrupt, arguments.after, log))
             print(table(times), flush=True)
     is_good = len(times) == arguments.times and not any(each.left or (each.failed and not interrupt) for each in times)
     sys.exit(0 if is_good else 1)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from tests import launcher_without_ray
-from tests.processes import descendants
 
 CHECKOUT = Path(__file__).parents[2]
 JOBS = CHECKOUT / "jobs"
@@ -149,10 +148,3 @@ def checkpointed(run: Path, step: int) -> Callable[[], bool]:
         return any(int(manifest.parent.name.removeprefix("step-")) >= step for manifest in manifests)
 
     return is_committed
-
-
-def training_processes(driver: int) -> list[int]:
-    """The processes that train: grandchildren of Ray's workers, forked from this run's fork server."""
-    forked = [process for process in descendants(driver) if "multiprocessing.forkserver" in process.command]
-    servers = {process.pid for process in forked}
-    return [process.pid for process in forked if process.parent in servers]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.command import JOBS, Ended, events, launcher
+from tests.e2e.command import JOBS, Ended, launcher
 
 RESULT_KEYS = {
     "run", "status", "step", "epoch", "samples", "metrics", "best", "workers", "attempts", "state_sha256", "seconds",
@@ -34,12 +34,6 @@ def test_trains_to_the_accuracy_it_promises(ended: Ended, home: Path) -> None:
     assert result["metrics"]["val/accuracy"] >= 0.97
     assert result["best"]["value"] >= result["metrics"]["val/accuracy"]
     assert result["run"] == str(home / "runs" / "digits")
-
-
-@pytest.mark.usefixtures("ended")
-def test_takes_less_than_a_minute_of_training(home: Path) -> None:
-    first, last = (events(home / "runs/digits", kind)[0]["time"] for kind in ("training", "completed"))
-    assert last - first < 60
 
 
 def test_its_time_is_accounted_for(ended: Ended) -> None:
@@ -81,7 +75,7 @@ def test_w_and_b_has_a_record(home: Path) -> None:
 
 
 def test_a_second_run_does_nothing(ended: Ended, home: Path) -> None:
-    again = launcher("run", JOBS / "digits.yaml", "--json", cwd=home, on_ray=True)
+    again = launcher("run", JOBS / "digits.yaml", "--json", cwd=home)
     assert again.exit_code == 0
     assert "nothing to do" in again.stderr
     assert again.document["state_sha256"] == ended.document["state_sha256"]

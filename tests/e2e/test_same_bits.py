@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from cluster.faults import Fault, fired, release
-from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows, training_processes
+from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
 
 SHORT = (*("train.epochs=2", "train.global_batch=32", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json"),)
 HOLDS = [Fault(kind="hold", doing="forward", step=25), Fault(kind="hold", doing="forward", step=50)]
 """Where a run waits for what is done to it, in its first and in its second epoch."""
 
 
-def run_short(cwd: Path, *overrides: str, on_ray: bool = False) -> Ended:
-    return launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, cwd=cwd, on_ray=on_ray)
+def run_short(cwd: Path, *overrides: str) -> Ended:
+    return launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,15 @@ def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[
 def test_stopped_killed_and_resumed_elsewhere(
     tmp_path: Path, make_plan, undisturbed: tuple[str, bytes], on_ray: bool
 ) -> None:
-    """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time."""
+    """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time.
+
+    What is done to it from outside is done on Ray too.
+    """
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
 
     plan = make_plan(*HOLDS)
-    limited = run_short(tmp_path, "train.max_steps=7", on_ray=on_ray)
+    limited = run_short(tmp_path, "train.max_steps=7")
     assert limited.exit_code == 0, limited.stderr
     assert limited.document["status"] == "stopped"
     assert limited.document["step"] == 7
@@ -71,17 +74,17 @@ def test_stopped_killed_and_resumed_elsewhere(
     (claim,) = (run / "drivers").iterdir()
     claim.write_text("{")  # a kill can tear it
 
-    resumed = launcher("resume", run, "workers.num=2", "--json", cwd=elsewhere, on_ray=on_ray)
+    resumed = launcher("resume", run, "workers.num=2", "--json", cwd=elsewhere)
     assert_same(resumed, tmp_path, undisturbed)
     assert resumed.document["attempts"] == 4
 
 
 def test_killed_processes_are_replaced(tmp_path: Path, make_plan, undisturbed: tuple[str, bytes]) -> None:
-    """First a training process, which its agent starts again; then an agent, which Ray starts again."""
+    """First a training process, which its agent starts again; then an agent, in whose place another is started."""
     plan, run = make_plan(*HOLDS), tmp_path / "runs/digits"
-    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path, on_ray=True)
+    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
     running.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
-    os.kill(training_processes(running.pid)[0], signal.SIGKILL)
+    os.kill(fired(plan)[0]["pid"], signal.SIGKILL)
     running.wait_until(lambda: len(events(run, "training")) == 2 and 1 in fired(plan))
     os.kill(events(run, "attempt_started")[-1]["workers"][1]["pid"], signal.SIGKILL)
     ended = running.wait()

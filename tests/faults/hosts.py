@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NETWORK_INTERFACE = "eth0"
+RAY = str(Path(sys.executable).with_name("ray"))
+"""Ray's own command line."""
 HEAD_SETTINGS = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -150,7 +153,7 @@ class Host:
         """
         whose = ["--head", f"--port={_RAY_PORT}"] if head is None else [f"--address={head.ray_address}"]
         arguments = [
-            *("ray", "start", "--block", *whose),
+            *(RAY, "start", "--block", *whose),
             f"--node-ip-address={self.address}",
             f"--num-cpus={num_cpus}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",

@@ -8,27 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import JOBS, Running, events, rows
-from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
+from cluster.faults import Fault, fired, release
+from tests.e2e.command import JOBS, Running, checkpointed, events
+from tests.faults.hosts import HEAD_SETTINGS, RAY, Host, hosts, start_ray, why_there_can_be_none
+from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow
 
-BRAKE = """\
-import time
-from pathlib import Path
-
-
-class Brake:
-    \"\"\"Changes no image; takes its time as long as there is a file.\"\"\"
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __call__(self, image):
-        if self.path.exists():
-            time.sleep(0.01)
-        return image
-"""
+EVERY_STEPS = 10
+SHORT = ("train.epochs=3", f"checkpoint.every_steps={EVERY_STEPS}", "workers.cpus=1", "tracking.mode=disabled")
+HELD_AT = (12, 22, 32, 42)
+"""The steps at which an attempt, each the one after the last, waits for what is done to its hosts."""
 
 
 @pytest.fixture
@@ -71,50 +61,42 @@ def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
     second.wait(timeout=60)
 
 
-def test_power_and_cables(three: list[Host], tmp_path: Path) -> None:
+def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
     """The third of three hosts loses its power, the second is cut off; the third comes back, and is then drained."""
     head, second, third = three
+    plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in HELD_AT))
     start_ray(*three, head_settings=HEAD_SETTINGS)
-    home, undisturbed_home = tmp_path / "disturbed", tmp_path / "undisturbed"
-    for folder in (home, undisturbed_home):
-        folder.mkdir()
-        (folder / "brake.py").write_text(BRAKE)
-    brake, run = tmp_path / "brake", home / "runs/digits"
-    command = [
-        *("run", JOBS / "digits.yaml", "--json", "tracking.mode=disabled"),
-        *("train.epochs=6", "checkpoint.every_steps=10", "workers.cpus=1"),
-        f"data.train.transform={{_target_: brake.Brake, path: {brake}}}",
-    ]
+    home, run = tmp_path / "disturbed", tmp_path / "disturbed/runs/digits"
+    home.mkdir()
 
-    def has_saved(attempt: int) -> bool:
-        began = [event["time"] for event in events(run, "training")]
-        return len(began) > attempt and any(event["time"] > began[attempt] for event in events(run, "checkpoint"))
+    def is_held(attempt: int) -> bool:
+        """Whether an attempt waits in the middle, its last checkpoint committed."""
+        return attempt in fired(plan) and checkpointed(run, HELD_AT[attempt] // EVERY_STEPS * EVERY_STEPS)()
 
-    brake.touch()
-    on_cluster = [*command, "workers.num=[1,3]", "--cluster", head.ray_address]
+    on_cluster = ["run", JOBS / "digits.yaml", *SHORT, "--json", "workers.num=[1,3]", "--cluster", head.ray_address]
     disturbed = Running(on_cluster, home, lambda words: head.command(words, home), on_ray=True)
-    disturbed.wait_until(lambda: has_saved(0))
+    disturbed.wait_until(lambda: is_held(0))
     third.power_off()
-    undisturbed = Running(command, undisturbed_home)  # in the time in which the other one only waits
-    disturbed.wait_until(lambda: has_saved(1))
+    expected = undisturbed(tmp_path / "undisturbed", SHORT)  # in the time in which the other one only waits
+    disturbed.wait_until(lambda: is_held(1))
     second.cut()
-    disturbed.wait_until(lambda: has_saved(2))
+    disturbed.wait_until(lambda: is_held(2))
     second.mend()  # too late for Ray, which has given it up
     third.power_on()
     third.start_ray(head)
-    disturbed.wait_until(lambda: has_saved(3))
+    disturbed.wait_until(lambda: len(events(run, "leaving")) == 1)
+    release(plan, 2)
+    disturbed.wait_until(lambda: is_held(3))
     (drained,) = [w["node"] for w in events(run, "attempt_started")[-1]["workers"] if w["address"] == third.address]
-    notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
-    drain = ["ray", "drain-node", f"--address={head.ray_address}", f"--node-id={drained}", *notice]
+    notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=600"]
+    drain = [RAY, "drain-node", f"--address={head.ray_address}", f"--node-id={drained}", *notice]
     subprocess.run(head.command(drain, home), check=True, capture_output=True)
-    disturbed.wait_until(lambda: has_saved(4))
-    brake.unlink()
-    ended, expected = disturbed.wait(), undisturbed.wait()
+    disturbed.wait_until(lambda: len(events(run, "leaving")) == 2)
+    release(plan, 3)
+    ended = disturbed.wait()
 
-    assert (ended.exit_code, expected.exit_code) == (0, 0), ended.stderr + expected.stderr
+    assert bits(ended, run) == expected
     assert ended.stdout.count("\n") == 1, ended.stdout
-    assert ended.document["state_sha256"] == expected.document["state_sha256"]
-    assert rows(run) == rows(undisturbed_home / "runs/digits")
     assert ended.document["attempts"] == 5
     started = [{worker["address"] for worker in event["workers"]} for event in events(run, "attempt_started")]
     assert started == [

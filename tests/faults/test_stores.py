@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 
 from cluster import storage
+from cluster.faults import Fault, fired, release
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
-from tests.e2e.command import JOBS, Running, launcher, training_processes
+from tests.e2e.command import JOBS, Running, launcher
 from tests.faults.planned import Bits, undisturbed
 from tests.processes import descendants, memory
 from tests.stores import S3_SECRET, Proxy, S3Server, SSHServer
@@ -20,7 +21,20 @@ from tests.stores import S3_SECRET, Proxy, S3Server, SSHServer
 pytestmark = pytest.mark.slow
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=4", "tracking.mode=offline")
+HOLDS = [Fault(kind="hold", doing="forward", step=step) for step in (2, 6, 22)]
+"""Where a run waits for what is done to its store: before its first checkpoint, after that, and many steps later."""
 LATENCY_S = 0.01
+OWN = """\
+from torchvision.transforms.v2 import RandomCrop
+
+
+class Crop(RandomCrop):
+    \"\"\"The crop of jobs/digits.yaml, for the same bits; it is told a secret.\"\"\"
+
+    def __init__(self, size, padding, password):
+        super().__init__(size, padding)
+        assert password
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +71,15 @@ def happened(run: RunDirectory, kind: str) -> list[dict]:
 
 
 def test_a_run_on_s3(
-    tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch, s3: S3Server
+    tmp_path: Path, elsewhere: Path, reference: Bits, make_plan, monkeypatch: pytest.MonkeyPatch, s3: S3Server
 ) -> None:
     """Through refusals, broken connections, an outage and a kill to the same bits; and no secret is left anywhere."""
-    secrets = {"OWN_FOLDER": str(tmp_path / "planted0folder"), "WANDB_API_KEY": "0123456789" * 4}
+    secrets = {"OWN_PASSWORD": "planted0password", "WANDB_API_KEY": "0123456789" * 4}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    brake = Path(secrets["OWN_FOLDER"], "brake")
-    brake.parent.mkdir()
-    brake.touch()
-    transform = "{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: '${oc.env:OWN_FOLDER}/brake'}"
+    (tmp_path / "own.py").write_text(OWN)
+    transform = "{_target_: own.Crop, size: 32, padding: 2, password: '${oc.env:OWN_PASSWORD}'}"
+    plan = make_plan(*HOLDS)
     with Proxy(s3.port, LATENCY_S) as proxy:
         (tmp_path / "credentials").write_text(
             f"[default]\naws_access_key_id = {s3.environment['AWS_ACCESS_KEY_ID']}\n"
@@ -75,14 +88,17 @@ def test_a_run_on_s3(
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         run = RunDirectory(f"s3://{s3.bucket}/team/digits")
-        command = ["run", JOBS / "digits.yaml", *SHORT, f"store=s3://{s3.bucket}/team"]
+        (tmp_path / "digits.yaml").write_text((JOBS / "digits.yaml").read_text())
+        command = ["run", "digits.yaml", *SHORT, f"store=s3://{s3.bucket}/team"]
         running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path, on_ray=True)
 
-        running.wait_until(lambda: bool(happened(run, "training")))
+        running.wait_until(lambda: 0 in fired(plan))
         proxy.slow_downs, proxy.resets = 3, 2
-        running.wait_until(lambda: bool(happened(run, "checkpoint")))
+        release(plan, 0)
+        running.wait_until(lambda: 1 in fired(plan) and bool(happened(run, "checkpoint")))
         with proxy.away():
-            running.wait_until(lambda: "training goes on without the store" in running.stderr)
+            release(plan, 1)
+            running.wait_until(lambda: 2 in fired(plan) and "training goes on without the store" in running.stderr)
         running.wait_until(lambda: bool(happened(run, "store_away")))
         seen = descendants(running.pid)
         leaks = re.compile("|".join([S3_SECRET, *(f"(?<!{name}=){value}" for name, value in secrets.items())]))
@@ -90,8 +106,7 @@ def test_a_run_on_s3(
         found = [leaks.search(stretch.decode(errors="replace")) for stretch in memory(metadata)]
         assert len(found) > 10
         assert not any(found), "Ray's metadata holds a secret"
-        os.kill(training_processes(running.pid)[0], signal.SIGKILL)
-        brake.unlink()
+        os.kill(fired(plan)[2]["pid"], signal.SIGKILL)
         ended = running.wait()
         seen += descendants(os.getpid())
 
@@ -112,7 +127,7 @@ def test_a_run_on_s3(
         left |= {str(path): path.read_text(errors="replace") for path in own}
         assert [name for name in left if any(text in left[name] for text in (S3_SECRET, *secrets.values()))] == []
 
-        monkeypatch.delenv("OWN_FOLDER")
+        monkeypatch.delenv("OWN_PASSWORD")
         listed = launcher("list", f"s3://{s3.bucket}/team", "--json", cwd=elsewhere)
         assert [found["run"] for found in listed.document] == [run.url]
         assert launcher("status", run.url, "--json", cwd=elsewhere).document["status"] == "completed"
@@ -126,12 +141,10 @@ def test_a_run_on_s3(
 
 
 def test_a_run_on_sftp(
-    tmp_path: Path, elsewhere: Path, reference: Bits, monkeypatch: pytest.MonkeyPatch, ssh: SSHServer
+    tmp_path: Path, elsewhere: Path, reference: Bits, make_plan, monkeypatch: pytest.MonkeyPatch, ssh: SSHServer
 ) -> None:
     """Its sessions are cut off while it saves; it is stopped, and gone on with by more workers, from elsewhere."""
-    brake = tmp_path / "brake"
-    brake.touch()
-    transform = f"{{_target_: tests.faults.brake.Brake, size: 32, padding: 2, path: {brake}}}"
+    plan = make_plan(*HOLDS[:2])
     with Proxy(ssh.port, LATENCY_S, http=False) as proxy:
         ssh.know_at(proxy.port)
         monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
@@ -139,18 +152,20 @@ def test_a_run_on_sftp(
             monkeypatch.setenv(name, value)
         run = RunDirectory(f"sftp://127.0.0.1:{proxy.port}{ssh.folder}/team/digits")
         command = ["run", JOBS / "digits.yaml", *SHORT, f"store={run.url.removesuffix('/digits')}"]
-        running = Running([*command, f"data.train.transform={transform}", "--json"], tmp_path)
-        running.wait_until(lambda: bool(happened(run, "training")))
+        running = Running([*command, "--json"], tmp_path)
+        running.wait_until(lambda: 0 in fired(plan))
         proxy.cut()
-        running.wait_until(lambda: bool(happened(run, "checkpoint")))
+        release(plan, 0)
+        running.wait_until(lambda: 1 in fired(plan) and bool(happened(run, "checkpoint")))
         proxy.cut()
-        stopped = launcher("stop", run.url, "--json", cwd=elsewhere)
-        assert stopped.exit_code == 0, stopped.stderr
+        stopping = Running(["stop", run.url, "--json"], elsewhere)
+        running.wait_until(lambda: bool(happened(run, "stop_requested")))
+        release(plan, 1)
+        assert stopping.wait().exit_code == 0
         ended = running.wait()
         assert ended.document["status"] == "stopped"
         assert ended.document["attempts"] == 1
 
-        brake.unlink()
         resumed = launcher("resume", run.url, "workers.num=3", "--json", cwd=elsewhere)
         assert resumed.exit_code == 0, resumed.stderr
         assert [event["step"] for event in happened(run, "training")] == [0, ended.document["step"]]
