@@ -127,10 +127,7 @@ class TreeExchange:
     def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """For a communication hook of DDP: the bucket holds the gradients of the block's last shard."""
         buffer = bucket.buffer()
-        earlier = [
-            torch.cat([grads[self._index[parameter]].reshape(-1) for parameter in bucket.parameters()])
-            for grads in self._aside.sums
-        ]
+        earlier = [self._as_bucket(bucket, grads) for grads in self._aside.sums]
         nodes = list(self._aside.nodes)
         if self._stream is not None:
             return self._run_on_stream(buffer, nodes, earlier)
@@ -138,6 +135,26 @@ class TreeExchange:
         assert self._thread is not None
         self._thread.submit(self._run_in_thread, future, buffer, nodes, earlier)
         return future
+
+    def _as_bucket(self, bucket: dist.GradBucket, grads: Sequence[Tensor]) -> Tensor:
+        """Gradients that were set aside, each number where the bucket has that of the last shard.
+
+        A bucket holds a gradient in the memory order of its parameter, and ``GradBucket.gradients`` does not know that.
+        The gradients of the last shard are views of the bucket by now, and do.
+
+        Shapes: grads as the parameters' -> [length of the bucket].
+        """
+        buffer = bucket.buffer()
+        flat = torch.empty_like(buffer)
+        parameters, begin = bucket.parameters(), buffer.storage_offset()
+        places = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert all(place.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for place in places)
+        assert sum(place.numel() for place in places) == buffer.numel(), "the bucket has nothing but gradients"
+        torch._foreach_copy_(
+            [flat.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places],
+            [grads[self._index[parameter]] for parameter in parameters],
+        )
+        return flat
 
     def close(self) -> None:
         """Ends the thread. Collective: every rank, after its last backward pass."""

@@ -13,7 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.errors import DescriptionError
 from jobs.loader import seed_draws
 from jobs.losses import GlobalLoss, build_loss
-from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.optimizers import (
+    ParameterGroup,
+    build_optimizer,
+    group_parameters,
+    restore_memory_order,
+    set_trainable,
+)
 from jobs.order import StepPlan, draw_key
 from jobs.schedules import Schedule, build_schedule, plan_value
 from jobs.spec import JobSpec, Target
@@ -91,6 +97,7 @@ class Parts:
             arguments = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": arguments})
             self.schedule.play_to(step, self.steps)
+        restore_memory_order(self.optimizer)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d, relu
+from torch.nn.functional import linear, max_pool2d, relu
 
 from jobs.spec import (
     CheckpointSpec,
@@ -63,6 +63,39 @@ class Net(nn.Module):
         return self.fc3(self.dropout(relu(self.fc2(hidden_NK))))
 
 
+class OddNet(nn.Module):
+    """Parameters as they can lie in memory: images that can be channels-last, transposed, sliced, no dimension, shared.
+
+    Args:
+        dropout: The probability.
+        norm: Whether there is BatchNorm.
+
+    Shapes:
+        images_N188 -> logits_NK
+    """
+
+    def __init__(self, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, kernel_size=3)
+        self.conv2 = nn.Conv2d(4, 6, kernel_size=3, bias=not norm)  # of a bias, BatchNorm would leave only rounding
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.transposed = nn.Parameter(torch.randn(96, 24).t() / 10)
+        self.sliced = nn.Parameter(torch.randn(24, 48)[:, ::2] / 5)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.wide = nn.Sequential(nn.Linear(24, 700), nn.ReLU(), nn.Linear(700, 400))  # more than one bucket of DDP
+        self.narrow = nn.Linear(400, 24)
+        self.shared = self.shared_again = nn.Linear(24, 24)
+        self.head = nn.Linear(24, CLASSES)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images_N188: Tensor) -> Tensor:
+        features_N644 = relu(self.norm(self.conv2(relu(self.conv1(images_N188)))))
+        hidden_NK = relu(linear(features_N644.flatten(start_dim=1), self.transposed))
+        hidden_NK = self.dropout(relu(linear(hidden_NK, self.sliced))) * self.scale
+        hidden_NK = self.narrow(relu(self.wide(hidden_NK)))
+        return self.head(relu(self.shared_again(relu(self.shared(hidden_NK)))))
+
+
 class Images:
     """A pattern per class, in noise.
 
@@ -101,8 +134,8 @@ def full_job(store: object, name: str, **train: Any) -> JobSpec:
         name=name,
         store=str(store),
         seed=7,
-        model=_target("Net"),
-        data=DataSpec(train=_target("Images", length=SAMPLES, augment=True), val=_target("Images", length=VAL_SAMPLES)),
+        model=target("Net"),
+        data=DataSpec(train=target("Images", length=SAMPLES, augment=True), val=target("Images", length=VAL_SAMPLES)),
         loss=LossSpec(factory=Target("CrossEntropyLoss", {"label_smoothing": 0.1})),
         optimizer=OptimizerSpec(
             factory=Target("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
@@ -122,8 +155,8 @@ def plain_job(store: object, name: str, **train: Any) -> JobSpec:
     job = full_job(store, name)
     return replace(
         job,
-        model=_target("Net", dropout=0.0),
-        data=DataSpec(train=_target("Images", length=SAMPLES)),
+        model=target("Net", dropout=0.0),
+        data=DataSpec(train=target("Images", length=SAMPLES)),
         loss=LossSpec(factory=Target("CrossEntropyLoss")),
         optimizer=OptimizerSpec(factory=Target("SGD", {"lr": 0.05, "momentum": 0.9})),
         scheduler=None,
@@ -133,8 +166,8 @@ def plain_job(store: object, name: str, **train: Any) -> JobSpec:
 
 def images(**args: Any) -> DataSpec:
     """Other training data, and no validation."""
-    return DataSpec(train=_target("Images", **{"length": SAMPLES} | args))
+    return DataSpec(train=target("Images", **{"length": SAMPLES} | args))
 
 
-def _target(name: str, **args: Any) -> Target:
+def target(name: str, **args: Any) -> Target:
     return Target(f"{__name__}.{name}", args)
