@@ -4,9 +4,14 @@ A checkpoint is a manifest in a folder ``step-00000500``, written last, that nam
 each part the object that holds it, its size and its SHA-256. The objects lie in the same folder, or, where a part has
 not changed since, in that of an earlier step. A folder without a manifest is no checkpoint; one whose bytes differ from
 its manifest is refused by name. What the store gives back is not trusted: it is parsed strictly, hashed, and never
-unpickled. All names are their writer's own, ``manifest-00000002-1f3ac0de.json`` after its claim; of two manifests of a
-step the later claim's counts. So a writer that should be gone cannot spoil what another has written. This module does
-not know what the files mean.
+unpickled. This module does not know what the files mean.
+
+A driver that was taken over from may still commit: it checks its claim, is paused, and its manifest arrives long after
+another driver has gone on from an earlier step. So a manifest is named after the claim of its writer,
+``manifest-00000002-1f3ac0de.json``, and a driver that takes over first writes a fence, an empty object such as
+``fences/00000003-9be05d17-after-00000020``: no manifest of an earlier claim counts beyond step 20, whenever it arrives.
+A manifest counts if the fences of all later claims admit it. If a step has several that count, the latest claim's is
+used. A manifest that does not count is treated as an object that no checkpoint needs.
 """
 
 import hashlib
@@ -19,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from cluster.errors import CheckpointError
 from cluster.storage import MissingObject, Store, Trouble
@@ -33,6 +38,9 @@ _MAX_PART_BYTES = 1 << 32
 
 _MANIFEST = re.compile(r"manifest(?:-([0-9]{8}-[0-9a-f]{8}))?\.json")
 """With the claim of its writer, or without if it has none."""
+_FENCES = "fences"
+_FENCE = re.compile(rf"{_FENCES}/([0-9]{{8}}-[0-9a-f]{{8}})-after-([0-9]{{8,18}})")
+"""Empty, and all in its name: a name cannot be torn."""
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _WRITTEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{8}-[0-9]{5,}(\.[A-Za-z0-9_-]+)?")
@@ -142,7 +150,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What lies in a store of checkpoints, as one listing and the manifests tell it; no other object was read."""
+    """What lies in a store of checkpoints, as its names and the manifests tell it; no other object was read."""
 
     manifests: Mapping[int, Manifest]
     """By step, ascending: of the checkpoints that may be good. All their objects are there."""
@@ -150,6 +158,25 @@ class Survey:
     """By step, ascending: what is wrong with the others."""
     orphans: tuple[str, ...]
     """Objects that no checkpoint needs: saves that were killed have left them, or are writing them now."""
+
+
+class _Fence(NamedTuple):
+    """Rules out the manifests of all earlier claims beyond a step."""
+
+    claim: str
+    step: int
+
+    @property
+    def object(self) -> str:
+        return f"{_FENCES}/{self.claim}-after-{self.step:08d}"
+
+    def admits(self, claim: str, step: int) -> bool:
+        """Whether the manifest of a claim at a step may count."""
+        return claim >= self.claim or step <= self.step
+
+    def covers(self, other: "_Fence") -> bool:
+        """Whether it rules out everything that another fence rules out."""
+        return self.claim >= other.claim and self.step <= other.step
 
 
 def join(shares: Sequence[Share]) -> Manifest | None:
@@ -188,6 +215,7 @@ class Checkpoints:
     def __init__(self, store: Store, claim: str | None = None) -> None:
         """``claim``: that of the driver which commits here, if there is one; a later one's is greater."""
         self._store = store
+        self._claim = claim
         self._token = uuid.uuid4().hex[:8]
         self._manifest_name = f"manifest-{claim}.json" if claim else "manifest.json"
         self._manifests: dict[str, Manifest] = {}  # by object, as committed or read here, for retention
@@ -222,6 +250,23 @@ class Checkpoints:
         self._store.write(name, data)
         self._manifests[name] = manifest
 
+    def fence(self, step: int) -> None:
+        """Rules out the manifests of earlier claims beyond a step for good, also those that arrive later.
+
+        Driver only: when it takes the run over, and when the run goes back to a step.
+        """
+        assert self._claim is not None, "only a driver that has claimed the run decides where it goes on"
+        fences = self._fences()
+        self._store.write(_Fence(self._claim, step).object, b"")
+        # Not those that the new one covers: a listing under way could miss both it and them. The next driver does that.
+        self._store.delete(old.object for old in fences if any(new != old and new.covers(old) for new in fences))
+
+    def newest_claim(self) -> str:
+        """The latest claim that is in the name of a manifest or a fence here; empty if there is none."""
+        names = self._store.names()
+        of_manifests = [claim for own in _by_step(names).values() for claim, _ in _manifests(own)]
+        return max([*of_manifests, *(fence.claim for fence in _fences_among(names))], default="")
+
     @property
     def trouble(self) -> Trouble | None:
         """What keeps the store from answering, if something does; for whoever does not want to wait for it."""
@@ -232,8 +277,8 @@ class Checkpoints:
         return f"{self._store.url}/{_folder(step)}"
 
     def steps(self) -> list[int]:
-        """The steps that have a manifest, ascending; whether it is true, ``read`` finds out."""
-        return list(_committed(_by_step(self._store.names())))
+        """The steps that have a manifest that counts, ascending; whether it is true, ``read`` finds out."""
+        return list(self._committed(_by_step(self._store.names())))
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a checkpoint.
@@ -241,16 +286,18 @@ class Checkpoints:
         Raises:
             CheckpointError: There is none, or it is not one that ``commit`` could have written.
         """
-        name = _committed(_by_step(self._store.names(_folder(step)))).get(step)
+        name = self._committed(_by_step(self._store.names(_folder(step)))).get(step)
         if name is None:
-            raise self._bad(step, "its manifest is missing: it was not written to the end")
+            raise self._bad(
+                step, "its manifest is missing: it was not written to the end, or the run has gone on without it"
+            )
         return self._read_manifest(step, name)
 
     def survey(self) -> Survey:
         """What is there, in time that hardly grows with the number of checkpoints; a live run may go on meanwhile."""
         names = self._store.names()
         there, own_of = set(names), _by_step(names)
-        committed = _committed(own_of)
+        committed = self._committed(own_of)
         with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="survey") as pool:
             looks = pool.map(lambda step: self._look_at(step, committed[step], there), committed)
             found = dict(zip(committed, looks))
@@ -293,8 +340,8 @@ class Checkpoints:
         target.commit(replace(manifest, files=files))
 
     def exists(self, step: int) -> bool:
-        """Whether a step has a manifest."""
-        return step in _committed(_by_step(self._store.names(_folder(step))))
+        """Whether a step has a manifest that counts."""
+        return step in self._committed(_by_step(self._store.names(_folder(step))))
 
     def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey]) -> list[bytes]:
         """Parts of a checkpoint, several at a time; each is read once and held against the manifest.
@@ -342,7 +389,7 @@ class Checkpoints:
             on_bad: Told of every newer checkpoint that was passed over, and why.
             files: Read and judge these alone.
         """
-        for step, name in reversed(_committed(_by_step(self._store.names())).items()):
+        for step, name in reversed(self._committed(_by_step(self._store.names())).items()):
             try:
                 manifest = self._read_manifest(step, name)
                 return manifest, self.read_files(manifest, files)
@@ -367,7 +414,7 @@ class Checkpoints:
         """
         assert keep >= 1
         own_of = {step: own for step, own in _by_step(self._store.names()).items() if step <= newest}
-        committed = _committed(own_of)
+        committed = self._committed(own_of)
         kept, left_alone = list[Manifest](), set(bad)
         for step, name in reversed(committed.items()):
             if step not in left_alone and (len(kept) < keep or step == best_step):
@@ -385,14 +432,31 @@ class Checkpoints:
         return sorted(step for step, name in committed.items() if name in unneeded)
 
     def discard_after(self, step: int) -> None:
-        """Deletes everything beyond a step, to which the run goes back."""
+        """Deletes everything beyond a step, to which the run goes back; ``fence`` keeps out what arrives later."""
         own_of = _by_step(self._store.names())
         self._delete(name for later, own in own_of.items() if later > step for name in own)
+
+    def _fences(self) -> list[_Fence]:
+        return _fences_among(self._store.names(_FENCES))
+
+    def _committed(self, own_of: Mapping[int, list[str]]) -> dict[int, str]:
+        """The manifest that counts of every step that has one, ascending; ``own_of``: the object names of each.
+
+        The fences are listed after those names. A late manifest comes after the fence that rules it out: if the first
+        listing has the manifest, the second has the fence. In the other order both could be written in between, and
+        the manifest would count.
+        """
+        fences = self._fences()
+        found = {
+            step: [name for claim, name in _manifests(own) if all(fence.admits(claim, step) for fence in fences)]
+            for step, own in sorted(own_of.items())
+        }
+        return {step: counting[-1] for step, counting in found.items() if counting}
 
     def _delete(self, names: Iterable[str]) -> None:
         """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left."""
         rest = set(names)
-        manifests = [name for own in _by_step(sorted(rest)).values() for name in _manifests(own)]
+        manifests = [name for own in _by_step(sorted(rest)).values() for _, name in _manifests(own)]
         self._store.delete([*manifests, *sorted(rest.difference(manifests))])
 
     def _read_manifest(self, step: int, name: str) -> Manifest:
@@ -458,16 +522,14 @@ def _by_step(names: list[str]) -> dict[int, list[str]]:
     return found
 
 
-def _committed(own_of: Mapping[int, list[str]]) -> dict[int, str]:
-    """The manifest that counts of every step that has one, ascending; ``own_of``: the object names of each."""
-    found = {step: _manifests(own) for step, own in sorted(own_of.items())}
-    return {step: manifests[-1] for step, manifests in found.items() if manifests}
-
-
-def _manifests(names: list[str]) -> list[str]:
-    """Those of one step, the one that counts last."""
+def _manifests(names: list[str]) -> list[tuple[str, str]]:
+    """The claim and the name of those of one step, ascending; a manifest without a claim is earlier than any."""
     matches = ((_MANIFEST.fullmatch(name.partition("/")[2]), name) for name in names)
-    return [name for _, name in sorted((match[1] or "", name) for match, name in matches if match)]
+    return sorted((match[1] or "", name) for match, name in matches if match)
+
+
+def _fences_among(names: Iterable[str]) -> list[_Fence]:
+    return [_Fence(match[1], int(match[2])) for match in map(_FENCE.fullmatch, names) if match]
 
 
 def _is_ours(name: str) -> bool:

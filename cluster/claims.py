@@ -4,7 +4,8 @@ Whoever begins to drive writes a claim, ``drivers/00000002-1f3ac0de.json``: its 
 its token is random. The claim that is last by number and token holds, and nobody can take that back but a later one.
 A driver makes sure that its claim holds before it writes. That is no lock: it can be stopped between the two for as
 long as the machine likes. So what two drivers write has the claim in its name, and what the older one writes late is
-passed over by whoever reads. A claim holds the newest status of its driver, and so is its sign of life too.
+passed over by whoever reads: ``cluster.checkpoints`` and ``cluster.row_log`` tell how. A claim holds the newest status
+of its driver, and so is its sign of life too.
 """
 
 import os
@@ -40,7 +41,7 @@ class Claim:
         Args:
             store: The run's.
             status: How the run stands so far, if that is known.
-            after: A claim that this one comes after, should a person have removed it.
+            after: The latest claim known from elsewhere: this one comes after it too, should a person have removed it.
 
         Raises:
             SupersededError: Another driver has claimed it at the same moment, and has won.

@@ -116,10 +116,11 @@ class RowLog:
         self._store.write(f"{self._name}.jsonl", _to_text(self.read()).encode())
 
     def _adopt(self) -> None:
-        """Makes the log this writer's own. Never writes over what it may have written in a call that failed."""
+        """Makes the log this writer's own. Never writes over what it has written, also in a call that failed."""
         assert self._writer is not None
         # Not a later writer's: this one may not know yet that there is one.
-        others, rows = [part for part in self._parts() if part.writer <= self._writer], self.read()
+        older, rows = [part for part in self._parts() if part.writer <= self._writer], self.read()
+        self._newest_part = max([self._newest_part, *(part.number for part in older if part.writer == self._writer)])
         cut, copy, self._newest_part = self._newest_part + 1, self._newest_part + 2, self._newest_part + 2
         text = _to_text(rows)
         if rows:
@@ -129,7 +130,7 @@ class RowLog:
         self._newest_text = text if len(text) < _PART_BYTES else ""
         if self._key == "seq":
             self._next_seq = 1 + max((row["seq"] for row in rows), default=-1)
-        self._store.delete(part.name for part in others)
+        self._store.delete(part.name for part in older)
 
     def _write_cut(self, number: int, key: int) -> None:
         self._store.write(f"{self._own(number)}-from-{key:08d}.jsonl", b"")

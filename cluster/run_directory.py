@@ -58,13 +58,19 @@ class RunDirectory:
         return self.store.exists(_JOB)
 
     def claim(self) -> None:
-        """Takes the run: whoever drives it until now writes nothing more, and only the holder writes logs and status.
+        """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
+
+        What an earlier driver writes after that counts no more.
 
         Raises:
             SupersededError: Another process has taken it at the same moment.
         """
-        self._claim = Claim(self.store, self.read_status(), after=self.events().newest_writer())
+        after = max(self.events().newest_writer(), self.checkpoints.newest_claim())
+        self._claim = Claim(self.store, self.read_status(), after=after)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
+        # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
+        # removes older ones. And before the logs are taken over: then they have the rows up to this step.
+        self.checkpoints.fence(max(self.checkpoints.steps(), default=0))
 
     def check_claim(self) -> None:
         """Makes sure that the run is still this process's, which a write of any kind asks for; one listing.

@@ -46,8 +46,8 @@ def good_checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Ma
 def go_back(run: RunDirectory, to: Manifest) -> None:
     """Makes a checkpoint the newest, and its step the last that was trained; what lies beyond is deleted.
 
-    This process has claimed the run, which so is no longer complete. A kill on the way leaves a run that goes on from
-    this checkpoint, or from a later one that is whole.
+    This process has claimed the run, which so is no longer complete. A kill before the fence leaves a run that goes on
+    from its newest checkpoint; from the fence on, it goes on from this one.
     """
     beyond = [step for step in run.checkpoints.steps() if step > to.step]
     status, metrics = run.read_status() or {}, run.metrics()
@@ -55,6 +55,8 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
     kept = best if best is not None and best["step"] <= to.step else None
     run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
     _note(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
+    run.check_claim()  # else a later driver's checkpoints would be deleted
+    run.checkpoints.fence(to.step)
     run.checkpoints.discard_after(to.step)
     metrics.cut(to.step + 1)
     metrics.flush()

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from cluster.checkpoints import Manifest
 from cluster.claims import STATUS_INTERVAL_S, SupersededError
-from cluster.errors import CheckpointError, LauncherError
+from cluster.errors import LauncherError
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from jobs.spec import JobSpec
@@ -95,8 +95,6 @@ class Record:
         self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
         self._bad_steps: set[int] = set()
-        self._newest_row = state.step
-        self._unproven_step = 0
         self._matrices: dict[str, dict[str, Any]] = {}
         self._saves: deque[_Save] = deque()
         self._committed: deque[_Save] = deque()
@@ -135,11 +133,9 @@ class Record:
 
     def begins_at(self, step: int) -> None:
         """The workers stand at a step; rows beyond it will be made anew."""
-        if step > self._newest_row:
-            self._unproven_step = step
         self._metrics.cut(step + 1)
         self.event("training", step=step)
-        self.state.step = self.saved_step = self._newest_row = step
+        self.state.step = self.saved_step = step
         self._rates.clear()
         self.display.phase(f"training from step {step}" if step else "training")
 
@@ -149,7 +145,6 @@ class Record:
         self._metrics.append(row)
         self._tracker.log(row | self._throughput(sent_at, row["samples"]))
         state.step, state.samples = row["step"], row["samples"]
-        self._newest_row = row["step"]
         state.epoch = row["step"] // self._plan.steps_per_epoch
         metrics = {name: value for name, value in row.items() if "/" in name}
         state.metrics |= metrics
@@ -206,7 +201,6 @@ class Record:
         Raises:
             SupersededError: Another driver has taken the run over.
             StorageError: The store has been away for longer than patience lasts.
-            CheckpointError: The workers began at a checkpoint that is not this run's.
         """
         while self._committed:
             self._note(self._committed[0])
@@ -259,7 +253,6 @@ class Record:
         """
         is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
         self._run.check_claim()
-        self._prove()
         self._metrics.flush()
         for save in saves:
             self._commit(save)
@@ -311,17 +304,6 @@ class Record:
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         save.committed()
-
-    def _prove(self) -> None:
-        """Makes sure that a checkpoint beyond the rows that were known has rows; they are written before it is."""
-        step = self._unproven_step
-        rows = self._metrics.read() if step else []
-        if rows and rows[-1]["step"] < step:
-            raise CheckpointError(
-                f"{self._run.checkpoints.url(step)}: was written by a driver that had lost the run: there are rows of "
-                f"metrics up to step {rows[-1]['step']} only; remove that folder, then launcher resume {self._run.url}"
-            )
-        self._unproven_step = 0
 
     def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
         """Images per second over the last moments, by the workers' clock."""

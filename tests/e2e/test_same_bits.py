@@ -79,6 +79,30 @@ def test_stopped_killed_and_resumed_elsewhere(
     assert resumed.document["attempts"] == 4
 
 
+def test_checkpoints_without_a_row_of_their_step_are_branched_and_resumed_from(tmp_path: Path, make_plan) -> None:
+    """The newest row before the checkpoint of step 20 is of step 14."""
+    sparse = ("train.log_every_steps=7", "train.max_steps=30", "checkpoint.every_steps=10", "workers.num=1")
+    arguments = ["run", JOBS / "digits.yaml", *sparse, "tracking.mode=disabled", "--json"]
+    whole, home = launcher(*arguments, cwd=tmp_path), tmp_path / "killed"
+    assert whole.exit_code == 0, whole.stderr
+    undisturbed = whole.document["state_sha256"], rows(tmp_path / "runs/digits")
+
+    branched = launcher("resume", "runs/digits", "--at", 20, "--as", "b1", "--json", cwd=tmp_path)
+    assert branched.exit_code == 0, branched.stderr
+    assert (branched.document["state_sha256"], rows(tmp_path / "runs/b1")) == undisturbed
+
+    home.mkdir()
+    plan, run = make_plan(Fault(kind="hold", doing="forward", step=21)), home / "runs/digits"
+    killed = Running(arguments, home)
+    killed.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
+    killed.signal_group(signal.SIGKILL)
+    killed.wait()
+    resumed = launcher("resume", run, "--json", cwd=home)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert [event["step"] for event in events(run, "training")] == [0, 20]
+    assert (resumed.document["state_sha256"], rows(run)) == undisturbed
+
+
 def test_killed_processes_are_replaced(tmp_path: Path, make_plan, undisturbed: tuple[str, bytes]) -> None:
     """First a training process, which its agent starts again; then an agent, in whose place another is started."""
     plan, run = make_plan(*HOLDS), tmp_path / "runs/digits"

@@ -25,10 +25,10 @@ from tests.crashing import KINDS, Call, Faults, Killed, Kind, crashing
 
 Content = Mapping[str, bytes]
 """The objects of a run, by name."""
-GOOD = ("resumed", "fell back", "rows lost", "refused")
+GOOD = ("resumed", "fell back", "rows lost")
 """What may come of a point. The next life went on from the newest checkpoint committed. Or the store has lost an object
 of that one: it was named with its defect, and the newest whole one was used. Or the store has lost rows of metrics, and
-the run went on without them, or was refused for the lack of them. Only a store that lies makes any but the first."""
+the run went on without them. Only a store that lies makes any but the first."""
 BAD = ("accepted", "broken", "older", "cannot start", "unfinished")
 """What must not. Bytes that do not belong together were taken for a checkpoint; a kill left one that is committed and
 not whole; an older one was used than there is; none could be used; the run is not like any other in the end."""
@@ -212,8 +212,7 @@ def _judge(runs: Runs, act: Act, url: str, faults: Faults) -> tuple[str, str]:
     except MixedError as error:
         return "accepted", str(error)
     except Exception as error:  # whatever it is, the run does not go on
-        is_refusal = has_lost_rows and isinstance(error, runs.ends_by)
-        return "refused" if is_refusal else "cannot start", f"{type(error).__name__}: {error}"
+        return "cannot start", f"{type(error).__name__}: {error}"
     unnamed = [step for step in committed if step > newest and step not in begun.named]
     if begun.step != newest or unnamed:
         return "older", f"began at {begun.step} of {committed}, having named {begun.named}"

@@ -37,7 +37,8 @@ _SPEC = JobSpec(
 )
 _NUM_WRITERS = 2
 _NUM_PARTS = {"trunk.bin": 1, "model.bin": 2, "optimizer.bin": 1}
-_MANIFEST = re.compile(r"checkpoints/step-(\d{8})/manifest[^/]*\.json")
+_MANIFEST = re.compile(r"checkpoints/step-(\d{8})/manifest-([^/]*)\.json")
+_FENCE = re.compile(r"checkpoints/fences/(.*)-after-(\d{8})")
 
 
 class OurRuns:
@@ -84,10 +85,13 @@ class OurRuns:
         return begun
 
     def committed(self, content: Content, before: Content) -> dict[int, bool]:  # noqa: ARG002
-        """The steps whose manifests are all there, and whether all is there that they name."""
+        """The steps whose manifests are all there and were not gone back from, and whether all is there they name."""
         found: dict[int, bool] = {}
+        fences = [(match[1], int(match[2])) for match in map(_FENCE.fullmatch, content) if match]
         for name in sorted(content):
             if (match := _MANIFEST.fullmatch(name)) and (manifest := parsed(content[name])):
+                if any(match[2] < claim and int(match[1]) > step for claim, step in fences):
+                    continue
                 parts = [part for entry in manifest["files"].values() for part in entry]
                 objects = [(content.get(f"checkpoints/{part['object']}"), part["sha256"]) for part in parts]
                 found[int(match[1])] = all(

@@ -344,6 +344,77 @@ def test_a_later_claim_counts_over_none(store):
     assert Checkpoints(store).read(5)[1] == files_of(5, version=1)
 
 
+def test_beyond_a_fence_no_manifest_of_an_earlier_claim_counts(store):
+    old, new, reader = Checkpoints(store, OLD), Checkpoints(store, NEW), Checkpoints(store)
+    save(old, 4, 6)
+    new.fence(4)
+    save(new, 6, 7, version=1)
+    there = store.names()
+    save(old, 6, 7, 8)
+    save(Checkpoints(store), 9)
+    assert reader.steps() == [4, 6, 7]
+    assert newest_good(reader) == (7, {})
+    assert reader.read(6)[1] == files_of(6, version=1)
+    assert [step for step in range(10) if reader.exists(step)] == [4, 6, 7]
+    with pytest.raises(CheckpointError, match=r"step-00000008: its manifest is missing: .* gone on without it"):
+        reader.manifest(8)
+    assert new.retain(7, 1) == [4, 6]
+    assert newest_good(reader) == (7, {})
+    assert set(store.names("step-00000007")) < set(there), "what is late goes"
+    assert store.names("step-00000008"), "it may be of a driver that has taken over"
+
+
+def test_an_object_that_a_checkpoint_needs_is_no_orphan_though_its_manifest_does_not_count(store):
+    old, new = Checkpoints(store, OLD), Checkpoints(store, NEW)
+    trunk = FileEntry((old.write_part(5, ("trunk", 0), b"trunk"),))
+    new.fence(4)
+    old.commit(saved.manifest_of(5, {"trunk": trunk, **saved.write_files(old, 5, {"head": b"old"})}))
+    new.commit(saved.manifest_of(6, {"trunk": trunk, **saved.write_files(new, 6, {"head": b"new"})}))
+    survey = Checkpoints(store).survey()
+    assert (list(survey.manifests), survey.defects) == ([6], {})
+    assert [name.partition("-")[0] for name in map(base_name, survey.orphans)] == ["head", "manifest"]
+    new.remove_orphans(survey)
+    assert Checkpoints(store).read(6)[1] == {"trunk": b"trunk", "head": b"new"}
+
+
+def base_name(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def claim(number: int) -> str:
+    return f"{number:08d}-00000000"
+
+
+@pytest.mark.parametrize("writer", [0, 2])
+def test_a_manifest_counts_if_all_later_fences_admit_it(store, writer):
+    """Also those that were deleted: others cover them."""
+    for fences in itertools.product(range(3), repeat=4):
+        fresh_faults()
+        for number, step in enumerate(fences, 1):
+            Checkpoints(store, claim(number)).fence(step)
+        save(Checkpoints(store, claim(writer)), *range(4))
+        assert Checkpoints(store).steps() == list(range(min([3, *fences[writer:]]) + 1))
+
+
+def test_a_run_that_restarts_again_and_again_at_a_step_has_few_fences(store):
+    for number in range(1, 9):
+        Checkpoints(store, claim(number)).fence(5)
+    assert len(store.names()) == 2
+
+
+def test_a_driver_that_goes_back_fences_off_what_it_has_taken_over(store):
+    old, new = Checkpoints(store, OLD), Checkpoints(store, NEW)
+    save(old, 4, 6)
+    new.fence(6)
+    new.fence(4)
+    assert Checkpoints(store).steps() == [4]
+    save(new, 6)
+    later = Checkpoints(store, claim(11))
+    later.fence(6)
+    save(old, 5)
+    assert Checkpoints(store).steps() == [4, 6]
+
+
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_a_kill_while_it_is_discarded_never_brings_back_what_was_superseded(store, kind):
     save(Checkpoints(store), 5, 6)

@@ -248,6 +248,21 @@ class TestExceptions:
             drive(run, [HELLO, both("started", step=0), [failed(1, 0)], 4.0, 4.0])
 
 
+class TestRows:
+    def test_a_checkpoint_may_be_newer_than_the_last_row(self, run: RunDirectory) -> None:
+        """With train.log_every_steps=7 the newest row before step 40 is of step 35."""
+        run.claim()
+        metrics = run.metrics()
+        for step in (28, 35):
+            metrics.append({"step": step})
+        metrics.flush()
+        begun = both("started", step=40)
+        document, _ = drive(run, [HELLO, begun, both("finished", step=100, completed=True, spent=SPENT)])
+
+        assert document["status"] == "completed"
+        assert [row["step"] for row in run.metrics().read()] == [28, 35]
+
+
 class TestDeaths:
     def test_consequences_of_a_death_are_not_its_cause(self, run: RunDirectory) -> None:
         """Rank 0 says that it lost its peer before the peer's agent says how that ended."""

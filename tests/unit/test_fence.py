@@ -3,9 +3,11 @@
 The real record, run directory and logs, on a file system in memory that hands its calls to whoever wants to come first.
 """
 
+import contextlib
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -97,6 +99,8 @@ def watching(watch: Watch) -> None:
 def drive(name: str, last: int) -> int:
     """What a driver does to a run directory: claims it, goes on from its newest checkpoint, closes the books.
 
+    It saves every second step.
+
     Returns:
         The step it began at.
     """
@@ -113,8 +117,7 @@ def drive(name: str, last: int) -> int:
     record.begins_at(begun)
     record.write()
     for step in range(begun + 1, last + 1):
-        row = {"step": step, "epoch": 0, "samples": step, "by": name}
-        record.row(row, 0.0)
+        record.row({"step": step, "epoch": 0, "samples": step, "by": name}, 0.0)
         if step % 2 == 0:
             record.checkpoint(save(run, step), (None, None), 0.1)
             record.write()
@@ -166,16 +169,24 @@ def assert_only_the_new_one_shows(begun: int, last: int) -> None:
     told = [(event["kind"], event.get("by")) for event in run.events().read()]
     of_new = told[told.index(("attempt_started", "new")) :]
     assert "old" not in [by for _, by in of_new]
-    saves = ["checkpoint"] * len(range(begun + 2, last + 1, 2))
+    saves = range(begun + 2, last + 1, 2)
     kinds = [kind for kind, _ in of_new if kind != "checkpoints_removed"]
-    assert kinds == ["attempt_started", "training", *saves, "completed"]
-    found = run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
-    assert found is not None
-    assert found[0].step == last
-    assert run.checkpoints.read(last - 2)
+    assert kinds == ["attempt_started", "training", *["checkpoint"] * len(saves), "completed"]
+    newest = max(saves, default=begun)
+    assert_newest_two(run, newest)
     status = run.read_status()
     assert status is not None
     assert (status["status"], status["step"]) == ("completed", last)
+    third = RunDirectory(URL)
+    third.claim()
+    assert_newest_two(third, newest)
+
+
+def assert_newest_two(run: RunDirectory, newest: int) -> None:
+    """There is a row of every step up to these."""
+    steps = [step for step in (newest - 2, newest) if step > 0]
+    assert run.checkpoints.steps()[-2:] == steps
+    assert all(run.checkpoints.read(step) for step in steps)
 
 
 OLD_LAST = 4
@@ -226,17 +237,22 @@ def interleave(at: int, other_at: int | None, new_last: int) -> bool:
     watching(in_old)
     with pytest.raises(SupersededError, match="has taken the run over"):
         drive("old", OLD_LAST)
-    assert_only_the_new_one_shows(begun[0], new_last)
+    assert_only_the_new_one_shows(begun[0], max(begun[0], new_last))
     return other_at is None or counts["new"] > other_at
 
 
-CLAIM_CALL = 4
+CLAIM_CALL = 5
 """Before it writes its claim, a driver is not there."""
 
 
-@pytest.mark.parametrize(("new_last", "least_points"), [pytest.param(8, 1000, marks=pytest.mark.slow), (OLD_LAST, 500)])
+@pytest.mark.parametrize(
+    ("new_last", "least_points"), [pytest.param(8, 1000, marks=pytest.mark.slow), (OLD_LAST - 1, 500)]
+)
 def test_every_interleaving_of_two_drivers(new_last: int, least_points: int):
-    """A call that changes something is made before, between any two, or after all calls of the new one."""
+    """A call that changes something is made before, between any two, or after all calls of the new one.
+
+    The new one passes the last step of the old one, or does not come so far.
+    """
     old = calls_of(lambda: drive("old", OLD_LAST))
     assert old[CLAIM_CALL] == "write"
     num_points = 0
@@ -251,6 +267,105 @@ def test_every_interleaving_of_two_drivers(new_last: int, least_points: int):
     assert num_points > least_points
 
 
+class TakenOver:
+    """Two drivers: the old one has committed a checkpoint of step 2 and keeps one, the new one is to come."""
+
+    def __init__(self) -> None:
+        self.old, self.new = RunDirectory(URL), RunDirectory(URL)
+        self.old.claim()
+        self.save_and_remove(2)
+
+    def save_and_remove(self, step: int) -> None:
+        """As a driver does, which makes sure of its claim before each."""
+        self.old.check_claim()
+        self.commit(step)
+        self.old.check_claim()
+        self.old.checkpoints.retain(step, 1)
+
+    def commit(self, step: int) -> None:
+        self.old.checkpoints.commit(save(self.old, step))
+
+
+def come_before(at: int, first: Call) -> Iterator[int]:
+    """From now on, something else is done first at the call of this number, from 0; counts the calls."""
+    counted = itertools.count()
+
+    def watch(_: str, call: Call) -> Any:
+        if next(counted) == at:
+            watching(let)
+            first()
+            watching(watch)
+        return call()
+
+    watching(watch)
+    return counted
+
+
+def at_each_call(work: Callable[[TakenOver], Any], first: Callable[[TakenOver], Any]) -> Iterator[TakenOver]:
+    """For each call of the work, the drivers after something else was done before that call."""
+    for at in itertools.count():
+        WatchedFileSystem.store.clear()
+        drivers = TakenOver()
+        counted = come_before(at, partial(first, drivers))
+        work(drivers)
+        watching(let)
+        if next(counted) <= at:
+            assert at > 1
+            return
+        yield drivers
+
+
+def test_a_driver_that_goes_on_until_it_sees_the_new_claim_loses_no_checkpoint() -> None:
+    """What it commits meanwhile counts, for it removes older ones."""
+
+    def go_on(drivers: TakenOver) -> None:
+        with contextlib.suppress(SupersededError):
+            for step in (4, 6, 8):
+                drivers.save_and_remove(step)
+
+    begun = set()
+    for drivers in at_each_call(lambda drivers: drivers.new.claim(), go_on):
+        found = drivers.new.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
+        assert found is not None
+        begun.add(found[0].step)
+    assert begun == {2, 8}
+
+
+def test_a_commit_that_comes_late_costs_no_checkpoint_and_counts_if_the_new_driver_begins_there() -> None:
+    for drivers in at_each_call(lambda drivers: drivers.new.claim(), lambda drivers: drivers.commit(4)):
+        steps = drivers.new.checkpoints.steps()
+        with pytest.raises(SupersededError):
+            drivers.save_and_remove(4)
+        assert steps in ([2], [2, 4])
+        drivers.commit(4)
+        drivers.commit(6)
+        assert RunDirectory(URL).checkpoints.steps() == steps
+        third = RunDirectory(URL)
+        third.claim()
+        assert third.checkpoints.steps() == steps
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda run: run.checkpoints.steps(),
+        lambda run: [*run.checkpoints.survey().manifests],
+        lambda run: [run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))[0].step],
+    ],
+    ids=["steps", "survey", "newest good"],
+)
+def test_a_reader_never_sees_a_late_manifest_whenever_the_run_is_taken_over(read: Callable) -> None:
+    seen: list[list[int]] = []
+
+    def take_over(drivers: TakenOver) -> None:
+        drivers.new.claim()
+        drivers.commit(4)
+
+    for _ in at_each_call(lambda _: seen.append(read(RunDirectory(URL))), take_over):
+        pass
+    assert seen == [[2]] * len(seen)
+
+
 @pytest.mark.parametrize("at", range(2))
 def test_a_reader_of_a_log_that_is_written_meanwhile_misses_nothing_that_was_there(at: int) -> None:
     """Each flush puts another part in the place of the one before, which is gone when the reader comes to it."""
@@ -259,17 +374,12 @@ def test_a_reader_of_a_log_that_is_written_meanwhile_misses_nothing_that_was_the
     log = run.metrics()
     log.append({"step": 1})
     log.flush()
-    counted = itertools.count()
 
-    def write_at(_: str, call: Call) -> Any:
-        if next(counted) == at:
-            watching(let)
-            log.append({"step": 2})
-            log.flush()
-            watching(write_at)
-        return call()
+    def write() -> None:
+        log.append({"step": 2})
+        log.flush()
 
-    watching(write_at)
+    counted = come_before(at, write)
     found = [row["step"] for row in RunDirectory(URL).metrics().read()]
     assert next(counted) > at, "there was a call to come before"
     assert found in ([1], [1, 2])

@@ -105,6 +105,17 @@ def test_a_new_writer_leaves_nothing_of_the_one_before(store):
     assert len(store.names()) == 2  # a cut, and a part with the rows of both
 
 
+def test_a_writer_may_open_its_log_again(store, monkeypatch):
+    """A run that goes back cuts its rows off, and its driver then opens the log; full parts are not written again."""
+    monkeypatch.setattr(row_log, "_PART_BYTES", 200)
+    write(metrics(store), *range(30))
+    for last in (20, 10):
+        log = RowLog(store, "metrics", key="step", writer="99999999-00000000")
+        log.cut(last)
+        log.flush()
+        assert steps(log) == list(range(last))
+
+
 def test_what_an_older_writer_adds_does_not_count(store):
     old, new = metrics(store), metrics(store)
     write(old, 1, 2, 3, 4)

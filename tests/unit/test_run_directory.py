@@ -9,6 +9,7 @@ import pytest
 from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory, list_runs
 from cluster.storage import MissingObject, Store
+from tests import saved
 
 
 @pytest.fixture
@@ -40,9 +41,9 @@ def test_every_name_of_a_run(run):
         log.publish()
     names = [re.sub("00000001-[0-9a-f]{8}", "CLAIM", name) for name in run.store.names()]
     assert names == [
-        f"checkpoints/{part.object}", "curves.png", "drivers/CLAIM.json", "environment.json", "events.jsonl",
-        "events/CLAIM-00000000-from-00000000.jsonl", "events/CLAIM-00000002.jsonl", "job.yaml",
-        "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl",
+        "checkpoints/fences/CLAIM-after-00000000", f"checkpoints/{part.object}", "curves.png", "drivers/CLAIM.json",
+        "environment.json", "events.jsonl", "events/CLAIM-00000000-from-00000000.jsonl", "events/CLAIM-00000002.jsonl",
+        "job.yaml", "logs/attempt-000-worker-012.log", "matrices/val-confusion.json", "metrics.jsonl",
         "metrics/CLAIM-00000000-from-00000000.jsonl", "metrics/CLAIM-00000002.jsonl", "tracker.json",
     ]  # fmt: skip
     assert (run.name, run.read_job(), run.read_environment()) == ("digits", "name: digits\n", {"torch": "2.13"})
@@ -93,6 +94,14 @@ def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
     assert [row["number"] for row in run.events().read()] == [0, 1, 2]
     with pytest.raises(StorageError, match="holds no drivers any more; mount the store again, or restore it"):
         run.check_claim()
+
+
+def test_a_driver_goes_on_from_checkpoints_that_a_person_has_copied_alone(run):
+    for step in (5, 10):
+        run.claim()
+        saved.save(run.checkpoints, step, {"model": b"m" * step})
+        run.store.delete([name for name in run.store.names() if not name.startswith("checkpoints/")])
+    assert RunDirectory(run.store).checkpoints.steps() == [5, 10]
 
 
 def test_the_newest_of_each_matrix_is_kept(run):
