@@ -204,7 +204,7 @@ class Loop:
             measured
             or report.outcome.skipped
             or report.step % self.spec.train.log_every_steps == 0
-            or report.step == self.end
+            or report.step == self.parts.steps.total_steps
         ):
             self.tell("row", row=row)
         return row

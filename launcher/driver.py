@@ -231,7 +231,7 @@ class Driver:
         self._completed = message["completed"]
         if message["rank"] == 0:
             self._ledger.told(message["spent"])
-        self._record.state.step = message["step"]
+        self._record.reached(message["step"])
 
     # Workers.
 
@@ -269,7 +269,7 @@ class Driver:
         self._ledger.waiting(self._clock())
         self._failures.attempt_started(0)
         self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
-        self._record.state.step = self._record.saved_step
+        self._record.reached(self._record.saved_step)
 
     def _plan_change(self, change: Change) -> None:
         """Has the workers save and leave, so that others go on without a step lost; or without, if there is no time."""

@@ -135,17 +135,23 @@ class Record:
         """The workers stand at a step; rows beyond it will be made anew."""
         self._metrics.cut(step + 1)
         self.event("training", step=step)
-        self.state.step = self.saved_step = step
+        self.reached(step)
+        self.saved_step = step
         self._rates.clear()
         self.display.phase(f"training from step {step}" if step else "training")
+
+    def reached(self, step: int) -> None:
+        """The workers have completed so many steps; the newest row may be of an earlier one."""
+        state = self.state
+        state.step, state.epoch = step, step // self._plan.steps_per_epoch
+        state.samples = step * self._spec.train.global_batch
 
     def row(self, row: dict[str, Any], sent_at: float) -> None:
         """A step was made; ``sent_at``: when, by the clock of the workers."""
         state = self.state
         self._metrics.append(row)
         self._tracker.log(row | self._throughput(sent_at, row["samples"]))
-        state.step, state.samples = row["step"], row["samples"]
-        state.epoch = row["step"] // self._plan.steps_per_epoch
+        self.reached(row["step"])
         metrics = {name: value for name, value in row.items() if "/" in name}
         state.metrics |= metrics
         self.display.update(

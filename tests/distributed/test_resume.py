@@ -29,6 +29,14 @@ def test_a_limit_and_a_resume_with_other_workers_change_nothing(
     assert second.digest == undisturbed.digest
 
 
+def test_a_limit_leaves_no_row_that_a_run_without_it_has_not(undisturbed: Outcome, tmp_path: Path) -> None:
+    first = run_job(full_job(tmp_path, "run", log_every_steps=5, max_steps=3), world_size=1)
+    second = run_job(full_job(tmp_path, "run", log_every_steps=5), world_size=2)
+
+    assert first.rows == []
+    assert second.rows == [row for row in undisturbed.rows if row["step"] in (4, 5, 8, 10, 12)], "epochs have 4 steps"
+
+
 def test_a_wish_to_stop_is_heard_by_all_at_one_step_and_changes_nothing(undisturbed: Outcome, tmp_path: Path) -> None:
     job = replace(full_job(tmp_path, "run"), checkpoint=CheckpointSpec())
     first = run_job(job, world_size=3, stop_after=2)

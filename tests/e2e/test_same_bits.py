@@ -86,6 +86,7 @@ def test_checkpoints_without_a_row_of_their_step_are_branched_and_resumed_from(t
     whole, home = launcher(*arguments, cwd=tmp_path), tmp_path / "killed"
     assert whole.exit_code == 0, whole.stderr
     undisturbed = whole.document["state_sha256"], rows(tmp_path / "runs/digits")
+    assert (whole.document["step"], whole.document["samples"]) == (30, 30 * 64)
 
     branched = launcher("resume", "runs/digits", "--at", 20, "--as", "b1", "--json", cwd=tmp_path)
     assert branched.exit_code == 0, branched.stderr
