@@ -9,7 +9,7 @@ import safetensors.torch
 from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, events, launcher, rows
 
-SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "checkpoint.keep=9", "tracking.mode=disabled", "--json")
+SHORT = ("train.epochs=1", "checkpoint.every_steps=10", "checkpoint.keep=9", "tracking.mode=disabled", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +28,36 @@ def everything(run: Path) -> dict[str, bytes]:
 
 def test_branched_gone_back_and_exported(ended: Ended, home: Path) -> None:
     run, new = home / "runs/digits", home / "runs/branch"
-    assert (ended.exit_code, ended.document["step"]) == (0, 44), ended.stderr
+    assert (ended.exit_code, ended.document["step"]) == (0, 22), ended.stderr
     undisturbed, digest = everything(run), ended.document["state_sha256"]
 
-    branched = launcher("resume", run, "--as", "branch", "--at", 20, "workers.num=2", "--json", cwd=home)
+    branched = launcher("resume", run, "--as", "branch", "--at", 10, "workers.num=2", "--json", cwd=home)
     assert branched.exit_code == 0, branched.stderr
     assert (branched.document["status"], branched.document["state_sha256"]) == ("completed", digest)
     assert rows(new) == rows(run), "its curves are whole"
     (event,) = events(new, "branched")
-    assert (event["source"], event["step"]) == (str(run), 20)
-    assert events(new, "training")[0]["step"] == 20
+    assert (event["source"], event["step"]) == (str(run), 10)
+    assert events(new, "training")[0]["step"] == 10
     assert everything(run) == undisturbed, "the run that is branched is only read"
     assert launcher("resume", run, "--as", "branch", cwd=home).exit_code == 2, "a branch is never overwritten"
 
     # What the plan refuses costs nothing; only then is anything deleted.
-    refused = launcher("resume", run, "--at", 20, "--force", "loss._target_=NoSuchLoss", cwd=home)
+    refused = launcher("resume", run, "--at", 10, "--force", "loss._target_=NoSuchLoss", cwd=home)
     assert (refused.exit_code, everything(run)) == (2, undisturbed), refused.stderr
 
-    back = launcher("resume", run, "--at", 20, "workers.num=2", "--json", cwd=home)
+    back = launcher("resume", run, "--at", 10, "workers.num=2", "--json", cwd=home)
     assert back.exit_code == 0, back.stderr
     assert (back.document["status"], back.document["state_sha256"]) == ("completed", digest)
     assert rows(run) == undisturbed["metrics.jsonl"]
-    assert [event["discarded"] for event in events(run, "went_back")] == [[22, 30, 40, 44]]
-    assert [event["step"] for event in events(run, "training")] == [0, 20]
+    assert [event["discarded"] for event in events(run, "went_back")] == [[20, 22]]
+    assert [event["step"] for event in events(run, "training")] == [0, 10]
     verified = launcher("checkpoints", run, "--verify", "--json", cwd=home).document
     assert [checkpoint["good"] for checkpoint in verified] == [True] * len(verified)
     assert verified[-1]["state_sha256"] == digest
 
     exported = launcher("export", run, "--to", "out/digits.safetensors", "--json", cwd=home)
     assert exported.exit_code == 0, exported.stderr
-    expected = safetensors.torch.load(RunDirectory(str(new)).checkpoints.read(44)[1]["model.safetensors"])
+    expected = safetensors.torch.load(RunDirectory(str(new)).checkpoints.read(22)[1]["model.safetensors"])
     tensors = safetensors.torch.load_file(home / "out/digits.safetensors")
     assert tensors.keys() == expected.keys()
     assert all(tensors[name].numpy().tobytes() == expected[name].numpy().tobytes() for name in expected)
@@ -72,6 +72,6 @@ def test_exported_with_its_model(home: Path) -> None:
     import onnx  # takes a second
 
     model = onnx.load(home / "digits.onnx")
-    assert {entry.key: entry.value for entry in model.metadata_props}["step"] == "44"
+    assert {entry.key: entry.value for entry in model.metadata_props}["step"] == "22"
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "any size of a batch"
     assert json.loads(exported.stdout)["tensors"] > 0

@@ -1,5 +1,6 @@
 """A run is a function of its description: any number of workers, stopped, killed, resumed elsewhere."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
 
-SHORT = (*("train.epochs=2", "train.global_batch=32", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json"),)
-HOLDS = [Fault(kind="hold", doing="forward", step=25), Fault(kind="hold", doing="forward", step=50)]
+SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
+HOLDS = [Fault(kind="hold", doing="forward", step=15), Fault(kind="hold", doing="forward", step=35)]
 """Where a run waits for what is done to it, in its first and in its second epoch."""
 
 
@@ -57,7 +58,7 @@ def test_stopped_killed_and_resumed_elsewhere(
     assert limited.document["step"] == 7
 
     interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere, on_ray=on_ray)
-    interrupted.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
+    interrupted.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     interrupted.signal_group(signal.SIGINT)
     release(plan, 0)
     stopped = interrupted.wait()
@@ -66,7 +67,7 @@ def test_stopped_killed_and_resumed_elsewhere(
     assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
 
     killed = Running(["resume", run, "workers.num=1"], elsewhere, on_ray=on_ray)
-    killed.wait_until(lambda: checkpointed(run, 50)() and 1 in fired(plan))
+    killed.wait_until(lambda: checkpointed(run, 30)() and 1 in fired(plan))
     killed.signal_group(signal.SIGKILL)
     assert killed.wait().exit_code == -signal.SIGKILL
     status = launcher("status", run, "--json", cwd=tmp_path).document
@@ -82,33 +83,28 @@ def test_stopped_killed_and_resumed_elsewhere(
 def test_checkpoints_without_a_row_of_their_step_are_branched_and_resumed_from(tmp_path: Path, make_plan) -> None:
     """The newest row before the checkpoint of step 20 is of step 14."""
     sparse = ("train.log_every_steps=7", "train.max_steps=30", "checkpoint.every_steps=10", "workers.num=1")
-    arguments = ["run", JOBS / "digits.yaml", *sparse, "tracking.mode=disabled", "--json"]
-    whole, home = launcher(*arguments, cwd=tmp_path), tmp_path / "killed"
-    assert whole.exit_code == 0, whole.stderr
-    undisturbed = whole.document["state_sha256"], rows(tmp_path / "runs/digits")
-    assert (whole.document["step"], whole.document["samples"]) == (30, 30 * 64)
-
-    branched = launcher("resume", "runs/digits", "--at", 20, "--as", "b1", "--json", cwd=tmp_path)
-    assert branched.exit_code == 0, branched.stderr
-    assert (branched.document["state_sha256"], rows(tmp_path / "runs/b1")) == undisturbed
-
-    home.mkdir()
-    plan, run = make_plan(Fault(kind="hold", doing="forward", step=21)), home / "runs/digits"
-    killed = Running(arguments, home)
+    plan, run = make_plan(Fault(kind="hold", doing="forward", step=21)), tmp_path / "runs/digits"
+    killed = Running(["run", JOBS / "digits.yaml", *sparse, "tracking.mode=disabled"], tmp_path)
     killed.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
     killed.signal_group(signal.SIGKILL)
     killed.wait()
-    resumed = launcher("resume", run, "--json", cwd=home)
-    assert resumed.exit_code == 0, resumed.stderr
-    assert [event["step"] for event in events(run, "training")] == [0, 20]
-    assert (resumed.document["state_sha256"], rows(run)) == undisturbed
+    branched = launcher("resume", run, "--at", 20, "--as", "branch", "--json", cwd=tmp_path)
+    resumed = launcher("resume", run, "--json", cwd=tmp_path)
+
+    for ended, home in ((branched, tmp_path / "runs/branch"), (resumed, run)):
+        assert ended.exit_code == 0, ended.stderr
+        assert [event["step"] for event in events(home, "training")][-1] == 20
+        assert (ended.document["step"], ended.document["samples"]) == (30, 30 * 64)
+        assert [json.loads(row)["step"] for row in rows(home).splitlines()] == [7, 14, 21, 22, 28], "an epoch has 22"
+    assert branched.document["state_sha256"] == resumed.document["state_sha256"]
+    assert rows(tmp_path / "runs/branch") == rows(run)
 
 
 def test_killed_processes_are_replaced(tmp_path: Path, make_plan, undisturbed: tuple[str, bytes]) -> None:
     """First a training process, which its agent starts again; then an agent, in whose place another is started."""
     plan, run = make_plan(*HOLDS), tmp_path / "runs/digits"
     running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
-    running.wait_until(lambda: checkpointed(run, 20)() and 0 in fired(plan))
+    running.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     os.kill(fired(plan)[0]["pid"], signal.SIGKILL)
     running.wait_until(lambda: len(events(run, "training")) == 2 and 1 in fired(plan))
     os.kill(events(run, "attempt_started")[-1]["workers"][1]["pid"], signal.SIGKILL)
