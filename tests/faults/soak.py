@@ -385,7 +385,7 @@ def soak(seed: int, numbers: Iterable[int], limit_s: float) -> Tally:
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     why_no_hosts = why_there_can_be_none()
     try:
-        reference = undisturbed(home / "undisturbed", overrides(home / "none"))
+        reference = undisturbed(overrides(home / "none"))
         for number in numbers:
             if time.monotonic() - began > limit_s:
                 break

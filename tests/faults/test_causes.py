@@ -99,12 +99,12 @@ def overrides(flags: Path, cgroup: Path | None) -> tuple[str, ...]:
     return (*SHORT, *(f"data.train.{name}={value}" for name, value in data.items()), "--json")
 
 
-def test_deaths_of_many_kinds_in_one_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_deaths_of_many_kinds_in_one_run(home: Path) -> None:
     with small_memory() as cgroup:
         ended = launcher("run", "digits.yaml", *overrides(home, cgroup), cwd=home)
 
     run = home / "runs/digits"
-    assert bits(ended, run) == undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
+    assert bits(ended, run) == undisturbed(SHORT)
 
     told = [(lost["cause"], lost["rank"], lost["reason"]) for lost in events(run, "worker_lost")]
     crash, killed, refused, *taken = told

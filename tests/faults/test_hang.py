@@ -39,8 +39,8 @@ class Looping:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Bits:
-    return planned.undisturbed(tmp_path_factory.mktemp("undisturbed"), (*SHORT, "data.train.transform=null"))
+def undisturbed() -> Bits:
+    return planned.undisturbed((*SHORT, "data.train.transform=null"))
 
 
 def assert_same(ended: Ended, run: Path, undisturbed: Bits) -> None:

@@ -77,7 +77,7 @@ def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
     disturbed = Running(on_cluster, home, lambda words: head.command(words, home), on_ray=True)
     disturbed.wait_until(lambda: is_held(0))
     third.power_off()
-    expected = undisturbed(tmp_path / "undisturbed", SHORT)  # in the time in which the other one only waits
+    expected = undisturbed(SHORT)  # in the time in which the other one only waits
     disturbed.wait_until(lambda: is_held(1))
     second.cut()
     disturbed.wait_until(lambda: is_held(2))

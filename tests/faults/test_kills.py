@@ -32,8 +32,8 @@ MOMENTS = [
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
+def reference() -> Bits:
+    return undisturbed(SHORT)
 
 
 @pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])

@@ -56,5 +56,5 @@ def test_a_store_that_does_not_come_back(tmp_path: Path, make_plan, place: str, 
         assert failed.document["step"] > 3, "training went on"
 
     resumed = launcher("resume", run, "--json", cwd=tmp_path)
-    assert bits(resumed, run) == undisturbed(tmp_path / "undisturbed", SHORT)
+    assert bits(resumed, run) == undisturbed(SHORT)
     assert resumed.document["attempts"] == 2

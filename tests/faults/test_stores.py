@@ -38,8 +38,8 @@ class Crop(RandomCrop):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Bits:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), SHORT)
+def reference() -> Bits:
+    return undisturbed(SHORT)
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def test_a_driver_that_was_taken_over_from_ends_and_writes_nothing(tmp_path: Pat
     assert line.endswith("; this one ends and writes nothing more")
     assert f"taking {run} over from process {old.pid} on " in taken.stderr
     assert content(run, but_of=claim) == before, "it has changed nothing of what counts"
-    assert bits(taken, run) == undisturbed(tmp_path / "undisturbed", SHORT)
+    assert bits(taken, run) == undisturbed(SHORT)
     assert [step for step in RunDirectory(str(run)).checkpoints.steps() if step > 44] == []
     assert len(events(run, "completed")) == 1
     assert launcher("status", run, "--json", cwd=elsewhere).document["status"] == "completed"
