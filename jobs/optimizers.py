@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.errors import DescriptionError, nearest
 from jobs.spec import GroupSpec, OptimizerSpec
@@ -121,19 +121,6 @@ def build_optimizer(
         scaled = {} if group.lr_scale is None else {"lr": group.lr_scale * _base_rate(spec, function, key)}
         torch_groups.append({"params": [parameters[name] for name in group.names], **group.args, **scaled})
     return builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])
-
-
-def restore_memory_order(optimizer: torch.optim.Optimizer) -> None:
-    """Lays moments that came from a checkpoint out as their parameters are, like those that were never saved.
-
-    A checkpoint holds every tensor in the order of its dimensions. Where the moments of a parameter in channels-last
-    order are laid out otherwise, torch takes other kernels for the update, which may round otherwise.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, moment in state.items():
-            is_moment = isinstance(moment, Tensor) and moment.shape == parameter.shape
-            if is_moment and moment.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def _base_rate(spec: OptimizerSpec, function: Callable[..., Any], key: str) -> float:

@@ -1,9 +1,10 @@
 """Everything that a description names, built: what the plan tries out and what a worker trains with."""
 
 import hashlib
+import json
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.errors import DescriptionError
 from jobs.loader import seed_draws
 from jobs.losses import GlobalLoss, build_loss
-from jobs.optimizers import (
-    ParameterGroup,
-    build_optimizer,
-    group_parameters,
-    restore_memory_order,
-    set_trainable,
-)
+from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.order import StepPlan, draw_key
 from jobs.schedules import Schedule, build_schedule, plan_value
-from jobs.spec import JobSpec, Target
+from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 from jobs.targets import Builder
 
 if TYPE_CHECKING:
@@ -97,7 +92,6 @@ class Parts:
             arguments = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": arguments})
             self.schedule.play_to(step, self.steps)
-        restore_memory_order(self.optimizer)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:
@@ -105,12 +99,22 @@ class Parts:
 
     def _described(self) -> dict[str, Any]:
         """What the description says of optimizer and schedule, to know whether it still does."""
-        rates = repr((self.spec.optimizer, self.spec.scheduler, self.steps))
         return {
             "optimizer": self.spec.optimizer.factory.path,
             "parameters": [name for group in self.groups for name in group.names],
-            "rates": hashlib.sha256(rates.encode()).hexdigest(),
+            "rates": rates_digest(self.spec.optimizer, self.spec.scheduler, self.steps),
         }
+
+
+def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
+    """What decides the learning rates, as a digest that no version of Python or torch changes."""
+    decides = {
+        "optimizer": asdict(optimizer),
+        "scheduler": None if scheduler is None else asdict(scheduler),
+        "steps": asdict(steps),
+    }
+    text = json.dumps(decides, sort_keys=True)
+    return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # v2, if the text is ever written in another way
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Parts:

@@ -237,6 +237,22 @@ def _type_name(name: str, tensor: Tensor) -> str:
     return _DTYPES[tensor.dtype]
 
 
+# A file holds a tensor in the order of its dimensions. The moments of a parameter in channels-last order lie otherwise,
+# and where they do not lie as they did, torch takes other kernels for the next update, which may round otherwise.
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions from the largest stride to the smallest; none where that is their order, or has gaps."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else []
+
+
+def _laid_out(tensor: Tensor, order: list[int]) -> Tensor:
+    if not order:
+        return tensor
+    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
+
+
 # JSON has no tuples, no keys but strings and no tensors: each of these becomes a list with a tag, and so
 # does a plain list, to tell them apart.
 
@@ -246,7 +262,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         if name in tensors:
             raise CheckpointError(f"{name} is the name of two tensors; rename one of their keys")
         tensors[name] = value
-        return ["tensor", name]
+        return ["tensor", name, *_memory_order(value)]
     if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one
         return ["counter", sorted(value.items())]
     if isinstance(value, Mapping):
@@ -275,9 +291,9 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _unpack(item, tensors) for key, item in value.items()}
     if not isinstance(value, list):
         return value
-    tag, content = value
+    tag, content, *order = value
     if tag == "tensor":
-        return tensors[content]
+        return _laid_out(tensors[content], order)
     if tag == "counter":
         return Counter(dict(content))
     if tag == "map":

@@ -31,7 +31,7 @@ from jobs.team import Team
 from jobs.worker import meet, train
 from tests.states import digest
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ tensors in torch's own memory order, must come to the same weights but for round
 """
 
 import itertools
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,7 @@ def train_plainly(job: JobSpec) -> dict[str, Any]:
 def assert_near(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], begun_with: Mapping[str, Tensor], part: float):
     for name, expected in plain.items():
         update, error = expected - begun_with[name], ours[name] - expected
+        assert update.double().norm() > 0, name
         assert error.double().norm() <= part * update.double().norm(), name
 
 
@@ -179,7 +181,13 @@ def test_same_bits_and_right(case: dict[str, Any], tmp_path: Path) -> None:
         assert_near(averaged, plain["ema"], plain["begun_with"], part)
 
 
+def test_each_value_is_in_a_quick_case() -> None:
+    for key, values in KEYS.items():
+        assert all(any(case[key] == value for case in CASES[:QUICK]) for value in values), key
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled(tmp_path: Path) -> None:
     """Kernels that torch writes for this model."""
     case = {**CASES[0], "dropout": 0.0, "thaws": False}  # compiled code draws otherwise, and a thaw compiles again

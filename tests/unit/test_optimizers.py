@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError
-from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, restore_memory_order, set_trainable
+from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.spec import GroupSpec, OptimizerSpec, Target
 from jobs.state import decode
 from jobs.targets import Builder, resolve
@@ -351,22 +351,3 @@ class TestEveryOptimizer:
         assert not torch.equal(ours.trunk, Matrices().trunk)
         assert torch.equal(ours.trunk, model.trunk)
         assert torch.equal(ours.head, model.head)
-
-
-def test_moments_lie_in_memory_as_their_parameters_do() -> None:
-    """Those that come from a checkpoint too, which holds all tensors in the order of their dimensions."""
-    model = nn.Conv2d(3, 4, kernel_size=3).to(memory_format=torch.channels_last)
-    optimizers = [torch.optim.AdamW(model.parameters()) for _ in range(2)]
-    model(torch.randn(2, 3, 8, 8)).sum().backward()
-    optimizers[0].step()
-    read = {key: {n: m.contiguous() for n, m in s.items()} for key, s in optimizers[0].state_dict()["state"].items()}
-    optimizers[1].load_state_dict({**optimizers[0].state_dict(), "state": read})
-    assert optimizers[1].state[model.weight]["exp_avg"].stride() != model.weight.stride()
-
-    restore_memory_order(optimizers[1])
-
-    for parameter, state in optimizers[0].state.items():
-        for name, moment in state.items():
-            restored = optimizers[1].state[parameter][name]
-            assert restored.equal(moment)
-            assert restored.stride() == moment.stride()

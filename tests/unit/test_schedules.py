@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cluster.errors import DescriptionError
 from jobs.order import StepPlan
+from jobs.parts import rates_digest
 from jobs.schedules import Schedule, build_schedule, plan_value
-from jobs.spec import PlanValue, SchedulerSpec, Target
+from jobs.spec import GroupSpec, OptimizerSpec, PlanValue, SchedulerSpec, Target
 from jobs.state import decode
 from jobs.targets import Builder
 from tests.states import encode
@@ -568,6 +569,31 @@ def turns_to_nan(tick: int) -> float:
 
 def turns_to_tensors(tick: int) -> Any:
     return torch.tensor(0.5) if tick else 0.5
+
+
+class TestDigest:
+    OPTIMIZER = OptimizerSpec(factory=Target("SGD", {"lr": 0.1, "momentum": 0.9}))
+    SCHEDULER = SchedulerSpec(factory=Target("MultiStepLR", {"milestones": [2, 5], "gamma": 0.5}))
+
+    def test_it_stays_what_it_is(self) -> None:
+        """Checkpoints hold it: another one would have their schedules begin anew."""
+        digest = rates_digest(self.OPTIMIZER, self.SCHEDULER, STEPS)
+        assert digest == "v1-51563bb1977010ff1535e278bab91b97b2a14f759794b870994ae6a356e2157b"
+
+    def test_the_order_of_arguments_is_not_in_it(self) -> None:
+        optimizer = OptimizerSpec(factory=Target("SGD", {"momentum": 0.9, "lr": 0.1}))
+        assert rates_digest(optimizer, None, STEPS) == rates_digest(self.OPTIMIZER, None, STEPS)
+
+    def test_whatever_decides_the_rates_is_in_it(self) -> None:
+        others = [
+            (OptimizerSpec(factory=Target("SGD", {"lr": 0.1, "momentum": 0.8})), self.SCHEDULER, STEPS),
+            (replace(self.OPTIMIZER, groups=(GroupSpec(match="*", lr_scale=0.5),)), self.SCHEDULER, STEPS),
+            (self.OPTIMIZER, None, STEPS),
+            (self.OPTIMIZER, replace(self.SCHEDULER, interval="step"), STEPS),
+            (self.OPTIMIZER, self.SCHEDULER, replace(STEPS, epochs=4)),
+        ]
+        digests = {rates_digest(*other) for other in [*others, (self.OPTIMIZER, self.SCHEDULER, STEPS)]}
+        assert len(digests) == len(others) + 1
 
 
 class TestPreview:
