@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from cluster.documents import read_document, write_document
@@ -23,6 +24,9 @@ from cluster.storage import Store
 
 STATUS_INTERVAL_S = 5.0
 """A driver that lives, and reaches the store, writes how the run stands at least as often."""
+
+DRIVER_KEYS = ("host", "pid", "place", "started", "claimed")
+"""What a status says of its driver, and not of the run."""
 
 _FOLDER = "drivers"
 _NAME = re.compile(rf"{_FOLDER}/([0-9]{{8}}-[0-9a-f]{{8}})\.json")
@@ -51,7 +55,8 @@ class Claim:
         self.id = f"{number:08d}-{secrets.token_hex(4)}"
         """Orders what drivers write: a later driver's is greater."""
         self._store = store
-        self._identity = {"host": socket.gethostname(), "pid": os.getpid(), "claimed": round(time.time(), 3)}
+        claimed, pid = round(time.time(), 3), os.getpid()
+        self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, _place(), _started(pid), claimed)))
         self.write({**(status or {}), "status": "running"})
         self.check()
         store.delete(map(_object, earlier))
@@ -80,6 +85,36 @@ class Claim:
             return "another driver has taken the run over"
         when = datetime.fromtimestamp(found["claimed"], UTC).isoformat(" ", "seconds")
         return f"process {found['pid']} on {found['host']} has taken the run over at {when}"
+
+
+def is_alive(status: Mapping[str, Any]) -> bool | None:
+    """Whether the process that wrote a status has not ended; none if it belongs to another machine or container.
+
+    Neither a host's name nor a process's number says whose it is: pods, and hosts, share names, and numbers come again.
+    """
+    if status.get("place") is None or status["place"] != _place():
+        return None
+    return _started(status["pid"]) == status["started"]
+
+
+def _place() -> str | None:
+    """Names the processes that can see each other: a boot of a machine, and a namespace on it; none but on Linux."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks since the machine was; none if it has ended.
+
+    Source: proc_pid_stat(5), fields 3 and 22.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else fields[18]
 
 
 def newest_status(store: Store) -> dict[str, Any] | None:

@@ -1,14 +1,12 @@
 """What a run directory says of its run, for someone who has nothing else."""
 
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
-from cluster.claims import STATUS_INTERVAL_S
+from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, is_alive
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
 
@@ -41,7 +39,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:
     """A status without who wrote it."""
-    return {name: value for name, value in status.items() if name not in ("host", "pid", "claimed")}
+    return {name: value for name, value in status.items() if name not in DRIVER_KEYS}
 
 
 def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
@@ -139,11 +137,12 @@ def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterat
 def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     """Whether the driver that wrote this status is alive.
 
-    From another machine that shows in what it writes: it may take two of its intervals to see. What it wrote at two
-    moments is compared, for its clock need not agree with ours.
+    From another machine, or container, that shows in what it writes: it may take two of its intervals to see. What it
+    wrote at two moments is compared, for its clock need not agree with ours.
     """
-    if status["host"] == socket.gethostname() or _is_gone(status):
-        return not _is_gone(status)
+    alive = is_alive(status)
+    if alive is not None or _is_gone(status):
+        return bool(alive)
     deadline = time.monotonic() + _WATCH_S
     while time.monotonic() < deadline:
         time.sleep(_STOP_INTERVAL_S)
@@ -170,14 +169,5 @@ def _bad(step: int, defect: CheckpointError) -> dict[str, Any]:
 
 
 def _is_gone(status: dict[str, Any]) -> bool:
-    if status["host"] == socket.gethostname():
-        return not _is_launcher(status["pid"])
-    return time.time() - status["updated"] > _SILENCE_S
-
-
-def _is_launcher(pid: int) -> bool:
-    """Whether a process of this machine is one of ours, and alive; another may have its number by now."""
-    try:
-        return b"launcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    alive = is_alive(status)
+    return time.time() - status["updated"] > _SILENCE_S if alive is None else not alive

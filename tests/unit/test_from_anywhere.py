@@ -1,7 +1,6 @@
 """What the command line does with nothing but the URL of a run, and what it costs the store."""
 
 import json
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from counting_file_system import CountingFileSystem, start_counting
 
+from cluster import claims
 from cluster.run_directory import RunDirectory
 from launcher.cli import main
 from tests import saved
@@ -183,7 +183,7 @@ class TestCheckpoints:
 
     def test_nothing_is_removed_while_it_runs(self, run):
         write_to(run, "step-00000020/model-0a1b2c3d-00001.bin")
-        drive(run, status="running", updated=4e9, host="elsewhere")
+        drive(run, status="running", updated=4e9, place="elsewhere")
         before = everything()
         ended = launcher("checkpoints", run.url, "--repair")
         assert (ended.exit_code, everything()) == (5, before)
@@ -238,8 +238,8 @@ class TestBadInputCostsNothing:
 
     @pytest.mark.parametrize("option", [[], ["--take-over"]])
     def test_back_while_it_runs(self, run, option):
-        with subprocess.Popen(["launcher", "60"], executable=shutil.which("sleep")) as driver:
-            drive(run, status="running", pid=driver.pid)
+        with subprocess.Popen(["sleep", "60"]) as driver:
+            drive(run, status="running", pid=driver.pid, started=claims._started(driver.pid))
             before = everything()
             ended = launcher("resume", run.url, "--at", 10, *option)
             driver.kill()

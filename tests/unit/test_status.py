@@ -1,18 +1,21 @@
 """Whether the driver of a run is alive, seen from elsewhere."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster import claims
 from cluster.run_directory import RunDirectory
 from launcher import status
 from launcher.status import is_driven
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,20 +63,43 @@ def test_a_driver_elsewhere_lives_if_it_writes(seen, ago_s, change, expected, wa
     assert seen(ago_s, change) == (expected, watched_s)
 
 
-def test_a_driver_of_this_machine_lives_if_its_process_does(run: RunDirectory) -> None:
-    command = [sys.executable, "-c", "print(flush=True); input()", "launcher"]  # its command line tells what it is
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+CLAIM = """\
+import sys
+from cluster.run_directory import RunDirectory
+RunDirectory(sys.argv[1]).claim()
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_driver_of_this_machine_lives_if_its_process_does(run: RunDirectory, is_reaped: bool) -> None:
+    command = [sys.executable, "-c", CLAIM, run.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        found = {"host": socket.gethostname(), "pid": process.pid, "status": "running", "updated": 0.0}
-        lives = is_driven(run, found)
-        process.communicate(b"\n")
-    assert lives
-    assert not is_driven(run, found)
+        found = run.read_status()
+        lives = is_driven(run, found), status.read_status(run)["status"]
+        process.kill()
+        if is_reaped:
+            process.wait()
+        else:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        is_dead = not is_driven(run, found), status.read_status(run)["status"]
+    assert found["pid"] == process.pid
+    assert (lives, is_dead) == ((True, "running"), (True, "failed"))
 
 
-def test_a_run_that_was_claimed_and_has_not_begun_is_running(run: RunDirectory, monkeypatch) -> None:
-    monkeypatch.setattr(status, "_is_launcher", lambda pid: pid == os.getpid())
+@pytest.mark.parametrize("change", [{"place": "another boot"}, {"place": None}], ids=str)
+def test_a_process_of_the_same_number_and_host_elsewhere_is_no_proof(run: RunDirectory, change) -> None:
+    """As of a pod that was started again, or of the host that was booted again."""
+    own = run.read_status()
+    assert claims.is_alive(own)
+    assert claims.is_alive(own | change) is None
+    assert claims.is_alive(own | {"started": "1"}) is False, "another process has its number by now"
+
+
+def test_a_run_that_was_claimed_and_has_not_begun_is_running(run: RunDirectory) -> None:
     document = status.read_status(run)
     assert (document["status"], document["step"], document["run"]) == ("running", 0, run.url)
-    assert not {"host", "pid", "claimed"} & document.keys()
+    assert not set(claims.DRIVER_KEYS) & document.keys()
