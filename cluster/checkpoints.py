@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, StorageError
 from cluster.storage import MissingObject, Store, Trouble
 
 CONCURRENT_REQUESTS = 8
@@ -216,6 +216,7 @@ class Checkpoints:
         """``claim``: that of the driver which commits here, if there is one; a later one's is greater."""
         self._store = store
         self._claim = claim
+        self._fenced: int | None = None
         self._token = uuid.uuid4().hex[:8]
         self._manifest_name = f"manifest-{claim}.json" if claim else "manifest.json"
         self._manifests: dict[str, Manifest] = {}  # by object, as committed or read here, for retention
@@ -253,11 +254,20 @@ class Checkpoints:
     def fence(self, step: int) -> None:
         """Rules out the manifests of earlier claims beyond a step for good, also those that arrive later.
 
-        Driver only: when it takes the run over, and when the run goes back to a step.
+        Driver only: when it takes the run over, when the run goes back to a step, when the workers fall back to one.
+        A fence of a driver that has lost the run meanwhile may come late: then steps are trained again.
+
+        Raises:
+            StorageError: It could not be written, or did not stay.
         """
         assert self._claim is not None, "only a driver that has claimed the run decides where it goes on"
-        fences = self._fences()
-        self._store.write(_Fence(self._claim, step).object, b"")
+        if self._fenced is not None and self._fenced <= step:
+            return
+        fence, fences = _Fence(self._claim, step), self._fences()
+        self._store.write(fence.object, b"")
+        if fence not in self._fences():  # the rows beyond it are cut off next
+            raise StorageError(f"{self._store.url}/{fence.object}: is not there after it was written; check the store")
+        self._fenced = step
         # Not those that the new one covers: a listing under way could miss both it and them. The next driver does that.
         self._store.delete(old.object for old in fences if any(new != old and new.covers(old) for new in fences))
 
@@ -397,7 +407,14 @@ class Checkpoints:
                 on_bad(step, error)
         return None
 
-    def retain(self, newest: int, keep: int, best_step: int | None = None, bad: Collection[int] = ()) -> list[int]:
+    def retain(
+        self,
+        newest: int,
+        keep: int,
+        best_step: int | None = None,
+        bad: Collection[int] = (),
+        check: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Deletes all but the newest checkpoints and the best one, and the objects that no checkpoint needs.
 
         What lies beyond the newest is neither touched nor counted: it may be of one that is being written, or of a
@@ -408,6 +425,7 @@ class Checkpoints:
             keep: How many of the newest are kept.
             best_step: Of one that is kept beside them.
             bad: Steps of checkpoints that are known to be bad: they stay as they are, and do not count.
+            check: Called once it is known what is to be deleted; raises if the run is another driver's by now.
 
         Returns:
             The steps of the checkpoints deleted.
@@ -428,11 +446,12 @@ class Checkpoints:
         needed |= {committed[manifest.step] for manifest in kept}
         old = [own for step, own in own_of.items() if step <= kept[0].step and step not in left_alone]
         unneeded = [name for own in old for name in own if name not in needed]
+        check()
         self._delete(unneeded)
         return sorted(step for step, name in committed.items() if name in unneeded)
 
     def discard_after(self, step: int) -> None:
-        """Deletes everything beyond a step, to which the run goes back; ``fence`` keeps out what arrives later."""
+        """Deletes everything beyond a step, of a run that nobody else writes to."""
         own_of = _by_step(self._store.names())
         self._delete(name for later, own in own_of.items() if later > step for name in own)
 

@@ -60,7 +60,7 @@ class RunDirectory:
     def claim(self) -> None:
         """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
 
-        What an earlier driver writes after that counts no more.
+        What an earlier driver writes beyond that checkpoint later on counts no more.
 
         Raises:
             SupersededError: Another process has taken it at the same moment.

@@ -44,20 +44,25 @@ def good_checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Ma
 
 
 def go_back(run: RunDirectory, to: Manifest) -> None:
-    """Makes a checkpoint the newest, and its step the last that was trained; what lies beyond is deleted.
+    """Makes a checkpoint the newest, and its step the last that was trained; what lies beyond counts no more.
 
+    Nothing is deleted, for a driver that takes over meanwhile may build on it: retention does that as the run passes.
     This process has claimed the run, which so is no longer complete. A kill before the fence leaves a run that goes on
     from its newest checkpoint; from the fence on, it goes on from this one.
+
+    Raises:
+        CheckpointError: It is no longer there: another driver went on before this one claimed the run.
     """
+    if run.checkpoints.manifest(to.step) != to:
+        raise CheckpointError(f"{run.checkpoints.url(to.step)}: was written anew meanwhile; look again, then go back")
     beyond = [step for step in run.checkpoints.steps() if step > to.step]
     status, metrics = run.read_status() or {}, run.metrics()
     best = status.get("best")
     kept = best if best is not None and best["step"] <= to.step else None
     run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
     _note(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
-    run.check_claim()  # else a later driver's checkpoints would be deleted
+    run.check_claim()
     run.checkpoints.fence(to.step)
-    run.checkpoints.discard_after(to.step)
     metrics.cut(to.step + 1)
     metrics.flush()
 

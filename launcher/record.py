@@ -83,7 +83,7 @@ class Record:
         """Only assigns. ``state`` carries over what earlier invocations of the run counted."""
         self.state = state
         self.display = display
-        self.saved_step = 0
+        self.saved_step = state.step
         """The step of the newest checkpoint."""
         self.save_s = 0.0
         """What the last save took."""
@@ -95,6 +95,7 @@ class Record:
         self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
         self._bad_steps: set[int] = set()
+        self._begun_at: int | None = None  # where the workers went on last
         self._matrices: dict[str, dict[str, Any]] = {}
         self._saves: deque[_Save] = deque()
         self._committed: deque[_Save] = deque()
@@ -133,6 +134,7 @@ class Record:
 
     def begins_at(self, step: int) -> None:
         """The workers stand at a step; rows beyond it will be made anew."""
+        self._begun_at = step
         self._metrics.cut(step + 1)
         self.event("training", step=step)
         self.reached(step)
@@ -259,6 +261,8 @@ class Record:
         """
         is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
         self._run.check_claim()
+        if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
+            self._run.checkpoints.fence(self._begun_at)
         self._metrics.flush()
         for save in saves:
             self._commit(save)
@@ -292,9 +296,9 @@ class Record:
         self._events.flush()
 
     def _retain(self, save: _Save) -> None:
-        self._run.check_claim()
         keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
-        removed = self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad)
+        check = self._run.check_claim
+        removed = self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad, check)
         if removed:
             self._tell("checkpoints_removed", {"steps": removed})
         self._newest_save = None

@@ -291,18 +291,22 @@ def _train(
     _note_attempt(run, plan, import_paths)
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
     tracker = _open_tracker(run, description, display)
-    state = _state_so_far(run, plan)
+    state = _state_so_far(run, spec, plan)
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
     driver = Driver(spec=spec, run_url=run.url, record=record)
 
+    cluster = contextlib.ExitStack()
+
     def make_crew() -> Crew:
+        if not is_joined():
+            cluster.enter_context(local_cluster(num_cores()))
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
         group = WorkerGroup(make_task(spec, run, import_paths), worker, spec.workers.most)
         return Crew(group, spec.workers, nodes)
 
     try:
         display.phase("starting Ray")
-        with record, contextlib.nullcontext() if is_joined() else local_cluster(num_cores()):
+        with record, cluster:
             driver.drive(make_crew)
     except LauncherError as error:
         error.document = record.document()
@@ -355,7 +359,7 @@ def _meet_other_driver(run: RunDirectory, display: Progress, *, take_over: bool)
         display.message(f"{driver} ran {run.url} and is gone: going on in its place")
 
 
-def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
+def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None and "seconds" in status:  # else it was claimed, and never begun
@@ -366,10 +370,11 @@ def _state_so_far(run: RunDirectory, plan: Plan) -> RunState:
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1
     for row in run.metrics().read():
-        state.step, state.epoch, state.samples = row["step"], row["step"] // plan.steps_per_epoch, row["samples"]
         state.metrics |= {name: value for name, value in row.items() if "/" in name}
     steps = run.checkpoints.steps()
     if steps:
+        state.step, state.epoch = steps[-1], steps[-1] // plan.steps_per_epoch
+        state.samples = steps[-1] * spec.train.global_batch
         with contextlib.suppress(CheckpointError):  # the workers will name it and fall back
             state.state_sha256 = run.checkpoints.manifest(steps[-1]).state_sha256
     return state

@@ -64,3 +64,16 @@ def test_a_run_stops_at_its_time_limit(tmp_path: Path) -> None:
     assert 0 < ended.document["step"] < 22
     assert checkpointed(tmp_path / "runs/digits", ended.document["step"])()
     assert "stopping at train.max_seconds=0.001:" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_run_whose_ray_does_not_start_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no folder").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no folder"))
+    ended = launcher("run", JOBS / "digits.yaml", "tracking.mode=disabled", "--json", cwd=tmp_path, on_ray=True)
+
+    assert ended.exit_code == 5, ended.stderr
+    assert ended.document["status"] == "failed"
+    assert ended.document["error"].startswith("Ray did not start on this machine: ")
+    status = launcher("status", "runs/digits", "--json", cwd=tmp_path).document
+    assert (status["status"], status["error"]) == ("failed", ended.document["error"])

@@ -60,6 +60,7 @@ def test_stopped_killed_and_resumed_elsewhere(
     interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere, on_ray=on_ray)
     interrupted.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     interrupted.signal_group(signal.SIGINT)
+    interrupted.wait_until(lambda: len(events(run, "stop_requested")) == 1)
     release(plan, 0)
     stopped = interrupted.wait()
     assert stopped.exit_code == 130, stopped.stderr

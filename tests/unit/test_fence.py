@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from cluster.deadline import Started
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import CheckpointSpec
+from launcher.history import go_back
 from launcher.progress import open_progress
 from launcher.record import Record, RunState
 from tests.specs import bare_job
@@ -108,11 +110,7 @@ def drive(name: str, last: int) -> int:
     run.claim()
     found = run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
     begun = 0 if found is None else found[0].step
-    rows = run.metrics().read()
-    plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
-    state = RunState(step=rows[-1]["step"] if rows else 0)
-    display = open_progress(io.StringIO(), clock=lambda: 0.0)
-    record = Record(spec=SPEC, plan=plan, run=run, state=state, display=display, tracker=NoTracker())
+    record = record_of(run, last)
     record.event("attempt_started", by=name)
     record.begins_at(begun)
     record.write()
@@ -128,6 +126,12 @@ def drive(name: str, last: int) -> int:
     record._is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
     record.write()
     return begun
+
+
+def record_of(run: RunDirectory, last: int) -> Record:
+    plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
+    display = open_progress(io.StringIO(), clock=lambda: 0.0)
+    return Record(spec=SPEC, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
 
 
 def save(run: RunDirectory, step: int) -> Manifest:
@@ -342,6 +346,46 @@ def test_a_commit_that_comes_late_costs_no_checkpoint_and_counts_if_the_new_driv
         third = RunDirectory(URL)
         third.claim()
         assert third.checkpoints.steps() == steps
+
+
+def test_a_driver_that_takes_over_from_one_that_goes_back_keeps_what_it_builds_on() -> None:
+    """The parts of its checkpoint that have not changed are those of the newest one that it has found."""
+
+    def save_and_go_back(drivers: TakenOver) -> None:
+        with contextlib.suppress(SupersededError):
+            drivers.old.check_claim()
+            drivers.commit(4)
+            go_back(drivers.old, drivers.old.checkpoints.manifest(2))
+
+    def take_over(drivers: TakenOver) -> None:
+        drivers.new.claim()
+        newest = drivers.new.checkpoints.steps()[-1]
+        built_on.add(newest)
+        drivers.new.checkpoints.commit(replace(drivers.new.checkpoints.manifest(newest), step=6))
+
+    built_on = set[int]()
+    for _ in at_each_call(save_and_go_back, take_over):
+        found = RunDirectory(URL).checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
+        assert found is not None
+        assert found[0].step == 6
+    assert built_on == {2, 4}
+
+
+def test_beyond_the_checkpoint_that_workers_fell_back_to_no_late_manifest_counts() -> None:
+    """The newest one is bad, and so the step that the run was claimed at is not where it goes on."""
+    WatchedFileSystem.store.clear()
+    drivers = TakenOver()
+    drivers.commit(8)
+    drivers.new.claim()
+    record = record_of(drivers.new, last=20)
+    record.fell_back(8, "a part is missing")
+    record.begins_at(2)
+    record.write()
+    drivers.commit(4)
+    assert RunDirectory(URL).checkpoints.steps() == [2]
+    record.checkpoint(save(drivers.new, 10), (None, None), 0.1)
+    record.write()
+    assert RunDirectory(URL).store.names("checkpoints/step-00000008"), "the bad one stays for somebody to look at"
 
 
 @pytest.mark.parametrize(

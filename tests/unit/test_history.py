@@ -72,6 +72,18 @@ class TestGoingBack:
         (event,) = run.events().read()
         assert (event["kind"], event["step"], event["discarded"]) == ("went_back", 10, [15])
 
+    def test_nothing_is_lost_if_the_target_went_before_the_run_was_claimed(self, run):
+        manifest = good_checkpoint_at(run, 10, STEPS)
+        other = open_run("old")
+        other.claim()
+        other.checkpoints.retain(15, 1)
+        status = run.read_status()
+        run.claim()
+        with pytest.raises(CheckpointError, match="step-00000010: its manifest is missing"):
+            go_back(run, manifest)
+        assert (open_run("old").checkpoints.steps(), rows(run)) == ([15], [*range(1, 16)])
+        assert run.read_status()["step"] == status["step"]
+
     def test_what_an_earlier_driver_writes_late_never_counts(self, run):
         back(open_run("old"), 10)
         saved.save(run.checkpoints, 15, {"model.bin": b"late"})
