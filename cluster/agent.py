@@ -126,6 +126,7 @@ class Agent:
         self._identity = dict(identity)
         self._run = RunDirectory(task.run_url)
         self._orders = Orders()
+        self._deaf: Exception | None = None
         self._child: _TrainingProcess | None = None
         self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not silence the agent
         self._keeping: Future[None] | None = None
@@ -148,7 +149,7 @@ class Agent:
                 if self._child is not None:
                     self._attend(self._child)
                 if news in ready:
-                    self._obey(news.recv())
+                    self._obey(self._received(news))
                 if time.monotonic() - said_at > HERE_INTERVAL_S:
                     said_at = time.monotonic()
                     self._channel.post([{"kind": "here", "rank": self._task.rank, "id": self._id}])
@@ -165,13 +166,26 @@ class Agent:
             self._child = None
 
     def _listen(self, wake: Connection) -> None:
-        version = -1
-        while True:
-            orders = self._channel.orders_after(version)
-            version = orders.version
+        try:
+            orders = self._channel.orders_after(-1)
+            while not orders.end:
+                wake.send(orders)
+                orders = self._channel.orders_after(orders.version)
             wake.send(orders)
-            if orders.end:
-                return
+        except Exception as error:  # the border of a thread
+            self._deaf = error
+        wake.close()
+
+    def _received(self, news: Connection) -> Orders:
+        """The next orders. An agent that hears none any more must not say that it is there: it ends, and is replaced.
+
+        Raises:
+            ClusterError: There are none.
+        """
+        try:
+            return news.recv()
+        except EOFError:
+            raise ClusterError(f"the driver's orders do not come any more: {self._deaf}") from self._deaf
 
     def _obey(self, orders: Orders) -> None:
         self._orders = orders

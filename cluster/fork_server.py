@@ -27,7 +27,11 @@ _CAN_SHARE = sys.version_info < (3, 14)
 
 
 def start(modules: Sequence[str]) -> None:
-    """Starts this process's own server, which imports the modules in the background and ends with this process."""
+    """Starts this process's own server, which imports the modules in the background and ends with this process.
+
+    Strings hash alike in all that is forked from it, on every host and in every attempt: sets of them have one order.
+    """
+    os.environ["PYTHONHASHSEED"] = "0"  # an interpreter reads it when it starts
     multiprocessing.forkserver.set_forkserver_preload([*modules, __name__])
     # Ctrl-C reaches every process of the terminal; the server, which inherits this mask, has no say in it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -7,6 +7,7 @@ are a barrier of all workers, and its own bookkeeping of checkpoints can make a 
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from cluster.ray_cluster import Node, WorkerResources, actor_on, last_line
 from cluster.ray_steering import Wanted, steered_trainer
 
 _ORDERS_WAIT_S = 30.0
+_RETRY_INTERVAL_S = 1.0
 
 
 class WorkerGroup:
@@ -222,7 +224,11 @@ class _RayChannel:
         import ray
 
         while True:
-            orders = ray.get(self._switchboard.orders_after.remote(version, _ORDERS_WAIT_S))
+            try:
+                orders = ray.get(self._switchboard.orders_after.remote(version, _ORDERS_WAIT_S))
+            except ray.exceptions.ActorUnavailableError:  # a connection was reset; if the actor is dead, that is told
+                time.sleep(_RETRY_INTERVAL_S)
+                continue
             if orders.version > version:
                 return orders
 

@@ -116,8 +116,7 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
         OSError, RuntimeError: The others did not come in time, or not at all.
     """
     timeout = timedelta(seconds=timeout_s)
-    # gloo would otherwise take the interface that the host's name resolves to, which may be none that others reach.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(task.address)
+    choose_interface(task.address)
     if task.rank == 0:
         # The store would listen on every interface; a socket of our own listens on this one.
         listener = socket.create_server((task.host, 0))
@@ -133,6 +132,19 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
     dist.init_process_group(
         "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
     )
+
+
+def choose_interface(address: str) -> None:
+    """Has gloo and NCCL talk over the interface that has this host's address in the cluster, unless the user chose one.
+
+    gloo would otherwise take the one that the host's name resolves to, which may be none that others reach.
+
+    Raises:
+        OSError: No interface has the address.
+    """
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if not os.environ.get(name):
+            os.environ[name] = interface_of(address)
 
 
 def compare_versions(store: dist.Store, rank: int) -> None:

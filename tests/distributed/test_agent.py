@@ -11,8 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task
+from cluster.errors import ClusterError
 from cluster.link import Link
 
 HANG_TIMEOUT_S = 2.0
@@ -100,6 +103,27 @@ def test_an_agent_that_was_lost_and_lives_on_has_no_part_in_the_attempt_of_other
     Agent(driver, task_of("work", tmp_path), {}).run()
 
     assert driver.heard_late == []
+    assert state_of(driver.process) == ""
+
+
+class GoesDeaf(LosesIt):
+    """Orders one attempt; then the way to the agent is gone."""
+
+    def orders_after(self, version: int) -> Orders:
+        if version < 1:
+            return super().orders_after(version)
+        working = self.heard.get()
+        self.process = Path(f"/proc/{working['pid']}")
+        raise ConnectionResetError("the driver is away")
+
+
+def test_an_agent_that_hears_no_orders_any_more_ends(tmp_path: Path) -> None:
+    """Else it would say for ever that it is there, and do nothing that it is told."""
+    fork_server.start([__name__])
+    driver = GoesDeaf()
+    with pytest.raises(ClusterError, match="the driver's orders do not come any more: the driver is away"):
+        Agent(driver, task_of("work", tmp_path), {}).run()
+
     assert state_of(driver.process) == ""
 
 

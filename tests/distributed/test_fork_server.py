@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +24,10 @@ def server() -> None:
 def answer(value: int) -> tuple[int, int]:
     print("this goes nowhere")
     return value + 1, os.getpid()
+
+
+def are_hashes_random() -> bool:
+    return bool(sys.flags.hash_randomization)
 
 
 def refuse() -> None:
@@ -49,6 +54,10 @@ def test_it_returns_what_the_function_returns(capfd: pytest.CaptureFixture[str])
     assert value == 42
     assert pid != os.getpid()
     assert capfd.readouterr().out == ""
+
+
+def test_strings_hash_alike_in_every_process() -> None:
+    assert not fork_server.call(f"{HERE}:are_hashes_random")
 
 
 def test_it_raises_what_the_function_raises() -> None:

@@ -1,0 +1,26 @@
+"""The way between agents and driver, over Ray."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import ray_train
+from cluster.agent import Orders
+
+
+def test_orders_are_asked_for_again_when_their_connection_was_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray  # takes a second or two
+
+    answers: list[Any] = [ray.exceptions.ActorUnavailableError("reset", None), Orders(version=3), Orders(version=4)]
+
+    def get(_: object) -> Orders:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray_train, "_RETRY_INTERVAL_S", 0.0)
+    switchboard = SimpleNamespace(orders_after=SimpleNamespace(remote=lambda *_: None))
+    assert ray_train._RayChannel(switchboard).orders_after(3) == Orders(version=4)
