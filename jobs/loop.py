@@ -55,6 +55,7 @@ class Loop:
         save: Callable[..., None],
         stop_wanted: Callable[[], bool],
         mark: Callable[[str, int], None] = lambda *_: None,
+        tend: Callable[[], None] = lambda: None,
     ) -> None:
         """Only assigns.
 
@@ -69,6 +70,7 @@ class Loop:
                 whether it is more than one in a series.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
             mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
+            tend: Sees to earlier saves; called at every pause that has no save of its own.
         """
         self.spec = spec
         self.parts = parts
@@ -78,6 +80,7 @@ class Loop:
         self.save = save
         self.stop_wanted = stop_wanted
         self.mark = mark
+        self.tend = tend
         self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
         self.stopping = False
         self.metrics = dict(metrics)
@@ -133,6 +136,8 @@ class Loop:
         if on_schedule or is_needed:
             self.mark("storage", step)
             self.save(self.metrics, is_needed=is_needed)
+        else:
+            self.tend()
 
     def _validates_at(self, step: int) -> bool:
         steps, train = self.parts.steps, self.spec.train

@@ -3,14 +3,16 @@
 The loop pays for a copy of this worker's share into a buffer that is used again and again; threads hash and upload
 it. What all workers have written is no checkpoint yet: the driver writes the manifest, once it has heard of every
 share and the metrics up to that step are safe.
+
+A checkpoint needs the share of every rank, so the ranks decide together which saves are made: they exchange whether
+each has written its share of the save before. All ranks write the shares of the same steps, in the same order.
 """
 
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,13 +31,29 @@ _LONGEST_WAIT_S = 10.0
 _LOOK_INTERVAL_S = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A copy of this worker's share of the state of one step, to be written."""
+
+    share: Share
+    """Without its parts."""
+    keys: Sequence[PartKey]
+    copied: Callable[[], list[memoryview]]
+    """Waits for the copy, and gives the bytes of each key."""
+    give_back: Callable[[], None]
+    """Called when the copy is needed no more."""
+    told: Mapping[str, Any]
+    """What the driver is told beside the share."""
+
+
 class Saver:
     """Saves this worker's share of the state. One save is written at a time.
 
     A store that is slower than the saves are frequent holds the loop back a little; one that does not answer does not:
-    saves are left out until it does, and one that has to be waits beside the one that is being written.
+    saves are left out until it does. One that is needed is never left out: it waits until every rank has written the
+    save before. While it waits no rank writes it, so a newer one replaces it on all ranks or on none.
 
-    Collective: every rank has one and saves at the same steps.
+    Collective: every rank has one and calls ``save`` and ``tend`` at the same steps.
     """
 
     def __init__(
@@ -46,14 +64,15 @@ class Saver:
         link: Link,
         team: Team,
         restored: Manifest | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``restored``: of the checkpoint that the state is of; what has not changed since is not written again."""
         self._parts = parts
         self._progress = progress
         self._checkpoints = checkpoints
         self._link = link
-        self._rank = team.rank
-        self._world_size = team.world_size
+        self._team = team
+        self._clock = clock
         self._on_gpu = team.device.type == "cuda"
         self._buffers: list[Tensor] = []  # those that no save is written from
         self._before: dict[PartKey, Part] = {}
@@ -61,27 +80,104 @@ class Saver:
             self._before = {key: restored.part(key) for key in restored.part_keys()}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._requests = ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="upload")
-        self._pending: deque[Future[None]] = deque()  # the one being written, and one that waits at most
-        self._leaves_out = False
+        # Of the same steps on every rank: what is written until all have written it, and what comes after it.
+        self._writing: Future[None] | None = None
+        self._waiting: _Snapshot | None = None
+        self._leaves_out = False  # one was left out, and none has been begun in time since; the same on every rank
 
     def save(self, metrics: Mapping[str, float], *, is_needed: bool) -> None:
         """Copies this worker's share of the state of this moment, and has it written.
 
+        Collective: every rank, at the same steps, with the same ``is_needed``.
+
         Args:
             metrics: The newest at this step.
-            is_needed: Else it is left out if the save before is not written in time.
+            is_needed: If False, skip this save while some rank is still writing the save before.
 
         Raises:
             StorageError: An earlier save failed.
         """
-        if not self._has_room() and not is_needed:
+        late_ranks = self._late_ranks(_LONGEST_WAIT_S)
+        if late_ranks and not is_needed:
+            self._leave_out(late_ranks[0])
             return
-        if len(self._pending) > 1 and self._pending[-1].cancel():
-            self._pending.pop()  # this one is newer
+        if not late_ranks:
+            self._leaves_out = False
+            self._begin(self._snapshot(metrics))
+            return
+        if self._waiting is not None:
+            self._waiting.give_back()
+        self._waiting = self._snapshot(metrics)
+
+    def tend(self) -> None:
+        """Begins the save that waits, if all ranks have written the one before; never waits for the store.
+
+        Collective: every rank, at the same steps.
+
+        Raises:
+            StorageError: An earlier save failed.
+        """
+        if self._waiting is not None:
+            self._late_ranks(longest_wait_s=0.0)
+
+    def wait(self) -> None:
+        """Returns when everything is written that this rank has to write; asks no other rank.
+
+        Raises:
+            StorageError: A save failed.
+        """
+        while self._writing is not None:
+            self._writing.result()
+            self._begin_next()
+
+    def _late_ranks(self, longest_wait_s: float) -> list[int]:
+        """The ranks that have not written all that was begun, after a little wait; the same on every rank.
+
+        If there are none, nothing waits any more. A rank waits for its own store alone, and stops waiting if that is
+        in trouble.
+        """
+        give_up_at = self._clock() + longest_wait_s
+        while self._writing is not None:
+            have_written = self._team.gather_flags(self._has_written(self._writing, give_up_at))
+            if not all(have_written):
+                return [rank for rank, has_written in enumerate(have_written) if not has_written]
+            self._begin_next()
+        return []
+
+    def _has_written(self, save: Future[None], give_up_at: float) -> bool:
+        while not save.done():
+            if self._checkpoints.trouble is not None or self._clock() >= give_up_at:
+                return False
+            wait([save], _LOOK_INTERVAL_S)
+        save.result()
+        return True
+
+    def _begin_next(self) -> None:
+        """Begins what waits, if something does; what was written before is done with."""
+        self._writing = None
+        if self._waiting is not None:
+            snapshot, self._waiting = self._waiting, None
+            self._begin(snapshot)
+
+    def _begin(self, snapshot: _Snapshot) -> None:
+        self._writing = self._thread.submit(self._write, snapshot)
+        self._writing.add_done_callback(lambda _: snapshot.give_back())
+
+    def _leave_out(self, late_rank: int) -> None:
+        """The late rank tells the driver why saves are left out; once, until one is begun in time again."""
+        if self._team.rank == late_rank and not self._leaves_out:
+            trouble = self._checkpoints.trouble
+            why = "is written too slowly" if trouble is None else f"cannot be written: {trouble.reason}"
+            reason = f"the one before {why}; more are left out until it is written"
+            self._link.send("left_out", step=self._progress.step, reason=reason)
+        self._leaves_out = True
+
+    def _snapshot(self, metrics: Mapping[str, float]) -> _Snapshot:
+        """Starts a copy of this worker's share of the state of this moment."""
         layout = lay_out({**self._parts.state(), "progress": asdict(self._progress)})
         keys = [(name, number) for name, parts in layout.files.items() for number in range(len(parts))]
         places = [place for parts in layout.files.values() for place in parts]
-        own = divide([len(place) for place in places], self._world_size)[self._rank]
+        own = divide([len(place) for place in places], self._team.world_size)[self._team.rank]
         share = Share(
             step=self._progress.step,
             num_parts={name: len(parts) for name, parts in layout.files.items()},
@@ -97,40 +193,7 @@ class Saver:
             "spent": self._link.activity.spent(),
         }
         copied, give_back = self._copy(layout, places[own.start : own.stop])
-        save = self._thread.submit(self._write, share, keys[own.start : own.stop], copied, told)
-        save.add_done_callback(lambda _: give_back())
-        self._pending.append(save)
-
-    def wait(self) -> None:
-        """Returns when everything is written.
-
-        Raises:
-            StorageError: A save failed.
-        """
-        while self._pending:
-            self._pending.popleft().result()
-
-    def _has_room(self) -> bool:
-        """Waits a little for the save before; whether it is written."""
-        give_up_at = time.monotonic() + _LONGEST_WAIT_S
-        while self._pending:
-            wait([self._pending[0]], _LOOK_INTERVAL_S)
-            if self._pending[0].done():
-                self._pending.popleft().result()
-                continue
-            trouble = self._checkpoints.trouble
-            if trouble is not None or time.monotonic() > give_up_at:
-                why = "is written too slowly" if trouble is None else f"cannot be written: {trouble.reason}"
-                self._leave_out(f"the one before {why}; more are left out until it is written")
-                return False
-        self._leaves_out = False
-        return True
-
-    def _leave_out(self, reason: str) -> None:
-        """Says once why there is no checkpoint; the others have the same trouble, or wait for this worker's share."""
-        if not self._leaves_out and self._rank == 0:
-            self._link.send("event", event="checkpoint_left_out", step=self._progress.step, reason=reason)
-        self._leaves_out = True
+        return _Snapshot(share, keys[own.start : own.stop], copied, give_back, told)
 
     def _copy(
         self, layout: Layout, places: Sequence[range]
@@ -157,14 +220,13 @@ class Saver:
 
         return wait_for_it, lambda: self._buffers.append(buffer)
 
-    def _write(
-        self, share: Share, keys: Sequence[PartKey], copied: Callable[[], list[memoryview]], told: dict[str, Any]
-    ) -> None:
-        began = time.monotonic()
+    def _write(self, snapshot: _Snapshot) -> None:
+        """Thread: the one of checkpoints, which writes one save after the other."""
+        share, began = snapshot.share, self._clock()
 
         def write(key: PartKey, data: memoryview) -> Part:
             return self._checkpoints.write_part(share.step, key, data, self._before.get(key))
 
-        self._before = dict(zip(keys, self._requests.map(write, keys, copied())))
+        self._before = dict(zip(snapshot.keys, self._requests.map(write, snapshot.keys, snapshot.copied())))
         share = replace(share, parts=self._before)
-        self._link.send("share", share=share, seconds=time.monotonic() - began, **told)
+        self._link.send("share", share=share, seconds=self._clock() - began, **snapshot.told)

@@ -111,6 +111,12 @@ class Team:
         gathered = self._gather(padded.reshape(-1)).view(self.world_size, max(counts), width)
         return [row for count, of_rank in zip(counts, gathered.tolist()) for row in of_rank[:count]]
 
+    def gather_flags(self, flag: bool) -> list[bool]:
+        """The flag of each rank, in rank order; waits for everybody, if there are others."""
+        if self.world_size == 1:
+            return [flag]
+        return [value == 1 for value in self._gather(torch.tensor([int(flag)])).tolist()]
+
     def from_rank_0(self, read: Callable[[], _T]) -> _T:
         """What ``read`` returns on rank 0, on every rank; an error of ours is raised on every rank too."""
         told: list[Any] = [None]

@@ -90,6 +90,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         save=saver.save,
         stop_wanted=link.stop_wanted.is_set,
         mark=link.activity.mark,
+        tend=saver.tend,
     )
     link.activity.mark("data", progress.step)
     link.send("started", step=progress.step, spent=link.activity.spent())

@@ -13,12 +13,12 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Task
-from cluster.checkpoints import join
 from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import (
     ClusterError,
     Interrupted,
     LauncherError,
+    listed,
 )
 from cluster.run_directory import RunDirectory
 from jobs.order import shard_block
@@ -29,6 +29,7 @@ from launcher.goodput import Ledger
 from launcher.pace import Pace
 from launcher.plan import ENTRY
 from launcher.record import Record
+from launcher.saves import Saves
 
 _START_TIMEOUT_S = 180.0
 """How long agents may take from the order to start them until all of them are there."""
@@ -59,8 +60,7 @@ class Driver:
         self._attempt = _NONE
         self._failures = Failures(spec.workers.max_failures)
         self._finished: set[int] = set()
-        self._shares: dict[int, list[dict[str, Any]]] = {}
-        """What workers have told of checkpoints that are not whole yet, by step."""
+        self._saves = Saves(record.save_interval)
         self._completed = False
         self._interrupts = 0
         self._stop_reason: str | None = None
@@ -137,6 +137,7 @@ class Driver:
                 "matrix": self._on_matrix,
                 "pace": self._on_pace,
                 "event": self._on_event,
+                "left_out": self._on_left_out,
                 "share": self._on_share,
                 "finished": self._on_finished,
                 "failed": self._on_failed,
@@ -156,7 +157,8 @@ class Driver:
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
         self._record.state.attempts += 1
-        self._finished, self._trains, self._shares = set(), False, {}
+        self._finished, self._trains = set(), False
+        self._saves.attempt_started(self._crew.num_workers)
         self._failures.attempt_started(self._crew.num_workers)
         self._ledger.workers_there(self._clock())
         self._pace.restarted()
@@ -185,6 +187,7 @@ class Driver:
             self._trains = True
             self._ledger.training_began(self._clock(), message["spent"])
             self._record.begins_at(message["step"])
+            self._saves.training_began(self._clock())
 
     def _on_fell_back(self, message: dict[str, Any]) -> None:
         self._record.fell_back(message["step"], message["defect"])
@@ -211,15 +214,19 @@ class Driver:
         self._record.event(message["event"], step=message["step"], reason=message["reason"])
         self._display.message(f"step {message['step']}: {message['event'].replace('_', ' ')}: {message['reason']}")
 
+    def _on_left_out(self, message: dict[str, Any]) -> None:
+        """A worker is not ready for a checkpoint, so that all leave it out."""
+        rank, step, reason = message["rank"], message["step"], message["reason"]
+        self._saves.left_out(rank, reason)
+        self._record.event("checkpoint_left_out", step=step, rank=rank, reason=reason)
+        self._display.message(f"step {step}: checkpoint left out: {self._crew.where(rank)}: {reason}")
+
     def _on_share(self, message: dict[str, Any]) -> None:
         """A worker has written its share of a checkpoint. With the last share it becomes one."""
-        step = message["share"].step
-        told = self._shares.setdefault(step, [])
-        told.append(message)
-        manifest = join([other["share"] for other in told])
-        if manifest is None:
+        whole = self._saves.share(message)
+        if whole is None:
             return
-        self._shares = {later: shares for later, shares in self._shares.items() if later > step}
+        manifest, told = whole
         best = (message["best_step"], message["best_metric"])
         spent = next(other["spent"] for other in told if other["rank"] == 0)
         seconds = max(other["seconds"] for other in told)
@@ -372,6 +379,7 @@ class Driver:
         self._record.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
         self._checked_at = now
         self._account(now)
+        self._warn_if_overdue(now)
         if now - self._flushed_at > STATUS_INTERVAL_S:
             self._flushed_at = now
             self._record.flush()
@@ -383,6 +391,22 @@ class Driver:
         if reason is not None and self._stop_reason is None:
             self._ask_to_stop(reason)
         self._see_to_workers(now)
+
+    def _warn_if_overdue(self, now: float) -> None:
+        """Says once that no checkpoint comes, and who holds it up."""
+        step, saved_step = self._record.state.step, self._record.saved_step
+        overdue = self._saves.overdue(now, step=step, saved_step=saved_step)
+        if overdue is None:
+            return
+        self._record.event(
+            "checkpoint_overdue", step=step, saved_step=saved_step, ranks=overdue.ranks, reason=overdue.reason
+        )
+        who = listed([self._crew.where(rank) for rank in overdue.ranks])
+        what = f"{who}: {overdue.reason}" if who else overdue.reason
+        self._display.warn(
+            f"step {step}: no checkpoint has come since step {saved_step}: {what}; check the connection to the store, "
+            "or raise checkpoint.every_steps"
+        )
 
     def _account(self, now: float) -> None:
         """Brings up to date what is counted in time."""

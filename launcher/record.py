@@ -194,6 +194,11 @@ class Record:
         self._background.ask()
 
     @property
+    def save_interval(self) -> int:
+        """Steps between checkpoints that are made on schedule."""
+        return self._spec.checkpoint.every_steps or self._plan.steps_per_epoch
+
+    @property
     def is_settled(self) -> bool:
         """Whether the store answers, and every save is a checkpoint: workers that start now find the newest."""
         return not self._saves and not self._committed and self._background.failing is None

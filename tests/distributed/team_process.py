@@ -43,6 +43,8 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[str, int]] = field(default_factory=list)
     """What happened, and at which step."""
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    """The steps at which a checkpoint was left out, and the rank that was not ready."""
     digests: dict[int, str] = field(default_factory=dict)
     """The digest in the manifest of each checkpoint, by step."""
     results: dict[int, Any] = field(default_factory=dict)
@@ -165,6 +167,8 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
             outcome.rows.append(row)
         case {"kind": "event", "event": event, "step": step}:
             outcome.events.append((event, step))
+        case {"kind": "left_out", "step": step}:
+            outcome.left_out.append((step, rank))
         case {"kind": "share", "share": share}:
             shares = outcome.shares.setdefault(share.step, [])
             shares.append(share)

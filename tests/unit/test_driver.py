@@ -263,6 +263,35 @@ class TestRows:
         assert [row["step"] for row in run.metrics().read()] == [28, 35]
 
 
+class TestOverdueCheckpoints:
+    def test_the_worker_that_holds_them_up_is_named_once(self, run: RunDirectory) -> None:
+        """An epoch has 10 steps, and there is a save at the end of each."""
+        left_out = one("left_out", 1, step=20, reason="too slow")
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), [left_out], 40.0, [row(29)], [row(30)], [row(40)], 40.0,
+            [saved(0, 10)], [row(50)], both("finished", step=100, completed=True, spent=SPENT),
+        ]  # fmt: skip
+        drive(run, script)
+
+        (left_out,) = events(run, "checkpoint_left_out")
+        assert (left_out["step"], left_out["rank"], left_out["reason"]) == (20, 1, "too slow")
+        (overdue,) = events(run, "checkpoint_overdue")
+        assert {name: overdue[name] for name in ("step", "saved_step", "ranks", "reason")} == {
+            "step": 30, "saved_step": 0, "ranks": [1], "reason": "too slow",
+        }  # fmt: skip
+        assert run.checkpoints.steps() == [10]
+
+    def test_a_checkpoint_that_comes_begins_the_count_again(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), 40.0, [row(30)], [saved(0, 30)], 40.0, [row(60)], 1.0, [row(70)],
+            both("finished", step=100, completed=True, spent=SPENT),
+        ]  # fmt: skip
+        drive(run, script)
+
+        overdue = events(run, "checkpoint_overdue")
+        assert [(event["step"], event["saved_step"]) for event in overdue] == [(30, 0), (60, 30)]
+
+
 class TestDeaths:
     def test_consequences_of_a_death_are_not_its_cause(self, run: RunDirectory) -> None:
         """Rank 0 says that it lost its peer before the peer's agent says how that ended."""
@@ -307,6 +336,11 @@ def saved(attempt: int, step: int, seconds: float = 2.0) -> Message:
     )
     best = {"best_metric": None, "best_step": None}
     return one("share", 0, attempt, share=share, spent=SPENT, seconds=seconds, **best)
+
+
+def row(step: int) -> Message:
+    content = {"step": step, "epoch": step // 10, "samples": step}
+    return one("row", 0, row=content, time=float(step), spent=SPENT)
 
 
 def all_of(count: int, kind: str, attempt: int, **content: Any) -> list[Message]:
