@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 from cluster import fork_server
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
-from cluster.link import Activity, Beat, Link
+from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
 from cluster.run_directory import RunDirectory
 
@@ -44,6 +44,8 @@ _LAST_LOG_S = 10.0
 """How long the end of a run waits for the last log to be kept."""
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
+_AT_STORE = ("restore", "storage")
+"""What a process does that lasts as long as its store takes."""
 _FAULT = "Fatal Python error:"
 """How the stack begins that ``faulthandler`` prints of a process that crashes."""
 _NOISE = ("frame #", "Extension modules:")
@@ -97,6 +99,7 @@ class Task:
         fork_server: The address of a server to fork from, if there is one on the worker's host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         hang_timeout_s: Seconds without progress after which the training process counts as hung.
+        first_step_timeout_s: The same, from its start to the end of its first step.
         content: The job, which only the entry understands.
     """
 
@@ -112,6 +115,7 @@ class Task:
     address: str = _LOOPBACK
     on_gpu: bool = False
     hang_timeout_s: float = math.inf
+    first_step_timeout_s: float = math.inf
     content: Any = None
 
 
@@ -235,6 +239,18 @@ class Agent:
             self._channel.post([{"kind": "warning", "text": f"worker {rank}: log not kept: {error}"}])
 
 
+def standstill_s(beat: Beat) -> float:
+    """The seconds without progress that a beat tells of.
+
+    Until its own first step is done, wherever the run stands, a process may be long about building, reading, compiling
+    and tuning, so all of that is one. What reads or writes a checkpoint is as slow as its store, which has limits of
+    its own, and does not count.
+    """
+    if beat.is_first_step:
+        return sum(seconds for doing, seconds in beat.spent.items() if doing not in _AT_STORE)
+    return 0.0 if beat.doing in _AT_STORE else beat.for_s
+
+
 class _TrainingProcess:
     """A forked process that trains, as its agent sees it."""
 
@@ -248,7 +264,7 @@ class _TrainingProcess:
         self._connection, theirs = multiprocessing.Pipe()
         their_lifeline, self._lifeline = multiprocessing.Pipe(duplex=False)
         self._met = self._stopped = self._is_hung = False
-        self._beat: Beat | None = None
+        self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until it speaks for itself
         self._heard_at = self._pace_told_at = time.monotonic()
         self._process = fork_server.fork(
             _run_training,
@@ -272,12 +288,12 @@ class _TrainingProcess:
         """How the process ended, for one that has.
 
         A negative exit code is the number of the signal that killed it; ``oom_kill``: the kernel has just killed a
-        process for want of memory; ``step``: the steps completed by its last beat, if there was one.
+        process for want of memory; ``step``: the steps completed by its last beat.
         """
         return {
             "exit_code": self._process.exitcode,
             "oom_kill": self.oom_kills.any_lately(),
-            "step": self._beat and self._beat.step,
+            "step": self._beat.step,
             "log_tail": self.log_tail(),
         }
 
@@ -299,32 +315,29 @@ class _TrainingProcess:
     def news_of_pace(self) -> list[dict[str, Any]]:
         """Now and then, how far it is and what its time has gone into: beside the others, it tells who is slow."""
         beat, now = self._beat, time.monotonic()
-        if beat is None or beat.is_first_step or now - self._pace_told_at < _PACE_INTERVAL_S:
+        if beat.is_first_step or now - self._pace_told_at < _PACE_INTERVAL_S:
             return []
         self._pace_told_at = now
         return [{"kind": "pace", "step": beat.step, "spent": beat.spent}]
 
     def news_of_progress(self) -> dict[str, Any] | None:
-        """A message when the process has made no progress for too long, where it stands; and when it goes on again.
-
-        Until its own first step is done, wherever the run stands, it may be long about reading, compiling and tuning,
-        and a save is as slow as its store: those have limits of their own.
-        """
+        """A message when the process has made no progress for too long, where it stands; and when it goes on again."""
         beat, silent_s = self._beat, time.monotonic() - self._heard_at
-        if beat is None or beat.is_first_step:
-            return None
-        is_hung = silent_s + beat.for_s >= self.task.hang_timeout_s and beat.doing != "storage"
+        for_s, hang_timeout_s = silent_s + standstill_s(beat), self.task.hang_timeout_s
+        limit_s = self.task.first_step_timeout_s if beat.is_first_step else hang_timeout_s
+        is_hung = for_s >= limit_s
         if is_hung == self._is_hung:
             return None
         self._is_hung = is_hung
         if not is_hung:
             return {"kind": "goes_on"}
-        is_silent = silent_s >= self.task.hang_timeout_s / 2  # not even its link's thread says anything
+        is_silent = silent_s >= min(limit_s, hang_timeout_s) / 2  # not even its link's thread says anything
         return {
             "kind": "hung",
             "step": beat.step,
             "doing": beat.doing,
-            "for_s": round(silent_s + beat.for_s, 1),
+            "is_first_step": beat.is_first_step,
+            "for_s": round(for_s, 1),
             "is_silent": is_silent,
             "stack": _state_of(self._process.pid) if is_silent else self._stack(),
         }

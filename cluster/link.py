@@ -150,7 +150,7 @@ class Link:
             is_last = self._closing.wait(_BATCH_INTERVAL_S)
             batch: list[Beat | dict[str, Any]] = []
             now, beat = time.monotonic(), self.activity.beat()
-            # The end of the first step is told at once: from then on the agent watches for a hang.
+            # The end of the first step is told at once: from then on the agent watches every step for a hang.
             if now - beat_at >= _BEAT_INTERVAL_S or beat.is_first_step != was_first_step:
                 beat_at, was_first_step = now, beat.is_first_step
                 batch.append(beat)

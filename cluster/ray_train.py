@@ -89,7 +89,8 @@ class WorkerGroup:
         """The agents' messages since the last call, in order for each agent; waits up to ``timeout_s`` for one.
 
         Among them are Ray Train's: ``agents_lost``, with what Ray says of each of those that it lost, by rank; the
-        others are there still, until the next ``start``. And ``agents_placed``: the nodes that hold one, for each.
+        others are there still, until the next ``start``. If it names none, all are lost, or did not start. And
+        ``agents_placed``: the nodes that hold one, for each.
 
         Raises:
             ClusterError: Ray Train has given up on the agents.

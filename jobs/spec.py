@@ -177,7 +177,9 @@ class TrainSpec:
     max_steps: int | None = None
     """Stop, saved and resumable, after this many optimizer steps in all; ``resume`` lifts a limit that was reached."""
     max_seconds: float | None = None
-    """Stop, saved and resumable, this many seconds after ``run`` or ``resume`` began, such as before a time limit."""
+    """Stop, saved and resumable, this many seconds after ``run`` or ``resume`` began, such as before a time limit. The
+    first start of workers may go on beyond it to the end of one step, so that every ``resume`` gets on; once workers
+    have trained or failed, or while they are waited for, the run stops in time, at its newest checkpoint."""
     global_batch: int = 64
     """Samples per optimizer step, over all workers."""
     shards: int = 4
@@ -252,7 +254,9 @@ class MaxFailuresSpec:
     """How many failures of each kind a run recovers from before it is given up; null: any number."""
 
     machine: int | None = 10
-    """Workers and nodes lost, processes killed, hung, or out of memory by the machine's doing."""
+    """Workers and nodes lost, workers that do not start, processes killed, hung, or out of memory by the machine's
+    doing. Starts that fail one after the other are tried again later and later, after 60 seconds at most. A hang in
+    the first step of a process ends the run when it comes back at the same step and line."""
     preemption: int | None = None
     """Workers lost because their node was drained or taken away with notice."""
     code: int | None = 3
@@ -282,10 +286,17 @@ class WorkersSpec:
     run is given up; it can be resumed."""
     max_worker_hours: float | None = None
     """Hours of all workers together, over the whole life of the run, after which it saves and stops; none: no limit."""
+    start_timeout_s: float = 300.0
+    """Seconds for the agents of all workers to start once there is room for them: Ray starts their processes, and each
+    node imports torch. If one is late, that is a failure of the machine, and all are started again."""
+    first_step_timeout_s: float | None = 1800.0
+    """Seconds from the start of a training process to the end of its first step, after which it counts as hung and is
+    replaced: meeting the others, building model and data sets, the first batch, compiling. Reading a checkpoint does
+    not count, ``checkpoint.patience_s`` limits that. None: no limit, then only a person ends a start that hangs."""
     timeout_s: float = 600.0
     """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
     hang_timeout_s: float = 300.0
-    """Seconds without progress, from a run's first step on, after which a worker counts as hung and is replaced.
+    """Seconds without progress, once a process has done its first step, after which it counts as hung and is replaced.
     No step, batch or validation batch may take as long."""
 
     @property
@@ -308,9 +319,12 @@ class WorkersSpec:
             raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
         if self.max_worker_hours is not None and not 0 < self.max_worker_hours < math.inf:
             raise FieldError("max_worker_hours", f"must be finite and above 0, got {self.max_worker_hours}")
-        for name in ("timeout_s", "hang_timeout_s", "wait_s"):
+        for name in ("timeout_s", "hang_timeout_s", "wait_s", "start_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FieldError(name, f"must be finite and above 0 seconds, got {getattr(self, name)}")
+        limit = self.first_step_timeout_s
+        if limit is not None and not 0 < limit < math.inf:
+            raise FieldError("first_step_timeout_s", f"must be finite and above 0, got {limit}; null turns it off")
         if self.gpus not in ("auto", 0, 1):
             raise FieldError(
                 "gpus", f"must be 0, 1 or auto, got {self.gpus!r}; a worker drives one GPU, raise workers.num"

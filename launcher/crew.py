@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.agent import HERE_INTERVAL_S
+from cluster.errors import listed
 from cluster.ray_cluster import Node
 from cluster.ray_train import WorkerGroup
 from jobs.spec import WorkersSpec
@@ -53,6 +54,7 @@ class Crew:
         """What each said when it came, by rank."""
         self._workers = workers
         self._look = look
+        self._asked_at = -math.inf
         self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
         self._looked_at = -math.inf
@@ -107,11 +109,24 @@ class Crew:
         self.num_workers, self.agents = 0, {}
         self._looked_at, self._room_since, self._seen = -math.inf, math.inf, None
 
-    def start(self, num_workers: int) -> None:
+    def start(self, num_workers: int, now: float) -> None:
         """Starts so many agents in place of those there are."""
         self.disband()
-        self.num_workers = num_workers
+        self.num_workers, self._asked_at = num_workers, now
         self.group.start(num_workers)
+
+    def late(self, now: float) -> str:
+        """What to say of agents that have not started in time, and of their nodes; nothing if there are none."""
+        limit_s = self._workers.start_timeout_s
+        if self.is_complete or now - self._asked_at <= limit_s:
+            return ""
+        missing = self._held - Counter(agent["node"] for agent in self.agents.values())
+        addresses = [node.address for node in self._look() if missing[node.id]]
+        where = f"; late: node{'s' * (len(addresses) != 1)} {listed(addresses)}" if addresses else ""
+        return (
+            f"{len(self.agents)} of {self.num_workers} agents were there after {limit_s:g} s "
+            f"(workers.start_timeout_s){where}"
+        )
 
     def room(self, now: float) -> int | None:
         """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few.

@@ -5,6 +5,7 @@ and the moment at which a checkpoint becomes one. Workers send it small messages
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -31,8 +32,6 @@ from launcher.plan import ENTRY
 from launcher.record import Record
 from launcher.saves import Saves
 
-_START_TIMEOUT_S = 180.0
-"""How long agents may take from the order to start them until all of them are there."""
 _RATE_WINDOW_S = 20.0
 _NONE = -1
 """The attempt while there is none."""
@@ -67,9 +66,12 @@ class Driver:
         self._change: Change | None = None
         """Under way: the workers save, and others take their place."""
         self._flushed_at = self._started_at = self._checked_at = clock()
-        self._asked_at = self._started_at
+        self._start_at = self._started_at
+        """Workers are not started before."""
         self._waiting_since: float | None = None
         self._trains = False
+        self._is_first_start = True
+        """No worker has trained yet, and none has failed."""
         self._seconds_before = record.state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(record.state.time))
 
@@ -153,6 +155,7 @@ class Driver:
         if self._crew.is_complete:
             shards, num_workers = self._spec.train.shards, self._crew.num_workers
             self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
+            self._attempt = _NONE  # one that runs counts on an agent of a group before, whose hello came late
 
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
@@ -184,7 +187,7 @@ class Driver:
 
     def _on_started(self, message: dict[str, Any]) -> None:
         if message["rank"] == 0:
-            self._trains = True
+            self._trains, self._is_first_start = True, False
             self._ledger.training_began(self._clock(), message["spent"])
             self._record.begins_at(message["step"])
             self._saves.training_began(self._clock())
@@ -243,7 +246,9 @@ class Driver:
     # Workers.
 
     def _gather(self, now: float) -> None:
-        """Starts workers as soon as there is room for them."""
+        """Starts workers as soon as there is room for them, unless it is too early to try again."""
+        if now < self._start_at:
+            return
         room = self._crew.room(now)
         if room is None:
             return
@@ -255,8 +260,7 @@ class Driver:
                 self._display.message(f"step {self._record.state.step}: going on with {room} workers")
             self._display.phase(f"starting {room} worker{'s' * (room > 1)}")
             self._record.state.workers, self._record.state.waits_for, self._waiting_since = room, None, None
-            self._crew.start(room)
-            self._asked_at = now
+            self._crew.start(room, now)
             return
         shortage = self._crew.shortage()
         if self._waiting_since is None:
@@ -276,6 +280,7 @@ class Driver:
         self._ledger.waiting(self._clock())
         self._failures.attempt_started(0)
         self._attempt, self._change, self._finished, self._trains = _NONE, None, set(), False
+        self._completed = False  # some may have finished, but the last checkpoint is not whole without the others
         self._record.reached(self._record.saved_step)
 
     def _plan_change(self, change: Change) -> None:
@@ -303,14 +308,14 @@ class Driver:
 
     def _on_agents_lost(self, message: dict[str, Any]) -> None:
         """Ray has lost agents, or could not start them. The others can only be replaced with them."""
+        if len(self._finished) == self._crew.num_workers:  # they have done their work, or been let go of
+            return
         self._ledger.failed(self._clock())
         self._record.event("agents_lost", step=self._record.state.step, lost=message["lost"], reason=message["what"])
-        if self._change is None and message["lost"]:
+        if self._change is None:
             self._failures.lost(message)
-            return
-        if message["what"]:
-            self._display.warn(f"the workers did not start: {message['what']}")
-        self._regroup()
+        else:
+            self._regroup()
 
     # Failures.
 
@@ -327,9 +332,16 @@ class Driver:
         self._note_failure(verdict.failure)
         if isinstance(verdict, GiveUp):
             raise self._final_error(verdict)
-        self._display.warn(f"{self._described(verdict.failure)}; starting anew from the newest checkpoint")
+        what, later = self._described(verdict.failure), f" in {verdict.wait_s} s" if verdict.wait_s else ""
+        self._trains = self._is_first_start = False
+        if self._stop_reason is not None or self._why_stop(now) is not None:  # others would only be started to stop
+            self._display.warn(f"{what}; the run stops at the newest checkpoint")
+            self._regroup()
+            return
+        self._display.warn(f"{what}; starting anew from the newest checkpoint{later}")
         if verdict.needs_agents or self._change is not None:
             self._regroup()
+            self._start_at = now + verdict.wait_s
         else:
             self._start_attempt()
 
@@ -425,11 +437,9 @@ class Driver:
             if self._stop_reason is None:
                 self._gather(now)
         elif not self._crew.is_complete:
-            if now - self._asked_at > _START_TIMEOUT_S:
-                raise ClusterError(
-                    f"only {len(self._crew.agents)} of {self._crew.num_workers} workers started within "
-                    f"{_START_TIMEOUT_S:.0f} s; see /tmp/ray/session_latest/logs, then launcher resume {self._run_url}"
-                )
+            late = self._crew.late(now)
+            if late and self._record.is_settled:  # else it cannot be judged yet, and they may come
+                self._on_agents_lost({"lost": {}, "what": late})
         elif silent := self._crew.silent(now):
             self._on_agents_lost({"lost": silent, "what": ""})
         elif self._attempt == _NONE and self._record.is_settled:
@@ -440,19 +450,29 @@ class Driver:
                 self._plan_change(change)
 
     def _ask_to_stop(self, reason: str) -> None:
+        """Has the workers save and end; if none trains there is nothing to save, and the run ends at once."""
         self._stop_reason = reason
-        self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
         self._record.event("stop_requested", step=self._record.state.step, reason=reason)
-        self._crew.group.order(stop=True)
+        if self._trains:
+            self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
+            self._crew.group.order(stop=True)
+        else:
+            self._display.message(f"{reason}: no worker trains, the run stops at the newest checkpoint")
+            self._regroup()
 
     def _why_stop(self, now: float) -> str | None:
-        """Why the run should save and stop, if it should; a limit that passes while workers start costs them a step."""
+        """Why the run should stop, if it should.
+
+        A limit that passes during the first start waits for the workers' first step: one that is shorter than a start
+        would otherwise let no ``resume`` get anywhere. That start has limits of its own; where it fails, or while there
+        is no room for workers, nobody makes progress, and the limit ends the run without a step.
+        """
         limit = self._spec.train.max_seconds
         if self._interrupts:
             return "stopping on a signal"
         if self._record.is_stop_requested:
             return "stopping as asked by launcher stop"
-        if not self._trains and self._waiting_since is None:
+        if self._is_first_start and self._waiting_since is None:
             return None
         if limit is not None and now - self._started_at > limit:
             return f"stopping at train.max_seconds={limit:g}"
@@ -495,5 +515,6 @@ def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -
         import_paths=import_paths,
         working_directory=os.getcwd(),
         hang_timeout_s=spec.workers.hang_timeout_s,
+        first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
         content=spec,
     )

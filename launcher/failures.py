@@ -25,6 +25,8 @@ Message = dict[str, Any]
 Kind = Literal["machine", "preemption", "code"]
 """Whose doing a failure was; each has a budget of its own."""
 
+_LONGEST_BACK_OFF_S = 60
+"""Between starts of agents that fail one after the other; the first is tried again after a second, then it doubles."""
 _LAST_WORDS_S = 5.0
 """How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
 _CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
@@ -37,17 +39,30 @@ _ADVICE: dict[Cause, str] = {
     "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
     "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",
     "killed": "find out who killed it, then resume",
-    "hung": "see where it stood; if it was at work, raise workers.hang_timeout_s; then resume",
+    "hung": "see where it stood; if it was at work, raise {limit}; then resume",
     "node_lost": "resume on other nodes",
     "preempted": "resume on other nodes",
     "exchange_timeout": "see why the workers do not reach each other, or raise workers.timeout_s; then resume",
     "connection_lost": "see why the workers do not reach each other, then resume",
+    "not_started": "see /tmp/ray/session_latest/logs there, or raise workers.start_timeout_s; then resume",
     "environment": "give that node the modules and files that the others have, then resume",
 }
 """What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
+_IN_FIRST_STEP = {
+    "start": "meeting the others or building model and data sets",
+    "restore": "reading the checkpoint",
+    "data": "reading the first batch",
+    "forward": "in the first forward pass, where torch.compile compiles",
+    "backward": "in the first backward pass, where torch.compile compiles",
+    "exchange": "waiting for the others",
+}
+"""What a process is at that has not done its first step, by its mark."""
+_EXCHANGING = ("backward", "exchange")
+"""Marks at which workers give each other what they have."""
 _SIGNS_OF_LOSS: dict[str, Cause] = {
     "running low on memory": "out_of_memory",  # its memory monitor
     "node was preempted": "preempted",
+    "by node preemption": "preempted",
     "node was terminated expectedly": "preempted",
     "node was terminated": "node_lost",
     "node has died": "node_lost",
@@ -57,6 +72,8 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
     "has been hanging": "hung",  # by Ray Train's own health check
 }
 """What is said of an agent that is lost, the most telling first; of any other Ray says that its process died."""
+_KINDS_OF_LOSS: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
+"""All others are the machine's doing."""
 _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
 """Exit codes of processes that ended themselves, by a fault of their own."""
 _NCCL = "ProcessGroupNCCL"
@@ -80,6 +97,7 @@ class Failure:
         traceback: Of the user's code.
         log_tail: What a process printed last that could not say why it ended.
         hang: What is known of where it stands, if it hung.
+        limit: The key of the limit that it exceeded, if it hung.
     """
 
     cause: Cause
@@ -92,14 +110,22 @@ class Failure:
     traceback: str = ""
     log_tail: str = ""
     hang: Message | None = None
+    limit: str = "workers.hang_timeout_s"
 
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """All training processes are to be started anew; ``needs_agents``: and the agents, for some were lost."""
+    """All training processes are to be started anew.
+
+    Attributes:
+        failure: Why.
+        needs_agents: The agents too, for some were lost.
+        wait_s: Seconds to wait before that: more and more where agents do not start.
+    """
 
     failure: Failure
     needs_agents: bool
+    wait_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +143,7 @@ class GiveUp:
     @property
     def advice(self) -> str:
         """What to do about it, if it can be said."""
-        return _ADVICE.get(self.failure.cause, "")
+        return _ADVICE.get(self.failure.cause, "").format(limit=self.failure.limit)
 
 
 class Failures:
@@ -128,15 +154,20 @@ class Failures:
         self.counts: dict[Kind, int] = {"machine": 0, "preemption": 0, "code": 0}
         """The failures so far, by whose doing they were."""
         self._places: set[str] = set()
+        self._failed_starts = 0
+        """Of agents, one after the other."""
         self.attempt_started(0)
 
     def attempt_started(self, num_workers: int) -> None:
-        """What was said before is of processes that are gone; there are so many now."""
+        """What was said before is of processes that are gone; there are so many now, 0 while agents start."""
         self._num_workers = num_workers
+        if num_workers:
+            self._failed_starts = 0
         self._fatal: Message | None = None
         self._broken: dict[int, Message] = {}
         self._exits: dict[int, Message] = {}
         self._lost: dict[int, str] = {}
+        self._all_lost = ""
         self._hung: dict[int, Message] = {}
         self._finished: set[int] = set()
         self._draining: set[int] = set()
@@ -169,8 +200,10 @@ class Failures:
         self._finished.add(message["rank"])
 
     def lost(self, message: Message) -> None:
-        """Ray has lost agents, and their training processes with them."""
+        """Agents are lost, and their training processes with them; if none is named, all are, or did not start."""
         self._lost |= message["lost"]
+        if not message["lost"]:
+            self._all_lost = message["what"] or "Ray does not say why"
 
     def draining(self, ranks: Collection[int]) -> None:
         """The nodes of these workers are being taken away; whatever takes the workers with them is that."""
@@ -183,7 +216,7 @@ class Failures:
             return None
         if failure.rank in self._draining and failure.cause in _TAKEN_AWAY:
             message = f"its node was being drained: {failure.message}"
-            failure = replace(failure, cause="preempted", kind="preemption", message=message)
+            failure = replace(failure, cause="preempted", kind="preemption", message=message, place="")
         if failure.kind is None:
             return GiveUp(failure)
         self.counts[failure.kind] += 1
@@ -194,7 +227,11 @@ class Failures:
             return GiveUp(failure, f"and workers.max_failures.{failure.kind}={limit} is used up")
         if failure.place:
             self._places.add(failure.place)
-        return TryAgain(failure, needs_agents=bool(self._lost))
+        needs_agents, wait_s = bool(self._lost or self._all_lost), 0
+        if needs_agents and not self._num_workers:
+            wait_s = min(2**self._failed_starts, _LONGEST_BACK_OFF_S)
+            self._failed_starts += 1
+        return TryAgain(failure, needs_agents, wait_s)
 
     def _first_failure(self, now: float) -> Failure | None:
         if self._waits_since is None and (self._fatal or self._broken):
@@ -205,6 +242,8 @@ class Failures:
             return self._of_exception(self._fatal) if all_ended or has_waited else None
         if self._lost:
             return self._of_agents()
+        if self._all_lost:
+            return self._of_all_agents(self._all_lost)
         for message in self._exits.values():
             if message["rank"] not in self._finished | self._broken.keys():
                 return _of_exit(message)
@@ -234,23 +273,40 @@ class Failures:
         causes = {rank: _cause_of_loss(reason) for rank, reason in self._lost.items()}
         telling = [*_SIGNS_OF_LOSS.values(), "killed"]
         rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
-        kinds: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
-        return Failure(cause=causes[rank], message=self._lost[rank], kind=kinds.get(causes[rank], "machine"), rank=rank)
+        kind = _KINDS_OF_LOSS.get(causes[rank], "machine")
+        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank)
+
+    def _of_all_agents(self, reason: str) -> Failure:
+        """Agents that did not start, or that Ray has given up together."""
+        cause = _cause_of_loss(reason, "killed" if self._num_workers else "not_started")
+        what = "the workers were lost" if self._num_workers else "the workers did not start"
+        return Failure(cause=cause, message=f"{what}: {reason}", kind=_KINDS_OF_LOSS.get(cause, "machine"), rank=None)
 
     def _of_hang(self) -> Failure:
         """The worker that the others wait for: one that is silent, or else one that is behind them."""
         hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
         silent = [message for message in hung if message["is_silent"]]
         found = (silent or hung)[0]
-        place = _innermost(found["stack"])
-        what = f"no progress for {found['for_s']:.0f} s in {found['doing']}" + (f", {place}" if place else "")
-        is_stuck = not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1
-        hang = {name: found[name] for name in ("rank", "step", "doing", "for_s", "stack")}
+        step, doing, line = found["step"], found["doing"], _innermost(found["stack"])
+        is_first_step, for_s = found["is_first_step"], found["for_s"]
+        what = f"no progress for {for_s:.0f} s in {doing}"
+        if is_first_step:
+            what = f"has not done its first step after {for_s:.0f} s, {_IN_FIRST_STEP.get(doing, doing)}"
+        are_alike = not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1
+        is_stuck = are_alike and doing in _EXCHANGING and not is_first_step
+        if line:
+            what += f", {line}"
+        if are_alike:
+            what += ", and so for all" + ": what they exchange is stuck" * is_stuck
+        hang = {name: found[name] for name in ("rank", "step", "doing", "is_first_step", "for_s", "stack")}
         return Failure(
             cause="exchange_timeout" if is_stuck else "hung",
-            message=what + ", and so for all: what they exchange is stuck" * is_stuck,
+            message=what,
             rank=found["rank"],
-            step=found["step"],
+            step=step,
+            # If it stands at the same line again, it is neither slow nor has it had bad luck.
+            place=f"first step after {step}, {doing}, {line}" if is_first_step and line and not silent else "",
+            limit="workers.first_step_timeout_s" if is_first_step else "workers.hang_timeout_s",
             hang=hang | {"waiting": sorted(self._hung.keys() - {found["rank"]})},
         )
 
@@ -261,7 +317,7 @@ class Failures:
         if silent and all(message["cause"] == "exchange_timeout" for message in self._broken.values()):
             others = f"worker{'s' * (len(self._broken) > 1)} {listed(sorted(self._broken))}"
             what = f"says nothing, and {others} waited for it in vain: {first['message']}"
-            return Failure(cause="hung", message=what, rank=silent[0], step=first["step"])
+            return Failure(cause="hung", message=what, rank=silent[0], step=first["step"], limit="workers.timeout_s")
         what = f"no worker says more than: {first['message']}"
         return Failure(cause=first["cause"], message=what, rank=first["rank"], step=first["step"])
 
@@ -283,8 +339,8 @@ def _of_exit(message: Message) -> Failure:
     return Failure(cause="killed", message=f"killed by {name}", **known)
 
 
-def _cause_of_loss(reason: str) -> Cause:
-    return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), "killed")
+def _cause_of_loss(reason: str, otherwise: Cause = "killed") -> Cause:
+    return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), otherwise)
 
 
 def _innermost(stack: str) -> str:

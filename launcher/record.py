@@ -80,7 +80,7 @@ class Record:
     def __init__(
         self, *, spec: JobSpec, plan: Plan, run: RunDirectory, state: RunState, display: Progress, tracker: Tracker
     ) -> None:
-        """Only assigns. ``state`` carries over what earlier invocations of the run counted."""
+        """Only assigns. ``state``: at the newest checkpoint, with what earlier invocations of the run counted."""
         self.state = state
         self.display = display
         self.saved_step = state.step

@@ -14,18 +14,21 @@ from typing import Any
 import pytest
 
 from cluster import fork_server
-from cluster.agent import Agent, Orders, Task
+from cluster.agent import Agent, Orders, Task, standstill_s
 from cluster.errors import ClusterError
-from cluster.link import Link
+from cluster.link import Beat, Link
 
 HANG_TIMEOUT_S = 2.0
 FIRST_STEP_S, SECOND_STEP_S = 3.0, 4.0
+LONG_S = 6.0
+"""A process that says nothing for half of it counts as silent; one that lives speaks every second."""
 
 
 class Driver:
-    """Orders one attempt, and ends the run when its process has ended."""
+    """Orders one attempt, and ends the run when it hears that its process has ended, or whatever is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: str = "exited") -> None:
+        self._until = until
         self.heard: list[dict[str, Any]] = []
         self._here = threading.Event()
         self._ended = threading.Event()
@@ -33,7 +36,7 @@ class Driver:
     def post(self, messages: list[dict[str, Any]]) -> None:
         self.heard += messages
         self._here.set()
-        if any(message["kind"] == "exited" for message in messages):
+        if any(message["kind"] == self._until for message in messages):
             self._ended.set()
 
     def orders_after(self, version: int) -> Orders:
@@ -64,6 +67,46 @@ def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> No
     assert pace["spent"]["data"] > FIRST_STEP_S
     (exited,) = heard(driver, "exited")
     assert exited["exit_code"] == 0, exited["log_tail"]
+
+
+def hang_at_its_first_batch(link: Link, _: Task) -> None:
+    link.activity.mark("data", 7)
+    threading.Event().wait()
+
+
+def test_but_not_for_ever(tmp_path: Path) -> None:
+    fork_server.start([__name__])
+    driver, limits = Driver(until="hung"), {"first_step_timeout_s": LONG_S, "hang_timeout_s": LONG_S}
+    Agent(driver, task_of("hang_at_its_first_batch", tmp_path, **limits), {}).run()
+
+    (hung,) = heard(driver, "hung")
+    assert (hung["step"], hung["doing"], hung["is_first_step"], hung["is_silent"]) == (7, "data", True, False)
+    assert hung["for_s"] >= LONG_S
+    assert "in hang_at_its_first_batch" in hung["stack"]
+
+
+def test_a_process_that_stops_before_its_first_step_is_told_as_silent(tmp_path: Path) -> None:
+    fork_server.start([__name__])
+    driver = Driver(until="hung")
+    Agent(driver, task_of("stop_for_ever", tmp_path, first_step_timeout_s=FIRST_STEP_S), {}).run()
+
+    (hung,) = heard(driver, "hung")
+    assert (hung["doing"], hung["is_first_step"], hung["is_silent"]) == ("start", True, True)
+    assert "T (stopped)" in hung["stack"]
+
+
+@pytest.mark.parametrize(
+    ("beat", "seconds"),
+    [
+        (Beat("data", 7, True, 2.0, {"start": 3.0, "restore": 90.0, "data": 2.0}), 5.0),
+        (Beat("restore", 0, True, 90.0, {"start": 3.0, "restore": 90.0}), 3.0),
+        (Beat("data", 8, False, 2.0, {"start": 3.0, "restore": 90.0, "data": 4.0}), 2.0),
+        (Beat("storage", 8, False, 90.0, {"start": 3.0, "storage": 90.0}), 0.0),
+    ],
+    ids=["all until the first step", "but for reading a checkpoint", "then since the last mark", "but for a save"],
+)
+def test_what_counts_as_a_standstill(beat: Beat, seconds: float) -> None:
+    assert standstill_s(beat) == seconds
 
 
 class LosesIt:
@@ -181,14 +224,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def task_of(entry: str, run_path: Path) -> Task:
+def task_of(entry: str, run_path: Path, **limits: float) -> Task:
     return Task(
         entry=f"{__name__}:{entry}",
         run_url=str(run_path),
         import_paths=(),
         working_directory=".",
         fork_server=fork_server.own_address(),
-        hang_timeout_s=HANG_TIMEOUT_S,
+        **({"hang_timeout_s": HANG_TIMEOUT_S} | limits),
     )
 
 

@@ -19,7 +19,7 @@ def two_steps(connection: Connection) -> None:
 
 
 def test_the_end_of_the_first_step_is_told_at_once() -> None:
-    """A process that stops a moment later is noticed: until then it may take as long as it likes."""
+    """A process that stops a moment later is noticed as soon as in any step, though its first may take long."""
     fork_server.start([__name__])
     ours, theirs = multiprocessing.Pipe()
     process = fork_server.fork(two_steps, (theirs,), "two steps")

@@ -60,6 +60,19 @@ def test_a_stopped_process(tmp_path: Path, make_plan, undisturbed: Bits) -> None
     assert "State: T (stopped)" in ended.stderr.replace("\t", " ")
 
 
+def test_all_hang_before_their_first_step(tmp_path: Path, make_plan, undisturbed: Bits) -> None:
+    plan = make_plan(*(Fault(kind="hang", doing="data", step=0, rank=rank) for rank in range(2)))
+    overrides = ("data.train.transform=null", "workers.first_step_timeout_s=20")
+    ended = launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, "--json", cwd=tmp_path)
+
+    assert fired(plan).keys() == {0, 1}
+    assert_same(ended, tmp_path / "runs/digits", undisturbed)
+    (hung,) = events(tmp_path / "runs/digits", "worker_hung")
+    assert (hung["doing"], hung["step"], hung["is_first_step"]) == ("data", 0, True)
+    assert "faults.py" in hung["stack"]
+    assert "has not done its first step after" in ended.stderr
+
+
 def test_an_endless_loop_in_the_data(tmp_path: Path, undisturbed: Bits) -> None:
     """Sample 700 is wanted by one worker; the other waits for it in the exchange, and is not blamed."""
     (tmp_path / "looping.py").write_text(LOOPING)

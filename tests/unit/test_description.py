@@ -113,6 +113,10 @@ FILE_MISTAKES = {
     ),
     "workers: {num: [1, 1.5]}": "workers.num[1] must be a whole number, got 1.5; write a whole number",
     "workers: {max_worker_hours: 0}": "workers.max_worker_hours must be finite and above 0, got 0.0",
+    "workers: {start_timeout_s: 0}": "workers.start_timeout_s must be finite and above 0 seconds, got 0.0",
+    "workers: {first_step_timeout_s: 0}": (
+        "workers.first_step_timeout_s must be finite and above 0, got 0.0; null turns it off"
+    ),
     "workers: {max_failures: 3}": "workers.max_failures must be a mapping, got 3",
     "workers: {max_failures: {code: -1}}": "workers.max_failures.code must be at least 0, got -1",
     # choices

@@ -18,7 +18,7 @@ from cluster.link import DOING
 from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
-from jobs.spec import MaxFailuresSpec, WorkersSpec
+from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
 from launcher.crew import Crew
 from launcher.driver import Driver
 from launcher.progress import open_progress
@@ -41,6 +41,7 @@ class Group:
         self.now = 0.0
         self.orders: list[dict[str, Any]] = []
         self.started: list[int] = []
+        self.started_at: list[float] = []
         self.is_closed = False
         self.is_settled: Callable[[], bool] = lambda: True
 
@@ -58,6 +59,7 @@ class Group:
 
     def start(self, num_workers: int) -> None:
         self.started.append(num_workers)
+        self.started_at.append(self.now)
 
     def order(self, **changes: Any) -> None:
         self.orders.append(changes)
@@ -78,15 +80,21 @@ def drive(
     run: RunDirectory,
     script: list[list[Message] | float],
     look: Callable[[float], list[Node]] = lambda _: [node("a", 2)],
+    *,
+    max_seconds: float | None = None,
+    step: int = 0,
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
-    """Drives a run through a script, which ends with the run; ``look`` tells the nodes that there are by then."""
-    spec = bare_job(workers=WorkersSpec(**({"num": 2} | workers)))
+    """Drives a run through a script, which ends with the run.
+
+    ``look`` tells the nodes that there are by then, ``step`` is that of the newest checkpoint of a run that is resumed.
+    """
+    spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(**({"num": 2} | workers)))
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(io.StringIO(), clock=lambda: group.now)
     run.claim()
-    record = Record(spec=spec, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
+    record = Record(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
     group.is_settled = lambda: record.is_settled
     driver = Driver(spec=spec, run_url=run.url, record=record, clock=lambda: group.now)
     scripted: Any = group
@@ -133,7 +141,18 @@ def finished(attempt: int) -> list[Message]:
 
 
 def hung(rank: int, doing: str, *, step: int = 7, is_silent: bool = False, stack: str = "") -> Message:
-    return one("hung", rank, step=step, doing=doing, for_s=300.4, is_silent=is_silent, stack=stack)
+    return one("hung", rank, step=step, doing=doing, is_first_step=False, for_s=300.4, is_silent=is_silent, stack=stack)
+
+
+def not_begun(rank: int, doing: str, attempt: int = 0, *, line: int = 3) -> Message:
+    """A process is told as hung in its first step."""
+    stack = f'  File "mine.py", line {line} in __init__'
+    content = {"step": 0, "doing": doing, "for_s": 1800.4, "is_silent": False, "stack": stack}
+    return one("hung", rank, attempt, is_first_step=True, **content)
+
+
+def not_started(what: str = "the placement group was not ready in 60 s") -> list[Message]:
+    return [{"kind": "agents_lost", "lost": {}, "what": what}]
 
 
 def failed(rank: int, attempt: int, *, place: str = "", step: int | None = None) -> Message:
@@ -170,8 +189,9 @@ class TestHangs:
              "no progress for 300 s in backward, State:\tT (stopped)"),
             ([hung(0, "backward"), hung(1, "backward")], 0,
              "no progress for 300 s in backward, and so for all: what they exchange is stuck"),
+            ([hung(0, "data"), hung(1, "data")], 0, "no progress for 300 s in data, and so for all"),
         ],
-        ids=["waiting for data", "a step behind", "before the exchange", "silent", "all alike"],
+        ids=["waiting for data", "a step behind", "before the exchange", "silent", "all alike", "all at their data"],
     )  # fmt: skip
     def test_the_one_that_the_others_wait_for_is_blamed(
         self, run: RunDirectory, reports: list[Message], blamed: int, reason: str
@@ -198,6 +218,50 @@ class TestHangs:
         document, _ = drive(run, script)
 
         assert events(run, "worker_lost") == []
+        assert document["attempts"] == 1
+
+
+class TestFirstSteps:
+    def test_one_that_is_not_done_is_tried_again(self, run: RunDirectory) -> None:
+        reports = [not_begun(0, "start"), not_begun(1, "start")]
+        document, _ = drive(run, [HELLO, reports, finished(attempt=1)])
+
+        assert document["status"] == "completed"
+        assert document["failures"] == {"machine": 1, "preemption": 0, "code": 0}
+        (lost,) = events(run, "worker_lost")
+        assert (lost["cause"], lost["rank"], lost["reason"]) == ("hung", 0, (
+            "has not done its first step after 1800 s, meeting the others or building model and data sets, "
+            'File "mine.py", line 3 in __init__, and so for all'
+        ))  # fmt: skip
+        (hang,) = events(run, "worker_hung")
+        assert (hang["doing"], hang["is_first_step"]) == ("start", True)
+
+    def test_at_the_same_line_it_ends_the_run_and_the_key_to_raise_is_named(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            HELLO, *([not_begun(0, "data", attempt), not_begun(1, "data", attempt)] for attempt in range(2)),
+        ]  # fmt: skip
+        with pytest.raises(ClusterError) as caught:
+            drive(run, script)
+
+        assert str(caught.value) == (
+            "worker 0 on node 10.0.0.a: has not done its first step after 1800 s, reading the first batch, "
+            'File "mine.py", line 3 in __init__, and so for all at step 0, for the second time; '
+            "see where it stood; if it was at work, raise workers.first_step_timeout_s; then resume; "
+            "see memory://driver/run/logs, attempt 1, worker 0; there is no checkpoint yet"
+        )
+
+    def test_elsewhere_it_is_tried_again_as_far_as_the_budget_goes(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [
+            HELLO,
+            *([not_begun(rank, "data", attempt, line=attempt) for rank in range(2)] for attempt in range(3)),
+        ]
+        with pytest.raises(ClusterError, match=r"and workers.max_failures.machine=2 is used up"):
+            drive(run, script, max_failures=MaxFailuresSpec(machine=2))
+
+    def test_a_process_that_is_slow_and_gets_there_is_left_alone(self, run: RunDirectory) -> None:
+        going_on: list[Message] = [one("goes_on", 0), *both("started", step=0)]
+        document, _ = drive(run, [HELLO, [not_begun(0, "forward")], 60.0, going_on, done(2, 0)])
+
         assert document["attempts"] == 1
 
 
@@ -312,6 +376,18 @@ class TestDeaths:
         )
         assert caught.value.traceback == "last"
         assert [lost.get("log_tail") for lost in events(run, "worker_lost")] == [None, "last"]
+
+    def test_a_run_is_not_complete_if_an_agent_is_lost_before_the_last_checkpoint_is_whole(
+        self, run: RunDirectory
+    ) -> None:
+        """Rank 0 has finished, and at first there is no room to start others."""
+        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
+        script: list[list[Message] | float] = [
+            HELLO, both("started", step=0), [done(2, 0)[0], lost], 10.0, HELLO, both("started", 1, step=0), done(2, 1),
+        ]  # fmt: skip
+        document, group = drive(run, script, lambda now: [] if 0.6 < now < 10 else [node("a", 2)])
+
+        assert (document["status"], group.started) == ("completed", [2, 2])
 
     def test_a_process_that_leaves_without_a_word_is_the_codes(self, run: RunDirectory) -> None:
         with pytest.raises(TrainingError) as caught:
@@ -458,13 +534,126 @@ class TestElastic:
 
         assert group.started == [2]
 
-    def test_agents_that_could_not_start_are_no_failure(self, run: RunDirectory) -> None:
-        """Room was taken by others in the meantime."""
-        not_started = [{"kind": "agents_lost", "lost": {}, "what": "the placement group was not ready in 15 s"}]
-        _, group = drive(run, [not_started, HELLO, finished(0)], max_failures=MaxFailuresSpec(machine=0))
+
+class TestStarts:
+    """Agents that do not come up."""
+
+    def test_they_are_tried_again_later_and_later(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = []
+        for wait_s in (1, 2, 4):
+            script += [not_started(), wait_s - 0.25, 0.25]
+        document, group = drive(run, [*script, HELLO, finished(0)])
+
+        assert group.started_at == pytest.approx([0.0, 1.25, 3.5, 7.75])
+        assert document["status"] == "completed"
+        assert document["failures"] == {"machine": 3, "preemption": 0, "code": 0}
+        assert document["failure"]["cause"] == "not_started"
+
+    def test_no_later_than_a_minute_and_soon_again_after_one_that_came_up(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [*[not_started(), 60.0] * 9, HELLO, both("started", step=0)]
+        script += [[{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}], not_started(), 1.0]
+        _, group = drive(run, [*script, HELLO, finished(1)], max_failures=MaxFailuresSpec(machine=None))
+
+        first, *others = group.started_at
+        assert len(others) == 11
+        assert first + 9 * 60.25 == pytest.approx(others[8])
+        assert others[10] - others[9] == pytest.approx(1.25)
+
+    def test_they_have_the_budget_of_the_machine(self, run: RunDirectory) -> None:
+        with pytest.raises(ClusterError) as caught:
+            drive(run, [not_started(), 1.0, not_started()], step=5, max_failures=MaxFailuresSpec(machine=1))
+
+        assert str(caught.value) == (
+            "the workers did not start: the placement group was not ready in 60 s, and workers.max_failures.machine=1 "
+            "is used up; see /tmp/ray/session_latest/logs there, or raise workers.start_timeout_s; then resume; "
+            "the newest checkpoint is of step 5"
+        )
+
+    def test_one_that_is_late_is_a_failure_that_names_its_node(self, run: RunDirectory) -> None:
+        """As in a late recovery, with a node that imports slowly."""
+        there = hello("a", "b")
+        script: list[list[Message] | float] = [
+            there, [*both("started", step=0), saved(0, 5)], [{"kind": "agents_lost", "lost": {1: "died"}, "what": ""}],
+            there[:2], 299.5, 1.0, 1.0, 1.0, there, both("started", 1, step=5), done(2, 1),
+        ]  # fmt: skip
+        document, group = drive(run, script, lambda _: [node("a", 1), node("b", 1)])
+
+        assert document["status"] == "completed"
+        assert group.started == [2, 2, 2]
+        assert [event["reason"] for event in events(run, "agents_lost")] == [
+            "", "1 of 2 agents were there after 300 s (workers.start_timeout_s); late: node 10.0.0.b",
+        ]  # fmt: skip
+        assert document["failures"]["machine"] == 2
+        assert [event["step"] for event in events(run, "training")] == [0, 5]
+
+    def test_how_long_they_may_take_is_written(self, run: RunDirectory) -> None:
+        _, group = drive(run, [1000.0, HELLO, finished(0)], start_timeout_s=2000.0)
+
+        assert group.started == [2]
+
+    def test_a_late_word_of_a_group_before_is_made_up_for(self, run: RunDirectory) -> None:
+        """Ray replaces the agents a moment after the driver has asked for it; until then the former may speak."""
+        late, there = hello("a", "a"), hello("b", "b")
+        script: list[list[Message] | float] = [301.0, 0.1, 1.0, late, there[:2], there[2:], finished(2)]
+        _, group = drive(run, script)
 
         assert group.started == [2, 2]
-        assert events(run, "worker_lost") == []
+        orders = [order["agents"] for order in group.orders if "agents" in order]
+        assert orders[-1] == {"b-0", "b-1"}
+
+    def test_what_is_said_of_agents_that_were_let_go_of_is_no_further_failure(self, run: RunDirectory) -> None:
+        document, _ = drive(run, [not_started(), not_started(), 1.0, HELLO, finished(0)])
+
+        assert document["failures"]["machine"] == 1
+
+    def test_workers_that_ray_gives_up_together_are_lost(self, run: RunDirectory) -> None:
+        taken = not_started("Training was interrupted by node preemption (preempted_ranks=[1])")
+        script: list[list[Message] | float] = [HELLO, both("started", step=0), taken, HELLO, finished(1)]
+        document, _ = drive(run, script, max_failures=MaxFailuresSpec(machine=0))
+
+        assert document["failures"] == {"machine": 0, "preemption": 1, "code": 0}
+        assert document["failure"]["message"].startswith("the workers were lost: Training was interrupted")
+
+
+class TestLimits:
+    """``train.max_seconds`` ends a run also while no worker trains."""
+
+    def test_a_first_start_may_go_on_beyond_it_to_the_end_of_a_step(self, run: RunDirectory) -> None:
+        document, group = drive(run, [HELLO, 100.0, both("started", step=0), left(2, 0, 1)], max_seconds=10.0)
+
+        assert (document["status"], document["step"]) == ("stopped", 1)
+        assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
+
+    def test_a_start_after_a_failure_may_not(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [HELLO, [not_begun(0, "start"), not_begun(1, "start")], 10.0, []]
+        document, _ = drive(run, script, step=5, max_seconds=9.0)
+
+        assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 2)
+        (stopping,) = events(run, "stop_requested")
+        assert stopping["reason"] == "stopping at train.max_seconds=9"
+
+    def test_a_first_start_that_fails_beyond_it_is_not_tried_again(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [HELLO, 10.0, [not_begun(0, "start"), not_begun(1, "start")], []]
+        document, _ = drive(run, script, max_seconds=9.0)
+
+        assert (document["status"], document["step"], document["attempts"]) == ("stopped", 0, 1)
+        assert len(events(run, "stop_requested")) == 1
+
+    def test_neither_while_agents_are_waited_for(self, run: RunDirectory) -> None:
+        document, group = drive(run, [not_started(), 0.9, []], max_seconds=1.0)
+
+        assert (document["status"], group.started) == ("stopped", [2])
+
+    def test_nor_while_there_is_no_room(self, run: RunDirectory) -> None:
+        document, group = drive(run, [LAG, 10.0, []], lambda _: [node("a", 1)], max_seconds=9.0)
+
+        assert (document["status"], group.started) == ("stopped", [])
+
+    def test_workers_that_fail_on_their_way_out_are_not_started_again(self, run: RunDirectory) -> None:
+        script: list[list[Message] | float] = [HELLO, [*both("started", step=0), saved(0, 5)], 10.0, [died(1)], []]
+        document, _ = drive(run, script, max_seconds=9.0)
+
+        assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 1)
 
 
 class TestLeaving:

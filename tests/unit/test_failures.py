@@ -32,12 +32,13 @@ def exited(code: int, rank: int = 1, *, oom_kill: bool = False, log_tail: str = 
     }  # fmt: skip
 
 
-def hung(rank: int, doing: str) -> Message:
-    return {"kind": "hung", "rank": rank, "step": 3, "doing": doing, "for_s": 300, "is_silent": False, "stack": ""}
+def hung(rank: int, doing: str, *, is_first_step: bool = False) -> Message:
+    known = {"is_first_step": is_first_step, "for_s": 300, "is_silent": False, "stack": ""}
+    return {"kind": "hung", "rank": rank, "step": 3, "doing": doing, **known}
 
 
-def lost(reasons: dict[int, str]) -> Message:
-    return {"kind": "agents_lost", "lost": reasons}
+def lost(reasons: dict[int, str], what: str = "") -> Message:
+    return {"kind": "agents_lost", "lost": reasons, "what": what}
 
 
 def finished(rank: int) -> Message:
@@ -59,10 +60,10 @@ def tell(failures: Failures, *messages: Message) -> None:
                 getattr(failures, kind)(message)
 
 
-def of(*messages: Message, num_workers: int = 2) -> TryAgain | GiveUp | None:
-    """The verdict on workers that say this, once no more is to be waited for."""
-    failures = Failures(MaxFailuresSpec())
-    failures.attempt_started(num_workers)
+def of(*messages: Message, machine: int = 10) -> TryAgain | GiveUp | None:
+    """The verdict on two workers that say this, once no more is to be waited for."""
+    failures = Failures(MaxFailuresSpec(machine=machine))
+    failures.attempt_started(2)
     tell(failures, *messages)
     return failures.verdict(0.0) or failures.verdict(6.0)
 
@@ -106,6 +107,8 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([failed("exchange_timeout", 0, text=LATE), exited(1, 0)], "hung", "machine", 1),
         ([hung(0, "backward"), hung(1, "data")], "hung", "machine", 1),
         ([hung(0, "backward"), hung(1, "backward")], "exchange_timeout", "machine", 0),
+        ([hung(0, "data"), hung(1, "data")], "hung", "machine", 0),
+        ([hung(0, "backward", is_first_step=True), hung(1, "backward", is_first_step=True)], "hung", "machine", 0),
         ([lost({1: WORKER_DIED})], "killed", "machine", 1),
         ([lost({0: WORKER_DIED, 1: NODE_DIED})], "node_lost", "machine", 1),
         ([lost({0: UNREACHABLE, 1: UNREACHABLE})], "node_lost", "machine", 0),
@@ -113,6 +116,8 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([lost({1: "its agent has said nothing for 301 s"})], "hung", "machine", 1),
         ([lost({0: NODE_DIED, 1: LOW_MEMORY})], "out_of_memory", "machine", 1),
         ([lost({1: "ModuleNotFoundError: No module named 'cluster'"})], "environment", None, 1),
+        ([lost({}, "Training was interrupted by node preemption (preempted_ranks=[1])")], "preempted", "preemption",
+         None),
         ([failed("code", place="p"), lost({0: NODE_DIED}), exited(1)], "code", "code", 1),
         ([draining(1), exited(-signal.SIGKILL)], "preempted", "preemption", 1),
         ([draining(1), lost({1: NODE_DIED})], "preempted", "preemption", 1),
@@ -197,6 +202,43 @@ def test_budgets(attempts: list[list[Message]], why: str) -> None:
     assert last.why == why
 
 
+@pytest.mark.parametrize(
+    ("what", "cause", "kind"),
+    [
+        ("The worker group startup timed out after 60.0 seconds waiting for 2 workers", "not_started", "machine"),
+        ("At least one of the worker actors failed to initialize: No module named 'cluster'", "environment", None),
+        ("", "not_started", "machine"),
+    ],
+)
+def test_agents_that_do_not_start(what: str, cause: str, kind: str | None) -> None:
+    failure = failures_of_start(Failures(MaxFailuresSpec()), what).failure
+
+    assert (failure.cause, failure.kind, failure.rank) == (cause, kind, None)
+
+
+def test_starts_that_fail_are_tried_again_later_and_later_until_one_comes_up() -> None:
+    failures = Failures(MaxFailuresSpec(machine=None))
+    waits = [failures_of_start(failures, "late") for _ in range(2000)]
+    assert [verdict.wait_s for verdict in waits if isinstance(verdict, TryAgain)] == [1, 2, 4, 8, 16, 32, *[60] * 1994]
+    failures.attempt_started(2)
+    tell(failures, lost({1: NODE_DIED}))
+    verdict = failures.verdict(0.0)
+    assert isinstance(verdict, TryAgain)
+    assert verdict.wait_s == 0, "they had come up"
+    verdict = failures_of_start(failures, "late")
+    assert isinstance(verdict, TryAgain)
+    assert (verdict.wait_s, verdict.needs_agents) == (1, True)
+
+
+def failures_of_start(failures: Failures, what: str) -> TryAgain | GiveUp:
+    """The verdict on agents that were asked for and did not come up."""
+    failures.attempt_started(0)
+    tell(failures, lost({}, what))
+    verdict = failures.verdict(0.0)
+    assert verdict is not None
+    return verdict
+
+
 def test_failures_are_counted_by_kind() -> None:
     failures = Failures(MaxFailuresSpec(machine=None))
     for messages in [KILL] * 20 + [LOSS, raised_at("a")]:
@@ -213,10 +255,13 @@ def test_failures_are_counted_by_kind() -> None:
         ([failed("out_of_memory"), exited(1)], "a lower train.global_batch or more train.shards"),
         ([failed("gpu_out_of_memory"), exited(1)], "take GPUs with more memory (workers.accelerator)"),
         ([failed("environment"), exited(1)], "give that node the modules and files that the others have"),
+        ([hung(0, "data"), hung(1, "data")], "raise workers.hang_timeout_s;"),
+        ([hung(0, "start", is_first_step=True), hung(1, "data")], "raise workers.first_step_timeout_s;"),
+        ([failed("exchange_timeout", 0, text=LATE), exited(1, 0)], "raise workers.timeout_s;"),
     ],
 )
 def test_what_to_do(messages: list[Message], advice: str) -> None:
-    verdict = of(*messages)
+    verdict = of(*messages, machine=0)
     assert isinstance(verdict, GiveUp)
     assert advice in verdict.advice
 
