@@ -137,11 +137,11 @@ class Agent:
 
     def run(self) -> None:
         """Follows orders until they say that the run is over."""
-        address = self._task.fork_server
+        address, modules = self._task.fork_server, modules_of(self._task.entry)
         if address is not None:
-            fork_server.use(address)
+            fork_server.use(address, modules)
         else:
-            fork_server.start(modules_of(self._task.entry))
+            fork_server.start(modules)
         self._channel.post([{"kind": "hello", "rank": self._task.rank, "id": self._id, **self._identity}])
         said_at = time.monotonic()
         news, wake = multiprocessing.Pipe(duplex=False)
@@ -262,17 +262,15 @@ class _TrainingProcess:
         os.close(log)  # the process opens it for itself
         self._log_path = Path(log_path)
         self._connection, theirs = multiprocessing.Pipe()
-        their_lifeline, self._lifeline = multiprocessing.Pipe(duplex=False)
         self._met = self._stopped = self._is_hung = False
         self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until it speaks for itself
         self._heard_at = self._pace_told_at = time.monotonic()
         self._process = fork_server.fork(
             _run_training,
-            (theirs, their_lifeline, task, str(self._log_path), dict(os.environ)),
+            (theirs, task, str(self._log_path), dict(os.environ)),
             f"worker-{task.rank}",
         )
         theirs.close()
-        their_lifeline.close()
         self._open = True
         assert self._process.pid is not None
         self.oom_kills = OomKills(self._process.pid)
@@ -287,11 +285,12 @@ class _TrainingProcess:
     def end(self) -> dict[str, Any]:
         """How the process ended, for one that has.
 
-        A negative exit code is the number of the signal that killed it; ``oom_kill``: the kernel has just killed a
-        process for want of memory; ``step``: the steps completed by its last beat.
+        A negative exit code is the number of the signal that killed it, none says that its fork server was lost, and
+        it with it; ``oom_kill``: the kernel has just killed a process for want of memory; ``step``: the steps completed
+        by its last beat.
         """
         return {
-            "exit_code": self._process.exitcode,
+            "exit_code": None if self._process.is_server_lost else self._process.exitcode,
             "oom_kill": self.oom_kills.any_lately(),
             "step": self._beat.step,
             "log_tail": self.log_tail(),
@@ -388,15 +387,11 @@ class _TrainingProcess:
             self._open = False
 
 
-def _run_training(
-    connection: Connection, lifeline: Connection, task: Task, log_path: str, environment: dict[str, str]
-) -> None:
+def _run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
     """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry.
 
-    ``lifeline`` is a pipe whose other end the agent holds. ``environment`` is the agent's, in which Ray says which GPU
-    is whose; the fork server may have another.
+    ``environment`` is the agent's, in which Ray says which GPU is whose; the fork server may have another.
     """
-    fork_server.die_with(lifeline)
     os.environ.clear()
     os.environ.update(environment)
     address = fork_server.own_address()

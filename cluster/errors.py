@@ -23,6 +23,7 @@ Cause = Literal[
     "killed",  # by a signal, and nothing says that memory was short
     "hung",
     "node_lost",  # its node is gone, or out of reach
+    "fork_server_lost",  # the server that it was forked from has died, and nobody can tell how it ended itself
     "preempted",  # its node was drained, or taken away with notice
     "exchange_timeout",  # an exchange took too long, and no worker is to blame
     "connection_lost",  # an exchange broke, and no worker is known to be gone

@@ -26,7 +26,7 @@ EXIT_CODE = 3
 """Of a process that ends by the fault ``exit``."""
 
 Kind = Literal["kill", "stop", "hang", "hold", "raise", "exit", "note"]
-Victim = Literal["training", "agent"]
+Victim = Literal["training", "agent", "fork_server"]
 
 _LOOP_INTERVAL_S = 0.05
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -53,7 +53,7 @@ class Fault:
     after_s: float = 0.0
     """Seconds from the mark, to hit the midst of what it marks; the work goes on meanwhile."""
     victim: Victim = "training"
-    """The process that gets the signal: the one that passes the mark, or its agent."""
+    """The process that gets the signal: the one that passes the mark, its agent, or the server it was forked from."""
     follows: int | None = None
     """The number of the fault in the plan that must have happened before, to hit the recovery from it."""
 
@@ -64,6 +64,8 @@ class Fault:
             raise ValueError(f"after_s must be finite and at least 0, got {self.after_s}")
         if self.victim == "agent" and self.kind not in ("kill", "stop"):
             raise ValueError(f"an agent gets signals alone, not {self.kind!r}")
+        if self.victim == "fork_server" and self.kind != "kill":
+            raise ValueError(f"a fork server is killed, not {self.kind!r}")
         if self.after_s and self.kind in ("hang", "hold", "raise"):
             raise ValueError(f"{self.kind!r} happens to the thread that passes the mark, so not {self.after_s} s later")
 
@@ -98,7 +100,7 @@ class FaultyActivity(Activity):
         super().__init__()
         self._plan_path = plan_path
         self._stamp = {"rank": rank, "attempt": attempt, "pid": os.getpid()}
-        self._agent = _maker_of(connection)
+        self._pid_of = {"training": os.getpid(), "agent": _maker_of(connection), "fork_server": os.getppid()}
         plan = enumerate(read_plan(plan_path))
         self._faults = [(number, fault) for number, fault in plan if fault.rank in (None, rank)]
         self._pass(DOING[0], 0)
@@ -124,7 +126,7 @@ class FaultyActivity(Activity):
         now = self.beat()
         if not _claim(_proof(self._plan_path, number), {**self._stamp, "doing": now.doing, "step": now.step}):
             return
-        victim = self._agent if fault.victim == "agent" else os.getpid()
+        victim = self._pid_of[fault.victim]
         match fault.kind:
             case "kill":
                 os.kill(victim, signal.SIGKILL)

@@ -1,8 +1,10 @@
 """The process that others are forked from: what they need is imported, no thread runs in it, no GPU was touched.
 
-It is the standard library's fork server, with one thing added: any process of the same user and host can fork
-from it, not only the one that started it. So one import of torch, begun while Ray starts, serves all agents of the
-driver's host, every restart of a training process, and the loader processes of each.
+It is the standard library's fork server, with three things added. Any process of the same user and host can fork
+from it, not only the one that started it: one import of torch, begun while Ray starts, serves all agents of the
+driver's host, every restart of a training process, and the loader processes of each. A process ends with the one that
+asked for it, its parent, though it is the server's child. And the server may die: its processes are then known to be
+lost, and the next fork starts another.
 """
 
 import fcntl
@@ -15,37 +17,45 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.forkserver import ForkServer
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import popen_forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ForkServer, read_signed
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from typing import Any
 
 # From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
 _CAN_SHARE = sys.version_info < (3, 14)
+_own: Any = multiprocessing.forkserver._forkserver
+"""The server that this process starts, if it starts one."""
 
 
 def start(modules: Sequence[str]) -> None:
-    """Starts this process's own server, which imports the modules in the background and ends with this process.
+    """Starts this process's own server, unless it runs, and forks from it from now on.
 
-    Strings hash alike in all that is forked from it, on every host and in every attempt: sets of them have one order.
+    It imports the modules in the background, and ends with this process. Strings hash alike in all that is forked from
+    it, on every host and in every attempt: sets of them have one order.
     """
     os.environ["PYTHONHASHSEED"] = "0"  # an interpreter reads it when it starts
-    multiprocessing.forkserver.set_forkserver_preload([*modules, __name__])
+    _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
     # Ctrl-C reaches every process of the terminal; the server, which inherits this mask, has no say in it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        multiprocessing.forkserver.ensure_running()
+        _own.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    _fork_from(_own)
 
 
-def use(address: str) -> None:
-    """From now on ``multiprocessing.get_context("forkserver")`` forks from the server at ``address``."""
-    shared = _SharedServer(address)
-    multiprocessing.forkserver._forkserver = shared
-    multiprocessing.forkserver.connect_to_new_process = shared.connect_to_new_process
+def use(address: str, modules: Sequence[str] = ()) -> None:
+    """From now on this process forks from the server at ``address``.
+
+    ``modules``: What a server of its own is to import, which takes the place of that one if it dies.
+    """
+    _own.set_forkserver_preload([*modules])
+    _fork_from(_SharedServer(address))
 
 
 def own_address() -> str | None:
@@ -54,12 +64,17 @@ def own_address() -> str | None:
     return server._forkserver_address if _CAN_SHARE else None
 
 
-def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
-    """Starts ``target(*args)`` in a process forked from the server; its standard streams are the server's."""
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=args, name=name)
+def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> "ChildProcess":
+    """Starts ``target(*args)`` in a process forked from the server; its standard streams are the server's.
+
+    If the server has died, one of this process's own takes its place.
+    """
     with _hidden_main():
-        process.start()
-    return process
+        try:
+            return _started(target, args, name)
+        except (ConnectionError, FileNotFoundError, EOFError):  # it has died, or does so before it tells of the process
+            _replace_server()
+            return _started(target, args, name)
 
 
 def call(function: str, *args: Any) -> Any:
@@ -78,10 +93,8 @@ def call(function: str, *args: Any) -> Any:
             result, error = ours.recv()
         except EOFError:
             process.join()
-            code = process.exitcode or 0
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             printed = log.read().decode(errors="replace").strip().splitlines()
-            raise ChildProcessError(f"{how}{': ' + printed[-1] if printed else ''}") from None
+            raise ChildProcessError(f"{_end_of(process)}{': ' + printed[-1] if printed else ''}") from None
         finally:
             process.kill()
             process.join()
@@ -94,22 +107,6 @@ def resolve(function: str) -> Callable[..., Any]:
     """The function that ``module:function`` names; importing its module here and not where it was named."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def die_with(lifeline: Connection) -> None:
-    """Has the kernel kill this process when the other end of a pipe is closed, by whatever end its holder finds.
-
-    A process that is stopped, or hangs in C, cannot notice by itself that nobody is left to hear of it; it would keep
-    its memory and its GPU. Linux can do this; elsewhere such a process has to be killed by hand.
-
-    Source: fcntl(2), F_SETSIG.
-    """
-    if sys.platform == "linux":
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-        if lifeline.poll():  # it was closed before
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def print_to(log_path: str) -> None:
@@ -130,6 +127,13 @@ def _answer(connection: Connection, log_path: str, function: str, args: tuple[An
     connection.send(answer)
 
 
+def _end_of(process: "ChildProcess") -> str:
+    code = process.exitcode or 0
+    if process.is_server_lost:
+        return "was lost with its fork server"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 @contextmanager
 def _hidden_main() -> Iterator[None]:
     """Keeps a forked process from importing this process's main module a second time, such as Ray's worker script."""
@@ -140,6 +144,112 @@ def _hidden_main() -> Iterator[None]:
     finally:
         if path is not None:
             main.__file__ = path
+
+
+class ChildProcess(ForkServerProcess):
+    """A process that the kernel kills when its parent ends, in whatever way; the server, whose child it is, lives on.
+
+    A process that is stopped, or hangs in C, cannot notice by itself that nobody is left to hear of it; it would keep
+    its memory and its GPU. Linux can do this; elsewhere such a process has to be killed by hand.
+    """
+
+    _popen: "_Popen"  # set by ``start``
+    _lifeline: Connection
+    """The process's end of a pipe over which nothing is ever sent."""
+    _held: Connection
+    """The parent's end, which the kernel closes with the parent."""
+
+    def start(self) -> None:
+        self._lifeline, self._held = multiprocessing.Pipe(duplex=False)
+        with self._lifeline, ExitStack() as on_failure:
+            on_failure.enter_context(self._held)  # what was forked nevertheless ends
+            super().start()
+            on_failure.pop_all()
+
+    @property
+    def is_server_lost(self) -> bool:
+        """Whether the server died before it told of the end of this process, of which nobody else can tell."""
+        return self._popen.is_server_lost
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The lifeline comes first: to read the rest, such as a dataset, runs the user's code, which may hang.
+        state = {name: value for name, value in vars(self).items() if name != "_held"}
+        return _tied_process, (self._lifeline,), state
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> "_Popen":  # noqa: N802  # as the standard library calls it
+        return _Popen(process_obj)
+
+
+def _tied_process(lifeline: Connection) -> ChildProcess:
+    """Makes a process of the one that reads this, and ties it to its parent.
+
+    Source: fcntl(2), F_SETSIG.
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        if lifeline.poll():  # the parent ended before
+            os.kill(os.getpid(), signal.SIGKILL)
+    return ChildProcess.__new__(ChildProcess)
+
+
+class _Popen(popen_forkserver.Popen):
+    """What the parent knows of a process, of whose end the server tells. If the server dies, nobody can.
+
+    The standard library then makes up the exit code 255, which a process may end with too, and leaves it running.
+    """
+
+    is_server_lost = False
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        if self.returncode is None and wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+            try:
+                self.returncode = read_signed(self.sentinel)
+            except EOFError:
+                self.is_server_lost = True
+                _kill_orphan(self.pid)
+                self.returncode = -signal.SIGKILL
+        return self.returncode
+
+
+def _kill_orphan(pid: int) -> None:
+    """Kills a process that a dead server has left, and waits for its end: until then it holds its GPU."""
+    with suppress(OSError):  # it has ended; or Linux is older than 5.3, and its end cannot be waited for
+        os.kill(pid, signal.SIGKILL)
+        if sys.platform == "linux":
+            process = os.pidfd_open(pid)
+            wait([process])
+            os.close(process)
+
+
+class _Context(ForkServerContext):
+    Process = ChildProcess
+
+
+CONTEXT = _Context()
+"""Makes processes forked from the server, for those that want a context of ``multiprocessing``."""
+
+
+def _started(target: Callable[..., None], args: tuple[Any, ...], name: str) -> ChildProcess:
+    process = ChildProcess(target=target, args=args, name=name)
+    process.start()
+    return process
+
+
+def _fork_from(server: ForkServer) -> None:
+    multiprocessing.forkserver._forkserver = server
+    multiprocessing.forkserver.connect_to_new_process = server.connect_to_new_process
+
+
+def _replace_server() -> None:
+    """Starts a server of this process's own in place of the one that does not answer."""
+    if _own._forkserver_pid is not None:  # it may be about to die, and pass for one that runs
+        os.kill(_own._forkserver_pid, signal.SIGKILL)
+        with suppress(FileNotFoundError):  # its socket was removed
+            _own._stop()
+    start(_own._preload_modules)
 
 
 class _SharedServer(ForkServer):

@@ -143,9 +143,11 @@ class _Host:
     """
 
     def __init__(self, modules: list[str]) -> None:
+        self._modules = modules
         fork_server.start(modules)
 
     def address(self) -> str | None:
+        fork_server.start(self._modules)  # another one, if it has died
         return fork_server.own_address()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cluster import fork_server
 from jobs.order import StepPlan, draw_key
 
 SampleKey = tuple[int, int]
@@ -110,6 +111,6 @@ def _data_loader(
         batch_sampler=keys,  # type: ignore[arg-type]  # torch asks for a Sampler, and uses an iterable
         num_workers=loaders,
         # A worker has threads by now, which a fork would tear; the fork server it came from has torch imported.
-        multiprocessing_context="forkserver" if loaders else None,
+        multiprocessing_context=fork_server.CONTEXT if loaders else None,
         pin_memory=device.type == "cuda",
     )

@@ -41,6 +41,7 @@ _ADVICE: dict[Cause, str] = {
     "killed": "find out who killed it, then resume",
     "hung": "see where it stood; if it was at work, raise {limit}; then resume",
     "node_lost": "resume on other nodes",
+    "fork_server_lost": "find out who killed it, then resume",
     "preempted": "resume on other nodes",
     "exchange_timeout": "see why the workers do not reach each other, or raise workers.timeout_s; then resume",
     "connection_lost": "see why the workers do not reach each other, then resume",
@@ -78,7 +79,7 @@ _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIG
 """Exit codes of processes that ended themselves, by a fault of their own."""
 _NCCL = "ProcessGroupNCCL"
 """Names itself in the log of a process that it aborts, for another worker is gone or silent."""
-_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "hung", *_CONSEQUENCES)
+_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
 """What a worker may die of because its node is being drained."""
 
 
@@ -183,7 +184,11 @@ class Failures:
     def exited(self, message: Message) -> None:
         """An agent says how its training process ended."""
         self._exits[message["rank"]] = message
-        if message["exit_code"] == -signal.SIGABRT and _NCCL in message["log_tail"]:
+        if message["exit_code"] is None:  # what else it said follows from that, such as that its loaders are gone
+            self._broken.pop(message["rank"], None)
+            if self._fatal is not None and self._fatal["rank"] == message["rank"]:
+                self._fatal = None
+        elif message["exit_code"] == -signal.SIGABRT and _NCCL in message["log_tail"]:
             cause = "exchange_timeout" if "operation timeout" in message["log_tail"] else "connection_lost"
             self._broken[message["rank"]] = message | {"cause": cause, "message": "NCCL aborted it"}
 
@@ -326,6 +331,8 @@ def _of_exit(message: Message) -> Failure:
     """How a process ended that did not say why."""
     step, code, log_tail = message["step"], message["exit_code"], message["log_tail"]
     known = {"rank": message["rank"], "step": step, "log_tail": log_tail}
+    if code is None:
+        return Failure(cause="fork_server_lost", message="its fork server died", **known)
     if code >= 0:
         what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
         return Failure(cause="crash", message=what, kind=None, error=TrainingError, **known)

@@ -72,8 +72,6 @@ class _Worker:
     process: BaseProcess
     messages: Connection
     orders: Connection
-    lifeline: Connection
-    """Nothing is ever sent over it; when it is closed, by whatever end of the driver, the kernel kills the agent."""
     is_wanted: bool = True
 
 
@@ -127,13 +125,12 @@ class ProcessGroup:
     def _started(self, rank: int, num_workers: int) -> _Worker:
         messages, their_messages = multiprocessing.Pipe(duplex=False)
         their_orders, orders = multiprocessing.Pipe(duplex=False)
-        their_lifeline, lifeline = multiprocessing.Pipe(duplex=False)
         orders.send(self._orders)
         task = replace(self._task, rank=rank, world_size=num_workers)
-        process = fork_server.fork(_run_agent, (their_messages, their_orders, their_lifeline, task), f"agent-{rank}")
-        for theirs in (their_messages, their_orders, their_lifeline):
-            theirs.close()
-        return _Worker(process, messages, orders, lifeline)
+        process = fork_server.fork(_run_agent, (their_messages, their_orders, task), f"agent-{rank}")
+        their_messages.close()
+        their_orders.close()
+        return _Worker(process, messages, orders)
 
     def _hear(self, rank: int, worker: _Worker) -> None:
         with suppress(EOFError, OSError):
@@ -158,7 +155,6 @@ class ProcessGroup:
             worker.process.kill()
             worker.process.join()
             worker.orders.close()
-            worker.lifeline.close()
         self._workers = []
 
 
@@ -181,8 +177,7 @@ class _PipeChannel:
                 return orders
 
 
-def _run_agent(messages: Connection, orders: Connection, lifeline: Connection, task: Task) -> None:
-    fork_server.die_with(lifeline)
+def _run_agent(messages: Connection, orders: Connection, task: Task) -> None:
     identity = {"world_size": task.world_size, "node": _ADDRESS, "address": _ADDRESS, "pid": os.getpid()}
     Agent(_PipeChannel(messages, orders), task, identity).run()
 
@@ -195,7 +190,7 @@ def _use_server(address: str) -> None:
         return fork(_call_with_environment, (dict(os.environ), target, args), name)
 
     replaced: Any = fork_server
-    replaced.start = lambda modules: fork_server.use(address)  # noqa: ARG005  # as start
+    replaced.start = lambda modules: fork_server.use(address, modules)
     replaced.fork = fork_with_environment
 
 

@@ -1,6 +1,7 @@
 """The processes of this machine, as Linux tells of them."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,27 @@ def _processes() -> dict[int, Process]:
             continue
         processes[int(entry.name)] = Process(int(entry.name), int(parent), command)
     return processes
+
+
+def state(pid: int) -> str:
+    """What a process does, such as ``T (stopped)``; nothing if it has ended, even if nobody has asked for its end."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        (found,) = (line.partition("\t")[2] for line in lines if line.startswith("State:"))
+        return "" if found.startswith(("Z", "X")) else found
+    return ""
+
+
+def wait_until(happened: Callable[[], bool], limit_s: float = 60.0) -> None:
+    """Returns when something has happened in other processes.
+
+    Raises:
+        AssertionError: It has not in time.
+    """
+    deadline = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < deadline, f"has not happened within {limit_s:.0f} s"
+        time.sleep(0.01)
 
 
 def memory(pid: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What an agent tells of the progress of its training process."""
+"""What an agent tells of the progress and the end of its training process."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from cluster import fork_server
-from cluster.agent import Agent, Orders, Task, standstill_s
+from cluster.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
 from cluster.errors import ClusterError
+from cluster.faults import Fault, fired, write_plan
 from cluster.link import Beat, Link
+from tests.processes import state, wait_until
 
 HANG_TIMEOUT_S = 2.0
 FIRST_STEP_S, SECOND_STEP_S = 3.0, 4.0
@@ -126,7 +128,7 @@ class LosesIt:
             return Orders(version=1, attempt=0, agents=frozenset({hello["id"]}))
         if version < 2:
             working = self.heard.get()
-            self.process = Path(f"/proc/{working['pid']}")
+            self.process = working["pid"]
             return Orders(version=2, attempt=1, agents=frozenset({"another"}))
         time.sleep(2.0)
         while not self.heard.empty():
@@ -146,7 +148,7 @@ def test_an_agent_that_was_lost_and_lives_on_has_no_part_in_the_attempt_of_other
     Agent(driver, task_of("work", tmp_path), {}).run()
 
     assert driver.heard_late == []
-    assert state_of(driver.process) == ""
+    assert state(driver.process) == ""
 
 
 class GoesDeaf(LosesIt):
@@ -156,7 +158,7 @@ class GoesDeaf(LosesIt):
         if version < 1:
             return super().orders_after(version)
         working = self.heard.get()
-        self.process = Path(f"/proc/{working['pid']}")
+        self.process = working["pid"]
         raise ConnectionResetError("the driver is away")
 
 
@@ -167,7 +169,7 @@ def test_an_agent_that_hears_no_orders_any_more_ends(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="the driver's orders do not come any more: the driver is away"):
         Agent(driver, task_of("work", tmp_path), {}).run()
 
-    assert state_of(driver.process) == ""
+    assert state(driver.process) == ""
 
 
 def stop_for_ever(link: Link, _: Task) -> None:
@@ -206,22 +208,77 @@ def test_a_stopped_process_dies_with_its_agent(tmp_path: Path) -> None:
     messages: list[dict[str, Any]] = []
     while not any(message["kind"] == "stopping" for message in messages):
         messages += ours.recv()
-    process = Path(f"/proc/{messages[-1]['pid']}")
-    wait_until(lambda: "T (stopped)" in state_of(process))
+    process = messages[-1]["pid"]
+    wait_until(lambda: state(process) == "T (stopped)")
     agent.kill()
     agent.join()
-    wait_until(lambda: state_of(process) == "" or "Z (zombie)" in state_of(process))
+    wait_until(lambda: state(process) == "", limit_s=5)
 
 
-def state_of(process: Path) -> str:
-    return (process / "status").read_text() if process.exists() else ""
+class TriesAgain:
+    """Orders an attempt, another one when the process of the first has ended, and the end when that one works."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+        self._kinds: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def post(self, messages: list[dict[str, Any]]) -> None:
+        self.heard += messages
+        for message in messages:
+            self._kinds.put(message["kind"])
+
+    def orders_after(self, version: int) -> Orders:
+        number = max(version, 0)
+        while self._kinds.get() != ("hello", "exited", "working")[number]:
+            pass
+        agents = frozenset({self.heard[0]["id"]})
+        return Orders(version=number + 1, attempt=number, agents=agents, end=number == 2)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def work_until_killed(link: Link, _: Task) -> None:
+    link.send("working", pid=os.getpid(), server=os.getppid())
+    link.close()  # it is on its way
+    link.activity.mark("data", 1)
+    threading.Event().wait()
+
+
+def run_agent_with_faults(connection: Connection, task: Task, plan: Path) -> None:
+    os.environ[FAULTS_VARIABLE] = str(plan)
+    driver = TriesAgain()
+    Agent(driver, task, {}).run()
+    connection.send(driver.heard)
+
+
+def keep_server(connection: Connection) -> None:
+    fork_server.start([__name__])
+    connection.send(fork_server.own_address())
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_fork_server_that_dies_is_told_and_replaced(tmp_path: Path, whose: str) -> None:
+    """Its training process is ended, whose exit code nobody knows, and the next one is forked from another server."""
+    fork_server.start([__name__])
+    plan = tmp_path / "plan.json"
+    write_plan([Fault(kind="kill", doing="data", step=1, victim="fork_server")], plan)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    keeper = fork_server.fork(keep_server, (theirs,), "keeper")
+    address = ours.recv()
+    task = replace(task_of("work_until_killed", tmp_path), fork_server=address if whose == "another's" else None)
+    agent = fork_server.fork(run_agent_with_faults, (theirs, task, plan), "agent")
+    theirs.close()
+    heard = ours.recv()
+
+    assert fired(plan).keys() == {0}
+    first, second = (message for message in heard if message["kind"] == "working")
+    (exited,) = (message for message in heard if message["kind"] == "exited")
+    assert exited["exit_code"] is None
+    assert first["server"] != second["server"]
+    assert [state(first["pid"]), state(first["server"])] == ["", ""]
+    agent.join()
+    wait_until(lambda: [state(second["pid"]), state(second["server"])] == ["", ""], limit_s=5)
+    keeper.kill()
+    keeper.join()
 
 
 def task_of(entry: str, run_path: Path, **limits: float) -> Task:

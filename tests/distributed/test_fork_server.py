@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-import time
+import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import fork_server
 from cluster.errors import DescriptionError
+from tests.processes import state, wait_until
 
 HERE = __name__
 
@@ -83,18 +87,126 @@ def test_no_child_is_left() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_stands_still_dies_with_its_lifeline() -> None:
-    theirs, ours = multiprocessing.Pipe(duplex=False)
-    process = fork_server.fork(stop_with, (theirs,), "stopped")
-    theirs.close()
-    while "T (stopped)" not in Path(f"/proc/{process.pid}/status").read_text():
-        assert process.is_alive()
-        time.sleep(0.01)
-    ours.close()
-    process.join(timeout=60)
-    assert process.exitcode == -signal.SIGKILL
-
-
-def stop_with(lifeline: Connection) -> None:
-    fork_server.die_with(lifeline)
+def stop(report: Connection) -> None:
+    report.send((os.getpid(), os.getppid()))
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Endless:
+    """An argument that takes for ever to read."""
+
+    def __init__(self, report: Connection) -> None:
+        self._report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return read_for_ever, (self._report,)
+
+
+def read_for_ever(report: Connection) -> None:
+    report.send((os.getpid(), os.getppid()))
+    threading.Event().wait()
+
+
+def itself(report: Connection) -> Connection:
+    return report
+
+
+def have_child(report: Connection, argument: Callable[[Connection], Any]) -> None:
+    address = fork_server.own_address()
+    assert address is not None
+    fork_server.use(address)
+    fork_server.fork(stop, (argument(report),), "child")
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("argument", "at"), [(itself, "T (stopped)"), (Endless, "S (sleeping)")], ids=["stopped", "reading its arguments"]
+)
+def test_a_process_dies_with_its_parent(argument: Callable[[Connection], Any], at: str) -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    parent = fork_server.fork(have_child, (theirs, argument), "parent")
+    theirs.close()
+    child, _ = ours.recv()
+    wait_until(lambda: state(child) == at)
+    parent.kill()
+    parent.join()
+    wait_until(lambda: state(child) == "", limit_s=5)
+
+
+def server_of() -> int:
+    return os.getppid()
+
+
+def kill_server() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def die_with_server() -> None:
+    kill_server()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def with_own_server(function: str) -> Any:
+    """Calls it in a process forked from a server that may die."""
+    fork_server.start([])
+    return fork_server.call(f"{HERE}:{function}")
+
+
+def test_a_call_outlives_its_server() -> None:
+    fork_server.call(f"{HERE}:with_own_server", "kill_server")
+    with pytest.raises(ChildProcessError, match="was lost with its fork server"):
+        fork_server.call(f"{HERE}:with_own_server", "die_with_server")
+
+
+def lose_own_server(how: str) -> tuple[int, int]:
+    before = with_own_server("server_of")
+    if how == "killed":
+        os.kill(before, signal.SIGKILL)
+    else:
+        os.unlink(fork_server.own_address() or "")
+    after = fork_server.call(f"{HERE}:server_of")
+    assert not Path(f"/proc/{before}").exists(), "it has been waited for"
+    return before, after
+
+
+@pytest.mark.parametrize("how", ["killed", "its socket is removed"])
+def test_a_dead_server_is_replaced(how: str) -> None:
+    before, after = fork_server.call(f"{HERE}:lose_own_server", how)
+    assert before != after
+    wait_until(lambda: state(after) == "")
+
+
+def fork_from(address: str) -> int:
+    fork_server.use(address)
+    return fork_server.call(f"{HERE}:answer", 1)[0]
+
+
+@pytest.mark.parametrize("moment", ["gone", "refuses", "dies amid the request"])
+def test_a_dead_server_of_others_is_replaced(moment: str, tmp_path: Path) -> None:
+    address = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        if moment != "gone":
+            listener.bind(address)
+        if moment == "dies amid the request":
+            listener.listen()
+            threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        assert fork_server.call(f"{HERE}:fork_from", address) == 2
+
+
+def lose_server_of_child(report: Connection) -> None:
+    fork_server.start([])
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = fork_server.fork(stop, (theirs,), "child")
+    child, server = ours.recv()
+    assert process.is_alive()
+    os.kill(server, signal.SIGKILL)
+    process.join()
+    report.send((process.is_server_lost, state(child)))
+
+
+def test_no_child_of_a_dead_server_is_left() -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    parent = fork_server.fork(lose_server_of_child, (theirs,), "parent")
+    theirs.close()
+    assert ours.recv() == (True, "")
+    parent.join()

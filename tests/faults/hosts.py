@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+CHECKOUT = Path(__file__).parents[2]
 NETWORK_INTERFACE = "eth0"
 RAY = str(Path(sys.executable).with_name("ray"))
 """Ray's own command line."""
@@ -135,6 +136,7 @@ class Host:
         """A command line for this machine that runs another one on the host, with what Ray needs there."""
         assert self._inside is not None, f"{self.name} is off"
         settings = {
+            "PYTHONPATH": str(CHECKOUT),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._home / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -172,11 +172,11 @@ class _Drawing:
         doing, rank = self._rng.choice(doings), self._rng.randrange(num_workers)
         # Who stands still in his first step may be at work, for all that anyone knows; others would wait in vain.
         standstills = ("stop", "hang") if num_workers > 1 else ()
-        kind = self._rng.choice(("kill",) * 5 + ("kill agent", "raise") + standstills)
+        kind = self._rng.choice(("kill",) * 5 + ("agent", "fork_server", "raise") + standstills)
         if kind == "kill":
             self._kill(doing, step, num_workers)
-        elif kind == "kill agent":
-            self.faults.append(Fault(kind="kill", victim="agent", doing=doing, step=step, rank=rank))
+        elif kind in ("agent", "fork_server"):
+            self.faults.append(Fault(kind="kill", victim=kind, doing=doing, step=step, rank=rank))
         else:
             self.faults.append(Fault(kind=kind, doing=doing, step=step, rank=rank))
         while self._rng.random() < 0.25:
@@ -357,7 +357,7 @@ class Tally:
         happened = fired(stage.plan)
         for number, fault in enumerate(schedule.faults):
             if fault.kind != "note":
-                kind = fault.kind if fault.victim == "training" else f"{fault.kind} its agent"
+                kind = fault.kind if fault.victim == "training" else f"{fault.kind} its {fault.victim}"
                 self._count(f"a worker: {kind}", number in happened)
                 self._count(f"moment: {fault.doing}" + " again" * (fault.follows is not None), number in happened)
         for deed in [deed for life in schedule.lives for deed in life.deeds]:
@@ -419,7 +419,7 @@ def _live(schedule: Schedule, folder: Path, reference: Bits, tally: Tally) -> No
 
 
 def _words(fault: Fault) -> str:
-    words = [fault.kind if fault.victim == "training" else f"{fault.kind} agent"]
+    words = [fault.kind if fault.victim == "training" else f"{fault.kind} {fault.victim}"]
     words += [f"rank {fault.rank}"] if fault.rank is not None else []
     words += [fault.doing if fault.step is None else f"{fault.doing} {fault.step}"]
     words += [f"+{fault.after_s:g} s"] if fault.after_s else []

@@ -26,7 +26,7 @@ def failed(cause: str, rank: int = 1, *, place: str = "", step: int | None = 3, 
     return {"kind": "failed", "rank": rank, "error": error.get(cause, "ClusterError"), "cause": cause, **content}
 
 
-def exited(code: int, rank: int = 1, *, oom_kill: bool = False, log_tail: str = "") -> Message:
+def exited(code: int | None, rank: int = 1, *, oom_kill: bool = False, log_tail: str = "") -> Message:
     return {
         "kind": "exited", "rank": rank, "exit_code": code, "oom_kill": oom_kill, "step": 3, "log_tail": log_tail,
     }  # fmt: skip
@@ -100,6 +100,12 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([failed("out_of_memory", place="p"), exited(1)], "out_of_memory", "code", 1),
         ([failed("crash", place="p"), exited(1, oom_kill=True)], "out_of_memory", "machine", 1),
         ([failed("crash", place="p"), exited(1)], "crash", "code", 1),
+        ([exited(None)], "fork_server_lost", "machine", 1),
+        ([exited(None, 0), failed("connection_lost"), exited(1)], "fork_server_lost", "machine", 0),
+        ([failed("connection_lost"), exited(None)], "fork_server_lost", "machine", 1),
+        ([failed("crash", place="p"), exited(None)], "fork_server_lost", "machine", 1),
+        ([failed("code", 0, place="p"), exited(1, 0), exited(None)], "code", "code", 0),
+        ([draining(1), exited(None)], "preempted", "preemption", 1),
         ([failed("environment"), exited(1)], "environment", None, 1),
         ([failed("storage", 0, step=None), exited(1, 0)], "storage", None, None),
         ([failed("connection_lost", 0), exited(1, 0)], "connection_lost", "machine", 0),

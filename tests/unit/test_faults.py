@@ -29,6 +29,7 @@ def path(tmp_path: Path) -> Path:
         ({"kind": "kill", "doing": "dinner"}, "no such fault"),
         ({"kind": "kill", "doing": "forward", "victim": "driver"}, "no such fault"),
         ({"kind": "raise", "doing": "forward", "victim": "agent"}, "an agent gets signals alone, not 'raise'"),
+        ({"kind": "stop", "doing": "forward", "victim": "fork_server"}, "a fork server is killed, not 'stop'"),
         ({"kind": "hang", "doing": "forward", "after_s": 0.1}, "'hang' happens to the thread that passes the mark"),
         ({"kind": "hold", "doing": "forward", "after_s": 0.1}, "'hold' happens to the thread that passes the mark"),
         ({"kind": "kill", "doing": "forward", "after_s": -1.0}, "after_s must be finite and at least 0, got -1.0"),
