@@ -325,8 +325,12 @@ class Checkpoints:
         return Survey(manifests, defects, tuple(orphans))
 
     def remove_orphans(self, survey: Survey) -> None:
-        """Deletes what a survey found to be needed by nobody; no run may have written here since before it."""
+        """Deletes what a survey found to be needed by nobody, and files that killed writers have left unfinished.
+
+        No run may have written here since before the survey.
+        """
         self._delete(survey.orphans)
+        self._store.sweep()
 
     def verify(self, manifest: Manifest) -> None:
         """Reads a whole checkpoint, and keeps nothing of it.

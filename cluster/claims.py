@@ -6,6 +6,10 @@ A driver makes sure that its claim holds before it writes. That is no lock: it c
 long as the machine likes. So what two drivers write has the claim in its name, and what the older one writes late is
 passed over by whoever reads: ``cluster.checkpoints`` and ``cluster.row_log`` tell how. A claim holds the newest status
 of its driver, and so is its sign of life too.
+
+A claim that is missing proves nothing: the store may not be mounted, or somebody has removed it. Other objects of the
+run have the claims of their writers in their names. If the latest of these is this driver's own, the store is there and
+nobody has taken the run over: the driver writes its claim again.
 """
 
 import os
@@ -13,7 +17,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,22 +43,25 @@ class SupersededError(ClusterError):
 class Claim:
     """A driver's hold on the run in a store."""
 
-    def __init__(self, store: Store, status: Mapping[str, Any] | None, after: str = "") -> None:
+    def __init__(self, store: Store, status: Mapping[str, Any] | None, newest_writer: Callable[[], str]) -> None:
         """Claims the run, whoever holds it now.
 
         Args:
             store: The run's.
             status: How the run stands so far, if that is known.
-            after: The latest claim known from elsewhere: this one comes after it too, should a person have removed it.
+            newest_writer: Looks for the latest claim in the names of the run's other objects; empty if none has one.
+                This claim comes after it too, should a person have removed it. The owner of this claim writes such an
+                object before anything else.
 
         Raises:
             SupersededError: Another driver has claimed it at the same moment, and has won.
         """
         earlier = _ids(store)
-        number = 1 + int(max([*earlier, after]).partition("-")[0] or 0)
+        number = 1 + int(max([*earlier, newest_writer()]).partition("-")[0] or 0)
         self.id = f"{number:08d}-{secrets.token_hex(4)}"
         """Orders what drivers write: a later driver's is greater."""
         self._store = store
+        self._newest_writer = newest_writer
         claimed, pid = round(time.time(), 3), os.getpid()
         self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, _place(), _started(pid), claimed)))
         self.write({**(status or {}), "status": "running"})
@@ -63,21 +70,28 @@ class Claim:
 
     def write(self, status: Mapping[str, Any]) -> None:
         """Overwrites how the run stands, as this driver knows it."""
+        self._status = status
         document = {**status, **self._identity, "updated": round(time.time(), 3)}
         write_document(self._store, _object(self.id), document)
 
     def check(self) -> None:
-        """Makes sure that the claim holds; one listing.
+        """Makes sure that the claim holds; one listing, while the claim is there. One that was lost is written again.
 
         Raises:
             SupersededError: Another driver holds the run.
-            StorageError: The store does not answer, or shows no claim at all, as one that is not mounted does.
+            StorageError: The store does not answer, or shows nothing of this driver, as one that is not mounted does.
         """
         ids = _ids(self._store)
-        if not ids:
-            raise StorageError(f"{self._store.url}: holds no {_FOLDER} any more; mount the store again, or restore it")
-        if ids[-1] != self.id:
-            raise SupersededError(f"{self._store.url}: {self._holder(ids[-1])}; this one ends and writes nothing more")
+        is_lost = self.id not in ids
+        newest = max([*ids, self._newest_writer() if is_lost else ""])
+        if newest > self.id:
+            raise SupersededError(f"{self._store.url}: {self._holder(newest)}; this one ends and writes nothing more")
+        if newest < self.id:
+            raise StorageError(
+                f"{self._store.url}: holds nothing of this driver any more; mount the store again, or restore it"
+            )
+        if is_lost:
+            self.write(self._status)
 
     def _holder(self, claim_id: str) -> str:
         found = read_document(self._store, _object(claim_id))

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.storage import MissingObject, Store
 
-# A document that is being overwritten is torn for a moment, on a store with folders.
+# A document that is being overwritten is torn for a moment, on a store that cannot rename.
 _READS = 4
 _SECONDS_BETWEEN_READS = 0.05
 
@@ -18,7 +18,7 @@ def write_document(store: Store, name: str, document: Mapping[str, Any], indent:
 
 
 def read_document(store: Store, name: str) -> dict[str, Any] | None:
-    """A document; none if it is missing, or stays torn: its writer was killed while it wrote."""
+    """A document; none if it is missing, or stays torn: its writer was killed, on a store that cannot rename."""
     for attempt in range(_READS):
         if attempt:
             time.sleep(_SECONDS_BETWEEN_READS)

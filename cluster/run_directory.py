@@ -3,6 +3,7 @@
 Nothing else in the program knows a path below a run's URL. What the documents hold is their writers' business.
 """
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -65,15 +66,15 @@ class RunDirectory:
         Raises:
             SupersededError: Another process has taken it at the same moment.
         """
-        after = max(self.events().newest_writer(), self.checkpoints.newest_claim())
-        self._claim = Claim(self.store, self.read_status(), after=after)
+        self.store.sweep()  # first: there may be no room for a claim before
+        self._claim = Claim(self.store, self.read_status(), self._newest_writer)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
         # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
         # removes older ones. And before the logs are taken over: then they have the rows up to this step.
         self.checkpoints.fence(max(self.checkpoints.steps(), default=0))
 
     def check_claim(self) -> None:
-        """Makes sure that the run is still this process's, which a write of any kind asks for; one listing.
+        """Makes sure that the run is still this process's, which a write of any kind asks for; one listing as a rule.
 
         Raises:
             SupersededError: Another driver holds it.
@@ -89,7 +90,10 @@ class RunDirectory:
         return self._log(_EVENTS, key="seq")
 
     def write_job(self, text: str) -> None:
-        """Writes the resolved description."""
+        """Writes the resolved description, if it is another than there is."""
+        with contextlib.suppress(MissingObject):
+            if self.store.read(_JOB) == text.encode():
+                return
         self.store.write(_JOB, text.encode())
 
     def read_job(self) -> str:
@@ -109,7 +113,7 @@ class RunDirectory:
         write_document(self.store, _ENVIRONMENT, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        """What ``write_environment`` wrote; empty if it never did, or was killed while it did."""
+        """What ``write_environment`` wrote; empty if it never did, or was killed on a store that cannot rename."""
         return read_document(self.store, _ENVIRONMENT) or {}
 
     def write_status(self, status: Mapping[str, Any]) -> None:
@@ -151,7 +155,7 @@ class RunDirectory:
         write_document(self.store, f"{_MATRICES}/{name}.json", matrix, indent=None)
 
     def read_matrices(self) -> dict[str, dict[str, Any]]:
-        """The newest of each matrix, by name; one whose writer was killed while it wrote is not there."""
+        """The newest of each matrix, by name; one that is torn, on a store that cannot rename, is not there."""
         names = [name.removeprefix(f"{_MATRICES}/") for name in self.store.names(_MATRICES) if name.endswith(".json")]
         found = {name.removesuffix(".json"): read_document(self.store, f"{_MATRICES}/{name}") for name in sorted(names)}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
@@ -174,6 +178,10 @@ class RunDirectory:
     def read_log(self, name: str) -> bytes:
         """A log by its name."""
         return self.store.read(f"{_LOGS}/{name}")
+
+    def _newest_writer(self) -> str:
+        """The latest claim in the name of anything but a claim; empty if there is none."""
+        return max(self.events().newest_writer(), self.checkpoints.newest_claim())
 
     def _held(self) -> Claim:
         assert self._claim is not None, "only the driver that has claimed a run writes here"

@@ -5,6 +5,7 @@ hosts, users, keys and known hosts are those of OpenSSH's own files; a host that
 module that knows paramiko.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -118,6 +119,32 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
 
     def rm_file(self, path: str) -> None:
         self.ftp.remove(path)
+
+    def replace(self, path: str, new_path: str) -> None:
+        """Renames a file, in place of whatever has its new name: OpenSSH's extension of SFTP, which others have too.
+
+        A server without it renames only where nothing is in the way: there the old file is gone for a moment.
+        """
+        try:
+            self.ftp.posix_rename(path, new_path)
+        except (FileNotFoundError, TimeoutError):
+            raise
+        except OSError:
+            if self._has_posix_rename(path):
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                self.ftp.remove(new_path)
+            self.ftp.rename(path, new_path)
+
+    def _has_posix_rename(self, path: str) -> bool:
+        """Whether the server has the extension: then it can rename a file to itself, which changes nothing."""
+        try:
+            self.ftp.posix_rename(path, path)
+        except (FileNotFoundError, TimeoutError):  # no answer to the question
+            raise
+        except OSError:
+            return False
+        return True
 
 
 class _Refusal(paramiko.MissingHostKeyPolicy):

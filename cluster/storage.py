@@ -1,9 +1,10 @@
 """A directory at an fsspec URL: whole objects written, read, listed and deleted, and nothing else.
 
-The only module that knows fsspec, but for its SFTP. No rename, no append, no directory that has to exist, no cached
-listing: SFTP and S3 differ in all of them. Every call ends in time; one that fails for a passing reason is made again.
-What a file system raises leaves here as a ``StorageError`` of one line. Credentials come from the environment of the
-process that uses a store; neither a URL, nor a pickle, nor an error holds any.
+The only module that knows fsspec, but for its SFTP and its local files. Whoever uses a store has no rename, no append,
+no directory that has to exist, no cached listing: SFTP and S3 differ in all of them. Every call ends in time; one that
+fails for a passing reason is made again. What a file system raises leaves here as a ``StorageError`` of one line.
+Credentials come from the environment of the process that uses a store; neither a URL, nor a pickle, nor an error holds
+any.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import fsspec
 
 from cluster.deadline import OverrunError, result_within, start
 from cluster.errors import StorageError, nearest
+from cluster.local_files import SyncedLocalFileSystem
 from cluster.secrets import harmless, redacted
 
 T = TypeVar("T")
@@ -47,6 +49,12 @@ _WITH_FOLDERS = frozenset({"file", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs
 
 _S3 = frozenset({"s3", "s3a"})
 _SFTP = frozenset({"sftp", "ssh"})
+
+# Where an object is written under another name, and renamed once it is whole. An object store has no need of that.
+_WITH_RENAME = frozenset({"file", *_SFTP})
+
+_TEMPORARY = re.compile(r"(.*/)?\.tmp-[0-9a-f]{32}")
+"""The name of an object while it is being written, and of what a killed writer has left."""
 
 # A user and a password, and not a host and a port, before the last @ of what looks like one.
 _SECRET_IN_URL = re.compile(r"^[^/@:]*:(?!\d+/)[^@]*@")
@@ -116,10 +124,6 @@ class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNo
     """The store answers, and holds no object of that name."""
 
 
-class _OutOfPatience(StorageError):  # noqa: N818 - it says what is so
-    """A call failed for as long as it was made again."""
-
-
 @dataclass(frozen=True, slots=True)
 class Trouble:
     """What keeps a call from coming to its end; it is being made again."""
@@ -154,6 +158,7 @@ class Store:
         self.patience_s = patience_s
         self._protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         self._with_folders = self._protocol in _WITH_FOLDERS
+        self._with_rename = self._protocol in _WITH_RENAME
         self._class = _file_system(self._protocol, self.url)
         # By thread, for each makes one call at a time; of the folders below too, see ``at``.
         self._troubles: dict[int, Trouble] = {}
@@ -188,8 +193,8 @@ class Store:
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Writes a whole object over whatever had this name.
 
-        A process killed in here leaves the old object, the new one, or, on a store with folders, a torn one; an
-        object torn by an error such as a full disk is removed, if that can be done.
+        A process killed in here, a full disk or a lost connection leaves the old object or the new one, whole. Only on
+        a store with folders other than a local one or SFTP, such as HDFS, may it leave a torn one.
         """
         # Bytes are not copied. A view is: a call that was given up may read on, when its owner has moved on.
         whole = bytes(data)
@@ -197,21 +202,18 @@ class Store:
         def write(fs: fsspec.AbstractFileSystem, path: str) -> None:
             for folder_is_sure in (not self._with_folders, False, True):
                 try:
-                    fs.pipe_file(path, whole)
+                    if self._with_rename:
+                        _write_and_rename(fs, path, whole)
+                    else:
+                        fs.pipe_file(path, whole)
                     return
                 except FileNotFoundError:
                     if folder_is_sure:
                         raise
-                    # It is missing, or was removed as an empty one since it was made.
+                    # It is missing, or was removed as an empty one since it was made; or ``sweep`` took the file.
                     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
-        try:
-            self._call(f"write {name}", write, name, size=len(whole))
-        except _OutOfPatience as error:
-            if self._with_folders and not isinstance(error.__context__, OverrunError):
-                with contextlib.suppress(Exception):  # the failure at hand is the one to tell
-                    self._call_once(lambda fs, path: fs.rm_file(path), name)
-            raise
+        self._call(f"write {name}", write, name, size=len(whole))
 
     def read(self, name: str) -> bytes:
         """The whole object.
@@ -246,7 +248,7 @@ class Store:
         # fs.find is one flat listing on an object store; elsewhere it walks, and skips folders it may not read.
         found = self._walk(folder) if self._with_folders else self._flat(folder)
         # A name that ends in / is a placeholder that some tools leave to show an empty folder.
-        return sorted(name for name in found if not name.endswith("/"))
+        return sorted(name for name in found if not name.endswith("/") and not _TEMPORARY.fullmatch(name))
 
     def folders(self) -> list[str]:
         """The names of the folders directly in this one, sorted."""
@@ -270,6 +272,11 @@ class Store:
         if self._with_folders:
             for folder in sorted(parents, key=lambda name: name.count("/"), reverse=True):
                 self._call(f"remove the empty folder {folder}", _remove_if_empty, folder)
+
+    def sweep(self) -> None:
+        """Deletes what killed writers have left unfinished, at any depth; whoever is writing now writes once more."""
+        if self._with_rename:
+            self.delete([name for name in self._walk("") if _TEMPORARY.fullmatch(name)])
 
     def probe(self) -> None:
         """Writes, reads and deletes one small object.
@@ -387,9 +394,8 @@ class Store:
             raise
 
     def _failure(self, action: str, error: Exception, waited_s: float) -> StorageError:
-        kind = StorageError if _is_permanent(error) else _OutOfPatience
         tried = f", tried for {waited_s:.3g} s" if waited_s else ""
-        return kind(f"{self.url}: cannot {action}: {_reason(error)}{tried}; {_advice(error)}")
+        return StorageError(f"{self.url}: cannot {action}: {_reason(error)}{tried}; {_advice(error)}")
 
     def _plain(self, name: str) -> str:
         if any(part in ("", ".", "..") for part in name.split("/")) or re.search(r"[\x00-\x1f\x7f]", name):
@@ -426,6 +432,8 @@ def _canonical_url(url: str) -> str:
 
 def _file_system(protocol: str, url: str) -> type[fsspec.AbstractFileSystem]:
     """The class of a protocol; imported at once, so that a missing package is told of at once."""
+    if protocol == "file":
+        return SyncedLocalFileSystem
     try:
         if protocol in _SFTP:
             from cluster.sftp import PinnedSFTPFileSystem  # its package need not be installed
@@ -482,14 +490,36 @@ def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:
         return
 
 
+def _write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Writes a file of another name in the same folder, then gives it its name.
+
+    No two tries share a file: one that was given up, or another process, may be writing still.
+    """
+    temporary = f"{path.rpartition('/')[0]}/.tmp-{uuid.uuid4().hex}"
+    try:
+        fs.pipe_file(temporary, data)
+        fs.replace(temporary, path)
+    except Exception:  # the border to fsspec
+        with contextlib.suppress(Exception):  # the failure at hand is the one to tell; ``sweep`` takes what stays
+            fs.rm_file(temporary)
+        raise
+
+
 def _remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Removes a folder in which there is nothing, or only what killed writers have left."""
     with contextlib.suppress(FileNotFoundError):
         try:
             fs.rmdir(path)
         except OSError:
             # Not empty, the usual case, has no error of its own on SFTP: look. Anything else is a fault.
-            if not fs.ls(path, detail=False):
+            left = fs.ls(path, detail=False)
+            if not left:
                 raise
+            if all(map(_TEMPORARY.fullmatch, left)):
+                for file in left:
+                    fs.rm_file(file)
+                with contextlib.suppress(OSError):  # something else is there by now
+                    fs.rmdir(path)
 
 
 def _base(entry: dict) -> str:

@@ -1,7 +1,9 @@
 """What holds for the whole suite: it leaves nothing behind, however it ends; one server of a kind a process."""
 
 import multiprocessing.util
+import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SSHServer]:
     with ssh_server(tmp_path_factory.mktemp("ssh")) as server:
         yield server
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)

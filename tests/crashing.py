@@ -24,6 +24,7 @@ lives on."""
 KINDS: dict[str, tuple[Kind, ...]] = {
     "write": ("before", "after", "torn", "vanish"),
     "read": ("before", "after", "torn", "vanish"),
+    "replace": ("before", "after", "vanish"),
     "delete": ("before", "after", "vanish"),
     "delete tree": ("before", "after", "torn", "vanish"),
     "make folder": ("before", "after"),
@@ -31,14 +32,14 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "list": ("before", "after"),
     "look": ("before", "after"),
 }
-"""What can happen to a call. The delete of one object is whole, or did not happen."""
+"""What can happen to a call. The delete or the renaming of one object is whole, or did not happen."""
 
 _PLAIN = {
     "makedirs": "make folder", "mkdir": "make folder", "rmdir": "remove folder",
     "find": "list", "ls": "list", "listdir": "list",
     "info": "look", "isdir": "look", "isfile": "look", "exists": "look",
 }  # fmt: skip
-_CHANGES = ("write", "delete", "delete tree", "make folder", "remove folder")
+_CHANGES = ("write", "replace", "delete", "delete tree", "make folder", "remove folder")
 
 
 class Killed(BaseException):
@@ -136,10 +137,18 @@ class CrashingFileSystem:
             old = self._faults.content.get(self._faults.name(path))
             self._put(path, data, **options)
             call.has_worked = True
-            if kind == "vanish" and old is None:
-                self._remove(path)
-            elif kind == "vanish":
-                self._put(path, old)
+            if kind == "vanish":
+                self._put_back(path, old)
+
+    def replace(self, path: str, new_path: str) -> None:
+        with self._faults.call("replace", new_path) as (call, kind):
+            content = self._faults.content
+            old = content.get(self._faults.name(new_path))
+            self._fs.replace(path, new_path)
+            content[self._faults.name(new_path)] = content.pop(self._faults.name(path))
+            call.has_worked = True
+            if kind == "vanish":
+                self._put_back(new_path, old)
 
     def cat_file(self, path: str, **options: Any) -> bytes:
         with self._faults.call("read", path) as (call, kind):
@@ -175,6 +184,12 @@ class CrashingFileSystem:
     def _put(self, path: str, data: bytes, **options: Any) -> None:
         self._fs.pipe_file(path, data, **options)
         self._faults.content[self._faults.name(path)] = data
+
+    def _put_back(self, path: str, old: bytes | None) -> None:
+        if old is None:
+            self._remove(path)
+        else:
+            self._put(path, old)
 
     def _remove(self, path: str) -> None:
         self._fs.rm_file(path)

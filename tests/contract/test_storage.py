@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -197,6 +198,75 @@ store.write("b/c", b"from the child")
 
 
 class LocalStoreContract(SharedStoreContract):
+    @pytest.fixture
+    def kill_writer(self, store):
+        """A process that is killed when it has written an object, before that has its name."""
+
+        def write_and_die(name: str, data: bytes) -> None:
+            child = os.fork()
+            if child == 0:
+                os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                store.write(name, data)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+        return write_and_die
+
+    def test_a_killed_writer_leaves_the_old_object_and_nothing_that_shows(self, store, kill_writer):
+        store.write("folder/a", b"old")
+        kill_writer("folder/a", b"new")
+        kill_writer("b/c/d", b"new")
+        assert (store.read("folder/a"), store.names()) == (b"old", ["folder/a"])
+        store.sweep()
+        assert files_in(store) == ["folder/a"]
+        assert store.folders() == ["folder"]
+
+    def test_what_a_killed_writer_has_left_keeps_no_folder(self, store, kill_writer):
+        store.write("folder/a", b"old")
+        kill_writer("folder/a", b"new")
+        store.delete(["folder/a"])
+        assert list(Path(store.url).iterdir()) == []
+
+    def test_a_writer_whose_file_is_swept_away_writes_again(self, store, monkeypatch):
+        store.write("a/b", b"old")
+        replace, swept = os.replace, []
+
+        def replace_late(*paths: str) -> None:
+            if not swept:
+                swept.extend(set(files_in(store)) - {"a/b"})
+                Store(store.url).sweep()
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", replace_late)
+        store.write("a/b", b"new")
+        assert len(swept) == 1
+        assert (store.read("a/b"), files_in(store)) == (b"new", ["a/b"])
+
+    def test_writers_of_one_name_and_its_readers_see_whole_objects(self, url):
+        store = Store(url, patience_s=0)
+        contents = [bytes([number]) * (number * 50_000) for number in range(1, 7)]
+        store.write("a", contents[0])
+        with ThreadPoolExecutor(len(contents) + 1) as threads:
+            writing = [
+                threads.submit(lambda data=data: [store.write("a", data) for _ in range(20)]) for data in contents
+            ]
+            reading = threads.submit(lambda: [store.read("a") for _ in range(60)])
+            assert [len(future.result()) for future in writing] == [20] * len(contents)
+        assert set(reading.result()) <= set(contents)
+        assert files_in(store) == ["a"]
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+    def test_a_failure_to_reach_the_disk_leaves_the_old_object(self, url, monkeypatch, number):
+        """NFS and quotas tell only then that there is no room."""
+        store = Store(url, patience_s=0)
+        store.write("a", b"old")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+            for name in ("a", "b"):
+                with pytest.raises(StorageError, match=f"cannot write {name}: {os.strerror(number)}"):
+                    store.write(name, b"new")
+        assert (store.read("a"), files_in(store)) == (b"old", ["a"])
+
     def test_the_url_is_an_absolute_path(self, store):
         assert os.path.isabs(store.url)
 
@@ -300,6 +370,59 @@ def test_a_remote_store_at_work(server, request, environment):
     with pytest.raises(MissingObject):
         store.read("checkpoints/step-1/model")
     assert Store(store.url).names() == ["job.yaml"]
+
+
+class TestRename:
+    """An SFTP server gives a new object the name of the old one."""
+
+    @pytest.fixture
+    def store(self, ssh, environment) -> Store:
+        environment(**ssh.environment)
+        store = Store(f"sftp://127.0.0.1:{ssh.port}{ssh.folder}/{uuid.uuid4().hex}", patience_s=0)
+        store.write("a", b"old")
+        return store
+
+    def test_a_server_without_the_extension(self, store, ssh, monkeypatch):
+        unsupported = mock.Mock(side_effect=OSError("Operation unsupported"))
+        monkeypatch.setattr(paramiko.SFTPClient, "posix_rename", unsupported)
+        store.write("a", b"new")
+        store.write("b", b"new")
+        assert unsupported.called
+        assert (store.read("a"), files_in(store, ssh)) == (b"new", ["a", "b"])
+
+    @pytest.mark.parametrize("error", [OSError("Failure"), PermissionError(errno.EACCES, "denied"), TimeoutError()])
+    def test_a_rename_that_fails_leaves_the_old_object(self, store, ssh, monkeypatch, error):
+        rename = paramiko.SFTPClient.posix_rename
+
+        def fail(ftp: paramiko.SFTPClient, path: str, new_path: str) -> None:
+            if path != new_path:
+                raise error
+            rename(ftp, path, new_path)
+
+        monkeypatch.setattr(paramiko.SFTPClient, "posix_rename", fail)
+        with pytest.raises(StorageError, match="cannot write a: "):
+            store.write("a", b"new")
+        assert (store.read("a"), files_in(store, ssh)) == (b"old", ["a"])
+
+    def test_a_session_that_is_lost_leaves_the_old_object_and_nothing_that_shows(self, store, ssh, monkeypatch):
+        def lose(ftp: paramiko.SFTPClient, path: str, new_path: str) -> None:  # noqa: ARG001
+            ftp.get_channel().get_transport().close()
+            raise EOFError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(paramiko.SFTPClient, "posix_rename", lose)
+            with pytest.raises(StorageError, match="cannot write a: EOFError"):
+                store.write("a", b"new")
+        assert (store.read("a"), store.names()) == (b"old", ["a"])
+        assert len(files_in(store, ssh)) == 2
+        store.sweep()
+        assert files_in(store, ssh) == ["a"]
+
+
+def files_in(store: Store, ssh: SSHServer | None = None) -> list[str]:
+    """All files in a store's folder, also those that it does not show, by their names there."""
+    folder = Path(store.url) if ssh is None else ssh.folder / store.url.rpartition("/")[2]
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow
@@ -523,22 +646,8 @@ def _soon(condition, within_s: float = 60.0):
     return found
 
 
-@pytest.fixture
-def full_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
 class TestFullDisk:
-    """A write that does not fit leaves nothing; what was there before stays whole, and smaller ones go on."""
+    """A write that does not fit leaves what was there before, whole, and nothing else; smaller ones go on."""
 
     @pytest.fixture(params=["local", "sftp"])
     def store(self, request, full_disk) -> Store:
@@ -557,6 +666,13 @@ class TestFullDisk:
         assert store.names() == ["small"]
         assert store.read("small") == b"1" * 100_000
         store.write("large", b"3" * 100_000)
+
+    def test_an_object_that_does_not_fit_leaves_the_one_before(self, store, full_disk):
+        store.write("a", b"1" * 300_000)
+        with pytest.raises(StorageError, match=r"cannot write a: .*(No space left|disk may be full)"):
+            store.write("a", b"2" * 900_000)
+        assert store.read("a") == b"1" * 300_000
+        assert [path.name for path in full_disk.iterdir()] == ["a"]
 
     def test_room_that_is_made_in_time_is_used(self, store):
         store.write("old", b"1" * 800_000)
@@ -714,13 +830,14 @@ class TestHang:
         ("call", "action"),
         [
             (lambda store: store.read("pipe"), "read pipe"),
-            (lambda store: store.write("pipe", b"1"), "write pipe"),
+            (lambda store: store.write("b", b"1"), "write b"),
         ],
         ids=["read", "write"],
     )
-    def test_a_call_that_hangs_is_given_up_and_the_others_go_on(self, store, call, action):
+    def test_a_call_that_hangs_is_given_up_and_the_others_go_on(self, store, call, action, tmp_path):
         given_up = pytest.raises(StorageError, match=f"cannot {action}: no answer within 0.3 s")
-        with mock.patch.object(storage, "_CALL_S", 0.3), _no_patience(), given_up:
+        hanging_disk = mock.patch.object(os, "fsync", side_effect=lambda _: (tmp_path / "pipe").read_bytes())
+        with mock.patch.object(storage, "_CALL_S", 0.3), _no_patience(), hanging_disk, given_up:
             call(store)
         store.write("a", b"1")
         assert store.read("a") == b"1"

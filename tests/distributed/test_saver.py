@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.agent import Task
 from cluster.link import Link
+from cluster.local_files import SyncedLocalFileSystem
 from cluster.run_directory import RunDirectory
 from jobs.loop import Loop, Progress
 from jobs.parts import build_parts
@@ -77,13 +77,13 @@ class Uploads:
         self._slow_steps: set[int] = set()
         self._changed = threading.Condition()
         self._now = 0.0
-        write = LocalFileSystem.pipe_file
+        write = SyncedLocalFileSystem.pipe_file
 
-        def pipe_file(files: LocalFileSystem, path: str, value: bytes, **options: Any) -> None:
+        def pipe_file(files: SyncedLocalFileSystem, path: str, value: bytes, **options: Any) -> None:
             self._upload(int(re.findall(r"/step-(\d+)/", path)[-1]))
             write(files, path, value, **options)
 
-        LocalFileSystem.pipe_file = pipe_file
+        SyncedLocalFileSystem.pipe_file = pipe_file
 
     def due(self, step: float) -> None:
         """A save is due."""

@@ -20,6 +20,7 @@ from cluster import claims, storage
 from cluster.checkpoints import Checkpoints, FileEntry, Manifest
 from cluster.claims import SupersededError
 from cluster.deadline import Started
+from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import CheckpointSpec
@@ -386,6 +387,28 @@ def test_beyond_the_checkpoint_that_workers_fell_back_to_no_late_manifest_counts
     record.checkpoint(save(drivers.new, 10), (None, None), 0.1)
     record.write()
     assert RunDirectory(URL).store.names("checkpoints/step-00000008"), "the bad one stays for somebody to look at"
+
+
+def test_of_two_drivers_whose_claims_a_person_removes_the_later_one_goes_on() -> None:
+    def remove_claims(drivers: TakenOver) -> None:
+        drivers.old.store.delete(drivers.old.store.names("drivers"))
+
+    def claim(drivers: TakenOver) -> None:
+        with contextlib.suppress(StorageError):  # it has not begun, and says so
+            drivers.new.claim()
+            begun.append(drivers)
+
+    begun: list[TakenOver] = []
+    num_points = 0
+    for drivers in at_each_call(claim, remove_claims):
+        num_points += 1
+        if drivers in begun:
+            drivers.new.check_claim()
+            with pytest.raises(SupersededError):
+                drivers.old.check_claim()
+        else:
+            drivers.old.check_claim()
+    assert len(begun) == num_points, "all but one, at whose call its claim was not seen; and one undisturbed"
 
 
 @pytest.mark.parametrize(

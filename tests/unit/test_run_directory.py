@@ -2,10 +2,13 @@
 
 import os
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
+from cluster.claims import SupersededError
 from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory, list_runs
 from cluster.storage import MissingObject, Store
@@ -92,8 +95,77 @@ def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
         log.flush()
         run.store.delete(run.store.names("drivers"))
     assert [row["number"] for row in run.events().read()] == [0, 1, 2]
-    with pytest.raises(StorageError, match="holds no drivers any more; mount the store again, or restore it"):
+
+
+class TestLostClaim:
+    def test_it_is_written_again_with_the_newest_status(self, run):
+        run.claim()
+        run.write_status({"status": "running", "step": 7})
+        claims = run.store.names("drivers")
+        run.store.delete(claims)
         run.check_claim()
+        assert run.store.names("drivers") == claims
+        assert run.read_status()["step"] == 7
+
+    def test_it_is_not_written_again_where_nothing_of_the_run_is(self, run, tmp_path):
+        run.claim()
+        (tmp_path / "runs").rename(tmp_path / "unmounted")
+        with pytest.raises(StorageError, match="holds nothing of this driver any more; mount the store again"):
+            run.check_claim()
+        assert not (tmp_path / "runs").exists()
+        (tmp_path / "unmounted").rename(tmp_path / "runs")
+        run.check_claim()
+
+    def test_it_is_not_written_again_in_an_older_copy_of_the_run(self, run, tmp_path):
+        run.claim()
+        shutil.copytree(tmp_path / "runs", tmp_path / "older")
+        taken_over = RunDirectory(run.url)
+        taken_over.claim()
+        (tmp_path / "runs").rename(tmp_path / "unmounted")
+        (tmp_path / "older").rename(tmp_path / "runs")
+        with pytest.raises(StorageError, match="holds nothing of this driver any more"):
+            taken_over.check_claim()
+
+    def test_it_is_not_written_again_once_another_driver_has_come(self, run):
+        run.claim()
+        newer = RunDirectory(run.url)
+        newer.claim()
+        run.store.delete(run.store.names("drivers"))
+        with pytest.raises(SupersededError, match="another driver has taken the run over"):
+            run.check_claim()
+        newer.check_claim()
+        with pytest.raises(SupersededError, match="process .* has taken the run over at"):
+            run.check_claim()
+
+    def test_an_older_claim_that_shows_is_no_later_driver(self, run):
+        run.claim()
+        newer = RunDirectory(run.url)
+        newer.claim()
+        newest = newer.store.names("drivers")
+        run.write_status({"status": "running"})  # late
+        run.store.delete(newest)
+        newer.check_claim()
+        assert set(newest) < set(run.store.names("drivers"))
+
+
+def test_a_description_that_has_not_changed_is_not_written(run, monkeypatch):
+    run.write_job("name: digits\n")
+    monkeypatch.setattr(Store, "write", lambda *_: pytest.fail("it is written"))
+    run.write_job("name: digits\n")
+
+
+def test_a_driver_begins_with_the_room_that_killed_writers_have_left(run):
+    run.claim()
+    part = run.checkpoints.write_part(5, ("model", 0), b"1")
+    left = [run.store.at(*folder).url + f"/.tmp-{number:032x}" for number, folder in enumerate([["drivers"], ["logs"]])]
+    left.append(f"{run.checkpoints.url(5)}/.tmp-{5:032x}")
+    for path in map(Path, left):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    assert not any("tmp" in name for name in run.store.names())
+    RunDirectory(run.url).claim()
+    assert not any(map(os.path.exists, left))
+    assert f"checkpoints/{part.object}" in run.store.names()
 
 
 def test_a_driver_goes_on_from_checkpoints_that_a_person_has_copied_alone(run):
