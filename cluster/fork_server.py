@@ -28,6 +28,7 @@ from typing import Any
 
 # From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
 _CAN_SHARE = sys.version_info < (3, 14)
+_ORPHAN_WAIT_S = 10.0
 _own: Any = multiprocessing.forkserver._forkserver
 """The server that this process starts, if it starts one."""
 
@@ -215,12 +216,15 @@ class _Popen(popen_forkserver.Popen):
 
 
 def _kill_orphan(pid: int) -> None:
-    """Kills a process that a dead server has left, and waits for its end: until then it holds its GPU."""
+    """Kills a process that a dead server has left, and waits for its end: until then it holds its GPU.
+
+    Not for ever: one that hangs in the kernel, such as in a driver, ends when that lets it.
+    """
     with suppress(OSError):  # it has ended; or Linux is older than 5.3, and its end cannot be waited for
         os.kill(pid, signal.SIGKILL)
         if sys.platform == "linux":
             process = os.pidfd_open(pid)
-            wait([process])
+            wait([process], _ORPHAN_WAIT_S)
             os.close(process)
 
 

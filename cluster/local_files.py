@@ -1,4 +1,4 @@
-"""fsspec's file system of this machine, made fit for training: what is written outlasts a loss of power."""
+"""fsspec's file system of this machine, made fit for training: what a loss of power leaves under a name is whole."""
 
 import os
 from typing import Any

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.claims import Claim, newest_status
 from cluster.documents import read_document, write_document
+from cluster.errors import StorageError
 from cluster.row_log import RowLog
 from cluster.storage import MissingObject, Store
 
@@ -66,7 +67,8 @@ class RunDirectory:
         Raises:
             SupersededError: Another process has taken it at the same moment.
         """
-        self.store.sweep()  # first: there may be no room for a claim before
+        with contextlib.suppress(StorageError):  # it only makes room; whoever needs that will say so
+            self.store.sweep()
         self._claim = Claim(self.store, self.read_status(), self._newest_writer)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
         # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and

@@ -5,7 +5,6 @@ hosts, users, keys and known hosts are those of OpenSSH's own files; a host that
 module that knows paramiko.
 """
 
-import contextlib
 import errno
 import os
 import stat
@@ -123,7 +122,8 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
     def replace(self, path: str, new_path: str) -> None:
         """Renames a file, in place of whatever has its new name: OpenSSH's extension of SFTP, which others have too.
 
-        A server without it renames only where nothing is in the way: there the old file is gone for a moment.
+        A server without it renames only where nothing is in the way: there the old file is put aside for a moment, as
+        a hidden one, and is lost if this process is killed in that moment.
         """
         try:
             self.ftp.posix_rename(path, new_path)
@@ -132,9 +132,21 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         except OSError:
             if self._has_posix_rename(path):
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                self.ftp.remove(new_path)
+            self._put_in_place(path, new_path)
+
+    def _put_in_place(self, path: str, new_path: str) -> None:
+        aside = f"{path}-aside"
+        try:
+            self.ftp.rename(new_path, aside)
+        except FileNotFoundError:
             self.ftp.rename(path, new_path)
+            return
+        try:
+            self.ftp.rename(path, new_path)
+        except Exception:  # whatever it is, the old file comes back
+            self.ftp.rename(aside, new_path)
+            raise
+        self.ftp.remove(aside)
 
     def _has_posix_rename(self, path: str) -> bool:
         """Whether the server has the extension: then it can rename a file to itself, which changes nothing."""

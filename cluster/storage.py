@@ -53,7 +53,7 @@ _SFTP = frozenset({"sftp", "ssh"})
 # Where an object is written under another name, and renamed once it is whole. An object store has no need of that.
 _WITH_RENAME = frozenset({"file", *_SFTP})
 
-_TEMPORARY = re.compile(r"(.*/)?\.tmp-[0-9a-f]{32}")
+_TEMPORARY = re.compile(r"(.*/)?\.tmp-[0-9a-f]{32}(-aside)?")
 """The name of an object while it is being written, and of what a killed writer has left."""
 
 # A user and a password, and not a host and a port, before the last @ of what looks like one.

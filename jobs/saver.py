@@ -97,8 +97,11 @@ class Saver:
         Raises:
             StorageError: An earlier save failed.
         """
+        did_wait = self._waiting is not None
         late_ranks = self._late_ranks(_LONGEST_WAIT_S)
-        if late_ranks and not is_needed:
+        # The one that is late may have waited for a pause with the store idle: that is no reason to leave this one out.
+        has_just_begun = did_wait and self._waiting is None
+        if late_ranks and not is_needed and not has_just_begun:
             self._leave_out(late_ranks[0])
             return
         if not late_ranks:

@@ -440,7 +440,7 @@ class Driver:
             late = self._crew.late(now)
             if late and self._record.is_settled:  # else it cannot be judged yet, and they may come
                 self._on_agents_lost({"lost": {}, "what": late})
-        elif silent := self._crew.silent(now):
+        elif self._record.is_settled and (silent := self._crew.silent(now)):
             self._on_agents_lost({"lost": silent, "what": ""})
         elif self._attempt == _NONE and self._record.is_settled:
             self._start_attempt()

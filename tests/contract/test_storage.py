@@ -390,6 +390,20 @@ class TestRename:
         assert unsupported.called
         assert (store.read("a"), files_in(store, ssh)) == (b"new", ["a", "b"])
 
+    def test_a_server_without_the_extension_that_fails_keeps_the_old_object(self, store, ssh, monkeypatch):
+        rename = paramiko.SFTPClient.rename
+
+        def fail(ftp: paramiko.SFTPClient, path: str, new_path: str) -> None:
+            if new_path.endswith("/a") and not path.endswith("-aside"):
+                raise OSError("Failure")
+            rename(ftp, path, new_path)
+
+        monkeypatch.setattr(paramiko.SFTPClient, "posix_rename", mock.Mock(side_effect=OSError("unsupported")))
+        monkeypatch.setattr(paramiko.SFTPClient, "rename", fail)
+        with pytest.raises(StorageError, match="cannot write a: "):
+            store.write("a", b"new")
+        assert (store.read("a"), files_in(store, ssh)) == (b"old", ["a"])
+
     @pytest.mark.parametrize("error", [OSError("Failure"), PermissionError(errno.EACCES, "denied"), TimeoutError()])
     def test_a_rename_that_fails_leaves_the_old_object(self, store, ssh, monkeypatch, error):
         rename = paramiko.SFTPClient.posix_rename

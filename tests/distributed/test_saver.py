@@ -60,6 +60,9 @@ CASES = {
     "one that waits is replaced by a newer one": Case(
         num_steps=4, slow={(0, 0)}, held_for=3, needed=(2, 3, 4), whole=(1, 3, 4)
     ),
+    "one that is due when one that waited is begun": Case(
+        num_steps=4, slow={(0, 0), (0, 1)}, held_for=2, needed=(2,), whole=(1, 2, 3, 4)
+    ),
     "the last one, after one was left out": Case(
         num_steps=3, slow={(1, 0)}, held_for=9, needed=(3,), whole=(1, 3), left_out=((2, 1),)
     ),
