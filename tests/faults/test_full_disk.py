@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from cluster import storage
-from cluster.deadline import Started
 from cluster.errors import StorageError
 from cluster.local_files import SyncedLocalFileSystem
 from cluster.run_directory import RunDirectory
@@ -26,6 +24,8 @@ from launcher.progress import open_progress
 from launcher.record import Record, RunState
 from tests.faults.lives import save
 from tests.specs import bare_job
+
+pytestmark = pytest.mark.usefixtures("calls_in_this_thread")
 
 STEPS_A_LIFE = 4
 write_file = SyncedLocalFileSystem.pipe_file
@@ -91,21 +91,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(SyncedLocalFileSystem, "pipe_file", lambda fs, path, value: disk.write(fs, path, value))
     monkeypatch.setattr(os, "fsync", disk.sync)
     return disk
-
-
-@pytest.fixture(autouse=True)
-def _calls_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing hangs here, and handing a call to a thread takes longer than the call."""
-
-    def start(function: Callable[[], Any]) -> Started[Any]:
-        started: Started[Any] = Started()
-        try:
-            started.set_result(function())
-        except Exception as error:
-            started.set_exception(error)
-        return started
-
-    monkeypatch.setattr(storage, "start", start)
 
 
 def life(run: RunDirectory, number: int) -> Iterator[Callable[[], Any]]:

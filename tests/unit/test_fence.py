@@ -16,10 +16,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster import claims, storage
+from cluster import claims
 from cluster.checkpoints import Checkpoints, FileEntry, Manifest
 from cluster.claims import SupersededError
-from cluster.deadline import Started
 from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
@@ -65,27 +64,13 @@ class WatchedFileSystem(MemoryFileSystem):
 
 
 fsspec.register_implementation("watched", WatchedFileSystem)
+pytestmark = pytest.mark.usefixtures("calls_in_this_thread")
 
 
 @pytest.fixture(autouse=True)
 def _empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
     WatchedFileSystem.store.clear()
     monkeypatch.setattr(WatchedFileSystem, "watch", staticmethod(let))
-
-
-@pytest.fixture(autouse=True)
-def _calls_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing hangs here, and handing a call to a thread takes ten times as long as the call."""
-
-    def start(function: Call) -> Started[Any]:
-        started: Started[Any] = Started()
-        try:
-            started.set_result(function())
-        except BaseException as error:
-            started.set_exception(error)
-        return started
-
-    monkeypatch.setattr(storage, "start", start)
 
 
 @pytest.fixture(autouse=True)
