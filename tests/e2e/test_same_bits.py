@@ -73,7 +73,7 @@ def test_stopped_killed_and_resumed_elsewhere(
     assert killed.wait().exit_code == -signal.SIGKILL
     status = launcher("status", run, "--json", cwd=tmp_path).document
     assert status["status"] == "failed", "nobody is running it any more"
-    (claim,) = (run / "drivers").iterdir()
+    (claim,) = (run / "drivers").glob("*.json")
     claim.write_text("{")  # a kill can tear it
 
     resumed = launcher("resume", run, "workers.num=2", "--json", cwd=elsewhere)

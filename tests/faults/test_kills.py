@@ -107,6 +107,6 @@ def test_a_driver_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits)
 def uncommitted(run: Path) -> set[str]:
     """The folders of checkpoints that both workers have written their files to, and that have no manifest."""
     folders: dict[str, set[str]] = {}
-    for path in (run / "checkpoints").glob("*/*"):
+    for path in (run / "checkpoints").glob("*/[!.]*"):
         folders.setdefault(path.parent.name, set()).add(path.name.partition("-")[0])
     return {name for name, found in folders.items() if found == {"model", "optimizer", "training"}}
