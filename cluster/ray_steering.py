@@ -11,6 +11,7 @@ from cluster.errors import one_line
 from cluster.ray_cluster import is_joined, last_line
 
 _CONTROLLER_WAIT_S = 0.5
+_generation = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,21 @@ class Wanted:
     generation: int = 0
     num_workers: int = 0
     is_over: bool = False
+
+
+def own_generation() -> int:
+    """The generation of this agent; in Ray Train's controller, that of the agents it has begun to start last."""
+    return _generation
+
+
+def be_of_generation(generation: int) -> None:
+    """Sets it. The controller does so when it decides to start agents, and has each of them do so before it runs.
+
+    Ray copies each of the classes below into the controller by itself, globals included; a function of this module it
+    imports. So the classes share one number, as long as they reach it through these functions.
+    """
+    global _generation
+    _generation = generation
 
 
 def steered_trainer(switchboard: Any) -> type:
@@ -46,8 +62,6 @@ def steered_trainer(switchboard: Any) -> type:
     class Steering(FixedScalingPolicy):
         """Starts the agents that the driver wants, when it wants others than there are."""
 
-        generation = 0
-
         def after_controller_start(self, train_run_context: Any) -> None:
             if can_grow:  # a machine alone has no autoscaler, and asking takes a process of its own
                 super().after_controller_start(train_run_context)
@@ -59,12 +73,12 @@ def steered_trainer(switchboard: Any) -> type:
             return self._decide(0.0)
 
         def _decide(self, wait_s: float) -> Any:
-            wanted = ray.get(switchboard.wanted_after.remote(self.generation, wait_s))
+            wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
             if wanted.is_over and wait_s:
                 raise RuntimeError("the run is over, and no agents are there to end with it")
-            if wanted.is_over or wanted.generation == self.generation:
+            if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()
-            self.generation = wanted.generation
+            be_of_generation(wanted.generation)
             if can_grow:
                 self._maybe_send_resource_request()
             return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
@@ -76,12 +90,15 @@ def steered_trainer(switchboard: Any) -> type:
             failures = getattr(training_failed_error, "worker_failures", {})
             lost = {rank: _reason(error) for rank, error in failures.items()}
             what = "" if isinstance(training_failed_error, WorkerGroupError) else one_line(training_failed_error)
-            told = {"kind": "agents_lost", "lost": lost, "what": what}
+            told = {"kind": "agents_lost", "generation": own_generation(), "lost": lost, "what": what}
             is_over = ray.get(switchboard.post_of_controller.remote([told]))
             return FailureDecision.RAISE if is_over else FailureDecision.RETRY
 
     class Census(ControllerCallback, WorkerGroupCallback):
-        """Tells the driver on which nodes room is held for agents: from before they speak until they are gone."""
+        """Tells the driver on which nodes room is held for agents: from before they speak until they are gone.
+
+        And it tells each agent its generation.
+        """
 
         room: Any = None
 
@@ -92,6 +109,11 @@ def steered_trainer(switchboard: Any) -> type:
                 self.room.shutdown()
                 self._tell([])
 
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            # They do not ask, for one that asks late would be told the generation of those that have replaced it.
+            ray.get([worker.execute_async(be_of_generation, own_generation()) for worker in workers])
+            return {}
+
         def after_worker_group_start(self, worker_group: Any) -> None:
             self.room = worker_group.get_worker_group_state().placement_group_handle
             self._tell([worker.metadata.node_id for worker in worker_group.get_workers()])
@@ -101,7 +123,8 @@ def steered_trainer(switchboard: Any) -> type:
             self._tell([])
 
         def _tell(self, nodes: list[str]) -> None:
-            ray.get(switchboard.post.remote([{"kind": "agents_placed", "nodes": nodes}]))
+            told = {"kind": "agents_placed", "generation": own_generation(), "nodes": nodes}
+            ray.get(switchboard.post.remote([told]))
 
     class SteeredTrainer(DataParallelTrainer):
         # Should Ray drop this hook, nobody calls it, and the helpers are back.

@@ -17,7 +17,7 @@ from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.errors import ClusterError
 from cluster.ray_cluster import Node, WorkerResources, actor_on, last_line
-from cluster.ray_steering import Wanted, steered_trainer
+from cluster.ray_steering import Wanted, own_generation, steered_trainer
 
 _ORDERS_WAIT_S = 30.0
 _RETRY_INTERVAL_S = 1.0
@@ -33,7 +33,7 @@ class WorkerGroup:
         """Starts Ray Train's controller, which waits to be told how many agents to start.
 
         Args:
-            task: What each worker is told; rank and world size are filled in.
+            task: What each worker is told; rank, world size and fork server are filled in.
             resources: What each reserves.
             most: The most agents there will be; an autoscaler is asked for room for them.
         """
@@ -45,11 +45,9 @@ class WorkerGroup:
         self._hosts: dict[str, Any] = {}
         """By node, so that Ray lets them live as long as this group."""
         self._here = here = ray.get_runtime_context().get_node_id()
+        self._own_host = _Host(modules_of(task.entry))
         # Where the driver lives: it must not be lost with a node that only works.
         self._switchboard: Any = actor_on(here, _Switchboard).remote()
-        # Not with the training function: Ray shows what that is given, and a description may have taken secrets
-        # from the environment.
-        self._switchboard.set_task.remote(task)
         self._orders = Orders()
         self._wanted = Wanted()
         self._error: BaseException | None = None
@@ -74,23 +72,30 @@ class WorkerGroup:
                 name = _host_name(node.id)
                 self._hosts[node.id] = actor_on(node.id, _Host, name=name).remote(modules_of(self._task.entry))
 
-    def start(self, num_workers: int) -> None:
+    def start(self, num_workers: int) -> int:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
+
+        Returns:
+            Their generation, which they say with ``hello``, and Ray Train with all that it says of them.
 
         Raises:
             ClusterError: Ray is gone.
         """
         self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
         self._ask(self._switchboard.set_orders, self._orders)
+        # Not with the training function: Ray shows what that is given, and a description may have taken secrets
+        # from the environment. And not once for all: the server to fork from may be another by now.
+        self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._own_host.address()))
         self._wanted = Wanted(self._wanted.generation + 1, num_workers)
         self._ask(self._switchboard.set_wanted, self._wanted)
+        return self._wanted.generation
 
     def messages(self, timeout_s: float) -> list[dict[str, Any]]:
         """The agents' messages since the last call, in order for each agent; waits up to ``timeout_s`` for one.
 
         Among them are Ray Train's: ``agents_lost``, with what Ray says of each of those that it lost, by rank; the
         others are there still, until the next ``start``. If it names none, all are lost, or did not start. And
-        ``agents_placed``: the nodes that hold one, for each.
+        ``agents_placed``: the nodes that hold one, for each. Both name its generation, for they may come late.
 
         Raises:
             ClusterError: Ray Train has given up on the agents.
@@ -137,9 +142,10 @@ def _host_name(node: str) -> str:
 
 
 class _Host:
-    """An actor on each node but the driver's: keeps a server from which training processes are forked, imports done.
+    """Keeps a server on a node from which training processes are forked, imports done.
 
-    It outlives the agents, so that the next ones find it warm.
+    An actor on each node but the driver's, where it belongs to the driver's process. It outlives the agents, so that
+    the next ones find the server warm.
     """
 
     def __init__(self, modules: list[str]) -> None:
@@ -251,7 +257,7 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         fork_server=_fork_server(task, worker.get_node_id() == config["driver_node"]),
     )
     identity = {
-        "world_size": task.world_size,
+        "generation": own_generation(),
         "node": worker.get_node_id(),
         "address": ray.util.get_node_ip_address(),
         "pid": os.getpid(),

@@ -70,7 +70,7 @@ class Loop:
                 whether it is more than one in a series.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
             mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
-            tend: Sees to earlier saves; called at every pause that has no save of its own.
+            tend: Sees to earlier saves; called after every step.
         """
         self.spec = spec
         self.parts = parts
@@ -103,6 +103,7 @@ class Loop:
                 self._log(report)
             if self._is_due():
                 self._pause()
+            self.tend()
             if self.stopping or self.progress.ended_early:
                 break
             self.mark("data", self.progress.step)
@@ -136,8 +137,6 @@ class Loop:
         if on_schedule or is_needed:
             self.mark("storage", step)
             self.save(self.metrics, is_needed=is_needed)
-        else:
-            self.tend()
 
     def _validates_at(self, step: int) -> bool:
         steps, train = self.parts.steps, self.spec.train

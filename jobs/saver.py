@@ -51,7 +51,8 @@ class Saver:
 
     A store that is slower than the saves are frequent holds the loop back a little; one that does not answer does not:
     saves are left out until it does. One that is needed is never left out: it waits until every rank has written the
-    save before. While it waits no rank writes it, so a newer one replaces it on all ranks or on none.
+    save before. While it waits no rank writes it, so a newer one replaces it on all ranks or on none. Only the best so
+    far is not replaced, for the newer one names it as such: at most these two wait, each a copy of this worker's share.
 
     Collective: every rank has one and calls ``save`` and ``tend`` at the same steps.
     """
@@ -80,9 +81,9 @@ class Saver:
             self._before = {key: restored.part(key) for key in restored.part_keys()}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._requests = ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="upload")
-        # Of the same steps on every rank: what is written until all have written it, and what comes after it.
+        # Of the same steps on every rank: what is written until all have written it, and what comes after it, in order.
         self._writing: Future[None] | None = None
-        self._waiting: _Snapshot | None = None
+        self._waiting: list[_Snapshot] = []
         self._leaves_out = False  # one was left out, and none has been begun in time since; the same on every rank
 
     def save(self, metrics: Mapping[str, float], *, is_needed: bool) -> None:
@@ -97,10 +98,10 @@ class Saver:
         Raises:
             StorageError: An earlier save failed.
         """
-        did_wait = self._waiting is not None
+        did_wait = bool(self._waiting)
         late_ranks = self._late_ranks(_LONGEST_WAIT_S)
-        # The one that is late may have waited for a pause with the store idle: that is no reason to leave this one out.
-        has_just_begun = did_wait and self._waiting is None
+        # One that is late because it had to wait is no reason to leave this one out.
+        has_just_begun = did_wait and not self._waiting
         if late_ranks and not is_needed and not has_just_begun:
             self._leave_out(late_ranks[0])
             return
@@ -108,19 +109,21 @@ class Saver:
             self._leaves_out = False
             self._begin(self._snapshot(metrics))
             return
-        if self._waiting is not None:
-            self._waiting.give_back()
-        self._waiting = self._snapshot(metrics)
+        self._make_way()
+        self._waiting.append(self._snapshot(metrics))
 
     def tend(self) -> None:
         """Begins the save that waits, if all ranks have written the one before; never waits for the store.
+
+        Called after every step, so that the store is idle for no more than one. While nothing waits, which is so on
+        every rank or on none, it asks nobody and costs nothing.
 
         Collective: every rank, at the same steps.
 
         Raises:
             StorageError: An earlier save failed.
         """
-        if self._waiting is not None:
+        if self._waiting:
             self._late_ranks(longest_wait_s=0.0)
 
     def wait(self) -> None:
@@ -158,9 +161,16 @@ class Saver:
     def _begin_next(self) -> None:
         """Begins what waits, if something does; what was written before is done with."""
         self._writing = None
-        if self._waiting is not None:
-            snapshot, self._waiting = self._waiting, None
-            self._begin(snapshot)
+        if self._waiting:
+            self._begin(self._waiting.pop(0))
+
+    def _make_way(self) -> None:
+        """Gives up what waits for a newer one to take its place, but for the best so far."""
+        best_step, waiting = self._progress.best_step, self._waiting
+        self._waiting = [snapshot for snapshot in waiting if snapshot.share.step == best_step]
+        for snapshot in waiting:
+            if snapshot.share.step != best_step:
+                snapshot.give_back()
 
     def _begin(self, snapshot: _Snapshot) -> None:
         self._writing = self._thread.submit(self._write, snapshot)

@@ -50,6 +50,8 @@ class Crew:
         self.group = group
         self.num_workers = 0
         """Those that were asked for; 0: none."""
+        self.generation = 0
+        """Of the agents that were started last."""
         self.agents: dict[int, dict[str, Any]] = {}
         """What each said when it came, by rank."""
         self._workers = workers
@@ -79,10 +81,9 @@ class Crew:
         return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
 
     def joined(self, hello: dict[str, Any], now: float) -> None:
-        """An agent is there. One of a group that has been replaced meanwhile is not counted."""
-        if hello["world_size"] == self.num_workers:
-            self.agents[hello["rank"]] = hello
-            self._heard_at[hello["rank"]] = now
+        """An agent is there."""
+        self.agents[hello["rank"]] = hello
+        self._heard_at[hello["rank"]] = now
 
     def heard(self, here: dict[str, Any], now: float) -> None:
         """An agent says that it is there still, as all do every few seconds; also one that is no longer counted."""
@@ -113,7 +114,8 @@ class Crew:
         """Starts so many agents in place of those there are."""
         self.disband()
         self.num_workers, self._asked_at = num_workers, now
-        self.group.start(num_workers)
+        self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
+        self.generation = self.group.start(num_workers)
 
     def late(self, now: float) -> str:
         """What to say of agents that have not started in time, and of their nodes; nothing if there are none."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster import fork_server
 from cluster.agent import Task
 from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import (
@@ -118,6 +117,8 @@ class Driver:
         return self._completed or self._stop_reason is not None or (self._crew.is_complete and self._change is None)
 
     def _hear(self, message: dict[str, Any]) -> None:
+        if message.get("generation", self._crew.generation) != self._crew.generation:
+            return  # of agents that others have replaced, or about them
         kind = message["kind"]
         if kind == "hello":
             self._on_hello(message)
@@ -155,7 +156,6 @@ class Driver:
         if self._crew.is_complete:
             shards, num_workers = self._spec.train.shards, self._crew.num_workers
             self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
-            self._attempt = _NONE  # one that runs counts on an agent of a group before, whose hello came late
 
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
@@ -510,7 +510,6 @@ def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -
     """What every training process of the run is told."""
     return Task(
         entry=ENTRY,
-        fork_server=fork_server.own_address(),
         run_url=run.url,
         import_paths=import_paths,
         working_directory=os.getcwd(),

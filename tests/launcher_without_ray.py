@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cluster import fork_server
-from cluster.agent import Agent, Orders, Task
+from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.ray_cluster import Node, WorkerResources
 
 _ADDRESS = "127.0.0.1"
@@ -83,6 +83,7 @@ class ProcessGroup:
         self.num_placed = 0
         """The agents that hold a place."""
         self._task = task
+        self._generation = 0
         self._orders = Orders()
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
@@ -91,13 +92,17 @@ class ProcessGroup:
     def prepare(self, nodes: Sequence[Node]) -> None:
         """The only node is the driver's, whose fork server is the driver's own."""
 
-    def start(self, num_workers: int) -> None:
+    def start(self, num_workers: int) -> int:
         self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
         self._end_all()
+        self._generation += 1  # nothing is said any more of the one before
+        fork_server.start(modules_of(self._task.entry))  # another server, if that of this process has died
+        self._task = replace(self._task, fork_server=fork_server.own_address())
         self._workers = [self._started(rank, num_workers) for rank in range(num_workers)]
         self._place(num_workers)
         for rank, worker in enumerate(self._workers):
             threading.Thread(target=self._hear, args=(rank, worker), daemon=True).start()
+        return self._generation
 
     def messages(self, timeout_s: float) -> list[dict[str, Any]]:
         try:
@@ -127,7 +132,7 @@ class ProcessGroup:
         their_orders, orders = multiprocessing.Pipe(duplex=False)
         orders.send(self._orders)
         task = replace(self._task, rank=rank, world_size=num_workers)
-        process = fork_server.fork(_run_agent, (their_messages, their_orders, task), f"agent-{rank}")
+        process = fork_server.fork(_run_agent, (their_messages, their_orders, task, self._generation), f"agent-{rank}")
         their_messages.close()
         their_orders.close()
         return _Worker(process, messages, orders)
@@ -141,11 +146,14 @@ class ProcessGroup:
             if worker.is_wanted:
                 self._place(0)
                 what = f"its process ended with exit code {worker.process.exitcode}"
-                self._inbox.put([{"kind": "agents_lost", "lost": {rank: what}, "what": ""}])
+                self._tell("agents_lost", lost={rank: what}, what="")
 
     def _place(self, num_workers: int) -> None:
         self.num_placed = num_workers
-        self._inbox.put([{"kind": "agents_placed", "nodes": [_ADDRESS] * num_workers}])
+        self._tell("agents_placed", nodes=[_ADDRESS] * num_workers)
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        self._inbox.put([{"kind": kind, "generation": self._generation, **content}])
 
     def _end_all(self) -> None:
         with self._changing:
@@ -177,8 +185,8 @@ class _PipeChannel:
                 return orders
 
 
-def _run_agent(messages: Connection, orders: Connection, task: Task) -> None:
-    identity = {"world_size": task.world_size, "node": _ADDRESS, "address": _ADDRESS, "pid": os.getpid()}
+def _run_agent(messages: Connection, orders: Connection, task: Task, generation: int) -> None:
+    identity = {"generation": generation, "node": _ADDRESS, "address": _ADDRESS, "pid": os.getpid()}
     Agent(_PipeChannel(messages, orders), task, identity).run()
 
 

@@ -4,6 +4,7 @@ The worker group is a script; everything else is the product's own, on a store i
 """
 
 import io
+import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -57,9 +58,10 @@ class Group:
     def prepare(self, nodes: list[Node]) -> None:
         pass
 
-    def start(self, num_workers: int) -> None:
+    def start(self, num_workers: int) -> int:
         self.started.append(num_workers)
         self.started_at.append(self.now)
+        return len(self.started)
 
     def order(self, **changes: Any) -> None:
         self.orders.append(changes)
@@ -118,8 +120,7 @@ def hello(*nodes: str) -> list[Message]:
     """Agents on these nodes, by rank, placed and there."""
     placed = [{"kind": "agents_placed", "nodes": list(nodes)}]
     return placed + [
-        {"kind": "hello", "rank": rank, "id": f"{id}-{rank}", "world_size": len(nodes), "node": id, "pid": rank}
-        | {"address": f"10.0.0.{id}"}
+        {"kind": "hello", "rank": rank, "id": f"{id}-{rank}", "node": id, "pid": rank, "address": f"10.0.0.{id}"}
         for rank, id in enumerate(nodes)
     ]
 
@@ -591,15 +592,24 @@ class TestStarts:
 
         assert group.started == [2]
 
-    def test_a_late_word_of_a_group_before_is_made_up_for(self, run: RunDirectory) -> None:
-        """Ray replaces the agents a moment after the driver has asked for it; until then the former may speak."""
-        late, there = hello("a", "a"), hello("b", "b")
-        script: list[list[Message] | float] = [301.0, 0.1, 1.0, late, there[:2], there[2:], finished(2)]
-        _, group = drive(run, script)
+    def test_a_late_word_of_a_group_before_changes_nothing(self, run: RunDirectory) -> None:
+        """Ray replaces the agents a moment after the driver has asked for it, and tells of it late."""
 
-        assert group.started == [2, 2]
-        orders = [order["agents"] for order in group.orders if "agents" in order]
-        assert orders[-1] == {"b-0", "b-1"}
+        def look(now: float) -> list[Node]:
+            return [node("a", 2, drains_at=math.inf if now > 303.0 else None), node("b", 2)]
+
+        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
+        late = [message | {"generation": 1} for message in [*hello("a", "a"), lost]]
+        there = [message | {"generation": 2} for message in hello("b", "b")]
+        script: list[list[Message] | float] = [
+            301.0, 0.1, 1.0, late, there[:2], late, there[2:], late, both("started", step=0), late, 2.0, done(2, 0),
+        ]  # fmt: skip
+        document, group = drive(run, script, look)
+
+        assert (document["status"], document["attempts"], group.started) == ("completed", 1, [2, 2])
+        assert [order["agents"] for order in group.orders if "agents" in order] == [{"b-0", "b-1"}]
+        assert document["failures"]["machine"] == 1, "only the first start, which took too long"
+        assert events(run, "leaving") == [], "no agent is on the node that is drained"
 
     def test_what_is_said_of_agents_that_were_let_go_of_is_no_further_failure(self, run: RunDirectory) -> None:
         document, _ = drive(run, [not_started(), not_started(), 1.0, HELLO, finished(0)])

@@ -1,0 +1,137 @@
+"""Groups of agents that the driver starts one after the other, and what Ray Train's controller says of them.
+
+Ray itself does not run: its actors are objects of one process, which ends with the test.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from cluster import fork_server, ray_train
+from cluster.agent import Task
+from cluster.ray_cluster import WorkerResources
+from cluster.ray_steering import Wanted, steered_trainer
+from tests.processes import state, wait_until
+
+HERE = __name__
+
+
+class LocalActor:
+    """A handle of an object in this process: calls return what they come to, and not a promise of it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._actor, name)
+        return SimpleNamespace(remote=lambda *args: asyncio.run(method(*args)))
+
+
+def local_group() -> ray_train.WorkerGroup:
+    """The product's own, in a process that gets no Ray any more."""
+    modules: Any = sys.modules
+    modules["ray"] = SimpleNamespace(
+        get=lambda answer: answer,
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
+        remote=lambda **_: lambda actor: SimpleNamespace(remote=lambda: LocalActor(actor())),
+    )
+    modules["ray.train"] = SimpleNamespace(RunConfig=SimpleNamespace, ScalingConfig=SimpleNamespace)
+    replaced: Any = ray_train
+    replaced.steered_trainer = lambda _: lambda *_, **__: SimpleNamespace(fit=lambda: None)
+    task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
+    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1)
+
+
+def server_of() -> int:
+    return os.getppid()
+
+
+def fork_from(address: str) -> int:
+    """The server that another process finds at an address."""
+    fork_server.use(address)
+    return fork_server.call(f"{HERE}:server_of")
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: state(pid) == "")
+
+
+def lose_server_between_groups() -> tuple[list[int], list[int], list[int]]:
+    """Of two groups the generations, the servers of this process, and those that agents find where they are told."""
+    group = local_group()
+    generations, own, found = list[int](), list[int](), list[int]()
+    for _ in range(2):
+        generations.append(group.start(1))
+        own.append(fork_server.call(f"{HERE}:server_of"))
+        found.append(fork_server.call(f"{HERE}:fork_from", group._switchboard.task.remote().fork_server))
+        kill(own[-1])
+    group.close()
+    return generations, own, found
+
+
+def test_each_group_has_a_generation_and_a_server_that_lives() -> None:
+    fork_server.start([HERE])
+    generations, own, found = fork_server.call(f"{HERE}:lose_server_between_groups")
+
+    assert generations == [1, 2]
+    assert own[0] != own[1]
+    assert found == own
+
+
+class Worker:
+    """A worker of Ray Train, which keeps in mind what its process would call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.metadata = SimpleNamespace(node_id="a")
+
+    def execute_async(self, function: Any, argument: Any) -> None:
+        self.calls.append((function.__name__, argument))
+
+
+def steer_two_groups() -> tuple[list[tuple[str, Any]], list[tuple[str, int]]]:
+    """What the workers of two groups are told, and what the driver is told of these, the first of which is lost."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    on_ray: Any = ray
+    on_ray.get = lambda answer: answer
+    trainer_class: Any = DataParallelTrainer
+    trainer_class._create_default_callbacks = lambda _: []
+    trainer_class._initialize_and_run_controller = lambda _, **parts: parts
+    wanted = [Wanted(1, 2), Wanted(2, 2)]
+    told: list[dict[str, Any]] = []
+    switchboard = SimpleNamespace(
+        wanted_after=SimpleNamespace(remote=lambda *_: wanted.pop(0)),
+        post=SimpleNamespace(remote=told.extend),
+        post_of_controller=SimpleNamespace(remote=told.extend),
+    )
+    trainer: Any = object.__new__(steered_trainer(switchboard))
+    (census,) = trainer._create_default_callbacks()
+    scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
+    parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
+
+    worker = Worker()
+    group = SimpleNamespace(
+        get_workers=lambda: [worker],
+        get_worker_group_state=lambda: SimpleNamespace(placement_group_handle=SimpleNamespace(shutdown=lambda: None)),
+    )
+    for _ in range(2):
+        parts["scaling_policy"].make_decision_for_non_running_worker_group()
+        census.before_init_train_context([worker])
+        census.after_worker_group_start(group)
+        parts["failure_policy"].make_decision(RuntimeError("gone"))
+    return worker.calls, [(message["kind"], message["generation"]) for message in told]
+
+
+def test_the_controller_says_of_which_generation_it_speaks() -> None:
+    fork_server.start([HERE])
+    calls, told = fork_server.call(f"{HERE}:steer_two_groups")
+
+    assert calls == [("be_of_generation", 1), ("be_of_generation", 2)]
+    assert told == [("agents_placed", 1), ("agents_lost", 1), ("agents_placed", 2), ("agents_lost", 2)]
