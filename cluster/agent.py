@@ -100,6 +100,8 @@ class Task:
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         hang_timeout_s: Seconds without progress after which the training process counts as hung.
         first_step_timeout_s: The same, from its start to the end of its first step.
+        data_fingerprint: What the plan found of the data, for every worker to compare; none: it is not compared.
+        may_differ: Workers train together even if they differ in what may change bits, such as their GPUs.
         content: The job, which only the entry understands.
     """
 
@@ -116,6 +118,8 @@ class Task:
     on_gpu: bool = False
     hang_timeout_s: float = math.inf
     first_step_timeout_s: float = math.inf
+    data_fingerprint: str | None = None
+    may_differ: bool = False
     content: Any = None
 
 

@@ -28,7 +28,7 @@ Cause = Literal[
     "exchange_timeout",  # an exchange took too long, and no worker is to blame
     "connection_lost",  # an exchange broke, and no worker is known to be gone
     "not_started",  # the agents did not come up: Ray could not place or start them, or they were late
-    "environment",  # its host lacks a module or a file that the plan found on its own, or has another version
+    "environment",  # its host lacks a module or a file, or has other versions, hardware, code or data than the others
     "storage",
     "checkpoint",
 ]

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,29 @@ class Node:
     def room(self, worker: WorkerResources, own: int) -> int:
         """The workers that it can hold now, ``own`` of which it holds already."""
         return min(self.most(worker), own + _fitting(worker, self.free))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """What a cluster has, and what it may get."""
+
+    nodes: Sequence[Node]
+    """Those that are alive."""
+    limits: Mapping[str, float] | None
+    """What its autoscaler may bring it to, by Ray's names; none: it has no autoscaler, or that does not tell."""
+
+    @property
+    def num_gpus(self) -> int:
+        """The GPUs that it has or may get."""
+        there = sum(node.resources.get("GPU", 0.0) for node in self.nodes)
+        return int(max(there, (self.limits or {}).get("GPU", 0.0)))
+
+    def most(self, worker: WorkerResources) -> int:
+        """The workers that it could hold, with all it may get, if nobody else used it.
+
+        Of the nodes that may come only the sum is known, so this may be too many. Ray Train judges by that sum too.
+        """
+        return max(sum(node.most(worker) for node in self.nodes), _fitting(worker, self.limits or {}))
 
 
 def _fitting(worker: WorkerResources, resources: Mapping[str, float]) -> int:
@@ -176,12 +199,10 @@ def nodes() -> list[Node]:
     from ray._private.state import available_resources_per_node, state
 
     here = ray.get_runtime_context().get_node_id()
-    try:
+    with _named_errors():
         free = available_resources_per_node()
         draining = state.get_draining_nodes()
         table = ray.nodes()
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise ClusterError(f"Ray is gone: {last_line(error)}; see /tmp/ray/session_latest/logs") from error
     return [
         Node(
             id=node["NodeID"],
@@ -195,6 +216,32 @@ def nodes() -> list[Node]:
         for node in table
         if node["Alive"]
     ]
+
+
+def capacity() -> Capacity:
+    """What the cluster has, and what it may get.
+
+    Ray keeps the latter private: ``get_max_resources_from_cluster_config``, as of 2.60, sums up what the autoscaler has
+    reported of its node groups. A group, or a resource, without a limit counts as ``sys.maxsize``.
+
+    Raises:
+        ClusterError: Ray is gone.
+    """
+    from ray._private.state import state
+
+    with _named_errors():
+        limits = state.get_max_resources_from_cluster_config()
+    return Capacity(nodes=nodes(), limits=limits)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    import ray
+
+    try:
+        yield
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise ClusterError(f"Ray is gone: {last_line(error)}; see /tmp/ray/session_latest/logs") from error
 
 
 def actor_on(node: str, actor: type, **options: Any) -> Any:

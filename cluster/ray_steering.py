@@ -76,11 +76,11 @@ def steered_trainer(switchboard: Any) -> type:
             wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
             if wanted.is_over and wait_s:
                 raise RuntimeError("the run is over, and no agents are there to end with it")
+            if can_grow:  # a request for room expires after three minutes, and a node may take longer to come: renew it
+                self._maybe_send_resource_request()
             if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()
             be_of_generation(wanted.generation)
-            if can_grow:
-                self._maybe_send_resource_request()
             return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
 
     class Telling(FailurePolicy):

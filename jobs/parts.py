@@ -97,6 +97,17 @@ class Parts:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
+    def data_fingerprint(self) -> str:
+        """A digest of what the datasets say of themselves without reading a sample."""
+        sha256 = hashlib.sha256()
+        for dataset in (self.train_set, self.val_set):
+            if dataset is not None:
+                targets, classes = listed_targets(dataset), getattr(dataset, "classes", None)
+                # A method would print its address, which is another in every process.
+                sha256.update(f"{len(dataset)}:{None if callable(classes) else classes}:".encode())
+                sha256.update(b"" if targets is None else targets.cpu().numpy().tobytes())
+        return sha256.hexdigest()
+
     def _described(self) -> dict[str, Any]:
         """What the description says of optimizer and schedule, to know whether it still does."""
         return {
@@ -104,6 +115,17 @@ class Parts:
             "parameters": [name for group in self.groups for name in group.names],
             "rates": rates_digest(self.spec.optimizer, self.spec.scheduler, self.steps),
         }
+
+
+def listed_targets(dataset: Any) -> Tensor | None:
+    """All targets, if the dataset lists them in ``targets`` as torchvision's do."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        return None
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # not a list of numbers: targets of another kind
 
 
 def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:

@@ -277,7 +277,8 @@ class WorkersSpec:
     cpus: float = 0.5
     """CPU cores that each worker reserves; a fraction lets several share a core."""
     gpus: int | Literal["auto"] = "auto"
-    """GPUs per worker: 1 (NCCL), 0 (CPU with gloo), or auto: 1 where every worker can have one, else 0."""
+    """GPUs per worker: 1 (NCCL), 0 (CPU with gloo), or auto: 1 where every worker can have one, also on a node that the
+    cluster's autoscaler has yet to start, else 0."""
     accelerator: str | None = None
     """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
     max_failures: MaxFailuresSpec = field(default_factory=MaxFailuresSpec)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import socket
 import time
 from datetime import timedelta
@@ -20,6 +19,7 @@ from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from jobs.beginning import begin
 from jobs.causes import broken_exchange, named, what
+from jobs.environment import differences, grouped, launcher_digest, make_environment, python_version
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
 from jobs.saver import Saver
@@ -54,8 +54,9 @@ def main(link: Link, task: Task) -> None:
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )
-        run = RunDirectory(Store(task.run_url, spec.checkpoint.patience_s))
-        train(link, run, spec, build_parts(spec, device), progress, team)
+        parts = build_parts(spec, device)
+        compare_environments(link, task, parts, team)
+        train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, parts, progress, team)
     except DescriptionError as error:  # the plan has built the same, on its host
         raise ClusterError(str(error), cause="environment", step=0) from error
     except LauncherError:
@@ -69,8 +70,6 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
 
     Collective: every rank.
     """
-    if team.rank == 0:
-        link.send("environment", torch=str(torch.__version__), device=_device_name(team.device))
     restored = begin(link, run, parts, progress, team)
     if spec.train.compile:
         parts.model.compile()
@@ -149,13 +148,12 @@ def choose_interface(address: str) -> None:
 
 
 def compare_versions(store: dist.Store, rank: int) -> None:
-    """Refuses a worker whose versions are not those of rank 0: others round otherwise, or send what is not understood.
+    """Refuses a worker whose versions are not those of rank 0: it may not even understand what the others send.
 
     Raises:
         ClusterError: They are not.
     """
-    python = ".".join(platform.python_version_tuple()[:2])
-    here = f"Python {python}, torch {torch.__version__}"
+    here = f"Python {python_version()}, torch {torch.__version__}, launcher {launcher_digest()[:12]}"
     if rank == 0:
         store.set("versions", here)
         return
@@ -164,5 +162,23 @@ def compare_versions(store: dist.Store, rank: int) -> None:
         raise ClusterError(f"has {here}, where worker 0 has {there}", cause="environment", step=0)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> None:
+    """Tells the driver of what the bits depend on beside the description, and refuses workers that differ in that.
+
+    Collective: every rank, once it has built its parts.
+
+    Raises:
+        ClusterError: They differ, or their data is not what the plan found; the same on every rank.
+    """
+    told = team.gather((task.address, make_environment(task.import_paths, parts)))
+    nodes, environments = [node for node, _ in told], [environment for _, environment in told]
+    found = differences(nodes, environments, task.data_fingerprint)
+    if found and not task.may_differ:
+        has_other_gpus = len({environment.gpu for environment in environments}) > 1
+        raise ClusterError(
+            f"workers differ: {found}; {'choose one kind of GPU with workers.accelerator, or ' * has_other_gpus}"
+            f"accept other bits with launcher resume {task.run_url} --force",
+            cause="environment",
+        )
+    if team.rank == 0:
+        link.send("environment", workers=grouped(environments), differences=found)

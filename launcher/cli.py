@@ -88,7 +88,7 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: st
 @_overrides
 @click.option("--at", metavar="STEP", type=click.IntRange(min=0), help="Go back to this checkpoint.")
 @click.option("--as", "new", metavar="NEW", help="Go on in a new run, by its name or URL; RUN stays as it is.")
-@click.option("--force", is_flag=True, help="Go on even with another description or other data.")
+@click.option("--force", is_flag=True, help="Go on even with another description, other data, or workers that differ.")
 @_take_over_option
 @_cluster_option
 @_json_option

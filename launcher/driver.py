@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.agent import Task
@@ -21,6 +21,7 @@ from cluster.errors import (
     listed,
 )
 from cluster.run_directory import RunDirectory
+from jobs.environment import changes
 from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
@@ -45,14 +46,26 @@ class Driver:
         spec: JobSpec,
         run_url: str,
         record: Record,
+        first_workers: Sequence[Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Only assigns. ``record``: where it is written what happens; ``run_url``: what to call the run."""
+        """Only assigns.
+
+        Args:
+            spec: The job.
+            run_url: What to call the run.
+            record: Where it is written what happens.
+            first_workers: The environments of those that the run began with; none: nobody has told of them yet.
+            clock: Seconds that only grow.
+        """
         self._spec = spec
         self._run_url = run_url
         self._record = record
         self._display = record.display
         self._clock = clock
+        self._first_workers = first_workers
+        self._warned_of: set[str] = set()
+        """The differences between workers that a person knows of."""
         self._crew: Crew
         self._pace: Pace
         self._attempt = _NONE
@@ -133,7 +146,7 @@ class Driver:
         elif message.get("attempt") == self._attempt:  # a process of an earlier attempt has nothing to say any more
             handle = {
                 "meeting_place": self._on_meeting_place,
-                "environment": lambda message: self._record.event(**_without_stamp(message)),
+                "environment": self._on_environment,
                 "started": self._on_started,
                 "fell_back": self._on_fell_back,
                 "row": self._on_row,
@@ -184,6 +197,21 @@ class Driver:
 
     def _on_meeting_place(self, message: dict[str, Any]) -> None:
         self._crew.group.order(meeting_port=message["port"])
+
+    def _on_environment(self, message: dict[str, Any]) -> None:
+        """Records what the bits of this attempt depend on, and warns, once, of differences that may change them."""
+        workers: list[dict[str, Any]] = message["workers"]
+        self._record.event("environment", workers=workers)
+        if self._first_workers is None:
+            self._first_workers = workers
+        news = {
+            "workers differ": message["differences"],
+            "the run began on other workers": changes(self._first_workers, workers),
+        }
+        for what, how in news.items():
+            if how and how not in self._warned_of:
+                self._warned_of.add(how)
+                self._display.warn(f"{what}: {how}; the bits may differ from an undisturbed run's")
 
     def _on_started(self, message: dict[str, Any]) -> None:
         if message["rank"] == 0:
@@ -502,11 +530,9 @@ class Driver:
         self._record.close(status, error, lambda: self._interrupts > 1)
 
 
-def _without_stamp(message: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name not in ("rank", "attempt")}
-
-
-def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -> Task:
+def make_task(
+    spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...], *, data_fingerprint: str, may_differ: bool
+) -> Task:
     """What every training process of the run is told."""
     return Task(
         entry=ENTRY,
@@ -515,5 +541,7 @@ def make_task(spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...]) -
         working_directory=os.getcwd(),
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
+        data_fingerprint=data_fingerprint,
+        may_differ=may_differ,
         content=spec,
     )

@@ -46,7 +46,7 @@ _ADVICE: dict[Cause, str] = {
     "exchange_timeout": "see why the workers do not reach each other, or raise workers.timeout_s; then resume",
     "connection_lost": "see why the workers do not reach each other, then resume",
     "not_started": "see /tmp/ray/session_latest/logs there, or raise workers.start_timeout_s; then resume",
-    "environment": "give that node the modules and files that the others have, then resume",
+    "environment": "give every node the same modules, files and versions, then resume",
 }
 """What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
 _IN_FIRST_STEP = {

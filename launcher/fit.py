@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cluster.errors import DescriptionError
 from jobs.loader import shape_of
 from jobs.losses import CLASS_NUMBER_LOSSES, GlobalLoss, first, fits_into, has_classes, is_integral, number_type
+from jobs.parts import listed_targets
 
 _TAKE_LOGITS = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.SoftMarginLoss)
 """Losses that apply a softmax or a sigmoid themselves."""
@@ -88,17 +89,6 @@ def check_mean(loss: GlobalLoss, as_written: Tensor | None, numerator: Tensor, d
             f"loss: {_name(loss)} gives {own:.6g} for a micro-batch whose terms have the mean {ours:.6g}, and shards "
             "can only be put together by terms; write loss.reduction: none for their mean, or sum"
         )
-
-
-def listed_targets(dataset: Any) -> Tensor | None:
-    """All targets, if the dataset lists them in ``targets`` as torchvision's do."""
-    targets = getattr(dataset, "targets", None)
-    if targets is None:
-        return None
-    try:
-        return torch.as_tensor(targets)
-    except (TypeError, ValueError, RuntimeError):
-        return None  # not a list of numbers: targets of another kind
 
 
 def _check_structure(loss: GlobalLoss, batch: MicroBatch) -> None:

@@ -4,7 +4,7 @@ Both are prepared here, in the store alone. Whether the run may go on at all is 
 what is wrong must not cost anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.checkpoints import Manifest
@@ -110,10 +110,19 @@ def copy_run(
         if row["step"] <= manifest.step:
             metrics.append(row)
     metrics.flush()
-    branch.write_environment(run.read_environment())  # also what it began with: the bits of this state depend on it
+    # Also what it began with, and on which workers: the bits of this state depend on it.
+    branch.write_environment(run.read_environment())
+    workers = first_workers(run.events().read())
+    if workers is not None:
+        _note(branch, "environment", workers=workers)
     _note(branch, "branched", source=run.url, step=manifest.step, state_sha256=manifest.state_sha256)
     branch.write_job(job)  # last: it makes it a run, which would begin anew if it had no checkpoint
     return manifest
+
+
+def first_workers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The environments of the workers that a run began on, from its events; none: they have not told of them."""
+    return next((event["workers"] for event in events if event["kind"] == "environment" and "workers" in event), None)
 
 
 def _copy_newest(

@@ -1,11 +1,23 @@
 """What there is to run on, this machine or a cluster, and whether a job can ever fit there."""
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.errors import DescriptionError
-from cluster.ray_cluster import Node, WorkerResources
+from cluster.ray_cluster import Capacity, WorkerResources
 from jobs.spec import JobSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Who works."""
+
+    gpus: int
+    """Per worker."""
+    num_workers: int
+    """To begin with."""
+    why_cpu: str
+    """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
 
 
 def check_machine(spec: JobSpec) -> None:
@@ -25,36 +37,48 @@ def check_machine(spec: JobSpec) -> None:
         )
 
 
-def decide_workers(spec: JobSpec, nodes: Sequence[Node] | None, gpus_here: int) -> tuple[int, int]:
+def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> Decision:
     """GPUs per worker, and the workers to begin with.
+
+    What a cluster does not have yet, but may get, counts: the driver waits for it.
 
     Args:
         spec: The description.
-        nodes: The nodes of the cluster; none: this machine alone.
+        capacity: What the cluster has and may get; none: it is this machine alone.
         gpus_here: The GPUs of this machine.
 
     Raises:
-        DescriptionError: The cluster could not hold them if it were empty, or this machine has too few GPUs.
+        DescriptionError: The cluster could never hold them, or this machine has too few GPUs.
     """
     workers = spec.workers
-    gpus_there = gpus_here if nodes is None else int(sum(node.resources.get("GPU", 0.0) for node in nodes))
-    gpus = int(gpus_there >= workers.least) if workers.gpus == "auto" else workers.gpus
-    if gpus * workers.least > gpus_there:
+    place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
+    gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
+    if gpus * workers.least > num_gpus:
         raise DescriptionError(
-            f"workers.gpus={gpus} for {workers.least} workers needs {workers.least} GPUs, and this "
-            f"{'machine' if nodes is None else 'cluster'} has {gpus_there}; lower workers.num or set workers.gpus=0"
+            f"workers.gpus={gpus} for {workers.least} workers needs {workers.least} GPUs, and {place} has {num_gpus}; "
+            "lower workers.num or set workers.gpus=0"
         )
-    if nodes is None:
+    why_cpu = ""
+    if workers.gpus == "auto" and not gpus and (num_gpus or capacity is not None):
+        why_cpu = (
+            f"{place} has {num_gpus or 'no'} GPU{'s' * (num_gpus > 1)} for {workers.least} "
+            f"worker{'s' * (workers.least > 1)}: workers.gpus=auto means CPU; "
+            "write workers.gpus=1 to insist on GPUs, or 0 if CPUs are meant"
+        )
+    if capacity is None:
         fits = int(num_cores() / workers.cpus)
-        return gpus, min(workers.most, fits, gpus_there if gpus else fits)
+        num_workers = min(workers.most, fits, num_gpus if gpus else fits)
+        return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
     worker = WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
-    fits = sum(node.most(worker) for node in nodes)
+    fits, num_nodes = capacity.most(worker), len(capacity.nodes)
+    there = f"its {num_nodes} node{'s' * (num_nodes != 1)}" if capacity.limits is None else "the nodes that it may have"
     if fits < workers.least:
         raise DescriptionError(
-            f"workers.num must be at most {fits} on this cluster: so many workers of {worker} fit on its "
-            f"{len(nodes)} node{'s' * (len(nodes) != 1)}, got {workers.least}; add nodes, or lower workers.num"
+            f"workers.num must be at most {fits} on this cluster: so many workers of {worker} fit on {there}, "
+            f"got {workers.least}; add nodes, or lower workers.num"
         )
-    return gpus, max(workers.least, min(workers.most, sum(node.room(worker, 0) for node in nodes)))
+    room = sum(node.room(worker, 0) for node in capacity.nodes)
+    return Decision(gpus=gpus, num_workers=max(workers.least, min(workers.most, room)), why_cpu=why_cpu)
 
 
 def num_cores() -> int:

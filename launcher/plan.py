@@ -5,7 +5,6 @@ the objects it names and one real micro-batch through model, loss and backward. 
 nothing is left behind.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from launcher.description import Description, named_errors
 from launcher.machine import check_machine, decide_workers
 
 if TYPE_CHECKING:
-    from cluster.ray_cluster import Node
+    from cluster.ray_cluster import Capacity
 
 ENTRY = "jobs.worker:main"
 """What a training process runs."""
@@ -95,6 +94,8 @@ class Plan:
     shards_by_worker: tuple[int, ...]
     gpus: int
     """GPUs per worker."""
+    why_cpu: str
+    """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
     groups: tuple[GroupPlan, ...]
     parameters: int
     """Trainable and frozen numbers in the model."""
@@ -114,13 +115,13 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(description: Description, import_paths: tuple[str, ...], nodes: "Sequence[Node] | None" = None) -> Plan:
+def make_plan(description: Description, import_paths: tuple[str, ...], capacity: "Capacity | None" = None) -> Plan:
     """Checks everything and decides everything; takes a few seconds, for torch and the trial.
 
     Args:
         description: What to plan.
         import_paths: Folders of the user's own modules.
-        nodes: The nodes of the cluster to run on; none: this machine alone.
+        capacity: What the cluster to run on has and may get; none: it is this machine alone.
 
     Raises:
         DescriptionError: The description cannot run as written, here.
@@ -128,7 +129,7 @@ def make_plan(description: Description, import_paths: tuple[str, ...], nodes: "S
     """
     spec = description.spec
     with named_errors(description.source):
-        if nodes is None:
+        if capacity is None:
             check_machine(spec)
         # The workers will be forked from this server too, so torch is imported once, and not in this process.
         fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else [])])
@@ -137,8 +138,8 @@ def make_plan(description: Description, import_paths: tuple[str, ...], nodes: "S
             tried: Tried = fork_server.call(_TRIAL, spec, import_paths)
         except ChildProcessError as error:
             raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
-        gpus, num_workers = decide_workers(spec, nodes, tried.gpus_here)
-    steps = tried.steps
+        decision = decide_workers(spec, capacity, tried.gpus_here)
+    steps, num_workers = tried.steps, decision.num_workers
     blocks = [shard_block(spec.train.shards, num_workers, rank) for rank in range(num_workers)]
     return Plan(
         run=RunDirectory(store.at(spec.name)).url,
@@ -151,7 +152,8 @@ def make_plan(description: Description, import_paths: tuple[str, ...], nodes: "S
         unused_per_epoch=steps.num_samples % steps.global_batch,
         num_workers=num_workers,
         shards_by_worker=tuple(map(len, blocks)),
-        gpus=gpus,
+        gpus=decision.gpus,
+        why_cpu=decision.why_cpu,
         groups=tuple(tried.groups),
         parameters=tried.parameters,
         checkpoint_bytes=tried.checkpoint_bytes,

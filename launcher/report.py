@@ -127,6 +127,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
+        *([("no GPU", plan.why_cpu)] if plan.why_cpu else []),
         ("gradients", f"summed in {sum_order}"),
         ("loss", _loss(spec.loss)),
         ("optimizer", spec.optimizer.factory.path),

@@ -15,14 +15,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Manifest
 from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.ray_cluster import Node, WorkerResources, import_ahead, is_joined, local_cluster, nodes
+from cluster.ray_cluster import Capacity, WorkerResources, capacity, import_ahead, is_joined, local_cluster, nodes
 from cluster.ray_train import WorkerGroup
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
@@ -32,7 +32,7 @@ from launcher.crew import Crew
 from launcher.description import Description, differences, parse
 from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
-from launcher.history import branch_directory, checkpoint_at, copy_run, go_back, good_checkpoint_at
+from launcher.history import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
 from launcher.machine import num_cores
 from launcher.pictures import draw
 from launcher.plan import Plan, make_plan
@@ -47,8 +47,6 @@ _SAFE = (
 _PACKAGES = (
     "launcher", "torch", "torchvision", "torchmetrics", "ray", "numpy", "fsspec", "omegaconf", "wandb", "safetensors",
 )  # fmt: skip
-_DECISIVE_PACKAGES = ("torch", "torchvision", "numpy")
-"""Packages whose version may change a bit."""
 
 
 def begin(description: Description, folder: Path, display: Progress, *, take_over: bool = False) -> dict[str, Any]:
@@ -72,9 +70,9 @@ def begin(description: Description, folder: Path, display: Progress, *, take_ove
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         return _continue(run, stored, description, import_paths, display, force=False, take_over=take_over)
     import_ahead()
-    plan = make_plan(description, import_paths, _nodes_there())
+    plan = make_plan(description, import_paths, _capacity_there())
     display.message(one_line(description.spec, plan))
-    return _train(run, description, plan, import_paths, display)
+    return _train(run, description, plan, import_paths, display, may_differ=False)
 
 
 def resume(
@@ -93,7 +91,7 @@ def resume(
         run: What to go on with.
         overrides: What to change in its description.
         display: Shows progress.
-        force: Go on even with another description or other data.
+        force: Go on even with another description, other data, or workers that differ.
         take_over: Even from a driver that is alive, which then ends.
         at: The step of the checkpoint, to which the run goes back; by default the newest good one.
         new: The name or the URL of a branch, which goes on in place of the run.
@@ -134,7 +132,7 @@ def plan_only(description: Description, folder: Path) -> Plan:
     Raises:
         DescriptionError: The description cannot run as written, here.
     """
-    return make_plan(description, make_import_paths(folder), _nodes_there())
+    return make_plan(description, make_import_paths(folder), _capacity_there())
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
@@ -205,7 +203,7 @@ def _continue(
         display.message(f"resuming {run.url}")
     else:
         display.message(f"going back to step {at} of {run.url}")
-    return _train(run, wanted, plan, import_paths, display, back_to)
+    return _train(run, wanted, plan, import_paths, display, back_to, may_differ=force)
 
 
 def _branch(
@@ -232,7 +230,7 @@ def _branch(
     plan = _plan_to_go_on(run, wanted, max(steps, default=0), import_paths, force=force)
     manifest = copy_run(run, branch, wanted.text, steps, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
-    return _train(branch, wanted, plan, import_paths, display)
+    return _train(branch, wanted, plan, import_paths, display, may_differ=force)
 
 
 def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str]) -> list[str]:
@@ -258,7 +256,7 @@ def _plan_to_go_on(
     environment = run.read_environment()
     begun_with = environment.get("init_from")
     left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
-    plan = make_plan(left_to_load, import_paths, _nodes_there())
+    plan = make_plan(left_to_load, import_paths, _capacity_there())
     fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
@@ -280,20 +278,24 @@ def _train(
     import_paths: tuple[str, ...],
     display: Progress,
     back_to: Manifest | None = None,
+    *,
+    may_differ: bool,
 ) -> dict[str, Any]:
     """Writes the run's documents, starts Ray and the workers, and drives them to the end."""
     spec = description.spec
+    if plan.why_cpu:
+        display.warn(plan.why_cpu)
     run.claim()
     if back_to is not None:
         go_back(run, back_to)
-    _warn_of_other_versions(run, display)
     run.clear_stop()  # one that was asked of an earlier driver
     _note_attempt(run, plan, import_paths)
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
     tracker = _open_tracker(run, description, display)
-    state = _state_so_far(run, spec, plan)
+    events = run.events().read()
+    state = _state_so_far(run, spec, plan, events)
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
-    driver = Driver(spec=spec, run_url=run.url, record=record)
+    driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers(events))
 
     cluster = contextlib.ExitStack()
 
@@ -301,7 +303,8 @@ def _train(
         if not is_joined():
             cluster.enter_context(local_cluster(num_cores()))
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
-        group = WorkerGroup(make_task(spec, run, import_paths), worker, spec.workers.most)
+        task = make_task(spec, run, import_paths, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
+        group = WorkerGroup(task, worker, spec.workers.most)
         return Crew(group, spec.workers, nodes)
 
     try:
@@ -319,9 +322,9 @@ def _train(
     return record.document() | {"interrupted": driver.interrupted}
 
 
-def _nodes_there() -> list[Node] | None:
-    """The nodes of the cluster that was joined; None: the run is for this machine, whose cluster starts with it."""
-    return nodes() if is_joined() else None
+def _capacity_there() -> Capacity | None:
+    """The capacity of the cluster that was joined; None: the run is for this machine, whose cluster starts with it."""
+    return capacity() if is_joined() else None
 
 
 def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] | None) -> Description:
@@ -359,14 +362,14 @@ def _meet_other_driver(run: RunDirectory, display: Progress, *, take_over: bool)
         display.message(f"{driver} ran {run.url} and is gone: going on in its place")
 
 
-def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan) -> RunState:
+def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence[Mapping[str, Any]]) -> RunState:
     """What earlier attempts have counted, from the run directory."""
     status, state = run.read_status(), RunState()
     if status is not None and "seconds" in status:  # else it was claimed, and never begun
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
         state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
-    for event in run.events().read():
+    for event in events:
         if event["kind"] == "attempt_started":  # stored as it happens; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1
     for row in run.metrics().read():
@@ -401,22 +404,6 @@ def _note_attempt(run: RunDirectory, plan: Plan, import_paths: tuple[str, ...]) 
             "attempts": [*environment.get("attempts", []), attempt],
         }
     )
-
-
-def _warn_of_other_versions(run: RunDirectory, display: Progress) -> None:
-    """The same bits are promised for equal hardware and versions; others are said aloud."""
-    attempts = run.read_environment().get("attempts", [])
-    if not attempts:
-        return
-    before, now = attempts[0], _versions()
-    for package in _DECISIVE_PACKAGES:
-        if before["packages"].get(package) != now.get(package):
-            display.warn(
-                f"the run began with {package} {before['packages'].get(package)} and goes on with {now.get(package)}: "
-                "its bits may differ from an undisturbed run's"
-            )
-    if before["hardware"]["machine"] != platform.machine():
-        display.warn(f"the run began on {before['hardware']['machine']} and goes on on {platform.machine()}")
 
 
 def _versions() -> dict[str, str]:

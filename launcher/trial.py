@@ -4,7 +4,6 @@ It runs in a process of its own: torch and the user's code are imported there, a
 crash stays there.
 """
 
-import hashlib
 import sys
 from typing import Any
 
@@ -20,7 +19,7 @@ from jobs.parts import Parts, build_parts
 from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.state import lay_out
 from jobs.warm_start import load_weights, match_weights, read_weights
-from launcher.fit import MicroBatch, check_fit, check_mean, listed_targets
+from launcher.fit import MicroBatch, check_fit, check_mean
 from launcher.plan import GroupPlan, InitPlan, Tried
 
 _MOST_CHARACTERS = 300
@@ -42,6 +41,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     sys.path[:0] = [path for path in import_paths if path not in sys.path]
     device = torch.device("cpu")
     parts = build_parts(spec, device)
+    data_fingerprint = parts.data_fingerprint()  # before a sample is read, as workers take theirs
     init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
     # Also what is frozen at first must get gradients when its epoch comes.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
@@ -63,7 +63,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         checkpoint_bytes=checkpoint_bytes,
         trial_samples=len(numbers),
         trial_loss=loss,
-        data_fingerprint=fingerprint(parts),
+        data_fingerprint=data_fingerprint,
         rates=parts.schedule.preview(parts.steps),
         init_from=init_from,
     )
@@ -85,17 +85,6 @@ def _begin_with(spec: InitSpec, parts: Parts) -> InitPlan:
         unused=report.unused,
         passed_over=report.passed_over,
     )
-
-
-def fingerprint(parts: Parts) -> str:
-    """A digest of what the datasets say of themselves without reading a sample."""
-    sha256 = hashlib.sha256()
-    for dataset in (parts.train_set, parts.val_set):
-        if dataset is not None:
-            targets = listed_targets(dataset)
-            sha256.update(f"{len(dataset)}:{getattr(dataset, 'classes', None)}:".encode())
-            sha256.update(b"" if targets is None else targets.numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:

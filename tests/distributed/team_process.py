@@ -28,7 +28,7 @@ from jobs.parts import build_parts
 from jobs.spec import JobSpec
 from jobs.state import decode
 from jobs.team import Team
-from jobs.worker import meet, train
+from jobs.worker import compare_environments, meet, train
 from tests.states import digest
 
 TIMEOUT_S = 600.0
@@ -53,6 +53,8 @@ class Outcome:
     """Steps of the checkpoints that were passed over."""
     failures: dict[int, str] = field(default_factory=dict)
     """The error of each rank that failed."""
+    environments: list[dict[str, Any]] = field(default_factory=list)
+    """What was told of the workers."""
     shares: dict[int, list[Share]] = field(default_factory=dict)
     """What ranks have written of checkpoints, by step."""
 
@@ -91,6 +93,7 @@ def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
         activity=link.activity,
     )
     parts = build_parts(spec, device)
+    compare_environments(link, task, parts, team)
     stopping_link: Any = _StoppingLink(link, stop_after)
     train(stopping_link, RunDirectory(task.run_url), spec, parts, Progress(), team)
     return digest(parts.state())
@@ -176,6 +179,8 @@ def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcom
             if manifest is not None:
                 run.checkpoints.commit(manifest)
                 outcome.digests[manifest.step] = manifest.state_sha256
+        case {"kind": "environment"}:
+            outcome.environments.append(message)
         case {"kind": "fell_back", "step": step}:
             outcome.fell_back.append(step)
         case {"kind": "result", "result": result}:

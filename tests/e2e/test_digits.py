@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.command import JOBS, Ended, launcher
+from tests.e2e.command import JOBS, Ended, events, launcher
 
 RESULT_KEYS = {
     "run", "status", "step", "epoch", "samples", "metrics", "best", "workers", "attempts", "state_sha256", "seconds",
@@ -60,6 +60,9 @@ def test_leaves_a_run_directory(ended: Ended, home: Path) -> None:
     assert steps_in_rows == list(range(1, 221))
     environment = json.loads((run / "environment.json").read_text())
     assert environment["attempts"][0]["packages"]["torch"]
+    (told,) = events(run, "environment")
+    (workers,) = told["workers"]
+    assert (workers["ranks"], workers["data"]) == ([0, 1], environment["data_fingerprint"])
 
 
 def test_progress_is_plain_lines_without_a_terminal(ended: Ended) -> None:

@@ -127,3 +127,17 @@ def test_a_driver_killed_as_soon_as_the_run_exists_is_resumed_from_elsewhere(hom
     assert resumed.exit_code == 0, resumed.stderr
     assert run(home, "name=undisturbed").exit_code == 0
     assert rows(store) == rows(home / "work/runs/undisturbed")
+
+
+def test_a_resume_with_other_code_says_so_once(home: Path) -> None:
+    first = run(home, "train.max_steps=8")
+    (home / "mine.py").write_text(MINE + "# one more line\n")
+    resumed = launcher("resume", first.document["run"], "--json", cwd=home)
+
+    assert (first.exit_code, resumed.exit_code) == (0, 0), resumed.stderr
+    assert resumed.document["step"] == 24
+    before, now = (
+        [group["code"][:12] for group in told["workers"]] for told in events(home / "work/runs/own", "environment")
+    )
+    assert f"the run began on other workers: code {before[0]} -> {now[0]}; the bits may differ" in resumed.stderr
+    assert first.stderr.count("bits") + resumed.stderr.count("bits") == 1

@@ -138,7 +138,7 @@ def test_a_module_that_a_worker_does_not_find(home: Path, make_plan) -> None:
     assert ended.exit_code == 5
     assert ended.document["error"].startswith("worker ")
     assert "data.train._target_ 'mortal.Mortal' imports 'extra', which is not installed" in ended.document["error"]
-    assert "give that node the modules and files that the others have" in ended.document["error"]
+    assert "give every node the same modules, files and versions" in ended.document["error"]
     assert len(events(run, "attempt_started")) == 1, "trying again is of no use"
     failure = launcher("status", run, "--json", cwd=home).document["failure"]
     (lost,) = events(run, "worker_lost")

@@ -85,20 +85,23 @@ def drive(
     *,
     max_seconds: float | None = None,
     step: int = 0,
+    first_workers: list[dict[str, Any]] | None = None,
+    screen: io.StringIO | None = None,
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run.
 
-    ``look`` tells the nodes that there are by then, ``step`` is that of the newest checkpoint of a run that is resumed.
+    ``look`` tells the nodes that there are by then; ``step`` is that of the newest checkpoint of a run that is resumed,
+    ``first_workers`` are those that it began on; a person sees ``screen``.
     """
     spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(**({"num": 2} | workers)))
     group = Group(script)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
-    display = open_progress(io.StringIO(), clock=lambda: group.now)
+    display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
     run.claim()
     record = Record(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
     group.is_settled = lambda: record.is_settled
-    driver = Driver(spec=spec, run_url=run.url, record=record, clock=lambda: group.now)
+    driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers, clock=lambda: group.now)
     scripted: Any = group
     try:
         with record:
@@ -431,6 +434,59 @@ def left(count: int, attempt: int, step: int) -> list[Message]:
 
 def done(count: int, attempt: int) -> list[Message]:
     return all_of(count, "finished", attempt, step=100, completed=True, spent=SPENT)
+
+
+class TestEnvironments:
+    """What the bits depend on beside the description: recorded for each attempt, and told if it may change them."""
+
+    HERE = {"gpu": "NVIDIA H200", "cpu": "x86_64", "code": "0123456789abcdef"}
+    FIRST = [{"ranks": [0, 1], **HERE}]
+
+    def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[Message]:
+        return [
+            one("environment", 0, attempt, workers=workers, differences=differences),
+            *both("started", attempt, step=0),
+        ]
+
+    def test_each_attempt_is_recorded(self, run: RunDirectory) -> None:
+        screen = io.StringIO()
+        script: list[list[Message] | float] = [
+            HELLO,
+            self.told(self.FIRST),
+            [died(1)],
+            self.told(self.FIRST, 1),
+            done(2, 1),
+        ]
+        drive(run, script, screen=screen)
+
+        assert [event["workers"] for event in events(run, "environment")] == [self.FIRST] * 2
+        assert "bits" not in screen.getvalue()
+
+    def test_other_workers_within_a_run_are_told_once(self, run: RunDirectory) -> None:
+        other = [{"ranks": [0, 1], **self.HERE, "gpu": "NVIDIA A100"}]
+        screen = io.StringIO()
+        script: list[list[Message] | float] = [
+            HELLO, self.told(self.FIRST), [died(1)], self.told(other, 1), [died(1, 1)], self.told(other, 2), done(2, 2),
+        ]  # fmt: skip
+        drive(run, script, screen=screen)
+
+        assert [line for line in screen.getvalue().splitlines() if "bits" in line] == [
+            "warning: the run began on other workers: GPU NVIDIA H200 -> NVIDIA A100; "
+            "the bits may differ from an undisturbed run's"
+        ]
+
+    def test_other_workers_than_those_of_the_first_attempt(self, run: RunDirectory) -> None:
+        first = [{"ranks": [0, 1], **self.HERE, "code": "fedcba9876543210"}]
+        screen = io.StringIO()
+        drive(run, [HELLO, self.told(self.FIRST), done(2, 0)], first_workers=first, screen=screen)
+
+        assert "the run began on other workers: code fedcba987654 -> 0123456789ab; the bits may" in screen.getvalue()
+
+    def test_workers_that_may_differ(self, run: RunDirectory) -> None:
+        screen = io.StringIO()
+        drive(run, [HELLO, self.told(self.FIRST, differences="GPU A here, B there"), done(2, 0)], screen=screen)
+
+        assert "warning: workers differ: GPU A here, B there; the bits may differ" in screen.getvalue()
 
 
 class TestElastic:

@@ -260,7 +260,7 @@ def test_failures_are_counted_by_kind() -> None:
     [
         ([failed("out_of_memory"), exited(1)], "a lower train.global_batch or more train.shards"),
         ([failed("gpu_out_of_memory"), exited(1)], "take GPUs with more memory (workers.accelerator)"),
-        ([failed("environment"), exited(1)], "give that node the modules and files that the others have"),
+        ([failed("environment"), exited(1)], "give every node the same modules, files and versions"),
         ([hung(0, "data"), hung(1, "data")], "raise workers.hang_timeout_s;"),
         ([hung(0, "start", is_first_step=True), hung(1, "data")], "raise workers.first_step_timeout_s;"),
         ([failed("exchange_timeout", 0, text=LATE), exited(1, 0)], "raise workers.timeout_s;"),

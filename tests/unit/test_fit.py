@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
 from jobs.losses import GlobalLoss, build_loss
+from jobs.parts import listed_targets
 from jobs.spec import LossSpec, Target
 from jobs.targets import Builder
-from launcher.fit import MicroBatch, check_fit, check_mean, listed_targets
+from launcher.fit import MicroBatch, check_fit, check_mean
 
 SAMPLES, CLASSES = 6, 4
 LABELS = [0, 1, 2, 3, 0, 1]

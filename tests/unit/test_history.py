@@ -9,7 +9,8 @@ from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, DescriptionError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
-from launcher.history import branch_directory, copy_run, go_back, good_checkpoint_at
+from launcher.history import branch_directory, copy_run, first_workers, go_back, good_checkpoint_at
+from launcher.record import event_row
 from tests import saved
 
 STEPS = [5, 10, 15]
@@ -158,6 +159,16 @@ class TestBranching:
         (event,) = new.events().read()
         assert (event["kind"], event["source"], event["step"]) == ("branched", run.url, 10)
         assert event["state_sha256"] == manifest.state_sha256
+
+    def test_a_branch_knows_the_workers_that_the_old_run_began_on(self, run):
+        first, second = ([{"ranks": [0], "gpu": gpu}] for gpu in ("NVIDIA H200", "NVIDIA A100"))
+        log = run.events()
+        for workers in (first, second):
+            log.append(event_row("environment", {"workers": workers}))
+        log.flush()
+        events = branch(run, [10])[0].events().read()
+        assert [event["kind"] for event in events] == ["environment", "branched"]
+        assert first_workers(run.events().read()) == first_workers(events) == first
 
     def test_at_the_newest_good_one(self, run):
         spoil(run, 15)

@@ -1,0 +1,119 @@
+"""Workers that differ in what may change bits: refused by all of them, or told, if they may differ."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.agent import Task
+from cluster.link import Link
+from jobs import worker
+from jobs.environment import make_environment
+from jobs.spec import DataSpec, Target
+from tests.distributed.small_job import full_job, plain_job
+from tests.distributed.team_process import run_processes
+
+IMAGES = """\
+from tests.distributed import small_job
+
+
+def images(length):
+    return small_job.Images(length)
+"""
+WHERE = r"[0-9a-f]{12} on node 10\.0\.0\.1 \(worker 0\), [0-9a-f]{12} on node 10\.0\.0\.2 \(worker 1\)"
+
+
+def work(
+    link: Link,
+    task: Task,
+    other_gpu: str = "",
+    import_paths: tuple[tuple[str, ...], ...] = ((), ()),
+    **changes: Any,
+) -> None:
+    """``jobs.worker.main`` as if each rank were on a node of its own.
+
+    Args:
+        link, task: As ``main`` takes them.
+        other_gpu: What rank 1 believes to be its GPU.
+        import_paths: By rank.
+        changes: Of the task.
+    """
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # no interface has those nodes' addresses
+    sys.path[:0] = import_paths[task.rank]
+    if task.rank == 1 and other_gpu:
+        replaced: Any = worker
+        replaced.make_environment = lambda *known: replace(make_environment(*known), gpu=other_gpu)
+    address = f"10.0.0.{task.rank + 1}"
+    worker.main(link, replace(task, address=address, import_paths=import_paths[task.rank], **changes))
+
+
+def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
+    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=2, other_gpu="NVIDIA A100")
+
+    assert outcome.failures == dict.fromkeys(
+        range(2),
+        "workers differ: GPU none on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1); "
+        "choose one kind of GPU with workers.accelerator, or accept other bits with "
+        f"launcher resume {tmp_path}/run --force",
+    )
+    assert (outcome.rows, outcome.environments) == ([], [])
+
+
+def test_or_told_if_it_may_be(tmp_path: Path) -> None:
+    job = full_job(tmp_path, "run", max_steps=2)
+    outcome = run_processes(work, job, world_size=2, other_gpu="NVIDIA A100", may_differ=True)
+
+    assert not outcome.failures, "\n".join(outcome.failures.values())
+    assert [row["step"] for row in outcome.rows] == [1, 2]
+    (told,) = outcome.environments
+    assert told["differences"] == "GPU none on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1)"
+    assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
+
+
+def test_alike_they_are_told_once(tmp_path: Path) -> None:
+    outcome = run_processes(work, full_job(tmp_path, "run", max_steps=1), world_size=2)
+
+    assert not outcome.failures, "\n".join(outcome.failures.values())
+    (told,) = outcome.environments
+    assert told["differences"] == ""
+    assert [group["ranks"] for group in told["workers"]] == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ((IMAGES, IMAGES), ""),
+        ((IMAGES, IMAGES + "# one more line\n"), f"^workers differ: code {WHERE}; accept other bits with"),
+        (
+            (IMAGES, IMAGES.replace("length)\n", "length + 1)\n")),
+            f"^workers differ: code {WHERE}; data {WHERE}; accept",
+        ),
+    ],
+    ids=["alike", "other code", "other data"],
+)
+def test_the_users_code_and_data_are_compared_wherever_they_lie(
+    tmp_path: Path, texts: tuple[str, str], found: str
+) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder, text in zip(folders, texts):
+        folder.mkdir()
+        (folder / "own_images.py").write_text(text)
+    data = DataSpec(train=Target("own_images.images", {"length": 24}))
+    job = replace(plain_job(tmp_path / "runs", "run", max_steps=1), data=data)
+    outcome = run_processes(work, job, world_size=2, import_paths=tuple((str(folder),) for folder in folders))
+
+    assert set(outcome.failures) == (set(range(2)) if found else set()), outcome.failures
+    for failure in outcome.failures.values():
+        assert re.match(found, failure), failure
+
+
+def test_data_that_the_plan_did_not_find_is_refused(tmp_path: Path) -> None:
+    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=2, data_fingerprint="e" * 64)
+
+    assert set(outcome.failures) == {0, 1}
+    for failure in outcome.failures.values():
+        assert ", eeeeeeeeeeee on the driver's host; accept other bits with" in failure

@@ -1,0 +1,195 @@
+"""What the bits depend on beside the description: as a process tells it, and what is said of differences."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.environment import Environment, changes, code_digest, differences, grouped, make_environment
+from jobs.parts import Parts
+
+HERE = Environment(
+    python="3.11",
+    torch="2.14.1",
+    torchvision="0.29",
+    numpy="2.3",
+    launcher="a" * 64,
+    cuda="13.0, cuDNN 91200",
+    gpu="NVIDIA H200",
+    cpu="x86_64 GenuineIntel AVX512",
+    variables="none",
+    code="b" * 64,
+    data="c" * 64,
+)
+ON_A100 = replace(HERE, gpu="NVIDIA A100")
+NODES = ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
+
+
+class TestDifferences:
+    def test_there_are_none_between_equals(self) -> None:
+        assert differences(NODES, [HERE] * 4, HERE.data) == ""
+        assert differences(["127.0.0.1"], [HERE]) == ""
+
+    def test_they_name_their_nodes(self) -> None:
+        assert differences(NODES, [HERE, HERE, ON_A100, ON_A100]) == (
+            "GPU NVIDIA H200 on node 10.0.0.1 (workers 0, 1), NVIDIA A100 on node 10.0.0.2 (workers 2, 3)"
+        )
+
+    def test_on_one_node(self) -> None:
+        assert differences(NODES, [HERE, ON_A100, HERE, HERE]) == (
+            "GPU NVIDIA H200 on node 10.0.0.1 (worker 0), node 10.0.0.2 (workers 2, 3), "
+            "NVIDIA A100 on node 10.0.0.1 (worker 1)"
+        )
+
+    def test_of_many_kinds(self) -> None:
+        other = replace(HERE, cpu="aarch64 DEFAULT", code="d" * 64)
+        assert differences(NODES[:3], [HERE, HERE, other]) == (
+            "CPU x86_64 GenuineIntel AVX512 on node 10.0.0.1 (workers 0, 1), "
+            "aarch64 DEFAULT on node 10.0.0.2 (worker 2); "
+            "code bbbbbbbbbbbb on node 10.0.0.1 (workers 0, 1), dddddddddddd on node 10.0.0.2 (worker 2)"
+        )
+
+    def test_from_what_the_plan_found(self) -> None:
+        assert differences(NODES[:2], [HERE, HERE], "e" * 64) == (
+            "data cccccccccccc on node 10.0.0.1 (workers 0, 1), eeeeeeeeeeee on the driver's host"
+        )
+
+    def test_of_many_workers_fit_in_a_line(self) -> None:
+        nodes = [f"10.0.0.{rank}" for rank in range(64)]
+        line = differences(nodes, [replace(HERE, code=f"{rank:064}") for rank in range(64)])
+        assert len(line) < 1000
+        assert line.endswith("and 56 more")
+
+    @pytest.mark.parametrize("name", Environment.__dataclass_fields__)
+    def test_everything_counts(self, name: str) -> None:
+        others: dict[str, Any] = {name: "other"}
+        assert "other on node 10.0.0.2 (worker 2)" in differences(NODES[:3], [HERE, HERE, replace(HERE, **others)])
+
+
+class TestAttempts:
+    def test_equal_workers_are_recorded_once(self) -> None:
+        first, second = grouped([HERE, HERE, ON_A100, HERE])
+        assert (first["ranks"], second["ranks"]) == ([0, 1, 3], [2])
+        assert (first["gpu"], second["gpu"], second["code"]) == ("NVIDIA H200", "NVIDIA A100", HERE.code)
+
+    def test_how_many_there_are_does_not_matter(self) -> None:
+        assert changes(grouped([HERE]), grouped([HERE] * 4)) == ""
+        assert changes(grouped([HERE, ON_A100]), grouped([ON_A100, ON_A100, HERE])) == ""
+
+    def test_what_has_changed(self) -> None:
+        now = replace(HERE, gpu="NVIDIA A100", code="d" * 64)
+        assert changes(grouped([HERE, HERE]), grouped([now])) == (
+            "GPU NVIDIA H200 -> NVIDIA A100; code bbbbbbbbbbbb -> dddddddddddd"
+        )
+        assert changes(grouped([HERE, ON_A100]), grouped([HERE])) == "GPU NVIDIA A100, NVIDIA H200 -> NVIDIA H200"
+
+    def test_what_was_not_recorded_yet_is_not_compared(self) -> None:
+        before = [{"ranks": [0], "torch": "2.14.1"}]
+        assert changes(before, grouped([HERE])) == ""
+        assert changes(before, grouped([replace(HERE, torch="2.15.0")])) == "torch 2.14.1 -> 2.15.0"
+
+
+Imported = Callable[..., str]
+
+
+class TestCode:
+    """The digest of the user's modules."""
+
+    @pytest.fixture
+    def imported(self, monkeypatch: pytest.MonkeyPatch) -> Imported:
+        def write(folder: Path, modules: dict[str, str], below: str = "") -> str:
+            """The digest, with this folder as the only import path, once the modules in it count as imported."""
+            for name, text in modules.items():
+                module, file = ModuleType(name), folder / below / f"{name.replace('.', '/')}.py"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+                module.__file__ = str(file)
+                monkeypatch.setitem(sys.modules, name, module)
+            return code_digest([str(folder)])
+
+        return write
+
+    def test_where_it_lies_does_not_matter(self, imported: Imported, tmp_path: Path) -> None:
+        modules = {"mine": "x = 1\n", "parts.blocks": "y = 2\n"}
+        digest = imported(tmp_path / "here", modules)
+
+        assert len(digest) == 64
+        assert imported(tmp_path / "there", modules) == digest
+
+    def test_every_byte_and_every_module_counts(self, imported: Imported, tmp_path: Path) -> None:
+        digests = [
+            imported(tmp_path / "a", {"mine": "x = 1\n"}),
+            imported(tmp_path / "b", {"mine": "x = 2\n"}),
+            imported(tmp_path / "c", {"mine": "x = 1\n", "more": ""}),
+        ]
+        assert len(set(digests)) == 3
+
+    def test_what_is_elsewhere_or_installed_or_our_own_does_not_count(self, imported: Imported, tmp_path: Path) -> None:
+        home = tmp_path / "home"
+        digest = imported(home, {"mine": "x = 1\n"})
+        imported(tmp_path / "elsewhere", {"other": ""})
+
+        assert imported(home, {"theirs": ""}, below="venv/lib/python3/site-packages") == digest
+        assert imported(home, {"jobs.more": "", "launcher.more": ""}) == digest
+        assert imported(home, {"theirs": ""}, below="venv") != digest
+
+    def test_a_file_that_has_gone_does_not_count(self, imported: Imported, tmp_path: Path) -> None:
+        digest = imported(tmp_path, {"mine": "x = 1\n"})
+        imported(tmp_path, {"gone": ""})
+        (tmp_path / "gone.py").unlink()
+
+        assert code_digest([str(tmp_path)]) == digest
+
+    def test_without_any_there_is_none(self, tmp_path: Path) -> None:
+        assert code_digest([]) == code_digest([str(tmp_path)]) == "none"
+        assert code_digest([str(Path(os.__file__).parents[1])]) == "none", "the standard library is installed"
+
+
+def test_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: Any = SimpleNamespace(device=torch.device("cpu"), data_fingerprint=lambda: "ab")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    made = make_environment([], parts)
+
+    assert make_environment([], parts) == made
+    assert (made.torch, made.gpu, made.cuda, made.code, made.data) == (torch.__version__, "none", "none", "none", "ab")
+    assert made.cpu.endswith(torch.backends.cpu.get_cpu_capability())
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert "NVIDIA_TF32_OVERRIDE=1" in make_environment([], parts).variables
+
+
+class Data:
+    def __init__(self, targets: list[int], classes: Any = ("cat", "dog")) -> None:
+        self.targets, self.classes = targets, classes
+
+    def __len__(self) -> int:
+        return 3
+
+    def name_classes(self) -> list[str]:
+        return ["cat", "dog"]
+
+
+def fingerprint(train_set: Data, val_set: Data | None = None) -> str:
+    parts: Any = SimpleNamespace(train_set=train_set, val_set=val_set)
+    return Parts.data_fingerprint(parts)
+
+
+def test_the_data_fingerprint_is_of_what_datasets_say_of_themselves() -> None:
+    data = Data([0, 1, 1])
+    others = [
+        fingerprint(Data([0, 1, 0])), fingerprint(Data([0, 1, 1], ("cat", "cow"))), fingerprint(data, Data([0, 1, 1])),
+    ]  # fmt: skip
+
+    assert fingerprint(data) == fingerprint(Data([0, 1, 1]))
+    assert fingerprint(data) not in others
+    assert len(set(others)) == 3
+
+
+def test_the_data_fingerprint_holds_no_address() -> None:
+    first, second = (Data([0, 1, 1], Data([]).name_classes) for _ in range(2))
+    assert fingerprint(first) == fingerprint(second)

@@ -1,0 +1,98 @@
+"""Who works: GPUs or CPUs, and how many, by what a cluster has and may get."""
+
+import sys
+from typing import Any
+
+import pytest
+
+from cluster.errors import DescriptionError
+from cluster.ray_cluster import Capacity, Node
+from jobs.spec import TrainSpec, WorkersSpec
+from launcher.machine import Decision, decide_workers
+from tests.specs import bare_job
+
+
+def node(cpus: float = 8.0, gpus: float = 0.0) -> Node:
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return Node(id="n", address="10.0.0.1", resources=resources, free=resources, drains_at=None, is_here=False)
+
+
+def decide(capacity: Capacity | None, gpus_here: int = 0, **workers: Any) -> Decision:
+    spec = bare_job(train=TrainSpec(shards=4), workers=WorkersSpec(**{"num": 2, "cpus": 0.01} | workers))
+    return decide_workers(spec, capacity, gpus_here)
+
+
+HEAD = [node()]
+GROWS = Capacity(nodes=HEAD, limits={"CPU": 32.0, "GPU": 4.0})
+"""GPU nodes may come to a head that has none."""
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        pytest.param(Capacity(nodes=[node(gpus=2.0)], limits=None), id="there"),
+        pytest.param(Capacity(nodes=[node(gpus=1.0), node(gpus=1.0)], limits={"CPU": 16.0}), id="on two nodes"),
+        pytest.param(GROWS, id="to come"),
+        pytest.param(Capacity(nodes=[node(gpus=1.0)], limits={"CPU": 16.0, "GPU": 2.0}), id="one there, one to come"),
+        pytest.param(Capacity(nodes=[], limits={"CPU": sys.maxsize, "GPU": sys.maxsize}), id="any number to come"),
+    ],
+)
+def test_auto_means_gpus_where_the_cluster_has_or_may_get_enough(capacity: Capacity) -> None:
+    assert decide(capacity) == Decision(gpus=1, num_workers=2, why_cpu="")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "has"),
+    [
+        (Capacity(nodes=HEAD, limits=None), "no GPU"),
+        (Capacity(nodes=HEAD, limits={"CPU": 32.0}), "no GPU"),
+        (Capacity(nodes=HEAD, limits={"CPU": 32.0, "GPU": 0.0}), "no GPU"),
+        (Capacity(nodes=[node(gpus=1.0)], limits=None), "1 GPU"),
+        (Capacity(nodes=HEAD, limits={"CPU": 32.0, "GPU": 1.0}), "1 GPU"),
+    ],
+    ids=["none there", "none to come", "a group of none", "too few there", "too few to come"],
+)
+def test_else_cpus_and_that_is_said(capacity: Capacity, has: str) -> None:
+    decision = decide(capacity)
+
+    assert (decision.gpus, decision.num_workers) == (0, 2)
+    assert decision.why_cpu == (
+        f"this cluster has {has} for 2 workers: workers.gpus=auto means CPU; "
+        "write workers.gpus=1 to insist on GPUs, or 0 if CPUs are meant"
+    )
+
+
+def test_this_machine_says_it_only_where_it_has_a_gpu() -> None:
+    assert decide(None) == Decision(gpus=0, num_workers=2, why_cpu="")
+    assert decide(None, gpus_here=2) == Decision(gpus=1, num_workers=2, why_cpu="")
+    assert decide(None, gpus_here=1).why_cpu.startswith("this machine has 1 GPU for 2 workers: ")
+    assert decide(None, gpus_here=1, num=(1, 4)) == Decision(gpus=1, num_workers=1, why_cpu="")
+
+
+def test_nothing_is_said_where_cpus_are_written() -> None:
+    assert decide(GROWS, gpus=0) == Decision(gpus=0, num_workers=2, why_cpu="")
+
+
+def test_gpus_that_are_written_are_waited_for_if_they_may_come() -> None:
+    assert decide(GROWS, gpus=1) == Decision(gpus=1, num_workers=2, why_cpu="")
+    with pytest.raises(DescriptionError, match=r"needs 2 GPUs, and this cluster has 0; lower workers.num or set"):
+        decide(Capacity(nodes=HEAD, limits={"CPU": 32.0}), gpus=1)
+
+
+def test_workers_that_do_not_fit_yet_are_waited_for_if_there_may_be_room() -> None:
+    small = [node(cpus=1.0)]
+    assert decide(Capacity(nodes=small, limits={"CPU": 8.0}), gpus=0, num=4, cpus=2.0).num_workers == 4
+    assert decide(Capacity(nodes=[node()], limits={"CPU": 32.0}), gpus=0, num=(2, 4), cpus=2.5).num_workers == 3
+    with pytest.raises(DescriptionError, match=r"at most 0 on this cluster: .* of 2 CPU fit on its 1 node, got 4"):
+        decide(Capacity(nodes=small, limits=None), gpus=0, num=4, cpus=2.0)
+    with pytest.raises(
+        DescriptionError, match=r"at most 3 on this cluster: .* fit on the nodes that it may have, got 4"
+    ):
+        decide(Capacity(nodes=small, limits={"CPU": 7.0}), gpus=0, num=4, cpus=2.0)
+
+
+def test_a_kind_of_gpu_that_no_node_group_names_may_not_come() -> None:
+    with pytest.raises(DescriptionError, match="at most 0 on this cluster"):
+        decide(GROWS, accelerator="H100")
+    named = {"CPU": 32.0, "GPU": 4.0, "accelerator_type:H100": 2.0}
+    assert decide(Capacity(nodes=HEAD, limits=named), accelerator="H100").gpus == 1
