@@ -20,7 +20,7 @@ import json
 import re
 import uuid
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -30,7 +30,9 @@ from cluster.errors import CheckpointError, StorageError
 from cluster.storage import MissingObject, Store, Trouble
 
 CONCURRENT_REQUESTS = 8
-"""How many parts a process reads or writes at a time: most of a request to a remote store is waiting."""
+"""How many parts a process reads, writes or deletes at a time: most of a request to a remote store is waiting."""
+_DELETED_AT_A_STRETCH = 512
+"""Parts of a checkpoint: a few seconds' work, after which somebody may want to know that the store answers."""
 
 _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
@@ -329,7 +331,8 @@ class Checkpoints:
 
         No run may have written here since before the survey.
         """
-        self._delete(survey.orphans)
+        for _ in self._delete(survey.orphans):
+            pass
         self._store.sweep()
 
     def verify(self, manifest: Manifest) -> None:
@@ -418,8 +421,10 @@ class Checkpoints:
         best_step: int | None = None,
         bad: Collection[int] = (),
         check: Callable[[], None] = lambda: None,
-    ) -> list[int]:
+    ) -> Iterator[int | None]:
         """Deletes all but the newest checkpoints and the best one, and the objects that no checkpoint needs.
+
+        It may be left off at any point: a checkpoint rests on parts of earlier ones alone, so the latest goes first.
 
         What lies beyond the newest is neither touched nor counted: it may be of one that is being written, or of a
         writer that has taken over from this one, which does not know it yet.
@@ -429,10 +434,10 @@ class Checkpoints:
             keep: How many of the newest are kept.
             best_step: Of one that is kept beside them.
             bad: Steps of checkpoints that are known to be bad: they stay as they are, and do not count.
-            check: Called once it is known what is to be deleted; raises if the run is another driver's by now.
+            check: Called before something of a step is deleted; raises if the run is another driver's by now.
 
-        Returns:
-            The steps of the checkpoints deleted.
+        Yields:
+            The step of each checkpoint as soon as it does not exist any more, and None when other objects have gone.
         """
         assert keep >= 1
         own_of = {step: own for step, own in _by_step(self._store.names()).items() if step <= newest}
@@ -445,19 +450,24 @@ class Checkpoints:
                 except CheckpointError:  # it is for somebody to look at, who will hear of it when it is read
                     left_alone.add(step)
         if not kept:
-            return []
+            return
         needed = {name for manifest in kept for name in manifest.objects()}
         needed |= {committed[manifest.step] for manifest in kept}
-        old = [own for step, own in own_of.items() if step <= kept[0].step and step not in left_alone]
-        unneeded = [name for own in old for name in own if name not in needed]
-        check()
-        self._delete(unneeded)
-        return sorted(step for step, name in committed.items() if name in unneeded)
+        for step, own in sorted(own_of.items(), reverse=True):
+            unneeded = [name for name in own if name not in needed]
+            if step > kept[0].step or step in left_alone or not unneeded:
+                continue
+            check()
+            gone = step if committed.get(step) in unneeded else None
+            for _ in self._delete(unneeded):
+                yield gone
+                gone = None
 
     def discard_after(self, step: int) -> None:
         """Deletes everything beyond a step, of a run that nobody else writes to."""
         own_of = _by_step(self._store.names())
-        self._delete(name for later, own in own_of.items() if later > step for name in own)
+        for _ in self._delete(name for later, own in own_of.items() if later > step for name in own):
+            pass
 
     def _fences(self) -> list[_Fence]:
         return _fences_among(self._store.names(_FENCES))
@@ -476,11 +486,19 @@ class Checkpoints:
         }
         return {step: counting[-1] for step, counting in found.items() if counting}
 
-    def _delete(self, names: Iterable[str]) -> None:
-        """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left."""
+    def _delete(self, names: Iterable[str]) -> Iterator[None]:
+        """Manifests first, the oldest first: from then on their checkpoints do not exist, whatever is left.
+
+        Yields whenever some have gone, the manifests before all else.
+        """
         rest = set(names)
         manifests = [name for own in _by_step(sorted(rest)).values() for _, name in _manifests(own)]
-        self._store.delete([*manifests, *sorted(rest.difference(manifests))])
+        self._store.delete(manifests)
+        yield
+        parts = sorted(rest.difference(manifests))
+        for begin in range(0, len(parts), _DELETED_AT_A_STRETCH):
+            self._store.delete(parts[begin : begin + _DELETED_AT_A_STRETCH], at_once=CONCURRENT_REQUESTS)
+            yield
 
     def _read_manifest(self, step: int, name: str) -> Manifest:
         base = name.rpartition("/")[2]

@@ -22,6 +22,9 @@ _idle: collections.deque[_Inbox] = collections.deque()
 # The threads stay with the parent.
 os.register_at_fork(after_in_child=_idle.clear)
 
+_own = threading.local()
+"""In a thread of the stock: ``started``, the call that it makes."""
+
 
 class OverrunError(Exception):
     """A call was given up; it may still come to its end, and do what it was to do."""
@@ -33,6 +36,8 @@ class Started(Future[T]):
     def __init__(self) -> None:
         super().__init__()
         self.began = time.monotonic()
+        self.is_awaited = True
+        """Whether its caller waits for it, or is about to; if not, it has ended or was given up."""
 
 
 def start(function: Callable[[], T]) -> Started[T]:
@@ -53,17 +58,30 @@ def result_within(seconds: float, started: Started[T]) -> T:
     Raises:
         OverrunError: It does not.
     """
+    started.is_awaited = True
     try:
         return started.result(max(0.0, started.began + seconds - time.monotonic()))
     except TimeoutError:
         if started.done():  # it is the call's own
             return started.result()
         raise OverrunError(f"no answer within {seconds:.3g} s") from None
+    finally:
+        started.is_awaited = False
+
+
+def is_awaited() -> bool:
+    """Whether somebody waits for the call that this thread makes; False once it was given up.
+
+    A call asks that before a step that would do harm if it came late.
+    """
+    started: Started[Any] | None = getattr(_own, "started", None)
+    return started is None or started.is_awaited
 
 
 def _serve(inbox: _Inbox) -> None:
     while True:
         future, function = inbox.get()
+        _own.started = future
         try:
             result, error = function(), None
         except BaseException as raised:  # it is the caller's, whatever it is
@@ -74,4 +92,4 @@ def _serve(inbox: _Inbox) -> None:
             future.set_exception(error)
         else:
             future.set_result(result)
-        del future, function, result, error  # nothing of a call is kept until the next
+        del future, function, result, error, _own.started  # nothing of a call is kept until the next

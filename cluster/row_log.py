@@ -6,6 +6,10 @@ empty part: of all that is older, rows from that key on count no more. A new wri
 part of its own, and cuts off all older ones. So nobody writes over what another has written, and what a writer adds
 that does not know yet that another has taken its place counts for nothing; a crash changes no row either.
 
+Each try of a write has a number of its own, for one that was given up may still arrive, after later ones. Then it
+changes no row: the part of the next try has all rows of the part that failed, and so has every part that replaces that
+one; and a cut is tried again before anything that comes after it is written.
+
 ``<name>.jsonl`` is a copy of all rows for people and other programs, older than every part. This module knows no kind
 of row.
 """
@@ -53,8 +57,9 @@ class RowLog:
         self._key = key
         self._writer = writer
         self._unsaved: list[Row | int] = []  # rows, and the keys of cuts
-        self._newest_part = -1
+        self._last_number = -1  # that a part or a cut has got, whether it was written or not
         self._newest_text = ""  # what the newest part holds; empty when that part is full, or a cut
+        self._replaced: list[str] = []  # by the next part: the newest one, and those that have failed since
         self._next_seq = 0
         self._is_own = False
 
@@ -66,6 +71,11 @@ class RowLog:
     def cut(self, key: int) -> None:
         """Drops all rows so far from this key on, with the next ``flush``; they will be made anew."""
         self._unsaved.append(key)
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether all rows and cuts taken so far are written."""
+        return not self._unsaved
 
     def flush(self) -> None:
         """Writes the rows and the cuts taken so far.
@@ -83,8 +93,8 @@ class RowLog:
                 continue
             self._write_rows(rows)
             rows = []
-            self._write_cut(self._newest_part + 1, entry)
-            self._newest_part, self._newest_text = self._newest_part + 1, ""
+            self._write_cut(self._new_number(), entry)
+            self._newest_text, self._replaced = "", []
             del self._unsaved[:1]
         self._write_rows(rows)
 
@@ -120,20 +130,28 @@ class RowLog:
         assert self._writer is not None
         # Not a later writer's: this one may not know yet that there is one.
         older, rows = [part for part in self._parts() if part.writer <= self._writer], self.read()
-        self._newest_part = max([self._newest_part, *(part.number for part in older if part.writer == self._writer)])
-        cut, copy, self._newest_part = self._newest_part + 1, self._newest_part + 2, self._newest_part + 2
-        text = _to_text(rows)
+        self._last_number = max([self._last_number, *(part.number for part in older if part.writer == self._writer)])
+        cut, copy = self._new_number(), self._new_number()
         if rows:
-            self._store.write(f"{self._own(copy)}.jsonl", text.encode())
+            self._write_part(copy, _to_text(rows))
         self._write_cut(cut, 0)  # the copy is safe by now
         self._is_own = True
-        self._newest_text = text if len(text) < _PART_BYTES else ""
         if self._key == "seq":
             self._next_seq = 1 + max((row["seq"] for row in rows), default=-1)
         self._store.delete(part.name for part in older)
 
+    def _new_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
     def _write_cut(self, number: int, key: int) -> None:
         self._store.write(f"{self._own(number)}-from-{key:08d}.jsonl", b"")
+
+    def _write_part(self, number: int, text: str) -> None:
+        name = f"{self._own(number)}.jsonl"
+        self._replaced = [*self._replaced, name]  # also if it fails, for it may be there
+        self._store.write(name, text.encode())
+        self._newest_text, self._replaced = (text, [name]) if len(text) < _PART_BYTES else ("", [])
 
     def _write_rows(self, rows: list[Row]) -> None:
         if not rows:
@@ -141,11 +159,8 @@ class RowLog:
         numbered = rows
         if self._key == "seq":
             numbered = [{"seq": seq, **row} for seq, row in enumerate(rows, self._next_seq)]
-        replaced = [f"{self._own(self._newest_part)}.jsonl"] if self._newest_text else []
-        text = self._newest_text + _to_text(numbered)
-        self._store.write(f"{self._own(self._newest_part + 1)}.jsonl", text.encode())
-        self._newest_part += 1
-        self._newest_text = text if len(text) < _PART_BYTES else ""
+        replaced = self._replaced
+        self._write_part(self._new_number(), self._newest_text + _to_text(numbered))
         self._next_seq += len(rows)
         del self._unsaved[: len(rows)]
         self._store.delete(replaced)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from cluster.deadline import OverrunError, result_within, start
+from cluster.deadline import OverrunError, Started, is_awaited, result_within, start
 from cluster.errors import StorageError, nearest
 from cluster.local_files import SyncedLocalFileSystem
 from cluster.secrets import harmless, redacted
@@ -143,7 +143,7 @@ class Store:
     A call that fails for a passing reason (a connection lost, a server that is busy or away, a full disk) is made
     again, after pauses, until ``patience_s`` have passed since it began; one that fails for a lasting reason is not.
     A call that does not come back is given up after a minute and what its bytes would take at 1 MB/s: it may still
-    do later what it was to do.
+    do later what it was to do, see ``write``.
 
     Args:
         url: Where it lies.
@@ -195,6 +195,10 @@ class Store:
 
         A process killed in here, a full disk or a lost connection leaves the old object or the new one, whole. Only on
         a store with folders other than a local one or SFTP, such as HDFS, may it leave a torn one.
+
+        A write that was given up may still come late, and put its bytes in place of newer ones. On a store that
+        renames, a local one or SFTP, only one whose rename was under way does; on others any may, for what was sent
+        cannot be called off. Whoever cannot bear that gives each write a name of its own.
         """
         # Bytes are not copied. A view is: a call that was given up may read on, when its owner has moved on.
         whole = bytes(data)
@@ -254,21 +258,27 @@ class Store:
         """The names of the folders directly in this one, sorted."""
         return sorted(name for name, is_folder in self._entries() if is_folder)
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Deletes objects in the order given; one that is not there counts as deleted.
+    def delete(self, names: Iterable[str], at_once: int = 1) -> None:
+        """Deletes objects; one that is not there counts as deleted.
 
         Where there are folders, those below this store that are empty then go too.
+
+        Args:
+            names: Of the objects, in the order in which they go.
+            at_once: How many go at a time; if there are several, their order is open.
         """
 
         def delete(fs: fsspec.AbstractFileSystem, path: str) -> None:
             with contextlib.suppress(*_ABSENT):
                 fs.rm_file(path)
 
-        parents: set[str] = set()
-        for name in names:
-            self._call(f"delete {name}", delete, name)
-            parts = name.split("/")[:-1]
-            parents.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        ordered, parents = list(names), set[str]()
+        for begin in range(0, len(ordered), at_once):
+            tries = {name: self._start(delete, self._plain(name)) for name in ordered[begin : begin + at_once]}
+            for name, started in tries.items():
+                self._call(f"delete {name}", delete, name, started=started)
+                parts = name.split("/")[:-1]
+                parents.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
         if self._with_folders:
             for folder in sorted(parents, key=lambda name: name.count("/"), reverse=True):
                 self._call(f"remove the empty folder {folder}", _remove_if_empty, folder)
@@ -330,12 +340,21 @@ class Store:
 
         return self._call(f"list {folder or 'it'}", entries, folder, extra_s=_LISTING_S)
 
-    def _call(self, action: str, call: Call[T], name: str = "", size: int | None = 0, extra_s: float = 0.0) -> T:
+    def _call(
+        self,
+        action: str,
+        call: Call[T],
+        name: str = "",
+        size: int | None = 0,
+        extra_s: float = 0.0,
+        started: Started[T] | None = None,
+    ) -> T:
         """What a call gives in the end, made again as long as there is hope and patience.
 
         Args:
             size: Of the object, in bytes; None: not known.
             extra_s: How much longer it may take than other calls.
+            started: The first try, if it is under way already.
         """
         if name:
             self._plain(name)
@@ -343,7 +362,7 @@ class Store:
         try:
             while True:
                 try:
-                    return self._call_once(call, name, size, extra_s)
+                    return self._call_once(call, name, size, extra_s, started)
                 except StorageError:
                     raise
                 except Exception as error:  # the border to fsspec: every file system raises its vendor's own errors
@@ -354,12 +373,13 @@ class Store:
                 pause_s = random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
                 # The last try is made when patience ends, not before.
                 time.sleep(min(pause_s, self.patience_s - waited_s))
-                attempt += 1
+                attempt, started = attempt + 1, None
         finally:
             self._troubles.pop(thread, None)
 
-    def _call_once(self, call: Call[T], name: str, size: int | None = 0, extra_s: float = 0.0) -> T:
-        started = start(lambda: self._make(call, name))
+    def _call_once(self, call: Call[T], name: str, size: int | None, extra_s: float, started: Started[T] | None) -> T:
+        if started is None:
+            started = self._start(call, name)
         within_s = _CALL_S + extra_s
         try:
             return result_within(within_s + (size or 0) / _SLOWEST_BYTES_PER_S, started)
@@ -367,9 +387,12 @@ class Store:
             if size is not None:
                 raise
         # Only now is it worth a question how much there is to read.
-        asked = start(lambda: self._make(lambda fs, path: fs.info(path)["size"], name))
+        asked = self._start(lambda fs, path: fs.info(path)["size"], name)
         size = result_within(within_s, asked)
         return result_within(within_s + size / _SLOWEST_BYTES_PER_S, started)
+
+    def _start(self, call: Call[T], name: str) -> Started[T]:
+        return start(lambda: self._make(call, name))
 
     def _make(self, call: Call[T], name: str) -> T:
         """Makes a call, in whatever thread this is.
@@ -491,13 +514,16 @@ def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def _write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Writes a file of another name in the same folder, then gives it its name.
+    """Writes a file of another name in the same folder, then gives it its name, if somebody still waits for that.
 
-    No two tries share a file: one that was given up, or another process, may be writing still.
+    No two tries share a file: one that was given up, or another process, may be writing still. What was given up does
+    not get its name any more, which newer bytes may have by now. Only a rename that has begun cannot be called off.
     """
     temporary = f"{path.rpartition('/')[0]}/.tmp-{uuid.uuid4().hex}"
     try:
         fs.pipe_file(temporary, data)
+        if not is_awaited():
+            raise OverrunError("given up before it had its name")
         fs.replace(temporary, path)
     except Exception:  # the border to fsspec
         with contextlib.suppress(Exception):  # the failure at hand is the one to tell; ``sweep`` takes what stays

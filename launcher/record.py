@@ -6,7 +6,7 @@ display that it writes to. The run directory is written behind the driver's back
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -78,9 +78,20 @@ class Record:
     """
 
     def __init__(
-        self, *, spec: JobSpec, plan: Plan, run: RunDirectory, state: RunState, display: Progress, tracker: Tracker
+        self,
+        *,
+        spec: JobSpec,
+        plan: Plan,
+        run: RunDirectory,
+        state: RunState,
+        display: Progress,
+        tracker: Tracker,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Only assigns. ``state``: at the newest checkpoint, with what earlier invocations of the run counted."""
+        """Only assigns. ``state``: at the newest checkpoint, with what earlier invocations of the run counted.
+
+        ``clock``: seconds that only grow.
+        """
         self.state = state
         self.display = display
         self.saved_step = state.step
@@ -91,6 +102,7 @@ class Record:
         self._plan = plan
         self._run = run
         self._tracker = tracker
+        self._clock = clock
         self._metrics = run.metrics()
         self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
@@ -99,12 +111,13 @@ class Record:
         self._matrices: dict[str, dict[str, Any]] = {}
         self._saves: deque[_Save] = deque()
         self._committed: deque[_Save] = deque()
-        self._newest_save: _Save | None = None  # after which nothing old has been removed yet
+        self._newest_save: _Save | None = None  # after which not all that is old has been removed yet
         self._status = self.document() | {"unsaved": self.state.unsaved}
+        self._status_at = 0.0  # when it was written last
         self._is_closing = False
         self._is_stop_requested = False
         self._away_since: float | None = None
-        self._background = Background(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s)
+        self._background = Background(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s, clock)
 
     def __enter__(self) -> Self:
         self._background.__enter__()
@@ -224,7 +237,7 @@ class Record:
             patience_s = self._spec.checkpoint.patience_s
             self.display.warn(f"{error}; training goes on without the store, for {patience_s:g} s at most")
         elif failing is None and self._away_since is not None:
-            away_s, self._away_since = round(time.monotonic() - self._away_since, 1), None
+            away_s, self._away_since = round(self._clock() - self._away_since, 1), None
             self.event("store_away", step=self.state.step, seconds=away_s)
             self.display.message(f"the store is back after {away_s:g} s")
         self._background.check()
@@ -242,7 +255,8 @@ class Record:
         """
         failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
-            if not self.is_settled:
+            is_removing = self._newest_save is not None and not is_abandoned()  # else the next driver removes the rest
+            if is_removing or not self.is_settled:
                 self._background.finish(is_abandoned)
             self.tend()
             self.state.status = status
@@ -258,35 +272,48 @@ class Record:
             if late is not error:
                 self.display.warn(f"the run directory could not be closed: {late}")
 
-    def write(self) -> None:
-        """Writes what there is to write; called in the background, and again after a failure.
+    def write(self) -> Iterator[str | None]:
+        """Writes what there is to write, then removes old checkpoints.
+
+        Called in the background, and again after a failure.
+
+        Yields:
+            After each step, what ``Background`` wants to know.
 
         Raises:
             LauncherError: What was not written stays to be written.
         """
         is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
         self._run.check_claim()
+        yield "claim"
         if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
             self._run.checkpoints.fence(self._begun_at)
+            yield "fence"
         self._metrics.flush()
+        yield "metrics"
         for save in saves:
             self._commit(save)
-        if self._newest_save is not None:
-            self._retain(self._newest_save)
+            yield "checkpoint"
         self._events.flush()
+        yield "events"
         for name in list(self._matrices):
             matrix = self._matrices[name]
             self._run.write_matrix(name, matrix)
             if self._matrices[name] is matrix:
                 del self._matrices[name]
+            yield "matrix"
         if is_closing:
             self._run.clear_stop()
             self._metrics.publish()
+            yield "copy of metrics"
             self._events.publish()
-        self._run.write_status(self._status)
-        self._is_stop_requested = self._run.is_stop_requested()
+            yield "copy of events"
+        self._write_status()
+        yield "status"
         if is_closing:
             self._run.check_claim()  # else it would end well, and not know that the run is another's
+        elif self._newest_save is not None:
+            yield from self._retain(self._newest_save)
 
     def _commit(self, save: _Save) -> None:
         """Rows first, which are written by now, then the manifest: what is committed is whole."""
@@ -300,13 +327,38 @@ class Record:
         self._saves.popleft()
         self._events.flush()
 
-    def _retain(self, save: _Save) -> None:
+    def _retain(self, save: _Save) -> Iterator[str | None]:
+        """Removes old checkpoints, until there is something to write; then the rest is left for the next time.
+
+        It may take long. A driver whose status is old looks dead, so that is written meanwhile.
+        """
         keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
-        check = self._run.check_claim
-        removed = self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad, check)
-        if removed:
-            self._tell("checkpoints_removed", {"steps": removed})
+        check, removed = self._run.check_claim, list[int]()
+        try:
+            for step in self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad, check):
+                if step is not None:
+                    removed.append(step)
+                yield None
+                if self._has_news:
+                    return
+                if self._clock() - self._status_at >= STATUS_INTERVAL_S:
+                    self._write_status()
+                    yield "status"
+        finally:
+            if removed:
+                self._tell("checkpoints_removed", {"steps": sorted(removed)})
         self._newest_save = None
+        self._events.flush()
+
+    @property
+    def _has_news(self) -> bool:
+        """Whether there is something to write that is not to wait until all old checkpoints are removed."""
+        return bool(self._saves) or self._is_closing or not self._events.is_flushed
+
+    def _write_status(self) -> None:
+        self._run.write_status(self._status)
+        self._status_at = self._clock()
+        self._is_stop_requested = self._run.is_stop_requested()
 
     def _tell(self, kind: str, content: dict[str, Any]) -> None:
         self._events.append(event_row(kind, content))

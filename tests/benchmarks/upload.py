@@ -135,7 +135,7 @@ def _saver(folder: str, url: str) -> Iterator[Callable[[str], float]]:
         seconds = time.monotonic() - began
         num_new = sum(name.startswith(f"step-{step:08d}/") for name in manifest.objects())
         assert prefix or num_new == len(manifest.objects()), "something was not written again"
-        checkpoints.retain(step, 1)
+        list(checkpoints.retain(step, 1))
         return seconds
 
     yield save

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -138,6 +139,14 @@ class StoreContract:
         assert store.names() == []
         assert store.folders() == [] or not self.forgets_empty_folders
 
+    def test_many_are_deleted_at_a_time(self, store):
+        names = [f"a/{number}" for number in range(20)]
+        for name in [*names, "b"]:
+            store.write(name, b"1")
+        store.delete([*names, "missing"], at_once=8)
+        assert store.names() == ["b"]
+        assert store.folders() == [] or not self.forgets_empty_folders
+
     def test_a_child_is_a_folder(self, store):
         store.at("run", "logs").write("x", b"1")
         assert store.names() == ["run/logs/x"]
@@ -151,6 +160,7 @@ class StoreContract:
             store.at,
             lambda name: store.write(name, b""),
             lambda name: store.delete([name]),
+            lambda name: store.delete([name], at_once=8),
         ):
             with pytest.raises(StorageError, match="is no name of an object"):
                 call(name)
@@ -266,6 +276,32 @@ class LocalStoreContract(SharedStoreContract):
                 with pytest.raises(StorageError, match=f"cannot write {name}: {os.strerror(number)}"):
                     store.write(name, b"new")
         assert (store.read("a"), files_in(store)) == (b"old", ["a"])
+
+    def test_an_object_is_synced_with_its_name(self, store, monkeypatch):
+        """A folder that is not written through to the disk may have the old object again after a loss of power."""
+        folder, seen = Path(store.url, "folder"), list[bytes]()
+
+        def sync(descriptor: int) -> None:
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                seen.append(Path(folder, "a").read_bytes())
+
+        monkeypatch.setattr(os, "fsync", sync)
+        for data in (b"1", b"2"):
+            store.write("folder/a", data)
+        assert seen == [b"1", b"2"]
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+    def test_only_a_file_system_that_syncs_no_folders_need_not(self, url, monkeypatch, number):
+        def sync(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", sync)
+        store = Store(url, patience_s=0)
+        fails = pytest.raises(StorageError, match=f"cannot write a: {os.strerror(errno.EIO)}")
+        with contextlib.nullcontext() if number == errno.EINVAL else fails:
+            store.write("a", b"1")
+        assert files_in(store) == ["a"]
 
     def test_the_url_is_an_absolute_path(self, store):
         assert os.path.isabs(store.url)
@@ -855,6 +891,28 @@ class TestHang:
             call(store)
         store.write("a", b"1")
         assert store.read("a") == b"1"
+
+    def test_a_write_that_was_given_up_does_not_replace_a_later_one(self, store, monkeypatch):
+        """The disk takes its bytes after all, when newer ones are there."""
+        sync, hangs, goes_on = os.fsync, threading.Event(), threading.Event()
+
+        def sync_late(descriptor: int) -> None:
+            hangs.set()
+            goes_on.wait()
+            sync(descriptor)
+
+        store.write("a", b"old")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", sync_late)
+            patched.setattr(storage, "_CALL_S", 0.1)
+            with pytest.raises(StorageError, match="cannot write a: no answer within 0.1 s"):
+                store.write("a", b"given up")
+            assert hangs.wait(60.0)
+        store.write("a", b"new")
+        assert len(files_in(store)) == 2
+        goes_on.set()
+        _soon(lambda: True if files_in(store) == ["a"] else None)
+        assert store.read("a") == b"new"
 
     def test_a_large_object_is_given_the_time_that_its_bytes_take(self, store, monkeypatch, tmp_path):
         monkeypatch.setattr(storage, "_CALL_S", 1.0)

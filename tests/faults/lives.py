@@ -73,14 +73,14 @@ class OurRuns:
         for step, defect in named.items():
             record.fell_back(step, defect)
         record.begins_at(begun.step)
-        record.write()
+        list(record.write())
         before = None if found is None else found[0]
         for step in range(begun.step + 1, last + 1):
             record.row({"step": step, "epoch": 0, "samples": step, "by": by}, 0.0)
             if step % 2 == 0:
                 before = save(run, step, by, before)
                 record.checkpoint(before, (BEST_STEP, 0.5), 0.1)
-                record.write()
+                list(record.write())
                 record.tend()
         return begun
 

@@ -17,7 +17,7 @@ class CountingFileSystem(MemoryFileSystem):
     calls: ClassVar[Counter] = Counter()
     """The calls so far, by verb."""
     latency_s: ClassVar[float] = 0.0
-    """What each read and each look takes."""
+    """What each read, each look and each delete takes."""
     under_way: ClassVar[Counter] = Counter()
     most: ClassVar[Counter] = Counter()
     """The most calls that were under way at a time, by verb."""
@@ -32,8 +32,8 @@ class CountingFileSystem(MemoryFileSystem):
         super().pipe_file(path, value, **kwargs)
 
     def rm_file(self, path):
-        self._count("delete")
-        super().rm_file(path)
+        with self._slowly("delete"):
+            super().rm_file(path)
 
     def cat_file(self, path, **kwargs):
         with self._slowly("read"):

@@ -1,10 +1,11 @@
 """A file system in memory that fails when told to: the outermost border, below all of our own code.
 
-``crash://`` URLs lead here. ``faults`` decides, call by call: nothing, a refused call, or a process that is killed
-before, in the middle of, or after the call.
+``crash://`` URLs lead here. ``faults`` decides, call by call: nothing, a refused call, one that fails its caller and is
+made later, or a process that is killed before, in the middle of, or after the call.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -21,11 +22,21 @@ class Faults:
     """What fails: the call of this number (from 0) among those that change something, or every look of one kind."""
 
     at: int | None = None
-    kind: Literal["before", "torn", "after", "refused"] = "before"
+    kind: Literal["before", "torn", "after", "refused", "late"] = "before"
+    lands_at: int | None = None
+    """The number of the call before which one that is late is made; none: it waits for ``land``."""
     deny: Literal["nothing", "list", "read"] = "nothing"
     calls: list[str] = field(default_factory=list)
     """The changes asked for so far, such as ``write /run/a``."""
     fired: int = 0
+    late: list[Callable[[], None]] = field(default_factory=list)
+    """The call that is late, until it is made."""
+
+    def land(self) -> None:
+        """Makes the call that is late, if there is one."""
+        while self.late:
+            with contextlib.suppress(FileNotFoundError):  # a delete of what has gone meanwhile
+                self.late.pop()()
 
 
 class CrashingFileSystem(MemoryFileSystem):
@@ -64,11 +75,15 @@ class CrashingFileSystem(MemoryFileSystem):
     def _change(self, verb, path, change) -> None:
         faults = self.faults
         faults.calls.append(f"{verb} {path}")
+        if faults.lands_at == len(faults.calls) - 1:
+            faults.land()
         if faults.at != len(faults.calls) - 1:
             change(1)
             return
         faults.fired += 1
-        if faults.kind == "refused":
+        if faults.kind == "late":
+            faults.late.append(lambda: change(1))
+        if faults.kind in ("refused", "late"):
             raise ConnectionError("the network is down")
         if faults.kind != "before":
             with contextlib.suppress(FileNotFoundError):  # a delete of what is not there: killed all the same

@@ -1,7 +1,9 @@
 """Work in a thread that a failing store makes wait, and that ends when patience does."""
 
+import itertools
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,11 +24,21 @@ class Work:
         self.is_away = False
         self.calls = self.done = 0
 
-    def __call__(self) -> None:
+    def __call__(self) -> Iterator[str]:
         self.calls += 1
         if self.is_away:
             raise StorageError("s3://b: cannot write; wait")
+        yield "all"
         self.done += 1
+
+
+class Clock:
+    """Stands still until somebody moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_it_is_done_when_asked_and_every_few_seconds() -> None:
@@ -71,9 +83,9 @@ def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.Mon
     monkeypatch.setattr(background, "_LONGEST_PAUSE_S", 900.0)
     work = Work()
 
-    def fail_once() -> None:
+    def fail_once() -> Iterator[str]:
         work.is_away = not work.calls
-        work()
+        yield from work()
 
     with Background(fail_once, interval_s=60.0, patience_s=0.2) as tried:
         tried.finish()
@@ -84,10 +96,105 @@ def test_a_call_that_does_not_come_back_is_a_failing_store(monkeypatch: pytest.M
     monkeypatch.setattr(background, "_HANGS_S", 0.02)
     monkeypatch.setattr(background, "_LEFT_S", 0.05)
     for_ever = threading.Event()
-    hung = Background(lambda: for_ever.wait() and None, interval_s=60.0, patience_s=0.1)
+
+    def hang() -> Iterator[str]:
+        yield "claim"
+        for_ever.wait()
+
+    hung = Background(hang, interval_s=60.0, patience_s=0.1)
     with hung, pytest.raises(StorageError, match="away for 0.1 s .*: a call has not come back for 0 s"):
         hung.finish()
     for_ever.set()
+
+
+def test_work_that_takes_long_is_no_store_that_is_away() -> None:
+    clock, seen = Clock(), []
+
+    def work() -> Iterator[str]:
+        for step in "abc":
+            clock.now += 14.0
+            seen.append(long.failing)
+            yield step
+
+    long = Background(work, interval_s=60.0, patience_s=20.0, clock=clock)
+    with long:
+        long.finish()
+        assert clock.now > 20.0
+    assert seen == [None] * len(seen)
+
+
+def test_a_call_has_hung_since_the_store_has_answered_last() -> None:
+    clock, seen = Clock(), []
+
+    def work() -> Iterator[str]:
+        for seconds in (14.0, 16.0, 1.0):
+            clock.now += seconds
+            seen.append(hung.failing)
+            yield f"for {seconds:g} s"
+
+    hung = Background(work, interval_s=60.0, patience_s=60.0, clock=clock)
+    with hung:
+        hung.finish()
+    assert seen[:3] == [None, (14.0, "a call has not come back for 16 s"), None]
+
+
+def test_a_store_that_answers_and_does_not_write_is_away() -> None:
+    """As a full disk, which lists: patience begins with the last thing that was done before."""
+    clock, tries = Clock(), itertools.count(1)
+
+    def work() -> Iterator[str]:
+        clock.now += 1.0
+        yield "claim"
+        clock.now += 1.0
+        raise StorageError(f"s3://b: cannot write at try {next(tries)}; make room")
+
+    full = Background(work, interval_s=60.0, patience_s=10.0, clock=clock)
+    with full, pytest.raises(StorageError, match="away for 10 s .*: s3://b: cannot write at try 6; make room"):
+        full.finish()
+    assert clock.now == 12.0
+
+
+def test_a_failure_ends_once_what_has_failed_is_done() -> None:
+    """And not when all is done, which may take long; what is done each time is no sign."""
+    clock, seen, tries = Clock(), [], itertools.count(1)
+
+    def work() -> Iterator[str]:
+        number = next(tries)
+        clock.now += 1.0
+        yield "claim"
+        clock.now += 1.0
+        if number == 1:
+            raise StorageError("first")
+        seen.append(tried.failing)
+        yield "rows"
+        seen.append(tried.failing)
+        clock.now += 1.0
+        if number == 2:
+            raise StorageError("second")
+
+    tried = Background(work, interval_s=60.0, patience_s=60.0, clock=clock)
+    with tried:
+        tried.finish()
+        assert tried.failing is None
+    assert seen[:4] == [(1.0, "first"), None, (4.0, "second"), (4.0, "second")]
+
+
+def test_work_that_gets_on_between_failures_goes_on_for_longer_than_patience() -> None:
+    clock, left = Clock(), [*range(5)]
+
+    def work() -> Iterator[str | None]:
+        yield "claim"
+        while left:
+            clock.now += 8.0
+            left.pop()
+            yield None
+            clock.now += 8.0
+            raise StorageError("s3://b: cannot delete; wait")
+
+    with Background(work, interval_s=60.0, patience_s=10.0, clock=clock) as tried:
+        tried.finish()
+    assert left == []
+    assert clock.now == 80.0
 
 
 def test_who_abandons_a_run_waits_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +206,7 @@ def test_who_abandons_a_run_waits_a_moment_only(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_fault_of_our_own_is_not_tried_again() -> None:
-    def work() -> None:
+    def work() -> list[str]:
         raise ZeroDivisionError
 
     with Background(work, interval_s=60.0, patience_s=60.0) as broken, pytest.raises(ZeroDivisionError):

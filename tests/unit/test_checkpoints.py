@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from counting_file_system import CountingFileSystem, start_counting
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
 from cluster.checkpoints import Checkpoints, FileEntry, Part, Share, digest_of_files, divide, join
@@ -30,6 +31,12 @@ def store(faults) -> Store:
     return Store("crash://run/checkpoints", patience_s=0)
 
 
+@pytest.fixture(autouse=True)
+def _one_call_at_a_time(monkeypatch) -> None:
+    """What is killed at one call makes no other."""
+    monkeypatch.setattr("cluster.checkpoints.CONCURRENT_REQUESTS", 1)
+
+
 @pytest.fixture
 def checkpoints(store) -> Checkpoints:
     return Checkpoints(store)
@@ -47,6 +54,11 @@ def save(checkpoints: Checkpoints, *steps: int, version: int = 0) -> None:
 def objects(checkpoints: Checkpoints, step: int) -> dict[str, str]:
     """The object of each file, which has one part."""
     return {name: entry.parts[0].object for name, entry in checkpoints.manifest(step).files.items()}
+
+
+def retain(checkpoints: Checkpoints, *args, **options) -> list[int]:
+    """The steps of the checkpoints that are deleted."""
+    return sorted(step for step in checkpoints.retain(*args, **options) if step is not None)
 
 
 def newest_good(checkpoints: Checkpoints) -> tuple[int | None, dict[int, str]]:
@@ -122,13 +134,13 @@ def test_a_part_lives_as_long_as_a_checkpoint_that_names_it(checkpoints, store):
         again = checkpoints.write_part(step, ("trunk", 0), b"trunk", trunk)
         files = {"trunk": FileEntry((again,)), **saved.write_files(checkpoints, step, {"head": b"%d" % step})}
         checkpoints.commit(saved.manifest_of(step, files))
-        checkpoints.retain(step, 1)
+        retain(checkpoints, step, 1)
         assert checkpoints.read(step)[1] == {"trunk": b"trunk", "head": b"%d" % step}
         assert len(store.names()) == 3
-    assert Checkpoints(store).retain(4, 1) == []
+    assert retain(Checkpoints(store), 4, 1) == []
     assert trunk.object in store.names()
     save(checkpoints, 5)
-    assert Checkpoints(store).retain(5, 1) == [4]
+    assert retain(Checkpoints(store), 5, 1) == [4]
     assert trunk.object not in store.names()
 
 
@@ -144,7 +156,7 @@ def test_without_its_manifest_it_does_not_exist(checkpoints):
 def test_there_is_none_in_an_empty_store(checkpoints):
     assert checkpoints.steps() == []
     assert newest_good(checkpoints) == (None, {})
-    assert checkpoints.retain(5, 1) == []
+    assert retain(checkpoints, 5, 1) == []
 
 
 def test_steps_ascend_as_numbers(checkpoints):
@@ -310,7 +322,7 @@ def test_of_two_drivers_the_later_claim_counts_whoever_writes_last(store):
     save(late, 5)
     assert late.read(5)[1] == files_of(5, version=1)
     assert new.exists(5)
-    assert old.retain(5, 1) == [4]
+    assert retain(old, 5, 1) == [4]
     assert len(store.names()) == 3, "what the older one wrote is needed by nobody"
     assert Checkpoints(store).read(5)[1] == files_of(5, version=1)
 
@@ -322,9 +334,9 @@ def test_a_writer_that_was_taken_over_from_deletes_nothing_of_the_later_one(stor
     save(new, 6, 7, 8)
     saved.write_files(new, 9, files_of(9))
     there = store.names()
-    assert old.retain(5, 2) == []
+    assert retain(old, 5, 2) == []
     assert store.names() == there
-    assert old.retain(5, 1) == [4]
+    assert retain(old, 5, 1) == [4]
     assert new.steps() == [5, 6, 7, 8]
 
 
@@ -358,7 +370,7 @@ def test_beyond_a_fence_no_manifest_of_an_earlier_claim_counts(store):
     assert [step for step in range(10) if reader.exists(step)] == [4, 6, 7]
     with pytest.raises(CheckpointError, match=r"step-00000008: its manifest is missing: .* gone on without it"):
         reader.manifest(8)
-    assert new.retain(7, 1) == [4, 6]
+    assert retain(new, 7, 1) == [4, 6]
     assert newest_good(reader) == (7, {})
     assert set(store.names("step-00000007")) < set(there), "what is late goes"
     assert store.names("step-00000008"), "it may be of a driver that has taken over"
@@ -437,21 +449,82 @@ def test_a_kill_while_it_is_discarded_never_brings_back_what_was_superseded(stor
 
 def test_retention_keeps_the_newest_and_the_best(checkpoints, store):
     save(checkpoints, 1, 2, 3, 4, 5, 6)
-    assert checkpoints.retain(6, 2, best_step=3) == [1, 2, 4]
+    assert retain(checkpoints, 6, 2, best_step=3) == [1, 2, 4]
     assert checkpoints.steps() == [3, 5, 6]
     assert store.folders() == ["step-00000003", "step-00000005", "step-00000006"]
-    assert checkpoints.retain(6, 2, best_step=3) == []
-    assert checkpoints.retain(6, 1) == [3, 5]
-    assert checkpoints.retain(6, 9) == []
+    assert retain(checkpoints, 6, 2, best_step=3) == []
+    assert retain(checkpoints, 6, 1) == [3, 5]
+    assert retain(checkpoints, 6, 9) == []
+
+
+def test_retention_may_be_left_off_anywhere(checkpoints, store, monkeypatch):
+    """Each of four checkpoints to remove has a part in the folder of the first; all that are left are whole."""
+    monkeypatch.setattr("cluster.checkpoints._DELETED_AT_A_STRETCH", 1)
+    trunk = {"trunk": FileEntry((checkpoints.write_part(1, ("trunk", 0), b"trunk"),))}
+    for step in range(1, 5):
+        files = {"head": b"%d" % step, "tail": b"t" * step}
+        checkpoints.commit(saved.manifest_of(step, trunk | saved.write_files(checkpoints, step, files)))
+    save(checkpoints, 5)
+    content, left = copy_of_store(), list[list[int]]()
+    for most in itertools.count():
+        restore(content)
+        taken = list(itertools.islice(Checkpoints(store).retain(5, 1), most))
+        left.append(Checkpoints(store).steps())
+        assert [step for step in range(1, 6) if step not in taken] == left[-1]
+        for step in left[-1]:
+            Checkpoints(store).read(step)
+        if len(taken) < most:
+            break
+        assert retain(Checkpoints(store), 5, 1) == left[-1][:-1], "the rest goes later"
+        assert store.folders() == ["step-00000005"]
+    assert left[0] == [1, 2, 3, 4, 5]
+    assert left[-1] == [5]
+    assert most > 4 * 3, "a manifest and two or three parts of each"
+
+
+def test_the_run_is_asked_for_before_each_step_of_which_something_is_deleted(checkpoints, store):
+    save(checkpoints, 1, 2, 3, 4)
+
+    def check() -> None:
+        asked.append(store.folders())
+        if len(asked) == 3:
+            raise StorageError("another driver's")
+
+    asked: list[list[str]] = []
+    with pytest.raises(StorageError, match="another driver's"):
+        list(checkpoints.retain(4, 1, check=check))
+    assert [len(folders) for folders in asked] == [4, 3, 2]
+    assert checkpoints.steps() == [1, 4]
+
+
+def test_a_manifest_is_deleted_first_and_alone_and_then_several_parts_at_a_time(checkpoints, faults, monkeypatch):
+    monkeypatch.setattr("cluster.checkpoints.CONCURRENT_REQUESTS", 8)
+    many = {f"{number:02}.bin": b"1" for number in range(40)}
+    for step in (5, 6):
+        saved.save(checkpoints, step, many)
+    num_calls = len(faults.calls)
+    assert retain(checkpoints, 6, 1) == [5]
+    first, *others = faults.calls[num_calls:]
+    assert first.endswith("/step-00000005/manifest.json")
+    assert len(others) == 40
+
+    CountingFileSystem.store.clear()
+    counted = Checkpoints(Store("count://run/checkpoints"))
+    for step in (5, 6):
+        saved.save(counted, step, many)
+    start_counting(latency_s=0.002)
+    assert retain(counted, 6, 1) == [5]
+    assert CountingFileSystem.calls["delete"] == 41
+    assert 4 <= CountingFileSystem.most["delete"] <= 8
 
 
 def test_retention_sweeps_half_written_folders_but_none_that_may_be_being_written(checkpoints, store):
     saved.write_files(checkpoints, 3, files_of(3))
-    assert checkpoints.retain(3, 1) == []
+    assert retain(checkpoints, 3, 1) == []
     assert store.folders() == ["step-00000003"]
     save(checkpoints, 5)
     saved.write_files(checkpoints, 7, files_of(7))
-    assert checkpoints.retain(5, 3) == []
+    assert retain(checkpoints, 5, 3) == []
     assert store.folders() == ["step-00000005", "step-00000007"]
 
 
@@ -467,7 +540,7 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(checkpoints, store):
         store.write(name, b"{}")
     save(checkpoints, 5, 6)
     assert checkpoints.steps() == [5, 6]
-    assert checkpoints.retain(6, 1) == [5]
+    assert retain(checkpoints, 6, 1) == [5]
     checkpoints.discard_after(0)
     assert store.names() == sorted(foreign)
 
@@ -481,11 +554,11 @@ def test_a_bad_checkpoint_stays_and_does_not_count(checkpoints, store):
     assert (step, list(bad)) == (10, [15])
     resumed = Checkpoints(store)
     save(resumed, 12)
-    assert resumed.retain(12, 9, bad=[15]) == []
+    assert retain(resumed, 12, 9, bad=[15]) == []
     assert resumed.steps() == [5, 10, 12, 15]
-    assert resumed.retain(12, 1, bad=[15]) == [5, 10]
+    assert retain(resumed, 12, 1, bad=[15]) == [5, 10]
     save(resumed, 20)
-    assert resumed.retain(20, 1, bad=[15]) == [12]
+    assert retain(resumed, 20, 1, bad=[15]) == [12]
     assert [name for name in store.names() if name.startswith("step-00000015/")] == before
 
 
@@ -494,7 +567,7 @@ def test_a_step_that_was_bad_is_good_again_once_it_is_made_again(checkpoints, st
     store.write(objects(checkpoints, 10)[MODEL], b"")
     resumed = Checkpoints(store)
     save(resumed, 10, version=1)
-    assert resumed.retain(10, 1) == [5]
+    assert retain(resumed, 10, 1) == [5]
     assert resumed.read(10)[1] == files_of(10, version=1)
     assert len(store.names()) == 3
 
@@ -521,7 +594,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
         checkpoints = Checkpoints(store)
         try:
             save(checkpoints, 15)
-            checkpoints.retain(15, 1)
+            retain(checkpoints, 15, 1)
         except Killed:
             assert faults.fired == 1
         faults.at = None
@@ -535,7 +608,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_good_newest_checkpoint(store, kin
             break
         resumed = Checkpoints(store)
         save(resumed, 15)
-        resumed.retain(15, 1, bad=bad.keys() - {15})
+        retain(resumed, 15, 1, bad=bad.keys() - {15})
         assert store.folders() == ["step-00000015"]
         assert resumed.read(15)[1] == files_of(15)
         assert len(store.names()) == 3

@@ -99,18 +99,18 @@ def drive(name: str, last: int) -> int:
     record = record_of(run, last)
     record.event("attempt_started", by=name)
     record.begins_at(begun)
-    record.write()
+    list(record.write())
     for step in range(begun + 1, last + 1):
         record.row({"step": step, "epoch": 0, "samples": step, "by": name}, 0.0)
         if step % 2 == 0:
             record.checkpoint(save(run, step), (None, None), 0.1)
-            record.write()
+            list(record.write())
             record.tend()
     record.state.status = "completed"
     record.event("completed", by=name)
     record.flush()
     record._is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
-    record.write()
+    list(record.write())
     return begun
 
 
@@ -269,7 +269,7 @@ class TakenOver:
         self.old.check_claim()
         self.commit(step)
         self.old.check_claim()
-        self.old.checkpoints.retain(step, 1)
+        list(self.old.checkpoints.retain(step, 1))
 
     def commit(self, step: int) -> None:
         self.old.checkpoints.commit(save(self.old, step))
@@ -366,11 +366,11 @@ def test_beyond_the_checkpoint_that_workers_fell_back_to_no_late_manifest_counts
     record = record_of(drivers.new, last=20)
     record.fell_back(8, "a part is missing")
     record.begins_at(2)
-    record.write()
+    list(record.write())
     drivers.commit(4)
     assert RunDirectory(URL).checkpoints.steps() == [2]
     record.checkpoint(save(drivers.new, 10), (None, None), 0.1)
-    record.write()
+    list(record.write())
     assert RunDirectory(URL).store.names("checkpoints/step-00000008"), "the bad one stays for somebody to look at"
 
 

@@ -197,6 +197,79 @@ def test_a_refused_delete_loses_and_repeats_nothing(store, faults):
     assert [(row["seq"], row["kind"]) for row in RowLog(store, "events").read()] == [(0, "a"), (1, "b"), (2, "c")]
 
 
+BATCHES = [[1, 2], [3], [4, -3, 3, 4], [5], [-5], [5, 6], [7, 8], []]
+"""The steps of the rows of each flush; a negative one is a cut there."""
+
+
+def write_batches(log: RowLog) -> list[list[dict] | None]:
+    """The rows in the store after each flush; none after one that failed, whose entries are written by the next."""
+    found, numbers = list[list[dict] | None](), itertools.count()
+    for batch in BATCHES:
+        for step in batch:
+            if step < 0:
+                log.cut(-step)
+            else:
+                log.append({"step": step, "number": next(numbers)})
+        try:
+            log.flush()
+        except StorageError:
+            found.append(None)
+        else:
+            found.append(log.read())
+    return found
+
+
+@pytest.mark.usefixtures("calls_in_this_thread")
+@pytest.mark.parametrize("key", ["step", "seq"])
+def test_a_call_that_was_given_up_changes_no_row_whenever_it_is_made(store, key, monkeypatch):
+    """Any call of a writer fails, and is made before any later one, or after all."""
+    monkeypatch.setattr(row_log, "_PART_BYTES", 100)
+    for number in range(3):
+        log = RowLog(store, "log", key=key, writer="00000001-00000000")
+        log.append({"step": 1, "number": -number, "text": "x" * 50})
+        log.flush()
+
+    def open_next() -> RowLog:
+        return RowLog(store, "log", key=key, writer="00000002-00000000")
+
+    content = copy_of_store()
+    undisturbed = write_batches(open_next())
+    assert [row["step"] for row in undisturbed[-1]][-4:] == [5, 6, 7, 8]
+    at, lands_at, num_points = 0, 1, 0
+    while True:
+        faults = restore(content)
+        faults.at, faults.kind, faults.lands_at = at, "late", lands_at
+        found = write_batches(open_next())
+        if not faults.fired:
+            break
+        num_points += 1
+        is_last = bool(faults.late)
+        faults.land()
+        assert found[-1] == undisturbed[-1]
+        assert all(rows in (None, expected) for rows, expected in zip(found, undisturbed)), (at, lands_at)
+        assert open_next().read() == undisturbed[-1], (at, lands_at)
+        third = RowLog(store, "log", key=key, writer="00000003-00000000")
+        write(third, 9)
+        assert third.read()[:-1] == undisturbed[-1], (at, lands_at)
+        at, lands_at = (at + 1, at + 2) if is_last else (at, lands_at + 1)
+    assert num_points > 100
+
+
+def test_a_part_that_is_there_though_its_write_failed_is_replaced_as_others_are(store, faults):
+    log = metrics(store)
+    write(log, 1)
+    faults.at, faults.kind = len(faults.calls), "late"
+    with pytest.raises(StorageError, match="the network is down"):
+        write(log, 2)
+    faults.land()
+    assert not log.is_flushed
+    assert steps(log) == [1, 2]
+    write(log, 3)
+    assert log.is_flushed
+    assert steps(metrics(store)) == [1, 2, 3]
+    assert len(store.names()) == 2, "a cut, and one part"
+
+
 @pytest.mark.parametrize("kind", ["before", "torn", "after"])
 @pytest.mark.parametrize("key", ["step", "seq"])
 @pytest.mark.parametrize("cut", [None, 22])

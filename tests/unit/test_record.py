@@ -1,0 +1,192 @@
+"""What is written down while old checkpoints are removed, which may take long.
+
+The real record and run directory, on a file system in memory where a delete takes seconds of the test's clock.
+"""
+
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cluster.claims import STATUS_INTERVAL_S
+from cluster.errors import StorageError
+from cluster.run_directory import RunDirectory
+from cluster.storage import Store
+from cluster.tracking import NoTracker
+from jobs.spec import CheckpointSpec
+from launcher.progress import open_progress
+from launcher.record import Record, RunState
+from tests import saved
+from tests.specs import bare_job
+
+pytestmark = pytest.mark.usefixtures("calls_in_this_thread")
+
+DELETE_S = 4.0
+
+
+class SlowFileSystem(MemoryFileSystem):
+    """``slow://``: deletes of what belongs to checkpoints take long, and something may happen meanwhile."""
+
+    protocol = "slow"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    now: ClassVar[float] = 0.0
+    calls: ClassVar[list[tuple[float, str]]] = []
+    """The changes so far, such as ``write /run/a``, and when each was made."""
+    on_delete: ClassVar[Callable[[str], None]]
+    """Told of the path before such a delete is made."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("slow://", "memory://"))
+
+    def pipe_file(self, path, value, **kwargs):
+        self.calls.append((self.now, f"write {path}"))
+        super().pipe_file(path, value, **kwargs)
+
+    def rm_file(self, path):
+        if "/checkpoints/step-" in path:
+            type(self).now += DELETE_S
+            type(self).on_delete(path)
+        self.calls.append((self.now, f"delete {path}"))
+        super().rm_file(path)
+
+
+fsspec.register_implementation("slow", SlowFileSystem)
+
+
+@pytest.fixture(autouse=True)
+def _empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowFileSystem.store.clear()
+    monkeypatch.setattr(SlowFileSystem, "now", 0.0)
+    monkeypatch.setattr(SlowFileSystem, "calls", [])
+    at_delete(monkeypatch, lambda _: None)
+
+
+def at_delete(monkeypatch: pytest.MonkeyPatch, do: Callable[[str], None]) -> None:
+    monkeypatch.setattr(SlowFileSystem, "on_delete", staticmethod(do), raising=False)
+
+
+@pytest.fixture
+def run() -> RunDirectory:
+    """A run with the checkpoints of five steps."""
+    run = RunDirectory(Store("slow://run", patience_s=0))
+    run.claim()
+    for step in range(1, 6):
+        saved.save(run.checkpoints, step, files_of(step))
+    return run
+
+
+@pytest.fixture
+def record(run: RunDirectory) -> Record:
+    """That of its driver, which keeps one checkpoint and has just saved step 6."""
+    plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=10, end_step=10)
+    display = open_progress(io.StringIO(), clock=lambda: 0.0)
+    record = Record(
+        spec=bare_job(checkpoint=CheckpointSpec(keep=1)),
+        plan=plan,
+        run=run,
+        state=RunState(step=5),
+        display=display,
+        tracker=NoTracker(),
+        clock=lambda: SlowFileSystem.now,
+    )
+    save(record, run, 6)
+    return record
+
+
+def files_of(step: int) -> dict[str, bytes]:
+    return {"model.bin": b"m" * step, "optimizer.bin": b"o" * step}
+
+
+def save(record: Record, run: RunDirectory, step: int) -> None:
+    manifest = saved.manifest_of(step, saved.write_files(run.checkpoints, step, files_of(step)))
+    record.checkpoint(manifest, (None, None), 0.1)
+
+
+def removed(run: RunDirectory) -> list[list[int]]:
+    """The steps that the events tell of."""
+    return [event["steps"] for event in run.events().read() if event["kind"] == "checkpoints_removed"]
+
+
+def test_a_driver_that_removes_many_checkpoints_does_not_look_dead(run: RunDirectory, record: Record) -> None:
+    settled = []
+    for _ in record.write():
+        record.tend()
+        settled.append((record.is_settled, record.saved_step))
+    assert run.checkpoints.steps() == [6]
+    assert removed(run) == [[1, 2, 3, 4, 5]]
+    ended = SlowFileSystem.now
+    assert ended == 5 * 3 * DELETE_S > 10 * STATUS_INTERVAL_S
+    written = [when for when, call in SlowFileSystem.calls if when and call.startswith("write /run/drivers/")]
+    pauses = [after - before for before, after in zip([0.0, *written], [*written, ended])]
+    assert max(pauses) <= STATUS_INTERVAL_S + 2 * DELETE_S, "the two parts of a checkpoint are deleted in one step"
+    assert min(pauses[:-1]) >= STATUS_INTERVAL_S
+    num_settled = settled.count((True, 6))
+    assert settled[-num_settled:] == [(True, 6)] * num_settled
+    assert num_settled > 5 * 2, "workers may start meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("news", "kept", "kinds"),
+    [
+        ("event", 6, ["checkpoint", "resized", "checkpoints_removed", "checkpoints_removed"]),
+        ("save", 7, ["checkpoint", "checkpoints_removed", "checkpoint", "checkpoints_removed"]),
+    ],
+)
+def test_what_comes_meanwhile_does_not_wait(
+    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch, news: str, kept: int, kinds: list[str]
+) -> None:
+    def happen(_: str) -> None:
+        at_delete(monkeypatch, lambda _: None)
+        if news == "event":
+            record.event("resized", step=6)
+        else:
+            save(record, run, 7)
+
+    at_delete(monkeypatch, happen)
+    list(record.write())
+    record.tend()
+    assert run.checkpoints.steps() == [1, 2, 3, 4, 6], "the rest is left for later"
+    assert record.is_settled == (news == "event"), "what is left to remove holds nobody up, a save does"
+
+    num_calls = len(SlowFileSystem.calls)
+    list(record.write())
+    assert [event["kind"] for event in run.events().read()] == kinds
+    later = [call.partition("/step-")[0] for _, call in SlowFileSystem.calls[num_calls:]]
+    before = later[: later.index("delete /run/checkpoints")]
+    assert any(call.startswith("write /run/events/") for call in before)
+    assert ("write /run/checkpoints" in before) == (news == "save")
+    assert run.store.at("checkpoints").folders() == ["fences", f"step-{kept:08d}"]
+    assert sorted(step for steps in removed(run) for step in steps) == [*range(1, kept)]
+
+
+def test_what_is_removed_before_a_failure_is_told(
+    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str) -> None:
+        if "step-00000003/manifest" in path:
+            at_delete(monkeypatch, lambda _: None)
+            raise ConnectionError("reset")
+
+    at_delete(monkeypatch, fail)
+    with pytest.raises(StorageError, match="cannot delete step-00000003/manifest"):
+        list(record.write())
+    assert run.checkpoints.steps() == [1, 2, 3, 6]
+    list(record.write())
+    assert run.checkpoints.steps() == [6]
+    assert removed(run) == [[4, 5], [1, 2, 3]]
+
+
+def test_a_run_is_not_closed_before_they_are_removed(run: RunDirectory, record: Record) -> None:
+    with record:
+        record.close("completed", None, lambda: False)
+    assert run.checkpoints.steps() == [6]
+    assert [event["kind"] for event in run.events().read()] == ["checkpoint", "checkpoints_removed", "completed"]
+    status = run.read_status()
+    assert status is not None
+    assert status["status"] == "completed"
