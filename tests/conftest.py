@@ -3,7 +3,6 @@
 import multiprocessing.util
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cluster.deadline import Started
 from cluster.faults import Fault, write_plan
 from tests.e2e.command import end_all
 from tests.janitor import Janitor
-from tests.stores import S3Server, SSHServer, s3_server, ssh_server
+from tests.stores import S3Server, SSHServer, disk_in_memory, s3_server, ssh_server
 
 _JANITOR = pytest.StashKey[Janitor]()
 _FORKED_NEEDS = ("jobs.worker", "jobs.metrics", "launcher.trial", "tests.launcher_without_ray")
@@ -95,10 +94,5 @@ def full_disk(tmp_path) -> Iterator[Path]:
     """A disk of 1 MB."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
-    try:
+    with disk_in_memory(tmp_path / "disk", "1m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", disk], check=True)

@@ -157,6 +157,17 @@ def ssh_server(folder: Path) -> Iterator[SSHServer]:
         yield SSHServer(port, folder / "data", {"HOME": str(home), "USER": getpass.getuser()})
 
 
+@contextlib.contextmanager
+def disk_in_memory(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own, of a size as mount takes it, at a folder that is made for it; only root can have one."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 class Proxy:
     """Stands before a server: late, busy, rude or away, as its attributes say at the moment.
 

@@ -1,5 +1,7 @@
 """A crash, or a lie of the store, at every storage call; ``python -m tests.faults.crashes`` does all of it."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,22 @@ from tests.faults.crashes import enumerate_runs, place_at, place_on_s3, place_on
 from tests.faults.enumeration import GOOD, Tally
 from tests.faults.lives import OurRuns
 from tests.faults.stock_lives import StockRuns
-from tests.stores import S3Server, SSHServer
+from tests.stores import S3Server, SSHServer, disk_in_memory
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory if that can be: processes are killed here and no machines, and on a disk it takes twice as long."""
+    if os.geteuid() != 0:
+        yield tmp_path
+        return
+    with disk_in_memory(tmp_path / "disk", "64m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("store", ["memory", pytest.param("folder", marks=pytest.mark.slow)])
-def test_no_crash_costs_a_checkpoint(store: str, tmp_path: Path) -> None:
-    with place_at(store, tmp_path) as place:
+def test_no_crash_costs_a_checkpoint(store: str, folder: Path) -> None:
+    with place_at(store, folder) as place:
         assert_nothing_lost(enumerate_runs(OurRuns(), place), least_points=450)
 
 
@@ -40,8 +52,8 @@ def assert_nothing_lost(tally: Tally, least_points: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .* method is deprecated")  # in Ray
-def test_the_enumeration_finds_what_there_is_to_find(tmp_path: Path) -> None:
+def test_the_enumeration_finds_what_there_is_to_find(folder: Path) -> None:
     """Stock Ray Train's snapshot, once torn, cannot be started from."""
-    with place_at("folder", tmp_path) as place:
+    with place_at("folder", folder) as place:
         tally = enumerate_runs(StockRuns(), place)
     assert tally.outcomes["torn", "cannot start"] > 0
