@@ -31,8 +31,8 @@ from cluster.storage import MissingObject, Store, Trouble
 
 CONCURRENT_REQUESTS = 8
 """How many parts a process reads, writes or deletes at a time: most of a request to a remote store is waiting."""
-_DELETED_AT_A_STRETCH = 512
-"""Parts of a checkpoint: a few seconds' work, after which somebody may want to know that the store answers."""
+_DELETED_AT_A_STRETCH = 64
+"""Parts of a checkpoint: seconds of work at most, after which somebody may want to know that the store answers."""
 
 _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
@@ -493,8 +493,9 @@ class Checkpoints:
         """
         rest = set(names)
         manifests = [name for own in _by_step(sorted(rest)).values() for _, name in _manifests(own)]
-        self._store.delete(manifests)
-        yield
+        if manifests:
+            self._store.delete(manifests)
+            yield
         parts = sorted(rest.difference(manifests))
         for begin in range(0, len(parts), _DELETED_AT_A_STRETCH):
             self._store.delete(parts[begin : begin + _DELETED_AT_A_STRETCH], at_once=CONCURRENT_REQUESTS)

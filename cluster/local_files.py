@@ -35,5 +35,5 @@ def _sync_folder(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what a file system says that syncs no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what a file system says that syncs no folders
             raise

@@ -67,6 +67,8 @@ def steered_trainer(switchboard: Any) -> type:
                 super().after_controller_start(train_run_context)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
+            if can_grow:  # a request for room expires after three minutes, and a node may take longer to come: renew it
+                self._maybe_send_resource_request()
             return self._decide(_CONTROLLER_WAIT_S)
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:  # noqa: ARG002  # by their names
@@ -76,8 +78,6 @@ def steered_trainer(switchboard: Any) -> type:
             wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
             if wanted.is_over and wait_s:
                 raise RuntimeError("the run is over, and no agents are there to end with it")
-            if can_grow:  # a request for room expires after three minutes, and a node may take longer to come: renew it
-                self._maybe_send_resource_request()
             if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()
             be_of_generation(wanted.generation)

@@ -8,9 +8,10 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ _VARIABLES = (
 """Environment variables by which libraries choose their kernels."""
 _LABELS = {"python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU"}
 """What fields are called in a line, where that is not their name."""
-_DIGESTS = ("launcher", "code", "data")
+_CODE = "code of "
+_DIGEST = re.compile("[0-9a-f]{64}")
 _DIGITS = 12
 """Of a digest, in a line."""
 
@@ -57,16 +59,14 @@ class Environment:
     """Architecture, vendor (MKL chooses its kernels by that too) and the vector instructions that torch uses."""
     variables: str
     """The environment variables that choose kernels, as far as they are set, or ``none``."""
-    code: str
-    """The digest of the user's own modules, or ``none``."""
+    code: tuple[tuple[str, str], ...]
+    """The user's own modules that are imported, by name, each with the digest of its file."""
     data: str
     """The data fingerprint."""
 
 
 def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment:
     """The environment of this process, which has built its parts and trained nothing.
-
-    Every worker calls it at this same moment, so that a module which only some of them import later counts for none.
 
     Args:
         import_paths: Folders of the user's own modules.
@@ -88,7 +88,7 @@ def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment
         gpu=torch.cuda.get_device_name(parts.device) if on_gpu else _NONE,
         cpu=" ".join(filter(None, cpu)),
         variables=" ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ) or _NONE,
-        code=code_digest(import_paths),
+        code=tuple(sorted(code_digests(import_paths).items())),
         data=parts.data_fingerprint(),
     )
 
@@ -105,18 +105,18 @@ def launcher_digest() -> str:
     A module of the user's that lies among them, in a checkout, counts here.
     """
     root = Path(__file__).parents[1]
-    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py")]
-    return _digest({file.relative_to(root).as_posix(): file for file in files})
+    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py") if file.is_file()]
+    lines = sorted(f"{_digest(file)} {file.relative_to(root).as_posix()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def code_digest(import_paths: Sequence[str]) -> str:
-    """The digest of the modules below the import paths that this process has imported; ``none`` if there are none.
+def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
+    """The digests of the modules below the import paths that this process has imported, by their names.
 
-    It is of their names and the bytes of their files: where the files lie may differ between hosts. Left out is what is
-    installed, which has versions, and what is this product's own: in a checkout it may lie there too, and how much of
-    it is imported depends on the server that the process was forked from.
+    Where the files lie may differ between hosts. Left out is what is installed, which has versions, and what is this
+    product's own, which in a checkout may lie there too.
     """
-    files: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         if (
@@ -124,30 +124,35 @@ def code_digest(import_paths: Sequence[str]) -> str:
             and name.partition(".")[0] not in _OWN_PACKAGES
             and _is_users(Path(file), import_paths)
         ):
-            files[name] = Path(file)
-    return _digest(files) if files else _NONE
+            found[name] = _digest(Path(file))
+    return found
 
 
 def differences(nodes: Sequence[str], environments: Sequence[Environment], planned_data: str | None = None) -> str:
     """What differs between workers and where, in a line; nothing if they are alike.
+
+    A module that only some of them have imported, such as one that prepares the data where that is missing, is compared
+    between these.
 
     Args:
         nodes: The address of each worker's node, by rank.
         environments: By rank.
         planned_data: The data fingerprint that the plan has found on the driver's host; none: not to be compared.
     """
+    told = [_told(_plain(environment)) for environment in environments]
     found = []
-    for name in _names():
+    for label in dict.fromkeys(label for of_worker in told for label in of_worker):
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, environment in enumerate(environments):
-            ranks_by_value.setdefault(getattr(environment, name), []).append(rank)
+        for rank, of_worker in enumerate(told):
+            if label in of_worker:
+                ranks_by_value.setdefault(of_worker[label], []).append(rank)
         places = {value: _places(nodes, ranks) for value, ranks in ranks_by_value.items()}
-        if name == "data" and planned_data is not None:
+        if label == "data" and planned_data is not None:
             places.setdefault(planned_data, []).append("the driver's host")
         if len(places) > 1:
-            where = [f"{_short(name, value)} on {listed(of_value)}" for value, of_value in places.items()]
-            found.append(f"{_LABELS.get(name, name)} {listed(where)}")
-    return "; ".join(found)
+            where = [f"{_short(value)} on {listed(of_value)}" for value, of_value in places.items()]
+            found.append(f"{label} {listed(where)}")
+    return _joined(found)
 
 
 def grouped(environments: Sequence[Environment]) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ def grouped(environments: Sequence[Environment]) -> list[dict[str, Any]]:
     ranks: dict[Environment, list[int]] = {}
     for rank, environment in enumerate(environments):
         ranks.setdefault(environment, []).append(rank)
-    return [{"ranks": of_environment, **asdict(environment)} for environment, of_environment in ranks.items()]
+    return [{"ranks": of_environment, **_plain(environment)} for environment, of_environment in ranks.items()]
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
@@ -164,21 +169,36 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
     Args:
         before, now: The workers of each attempt, as ``grouped`` returns them.
     """
+    of_both = [[_told(group) for group in groups] for groups in (before, now)]
     found = []
-    for name in _names():
-        was, has_become = ({group[name] for group in groups if name in group} for groups in (before, now))
-        if was and was != has_become:  # else it was not recorded yet
-            of_both = (listed(sorted(_short(name, value) for value in values)) for values in (was, has_become))
-            found.append(f"{_LABELS.get(name, name)} {' -> '.join(of_both)}")
-    return "; ".join(found)
+    for label in dict.fromkeys(label for groups in of_both for group in groups for label in group):
+        was, has_become = ({group[label] for group in groups if label in group} for groups in of_both)
+        if was and has_become and was != has_become:
+            texts = (listed(sorted(map(_short, values))) for values in (was, has_become))
+            found.append(f"{label} {' -> '.join(texts)}")
+    return _joined(found)
 
 
-def _names() -> list[str]:
-    return [field.name for field in fields(Environment)]
+def _plain(environment: Environment) -> dict[str, Any]:
+    return asdict(environment) | {"code": dict(environment.code)}
 
 
-def _short(name: str, value: str) -> str:
-    return value[:_DIGITS] if name in _DIGESTS else value
+def _told(plain: Mapping[str, Any]) -> dict[str, str]:
+    """The values to compare, by what they are called in a line."""
+    modules = {f"{_CODE}{name}": digest for name, digest in plain.get("code", {}).items()}
+    values = {name: value for name, value in plain.items() if name not in ("ranks", "code")}
+    return {_LABELS.get(name, name): value for name, value in values.items()} | modules
+
+
+def _joined(found: Sequence[str]) -> str:
+    """Differences in a line, of which many may be in the code."""
+    of_code = [each for each in found if each.startswith(_CODE)]
+    more = [f"code of {len(of_code) - 1} more modules"] if len(of_code) > 1 else []
+    return "; ".join([*(each for each in found if not each.startswith(_CODE)), *of_code[:1], *more])
+
+
+def _short(value: str) -> str:
+    return value[:_DIGITS] if _DIGEST.fullmatch(value) else value
 
 
 def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
@@ -191,13 +211,12 @@ def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
 
 def _is_users(file: Path, import_paths: Sequence[str]) -> bool:
     is_installed = not _INSTALLED.isdisjoint(file.parts) or file.is_relative_to(_STANDARD_LIBRARY)
-    return not is_installed and any(map(file.is_relative_to, import_paths)) and file.is_file()
+    is_source = file.suffix == ".py" and file.is_file()  # what was compiled may differ by where that was done
+    return is_source and not is_installed and any(map(file.is_relative_to, import_paths))
 
 
-def _digest(files: Mapping[str, Path]) -> str:
-    """The digest of the bytes of files and of what they are called."""
-    lines = [f"{hashlib.sha256(files[name].read_bytes()).hexdigest()} {name}\n" for name in sorted(files)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _cpu_vendor() -> str:

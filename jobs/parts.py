@@ -103,8 +103,9 @@ class Parts:
         for dataset in (self.train_set, self.val_set):
             if dataset is not None:
                 targets, classes = listed_targets(dataset), getattr(dataset, "classes", None)
-                # A method would print its address, which is another in every process.
-                sha256.update(f"{len(dataset)}:{None if callable(classes) else classes}:".encode())
+                # Other objects may print their address, which is another in every process.
+                has_names = isinstance(classes, (list, tuple)) and all(isinstance(each, (str, int)) for each in classes)
+                sha256.update(f"{len(dataset)}:{classes if has_names else None}:".encode())
                 sha256.update(b"" if targets is None else targets.cpu().numpy().tobytes())
         return sha256.hexdigest()
 

@@ -26,6 +26,8 @@ from jobs.saver import Saver
 from jobs.spec import JobSpec
 from jobs.team import Team
 
+launcher_digest()  # of the code that runs: its files may be replaced later
+
 
 def main(link: Link, task: Task) -> None:
     """Runs the job ``task.content`` as one of ``task.world_size`` workers.
@@ -173,6 +175,9 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     told = team.gather((task.address, make_environment(task.import_paths, parts)))
     nodes, environments = [node for node, _ in told], [environment for _, environment in told]
     found = differences(nodes, environments, task.data_fingerprint)
+    data = {environment.data for environment in environments} | {task.data_fingerprint or environments[0].data}
+    if len(data) > 1:  # no other bits, but other samples
+        raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if found and not task.may_differ:
         has_other_gpus = len({environment.gpu for environment in environments}) > 1
         raise ClusterError(

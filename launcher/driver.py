@@ -542,6 +542,6 @@ def make_task(
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
         data_fingerprint=data_fingerprint,
-        may_differ=may_differ,
+        may_differ=may_differ or not spec.train.exact,
         content=spec,
     )

@@ -22,6 +22,8 @@ from launcher.plan import Plan
 from launcher.progress import Progress
 
 _RATE_WINDOW_S = 20.0
+_RETENTION_S = 2.0
+"""How long old checkpoints are removed at the least; else they would pile up where there is always more to write."""
 
 
 @dataclass(slots=True)
@@ -255,9 +257,8 @@ class Record:
         """
         failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
-            is_removing = self._newest_save is not None and not is_abandoned()  # else the next driver removes the rest
-            if is_removing or not self.is_settled:
-                self._background.finish(is_abandoned)
+            if not self.is_settled or (status == "completed" and self._newest_save is not None):
+                self._background.finish(is_abandoned)  # one that is stopped leaves what is old to the next driver
             self.tend()
             self.state.status = status
             self.state.error = None if error is None else str(error)
@@ -288,12 +289,13 @@ class Record:
         yield "claim"
         if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
             self._run.checkpoints.fence(self._begun_at)
-            yield "fence"
+        yield "fence"
         self._metrics.flush()
         yield "metrics"
         for save in saves:
             self._commit(save)
             yield "checkpoint"
+        yield "checkpoint"
         self._events.flush()
         yield "events"
         for name in list(self._matrices):
@@ -302,6 +304,7 @@ class Record:
             if self._matrices[name] is matrix:
                 del self._matrices[name]
             yield "matrix"
+        yield "matrix"
         if is_closing:
             self._run.clear_stop()
             self._metrics.publish()
@@ -328,10 +331,11 @@ class Record:
         self._events.flush()
 
     def _retain(self, save: _Save) -> Iterator[str | None]:
-        """Removes old checkpoints, until there is something to write; then the rest is left for the next time.
+        """Removes old checkpoints; after a while, if there is something to write, the rest is left for the next time.
 
         It may take long. A driver whose status is old looks dead, so that is written meanwhile.
         """
+        began_at = self._clock()
         keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
         check, removed = self._run.check_claim, list[int]()
         try:
@@ -339,7 +343,7 @@ class Record:
                 if step is not None:
                     removed.append(step)
                 yield None
-                if self._has_news:
+                if self._has_news and self._clock() - began_at >= _RETENTION_S:
                     return
                 if self._clock() - self._status_at >= STATUS_INTERVAL_S:
                     self._write_status()

@@ -87,10 +87,13 @@ def test_alike_they_are_told_once(tmp_path: Path) -> None:
     ("texts", "found"),
     [
         ((IMAGES, IMAGES), ""),
-        ((IMAGES, IMAGES + "# one more line\n"), f"^workers differ: code {WHERE}; accept other bits with"),
+        (
+            (IMAGES, IMAGES + "# one more line\n"),
+            f"^workers differ: code of own_images {WHERE}; accept other bits with",
+        ),
         (
             (IMAGES, IMAGES.replace("length)\n", "length + 1)\n")),
-            f"^workers differ: code {WHERE}; data {WHERE}; accept",
+            f"^workers differ: data {WHERE}; code of own_images {WHERE}; give every node the same data$",
         ),
     ],
     ids=["alike", "other code", "other data"],
@@ -111,9 +114,11 @@ def test_the_users_code_and_data_are_compared_wherever_they_lie(
         assert re.match(found, failure), failure
 
 
-def test_data_that_the_plan_did_not_find_is_refused(tmp_path: Path) -> None:
-    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=2, data_fingerprint="e" * 64)
+@pytest.mark.parametrize("may_differ", [False, True])
+def test_data_that_the_plan_did_not_find_is_refused(tmp_path: Path, may_differ: bool) -> None:
+    job = full_job(tmp_path, "run")
+    outcome = run_processes(work, job, world_size=2, data_fingerprint="e" * 64, may_differ=may_differ)
 
     assert set(outcome.failures) == {0, 1}
     for failure in outcome.failures.values():
-        assert ", eeeeeeeeeeee on the driver's host; accept other bits with" in failure
+        assert failure.endswith(", eeeeeeeeeeee on the driver's host; give every node the same data")

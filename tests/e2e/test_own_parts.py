@@ -137,7 +137,10 @@ def test_a_resume_with_other_code_says_so_once(home: Path) -> None:
     assert (first.exit_code, resumed.exit_code) == (0, 0), resumed.stderr
     assert resumed.document["step"] == 24
     before, now = (
-        [group["code"][:12] for group in told["workers"]] for told in events(home / "work/runs/own", "environment")
+        [group["code"]["mine"][:12] for group in told["workers"]]
+        for told in events(home / "work/runs/own", "environment")
     )
-    assert f"the run began on other workers: code {before[0]} -> {now[0]}; the bits may differ" in resumed.stderr
+    assert (
+        f"the run began on other workers: code of mine {before[0]} -> {now[0]}; the bits may differ" in resumed.stderr
+    )
     assert first.stderr.count("bits") + resumed.stderr.count("bits") == 1

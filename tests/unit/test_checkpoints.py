@@ -497,6 +497,19 @@ def test_the_run_is_asked_for_before_each_step_of_which_something_is_deleted(che
     assert checkpoints.steps() == [1, 4]
 
 
+def test_retention_yields_nothing_before_the_store_has_answered(checkpoints, monkeypatch):
+    """Else parts that cannot be deleted, of no checkpoint, would pass for progress at every try."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageError("memory://run: cannot delete")
+
+    saved.write_files(checkpoints, 3, files_of(3))
+    save(checkpoints, 5)
+    monkeypatch.setattr(Store, "delete", refuse)
+    with pytest.raises(StorageError, match="cannot delete"):
+        next(checkpoints.retain(5, 1))
+
+
 def test_a_manifest_is_deleted_first_and_alone_and_then_several_parts_at_a_time(checkpoints, faults, monkeypatch):
     monkeypatch.setattr("cluster.checkpoints.CONCURRENT_REQUESTS", 8)
     many = {f"{number:02}.bin": b"1" for number in range(40)}

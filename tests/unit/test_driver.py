@@ -439,7 +439,7 @@ def done(count: int, attempt: int) -> list[Message]:
 class TestEnvironments:
     """What the bits depend on beside the description: recorded for each attempt, and told if it may change them."""
 
-    HERE = {"gpu": "NVIDIA H200", "cpu": "x86_64", "code": "0123456789abcdef"}
+    HERE = {"gpu": "NVIDIA H200", "cpu": "x86_64", "code": {"mine": "a" * 64}}
     FIRST = [{"ranks": [0, 1], **HERE}]
 
     def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[Message]:
@@ -476,11 +476,12 @@ class TestEnvironments:
         ]
 
     def test_other_workers_than_those_of_the_first_attempt(self, run: RunDirectory) -> None:
-        first = [{"ranks": [0, 1], **self.HERE, "code": "fedcba9876543210"}]
+        first = [{"ranks": [0, 1], **self.HERE, "code": {"mine": "b" * 64}}]
         screen = io.StringIO()
         drive(run, [HELLO, self.told(self.FIRST), done(2, 0)], first_workers=first, screen=screen)
 
-        assert "the run began on other workers: code fedcba987654 -> 0123456789ab; the bits may" in screen.getvalue()
+        expected = "the run began on other workers: code of mine bbbbbbbbbbbb -> aaaaaaaaaaaa; the bits may"
+        assert expected in screen.getvalue()
 
     def test_workers_that_may_differ(self, run: RunDirectory) -> None:
         screen = io.StringIO()

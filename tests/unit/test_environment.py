@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.environment import Environment, changes, code_digest, differences, grouped, make_environment
+from jobs.environment import Environment, changes, code_digests, differences, grouped, make_environment
 from jobs.parts import Parts
 
 HERE = Environment(
@@ -24,10 +24,11 @@ HERE = Environment(
     gpu="NVIDIA H200",
     cpu="x86_64 GenuineIntel AVX512",
     variables="none",
-    code="b" * 64,
+    code=(("mine", "b" * 64), ("parts.blocks", "b" * 64)),
     data="c" * 64,
 )
 ON_A100 = replace(HERE, gpu="NVIDIA A100")
+EDITED = replace(HERE, code=(("mine", "d" * 64), ("parts.blocks", "b" * 64)))
 NODES = ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
 
 
@@ -48,12 +49,25 @@ class TestDifferences:
         )
 
     def test_of_many_kinds(self) -> None:
-        other = replace(HERE, cpu="aarch64 DEFAULT", code="d" * 64)
+        other = replace(EDITED, cpu="aarch64 DEFAULT")
         assert differences(NODES[:3], [HERE, HERE, other]) == (
             "CPU x86_64 GenuineIntel AVX512 on node 10.0.0.1 (workers 0, 1), "
             "aarch64 DEFAULT on node 10.0.0.2 (worker 2); "
-            "code bbbbbbbbbbbb on node 10.0.0.1 (workers 0, 1), dddddddddddd on node 10.0.0.2 (worker 2)"
+            "code of mine bbbbbbbbbbbb on node 10.0.0.1 (workers 0, 1), dddddddddddd on node 10.0.0.2 (worker 2)"
         )
+
+    def test_of_many_modules_are_counted(self) -> None:
+        other = replace(HERE, gpu="NVIDIA A100", code=(("mine", "d" * 64), ("parts.blocks", "e" * 64)))
+        assert differences(NODES[1:3], [HERE, other]) == (
+            "GPU NVIDIA H200 on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1); "
+            "code of mine bbbbbbbbbbbb on node 10.0.0.1 (worker 0), dddddddddddd on node 10.0.0.2 (worker 1); "
+            "code of 1 more modules"
+        )
+
+    def test_a_module_that_not_all_have_imported_is_compared_between_the_others(self) -> None:
+        more = (*HERE.code, ("prepare", "e" * 64))
+        assert differences(NODES, [HERE, replace(HERE, code=more), HERE, replace(HERE, code=())]) == ""
+        assert differences(NODES[:3], [HERE, replace(HERE, code=more), EDITED]).startswith("code of mine bbbbbbbbbbbb")
 
     def test_from_what_the_plan_found(self) -> None:
         assert differences(NODES[:2], [HERE, HERE], "e" * 64) == (
@@ -62,13 +76,13 @@ class TestDifferences:
 
     def test_of_many_workers_fit_in_a_line(self) -> None:
         nodes = [f"10.0.0.{rank}" for rank in range(64)]
-        line = differences(nodes, [replace(HERE, code=f"{rank:064}") for rank in range(64)])
+        line = differences(nodes, [replace(HERE, code=(("mine", f"{rank:064}"),)) for rank in range(64)])
         assert len(line) < 1000
         assert line.endswith("and 56 more")
 
     @pytest.mark.parametrize("name", Environment.__dataclass_fields__)
     def test_everything_counts(self, name: str) -> None:
-        others: dict[str, Any] = {name: "other"}
+        others: dict[str, Any] = {name: (("mine", "other"),) if name == "code" else "other"}
         assert "other on node 10.0.0.2 (worker 2)" in differences(NODES[:3], [HERE, HERE, replace(HERE, **others)])
 
 
@@ -76,16 +90,16 @@ class TestAttempts:
     def test_equal_workers_are_recorded_once(self) -> None:
         first, second = grouped([HERE, HERE, ON_A100, HERE])
         assert (first["ranks"], second["ranks"]) == ([0, 1, 3], [2])
-        assert (first["gpu"], second["gpu"], second["code"]) == ("NVIDIA H200", "NVIDIA A100", HERE.code)
+        assert (first["gpu"], second["gpu"], second["code"]) == ("NVIDIA H200", "NVIDIA A100", dict(HERE.code))
 
     def test_how_many_there_are_does_not_matter(self) -> None:
         assert changes(grouped([HERE]), grouped([HERE] * 4)) == ""
         assert changes(grouped([HERE, ON_A100]), grouped([ON_A100, ON_A100, HERE])) == ""
 
     def test_what_has_changed(self) -> None:
-        now = replace(HERE, gpu="NVIDIA A100", code="d" * 64)
+        now = replace(EDITED, gpu="NVIDIA A100")
         assert changes(grouped([HERE, HERE]), grouped([now])) == (
-            "GPU NVIDIA H200 -> NVIDIA A100; code bbbbbbbbbbbb -> dddddddddddd"
+            "GPU NVIDIA H200 -> NVIDIA A100; code of mine bbbbbbbbbbbb -> dddddddddddd"
         )
         assert changes(grouped([HERE, ON_A100]), grouped([HERE])) == "GPU NVIDIA A100, NVIDIA H200 -> NVIDIA H200"
 
@@ -95,60 +109,57 @@ class TestAttempts:
         assert changes(before, grouped([replace(HERE, torch="2.15.0")])) == "torch 2.14.1 -> 2.15.0"
 
 
-Imported = Callable[..., str]
+Imported = Callable[..., dict[str, str]]
 
 
 class TestCode:
-    """The digest of the user's modules."""
+    """The digests of the user's modules."""
 
     @pytest.fixture
     def imported(self, monkeypatch: pytest.MonkeyPatch) -> Imported:
-        def write(folder: Path, modules: dict[str, str], below: str = "") -> str:
-            """The digest, with this folder as the only import path, once the modules in it count as imported."""
+        def write(folder: Path, modules: dict[str, str], below: str = "", suffix: str = ".py") -> dict[str, str]:
+            """The digests, with this folder as the only import path, once the modules in it count as imported."""
             for name, text in modules.items():
-                module, file = ModuleType(name), folder / below / f"{name.replace('.', '/')}.py"
+                module, file = ModuleType(name), folder / below / f"{name.replace('.', '/')}{suffix}"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
                 module.__file__ = str(file)
                 monkeypatch.setitem(sys.modules, name, module)
-            return code_digest([str(folder)])
+            return code_digests([str(folder)])
 
         return write
 
     def test_where_it_lies_does_not_matter(self, imported: Imported, tmp_path: Path) -> None:
         modules = {"mine": "x = 1\n", "parts.blocks": "y = 2\n"}
-        digest = imported(tmp_path / "here", modules)
+        digests = imported(tmp_path / "here", modules)
 
-        assert len(digest) == 64
-        assert imported(tmp_path / "there", modules) == digest
+        assert [*digests] == [*modules]
+        assert imported(tmp_path / "there", modules) == digests
 
-    def test_every_byte_and_every_module_counts(self, imported: Imported, tmp_path: Path) -> None:
-        digests = [
-            imported(tmp_path / "a", {"mine": "x = 1\n"}),
-            imported(tmp_path / "b", {"mine": "x = 2\n"}),
-            imported(tmp_path / "c", {"mine": "x = 1\n", "more": ""}),
-        ]
-        assert len(set(digests)) == 3
+    def test_every_byte_counts(self, imported: Imported, tmp_path: Path) -> None:
+        before, after = (imported(tmp_path, {"mine": text}) for text in ("x = 1\n", "x = 2\n"))
+        assert before["mine"] != after["mine"]
 
     def test_what_is_elsewhere_or_installed_or_our_own_does_not_count(self, imported: Imported, tmp_path: Path) -> None:
         home = tmp_path / "home"
-        digest = imported(home, {"mine": "x = 1\n"})
+        digests = imported(home, {"mine": "x = 1\n"})
         imported(tmp_path / "elsewhere", {"other": ""})
 
-        assert imported(home, {"theirs": ""}, below="venv/lib/python3/site-packages") == digest
-        assert imported(home, {"jobs.more": "", "launcher.more": ""}) == digest
-        assert imported(home, {"theirs": ""}, below="venv") != digest
+        assert imported(home, {"theirs": ""}, below="venv/lib/python3/site-packages") == digests
+        assert imported(home, {"compiled": ""}, suffix=".so") == digests
+        assert imported(home, {"jobs.more": "", "launcher.more": ""}) == digests
+        assert imported(home, {"theirs": ""}, below="venv") != digests
 
     def test_a_file_that_has_gone_does_not_count(self, imported: Imported, tmp_path: Path) -> None:
-        digest = imported(tmp_path, {"mine": "x = 1\n"})
+        digests = imported(tmp_path, {"mine": "x = 1\n"})
         imported(tmp_path, {"gone": ""})
         (tmp_path / "gone.py").unlink()
 
-        assert code_digest([str(tmp_path)]) == digest
+        assert code_digests([str(tmp_path)]) == digests
 
     def test_without_any_there_is_none(self, tmp_path: Path) -> None:
-        assert code_digest([]) == code_digest([str(tmp_path)]) == "none"
-        assert code_digest([str(Path(os.__file__).parents[1])]) == "none", "the standard library is installed"
+        assert code_digests([]) == code_digests([str(tmp_path)]) == {}
+        assert code_digests([str(Path(os.__file__).parents[1])]) == {}, "the standard library is installed"
 
 
 def test_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +168,7 @@ def test_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_environment([], parts)
 
     assert make_environment([], parts) == made
-    assert (made.torch, made.gpu, made.cuda, made.code, made.data) == (torch.__version__, "none", "none", "none", "ab")
+    assert (made.torch, made.gpu, made.cuda, made.code, made.data) == (torch.__version__, "none", "none", (), "ab")
     assert made.cpu.endswith(torch.backends.cpu.get_cpu_capability())
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     assert "NVIDIA_TF32_OVERRIDE=1" in make_environment([], parts).variables

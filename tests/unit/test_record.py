@@ -165,6 +165,21 @@ def test_what_comes_meanwhile_does_not_wait(
     assert sorted(step for steps in removed(run) for step in steps) == [*range(1, kept)]
 
 
+def test_they_are_removed_also_if_there_is_always_more_to_write(
+    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_delete(monkeypatch, lambda _: record.event("resized", step=6))
+    for _ in range(12):
+        list(record.write())
+    assert run.store.at("checkpoints").folders() == ["fences", "step-00000006"]
+
+
+def test_each_try_has_the_same_steps(record: Record) -> None:
+    """Else one that is left out now and then would pass for progress of a store that fails another for ever."""
+    busy, idle = (set(record.write()) - {None} for _ in range(2))
+    assert busy == idle
+
+
 def test_what_is_removed_before_a_failure_is_told(
     run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
