@@ -116,14 +116,14 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     Where the files lie may differ between hosts. Left out is what is installed, which has versions, and what is this
     product's own, which in a checkout may lie there too.
     """
+    folders = tuple(os.path.join(path, "") for path in import_paths)
     found: dict[str, str] = {}
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
-        if (
-            isinstance(file, str)
-            and name.partition(".")[0] not in _OWN_PACKAGES
-            and _is_users(Path(file), import_paths)
-        ):
+        # Of thousands of modules, hardly any is below these folders.
+        if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in _OWN_PACKAGES:
+            continue
+        if _is_source(Path(file)):
             found[name] = _digest(Path(file))
     return found
 
@@ -209,10 +209,10 @@ def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
     return [f"node {node} (worker{'s' * (len(there) > 1)} {listed(there)})" for node, there in by_node.items()]
 
 
-def _is_users(file: Path, import_paths: Sequence[str]) -> bool:
+def _is_source(file: Path) -> bool:
+    """Whether it is one of the user's; what was compiled may differ by where that was done."""
     is_installed = not _INSTALLED.isdisjoint(file.parts) or file.is_relative_to(_STANDARD_LIBRARY)
-    is_source = file.suffix == ".py" and file.is_file()  # what was compiled may differ by where that was done
-    return is_source and not is_installed and any(map(file.is_relative_to, import_paths))
+    return file.suffix == ".py" and not is_installed and file.is_file()
 
 
 def _digest(file: Path) -> str:
