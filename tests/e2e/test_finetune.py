@@ -11,6 +11,7 @@ from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, launcher
 
 FINETUNE = JOBS / "finetune.yaml"
+ONE_WORKER = ("workers.num=1", "tracking.mode=disabled")
 CONV = {"conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"}
 HIDDEN = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
 
@@ -19,7 +20,7 @@ HIDDEN = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where digits has been trained, half as long as it is shipped."""
     home = tmp_path_factory.mktemp("finetune")
-    ended = launcher("run", JOBS / "digits.yaml", "train.epochs=5", "tracking.mode=disabled", cwd=home)
+    ended = launcher("run", JOBS / "digits.yaml", "train.epochs=5", *ONE_WORKER, cwd=home)
     assert ended.exit_code == 0, ended.stderr
     return home
 
@@ -27,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finetuned(home: Path) -> Ended:
     every_epoch = ("checkpoint.every_steps=22", "checkpoint.keep=4")
-    return launcher("run", FINETUNE, *every_epoch, "tracking.mode=disabled", "--json", cwd=home)
+    return launcher("run", FINETUNE, *every_epoch, *ONE_WORKER, "--json", cwd=home)
 
 
 def tensors(home: Path, run: str, step: int) -> dict[str, Tensor]:
