@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray.train  # noqa: F401  # else a thread of `run` imports it, while pytest changes the filters of warnings
 from click.testing import CliRunner
 
 from launcher.cli import main

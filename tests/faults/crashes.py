@@ -19,6 +19,7 @@ from unittest import mock
 
 from tests.faults.enumeration import BAD, GOOD, Place, Runs, Tally, enumerate_act
 from tests.faults.lives import OurRuns
+from tests.faults.stock_lives import StockRuns
 from tests.stores import S3Server, SSHServer, s3_server, ssh_server
 
 STORES = ("memory", "folder", "s3", "sftp")
@@ -66,8 +67,6 @@ def main() -> None:
     parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
     arguments = parser.parse_args()
     print(" ".join(f"{word:>12}" for word in ("store", "runs", "points", *GOOD, *BAD, "seconds")))
-    from tests.faults.stock_lives import StockRuns  # imports Ray Train, which the tests of our own runs do without
-
     totals: dict[str, Tally] = {}
     for store in arguments.stores:
         with tempfile.TemporaryDirectory(prefix="launcher-crashes-") as folder, place_at(store, Path(folder)) as place:

@@ -9,6 +9,7 @@ import pytest
 from tests.faults.crashes import enumerate_runs, place_at, place_on_s3, place_on_sftp
 from tests.faults.enumeration import GOOD, Tally
 from tests.faults.lives import OurRuns
+from tests.faults.stock_lives import StockRuns
 from tests.stores import S3Server, SSHServer, disk_in_memory
 
 
@@ -53,8 +54,6 @@ def assert_nothing_lost(tally: Tally, least_points: int) -> None:
 @pytest.mark.filterwarnings("ignore:The .* method is deprecated")  # in Ray
 def test_the_enumeration_finds_what_there_is_to_find(folder: Path) -> None:
     """Stock Ray Train's snapshot, once torn, cannot be started from."""
-    from tests.faults.stock_lives import StockRuns
-
     with place_at("folder", folder) as place:
         tally = enumerate_runs(StockRuns(), place)
     assert tally.outcomes["torn", "cannot start"] > 0
