@@ -18,7 +18,10 @@ from tests.janitor import Janitor
 from tests.stores import S3Server, SSHServer, disk_in_memory, s3_server, ssh_server
 
 _JANITOR = pytest.StashKey[Janitor]()
-_FORKED_NEEDS = ("jobs.worker", "jobs.metrics", "launcher.trial", "tests.launcher_without_ray")
+_FORKED_NEEDS = (
+    "jobs.worker", "jobs.metrics", "launcher.trial", "launcher.pictures", "matplotlib.backends.backend_agg",
+    "matplotlib.figure", "tests.launcher_without_ray",
+)  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
 
 

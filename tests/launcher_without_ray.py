@@ -1,9 +1,9 @@
 """The command line without Ray: ``python -m tests.launcher_without_ray run JOB ...`` is ``launcher run JOB ...``.
 
 Agents are processes that the driver starts and not workers of Ray Train, and all commands of a test process fork from
-one server, which has torch imported. Nothing else is replaced: driver, agents, training processes, store and tracker
-are the product's own, so a run takes seconds and can be killed, stopped, cut off from its store and resumed like any
-other. Importing Ray into the driver is an error.
+one server, which has torch and matplotlib imported; it draws their pictures. Nothing else is replaced: driver, agents,
+training processes, store and tracker are the product's own, so a run takes seconds and can be killed, stopped, cut off
+from its store and resumed like any other. Importing Ray into the driver is an error.
 """
 
 import multiprocessing
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -219,6 +220,7 @@ def main() -> None:
     replaced: Any = runs
     replaced.WorkerGroup, replaced.local_cluster, replaced.nodes = machine.group, machine.cluster, machine.nodes
     replaced.import_ahead = lambda: None
+    replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
     cli.main()
 
 

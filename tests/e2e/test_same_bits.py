@@ -9,41 +9,29 @@ import pytest
 
 from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
+from tests.faults.planned import Bits, bits, undisturbed
 
-SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "tracking.mode=disabled", "--json")
+SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "tracking.mode=disabled")
 HOLDS = [Fault(kind="hold", doing="forward", step=15), Fault(kind="hold", doing="forward", step=35)]
 """Where a run waits for what is done to it, in its first and in its second epoch."""
 
 
 def run_short(cwd: Path, *overrides: str) -> Ended:
-    return launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, cwd=cwd)
+    return launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, "--json", cwd=cwd)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
-    """The digest and the rows of a run on one worker."""
-    home = tmp_path_factory.mktemp("undisturbed")
-    ended = run_short(home, "workers.num=1")
-    assert ended.exit_code == 0, ended.stderr
-    return ended.document["state_sha256"], rows(home / "runs/digits")
-
-
-def assert_same(ended: Ended, home: Path, undisturbed: tuple[str, bytes]) -> None:
-    assert ended.exit_code == 0, ended.stderr
-    assert ended.document["status"] == "completed"
-    assert ended.document["state_sha256"] == undisturbed[0]
-    assert rows(home / "runs/digits") == undisturbed[1]
+def reference() -> Bits:
+    return undisturbed(SHORT)
 
 
 @pytest.mark.parametrize("workers", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_workers(workers: int, tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
-    assert_same(run_short(tmp_path, f"workers.num={workers}"), tmp_path, undisturbed)
+def test_any_number_of_workers(workers: int, tmp_path: Path, reference: Bits) -> None:
+    assert bits(run_short(tmp_path, f"workers.num={workers}"), tmp_path / "runs/digits") == reference
 
 
 @pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])
-def test_stopped_killed_and_resumed_elsewhere(
-    tmp_path: Path, make_plan, undisturbed: tuple[str, bytes], on_ray: bool
-) -> None:
+def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, reference: Bits, on_ray: bool) -> None:
     """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time.
 
     What is done to it from outside is done on Ray too.
@@ -77,7 +65,7 @@ def test_stopped_killed_and_resumed_elsewhere(
     claim.write_text("{")  # a kill can tear it
 
     resumed = launcher("resume", run, "workers.num=2", "--json", cwd=elsewhere)
-    assert_same(resumed, tmp_path, undisturbed)
+    assert bits(resumed, run) == reference
     assert resumed.document["attempts"] == 4
 
 
@@ -101,16 +89,16 @@ def test_checkpoints_without_a_row_of_their_step_are_branched_and_resumed_from(t
     assert rows(tmp_path / "runs/branch") == rows(run)
 
 
-def test_killed_processes_are_replaced(tmp_path: Path, make_plan, undisturbed: tuple[str, bytes]) -> None:
+def test_killed_processes_are_replaced(tmp_path: Path, make_plan, reference: Bits) -> None:
     """First a training process, which its agent starts again; then an agent, in whose place another is started."""
     plan, run = make_plan(*HOLDS), tmp_path / "runs/digits"
-    running = Running(["run", JOBS / "digits.yaml", *SHORT], tmp_path)
+    running = Running(["run", JOBS / "digits.yaml", *SHORT, "--json"], tmp_path)
     running.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     os.kill(fired(plan)[0]["pid"], signal.SIGKILL)
     running.wait_until(lambda: len(events(run, "training")) == 2 and 1 in fired(plan))
     os.kill(events(run, "attempt_started")[-1]["workers"][1]["pid"], signal.SIGKILL)
     ended = running.wait()
-    assert_same(ended, tmp_path, undisturbed)
+    assert bits(ended, run) == reference
     assert [lost["cause"] for lost in events(run, "worker_lost")] == ["killed", "killed"]
     assert ended.document["attempts"] == 3
     assert ended.document["time"]["lost"] > 0

@@ -10,6 +10,8 @@ from cluster.faults import EXIT_CODE, Fault, fired
 from tests.e2e.command import JOBS, Running, events, launcher
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("train.epochs=2", "checkpoint.every_steps=5", "tracking.mode=disabled")
 OVERRIDES = (*SHORT, "workers.max_failures={machine: 20, code: 20}", "--json")
 END_TIMEOUT_S = 150.0
@@ -36,10 +38,9 @@ def reference() -> Bits:
     return undisturbed(SHORT)
 
 
-@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])
-def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bits, on_ray: bool) -> None:
+def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bits) -> None:
     plan = make_plan(*MOMENTS)
-    ended = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path, on_ray=on_ray)
+    ended = launcher("run", JOBS / "digits.yaml", *OVERRIDES, cwd=tmp_path, on_ray=True)
     run = tmp_path / "runs/digits"
 
     assert bits(ended, run) == reference
@@ -53,7 +54,6 @@ def test_workers_killed_at_every_moment(tmp_path: Path, make_plan, reference: Bi
     assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
 
 
-@pytest.mark.slow
 def test_what_trying_again_does_not_help(tmp_path: Path, make_plan, reference: Bits) -> None:
     """An exception that comes again, and an exit code, end the run; it can be resumed."""
     run = tmp_path / "runs/digits"
@@ -82,7 +82,6 @@ def test_what_trying_again_does_not_help(tmp_path: Path, make_plan, reference: B
     assert_nothing_was_lost(run)
 
 
-@pytest.mark.slow
 def test_a_driver_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits) -> None:
     """Between the files of a checkpoint and its manifest; nothing outlives it, and the run goes on elsewhere."""
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
