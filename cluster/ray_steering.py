@@ -21,11 +21,13 @@ class Wanted:
     Attributes:
         generation: Another number means other agents, even if they are as many.
         num_workers: How many.
+        without: The nodes, by id, that are to hold none.
         is_over: None any more.
     """
 
     generation: int = 0
     num_workers: int = 0
+    without: frozenset[str] = frozenset()
     is_over: bool = False
 
 
@@ -97,10 +99,14 @@ def steered_trainer(switchboard: Any) -> type:
     class Census(ControllerCallback, WorkerGroupCallback):
         """Tells the driver on which nodes room is held for agents: from before they speak until they are gone.
 
-        And it tells each agent its generation.
+        And it tells Ray on which nodes there is to be none, and each agent its generation.
         """
 
         room: Any = None
+
+        def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+            wanted = ray.get(switchboard.wanted_after.remote(0, 0.0))
+            return {"ray.io/node-id": f"!in({', '.join(sorted(wanted.without))})"} if wanted.without else None
 
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002  # by its name
             # Ray Train lets go of the other agents' room when it starts new ones, and for them the driver waits for

@@ -72,8 +72,12 @@ class WorkerGroup:
                 name = _host_name(node.id)
                 self._hosts[node.id] = actor_on(node.id, _Host, name=name).remote(modules_of(self._task.entry))
 
-    def start(self, num_workers: int) -> int:
+    def start(self, num_workers: int, without: frozenset[str] = frozenset()) -> int:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
+
+        Args:
+            num_workers: How many.
+            without: The nodes, by id, that are to hold none.
 
         Returns:
             Their generation, which they say with ``hello``, and Ray Train with all that it says of them.
@@ -86,7 +90,7 @@ class WorkerGroup:
         # Not with the training function: Ray shows what that is given, and a description may have taken secrets
         # from the environment. And not once for all: the server to fork from may be another by now.
         self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._own_host.address()))
-        self._wanted = Wanted(self._wanted.generation + 1, num_workers)
+        self._wanted = Wanted(self._wanted.generation + 1, num_workers, without)
         self._ask(self._switchboard.set_wanted, self._wanted)
         return self._wanted.generation
 

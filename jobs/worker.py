@@ -176,14 +176,15 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     nodes, environments = [node for node, _ in told], [environment for _, environment in told]
     found = differences(nodes, environments, task.data_fingerprint)
     data = {environment.data for environment in environments} | {task.data_fingerprint or environments[0].data}
+    is_refused = len(data) > 1 or bool(found and not task.may_differ)
+    if team.rank == 0:
+        link.send("environment", workers=grouped(environments), differences=found, is_refused=is_refused)
     if len(data) > 1:  # no other bits, but other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
-    if found and not task.may_differ:
+    if is_refused:
         has_other_gpus = len({environment.gpu for environment in environments}) > 1
         raise ClusterError(
             f"workers differ: {found}; {'choose one kind of GPU with workers.accelerator, or ' * has_other_gpus}"
             f"accept other bits with launcher resume {task.run_url} --force",
             cause="environment",
         )
-    if team.rank == 0:
-        link.send("environment", workers=grouped(environments), differences=found)

@@ -59,6 +59,11 @@ class Crew:
         self._asked_at = -math.inf
         self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
+        self._placed: set[str] = set()
+        """The nodes that have held a place since the last start."""
+        self._proven: set[str] = set()
+        """The nodes that workers of this run have trained on."""
+        self._left_out: frozenset[str] = frozenset()
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
@@ -104,6 +109,20 @@ class Crew:
     def placed(self, nodes: Sequence[str]) -> None:
         """The nodes, by id, that hold a place for an agent of this run, as often as they do."""
         self._held = Counter(nodes)
+        self._placed.update(nodes)
+
+    def trains(self) -> None:
+        """The agents that are there train: their nodes are fit for this run."""
+        self._proven.update(agent["node"] for agent in self.agents.values())
+
+    def newcomers(self) -> frozenset[str]:
+        """The nodes of the last start, by id, that have joined a run that has trained without them."""
+        return frozenset(self._placed - self._proven) if self._proven else frozenset()
+
+    def leave_out(self, nodes: frozenset[str]) -> str:
+        """Starts no agent on these nodes any more; returns which they are, for people."""
+        self._left_out |= nodes
+        return _addresses([node for node in self._look() if node.id in nodes])
 
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
@@ -115,7 +134,8 @@ class Crew:
         self.disband()
         self.num_workers, self._asked_at = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
-        self.generation = self.group.start(num_workers)
+        self._placed = set()
+        self.generation = self.group.start(num_workers, self._left_out)
 
     def late(self, now: float) -> str:
         """What to say of agents that have not started in time, and of their nodes; nothing if there are none."""
@@ -123,8 +143,8 @@ class Crew:
         if self.is_complete or now - self._asked_at <= limit_s:
             return ""
         missing = self._held - Counter(agent["node"] for agent in self.agents.values())
-        addresses = [node.address for node in self._look() if missing[node.id]]
-        where = f"; late: node{'s' * (len(addresses) != 1)} {listed(addresses)}" if addresses else ""
+        late = [node for node in self._look() if missing[node.id]]
+        where = f"; late: {_addresses(late)}" if late else ""
         return (
             f"{len(self.agents)} of {self.num_workers} agents were there after {limit_s:g} s "
             f"(workers.start_timeout_s){where}"
@@ -174,9 +194,11 @@ class Crew:
     def shortage(self) -> str:
         """What there is, beside what is needed, where workers have to be waited for."""
         nodes = self._nodes()
+        left_out = [node for node in nodes if node.id in self._left_out]
+        without = f" without {_addresses(left_out)}" if left_out else ""
         return (
             f"there is room for {sum(map(self._room_on, nodes))} of at least {self._workers.least} workers of "
-            f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+            f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}{without}"
         )
 
     def _nodes(self) -> Sequence[Node]:
@@ -189,4 +211,9 @@ class Crew:
         return fits if fits >= self._workers.least else 0
 
     def _room_on(self, node: Node) -> int:
-        return 0 if node.drains_at is not None else node.room(self.group.resources, self._held[node.id])
+        is_taken = node.drains_at is None and node.id not in self._left_out
+        return node.room(self.group.resources, self._held[node.id]) if is_taken else 0
+
+
+def _addresses(nodes: Sequence[Node]) -> str:
+    return f"node{'s' * (len(nodes) != 1)} {listed([node.address for node in nodes])}"

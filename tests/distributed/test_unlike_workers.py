@@ -60,7 +60,10 @@ def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
         "choose one kind of GPU with workers.accelerator, or accept other bits with "
         f"launcher resume {tmp_path}/run --force",
     )
-    assert (outcome.rows, outcome.environments) == ([], [])
+    assert outcome.rows == []
+    (told,) = outcome.environments
+    assert told["is_refused"]
+    assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
 
 
 def test_or_told_if_it_may_be(tmp_path: Path) -> None:
@@ -70,6 +73,7 @@ def test_or_told_if_it_may_be(tmp_path: Path) -> None:
     assert not outcome.failures, "\n".join(outcome.failures.values())
     assert [row["step"] for row in outcome.rows] == [1, 2]
     (told,) = outcome.environments
+    assert not told["is_refused"]
     assert told["differences"] == "GPU none on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1)"
     assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
 

@@ -42,6 +42,7 @@ class Group:
         self.now = 0.0
         self.orders: list[dict[str, Any]] = []
         self.started: list[int] = []
+        self.without: list[set[str]] = []
         self.started_at: list[float] = []
         self.is_closed = False
         self.is_settled: Callable[[], bool] = lambda: True
@@ -58,8 +59,9 @@ class Group:
     def prepare(self, nodes: list[Node]) -> None:
         pass
 
-    def start(self, num_workers: int) -> int:
+    def start(self, num_workers: int, without: frozenset[str]) -> int:
         self.started.append(num_workers)
+        self.without.append({*without})
         self.started_at.append(self.now)
         return len(self.started)
 
@@ -444,7 +446,7 @@ class TestEnvironments:
 
     def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[Message]:
         return [
-            one("environment", 0, attempt, workers=workers, differences=differences),
+            one("environment", 0, attempt, workers=workers, differences=differences, is_refused=False),
             *both("started", attempt, step=0),
         ]
 
@@ -482,6 +484,70 @@ class TestEnvironments:
 
         expected = "the run began on other workers: code of mine bbbbbbbbbbbb -> aaaaaaaaaaaa; the bits may"
         assert expected in screen.getvalue()
+
+    def refused(self, workers: list[dict[str, Any]], attempt: int) -> list[Message]:
+        """All workers say that they differ, and end."""
+        content = {"cause": "environment", "message": "workers differ: cpu", "traceback": "", "place": "", "step": None}
+        ranks = [rank for of_workers in workers for rank in of_workers["ranks"]]
+        return [
+            one("environment", 0, attempt, workers=workers, differences="cpu", is_refused=True),
+            *(one("failed", rank, attempt, error="ClusterError", **content) for rank in ranks),
+            *(died(rank, attempt, code=1) for rank in ranks),
+        ]
+
+    def test_a_node_that_joins_and_is_unlike_the_others_is_left_out(self, run: RunDirectory) -> None:
+        """Of two that join, the run goes on with the one that is like those it has trained on."""
+        screen = io.StringIO()
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8), node("b", 1 < now < 7.9), node("c", 1 < now < 7.9)]
+
+        others = [{"ranks": [0, 2], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
+            self.refused(others, 1), LAG, hello("a", "c"), both("started", 2, step=9), *[3.0] * 5, done(2, 2),
+        ]  # fmt: skip
+        document, group = drive(run, script, look, num=(1, 3), screen=screen)
+
+        assert (document["status"], document["failures"]) == ("completed", {"machine": 0, "preemption": 0, "code": 0})
+        assert list(zip(group.started, group.without)) == [(1, set()), (3, set()), (2, {"b"})]
+        (event,) = events(run, "nodes_left_out")
+        assert (event["step"], event["nodes"], event["reason"]) == (9, ["b"], "workers differ: cpu")
+        told = "warning: step 9: going on without node 10.0.0.b, on which this run has not trained before"
+        assert told in screen.getvalue()
+
+    @pytest.mark.parametrize("is_there", [True, False], ids=["of itself", "of Ray"])
+    def test_so_is_one_that_lacks_a_module(self, run: RunDirectory, is_there: bool) -> None:
+        """Too few are left, so another node is waited for."""
+        screen = io.StringIO()
+
+        def look(now: float) -> list[Node]:
+            second = [node("b", 1)] if now < 0.2 or now > 20 else []
+            return [node("a", now < 0.2), *second, node("c", now > 0.2)]
+
+        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
+        lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
+        of_itself = [one("failed", 1, 1, error="TrainingError", **lacks), died(1, 1, code=1), died(0, 1, code=1)]
+        of_ray = [{"kind": "agents_lost", "lost": {1: "No module named 'x'"}, "what": ""}]
+        joined = [hello("a", "c"), of_itself] if is_there else [hello("a", "c")[:2], of_ray]
+        script: list[list[Message] | float] = [
+            hello("a", "b"), both("started", step=0), 1.0, [lost], *joined, LAG, 1.0, 20.0, hello("a", "b"),
+            both("started", 1 + is_there, step=0), done(2, 1 + is_there),
+        ]  # fmt: skip
+        document, group = drive(run, script, look, screen=screen)
+
+        assert (document["status"], group.without) == ("completed", [set(), set(), {"c"}])
+        (waiting,) = events(run, "waiting")
+        assert waiting["reason"] == (
+            "there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes without node 10.0.0.c"
+        )
+
+    def test_workers_that_differ_from_the_beginning_end_the_run(self, run: RunDirectory) -> None:
+        others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        with pytest.raises(ClusterError, match="workers differ: cpu"):
+            drive(run, [hello("a", "b"), self.refused(others, 0)], lambda _: [node("a", 1), node("b", 1)])
+
+        assert events(run, "environment") == events(run, "nodes_left_out") == []
 
     def test_workers_that_may_differ(self, run: RunDirectory) -> None:
         screen = io.StringIO()
