@@ -106,7 +106,7 @@ def steered_trainer(switchboard: Any) -> type:
 
         def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
             wanted = ray.get(switchboard.wanted_after.remote(0, 0.0))
-            return {"ray.io/node-id": f"!in({', '.join(sorted(wanted.without))})"} if wanted.without else None
+            return {"ray.io/node-id": f"!in({','.join(sorted(wanted.without))})"} if wanted.without else None
 
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002  # by its name
             # Ray Train lets go of the other agents' room when it starts new ones, and for them the driver waits for

@@ -64,6 +64,10 @@ class Environment:
     data: str
     """The data fingerprint."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same by name, and the code by module."""
+        return asdict(self) | {"code": dict(self.code)}
+
 
 def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment:
     """The environment of this process, which has built its parts and trained nothing.
@@ -79,11 +83,9 @@ def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment
     on_gpu = parts.device.type == "cuda"
     cpu = (platform.machine(), _cpu_vendor(), torch.backends.cpu.get_cpu_capability())
     return Environment(
-        python=python_version(),
-        torch=str(torch.__version__),
+        **versions(),
         torchvision=str(torchvision.__version__),
         numpy=np.__version__,
-        launcher=launcher_digest(),
         cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if on_gpu else _NONE,
         gpu=torch.cuda.get_device_name(parts.device) if on_gpu else _NONE,
         cpu=" ".join(filter(None, cpu)),
@@ -91,6 +93,13 @@ def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment
         code=tuple(sorted(code_digests(import_paths).items())),
         data=parts.data_fingerprint(),
     )
+
+
+def versions() -> dict[str, Any]:
+    """What workers must have in common to understand each other, by the names of ``Environment``."""
+    import torch
+
+    return {"python": python_version(), "torch": str(torch.__version__), "launcher": launcher_digest()}
 
 
 def python_version() -> str:
@@ -128,7 +137,9 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def differences(nodes: Sequence[str], environments: Sequence[Environment], planned_data: str | None = None) -> str:
+def differences(
+    nodes: Sequence[str], environments: Sequence[Mapping[str, Any]], planned_data: str | None = None
+) -> str:
     """What differs between workers and where, in a line; nothing if they are alike.
 
     A module that only some of them have imported, such as one that prepares the data where that is missing, is compared
@@ -136,10 +147,10 @@ def differences(nodes: Sequence[str], environments: Sequence[Environment], plann
 
     Args:
         nodes: The address of each worker's node, by rank.
-        environments: By rank.
+        environments: By rank, each as ``Environment.as_dict`` or a part of that.
         planned_data: The data fingerprint that the plan has found on the driver's host; none: not to be compared.
     """
-    told = [_told(_plain(environment)) for environment in environments]
+    told = [_told(environment) for environment in environments]
     found = []
     for label in dict.fromkeys(label for of_worker in told for label in of_worker):
         ranks_by_value: dict[str, list[int]] = {}
@@ -155,12 +166,16 @@ def differences(nodes: Sequence[str], environments: Sequence[Environment], plann
     return _joined(found)
 
 
-def grouped(environments: Sequence[Environment]) -> list[dict[str, Any]]:
-    """Environments by rank as plain values, equal ones once, with their ranks."""
-    ranks: dict[Environment, list[int]] = {}
-    for rank, environment in enumerate(environments):
-        ranks.setdefault(environment, []).append(rank)
-    return [{"ranks": of_environment, **_plain(environment)} for environment, of_environment in ranks.items()]
+def grouped(environments: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Environments by rank, as ``differences`` takes them: equal ones once, with their ranks."""
+    firsts = [rank for rank, environment in enumerate(environments) if environments.index(environment) == rank]
+    return [
+        {
+            "ranks": [rank for rank, other in enumerate(environments) if other == environments[first]],
+            **environments[first],
+        }
+        for first in firsts
+    ]
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
@@ -177,10 +192,6 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
             texts = (listed(sorted(map(_short, values))) for values in (was, has_become))
             found.append(f"{label} {' -> '.join(texts)}")
     return _joined(found)
-
-
-def _plain(environment: Environment) -> dict[str, Any]:
-    return asdict(environment) | {"code": dict(environment.code)}
 
 
 def _told(plain: Mapping[str, Any]) -> dict[str, str]:

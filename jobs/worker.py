@@ -1,6 +1,7 @@
 """A training process, from the first line to the exit: meet the others, build, restore, train, leave."""
 
 import contextlib
+import json
 import os
 import socket
 import time
@@ -19,7 +20,7 @@ from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from jobs.beginning import begin
 from jobs.causes import broken_exchange, named, what
-from jobs.environment import differences, grouped, launcher_digest, make_environment, python_version
+from jobs.environment import differences, grouped, launcher_digest, make_environment, versions
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
 from jobs.saver import Saver
@@ -114,7 +115,7 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
     Collective: every rank.
 
     Raises:
-        ClusterError: This worker's versions are not those of rank 0.
+        ClusterError: Their versions differ.
         OSError, RuntimeError: The others did not come in time, or not at all.
     """
     timeout = timedelta(seconds=timeout_s)
@@ -130,7 +131,7 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
     else:
         host, port = link.wait_for_meeting_place(timeout_s)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    compare_versions(store, task.rank)
+    compare_versions(link, task, store)
     dist.init_process_group(
         "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
     )
@@ -149,19 +150,25 @@ def choose_interface(address: str) -> None:
             os.environ[name] = interface_of(address)
 
 
-def compare_versions(store: dist.Store, rank: int) -> None:
-    """Refuses a worker whose versions are not those of rank 0: it may not even understand what the others send.
+def compare_versions(link: Link, task: Task, store: dist.Store) -> None:
+    """Refuses workers of different versions, which may not even understand what the others send.
+
+    Collective: every rank.
 
     Raises:
-        ClusterError: They are not.
+        ClusterError: They differ; the same on every rank.
     """
-    here = f"Python {python_version()}, torch {torch.__version__}, launcher {launcher_digest()[:12]}"
-    if rank == 0:
-        store.set("versions", here)
-        return
-    there = store.get("versions").decode()
-    if here != there:
-        raise ClusterError(f"has {here}, where worker 0 has {there}", cause="environment", step=0)
+    store.set(f"versions of {task.rank}", json.dumps((task.address, versions())))
+    if task.rank == 0:
+        told = [json.loads(store.get(f"versions of {rank}")) for rank in range(task.world_size)]
+        nodes, of_workers = [node for node, _ in told], [each for _, each in told]
+        found = differences(nodes, of_workers)
+        if found:
+            link.send("environment", workers=grouped(of_workers), differences=found, is_refused=True)
+        store.set("differences", json.dumps(found))
+    found = json.loads(store.get("differences"))
+    if found:
+        raise ClusterError(f"workers differ: {found}; give every node the same versions", cause="environment")
 
 
 def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> None:
@@ -172,17 +179,21 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     Raises:
         ClusterError: They differ, or their data is not what the plan found; the same on every rank.
     """
-    told = team.gather((task.address, make_environment(task.import_paths, parts)))
+    told = team.gather((task.address, make_environment(task.import_paths, parts).as_dict()))
     nodes, environments = [node for node, _ in told], [environment for _, environment in told]
     found = differences(nodes, environments, task.data_fingerprint)
-    data = {environment.data for environment in environments} | {task.data_fingerprint or environments[0].data}
-    is_refused = len(data) > 1 or bool(found and not task.may_differ)
+    data = {environment["data"] for environment in environments}
+    has_other_data = len(data | {task.data_fingerprint or environments[0]["data"]}) > 1
+    is_refused = has_other_data or (found != "" and not task.may_differ)
     if team.rank == 0:
-        link.send("environment", workers=grouped(environments), differences=found, is_refused=is_refused)
-    if len(data) > 1:  # no other bits, but other samples
+        # Of those that may differ otherwise, only their data tells who is in the way.
+        of_data = [{"data": environment["data"]} for environment in environments]
+        workers = grouped(of_data if is_refused and task.may_differ else environments)
+        link.send("environment", workers=workers, differences=found, is_refused=is_refused)
+    if has_other_data:  # no other bits, but other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if is_refused:
-        has_other_gpus = len({environment.gpu for environment in environments}) > 1
+        has_other_gpus = len({environment["gpu"] for environment in environments}) > 1
         raise ClusterError(
             f"workers differ: {found}; {'choose one kind of GPU with workers.accelerator, or ' * has_other_gpus}"
             f"accept other bits with launcher resume {task.run_url} --force",

@@ -117,12 +117,13 @@ class Crew:
 
     def newcomers(self) -> frozenset[str]:
         """The nodes of the last start, by id, that have joined a run that has trained without them."""
-        return frozenset(self._placed - self._proven) if self._proven else frozenset()
+        return frozenset(self._placed - self._proven - self._left_out) if self._proven else frozenset()
 
     def leave_out(self, nodes: frozenset[str]) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
         self._left_out |= nodes
-        return _addresses([node for node in self._look() if node.id in nodes])
+        addresses = {node.id: node.address for node in self._look()}
+        return _named([addresses.get(node, node) for node in sorted(nodes)])
 
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
@@ -143,8 +144,8 @@ class Crew:
         if self.is_complete or now - self._asked_at <= limit_s:
             return ""
         missing = self._held - Counter(agent["node"] for agent in self.agents.values())
-        late = [node for node in self._look() if missing[node.id]]
-        where = f"; late: {_addresses(late)}" if late else ""
+        addresses = [node.address for node in self._look() if missing[node.id]]
+        where = f"; late: {_named(addresses)}" if addresses else ""
         return (
             f"{len(self.agents)} of {self.num_workers} agents were there after {limit_s:g} s "
             f"(workers.start_timeout_s){where}"
@@ -194,8 +195,8 @@ class Crew:
     def shortage(self) -> str:
         """What there is, beside what is needed, where workers have to be waited for."""
         nodes = self._nodes()
-        left_out = [node for node in nodes if node.id in self._left_out]
-        without = f" without {_addresses(left_out)}" if left_out else ""
+        unfit = [node.address for node in nodes if node.id in self._left_out]
+        without = f", of which {_named(unfit)} cannot be used" if unfit else ""
         return (
             f"there is room for {sum(map(self._room_on, nodes))} of at least {self._workers.least} workers of "
             f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}{without}"
@@ -215,5 +216,5 @@ class Crew:
         return node.room(self.group.resources, self._held[node.id]) if is_taken else 0
 
 
-def _addresses(nodes: Sequence[Node]) -> str:
-    return f"node{'s' * (len(nodes) != 1)} {listed([node.address for node in nodes])}"
+def _named(nodes: Sequence[str]) -> str:
+    return f"node{'s' * (len(nodes) != 1)} {listed(nodes)}"

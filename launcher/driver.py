@@ -25,7 +25,7 @@ from jobs.environment import changes
 from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
-from launcher.failures import Failure, Failures, GiveUp, TryAgain
+from launcher.failures import Failure, Failures, GiveUp
 from launcher.goodput import Ledger
 from launcher.pace import Pace
 from launcher.plan import ENTRY
@@ -64,8 +64,10 @@ class Driver:
         self._display = record.display
         self._clock = clock
         self._first_workers = first_workers
-        self._unlike: Sequence[Mapping[str, Any]] = ()
-        """The environments of the present attempt's workers, if they differ so that they do not train."""
+        self._last_workers: Sequence[Mapping[str, Any]] = ()
+        """The environments of the workers that trained last."""
+        self._refused: Mapping[str, Any] | None = None
+        """What was told of the workers of the present attempt, if they differ so that they do not train."""
         self._warned_of: set[str] = set()
         """The differences between workers that a person knows of."""
         self._crew: Crew
@@ -175,7 +177,7 @@ class Driver:
     def _start_attempt(self) -> None:
         self._attempt = self._record.state.attempts
         self._record.state.attempts += 1
-        self._finished, self._trains, self._unlike = set(), False, ()
+        self._finished, self._trains, self._refused = set(), False, None
         self._saves.attempt_started(self._crew.num_workers)
         self._failures.attempt_started(self._crew.num_workers)
         self._ledger.workers_there(self._clock())
@@ -204,8 +206,9 @@ class Driver:
         """Records what the bits of this attempt depend on, and warns, once, of differences that may change them."""
         workers: list[dict[str, Any]] = message["workers"]
         if message["is_refused"]:  # they end, and say why
-            self._unlike = workers
+            self._refused = message
             return
+        self._last_workers = workers
         self._record.event("environment", workers=workers)
         if self._first_workers is None:
             self._first_workers = workers
@@ -313,7 +316,7 @@ class Driver:
         self._crew.disband()
         self._ledger.waiting(self._clock())
         self._failures.attempt_started(0)
-        self._attempt, self._change, self._finished, self._trains, self._unlike = _NONE, None, set(), False, ()
+        self._attempt, self._change, self._finished, self._trains, self._refused = _NONE, None, set(), False, None
         self._completed = False  # some may have finished, but the last checkpoint is not whole without the others
         self._record.reached(self._record.saved_step)
 
@@ -369,7 +372,8 @@ class Driver:
             if not unfit:
                 raise self._final_error(verdict)
             self._leave_out(unfit, verdict.failure)
-            verdict = TryAgain(verdict.failure, needs_agents=True)
+            self._regroup()
+            return
         what, later = self._described(verdict.failure), f" in {verdict.wait_s} s" if verdict.wait_s else ""
         self._trains = self._is_first_start = False
         if self._stop_reason is not None or self._why_stop(now) is not None:  # others would only be started to stop
@@ -390,16 +394,18 @@ class Driver:
             return frozenset()
         if failure.rank in agents:
             return newcomers & {agents[failure.rank]["node"]}
-        nodes = [({agents[rank]["node"] for rank in workers["ranks"]}, workers) for workers in self._unlike]
-        fit = [workers for of_workers, workers in nodes if not of_workers <= newcomers]
-        unlike = [of_workers for of_workers, workers in nodes if fit and changes(fit, [workers])]
-        return newcomers & frozenset().union(*unlike) or newcomers
+        if self._refused is None:  # nodes on which agents are there have what agents need
+            return newcomers - {agent["node"] for agent in agents.values()}
+        unlike = [group for group in self._refused["workers"] if changes(self._last_workers, [group])]
+        nodes = frozenset(agents[rank]["node"] for group in unlike for rank in group["ranks"])
+        return nodes if nodes <= newcomers else frozenset()
 
     def _leave_out(self, nodes: frozenset[str], failure: Failure) -> None:
         """From now on the run does without these nodes."""
-        step, addresses = self._record.state.step, self._crew.leave_out(nodes)
-        self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=failure.message)
-        self._display.warn(f"step {step}: going on without {addresses}, on which this run has not trained before")
+        why = failure.message if self._refused is None else f"workers differ: {self._refused['differences']}"
+        step, named = self._record.state.step, self._crew.leave_out(nodes)
+        self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
+        self._display.warn(f"step {step}: going on without {named}, which cannot be used: {why}")
 
     def _note_failure(self, failure: Failure) -> None:
         agent = {} if failure.rank is None else self._crew.agents.get(failure.rank, {})  # none while they gather

@@ -12,7 +12,7 @@ import pytest
 from cluster.agent import Task
 from cluster.link import Link
 from jobs import worker
-from jobs.environment import make_environment
+from jobs.environment import make_environment, versions
 from jobs.spec import DataSpec, Target
 from tests.distributed.small_job import full_job, plain_job
 from tests.distributed.team_process import run_processes
@@ -31,14 +31,15 @@ def work(
     link: Link,
     task: Task,
     other_gpu: str = "",
-    import_paths: tuple[tuple[str, ...], ...] = ((), ()),
+    other_python: str = "",
+    import_paths: tuple[tuple[str, ...], ...] = ((), (), ()),
     **changes: Any,
 ) -> None:
     """``jobs.worker.main`` as if each rank were on a node of its own.
 
     Args:
         link, task: As ``main`` takes them.
-        other_gpu: What rank 1 believes to be its GPU.
+        other_gpu, other_python: What rank 1 believes to be its GPU, and the version of its Python.
         import_paths: By rank.
         changes: Of the task.
     """
@@ -47,8 +48,25 @@ def work(
     if task.rank == 1 and other_gpu:
         replaced: Any = worker
         replaced.make_environment = lambda *known: replace(make_environment(*known), gpu=other_gpu)
+    if task.rank == 1 and other_python:
+        replaced = worker
+        replaced.versions = lambda: versions() | {"python": other_python}
     address = f"10.0.0.{task.rank + 1}"
     worker.main(link, replace(task, address=address, import_paths=import_paths[task.rank], **changes))
+
+
+def test_other_versions_are_refused_by_all(tmp_path: Path) -> None:
+    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=3, other_python="3.9")
+
+    assert len(set(outcome.failures.values())) == 1
+    assert re.fullmatch(
+        r"workers differ: Python 3\.\d+ on node 10\.0\.0\.1 \(worker 0\), node 10\.0\.0\.3 \(worker 2\), "
+        r"3\.9 on node 10\.0\.0\.2 \(worker 1\); give every node the same versions",
+        outcome.failures[2],
+    ), outcome.failures[2]
+    (told,) = outcome.environments
+    assert told["is_refused"]
+    assert [(group["ranks"], group["python"]) for group in told["workers"]][1:] == [([1], "3.9")]
 
 
 def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:

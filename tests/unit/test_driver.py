@@ -500,11 +500,12 @@ class TestEnvironments:
         screen = io.StringIO()
 
         def look(now: float) -> list[Node]:
-            return [node("a", now < 0.8), node("b", 1 < now < 7.9), node("c", 1 < now < 7.9)]
+            return [node("a", now < 0.8), node("b", 1 < now < 7.9 or now > 9), node("c", 1 < now < 7.9)]
 
         others = [{"ranks": [0, 2], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
-            LAG, hello("a"), [one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
+            LAG, hello("a"), [told, one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
             self.refused(others, 1), LAG, hello("a", "c"), both("started", 2, step=9), *[3.0] * 5, done(2, 2),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 3), screen=screen)
@@ -513,8 +514,50 @@ class TestEnvironments:
         assert list(zip(group.started, group.without)) == [(1, set()), (3, set()), (2, {"b"})]
         (event,) = events(run, "nodes_left_out")
         assert (event["step"], event["nodes"], event["reason"]) == (9, ["b"], "workers differ: cpu")
-        told = "warning: step 9: going on without node 10.0.0.b, on which this run has not trained before"
-        assert told in screen.getvalue()
+        assert "warning: step 9: going on without node 10.0.0.b, which cannot be used: workers differ: cpu\n" in (
+            screen.getvalue()
+        )
+
+    def test_those_that_trained_last_are_the_measure_also_once_they_are_gone(self, run: RunDirectory) -> None:
+        """Nodes of two kinds take the place of the one that is lost."""
+
+        def look(now: float) -> list[Node]:
+            return [node("a", 1)] if now < 1 else [node("b", now < 1.5), node("c", now < 1.5)]
+
+        others = [{"ranks": [0], **self.HERE, "cpu": "aarch64"}, {"ranks": [1], **self.HERE}]
+        lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0)], [lost], hello("b", "c"), self.refused(others, 1),
+            LAG, hello("c"), [one("started", 0, 2, step=0)], done(1, 2),
+        ]  # fmt: skip
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"b"})
+
+    @pytest.mark.parametrize(
+        ("there", "joined"),
+        [({"code": {"mine": "b" * 64}}, {}), ({}, {}), ({"cpu": "aarch64"}, {"cpu": "ppc64"})],
+        ids=["edited where it trains", "other data than planned", "all are others"],
+    )
+    def test_if_those_that_trained_are_unlike_themselves_the_run_ends(
+        self, run: RunDirectory, there: dict[str, Any], joined: dict[str, Any]
+    ) -> None:
+        """What the node that joins is like does not matter then."""
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8), node("b", 1 < now < 7.9)]
+
+        others = [{"ranks": [0], **self.HERE, **there}, {"ranks": [1], **self.HERE, **joined}]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
+            self.refused(others, 1),
+        ]  # fmt: skip
+        with pytest.raises(ClusterError, match="workers differ: cpu"):
+            drive(run, script, look, num=(1, 2))
+
+        assert events(run, "nodes_left_out") == []
 
     @pytest.mark.parametrize("is_there", [True, False], ids=["of itself", "of Ray"])
     def test_so_is_one_that_lacks_a_module(self, run: RunDirectory, is_there: bool) -> None:
@@ -539,7 +582,7 @@ class TestEnvironments:
         assert (document["status"], group.without) == ("completed", [set(), set(), {"c"}])
         (waiting,) = events(run, "waiting")
         assert waiting["reason"] == (
-            "there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes without node 10.0.0.c"
+            "there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes, of which node 10.0.0.c cannot be used"
         )
 
     def test_workers_that_differ_from_the_beginning_end_the_run(self, run: RunDirectory) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.environment import Environment, changes, code_digests, differences, grouped, make_environment
+from jobs import environment
+from jobs.environment import Environment, changes, code_digests, make_environment
 from jobs.parts import Parts
 
 HERE = Environment(
@@ -30,6 +31,14 @@ HERE = Environment(
 ON_A100 = replace(HERE, gpu="NVIDIA A100")
 EDITED = replace(HERE, code=(("mine", "d" * 64), ("parts.blocks", "b" * 64)))
 NODES = ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
+
+
+def differences(nodes: list[str], environments: list[Environment], *planned_data: str) -> str:
+    return environment.differences(nodes, [each.as_dict() for each in environments], *planned_data)
+
+
+def grouped(environments: list[Environment]) -> list[dict[str, Any]]:
+    return environment.grouped([each.as_dict() for each in environments])
 
 
 class TestDifferences:

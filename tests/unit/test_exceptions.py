@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from cluster.errors import ClusterError, LauncherError, TrainingError
 from jobs.causes import named
-from jobs.worker import compare_versions
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:27538"
 GLOO_IN_BACKWARD = f"Unable to cast {GLOO}. This is typically caused by a remote worker crashing. Check the logs"
@@ -81,13 +80,3 @@ def test_a_place_is_a_step_and_a_line_and_for_want_of_memory_a_step() -> None:
 
     refused = [error_of(lambda: bytearray(2**60)), error_of(lambda: np.empty(2**57))]
     assert [error.place for error in refused] == ["step 4, out_of_memory"] * 2
-
-
-def test_other_versions_are_refused() -> None:
-    store = dist.HashStore()
-    compare_versions(store, 0)
-    compare_versions(store, 1)
-    store.set("versions", "Python 3.9, torch 1.13.0")
-    with pytest.raises(ClusterError, match=r"has Python 3\.\d+, torch .*, where worker 0 has Python 3.9") as caught:
-        compare_versions(store, 1)
-    assert caught.value.cause == "environment"
