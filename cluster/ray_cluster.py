@@ -30,7 +30,6 @@ _ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 100 * 2**20
 _CONNECT_TIMEOUT_S = 10.0
 _ROUNDING = 1e-6
-_joined = threading.Event()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,11 +165,9 @@ def joined_cluster(address: str) -> Iterator[None]:
             f"--cluster {address}: {one_line(error)[:300]}; give the HOST:PORT that `ray start --head` printed, on a "
             "host of the cluster, with the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
-    _joined.set()
     try:
         yield
     finally:
-        _joined.clear()
         ray.shutdown()
 
 
@@ -182,11 +179,6 @@ def _check_listens(address: str) -> None:
         raise ClusterError(
             f"--cluster {address}: no Ray head answers there: {error}; is it up, and the port its own?"
         ) from error
-
-
-def is_joined() -> bool:
-    """Whether this process is in a ``joined_cluster``; does not import Ray."""
-    return _joined.is_set()
 
 
 def nodes() -> list[Node]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from cluster.ray_cluster import is_joined, last_line
+from cluster.ray_cluster import last_line
 
 _CONTROLLER_WAIT_S = 0.5
 _generation = 0
@@ -46,7 +46,7 @@ def be_of_generation(generation: int) -> None:
     _generation = generation
 
 
-def steered_trainer(switchboard: Any) -> type:
+def steered_trainer(switchboard: Any, can_grow: bool) -> type:
     """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver."""
     import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -58,8 +58,6 @@ def steered_trainer(switchboard: Any) -> type:
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
-
-    can_grow = is_joined()
 
     class Steering(FixedScalingPolicy):
         """Starts the agents that the driver wants, when it wants others than there are."""

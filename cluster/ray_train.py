@@ -29,13 +29,14 @@ class WorkerGroup:
     Every method is for the driver's thread alone.
     """
 
-    def __init__(self, task: Task, resources: WorkerResources, most: int) -> None:
+    def __init__(self, task: Task, resources: WorkerResources, most: int, *, can_grow: bool) -> None:
         """Starts Ray Train's controller, which waits to be told how many agents to start.
 
         Args:
             task: What each worker is told; rank, world size and fork server are filled in.
             resources: What each reserves.
-            most: The most agents there will be; an autoscaler is asked for room for them.
+            most: The most agents there will be.
+            can_grow: The cluster may have an autoscaler, which is asked for room for so many.
         """
         import ray
         from ray.train import RunConfig, ScalingConfig
@@ -52,7 +53,7 @@ class WorkerGroup:
         self._wanted = Wanted()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
-        trainer = steered_trainer(self._switchboard)(
+        trainer = steered_trainer(self._switchboard, can_grow)(
             _run_agent,
             train_loop_config={"switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(

@@ -71,16 +71,18 @@ def main() -> None:
 @_json_option
 def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
     """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
-    from launcher.clusters import load_cluster
     from launcher.description import load
 
-    cluster, changes = load_cluster(cluster_name, overrides)
+    cluster, changes = _cluster(cluster_name, overrides)
     description = load(job, changes)
-    if cluster.kind == "local":
+    if cluster.is_this_machine:
         _cheap_checks(description)
     from launcher.runs import begin
 
-    _show_result(lambda display: begin(description, job.parent, display, take_over=take_over), cluster, as_json)
+    def work(display: Any) -> dict[str, Any]:
+        return begin(description, job.parent, cluster, display, take_over=take_over)
+
+    _show_result(work, cluster, as_json)
 
 
 @main.command()
@@ -103,14 +105,12 @@ def resume(
     as_json: bool,
 ) -> None:
     """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers."""
-    from launcher.clusters import load_cluster
-
-    cluster, changes = load_cluster(cluster_name, overrides)
+    cluster, changes = _cluster(cluster_name, overrides)
     run_directory = _existing_run(run_url)
     from launcher.runs import resume as resume_run
 
     def work(display: Any) -> dict[str, Any]:
-        return resume_run(run_directory, changes, display, force=force, take_over=take_over, at=at, new=new)
+        return resume_run(run_directory, changes, cluster, display, force=force, take_over=take_over, at=at, new=new)
 
     _show_result(work, cluster, as_json)
 
@@ -122,16 +122,15 @@ def resume(
 @_json_option
 def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
-    from launcher.clusters import load_cluster
     from launcher.description import load
 
-    cluster, changes = load_cluster(cluster_name, overrides)
+    cluster, changes = _cluster(cluster_name, overrides)
     description = load(job, changes)
     from launcher.report import plan_text
     from launcher.runs import plan_only
 
     with _joined(cluster):
-        made = plan_only(description, job.parent)
+        made = plan_only(description, job.parent, cluster)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
 
 
@@ -263,18 +262,22 @@ def _cheap_checks(description: Any) -> None:
         check_machine(description.spec)
 
 
+def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """The cluster that is meant, and what is left to change in the job."""
+    from launcher.clusters import load_cluster, open_cluster
+
+    spec, changes = load_cluster(named, overrides)
+    return open_cluster(spec), changes
+
+
 @contextlib.contextmanager
 def _joined(cluster: Any) -> Iterator[None]:
-    """In the cluster, if it is one to join.
+    """In the cluster.
 
     Stdout is for the result. Ray prints notices of its own there, the last of them when it is left, of what the driver
     tells in one line: they are dropped.
     """
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as stack:
-        if cluster.kind == "ray":
-            from cluster.ray_cluster import joined_cluster
-
-            stack.enter_context(joined_cluster(cluster.address))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), cluster.joined():
         yield
 
 

@@ -7,8 +7,10 @@ from typing import Any, Final
 
 import cluster
 from cluster.errors import DescriptionError, FieldError, nearest
+from cluster.kinds import Cluster, JoinedRay, LocalRay
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec
 from launcher.description import Language, read, read_text
+from launcher.machine import num_cores
 
 PREFIX = "cluster."
 """Of the overrides that change the cluster, and not the job."""
@@ -32,6 +34,11 @@ def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSp
         raise DescriptionError(f"command line: {PREFIX}{of_cluster[0]} changes a cluster; name it with --cluster")
     spec = LocalClusterSpec() if named is None else _read(named, of_cluster)
     return spec, [*spec.worker.overrides(), *of_job]
+
+
+def open_cluster(spec: ClusterSpec) -> Cluster:
+    """The cluster that is described."""
+    return LocalRay(num_cores()) if isinstance(spec, LocalClusterSpec) else JoinedRay(spec.address)
 
 
 def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:

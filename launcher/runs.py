@@ -1,6 +1,6 @@
 """Beginning and continuing a run: what a run directory holds already decides which of the two it is.
 
-Where it runs is decided before: on the cluster that this process has joined, or else on one of this machine alone.
+Where it runs is decided before, and may be another cluster each time.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from typing import Any
 from cluster.checkpoints import Manifest
 from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.ray_cluster import Capacity, WorkerResources, capacity, import_ahead, is_joined, local_cluster, nodes
-from cluster.ray_train import WorkerGroup
+from cluster.kinds import Cluster
+from cluster.ray_cluster import WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
@@ -49,12 +49,15 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def begin(description: Description, folder: Path, display: Progress, *, take_over: bool = False) -> dict[str, Any]:
+def begin(
+    description: Description, folder: Path, cluster: Cluster, display: Progress, *, take_over: bool = False
+) -> dict[str, Any]:
     """Runs a job from its description; a run that exists already is continued if it is the same one.
 
     Args:
         description: What to run.
         folder: Where the job file lies, for the user's own modules.
+        cluster: Where to run it; this process has joined it.
         display: Shows progress.
         take_over: Even from a driver that is alive, which then ends.
 
@@ -68,16 +71,17 @@ def begin(description: Description, folder: Path, display: Progress, *, take_ove
     run = _run_directory(description)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
-        return _continue(run, stored, description, import_paths, display, force=False, take_over=take_over)
-    import_ahead()
-    plan = make_plan(description, import_paths, _capacity_there())
+        return _continue(run, stored, description, import_paths, cluster, display, force=False, take_over=take_over)
+    cluster.import_ahead()
+    plan = make_plan(description, import_paths, cluster.capacity())
     display.message(one_line(description.spec, plan))
-    return _train(run, description, plan, import_paths, display, may_differ=False)
+    return _train(run, description, plan, import_paths, cluster, display, may_differ=False)
 
 
 def resume(
     run: RunDirectory,
     overrides: Sequence[str],
+    cluster: Cluster,
     display: Progress,
     *,
     force: bool = False,
@@ -90,6 +94,7 @@ def resume(
     Args:
         run: What to go on with.
         overrides: What to change in its description.
+        cluster: Where to go on; this process has joined it.
         display: Shows progress.
         force: Go on even with another description, other data, or workers that differ.
         take_over: Even from a driver that is alive, which then ends.
@@ -120,19 +125,19 @@ def resume(
     if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
         wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
     if branch is None:
-        return _continue(run, stored, wanted, import_paths, display, force=force, take_over=take_over, at=at)
+        return _continue(run, stored, wanted, import_paths, cluster, display, force=force, take_over=take_over, at=at)
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
-    return _branch(run, branch, steps, stored, wanted, import_paths, display, force=force)
+    return _branch(run, branch, steps, stored, wanted, import_paths, cluster, display, force=force)
 
 
-def plan_only(description: Description, folder: Path) -> Plan:
+def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
     """Checks and decides everything, and starts nothing.
 
     Raises:
         DescriptionError: The description cannot run as written, here.
     """
-    return make_plan(description, make_import_paths(folder), _capacity_there())
+    return make_plan(description, make_import_paths(folder), cluster.capacity())
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
@@ -169,6 +174,7 @@ def _continue(
     stored: Description,
     wanted: Description,
     import_paths: tuple[str, ...],
+    cluster: Cluster,
     display: Progress,
     *,
     force: bool,
@@ -195,7 +201,7 @@ def _continue(
     for change in changed:
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
-    plan = _plan_to_go_on(run, wanted, reached, import_paths, force=force)
+    plan = _plan_to_go_on(run, wanted, reached, import_paths, cluster, force=force)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
@@ -203,7 +209,7 @@ def _continue(
         display.message(f"resuming {run.url}")
     else:
         display.message(f"going back to step {at} of {run.url}")
-    return _train(run, wanted, plan, import_paths, display, back_to, may_differ=force)
+    return _train(run, wanted, plan, import_paths, cluster, display, back_to, may_differ=force)
 
 
 def _branch(
@@ -213,6 +219,7 @@ def _branch(
     stored: Description,
     wanted: Description,
     import_paths: tuple[str, ...],
+    cluster: Cluster,
     display: Progress,
     *,
     force: bool,
@@ -227,10 +234,10 @@ def _branch(
         )
     for change in changed:
         display.message(f"changed {change}")
-    plan = _plan_to_go_on(run, wanted, max(steps, default=0), import_paths, force=force)
+    plan = _plan_to_go_on(run, wanted, max(steps, default=0), import_paths, cluster, force=force)
     manifest = copy_run(run, branch, wanted.text, steps, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
-    return _train(branch, wanted, plan, import_paths, display, may_differ=force)
+    return _train(branch, wanted, plan, import_paths, cluster, display, may_differ=force)
 
 
 def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str]) -> list[str]:
@@ -245,18 +252,24 @@ def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str
 
 
 def _plan_to_go_on(
-    run: RunDirectory, wanted: Description, reached: int, import_paths: tuple[str, ...], *, force: bool
+    run: RunDirectory,
+    wanted: Description,
+    reached: int,
+    import_paths: tuple[str, ...],
+    cluster: Cluster,
+    *,
+    force: bool,
 ) -> Plan:
     """The plan of a run that has reached a step.
 
     Raises:
         DescriptionError: It cannot run as written, here; or what it began with has changed since.
     """
-    import_ahead()
+    cluster.import_ahead()
     environment = run.read_environment()
     begun_with = environment.get("init_from")
     left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
-    plan = make_plan(left_to_load, import_paths, _capacity_there())
+    plan = make_plan(left_to_load, import_paths, cluster.capacity())
     fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
@@ -276,6 +289,7 @@ def _train(
     description: Description,
     plan: Plan,
     import_paths: tuple[str, ...],
+    cluster: Cluster,
     display: Progress,
     back_to: Manifest | None = None,
     *,
@@ -297,19 +311,17 @@ def _train(
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
     driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers(events))
 
-    cluster = contextlib.ExitStack()
+    stack = contextlib.ExitStack()
 
     def make_crew() -> Crew:
-        if not is_joined():
-            cluster.enter_context(local_cluster(num_cores()))
+        stack.enter_context(cluster.started())
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
         task = make_task(spec, run, import_paths, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
-        group = WorkerGroup(task, worker, spec.workers.most)
-        return Crew(group, spec.workers, nodes)
+        return Crew(cluster.group(task, worker, spec.workers.most), spec.workers, cluster.nodes)
 
     try:
         display.phase("starting Ray")
-        with record, cluster:
+        with record, stack:
             driver.drive(make_crew)
     except LauncherError as error:
         error.document = record.document()
@@ -320,11 +332,6 @@ def _train(
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
     return record.document() | {"interrupted": driver.interrupted}
-
-
-def _capacity_there() -> Capacity | None:
-    """The capacity of the cluster that was joined; None: the run is for this machine, whose cluster starts with it."""
-    return capacity() if is_joined() else None
 
 
 def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] | None) -> Description:

@@ -11,8 +11,8 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -21,6 +21,7 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
+from cluster.kinds import Cluster
 from cluster.ray_cluster import Node, WorkerResources
 
 _ADDRESS = "127.0.0.1"
@@ -34,20 +35,28 @@ def environment() -> dict[str, str]:
     return {} if address is None else {_SERVER: address}
 
 
-class Machine:
-    """This machine as a cluster of one node."""
+class Machine(Cluster):
+    """This machine as a cluster of one node, in place of ``LocalRay``."""
 
-    def __init__(self) -> None:
+    is_this_machine = True
+
+    def __init__(self, num_cpus: int) -> None:
+        self._num_cpus = num_cpus
         self._group: ProcessGroup | None = None
 
-    @contextmanager
-    def cluster(self, num_cpus: int) -> Iterator[None]:
-        """Stands in for ``local_cluster``."""
-        self._num_cpus = num_cpus
-        yield
+    def joined(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def import_ahead(self) -> None:
+        pass
+
+    def capacity(self) -> None:
+        return None
+
+    def started(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def nodes(self) -> list[Node]:
-        """Stands in for ``nodes``."""
         reserved = self._group.num_placed * self._group.resources.cpus if self._group else 0.0
         return [
             Node(
@@ -60,8 +69,7 @@ class Machine:
             )
         ]
 
-    def group(self, task: Task, resources: WorkerResources, most: int) -> "ProcessGroup":  # noqa: ARG002  # as WorkerGroup
-        """Stands in for ``WorkerGroup``."""
+    def group(self, task: Task, resources: WorkerResources, most: int) -> Any:  # noqa: ARG002  # as of any cluster
         self._group = ProcessGroup(task, resources)
         return self._group
 
@@ -214,12 +222,11 @@ def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
     sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
-    from launcher import cli, runs
+    from launcher import cli, clusters, runs
 
-    machine = Machine()
-    replaced: Any = runs
-    replaced.WorkerGroup, replaced.local_cluster, replaced.nodes = machine.group, machine.cluster, machine.nodes
-    replaced.import_ahead = lambda: None
+    replaced: Any = clusters
+    replaced.LocalRay = Machine
+    replaced = runs
     replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
     cli.main()
 

@@ -40,9 +40,9 @@ def local_group() -> ray_train.WorkerGroup:
     )
     modules["ray.train"] = SimpleNamespace(RunConfig=SimpleNamespace, ScalingConfig=SimpleNamespace)
     replaced: Any = ray_train
-    replaced.steered_trainer = lambda _: lambda *_, **__: SimpleNamespace(fit=lambda: None)
+    replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
-    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1)
+    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, can_grow=False)
 
 
 def server_of() -> int:
@@ -111,7 +111,7 @@ def steer_two_groups() -> tuple[list[tuple[str, Any]], list[tuple[str, int]]]:
         post=SimpleNamespace(remote=told.extend),
         post_of_controller=SimpleNamespace(remote=told.extend),
     )
-    trainer: Any = object.__new__(steered_trainer(switchboard))
+    trainer: Any = object.__new__(steered_trainer(switchboard, can_grow=False))
     (census,) = trainer._create_default_callbacks()
     scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
     parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)

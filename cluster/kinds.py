@@ -1,0 +1,116 @@
+"""Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from cluster import ray_cluster
+from cluster.ray_cluster import Capacity, Node, WorkerResources
+
+if TYPE_CHECKING:
+    from cluster.agent import Task
+    from cluster.ray_train import WorkerGroup
+
+
+class Cluster(ABC):
+    """A cluster as a command and its driver see it. To make one costs nothing and reaches nobody."""
+
+    is_this_machine: bool
+    """It is this machine alone."""
+
+    @abstractmethod
+    def joined(self) -> AbstractContextManager[None]:
+        """Entered by a command for as long as it plans and trains.
+
+        Raises:
+            ClusterError: There is no such cluster, or it does not let this process in.
+        """
+
+    @abstractmethod
+    def import_ahead(self) -> None:
+        """Begins to import what ``started`` needs, for a process that has something else to wait for."""
+
+    @abstractmethod
+    def capacity(self) -> Capacity | None:
+        """What a cluster that is joined has, and may get; none: it is this machine, of which the plan knows.
+
+        Raises:
+            ClusterError: It is gone.
+        """
+
+    @abstractmethod
+    def started(self) -> AbstractContextManager[None]:
+        """Entered by a driver, within ``joined``, for as long as it has workers.
+
+        Raises:
+            ClusterError: It does not start.
+        """
+
+    @abstractmethod
+    def group(self, task: "Task", resources: WorkerResources, most: int) -> "WorkerGroup":
+        """The way to the workers of a run, within ``started``; none is there yet.
+
+        Args:
+            task: What each worker is told.
+            resources: What each reserves.
+            most: The most workers there will be.
+        """
+
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive, within ``started``.
+
+        Raises:
+            ClusterError: It is gone.
+        """
+
+
+class _OnRay(Cluster):
+    def import_ahead(self) -> None:
+        ray_cluster.import_ahead()
+
+    def group(self, task: "Task", resources: WorkerResources, most: int) -> "WorkerGroup":
+        from cluster.ray_train import WorkerGroup  # and with it the stores, of which a wrong description needs none
+
+        return WorkerGroup(task, resources, most, can_grow=not self.is_this_machine)
+
+    def nodes(self) -> list[Node]:
+        return ray_cluster.nodes()
+
+
+class LocalRay(_OnRay):
+    """Ray on this machine alone, which a driver starts and ends."""
+
+    is_this_machine = True
+
+    def __init__(self, num_cpus: int) -> None:
+        """``num_cpus``: the cores that all workers together may reserve."""
+        self._num_cpus = num_cpus
+
+    def joined(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def capacity(self) -> None:
+        return None
+
+    def started(self) -> AbstractContextManager[None]:
+        return ray_cluster.local_cluster(self._num_cpus)
+
+
+class JoinedRay(_OnRay):
+    """A Ray cluster that is up, and that this host is a node of."""
+
+    is_this_machine = False
+
+    def __init__(self, address: str) -> None:
+        """``address``: where its head listens, HOST:PORT."""
+        self._address = address
+
+    def joined(self) -> AbstractContextManager[None]:
+        return ray_cluster.joined_cluster(self._address)
+
+    def capacity(self) -> Capacity:
+        return ray_cluster.capacity()
+
+    def started(self) -> AbstractContextManager[None]:
+        return nullcontext()
