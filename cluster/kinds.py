@@ -28,7 +28,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def import_ahead(self) -> None:
-        """Begins to import what ``started`` needs, for a process that has something else to wait for."""
+        """Begins to import what ``started`` and ``group`` need, for a process that has something else to wait for."""
 
     @abstractmethod
     def capacity(self) -> Capacity | None:

@@ -111,16 +111,17 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
             # room. Until then Ray would hold a place for a lost agent wherever it finds one.
             if self.room is not None:
                 self.room.shutdown()
-                self._tell([])
+            self._tell([])
 
         def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            # First of all, so that the driver knows of the nodes on which nothing of ours can be imported.
+            self._tell([worker.metadata.node_id for worker in workers])
             # They do not ask, for one that asks late would be told the generation of those that have replaced it.
             ray.get([worker.execute_async(be_of_generation, own_generation()) for worker in workers])
             return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
             self.room = worker_group.get_worker_group_state().placement_group_handle
-            self._tell([worker.metadata.node_id for worker in worker_group.get_workers()])
 
         def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002  # by its name
             self.room = None

@@ -73,7 +73,7 @@ class WorkerGroup:
                 name = _host_name(node.id)
                 self._hosts[node.id] = actor_on(node.id, _Host, name=name).remote(modules_of(self._task.entry))
 
-    def start(self, num_workers: int, without: frozenset[str] = frozenset()) -> int:
+    def start(self, num_workers: int, without: frozenset[str]) -> int:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
 
         Args:
@@ -100,7 +100,7 @@ class WorkerGroup:
 
         Among them are Ray Train's: ``agents_lost``, with what Ray says of each of those that it lost, by rank; the
         others are there still, until the next ``start``. If it names none, all are lost, or did not start. And
-        ``agents_placed``: the nodes that hold one, for each. Both name its generation, for they may come late.
+        ``agents_placed``: the nodes that hold one, by rank. Both name its generation, for they may come late.
 
         Raises:
             ClusterError: Ray Train has given up on the agents.

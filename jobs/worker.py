@@ -27,6 +27,8 @@ from jobs.saver import Saver
 from jobs.spec import JobSpec
 from jobs.team import Team
 
+_ANSWER_WAIT_S = 2.0
+
 launcher_digest()  # of the code that runs: its files may be replaced later
 
 
@@ -168,6 +170,10 @@ def compare_versions(link: Link, task: Task, store: dist.Store) -> None:
         store.set("differences", json.dumps(found))
     found = json.loads(store.get("differences"))
     if found:
+        store.set(f"read by {task.rank}", "yes")
+        if task.rank == 0:  # with which the store ends
+            with contextlib.suppress(RuntimeError):  # one that has ended needs no answer
+                store.wait([f"read by {rank}" for rank in range(task.world_size)], timedelta(seconds=_ANSWER_WAIT_S))
         raise ClusterError(f"workers differ: {found}; give every node the same versions", cause="environment")
 
 
@@ -186,10 +192,11 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     has_other_data = len(data | {task.data_fingerprint or environments[0]["data"]}) > 1
     is_refused = has_other_data or (found != "" and not task.may_differ)
     if team.rank == 0:
-        # Of those that may differ otherwise, only their data tells who is in the way.
-        of_data = [{"data": environment["data"]} for environment in environments]
-        workers = grouped(of_data if is_refused and task.may_differ else environments)
-        link.send("environment", workers=workers, differences=found, is_refused=is_refused)
+        compared: list[dict[str, Any]] = environments
+        if is_refused and task.may_differ:  # then only its data tells who is in the way
+            compared = [{"data": environment["data"]} for environment in environments]
+        what = differences(nodes, compared, task.data_fingerprint)
+        link.send("environment", workers=grouped(compared), differences=what, is_refused=is_refused)
     if has_other_data:  # no other bits, but other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if is_refused:

@@ -59,8 +59,8 @@ class Crew:
         self._asked_at = -math.inf
         self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
-        self._placed: set[str] = set()
-        """The nodes that have held a place since the last start."""
+        self._placed: Sequence[str] = ()
+        """The nodes of those that were started last, by rank, as far as that is known."""
         self._proven: set[str] = set()
         """The nodes that workers of this run have trained on."""
         self._left_out: frozenset[str] = frozenset()
@@ -107,17 +107,21 @@ class Crew:
         }
 
     def placed(self, nodes: Sequence[str]) -> None:
-        """The nodes, by id, that hold a place for an agent of this run, as often as they do."""
+        """The nodes, by id, that hold a place for an agent of this run, by its rank; none: they have let go of them."""
         self._held = Counter(nodes)
-        self._placed.update(nodes)
+        self._placed = nodes or self._placed
 
     def trains(self) -> None:
-        """The agents that are there train: their nodes are fit for this run."""
+        """The agents that are there have done a step: their nodes are fit for this run."""
         self._proven.update(agent["node"] for agent in self.agents.values())
 
     def newcomers(self) -> frozenset[str]:
         """The nodes of the last start, by id, that have joined a run that has trained without them."""
-        return frozenset(self._placed - self._proven - self._left_out) if self._proven else frozenset()
+        return frozenset(self._placed) - self._proven - self._left_out if self._proven else frozenset()
+
+    def node_of(self, rank: int) -> str | None:
+        """The node of a worker of the last start, by id, if that is known."""
+        return self._placed[rank] if rank < len(self._placed) else None
 
     def leave_out(self, nodes: frozenset[str]) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
@@ -135,7 +139,7 @@ class Crew:
         self.disband()
         self.num_workers, self._asked_at = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
-        self._placed = set()
+        self._placed = ()
         self.generation = self.group.start(num_workers, self._left_out)
 
     def late(self, now: float) -> str:

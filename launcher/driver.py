@@ -65,7 +65,9 @@ class Driver:
         self._clock = clock
         self._first_workers = first_workers
         self._last_workers: Sequence[Mapping[str, Any]] = ()
-        """The environments of the workers that trained last."""
+        """The environments of the workers that did a step last."""
+        self._workers: Sequence[Mapping[str, Any]] = ()
+        """Those of the present attempt's workers."""
         self._refused: Mapping[str, Any] | None = None
         """What was told of the workers of the present attempt, if they differ so that they do not train."""
         self._warned_of: set[str] = set()
@@ -208,7 +210,7 @@ class Driver:
         if message["is_refused"]:  # they end, and say why
             self._refused = message
             return
-        self._last_workers = workers
+        self._workers = workers
         self._record.event("environment", workers=workers)
         if self._first_workers is None:
             self._first_workers = workers
@@ -224,7 +226,6 @@ class Driver:
     def _on_started(self, message: dict[str, Any]) -> None:
         if message["rank"] == 0:
             self._trains, self._is_first_start = True, False
-            self._crew.trains()
             self._ledger.training_began(self._clock(), message["spent"])
             self._record.begins_at(message["step"])
             self._saves.training_began(self._clock())
@@ -234,6 +235,8 @@ class Driver:
         self._display.warn(f"{message['defect']}; the checkpoint before it is used")
 
     def _on_row(self, message: dict[str, Any]) -> None:
+        self._crew.trains()
+        self._last_workers = self._workers
         self._ledger.told(message["spent"])
         self._record.row(message["row"], message["time"])
 
@@ -389,23 +392,25 @@ class Driver:
 
     def _unfit_newcomers(self, failure: Failure) -> frozenset[str]:
         """The nodes, by id, that have joined a run that trained without them, and on which it does not train."""
-        newcomers, agents = self._crew.newcomers(), self._crew.agents
+        newcomers = self._crew.newcomers()
         if failure.cause != "environment":
             return frozenset()
-        if failure.rank in agents:
-            return newcomers & {agents[failure.rank]["node"]}
-        if self._refused is None:  # nodes on which agents are there have what agents need
-            return newcomers - {agent["node"] for agent in agents.values()}
-        unlike = [group for group in self._refused["workers"] if changes(self._last_workers, [group])]
-        nodes = frozenset(agents[rank]["node"] for group in unlike for rank in group["ranks"])
-        return nodes if nodes <= newcomers else frozenset()
+        if self._refused is not None:
+            unlike = [group for group in self._refused["workers"] if changes(self._last_workers, [group])]
+            nodes = {self._crew.node_of(rank) for group in unlike for rank in group["ranks"]}
+            return newcomers & nodes if nodes <= newcomers else frozenset()
+        if failure.rank is not None:
+            return newcomers & {self._crew.node_of(failure.rank)}
+        return newcomers if len(newcomers) == 1 else frozenset()  # Ray does not say which it was
 
     def _leave_out(self, nodes: frozenset[str], failure: Failure) -> None:
         """From now on the run does without these nodes."""
         why = failure.message if self._refused is None else f"workers differ: {self._refused['differences']}"
         step, named = self._record.state.step, self._crew.leave_out(nodes)
         self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
-        self._display.warn(f"step {step}: going on without {named}, which cannot be used: {why}")
+        self._display.warn(
+            f"step {step}: going on without {named}, which cannot be used until Ray is started there anew: {why}"
+        )
 
     def _note_failure(self, failure: Failure) -> None:
         agent = {} if failure.rank is None else self._crew.agents.get(failure.rank, {})  # none while they gather

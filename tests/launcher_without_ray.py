@@ -101,7 +101,7 @@ class ProcessGroup:
     def prepare(self, nodes: Sequence[Node]) -> None:
         """The only node is the driver's, whose fork server is the driver's own."""
 
-    def start(self, num_workers: int, without: frozenset[str] = frozenset()) -> int:  # noqa: ARG002  # as WorkerGroup
+    def start(self, num_workers: int, without: frozenset[str]) -> int:  # noqa: ARG002  # as WorkerGroup
         self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
         self._end_all()
         self._generation += 1  # nothing is said any more of the one before

@@ -142,5 +142,9 @@ def test_data_that_the_plan_did_not_find_is_refused(tmp_path: Path, may_differ: 
     outcome = run_processes(work, job, world_size=2, data_fingerprint="e" * 64, may_differ=may_differ)
 
     assert set(outcome.failures) == {0, 1}
+    (told,) = outcome.environments
+    (group,) = told["workers"]
+    assert group["ranks"] == [0, 1]
+    assert (group.keys() == {"ranks", "data"}) == may_differ, "what may differ is in nobody's way"
     for failure in outcome.failures.values():
         assert failure.endswith(", eeeeeeeeeeee on the driver's host; give every node the same data")

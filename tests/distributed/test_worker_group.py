@@ -65,7 +65,7 @@ def lose_server_between_groups() -> tuple[list[int], list[int], list[int]]:
     group = local_group()
     generations, own, found = list[int](), list[int](), list[int]()
     for _ in range(2):
-        generations.append(group.start(1))
+        generations.append(group.start(1, frozenset()))
         own.append(fork_server.call(f"{HERE}:server_of"))
         found.append(fork_server.call(f"{HERE}:fork_from", group._switchboard.task.remote().fork_server))
         kill(own[-1])
@@ -118,7 +118,6 @@ def steer_two_groups() -> tuple[list[tuple[str, Any]], list[tuple[str, int]]]:
 
     worker = Worker()
     group = SimpleNamespace(
-        get_workers=lambda: [worker],
         get_worker_group_state=lambda: SimpleNamespace(placement_group_handle=SimpleNamespace(shutdown=lambda: None)),
     )
     for _ in range(2):

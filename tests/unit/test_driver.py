@@ -505,7 +505,7 @@ class TestEnvironments:
         others = [{"ranks": [0, 2], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
             self.refused(others, 1), LAG, hello("a", "c"), both("started", 2, step=9), *[3.0] * 5, done(2, 2),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 3), screen=screen)
@@ -514,9 +514,10 @@ class TestEnvironments:
         assert list(zip(group.started, group.without)) == [(1, set()), (3, set()), (2, {"b"})]
         (event,) = events(run, "nodes_left_out")
         assert (event["step"], event["nodes"], event["reason"]) == (9, ["b"], "workers differ: cpu")
-        assert "warning: step 9: going on without node 10.0.0.b, which cannot be used: workers differ: cpu\n" in (
-            screen.getvalue()
+        told_of = (
+            "going on without node 10.0.0.b, which cannot be used until Ray is started there anew: workers differ: cpu"
         )
+        assert f"warning: step 9: {told_of}\n" in screen.getvalue()
 
     def test_those_that_trained_last_are_the_measure_also_once_they_are_gone(self, run: RunDirectory) -> None:
         """Nodes of two kinds take the place of the one that is lost."""
@@ -528,8 +529,8 @@ class TestEnvironments:
         lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0)], [lost], hello("b", "c"), self.refused(others, 1),
-            LAG, hello("c"), [one("started", 0, 2, step=0)], done(1, 2),
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], [lost], hello("b", "c"),
+            self.refused(others, 1), LAG, hello("c"), [one("started", 0, 2, step=0)], done(1, 2),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 2))
 
@@ -538,7 +539,7 @@ class TestEnvironments:
     @pytest.mark.parametrize(
         ("there", "joined"),
         [({"code": {"mine": "b" * 64}}, {}), ({}, {}), ({"cpu": "aarch64"}, {"cpu": "ppc64"})],
-        ids=["edited where it trains", "other data than planned", "all are others"],
+        ids=["edited where it trains", "all have other data than planned", "all are others"],
     )
     def test_if_those_that_trained_are_unlike_themselves_the_run_ends(
         self, run: RunDirectory, there: dict[str, Any], joined: dict[str, Any]
@@ -551,7 +552,7 @@ class TestEnvironments:
         others = [{"ranks": [0], **self.HERE, **there}, {"ranks": [1], **self.HERE, **joined}]
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
             self.refused(others, 1),
         ]  # fmt: skip
         with pytest.raises(ClusterError, match="workers differ: cpu"):
@@ -571,10 +572,10 @@ class TestEnvironments:
         lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
         lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
         of_itself = [one("failed", 1, 1, error="TrainingError", **lacks), died(1, 1, code=1), died(0, 1, code=1)]
-        of_ray = [{"kind": "agents_lost", "lost": {1: "No module named 'x'"}, "what": ""}]
-        joined = [hello("a", "c"), of_itself] if is_there else [hello("a", "c")[:2], of_ray]
+        of_ray = [{"kind": "agents_lost", "lost": {}, "what": "No module named 'x'"}]
+        joined = [hello("a", "c"), of_itself] if is_there else [hello("a", "c")[:1], of_ray]
         script: list[list[Message] | float] = [
-            hello("a", "b"), both("started", step=0), 1.0, [lost], *joined, LAG, 1.0, 20.0, hello("a", "b"),
+            hello("a", "b"), [*both("started", step=0), row(1)], 1.0, [lost], *joined, LAG, 1.0, 20.0, hello("a", "b"),
             both("started", 1 + is_there, step=0), done(2, 1 + is_there),
         ]  # fmt: skip
         document, group = drive(run, script, look, screen=screen)
