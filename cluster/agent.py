@@ -137,6 +137,7 @@ class Agent:
         self._deaf: Exception | None = None
         self._child: _TrainingProcess | None = None
         self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not silence the agent
+        self._keeps_logs = True
         self._keeping: Future[None] | None = None
 
     def run(self) -> None:
@@ -237,10 +238,15 @@ class Agent:
             self._keeping = self._logs.submit(self._write_log, child.task.attempt, child.task.rank, log)
 
     def _write_log(self, attempt: int, rank: int, log: bytes) -> None:
+        """Thread: that of logs."""
         try:
             self._run.write_log(attempt, rank, log)
         except StorageError as error:
-            self._channel.post([{"kind": "warning", "text": f"worker {rank}: log not kept: {error}"}])
+            if self._keeps_logs:  # else it has been said
+                self._channel.post([{"kind": "warning", "text": f"worker {rank}: log not kept: {error}"}])
+            self._keeps_logs = False
+        else:
+            self._keeps_logs = True
 
 
 def standstill_s(beat: Beat) -> float:

@@ -7,6 +7,7 @@ a file beside the plan, written just before it happens, says so. This module kno
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ EXIT_CODE = 3
 """Of a process that ends by the fault ``exit``."""
 
 Kind = Literal["kill", "stop", "hang", "hold", "raise", "exit", "note"]
-Victim = Literal["training", "agent", "fork_server"]
+Victim = Literal["training", "agent", "fork_server", "loader"]
 
 _LOOP_INTERVAL_S = 0.05
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -53,7 +54,8 @@ class Fault:
     after_s: float = 0.0
     """Seconds from the mark, to hit the midst of what it marks; the work goes on meanwhile."""
     victim: Victim = "training"
-    """The process that gets the signal: the one that passes the mark, its agent, or the server it was forked from."""
+    """The process that gets the signal: the one that passes the mark, its agent, the server it was forked from, or one
+    that loads data for it; at a mark at which none does, nothing happens."""
     follows: int | None = None
     """The number of the fault in the plan that must have happened before, to hit the recovery from it."""
 
@@ -66,6 +68,8 @@ class Fault:
             raise ValueError(f"an agent gets signals alone, not {self.kind!r}")
         if self.victim == "fork_server" and self.kind != "kill":
             raise ValueError(f"a fork server is killed, not {self.kind!r}")
+        if self.victim == "loader" and (self.kind != "kill" or self.after_s):
+            raise ValueError(f"a loader is killed at the mark, not {self.kind!r} {self.after_s} s later")
         if self.after_s and self.kind in ("hang", "hold", "raise"):
             raise ValueError(f"{self.kind!r} happens to the thread that passes the mark, so not {self.after_s} s later")
 
@@ -100,7 +104,7 @@ class FaultyActivity(Activity):
         super().__init__()
         self._plan_path = plan_path
         self._stamp = {"rank": rank, "attempt": attempt, "pid": os.getpid()}
-        self._pid_of = {"training": os.getpid(), "agent": _maker_of(connection), "fork_server": os.getppid()}
+        self._pids = {"training": os.getpid(), "agent": _maker_of(connection), "fork_server": os.getppid()}
         plan = enumerate(read_plan(plan_path))
         self._faults = [(number, fault) for number, fault in plan if fault.rank in (None, rank)]
         self._pass(DOING[0], 0)
@@ -124,9 +128,11 @@ class FaultyActivity(Activity):
 
     def _happen(self, number: int, fault: Fault) -> None:
         now = self.beat()
-        if not _claim(_proof(self._plan_path, number), {**self._stamp, "doing": now.doing, "step": now.step}):
+        victim = _loader() if fault.victim == "loader" else self._pids[fault.victim]
+        if victim is None or not _claim(
+            _proof(self._plan_path, number), {**self._stamp, "doing": now.doing, "step": now.step}
+        ):
             return
-        victim = self._pid_of[fault.victim]
         match fault.kind:
             case "kill":
                 os.kill(victim, signal.SIGKILL)
@@ -165,6 +171,11 @@ def _claim(proof: Path, content: dict[str, Any]) -> bool:
     finally:
         draft.unlink()
     return True
+
+
+def _loader() -> int | None:
+    """A process that loads data for this one; none if there is none. Thread: the main one, which makes the loaders."""
+    return next((child.pid for child in multiprocessing.active_children()), None)
 
 
 def _maker_of(connection: Connection) -> int:

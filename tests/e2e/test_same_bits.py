@@ -30,11 +30,10 @@ def test_any_number_of_workers(workers: int, tmp_path: Path, reference: Bits) ->
     assert bits(run_short(tmp_path, f"workers.num={workers}"), tmp_path / "runs/digits") == reference
 
 
-@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without ray", "on ray"])
-def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, reference: Bits, on_ray: bool) -> None:
+def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, reference: Bits) -> None:
     """One life of a run: a limit in mid-epoch, Ctrl-C, SIGKILL of everything, other workers and places each time.
 
-    What is done to it from outside is done on Ray too.
+    What is done to it from outside is done on Ray too, in ``tests/faults/test_kills.py``.
     """
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -45,7 +44,7 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, referen
     assert limited.document["status"] == "stopped"
     assert limited.document["step"] == 7
 
-    interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere, on_ray=on_ray)
+    interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere)
     interrupted.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
     interrupted.signal_group(signal.SIGINT)
     interrupted.wait_until(lambda: len(events(run, "stop_requested")) == 1)
@@ -55,7 +54,7 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, referen
     assert stopped.document["status"] == "stopped"
     assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
 
-    killed = Running(["resume", run, "workers.num=1"], elsewhere, on_ray=on_ray)
+    killed = Running(["resume", run, "workers.num=1"], elsewhere)
     killed.wait_until(lambda: checkpointed(run, 30)() and 1 in fired(plan))
     killed.signal_group(signal.SIGKILL)
     assert killed.wait().exit_code == -signal.SIGKILL

@@ -6,11 +6,12 @@
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
 training processes is a plan of ``cluster.faults``; what happens to others is done from here, when a fault of the kind
-``note`` says that its moment has come. Every fourth run is elastic, on hosts of its own that lose their power, are cut
-off and come back.
+``note`` says that its moment has come: it is ended, its driver is paused until another one has its run, its disk is
+full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and come back.
 """
 
 import argparse
+import errno
 import itertools
 import math
 import os
@@ -33,6 +34,7 @@ from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, processes_of, undisturbed, wait_for_end_of
+from tests.stores import disk_in_memory
 
 EPOCHS, STEPS_PER_EPOCH, EVERY_STEPS = 4, 22, 5
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -44,6 +46,9 @@ LATE_STEPS = 14
 LIFE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 20.0
 BLINK_S = 3.0
+DISK_SIZE = "48m"
+LONGEST_FULL_S = 15.0
+"""While a disk is full a run waits with what needs it, such as the recovery from a fault; so it is full for a time."""
 POLL_INTERVAL_S = 0.01
 
 ENDS = {
@@ -53,8 +58,12 @@ ENDS = {
     "kill all": -signal.SIGKILL,
     "kill ray::TrainController": 5,
     "kill ray::_Switchboard": 5,
+    "pause driver": 5,
 }
-"""What is done to a run from outside to end it, and its exit code; one that was complete by then ends with 0."""
+"""What is done to a run from outside to end it, and its exit code; one that was complete by then ends with 0. A paused
+driver goes on when the next one trains, and then ends."""
+ENDS_ON_FULL_DISK = ("kill driver", "kill all")
+"""Those that need no room, and wait for none."""
 HOSTS = ("second", "third")
 """Those that things happen to; the first one has the driver."""
 
@@ -65,7 +74,7 @@ class Deed:
 
     Attributes:
         note: The number of the fault that says when.
-        what: One of ``ENDS``, or what is done to a host.
+        what: One of ``ENDS``, ``fill`` or ``free``, which are done to its disk, or what is done to a host.
         host: Which.
         delay_s: Seconds from the note to the deed.
     """
@@ -102,12 +111,22 @@ class Schedule:
     """The life of a run, command by command, and the faults within its processes."""
 
     number: int
+    loaders: int
+    """Of each worker."""
     lives: tuple[Life, ...]
     faults: tuple[Fault, ...]
 
     def __str__(self) -> str:
         faults = (f"{number} {_words(fault)}" for number, fault in enumerate(self.faults))
-        return f"[{'; '.join(map(str, self.lives))}: {', '.join(faults)}]"
+        return f"[{self.loaders} loaders; {'; '.join(map(str, self.lives))}: {', '.join(faults)}]"
+
+    @property
+    def has_small_disk(self) -> bool:
+        return any(deed.what == "fill" for life in self.lives for deed in life.deeds)
+
+    @property
+    def needs_root(self) -> bool:
+        return self.has_small_disk or self.lives[0].is_elastic
 
 
 def draw(seed: int, number: int) -> Schedule:
@@ -117,7 +136,7 @@ def draw(seed: int, number: int) -> Schedule:
         drawing.elastic_run()
     else:
         drawing.run()
-    return Schedule(number=number, lives=tuple(drawing.lives), faults=tuple(drawing.faults))
+    return Schedule(number=number, loaders=drawing.loaders, lives=tuple(drawing.lives), faults=tuple(drawing.faults))
 
 
 class _Drawing:
@@ -127,6 +146,7 @@ class _Drawing:
         self.lives: list[Life] = []
         self.faults: list[Fault] = []
         self._rng = rng
+        self.loaders = rng.choice((0, 2))
 
     def run(self) -> None:
         num_lives = self._rng.choice((1, 2, 2, 3))
@@ -158,9 +178,19 @@ class _Drawing:
             self._kill("start", None, num_workers, follows=before)
         for step in sorted(self._rng.sample(steps, self._rng.randint(1, 4))):
             self._fault(step, num_workers)
+        deeds = self._end(steps[-1]) if ends_run else []
+        if self._rng.random() < 0.3:
+            full = self._note(self._rng.choice(steps[:-1]))
+            is_full_s = round(self._rng.uniform(0.5, LONGEST_FULL_S), 3)
+            deeds = [Deed(note=full, what="fill"), Deed(note=full, what="free", delay_s=is_full_s), *deeds]
+        self.lives.append(Life(workers=str(num_workers), deeds=tuple(deeds)))
+
+    def _end(self, step: int) -> list[Deed]:
+        """Ends the run at a step, maybe on a full disk."""
         what = self._rng.choice(list(ENDS))
-        end = (Deed(note=self._note(steps[-1]), what=what, delay_s=self._delay_s()),) if ends_run else ()
-        self.lives.append(Life(workers=str(num_workers), deeds=end))
+        end = Deed(note=self._note(step), what=what, delay_s=self._delay_s())
+        is_full = what in ENDS_ON_FULL_DISK and self._rng.random() < 0.5
+        return [Deed(note=end.note, what="fill"), end] if is_full else [end]
 
     def _fault(self, step: int, num_workers: int) -> None:
         """One at a step; in the recovery from it there may be another, and in the recovery from that one."""
@@ -172,10 +202,11 @@ class _Drawing:
         doing, rank = self._rng.choice(doings), self._rng.randrange(num_workers)
         # Who stands still in his first step may be at work, for all that anyone knows; others would wait in vain.
         standstills = ("stop", "hang") if num_workers > 1 else ()
-        kind = self._rng.choice(("kill",) * 5 + ("agent", "fork_server", "raise") + standstills)
+        loader = ("loader", "loader") if self.loaders else ()
+        kind = self._rng.choice(("kill",) * 5 + ("agent", "fork_server", "raise") + standstills + loader)
         if kind == "kill":
             self._kill(doing, step, num_workers)
-        elif kind in ("agent", "fork_server"):
+        elif kind in ("agent", "fork_server", "loader"):
             self.faults.append(Fault(kind="kill", victim=kind, doing=doing, step=step, rank=rank))
         else:
             self.faults.append(Fault(kind=kind, doing=doing, step=step, rank=rank))
@@ -204,6 +235,7 @@ class Stage:
         self._folder = folder
         self._hosts: dict[str, Host] = {}
         self._off: set[str] = set()
+        self._paused: Running | None = None
         self.plan = folder / "plan.json"
         self.run = folder / "runs/digits"
         self.done: list[Deed] = []
@@ -219,16 +251,37 @@ class Stage:
         os.environ["TMPDIR"] = str(self._folder / "tmp")  # what a kill leaves there goes with the folder
         os.environ[FAULTS_VARIABLE] = str(self.plan)
         write_plan(self._schedule.faults, self.plan)
-        for number, life in enumerate(self._schedule.lives):
-            with self._hosts_of(life):
-                ended = self._live_once(life, number)
-            left = wait_for_end_of(self.plan, END_TIMEOUT_S)
-            assert not left, f"life {number} left {left}"
-            if ended.exit_code == 0 and ended.document["status"] == "completed":
-                break
-            assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
-        assert bits(ended, self.run) == reference, "other bits"
-        assert_nothing_was_lost(self.run)
+        with self._disk():
+            for number, life in enumerate(self._schedule.lives):
+                with self._hosts_of(life):
+                    ended = self._live_once(life, number)
+                if ended is None:
+                    continue
+                left = wait_for_end_of(self.plan, END_TIMEOUT_S)
+                assert not left, f"life {number} left {left}"
+                if ended.exit_code == 0 and ended.document["status"] == "completed":
+                    break
+                assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
+            assert ended is not None
+            assert bits(ended, self.run) == reference, "other bits"
+            assert_nothing_was_lost(self.run)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """A small disk for the store of a run whose disk is full at times; what lies there after a failure is kept."""
+        if not self._schedule.has_small_disk:
+            yield
+            return
+        with disk_in_memory(self.run.parent, DISK_SIZE):
+            try:
+                yield
+            except AssertionError:
+                if self.run.exists():
+                    shutil.copytree(self.run, self._folder / "run-that-failed")
+                raise
+            finally:
+                wait_for_end_of(self.plan, timeout_s=0)
+                wait_for_end_of(self.plan, END_TIMEOUT_S)  # nobody is on the disk any more
 
     @contextmanager
     def _hosts_of(self, life: Life) -> Iterator[None]:
@@ -241,13 +294,18 @@ class Stage:
             start_ray(*made, head_settings=HEAD_SETTINGS)
             yield
 
-    def _live_once(self, life: Life, number: int) -> Ended:
+    def _live_once(self, life: Life, number: int) -> Ended | None:
+        """How a life ends; none if its driver is paused, with the next life beside it."""
         place = self._folder / f"place-{number}"
         place.mkdir()
         command: list[object] = ["resume", self.run]
         if not self.run.exists():
             command = ["run", JOBS / "digits.yaml", f"store={self.run.parent}", *overrides(self._brake)]
+            command += [f"data.loaders={self._schedule.loaders}"]
         command += [f"workers.num={life.workers}", f"workers.cpus={1 if life.is_elastic else 0.5}", "--json"]
+        paused, self._paused = self._paused, None
+        command += ["--take-over"] if paused else []
+        num_trained = self._num_trained()
         if life.is_elastic:
             head = self._hosts["head"]
             running = Running(
@@ -255,6 +313,9 @@ class Stage:
             )
         else:
             running = Running(command, place, on_ray=True)
+        if paused:
+            _wait_until(lambda: self._num_trained() > num_trained, running)
+            self._go_on(paused)
         for deed in life.deeds:
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break
@@ -264,10 +325,22 @@ class Stage:
             else:
                 self._do_to_run(deed, running)
             self.done.append(deed)
-        return running.wait(LIFE_TIMEOUT_S)
+        if self._paused:
+            return None
+        try:
+            return running.wait(LIFE_TIMEOUT_S)
+        finally:
+            self._make_room()
 
     def _do_to_run(self, deed: Deed, running: Running) -> None:
-        if deed.what == "interrupt":
+        if deed.what == "fill":
+            self._fill_disk()
+        elif deed.what == "free":
+            self._make_room()
+        elif deed.what == "pause driver":
+            os.kill(running.pid, signal.SIGSTOP)
+            self._paused = running
+        elif deed.what == "interrupt":
             running.signal_group(signal.SIGINT)
         elif deed.what == "stop":
             launcher("stop", self.run, cwd=self._folder)
@@ -278,6 +351,25 @@ class Stage:
             assert victims, f"nothing there to {deed}"
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
+
+    def _go_on(self, paused: Running) -> None:
+        """Lets a paused driver go on, and waits for its end, which takes longer than the next one's run would."""
+        self._brake.touch()
+        os.kill(paused.pid, signal.SIGCONT)
+        assert_superseded(paused.wait(LIFE_TIMEOUT_S))
+        self._brake.unlink()
+
+    def _fill_disk(self) -> None:
+        with self._filler.open("wb", buffering=0) as file:
+            while free := shutil.disk_usage(self._filler).free:
+                try:
+                    file.write(bytes(free))
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:  # the run takes room too
+                        raise
+
+    def _make_room(self) -> None:
+        self._filler.unlink(missing_ok=True)
 
     def _do_to_host(self, deed: Deed, host: Host, running: Running) -> None:
         """Does it, and waits until the run goes on with the hosts there are, which takes longer than the run would."""
@@ -298,6 +390,12 @@ class Stage:
         assert _wait_until(lambda: self._trains_on() == there, running), f"after {deed} it does not go on on {there}"
         self._brake.unlink()
 
+    def _num_trained(self) -> int:
+        """How many attempts have begun to train."""
+        if not self.run.exists():
+            return 0
+        return sum(event["kind"] == "training" for event in RunDirectory(str(self.run)).events().read())
+
     def _trains_on(self) -> set[str]:
         """The hosts of the workers that train."""
         addresses: set[str] = set()
@@ -311,6 +409,19 @@ class Stage:
     @property
     def _brake(self) -> Path:
         return self._folder / "brake"
+
+    @property
+    def _filler(self) -> Path:
+        return self.run.parent / "filler"
+
+
+def assert_superseded(ended: Ended) -> None:
+    """A driver that was paused until another one had its run has ended for that, if it had not completed the run."""
+    if ended.exit_code == 0:
+        assert ended.document["status"] == "completed"
+    else:
+        assert ended.exit_code == ENDS["pause driver"], ended
+        assert "has taken the run over" in ended.document["error"], ended
 
 
 def _is_hit(command: str, deed: Deed) -> bool:
@@ -390,7 +501,7 @@ def soak(seed: int, numbers: Iterable[int], limit_s: float) -> Tally:
             if time.monotonic() - began > limit_s:
                 break
             schedule = draw(seed, number)
-            if schedule.lives[0].is_elastic and why_no_hosts:
+            if schedule.needs_root and why_no_hosts:
                 print(f"{number} left out: {why_no_hosts}", flush=True)
             else:
                 _live(schedule, home / str(number), reference, tally)

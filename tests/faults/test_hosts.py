@@ -1,6 +1,5 @@
 """Hosts lose power, are cut off, come back, are unlike, are drained: the run goes on, to the same bits."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 EVERY_STEPS = 10
 SHORT = ("train.epochs=3", f"checkpoint.every_steps={EVERY_STEPS}", "workers.cpus=1", "tracking.mode=disabled")
-HELD_AT = (12, 22, 32, 42, 52)
+HELD_AT = (12, 22, 32, 42)
 """The steps at which one attempt after the other waits for what is done to its hosts."""
 
 
@@ -63,8 +62,8 @@ def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
 
 
 def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
-    """The third of three hosts loses its power, the second is cut off. They come back, set up in another way; then the
-    third as it was, and is drained.
+    """The third of three hosts loses its power, the second is cut off. Both come back, the second set up in another
+    way; the third is drained.
     """
     head, second, third = three
     plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in HELD_AT))
@@ -87,43 +86,36 @@ def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
     second.mend()  # too late for Ray, which has given it up
     disturbed.wait_until(lambda: not second.runs_ray)  # what was cut off ends itself, its training process included
     second.end()
-    for host in (second, third):
+    for host, environment in ((second, {"NVIDIA_TF32_OVERRIDE": "0"}), (third, None)):
         host.power_on()
-        host.start_ray(head, environment={"NVIDIA_TF32_OVERRIDE": "0"})
+        host.start_ray(head, environment=environment)
     second.wait_for_ray()
     third.wait_for_ray()
     disturbed.wait_until(lambda: len(events(run, "leaving")) == 1)
     release(plan, 2)
     disturbed.wait_until(lambda: is_held(3))
-    third.end()
-    third.power_on()
-    third.start_ray(head)
-    disturbed.wait_until(lambda: len(events(run, "leaving")) == 2)
-    release(plan, 3)
-    disturbed.wait_until(lambda: is_held(4))
     (drained,) = [w["node"] for w in events(run, "attempt_started")[-1]["workers"] if w["address"] == third.address]
     notice = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=600"]
     drain = [RAY, "drain-node", f"--address={head.ray_address}", f"--node-id={drained}", *notice]
     subprocess.run(head.command(drain, home), check=True, capture_output=True)
-    disturbed.wait_until(lambda: len(events(run, "leaving")) == 3)
-    release(plan, 4)
+    disturbed.wait_until(lambda: len(events(run, "leaving")) == 2)
+    release(plan, 3)
     ended = disturbed.wait()
 
     assert bits(ended, run) == expected
     assert ended.stdout.count("\n") == 1, ended.stdout
-    assert ended.document["attempts"] == 7
+    assert ended.document["attempts"] == 6
     started = [{worker["address"] for worker in event["workers"]} for event in events(run, "attempt_started")]
     assert started == [
         {head.address, second.address, third.address},
         {head.address, second.address},
         {head.address},
         {head.address, second.address, third.address},
-        {head.address},
         {head.address, third.address},
         {head.address},
     ]
     resizes = [(event["before"], event["workers"]) for event in events(run, "resized")]
-    assert resizes == [(3, 2), (2, 1), (1, 3), (3, 1), (1, 2), (2, 1)]
+    assert resizes == [(3, 2), (2, 1), (1, 3), (3, 2), (2, 1)]
     losses = events(run, "worker_lost")
     assert [(loss["cause"], loss["address"]) for loss in losses] == [
         ("node_lost", third.address),
@@ -131,15 +123,14 @@ def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
     ]
     for loss in losses:
         assert f"on node {loss['address']}: {loss['reason']}" in ended.stderr
-    *room, drain = events(run, "leaving")
-    assert all(event["reason"].startswith("there is room for ") for event in room)
+    room, drain = events(run, "leaving")
+    assert room["reason"].startswith("there is room for ")
     assert drain["reason"] == f"node {third.address} is being drained"
     (left_out,) = events(run, "nodes_left_out")
-    assert len(left_out["nodes"]) == 2
+    assert len(left_out["nodes"]) == 1
     assert left_out["reason"].startswith("workers differ: variables ")
-    told = "going on without nodes (.*), which cannot be used until Ray is started there anew: "
-    (named,) = re.findall(told + re.escape(left_out["reason"]), ended.stderr)
-    assert set(named.split(", ")) == {second.address, third.address}
+    told = f"going on without node {second.address}, which cannot be used until Ray is started there anew: "
+    assert told + left_out["reason"] in ended.stderr
     steps = [event["step"] for event in events(run, "checkpoint")]
     for begun in events(run, "training")[3:]:
         assert begun["step"] in steps, "what was planned loses no step"

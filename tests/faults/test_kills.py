@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import EXIT_CODE, Fault, fired
-from tests.e2e.command import JOBS, Running, events, launcher
+from cluster.faults import EXIT_CODE, Fault, fired, release
+from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
 pytestmark = pytest.mark.slow
@@ -82,12 +82,24 @@ def test_what_trying_again_does_not_help(tmp_path: Path, make_plan, reference: B
     assert_nothing_was_lost(run)
 
 
-def test_a_driver_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits) -> None:
-    """Between the files of a checkpoint and its manifest; nothing outlives it, and the run goes on elsewhere."""
+def test_a_driver_interrupted_then_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits) -> None:
+    """Ctrl-C, and elsewhere SIGKILL between the files of a checkpoint and its manifest; nothing outlives either."""
     run, elsewhere = tmp_path / "runs/digits", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    plan = make_plan(Fault(kind="note", doing="forward", step=17))
-    running = Running(["run", JOBS / "digits.yaml", *OVERRIDES], tmp_path, on_ray=True)
+    plan = make_plan(Fault(kind="hold", doing="forward", step=7), name="interrupted.json")
+    interrupted = Running(["run", JOBS / "digits.yaml", *OVERRIDES, "workers.num=3"], tmp_path, on_ray=True)
+    interrupted.wait_until(lambda: checkpointed(run, 5)() and 0 in fired(plan))
+    interrupted.signal_group(signal.SIGINT)
+    interrupted.wait_until(lambda: len(events(run, "stop_requested")) == 1)
+    release(plan, 0)
+    stopped = interrupted.wait()
+    assert stopped.exit_code == 130, stopped.stderr
+    assert stopped.document["status"] == "stopped"
+    assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
+    assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
+
+    plan = make_plan(Fault(kind="note", doing="forward", step=17), name="killed.json")
+    running = Running(["resume", run, "workers.num=2"], elsewhere, on_ray=True)
     running.wait_until(lambda: 0 in fired(plan))
     os.kill(running.pid, signal.SIGSTOP)  # it commits nothing any more
     running.wait_until(lambda: uncommitted(run) != set())
@@ -97,8 +109,9 @@ def test_a_driver_killed_amid_a_save(tmp_path: Path, make_plan, reference: Bits)
     assert uncommitted(run), "its files are there, its manifest is not"
 
     make_plan()
-    resumed = launcher("resume", run, "workers.num=4", "--json", cwd=elsewhere)
+    resumed = launcher("resume", run, "workers.num=4", "--json", cwd=tmp_path)
     assert bits(resumed, run) == reference
+    assert resumed.document["attempts"] == 3
     assert_nothing_was_lost(run)
     assert uncommitted(run) == set()
 

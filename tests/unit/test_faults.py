@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def path(tmp_path: Path) -> Path:
         ({"kind": "kill", "doing": "forward", "victim": "driver"}, "no such fault"),
         ({"kind": "raise", "doing": "forward", "victim": "agent"}, "an agent gets signals alone, not 'raise'"),
         ({"kind": "stop", "doing": "forward", "victim": "fork_server"}, "a fork server is killed, not 'stop'"),
+        ({"kind": "hang", "doing": "forward", "victim": "loader"}, "a loader is killed at the mark, not 'hang'"),
+        ({"kind": "kill", "doing": "data", "victim": "loader", "after_s": 0.1}, "not 'kill' 0.1 s later"),
         ({"kind": "hang", "doing": "forward", "after_s": 0.1}, "'hang' happens to the thread that passes the mark"),
         ({"kind": "hold", "doing": "forward", "after_s": 0.1}, "'hold' happens to the thread that passes the mark"),
         ({"kind": "kill", "doing": "forward", "after_s": -1.0}, "after_s must be finite and at least 0, got -1.0"),
@@ -91,3 +94,17 @@ def test_two_alike_happen_to_two_processes(path: Path) -> None:
         with pytest.raises(InjectedFault, match=f"fault {number} "):
             activity(path, attempt=number).mark("data", 1)
     assert fired(path).keys() == {0, 1}
+
+
+def test_a_loader_is_killed_once_there_is_one(path: Path) -> None:
+    write_plan([Fault(kind="kill", doing="data", victim="loader")], path)
+    assert multiprocessing.active_children() == [], "none of another test"
+    watched = activity(path)
+    watched.mark("data", 0)
+    assert fired(path) == {}
+    loader = multiprocessing.Process(target=signal.pause)
+    loader.start()
+    watched.mark("data", 1)
+    loader.join(timeout=60)
+    assert loader.exitcode == -signal.SIGKILL
+    assert fired(path)[0]["step"] == 1
