@@ -49,6 +49,7 @@ def be_of_generation(generation: int) -> None:
 def steered_trainer(switchboard: Any, can_grow: bool) -> type:
     """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver."""
     import ray
+    from ray.exceptions import RayError
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
     from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
@@ -117,7 +118,15 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
             # First of all, so that the driver knows of the nodes on which nothing of ours can be imported.
             self._tell([worker.metadata.node_id for worker in workers])
             # They do not ask, for one that asks late would be told the generation of those that have replaced it.
-            ray.get([worker.execute_async(be_of_generation, own_generation()) for worker in workers])
+            answers = [worker.execute_async(be_of_generation, own_generation()) for worker in workers]
+            failures = dict[int, Exception]()
+            for rank, answer in enumerate(answers):
+                try:
+                    ray.get(answer)
+                except RayError as error:  # of itself it would not say whose
+                    failures[rank] = error
+            if failures:
+                raise WorkerGroupError("agents did not start", failures)
             return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:

@@ -194,6 +194,27 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
     return _joined(found)
 
 
+def unlike(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The groups of workers of now that are unlike those before, in what the groups of now differ in.
+
+    Args:
+        before, now: The workers of each attempt, as ``grouped`` returns them.
+    """
+    told = [_told(group) for group in now]
+    labels = {label for group in told for label in group}
+    common = {label for label in labels if len({group[label] for group in told if label in group}) == 1}
+    was = [_told(group) for group in before]
+    return [
+        group
+        for group, of_group in zip(now, told)
+        if any(
+            of_group[label] not in values
+            for label in of_group.keys() - common
+            if (values := {of_before[label] for of_before in was if label in of_before})
+        )
+    ]
+
+
 def _told(plain: Mapping[str, Any]) -> dict[str, str]:
     """The values to compare, by what they are called in a line."""
     modules = {f"{_CODE}{name}": digest for name, digest in plain.get("code", {}).items()}

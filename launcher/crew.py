@@ -63,7 +63,8 @@ class Crew:
         """The nodes of those that were started last, by rank, as far as that is known."""
         self._proven: set[str] = set()
         """The nodes that workers of this run have trained on."""
-        self._left_out: frozenset[str] = frozenset()
+        self._left_out: dict[str, str] = {}
+        """The nodes, by id, that are not used, and why."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
@@ -117,15 +118,20 @@ class Crew:
 
     def newcomers(self) -> frozenset[str]:
         """The nodes of the last start, by id, that have joined a run that has trained without them."""
-        return frozenset(self._placed) - self._proven - self._left_out if self._proven else frozenset()
+        return self.placed_nodes - self._proven if self._proven else frozenset()
+
+    @property
+    def placed_nodes(self) -> frozenset[str]:
+        """The nodes of the last start, by id, as far as they are known."""
+        return frozenset(self._placed)
 
     def node_of(self, rank: int) -> str | None:
         """The node of a worker of the last start, by id, if that is known."""
         return self._placed[rank] if rank < len(self._placed) else None
 
-    def leave_out(self, nodes: frozenset[str]) -> str:
+    def leave_out(self, nodes: frozenset[str], why: str) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
-        self._left_out |= nodes
+        self._left_out |= dict.fromkeys(nodes, why)
         addresses = {node.id: node.address for node in self._look()}
         return _named([addresses.get(node, node) for node in sorted(nodes)])
 
@@ -140,7 +146,7 @@ class Crew:
         self.num_workers, self._asked_at = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
         self._placed = ()
-        self.generation = self.group.start(num_workers, self._left_out)
+        self.generation = self.group.start(num_workers, frozenset(self._left_out))
 
     def late(self, now: float) -> str:
         """What to say of agents that have not started in time, and of their nodes; nothing if there are none."""
@@ -199,8 +205,10 @@ class Crew:
     def shortage(self) -> str:
         """What there is, beside what is needed, where workers have to be waited for."""
         nodes = self._nodes()
-        unfit = [node.address for node in nodes if node.id in self._left_out]
-        without = f", of which {_named(unfit)} cannot be used" if unfit else ""
+        unfit = [node for node in nodes if node.id in self._left_out]
+        reasons = "; ".join(dict.fromkeys(self._left_out[node.id] for node in unfit))
+        named = _named([node.address for node in unfit])
+        without = f", of which {named} cannot be used ({reasons})" if unfit else ""
         return (
             f"there is room for {sum(map(self._room_on, nodes))} of at least {self._workers.least} workers of "
             f"{self.group.resources} each, on {len(nodes)} node{'s' * (len(nodes) != 1)}{without}"

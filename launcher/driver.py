@@ -21,7 +21,7 @@ from cluster.errors import (
     listed,
 )
 from cluster.run_directory import RunDirectory
-from jobs.environment import changes
+from jobs.environment import changes, unlike
 from jobs.order import shard_block
 from jobs.spec import JobSpec
 from launcher.crew import Change, Crew
@@ -89,6 +89,7 @@ class Driver:
         self._waiting_since: float | None = None
         self._trains = False
         self._is_first_start = True
+        self._began_at = 0  # the step that the workers which train now began at
         """No worker has trained yet, and none has failed."""
         self._seconds_before = record.state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(record.state.time))
@@ -226,6 +227,7 @@ class Driver:
     def _on_started(self, message: dict[str, Any]) -> None:
         if message["rank"] == 0:
             self._trains, self._is_first_start = True, False
+            self._began_at = message["step"]
             self._ledger.training_began(self._clock(), message["spent"])
             self._record.begins_at(message["step"])
             self._saves.training_began(self._clock())
@@ -235,8 +237,7 @@ class Driver:
         self._display.warn(f"{message['defect']}; the checkpoint before it is used")
 
     def _on_row(self, message: dict[str, Any]) -> None:
-        self._crew.trains()
-        self._last_workers = self._workers
+        self._note_step()
         self._ledger.told(message["spent"])
         self._record.row(message["row"], message["time"])
 
@@ -244,6 +245,7 @@ class Driver:
         self._record.matrix(message["name"], {name: message[name] for name in ("step", "classes", "values")})
 
     def _on_pace(self, message: dict[str, Any]) -> None:
+        self._note_step()
         for news in self._pace.heard(message["rank"], message["step"], message["spent"]):
             kind = "worker_recovered" if news.what is None else "worker_slow"
             node = self._crew.agents[news.rank]["address"]
@@ -252,6 +254,11 @@ class Driver:
             )
             tell = self._display.message if news.what is None else self._display.warn
             tell(f"{self._crew.where(news.rank)} {news.text}")
+
+    def _note_step(self) -> None:
+        """The workers that are there have done a step: they are what others have to be like."""
+        self._crew.trains()
+        self._last_workers = self._workers
 
     def _on_event(self, message: dict[str, Any]) -> None:
         self._record.event(message["event"], step=message["step"], reason=message["reason"])
@@ -279,6 +286,8 @@ class Driver:
         self._failures.finished(message)
         self._finished.add(message["rank"])
         self._completed = message["completed"]
+        if message["step"] > self._began_at:
+            self._note_step()
         if message["rank"] == 0:
             self._ledger.told(message["spent"])
         self._record.reached(message["step"])
@@ -391,22 +400,27 @@ class Driver:
             self._start_attempt()
 
     def _unfit_newcomers(self, failure: Failure) -> frozenset[str]:
-        """The nodes, by id, that have joined a run that trained without them, and on which it does not train."""
+        """The nodes, by id, that have joined a run that trained without them, and on which it does not train.
+
+        None if others are in the way too, or if these are all there are: then the run is to end, and to say why.
+        """
         newcomers = self._crew.newcomers()
         if failure.cause != "environment":
             return frozenset()
+        unfit: frozenset[str | None]
         if self._refused is not None:
-            unlike = [group for group in self._refused["workers"] if changes(self._last_workers, [group])]
-            nodes = {self._crew.node_of(rank) for group in unlike for rank in group["ranks"]}
-            return newcomers & nodes if nodes <= newcomers else frozenset()
-        if failure.rank is not None:
-            return newcomers & {self._crew.node_of(failure.rank)}
-        return newcomers if len(newcomers) == 1 else frozenset()  # Ray does not say which it was
+            groups = unlike(self._last_workers, self._refused["workers"])
+            unfit = frozenset(self._crew.node_of(rank) for group in groups for rank in group["ranks"])
+        elif failure.rank is not None:
+            unfit = frozenset({self._crew.node_of(failure.rank)})
+        else:  # Ray does not say which it was
+            unfit = newcomers if len(newcomers) == 1 else frozenset()
+        return newcomers & unfit if unfit <= newcomers and unfit != self._crew.placed_nodes else frozenset()
 
     def _leave_out(self, nodes: frozenset[str], failure: Failure) -> None:
         """From now on the run does without these nodes."""
         why = failure.message if self._refused is None else f"workers differ: {self._refused['differences']}"
-        step, named = self._record.state.step, self._crew.leave_out(nodes)
+        step, named = self._record.state.step, self._crew.leave_out(nodes, why)
         self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
         self._display.warn(
             f"step {step}: going on without {named}, which cannot be used until Ray is started there anew: {why}"

@@ -15,9 +15,10 @@ import pytest
 
 from cluster import fork_server
 from cluster.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.faults import Fault, fired, write_plan
 from cluster.link import Beat, Link
+from cluster.run_directory import RunDirectory
 from tests.processes import state, wait_until
 
 HANG_TIMEOUT_S = 2.0
@@ -294,3 +295,21 @@ def task_of(entry: str, run_path: Path, **limits: float) -> Task:
 
 def heard(driver: Driver, kind: str) -> list[dict[str, Any]]:
     return [message for message in driver.heard if message["kind"] == kind]
+
+
+def test_a_log_that_is_not_kept_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    agent = Agent(driver, task_of("stop_for_ever", tmp_path), {})
+    answers: list[StorageError | None] = [StorageError("full"), StorageError("full"), None, StorageError("away")]
+
+    def write_log(_: RunDirectory, attempt: int, rank: int, log: bytes) -> None:
+        assert (attempt, rank, log) == (0, 1, b"said")
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr(RunDirectory, "write_log", write_log)
+    while answers:
+        agent._write_log(0, 1, b"said")
+    assert [message["text"] for message in driver.heard] == [
+        f"worker 1: log not kept: {why}" for why in ("full", "away")
+    ]

@@ -7,8 +7,12 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from cluster import fork_server, ray_train
 from cluster.agent import Task
@@ -83,24 +87,37 @@ def test_each_group_has_a_generation_and_a_server_that_lives() -> None:
 
 
 class Worker:
-    """A worker of Ray Train, which keeps in mind what its process would call."""
+    """A worker of Ray Train, which keeps in mind what its process would call; that fails if the worker lacks it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lacks: bool = False) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.metadata = SimpleNamespace(node_id="a")
+        self._lacks = lacks
 
-    def execute_async(self, function: Any, argument: Any) -> None:
-        self.calls.append((function.__name__, argument))
+    def execute_async(self, function: Any, argument: Any) -> Callable[[], None]:
+        """The answer, for the function that stands for ``ray.get``."""
+        return partial(self._call, function.__name__, argument)
+
+    def _call(self, name: str, argument: Any) -> None:
+        from ray.exceptions import RayTaskError
+
+        if self._lacks:
+            raise RayTaskError(name, "No module named 'cluster'", ModuleNotFoundError())
+        self.calls.append((name, argument))
 
 
-def steer_two_groups() -> tuple[list[tuple[str, Any]], list[tuple[str, int]]]:
-    """What the workers of two groups are told, and what the driver is told of these, the first of which is lost."""
+def steer_two_groups() -> tuple[list[tuple[str, Any]], list[dict[str, Any]]]:
+    """What the workers of two groups are told, and what the driver is told of these: the first is lost.
+
+    Beside the worker of the second group there are two that lack what is called.
+    """
     import ray
     from ray.train import ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.exceptions import WorkerGroupError
 
     on_ray: Any = ray
-    on_ray.get = lambda answer: answer
+    on_ray.get = lambda answer: answer() if callable(answer) else answer
     trainer_class: Any = DataParallelTrainer
     trainer_class._create_default_callbacks = lambda _: []
     trainer_class._initialize_and_run_controller = lambda _, **parts: parts
@@ -116,16 +133,19 @@ def steer_two_groups() -> tuple[list[tuple[str, Any]], list[tuple[str, int]]]:
     scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
     parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
 
-    worker = Worker()
+    worker, lacking = Worker(), Worker(lacks=True)
     group = SimpleNamespace(
         get_worker_group_state=lambda: SimpleNamespace(placement_group_handle=SimpleNamespace(shutdown=lambda: None)),
     )
-    for _ in range(2):
-        parts["scaling_policy"].make_decision_for_non_running_worker_group()
-        census.before_init_train_context([worker])
-        census.after_worker_group_start(group)
-        parts["failure_policy"].make_decision(RuntimeError("gone"))
-    return worker.calls, [(message["kind"], message["generation"]) for message in told]
+    parts["scaling_policy"].make_decision_for_non_running_worker_group()
+    census.before_init_train_context([worker])
+    census.after_worker_group_start(group)
+    parts["failure_policy"].make_decision(RuntimeError("gone"))
+    parts["scaling_policy"].make_decision_for_non_running_worker_group()
+    with pytest.raises(WorkerGroupError) as refused:
+        census.before_init_train_context([lacking, worker, lacking])
+    parts["failure_policy"].make_decision(refused.value)
+    return worker.calls, told
 
 
 def test_the_controller_says_of_which_generation_it_speaks() -> None:
@@ -133,4 +153,10 @@ def test_the_controller_says_of_which_generation_it_speaks() -> None:
     calls, told = fork_server.call(f"{HERE}:steer_two_groups")
 
     assert calls == [("be_of_generation", 1), ("be_of_generation", 2)]
-    assert told == [("agents_placed", 1), ("agents_lost", 1), ("agents_placed", 2), ("agents_lost", 2)]
+    placed, lost, placed_anew, refused = told
+    assert placed == {"kind": "agents_placed", "generation": 1, "nodes": ["a"]}
+    assert lost == {"kind": "agents_lost", "generation": 1, "lost": {}, "what": "gone"}
+    assert placed_anew == {"kind": "agents_placed", "generation": 2, "nodes": ["a", "a", "a"]}
+    assert (refused["kind"], refused["generation"], refused["what"]) == ("agents_lost", 2, "")
+    assert refused["lost"].keys() == {0, 2}
+    assert all("No module named 'cluster'" in reason for reason in refused["lost"].values())

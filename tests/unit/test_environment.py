@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs import environment
-from jobs.environment import Environment, changes, code_digests, make_environment
+from jobs.environment import Environment, changes, code_digests, make_environment, unlike
 from jobs.parts import Parts
 
 HERE = Environment(
@@ -116,6 +116,15 @@ class TestAttempts:
         before = [{"ranks": [0], "torch": "2.14.1"}]
         assert changes(before, grouped([HERE])) == ""
         assert changes(before, grouped([replace(HERE, torch="2.15.0")])) == "torch 2.14.1 -> 2.15.0"
+
+    def test_who_is_unlike_those_before_in_what_workers_differ_in(self) -> None:
+        here, edited = grouped([HERE]), replace(ON_A100, code=EDITED.code)
+        (other,) = unlike(here, grouped([EDITED, edited]))
+        assert other["ranks"] == [1], "the code is the same for all"
+        assert unlike(here, grouped([HERE, ON_A100, HERE]))[0]["ranks"] == [1]
+        assert unlike(grouped([HERE, ON_A100]), grouped([HERE, ON_A100])) == []
+        assert len(unlike(here, grouped([ON_A100, replace(HERE, gpu="NVIDIA H100")]))) == 2
+        assert unlike([{"ranks": [0]}], grouped([HERE, ON_A100])) == [], "nothing was recorded"
 
 
 Imported = Callable[..., dict[str, str]]
