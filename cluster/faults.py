@@ -129,9 +129,8 @@ class FaultyActivity(Activity):
     def _happen(self, number: int, fault: Fault) -> None:
         now = self.beat()
         victim = _loader() if fault.victim == "loader" else self._pids[fault.victim]
-        if victim is None or not _claim(
-            _proof(self._plan_path, number), {**self._stamp, "doing": now.doing, "step": now.step}
-        ):
+        content = {**self._stamp, "doing": now.doing, "step": now.step}
+        if victim is None or not _claim(_proof(self._plan_path, number), content):
             return
         match fault.kind:
             case "kill":

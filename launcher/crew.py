@@ -23,6 +23,8 @@ _LAG_S = 0.5
 """How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
 _LOOPBACK = "127.0.0.1"
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
+MOST_TRIES = 3
+"""How often nodes of one address may turn out not to fit, for each time costs a save and two starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Crew:
         """The nodes that workers of this run have trained on."""
         self._left_out: dict[str, str] = {}
         """The nodes, by id, that are not used, and why."""
+        self._tries: Counter[str] = Counter()
+        """How often nodes were left out, by address."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
@@ -133,7 +137,9 @@ class Crew:
         """Starts no agent on these nodes any more; returns which they are, for people."""
         self._left_out |= dict.fromkeys(nodes, why)
         addresses = {node.id: node.address for node in self._look()}
-        return _named([addresses.get(node, node) for node in sorted(nodes)])
+        named = [addresses.get(node, node) for node in sorted(nodes)]
+        self._tries.update(named)
+        return _named(named)
 
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
@@ -216,6 +222,9 @@ class Crew:
 
     def _nodes(self) -> Sequence[Node]:
         nodes = self._look()
+        for node in nodes:
+            if self._tries[node.address] >= MOST_TRIES:
+                self._left_out.setdefault(node.id, f"{MOST_TRIES} before it at its address did not fit")
         self.group.prepare(nodes)
         return nodes
 

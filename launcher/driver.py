@@ -24,7 +24,7 @@ from cluster.run_directory import RunDirectory
 from jobs.environment import changes, unlike
 from jobs.order import shard_block
 from jobs.spec import JobSpec
-from launcher.crew import Change, Crew
+from launcher.crew import MOST_TRIES, Change, Crew
 from launcher.failures import Failure, Failures, GiveUp
 from launcher.goodput import Ledger
 from launcher.pace import Pace
@@ -89,8 +89,9 @@ class Driver:
         self._waiting_since: float | None = None
         self._trains = False
         self._is_first_start = True
-        self._began_at = 0  # the step that the workers which train now began at
         """No worker has trained yet, and none has failed."""
+        self._began_at = 0
+        """The step that the workers which train now, or did last, began at."""
         self._seconds_before = record.state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(record.state.time))
 
@@ -423,7 +424,8 @@ class Driver:
         step, named = self._record.state.step, self._crew.leave_out(nodes, why)
         self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
         self._display.warn(
-            f"step {step}: going on without {named}, which cannot be used until Ray is started there anew: {why}"
+            f"step {step}: going on without {named}, which cannot be used until Ray is started there anew, "
+            f"{MOST_TRIES - 1} times at most: {why}"
         )
 
     def _note_failure(self, failure: Failure) -> None:

@@ -7,6 +7,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -519,7 +520,8 @@ class TestEnvironments:
         (event,) = events(run, "nodes_left_out")
         assert (event["step"], event["nodes"], event["reason"]) == (9, ["b"], "workers differ: cpu")
         told_of = (
-            "going on without node 10.0.0.b, which cannot be used until Ray is started there anew: workers differ: cpu"
+            "going on without node 10.0.0.b, which cannot be used until Ray is started there anew, 2 times at most: "
+            "workers differ: cpu"
         )
         assert f"warning: step 9: {told_of}\n" in screen.getvalue()
 
@@ -593,6 +595,26 @@ class TestEnvironments:
             "there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes, of which node 10.0.0.c cannot be "
             f"used ({'' if is_there else 'the workers did not start: '}No module named 'x')"
         )
+
+    def test_a_host_whose_nodes_do_not_fit_is_tried_three_times(self, run: RunDirectory) -> None:
+        """Ray is started there anew again and again, to no avail."""
+        others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        script: list[list[Message] | float] = [LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0]
+        script += left(1, 0, 9), hello("a", "b0"), self.refused(others, 1)
+        script += hello("a", "b1"), self.refused(others, 2), hello("a", "b2"), self.refused(others, 3)
+        script += LAG, hello("a"), [one("started", 0, 4, step=9)], 6.0, 6.0, done(1, 4)
+        screen = io.StringIO()
+
+        def look(now: float) -> list[Node]:
+            number = screen.getvalue().count("going on without node 10.0.0.b")
+            return [node("a", now < 0.8), replace(node(f"b{number}", now > 1), address="10.0.0.b")]
+
+        document, group = drive(run, script, look, num=(1, 2), screen=screen)
+
+        assert document["status"] == "completed"
+        assert list(zip(group.started, map(len, group.without))) == [(1, 0), (2, 0), (2, 1), (2, 2), (1, 4)]
+        assert len(events(run, "leaving")) == 1, "the fourth is not tried"
 
     def test_workers_that_differ_from_the_beginning_end_the_run(self, run: RunDirectory) -> None:
         others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
