@@ -1,0 +1,219 @@
+"""The Jobs API of a head, as Ray's own answers: what is asked of it, and every way in which it does not answer."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import ray_jobs
+from cluster.errors import ClusterError
+from cluster.ray_jobs import RayJobs
+
+TOKEN = "a" * 64
+
+
+class Head:
+    """Stands for the head of a cluster with a token, and remembers what was begun.
+
+    Attributes:
+        jobs: What was begun, by id.
+        says: An answer in place of its own, status and text.
+        port: On 127.0.0.1.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.says: tuple[int, str] | None = None
+        self._lock = threading.Lock()
+        head = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(*head._answer(self.headers, "GET", self.path, b""))
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self._answer(*head._answer(self.headers, "POST", self.path, content))
+
+            def _answer(self, status: int, content: Any) -> None:
+                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def running(self) -> Iterator["Head"]:
+        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+    def _answer(self, headers: Any, method: str, path: str, content: bytes) -> tuple[int, Any]:
+        if self.says is not None:
+            return self.says
+        told = headers.get("Authorization")
+        if told is None:
+            return 401, "Unauthorized: Missing authentication token"
+        if told != f"Bearer {TOKEN}":
+            return 403, "Forbidden: Invalid authentication token"
+        if path == "/api/version":
+            return 200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "0", "session_name": "session"}
+        if path == "/api/jobs/":
+            return self._begin(json.loads(content)) if method == "POST" else (200, list(self.jobs.values()))
+        job_id, _, what = path.removeprefix("/api/jobs/").partition("/")
+        if job_id not in self.jobs:
+            return 404, f"Job {job_id} not found"
+        if what == "stop":
+            self.jobs[job_id]["status"] = "STOPPED"
+            return 200, {"stopped": True}
+        return 200, {"logs": f"said by {job_id}\n"} if what == "logs" else self.jobs[job_id]
+
+    def _begin(self, request: dict[str, Any]) -> tuple[int, Any]:
+        with self._lock:
+            if request["submission_id"] in self.jobs:
+                return 500, "Traceback ...\nValueError: it is there already\n"
+            self.jobs[request["submission_id"]] = {
+                "type": "SUBMISSION", "status": "RUNNING", "message": "Job is\ncurrently running.",
+                "start_time": 1700000000500 + len(self.jobs), "driver_exit_code": None, **request,
+            }  # fmt: skip
+        return 200, {"job_id": request["submission_id"], "submission_id": request["submission_id"]}
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with Head().running() as running:
+        yield running
+
+
+def begin(jobs: RayJobs, job_id: str = "one", **environment: str) -> bool:
+    return jobs.begin(job_id, "launcher resume s3://b/r", environment, save_s=60, metadata={"run": "s3://b/r"})
+
+
+def test_the_life_of_a_job(head: Head) -> None:
+    jobs = RayJobs(f"{head.url}/")
+    assert jobs.ray_version() == "2.60.0"
+    assert jobs.read("one") is None
+    assert begin(jobs, A="b") is True
+    assert head.jobs["one"]["entrypoint"] == "launcher resume s3://b/r"
+    assert head.jobs["one"]["runtime_env"] == {"env_vars": {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    assert head.jobs["one"]["metadata"] == {"run": "s3://b/r"}
+    running = jobs.read("one")
+    assert running is not None
+    assert (running.id, running.status, running.exit_code) == ("one", "running", None)
+    assert (running.message, running.began_at) == ("Job is currently running.", 1700000000.5)
+    assert jobs.log("one") == "said by one\n"
+    jobs.stop("one")
+    stopped = jobs.read("one")
+    assert stopped is not None
+    assert stopped.status == "stopped"
+    begin(jobs, "two")
+    assert [job.id for job in jobs.jobs()] == ["one", "two"]
+
+
+def test_of_many_that_begin_a_job_at_once_one_has_it(head: Head) -> None:
+    began: list[bool] = []
+    threads = [threading.Thread(target=lambda: began.append(begin(RayJobs(head.url)))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(began) == [False] * 7 + [True]
+
+
+def test_a_job_that_is_not_there_cannot_be_stopped_and_has_no_log(head: Head) -> None:
+    for ask in (RayJobs(head.url).stop, RayJobs(head.url).log):
+        with pytest.raises(ClusterError, match="job one: Job one not found; see its dashboard"):
+            ask("one")
+
+
+def test_what_the_cluster_does_not_begin(head: Head) -> None:
+    head.says = 500, "Traceback ...\n  File\nTimeoutError: no agent\n"
+    with pytest.raises(ClusterError) as refused:
+        begin(RayJobs(head.url))
+    assert str(refused.value) == f"{head.url}: does not say how job one is: TimeoutError: no agent; see its dashboard"
+
+
+def test_a_value_that_ray_would_replace(head: Head) -> None:
+    with pytest.raises(ClusterError, match=r"the value of A holds a '\$', which Ray would replace"):
+        begin(RayJobs(head.url), A="$HOME")
+    assert head.jobs == {}
+
+
+@pytest.mark.parametrize("source", ["variable", "named file", "usual file"])
+def test_where_the_token_comes_from(head: Head, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not from ~/.netrc, which requests would take."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    if source != "variable":
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        path = tmp_path / ("own" if source == "named file" else ".ray/auth_token")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{TOKEN}\n")
+    if source == "named file":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "own"))
+    assert RayJobs(head.url).ray_version() == "2.60.0"
+
+
+def test_no_token_or_another(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    with pytest.raises(
+        ClusterError, match="does not take this token; give the cluster's token in RAY_AUTH_TOKEN"
+    ) as told:
+        RayJobs(head.url).ray_version()
+    assert "b" * 64 not in str(told.value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with pytest.raises(ClusterError, match="asks for a token; give the cluster's token in RAY_AUTH_TOKEN"):
+        RayJobs(head.url).ray_version()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH=.*/none: is not there"):
+        RayJobs(head.url).ray_version()
+
+
+@pytest.mark.parametrize(
+    "says", [(404, "Not found"), (200, "<html>"), (200, "{}"), (200, "[]"), (502, "Bad gateway")], ids=str
+)
+def test_something_else_than_a_ray_cluster(head: Head, says: tuple[int, str]) -> None:
+    head.says = says
+    with pytest.raises(ClusterError, match="and not as the Jobs API does; give the address of Ray's dashboard"):
+        RayJobs(head.url).ray_version()
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(
+        ClusterError, match=f"http://127.0.0.1:{port}: nobody answers there: .*refused; is the cluster up"
+    ):
+        RayJobs(f"http://127.0.0.1:{port}").ray_version()
+    with pytest.raises(ClusterError, match="nobody answers there: "):
+        RayJobs("http://no-such-host.invalid:8265").ray_version()
+
+
+def test_one_that_is_silent_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_ANSWER_S", 0.2)
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match="timed out"):
+        RayJobs(f"http://127.0.0.1:{silent.getsockname()[1]}").ray_version()
+    assert time.monotonic() - began < 60
