@@ -6,7 +6,7 @@ Nothing else in the program knows a path below a run's URL. What the documents h
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster.storage import MissingObject, Store
 
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
+_SUBMISSION = "submission.json"
 _UNCLAIMED_STATUS = "status.json"
 """Where the status lay before it lay with the claim of its driver."""
 _TRACKER = "tracker.json"
@@ -191,6 +192,11 @@ class RunDirectory:
 
     def _log(self, name: str, key: str) -> RowLog:
         return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
+
+
+def is_run(names: Collection[str]) -> bool:
+    """Whether a folder with these entries is the directory of a run; a ``job.yaml`` alone may be a user's own."""
+    return _JOB in names and (_ENVIRONMENT in names or _SUBMISSION in names)
 
 
 def list_runs(store: Store) -> list[RunDirectory]:

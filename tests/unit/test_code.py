@@ -1,0 +1,687 @@
+"""The user's code on its way: from the folder of a job file into a bundle, and out of it on a node."""
+
+import hashlib
+import io
+import os
+import shutil
+import stat
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster import bundle
+from cluster.bundle import Bundle, CodeFile, make_bundle, unpack
+from cluster.errors import DescriptionError, StorageError
+from cluster.run_directory import RunDirectory
+from launcher import code
+from launcher.code import pack
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The folder of a job file."""
+    path = tmp_path / "job"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def nodes(tmp_path) -> Path:
+    """Where bundles are unpacked."""
+    return tmp_path / "node" / "code"
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def write(folder: Path, *names: str, **contents: str | bytes) -> None:
+    """Writes files with their names for contents, or with the contents given."""
+    for name, content in [*((name, name) for name in names), *contents.items()]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def link(folder: Path, name: str, to: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to)
+
+
+def contents(packed: Bundle) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(packed.data)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(DescriptionError) as caught:
+        pack(folder)
+    text = str(caught.value)
+    assert text.splitlines() == [text]
+    return text
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """The files below a folder, with their modes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) for path in files}
+
+
+# --- What is packed ---
+
+
+def test_every_regular_file_is_packed(folder):
+    write(folder, "job.yaml", "model.py", "parts/__init__.py", "parts/deep/er/data.json", ".hidden", "ünï code.txt")
+    write(folder, **{"empty.py": b"", "binary": bytes(range(256))})
+    (folder / "no_files").mkdir()
+    os.mkfifo(folder / "pipe")
+    packed = pack(folder)
+    assert contents(packed) == {
+        ".hidden": b".hidden", "binary": bytes(range(256)), "empty.py": b"", "job.yaml": b"job.yaml",
+        "model.py": b"model.py", "parts/__init__.py": b"parts/__init__.py",
+        "parts/deep/er/data.json": b"parts/deep/er/data.json", "ünï code.txt": "ünï code.txt".encode(),
+    }  # fmt: skip
+    assert packed.names == tuple(sorted(contents(packed)))
+    assert packed.sha256 == hashlib.sha256(packed.data).hexdigest()
+
+
+def test_a_folder_without_files_is_an_empty_bundle(folder, nodes):
+    packed = pack(folder)
+    assert packed.names == ()
+    assert tree(unpack(packed.data, packed.sha256, nodes)) == {}
+
+
+def test_what_is_no_folder_is_refused(folder):
+    assert refusal(folder / "no") == f"{folder}/no: is not a folder; give the folder of the job file"
+
+
+def test_caches_and_environments_are_left_out(folder):
+    write(folder, "keep.py", "venv/keep.py", "wandb.py", "cache/keep.py", "a/wandb_keep/b.py")
+    kept = pack(folder).names
+    write(
+        folder, ".git/config", "sub/.git", "__pycache__/a.cpython-311.pyc", "a.pyc", "sub/b.pyo", "node_modules/x/y.js",
+        "wandb/run/file", ".mypy_cache/a", ".pytest_cache/a", ".ruff_cache/a", ".ipynb_checkpoints/a.ipynb", ".tox/a",
+        ".cache/a", ".DS_Store", ".venv/pyvenv.cfg", ".venv/bin/python", "env/pyvenv.cfg", "env/lib/a.py",
+        "conda/conda-meta/history", "conda/lib/a.py", "target/a.rlib",
+    )  # fmt: skip
+    write(folder, **{"target/CACHEDIR.TAG": "Signature: 8a477f597d28d172789f06886806bc55\n# of cargo\n"})
+    assert pack(folder).names == kept
+    write(folder, **{"target/CACHEDIR.TAG": "another"})
+    assert set(pack(folder).names) - set(kept) == {"target/CACHEDIR.TAG", "target/a.rlib"}
+
+
+def test_runs_are_left_out(folder):
+    write(folder, "job.yaml", "experiments/a/job.yaml", "experiments/a/model.py", "submitted/code/ab.zip")
+    run = RunDirectory(str(folder / "runs" / "digits"))
+    run.claim()
+    run.write_environment({})
+    run.write_job("name: digits\n")
+    write(folder, "submitted/submission.json", "submitted/job.yaml")
+    assert pack(folder).names == ("experiments/a/job.yaml", "experiments/a/model.py", "job.yaml")
+
+
+def test_the_folder_itself_may_be_anything(folder):
+    write(folder, "job.yaml", "environment.json", "pyvenv.cfg")
+    assert pack(folder).names == ("environment.json", "job.yaml", "pyvenv.cfg")
+
+
+# --- .gitignore: in the table, and in the nested ones, git 2.39 keeps the same files ---
+
+
+@pytest.mark.parametrize(
+    ("lines", "ignored", "kept"),
+    [
+        ("*.log", ["a.log", "b/c.log"], ["a.txt"]),
+        ("/a", ["a"], ["b/a"]),
+        ("a/b", ["a/b"], ["c/a/b"]),
+        ("data/", ["data/x", "b/data/y"], ["c/data"]),
+        ("*\n!*.py\n!*/", ["a.txt", "b/c.txt", ".gitignore"], ["a.py", "b/c.py"]),
+        ("logs\n!logs/keep.txt", ["logs/keep.txt"], ["a"]),
+        ("logs/*\n!logs/keep.txt", ["logs/a", "logs/b/c"], ["logs/keep.txt"]),
+        ("*.txt\n!keep/", ["keep/a.txt", "b.txt"], ["keep/a.py"]),
+        ("a/**/z", ["a/z", "a/b/c/z"], ["z", "b/z"]),
+        ("a/**", ["a/b", "a/c/d"], ["b/a"]),
+        ("**/a/b", ["a/b", "c/a/b"], ["a/c"]),
+        ("[ab].txt\n?.py\n[!x].md", ["a.txt", "b.txt", "q.py", "y.md"], ["c.txt", "qq.py", "x.md"]),
+        ("A.txt", ["A.txt"], ["a.txt"]),
+        ("# no\n\n\\#a\n\\!b\n!!c", ["#a", "!b"], ["# no", "!c"]),
+        ("a  \nb\\ \n c", ["a", "b ", " c"], ["a  ", "b", "c"]),
+        ("a.log\r\n/b/\r\n", ["a.log", "b/x"], ["c"]),
+        ("\ufeffa.log", ["a.log"], ["b.log"]),
+        ("a.log\n!a.log\na.log", ["a.log"], []),
+        ("/\n!\n//", [], ["a", "b/c"]),
+        ("ä*", ["äb"], ["a"]),
+    ],
+)
+def test_a_gitignore(folder, lines, ignored, kept):
+    write(folder, *ignored, *kept)
+    write(folder, **{".gitignore": lines})
+    own = [] if ".gitignore" in ignored else [".gitignore"]
+    assert pack(folder).names == tuple(sorted([*kept, *own]))
+
+
+def test_nested_gitignores(folder):
+    write(folder, "a.log", "b/a.log", "b/c/a.log", "b/only.txt", "only.txt", "b/c/only.txt", "d/x", "d/e/x")
+    write(folder, **{".gitignore": "*.log\n/d/x", "b/.gitignore": "!a.log\n/only.txt", "b/c/.gitignore": "a.log"})
+    assert pack(folder).names == (
+        ".gitignore", "b/.gitignore", "b/a.log", "b/c/.gitignore", "b/c/only.txt", "d/e/x", "only.txt",
+    )  # fmt: skip
+
+
+def test_a_nested_gitignore_reaches_no_farther_than_git_lets_it(folder):
+    """``!c`` is about the folder, not about the files in it."""
+    write(folder, "b/c/a", "b/c/z")
+    write(folder, **{".gitignore": "[a]", "b/.gitignore": "!c"})
+    assert pack(folder).names == (".gitignore", "b/.gitignore", "b/c/z")
+
+
+def test_gitignores_above_count_up_to_the_root_of_the_checkout(tmp_path, folder):
+    inner = folder / "jobs" / "one"
+    write(inner, "a.log", "b.tmp", "c.txt", "d.py", "out/x")
+    write(folder, **{".gitignore": "*.tmp\n/jobs/one/out", "jobs/.gitignore": "*.txt"})
+    write(tmp_path, **{".gitignore": "*.py\n*.log"})
+    assert pack(inner).names == ("a.log", "b.tmp", "c.txt", "d.py", "out/x")  # in no checkout
+    (folder / ".git").mkdir()
+    assert pack(inner).names == ("a.log", "d.py")
+
+
+def test_a_checkout_in_a_checkout_has_its_own_gitignores(folder):
+    write(folder, ".git/HEAD", "sub/.git", "sub/a.log", "sub/b.tmp", "a.log")
+    write(folder, **{".gitignore": "*.log", "sub/.gitignore": "*.tmp"})
+    assert pack(folder).names == (".gitignore", "sub/.gitignore", "sub/a.log")
+
+
+def test_a_folder_that_git_ignores_is_packed_if_it_is_asked_for(folder):
+    write(folder, ".git/HEAD", "scratch/job.yaml", "scratch/a.log")
+    write(folder, **{".gitignore": "/scratch\n*.log"})
+    assert pack(folder / "scratch").names == ("job.yaml",)
+
+
+def test_a_gitignore_that_is_a_link_does_not_count(folder):
+    write(folder, "a.log", rules="*.log")
+    link(folder, ".gitignore", "rules")
+    assert pack(folder).names == (".gitignore", "a.log", "rules")
+
+
+@pytest.mark.parametrize("pattern", ["[[:alpha:]]x", "[^[:space:]]", "[a", "a[b/c]d", "a\\/b", "a\\", "x[[]"])
+def test_a_pattern_that_is_not_read_as_git_reads_it_is_refused(folder, pattern):
+    write(folder, **{"sub/.gitignore": f"*.log\n{pattern}\n"})
+    assert refusal(folder) == (
+        f"{folder}/sub/.gitignore: line 2, {pattern!r}, is not supported; write it in another way"
+    )
+
+
+# --- Symbolic links ---
+
+
+def test_links_within_the_folder_are_stored_as_what_they_lead_to(folder):
+    write(folder, "shared/a.py", "shared/deep/b.py", "main.py")
+    link(folder, "one/a.py", "../shared/a.py")
+    link(folder, "two", "shared")
+    link(folder, "chain.py", "one/a.py")
+    link(folder, "absolute.py", str(folder / "main.py"))
+    assert contents(pack(folder)) == {
+        "absolute.py": b"main.py", "chain.py": b"shared/a.py", "main.py": b"main.py", "one/a.py": b"shared/a.py",
+        "shared/a.py": b"shared/a.py", "shared/deep/b.py": b"shared/deep/b.py", "two/a.py": b"shared/a.py",
+        "two/deep/b.py": b"shared/deep/b.py",
+    }  # fmt: skip
+
+
+def test_the_folder_may_be_given_by_a_link(folder, tmp_path):
+    write(folder, "a.py")
+    link(tmp_path, "alias", "job")
+    link(folder, "b.py", str(tmp_path / "alias" / "a.py"))
+    assert pack(tmp_path / "alias") == pack(folder)
+    assert pack(folder).names == ("a.py", "b.py")
+
+
+def test_links_that_lead_elsewhere_are_refused_by_name(folder, tmp_path):
+    write(tmp_path, "data/x.bin", "job-too/a.py")
+    link(folder, "data", "../data")
+    link(folder, "sub/file", str(tmp_path / "data" / "x.bin"))
+    link(folder, "prefix.py", "../job-too/a.py")
+    link(folder, "gone", "no/where")
+    link(folder, "me", "me")
+    link(folder, "sub/up", "..")
+    assert refusal(folder) == (
+        f"{folder}: symbolic links that cannot be packed: data leads out of the folder, gone leads nowhere, "
+        "me leads to itself, prefix.py leads out of the folder, sub/file leads out of the folder, sub/up leads to a "
+        "folder that it lies in; replace them by files, or add them to .gitignore without a slash at the end"
+    )
+
+
+def test_folders_that_lead_to_each_other_are_refused(folder):
+    link(folder, "x/to_y", "../y")
+    link(folder, "y/to_x", "../x")
+    assert "x/to_y/to_x leads to a folder that it lies in" in refusal(folder)
+
+
+def test_links_that_git_ignores_may_lead_anywhere(folder):
+    link(folder, "data", "/")
+    write(folder, **{".gitignore": "data/"})
+    assert "data leads out of the folder" in refusal(folder)  # for git, a link is no folder
+    write(folder, **{".gitignore": "data"})
+    assert pack(folder).names == (".gitignore",)
+
+
+def test_links_to_what_is_left_out_are_left_out(folder):
+    write(folder, ".git/config", "env/pyvenv.cfg", "env/bin/tool", "a.py")
+    link(folder, "config", ".git/config")
+    link(folder, "repository", ".git")
+    link(folder, "tool", "env/bin/tool")
+    link(folder, "other_env", "env")
+    link(folder, "wandb", "/")
+    assert pack(folder).names == ("a.py",)
+
+
+# --- The same files, the same bytes ---
+
+
+def test_the_bytes_are_known():
+    """They were the same with Python 3.11, 3.12 and 3.13; if they differ, runs cannot find their code any more."""
+    packed = make_bundle({"b.py": CodeFile(b"print()\n" * 99, True), "a/ü.py": CodeFile(b"", False)})
+    assert packed.names == ("a/ü.py", "b.py")
+    assert packed.sha256 == "d3308f262f45ec70df11259b71b84c2b35cc1ccf81989f6ac689509d1809212f"
+
+
+def test_neither_times_nor_umask_nor_order_matter(tmp_path, umask):
+    packed = []
+    for number, mask in enumerate((0o022, 0o077, 0o002)):
+        umask(mask)
+        names = ["z.py", "a/b.py", "a.py", "a/c.py", "Z.py"]
+        write(tmp_path / str(number), *(names if number else names[::-1]))
+        for path in (tmp_path / str(number)).rglob("*"):
+            os.utime(path, (1e9 + number, 1e9 + number * 77))
+        packed.append(pack(tmp_path / str(number)))
+    assert packed[0] == packed[1] == packed[2]
+    assert packed[0].names == ("Z.py", "a.py", "a/b.py", "a/c.py", "z.py")
+
+
+@pytest.mark.parametrize("change", ["content", "name", "mode"])
+def test_whatever_else_differs_makes_another_digest(folder, change):
+    write(folder, "a.py", "b.py")
+    before = pack(folder).sha256
+    if change == "content":
+        write(folder, **{"a.py": "A.py"})
+    elif change == "name":
+        (folder / "a.py").rename(folder / "c.py")
+    else:
+        (folder / "a.py").chmod(0o755)
+    assert pack(folder).sha256 != before
+
+
+# --- Limits ---
+
+
+def test_too_much_is_refused_with_the_ten_largest(folder):
+    for number in range(12):
+        write(folder, **{f"data/{number:02}.bin": b"x" * (MIB * (number + 1) // 4)})
+    write(folder, **{"big.bin": b"x" * (12 * MIB + 1), "job.yaml": ""})
+    write(folder, **{"ignored.bin": b"x" * MIB, ".gitignore": "ignored.bin\n" + "#" * (MIB // 4)})
+    assert len(pack(folder).data) < 33 * MIB
+    write(folder, **{"more.bin": b"x" * (8 * MIB)})
+    assert refusal(folder) == (
+        f"{folder}: the code has 39.76 MiB, the limit is 32 MiB; the largest files: big.bin 12.01 MiB, "
+        "more.bin 8.00 MiB, data/11.bin 3.00 MiB, data/10.bin 2.75 MiB, data/09.bin 2.50 MiB, data/08.bin 2.25 MiB, "
+        "data/07.bin 2.00 MiB, data/06.bin 1.75 MiB, data/05.bin 1.50 MiB, data/04.bin 1.25 MiB; "
+        "add what is not code to .gitignore, data belongs in the store"
+    )
+
+
+def test_the_limit_is_met_to_the_byte(folder):
+    with open(folder / "data.bin", "wb") as file:
+        file.truncate(32 * MIB)
+    assert pack(folder).names == ("data.bin",)
+    write(folder, a="x")
+    told = refusal(folder)
+    assert "the code has 32.01 MiB, the limit is 32 MiB; the largest files: data.bin 32.00 MiB, a 0.01 MiB" in told
+
+
+def test_too_many_files_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(code, "MAX_FILES", 5)
+    write(folder, "job.yaml", "a/1", "a/2", "a/3", "b/1")
+    assert len(pack(folder).names) == 5
+    write(folder, "c/1")
+    assert refusal(folder) == (
+        f"{folder}: the code has more than 5 files, most of them in a, b, c; "
+        "add what is not code to .gitignore, data belongs in the store"
+    )
+
+
+# --- Secrets ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env", ".env.local", ".ENV", ".envrc", ".netrc", "server.pem", "tls.key", "a.p12", "a.pfx", "id_rsa",
+        "id_rsa.old", "id_ed25519", "id_ecdsa_work", "credentials", "credentials.json", "my-service-account-1.json",
+        "service_account.json", "kubeconfig", ".pypirc", ".npmrc", ".git-credentials", ".aws/config",
+        ".ssh/known_hosts", ".kube/config", "client_secret_1.json", ".pgpass", "kaggle.json", "secrets.yaml",
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_secret_is_refused(folder, name):
+    write(folder, f"sub/{name}", "job.yaml")
+    told = f"sub/{name.partition('/')[0]}"
+    assert refusal(folder) == (
+        f"{folder}: files that look like secrets would be uploaded: {told}; add them to .gitignore"
+    )
+    write(folder, **{".gitignore": told})
+    assert pack(folder).names == (".gitignore", "job.yaml")
+
+
+def test_what_only_resembles_a_secret_is_packed(folder):
+    names = [
+        ".env.example", ".env.sample", ".env.template", "credentials.py", "credentials/a.py", "env", "id_rsa.pub",
+        "keys.py", "pem.txt", "secrets.py", "ssh/config",
+    ]  # fmt: skip
+    write(folder, *names)
+    assert pack(folder).names == tuple(names)
+
+
+def test_ten_secrets_are_named(folder):
+    write(folder, *(f"{number:02}.pem" for number in range(12)))
+    assert refusal(folder) == (
+        f"{folder}: files that look like secrets would be uploaded: 00.pem, 01.pem, 02.pem, 03.pem, 04.pem, 05.pem, "
+        "06.pem, 07.pem, 08.pem, 09.pem and 2 more; add them to .gitignore"
+    )
+
+
+@pytest.mark.parametrize("target", ["secret/.env", "secret/.ssh/config"])
+def test_a_secret_behind_a_link_is_refused(folder, target):
+    write(folder, target, **{".gitignore": "/secret"})
+    link(folder, "settings", target)
+    assert "would be uploaded: settings; add" in refusal(folder)
+
+
+def test_no_secret_is_opened(folder, monkeypatch):
+    opened = []
+
+    def observed(path, *arguments, **options):
+        opened.append(os.path.basename(path))
+        return real_open(path, *arguments, **options)
+
+    real_open = os.open
+    monkeypatch.setattr(os, "open", observed)
+    write(folder, ".env", "a.py")
+    refusal(folder)
+    write(folder, **{".gitignore": ".env"})
+    pack(folder)
+    assert set(opened) == {".gitignore", "a.py"}
+
+
+# --- Names, and files that cannot be read ---
+
+
+def test_a_name_that_is_not_utf8_is_refused(folder):
+    (folder / os.fsdecode(b"b\xff.py")).write_text("")
+    assert refusal(folder) == (
+        f"{folder}: the name 'b\\udcff.py' is not UTF-8; rename the file, or add it to .gitignore"
+    )
+
+
+def test_an_error_is_one_line_whatever_the_name(folder):
+    write(folder, "a\nb.pem")
+    assert "would be uploaded: 'a\\nb.pem'; add" in refusal(folder)
+
+
+def test_odd_names_survive(folder, nodes):
+    names = ("#a", "*.py", "-x", "a\nb", "a b", "a\\b", "c:d", "~", "… .py")
+    write(folder, *names)
+    packed = pack(folder)
+    assert tuple(sorted(tree(unpack(packed.data, packed.sha256, nodes)))) == names
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    write(folder, "a.py")
+    monkeypatch.setattr(os, "open", refuse)
+    assert refusal(folder) == (
+        f"{folder}/a.py: cannot be read, Permission denied; make it readable, or add it to .gitignore"
+    )
+
+
+# --- Files that change meanwhile ---
+
+
+@pytest.fixture
+def on_open(monkeypatch) -> Callable[[str, Callable[[int], None]], None]:
+    """Does something whenever a file of a name is about to be opened; it is given the count of times before."""
+
+    def install(name: str, action: Callable[[int], None]) -> None:
+        real_open, count = os.open, iter(range(100))
+
+        def interrupted(path, *arguments, **options):
+            if os.path.basename(path) == name:
+                action(next(count))
+            return real_open(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", interrupted)
+
+    return install
+
+
+def only_first(action: Callable[[], None]) -> Callable[[int], None]:
+    return lambda count: action() if count == 0 else None
+
+
+def test_files_that_change_together_are_packed_together(folder, on_open):
+    """``b.py`` is opened when the old ``a.py`` was read already."""
+    write(folder, **{"a.py": "old", "b.py": "old"})
+    on_open("b.py", only_first(lambda: write(folder, **{"a.py": "new", "b.py": "new"})))
+    assert contents(pack(folder)) == {"a.py": b"new", "b.py": b"new"}
+
+
+@pytest.mark.parametrize("content", [b"longer than it was", b"", b"OLD"])
+def test_a_file_that_changes_is_packed_whole(folder, on_open, content):
+    write(folder, **{"a.py": "old", "b.py": "b"})
+    on_open("a.py", only_first(lambda: write(folder, **{"a.py": content})))
+    assert contents(pack(folder)) == {"a.py": content, "b.py": b"b"}
+
+
+def test_a_file_that_vanishes_is_not_packed(folder, on_open):
+    write(folder, "a.py", "b.py")
+    on_open("b.py", only_first((folder / "b.py").unlink))
+    assert pack(folder).names == ("a.py",)
+
+
+def test_a_file_that_comes_is_packed(folder, on_open):
+    write(folder, "a.py")
+    on_open("a.py", only_first(lambda: write(folder, "b.py")))
+    assert pack(folder).names == ("a.py", "b.py")
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, on_open):
+    def replace() -> None:
+        (folder / "b.py").unlink()
+        os.mkfifo(folder / "b.py")
+
+    write(folder, "a.py", "b.py")
+    on_open("b.py", only_first(replace))
+    assert pack(folder).names == ("a.py",)
+
+
+def test_a_file_that_does_not_stop_changing_is_refused(folder, on_open):
+    write(folder, "a.py", "b.log", "c.log")
+    on_open("b.log", lambda count: write(folder, **{"b.log": str(count), "c.log": "x" * count}))
+    assert refusal(folder) == (
+        f"{folder}: b.log, c.log changed while the code was read; "
+        "wait until nothing writes there, or add what is not code to .gitignore"
+    )
+
+
+# --- Unpacking ---
+
+
+def bundle_of(files: Mapping[str, bytes]) -> Bundle:
+    return make_bundle({name: CodeFile(data, name.endswith(".sh")) for name, data in files.items()})
+
+
+THREE = bundle_of({"a.py": b"a", "deep/er/b.py": b"b", "run.sh": b"#!/bin/sh\n"})
+THREE_UNPACKED = {"a.py": (b"a", 0o644), "deep/er/b.py": (b"b", 0o644), "run.sh": (b"#!/bin/sh\n", 0o755)}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0])
+def test_what_was_packed_is_unpacked(folder, nodes, umask, mask):
+    write(folder, "a.py", "deep/er/b.py", "run.sh", "private.py")
+    (folder / "run.sh").chmod(0o700)
+    (folder / "private.py").chmod(0o400)
+    packed = pack(folder)
+    umask(mask)
+    path = unpack(packed.data, packed.sha256, nodes)
+    assert path == nodes / packed.sha256
+    modes = {name: mode for name, (_, mode) in tree(path).items()}
+    assert modes == {"a.py": 0o644, "deep/er/b.py": 0o644, "private.py": 0o644, "run.sh": 0o755}
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (path, path / "deep", path / "deep/er")} == {0o755}
+    assert pack(path) == packed
+    assert os.listdir(nodes) == [packed.sha256]
+
+
+def test_a_folder_that_is_there_is_used_as_it_is(nodes, monkeypatch):
+    path = unpack(THREE.data, THREE.sha256, nodes)
+    write(path, **{"a.py": "changed"})
+    inode = path.stat().st_ino
+    monkeypatch.delattr(os, "fsync")  # nothing is written any more
+    assert unpack(THREE.data, THREE.sha256, nodes) == path
+    assert ((path / "a.py").read_bytes(), path.stat().st_ino) == (b"changed", inode)
+
+
+def test_another_digest_is_refused_first(nodes):
+    (nodes / THREE.sha256).mkdir(parents=True)
+    with pytest.raises(StorageError) as caught:
+        unpack(THREE.data + b"\0", THREE.sha256, nodes)
+    assert str(caught.value) == (f"code {THREE.sha256}: the bytes are not those that were packed; submit the run again")
+
+
+def test_many_at_once_end_with_one_folder(nodes, monkeypatch):
+    """Each has written all of its files before the first of them renames."""
+    barrier, real_rename = threading.Barrier(6), os.rename
+
+    def rename(source, target):
+        barrier.wait(30)
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with ThreadPoolExecutor(6) as pool:
+        paths = list(pool.map(lambda _: unpack(THREE.data, THREE.sha256, nodes), range(6)))
+    assert set(paths) == {nodes / THREE.sha256}
+    assert tree(paths[0]) == THREE_UNPACKED
+    assert os.listdir(nodes) == [THREE.sha256]
+
+
+def kill_while_unpacking(number: int, nodes: Path) -> None:
+    """Unpacks three files, and dies with the last bytes of one of them, which leaves no time to clean up."""
+    count = iter(range(3))
+
+    def fsync(_):
+        if next(count) == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            unpack(THREE.data, THREE.sha256, nodes)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_what_a_killed_process_leaves_is_not_used(nodes, number):
+    kill_while_unpacking(number, nodes)
+    (left,) = nodes.iterdir()
+    assert (left.name != THREE.sha256, len(tree(left))) == (True, number + 1)
+    assert tree(unpack(THREE.data, THREE.sha256, nodes)) == THREE_UNPACKED
+    assert len(tree(left)) == number + 1  # it may be of a process that lives
+
+
+def test_a_failure_leaves_nothing(nodes, monkeypatch):
+    def fsync(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError) as caught:
+        unpack(THREE.data, THREE.sha256, nodes)
+    assert str(caught.value) == (
+        f"code {THREE.sha256}: cannot be unpacked into {nodes}, No space left on device; make room or give access there"
+    )
+    assert os.listdir(nodes) == []
+
+
+def test_a_file_in_the_way_is_an_error(nodes):
+    write(nodes, THREE.sha256)
+    with pytest.raises(StorageError, match=f"cannot be unpacked into {nodes}, Not a directory; make room"):
+        unpack(THREE.data, THREE.sha256, nodes)
+    assert os.listdir(nodes) == [THREE.sha256]
+
+
+def zip_of(*names: str, mode: int = stat.S_IFREG | 0o644, data: bytes = b"x", deflate: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            info = zipfile.ZipInfo("x" * len(name))
+            info.filename = name  # as it is: the constructor would cut it off at a NUL
+            info.create_system, info.external_attr = 3, mode << 16
+            info.compress_type = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
+            archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+NOT_PLAIN = "holds the name {!r}, which is not a plain relative path"
+NOT_REGULAR = "holds 'a', which is not a regular file"
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        *((zip_of(name), NOT_PLAIN.format(name)) for name in (
+            "/etc/passwd", "//etc/passwd", "../a", "a/../../b", "a/..", "..", ".", "./a", "a//b", "a/", "a\0b",
+        )),
+        (zip_of("a", mode=stat.S_IFLNK | 0o777, data=b"/etc/passwd"), NOT_REGULAR),
+        (zip_of("a", mode=stat.S_IFDIR | 0o755), NOT_REGULAR),
+        (zip_of("a", mode=stat.S_IFIFO | 0o644), NOT_REGULAR),
+        (zip_of("a", deflate=True), "holds 'a' compressed or encrypted"),
+        (zip_of("bomb", data=bytes(32 * MIB + 1), deflate=True),
+         "declares 33,554,433 bytes in 1 files, the limits are 33,554,432 and 10,000"),
+        (zip_of("a", "b", "c", data=bytes(11 * MIB), deflate=True),
+         "declares 34,603,008 bytes in 3 files, the limits are 33,554,432 and 10,000"),
+        (b"no zip", "is no zip file, File is not a zip file"),
+        (zip_of("a", data=b"content").replace(b"content", b"CONTENT"), "is no zip file, Bad CRC-32 for file 'a'"),
+    ],
+)  # fmt: skip
+def test_a_zip_that_was_not_packed_here_is_refused(nodes, data, problem):
+    digest = hashlib.sha256(data).hexdigest()
+    with pytest.raises(StorageError) as caught:
+        unpack(data, digest, nodes)
+    assert str(caught.value) == f"code {digest}: {problem}; submit the run again"
+    assert not nodes.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_comes_twice_is_refused(nodes):
+    data = zip_of("a", "a")
+    with pytest.raises(StorageError, match="holds 'a' twice"):
+        unpack(data, hashlib.sha256(data).hexdigest(), nodes)
+
+
+def test_declared_sizes_are_not_believed(nodes):
+    """An entry that says 1 byte and holds more."""
+    data = zip_of("a", data=b"y" * 50).replace((50).to_bytes(4, "little"), (1).to_bytes(4, "little"))
+    with pytest.raises(StorageError, match="is no zip file"):
+        unpack(data, hashlib.sha256(data).hexdigest(), nodes)
+
+
+def test_too_many_files_are_not_unpacked(nodes, monkeypatch):
+    monkeypatch.setattr(bundle, "MAX_FILES", 2)
+    with pytest.raises(StorageError, match="in 3 files, the limits are 33,554,432 and 2; submit"):
+        unpack(THREE.data, THREE.sha256, nodes)
