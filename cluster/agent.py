@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
+from cluster.code_cache import fetch_code
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
@@ -91,6 +92,8 @@ class Task:
             the agent must not import what the training process needs.
         run_url: The run directory.
         import_paths: Folders of the user's own modules.
+        code: The digest of the bundle of the user's own modules, which come before those in folders; none: there is
+            no bundle.
         rank, world_size: This worker among all.
         attempt: Counts starts of the worker group's processes, from 0.
         host: The address of rank 0.
@@ -109,6 +112,7 @@ class Task:
     run_url: str
     import_paths: tuple[str, ...]
     working_directory: str
+    code: str | None = None
     fork_server: str | None = None
     rank: int = 0
     world_size: int = 1
@@ -419,6 +423,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection, _make_activity(connection, task))
     try:
+        task = _with_code(task)
         os.chdir(task.working_directory)
         sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
         fork_server.resolve(task.entry)(link, task)
@@ -428,6 +433,18 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         link.close()
         os._exit(1)
     link.close()
+
+
+def _with_code(task: Task) -> Task:
+    """The task, with the user's code in a folder of this host.
+
+    In the training process, and not in its agent: a store that is slow must not silence that one, and what is wrong
+    with the code is told like everything else that keeps a worker from training.
+    """
+    if task.code is None:
+        return task
+    folder = fetch_code(RunDirectory(task.run_url), task.code)
+    return replace(task, code=None, import_paths=(str(folder), *task.import_paths))
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:

@@ -4,6 +4,7 @@ Nothing else in the program knows a path below a run's URL. What the documents h
 """
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -20,6 +21,7 @@ from cluster.storage import MissingObject, Store
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
 _SUBMISSION = "submission.json"
+_CODE = "code"
 _UNCLAIMED_STATUS = "status.json"
 """Where the status lay before it lay with the claim of its driver."""
 _TRACKER = "tracker.json"
@@ -119,6 +121,39 @@ class RunDirectory:
         """What ``write_environment`` wrote; empty if it never did, or was killed on a store that cannot rename."""
         return read_document(self.store, _ENVIRONMENT) or {}
 
+    def write_code(self, sha256: str, bundle: bytes) -> None:
+        """Writes the user's code, unless it is there: a bundle is named by its digest, and never changes."""
+        if not self.store.exists(_code_object(sha256)):
+            self.store.write(_code_object(sha256), bundle)
+
+    def read_code(self, sha256: str) -> bytes:
+        """The zip file of the user's code with this digest.
+
+        Raises:
+            StorageError: It is missing, or holds other bytes.
+        """
+        try:
+            data = self.store.read(_code_object(sha256))
+        except MissingObject as error:
+            raise StorageError(
+                f"{self.url}: {_code_object(sha256)}, the code of the run, is missing; restore it, or submit the run "
+                "again"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(
+                f"{self.url}: {_code_object(sha256)}, the code of the run, is damaged; delete it, and submit the run "
+                "again"
+            )
+        return data
+
+    def write_submission(self, submission: Mapping[str, Any]) -> None:
+        """Overwrites who had the run begun last on a cluster, from where, and with which code."""
+        write_document(self.store, _SUBMISSION, submission)
+
+    def read_submission(self) -> dict[str, Any] | None:
+        """What ``write_submission`` wrote last; none if the run was never submitted."""
+        return read_document(self.store, _SUBMISSION)
+
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Overwrites how the run stands; also the sign that its driver lives."""
         self._held().write(status)
@@ -192,6 +227,13 @@ class RunDirectory:
 
     def _log(self, name: str, key: str) -> RowLog:
         return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
+
+
+def _code_object(sha256: str) -> str:
+    """Of a bundle; its digest may come from a document that anybody could have written."""
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise StorageError(f"code {sha256!r}: is no SHA-256 digest; submit the run again")
+    return f"{_CODE}/{sha256}.zip"
 
 
 def is_run(names: Collection[str]) -> bool:

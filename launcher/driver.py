@@ -31,6 +31,7 @@ from launcher.pace import Pace
 from launcher.plan import ENTRY
 from launcher.record import Record
 from launcher.saves import Saves
+from launcher.user_code import UserCode
 
 _RATE_WINDOW_S = 20.0
 _NONE = -1
@@ -585,14 +586,13 @@ class Driver:
         self._record.close(status, error, lambda: self._interrupts > 1)
 
 
-def make_task(
-    spec: JobSpec, run: RunDirectory, import_paths: tuple[str, ...], *, data_fingerprint: str, may_differ: bool
-) -> Task:
+def make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
     """What every training process of the run is told."""
     return Task(
         entry=ENTRY,
         run_url=run.url,
-        import_paths=import_paths,
+        import_paths=code.folders,
+        code=code.sha256,
         working_directory=os.getcwd(),
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,

@@ -26,6 +26,7 @@ from jobs.spec import JobSpec
 from jobs.state import WEIGHTS_FILES, decode_weights
 from launcher.description import named_errors, parse
 from launcher.history import checkpoint_at
+from launcher.user_code import find_bundle
 
 Which = Literal["model", "ema"]
 
@@ -184,7 +185,9 @@ def _model_and_inputs(source: Source) -> tuple[nn.Module, Tensor]:
     """The model of the run's description with the weights, and some samples as it is validated with."""
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
     environment = source.run.read_environment()
-    sys.path[:0] = [path for path in environment.get("import_paths", ()) if path not in sys.path]
+    code = find_bundle(source.run, environment, source.run.read_submission())
+    folders = code.import_paths or environment.get("import_paths", ())
+    sys.path[:0] = [path for path in folders if path not in sys.path]
     with contextlib.suppress(OSError):  # another machine: relative paths start where export is called
         os.chdir(environment.get("working_directory", "."))
     with named_errors(description.source):

@@ -86,7 +86,12 @@ def branch_directory(run: RunDirectory, new: str) -> RunDirectory:
 
 
 def copy_run(
-    run: RunDirectory, branch: RunDirectory, job: str, steps: Sequence[int], warn: Callable[[str], None]
+    run: RunDirectory,
+    branch: RunDirectory,
+    job: str,
+    steps: Sequence[int],
+    code: str | None,
+    warn: Callable[[str], None],
 ) -> Manifest:
     """Makes a run of another one's checkpoint, and of its rows up to there; the other is only read.
 
@@ -95,6 +100,7 @@ def copy_run(
         branch: An empty directory.
         job: The description of the branch.
         steps: Of the checkpoints to begin at: the last one that is good is taken.
+        code: The digest of the bundle that the branch takes along; none: there is no bundle.
         warn: Told of those that are bad.
 
     Returns:
@@ -111,7 +117,9 @@ def copy_run(
             metrics.append(row)
     metrics.flush()
     # Also what it began with, and on which workers: the bits of this state depend on it.
-    branch.write_environment(run.read_environment())
+    branch.write_environment(run.read_environment() | ({} if code is None else {"code": code}))
+    if code is not None:
+        branch.write_code(code, run.read_code(code))
     workers = first_workers(run.events().read())
     if workers is not None:
         _note(branch, "environment", workers=workers)

@@ -70,10 +70,12 @@ def summary(result: Mapping[str, Any]) -> str:
         ("time", _spent(result)),
         ("goodput", _goodput(result)),
         ("last failure", _failure(result)),
+        ("job", _job(result)),
+        ("submitted", _submitted(result)),
         ("state", result.get("state_sha256") and f"sha256 {result['state_sha256']}"),
     ]
     blocks = [
-        f"{run} {'is running' if status == 'running' else status}{_position(result)}",
+        f"{run} {f'is {status}' if status in ('running', 'submitted') else status}{_position(result)}",
         _aligned("  ", [(name, text) for name, text in facts if text]),
         result.get("error"),
         _aligned("next: ", _next_commands(status, shlex.quote(run))),
@@ -299,11 +301,26 @@ def _failure(result: Mapping[str, Any]) -> str | None:
     return f"{failure['cause']} at step {failure['step']:,}: {what}"
 
 
+def _job(result: Mapping[str, Any]) -> str | None:
+    """Of a run that was submitted, what the cluster calls it."""
+    if result.get("job") is None:
+        return None
+    return f"{result['job']} on {result['cluster']}" if result.get("cluster") else result["job"]
+
+
+def _submitted(result: Mapping[str, Any]) -> str | None:
+    if result.get("user") is None:
+        return None
+    return f"by {result['user']} from {result['host']}"
+
+
 def _next_commands(status: str, run: str) -> list[tuple[str, str]]:
     if status == "completed":
         return [(f"launcher plot {run}", "draw the curves"), (f"launcher checkpoints {run}", "see what was saved")]
     if status == "running":
         return [(f"launcher logs {run} --follow", "see what the workers write")]
+    if status == "submitted":
+        return [(f"launcher status {run}", "see whether it has begun")]
     resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
     return [resume, (f"launcher logs {run}", "read what the workers wrote")] if status == "failed" else [resume]
 

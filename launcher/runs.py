@@ -39,6 +39,7 @@ from launcher.plan import Plan, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
 from launcher.status import is_driven, without_driver
+from launcher.user_code import UserCode, find_bundle, make_import_paths
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -67,15 +68,17 @@ def begin(
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
-    import_paths = make_import_paths(folder)
-    run = _run_directory(description)
+    code = UserCode(folders=make_import_paths(folder))
+    run = run_directory(description)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
-        return _continue(run, stored, description, import_paths, cluster, display, force=False, take_over=take_over)
+        bundle = find_bundle(run, run.read_environment(), run.read_submission())
+        code = bundle if bundle.sha256 else code
+        return _continue(run, stored, description, code, cluster, display, force=False, take_over=take_over)
     cluster.import_ahead()
-    plan = make_plan(description, import_paths, cluster.capacity())
+    plan = make_plan(description, code.import_paths, cluster.capacity())
     display.message(one_line(description.spec, plan))
-    return _train(run, description, plan, import_paths, cluster, display, may_differ=False)
+    return _train(run, description, plan, code, cluster, display, may_differ=False)
 
 
 def resume(
@@ -112,10 +115,11 @@ def resume(
         raise DescriptionError(
             f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
         )
-    environment = run.read_environment()
-    with contextlib.suppress(OSError):  # another machine: relative paths start where resume is called
-        os.chdir(environment.get("working_directory", "."))
-    import_paths = tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd())
+    environment, submission = run.read_environment(), run.read_submission()
+    _go_where_paths_start(environment, submission)
+    code = find_bundle(run, environment, submission)
+    if code.sha256 is None:
+        code = UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
     steps = run.checkpoints.steps()
     reached = max(steps, default=0) if at is None else at
     if branch is not None:
@@ -125,10 +129,10 @@ def resume(
     if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
         wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
     if branch is None:
-        return _continue(run, stored, wanted, import_paths, cluster, display, force=force, take_over=take_over, at=at)
+        return _continue(run, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
-    return _branch(run, branch, steps, stored, wanted, import_paths, cluster, display, force=force)
+    return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
 
 
 def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
@@ -140,15 +144,16 @@ def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
     return make_plan(description, make_import_paths(folder), cluster.capacity())
 
 
-def make_import_paths(folder: Path) -> tuple[str, ...]:
-    """Where the user's own modules are looked for: the job file's folder and the working directory.
+def _go_where_paths_start(environment: Mapping[str, Any], submission: Mapping[str, Any] | None) -> None:
+    """Makes the working directory that of whoever submitted or began the run, for relative paths in its description.
 
-    A folder that is a package is imported by the package's name, from the folder above it.
+    On a machine that has no such folder, they start where resume is called.
     """
-    folder = folder.resolve()
-    while (folder / "__init__.py").exists():
-        folder = folder.parent
-    return tuple(dict.fromkeys([str(folder), os.getcwd()]))
+    for document in (submission or {}, environment):
+        if "working_directory" in document:
+            with contextlib.suppress(OSError):
+                os.chdir(document["working_directory"])
+                return
 
 
 def one_line(spec: JobSpec, plan: Plan) -> str:
@@ -162,7 +167,12 @@ def one_line(spec: JobSpec, plan: Plan) -> str:
     )
 
 
-def _run_directory(description: Description) -> RunDirectory:
+def run_directory(description: Description) -> RunDirectory:
+    """Where the run of a description lies, whether it exists or not.
+
+    Raises:
+        DescriptionError: The store makes no sense here.
+    """
     try:
         return RunDirectory(Store(description.spec.store).at(description.spec.name))
     except StorageError as error:
@@ -173,7 +183,7 @@ def _continue(
     run: RunDirectory,
     stored: Description,
     wanted: Description,
-    import_paths: tuple[str, ...],
+    code: UserCode,
     cluster: Cluster,
     display: Progress,
     *,
@@ -201,7 +211,8 @@ def _continue(
     for change in changed:
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
-    plan = _plan_to_go_on(run, wanted, reached, import_paths, cluster, force=force)
+    placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
+    plan = _plan_to_go_on(run, placed, reached, code, cluster, force=force)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
@@ -209,7 +220,7 @@ def _continue(
         display.message(f"resuming {run.url}")
     else:
         display.message(f"going back to step {at} of {run.url}")
-    return _train(run, wanted, plan, import_paths, cluster, display, back_to, may_differ=force)
+    return _train(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
 
 
 def _branch(
@@ -218,7 +229,7 @@ def _branch(
     steps: Sequence[int],
     stored: Description,
     wanted: Description,
-    import_paths: tuple[str, ...],
+    code: UserCode,
     cluster: Cluster,
     display: Progress,
     *,
@@ -234,10 +245,10 @@ def _branch(
         )
     for change in changed:
         display.message(f"changed {change}")
-    plan = _plan_to_go_on(run, wanted, max(steps, default=0), import_paths, cluster, force=force)
-    manifest = copy_run(run, branch, wanted.text, steps, display.warn)
+    plan = _plan_to_go_on(run, wanted, max(steps, default=0), code, cluster, force=force)
+    manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
-    return _train(branch, wanted, plan, import_paths, cluster, display, may_differ=force)
+    return _train(branch, wanted, plan, code, cluster, display, may_differ=force)
 
 
 def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str]) -> list[str]:
@@ -251,11 +262,16 @@ def _place_of(branch: RunDirectory, stored: Description, overrides: Sequence[str
     return [f"name={json.dumps(branch.name)}", *([] if is_beside else [f"store={json.dumps(store)}"])]
 
 
+def placed_at(run: RunDirectory, wanted: Description) -> Description:
+    """A description with the store in which its run lies, for a store that is written relative to another machine."""
+    return dataclasses.replace(wanted, spec=dataclasses.replace(wanted.spec, store=run.url.rpartition("/")[0]))
+
+
 def _plan_to_go_on(
     run: RunDirectory,
     wanted: Description,
     reached: int,
-    import_paths: tuple[str, ...],
+    code: UserCode,
     cluster: Cluster,
     *,
     force: bool,
@@ -269,7 +285,7 @@ def _plan_to_go_on(
     environment = run.read_environment()
     begun_with = environment.get("init_from")
     left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
-    plan = make_plan(left_to_load, import_paths, cluster.capacity())
+    plan = make_plan(left_to_load, code.import_paths, cluster.capacity())
     fingerprint = environment.get("data_fingerprint")
     if fingerprint not in (None, plan.data_fingerprint) and not force:
         raise DescriptionError(
@@ -288,7 +304,7 @@ def _train(
     run: RunDirectory,
     description: Description,
     plan: Plan,
-    import_paths: tuple[str, ...],
+    code: UserCode,
     cluster: Cluster,
     display: Progress,
     back_to: Manifest | None = None,
@@ -303,7 +319,7 @@ def _train(
     if back_to is not None:
         go_back(run, back_to)
     run.clear_stop()  # one that was asked of an earlier driver
-    _note_attempt(run, plan, import_paths)
+    _note_attempt(run, plan, code)
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
     tracker = _open_tracker(run, description, display)
     events = run.events().read()
@@ -316,7 +332,7 @@ def _train(
     def make_crew() -> Crew:
         stack.enter_context(cluster.started())
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
-        task = make_task(spec, run, import_paths, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
+        task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
         return Crew(cluster.group(task, worker, spec.workers.most), spec.workers, cluster.nodes)
 
     try:
@@ -390,7 +406,7 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
     return state
 
 
-def _note_attempt(run: RunDirectory, plan: Plan, import_paths: tuple[str, ...]) -> None:
+def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
     environment = run.read_environment()
     attempt = {
         "time": round(time.time(), 3),
@@ -407,7 +423,8 @@ def _note_attempt(run: RunDirectory, plan: Plan, import_paths: tuple[str, ...]) 
             "data_fingerprint": plan.data_fingerprint,
             "init_from": _source(plan) or environment.get("init_from"),
             "working_directory": os.getcwd(),
-            "import_paths": list(import_paths),
+            "import_paths": list(code.folders),
+            "code": code.sha256,
             "attempts": [*environment.get("attempts", []), attempt],
         }
     )

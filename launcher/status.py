@@ -1,7 +1,7 @@
 """What a run directory says of its run, for someone who has nothing else."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,16 +25,38 @@ _NOT_BEGUN: dict[str, Any] = {
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The ``--json`` document of a run, whoever wrote it last; a listing, and one small object."""
     status = run.read_status()
+    is_gone = status is not None and status["status"] == "running" and _is_gone(status)
+    # Of a run that goes on, or is complete, the submission has nothing to add, and a listing of many costs less.
+    if status is None or is_gone or status["status"] not in ("running", "completed"):
+        submission = run.read_submission()
+        if submission is not None and not is_begun(submission, status):
+            return _NOT_BEGUN | without_driver(status or {}) | submitted_document(run, submission)
     if status is None:
         return _NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
     document = _NOT_BEGUN | without_driver(status) | {"run": run.url}
-    if status["status"] == "running" and _is_gone(status):
+    if is_gone:
         silent_s = time.time() - status["updated"]
         document |= {
             "status": "failed",
             "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
         }
     return document
+
+
+def is_begun(submission: Mapping[str, Any], status: Mapping[str, Any] | None) -> bool:
+    """Whether some driver has taken a run since it was submitted; clocks of two machines are not compared.
+
+    Args:
+        submission: The last one.
+        status: How the run stands; none: it never had a driver.
+    """
+    return (status or {}).get("claimed") != submission.get("driver_before")
+
+
+def submitted_document(run: RunDirectory, submission: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say of a submission that no driver has taken up yet."""
+    about = {name: submission.get(name) for name in ("job", "cluster", "user", "host")}
+    return {"run": run.url, "status": "submitted", "error": None, "updated": submission.get("time"), **about}
 
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +144,7 @@ def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterat
     """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended."""
     shown: dict[str, int] = {}
     while True:
-        is_last = not follow or read_status(run)["status"] != "running"
+        is_last = not follow or read_status(run)["status"] not in ("running", "submitted")
         for name in run.log_names(rank=worker):
             text = run.read_log(name).decode(errors="replace")
             new = text[shown.get(name, 0) :]

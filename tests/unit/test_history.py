@@ -54,7 +54,7 @@ def back(run: RunDirectory, step: int) -> None:
 
 def branch(run: RunDirectory, steps: list[int]) -> tuple[RunDirectory, list[str]]:
     new, warnings = open_run("new"), list[str]()
-    copy_run(run, new, "name: new\n", steps, warnings.append)
+    copy_run(run, new, "name: new\n", steps, None, warnings.append)
     return new, warnings
 
 

@@ -1,0 +1,43 @@
+"""The code of runs as it lies unpacked on a host, for all processes of a user there."""
+
+import os
+import stat
+from pathlib import Path
+
+from cluster.bundle import unpack
+from cluster.errors import StorageError
+from cluster.run_directory import RunDirectory
+
+
+def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> Path:
+    """The folder of a run's code on this host, fetched from the run directory and unpacked if it is not there yet.
+
+    Args:
+        run: Whose code it is.
+        sha256: The digest of the bundle.
+        check_store: Read the bundle in any case, since other hosts will have to.
+
+    Raises:
+        StorageError: The bundle is missing or damaged, or there is no safe place to unpack it.
+    """
+    below = _private_folder()
+    if not check_store and (below / sha256).is_dir():
+        return below / sha256
+    return unpack(run.read_code(sha256), sha256, below)
+
+
+def _private_folder() -> Path:
+    """Where bundles are unpacked: others must not be able to put code there that this user would run."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "code"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid():
+            raise StorageError(f"{folder}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise StorageError(
+            f"code cannot be unpacked on this host: {error}; set XDG_CACHE_HOME to a folder of your own"
+        ) from error
+    return folder
