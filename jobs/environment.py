@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jobs.parts import Parts
 
 _NONE = "none"
-_OWN_PACKAGES = ("jobs", "cluster", "launcher")
+OWN_PACKAGES = ("jobs", "cluster", "launcher")
 _INSTALLED = {"site-packages", "dist-packages"}
 _STANDARD_LIBRARY = Path(os.__file__).parent
 _VARIABLES = (
@@ -130,7 +130,7 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         # Of thousands of modules, hardly any is below these folders.
-        if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in _OWN_PACKAGES:
+        if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in OWN_PACKAGES:
             continue
         if _is_source(Path(file)):
             found[name] = _digest(Path(file))

@@ -1,6 +1,7 @@
 """The user's code as a run takes it along: which files of a folder belong to it, and their reading.
 
-Taken are the regular files of the folder of a job file, except for what git ignores and what no job needs: caches,
+Taken are the regular files of the folder of a job file, or of the package that it lies in, and the user's modules that
+were imported from elsewhere, except for what git ignores and what no job needs: caches,
 environments, runs. What looks like a secret is refused by its name and never opened. The format of the bundle is the
 business of ``cluster.bundle``, which also unpacks it.
 """
@@ -10,6 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +19,9 @@ from pathlib import Path
 from cluster.bundle import MAX_BYTES, MAX_FILES, Bundle, CodeFile, make_bundle
 from cluster.errors import DescriptionError, listed
 from cluster.run_directory import is_run
+from jobs.environment import OWN_PACKAGES
 from launcher.gitignore import GitIgnore
+from launcher.user_code import import_root, make_import_paths
 
 _NAMED = 10
 """How many files an error names."""
@@ -60,13 +64,75 @@ def pack(folder: Path) -> Bundle:
     folder = Path(os.path.realpath(folder))
     if not folder.is_dir():
         raise DescriptionError(f"{folder}: is not a folder; give the folder of the job file")
-    before = _read_files(folder)
+    return _pack(folder, {"": folder})
+
+
+def pack_job(folder: Path, modules: Collection[str]) -> Bundle:
+    """Packs the code of a job.
+
+    Args:
+        folder: Of the job file. If it is a package, it is packed with the packages that it lies in.
+        modules: The user's own that the job has imported, by name. What is imported later from beside them, and from
+            nowhere in ``folder``, is not known yet.
+
+    Raises:
+        DescriptionError: As ``pack``, or a module that was imported would not be packed.
+    """
+    folder = Path(os.path.realpath(folder))
+    bundle = _pack(folder, _sources(folder, modules))
+    left_out = [module for module in sorted(modules) if _is_left_behind(module, bundle.names, folder)]
+    if left_out:
+        raise DescriptionError(
+            f"{folder}: {_listed(left_out)} would be missing on the cluster: the job imports what git ignores, or what "
+            "is never packed; take it out of .gitignore, or move it"
+        )
+    return bundle
+
+
+def _sources(folder: Path, modules: Collection[str]) -> dict[str, Path]:
+    """Files and folders to be packed, by their names in the bundle, which is one import path; '' is all of it."""
+    root, found = import_root(folder), dict[str, Path]()
+    if root == folder:
+        found[""] = folder
+    else:
+        package = folder.relative_to(root).parts[0]
+        if package not in OWN_PACKAGES:  # a description that is shipped: its code is on the cluster
+            found[package] = root / package
+    for name in sorted({module.partition(".")[0] for module in modules}):
+        place = _place_of(name, make_import_paths(folder))
+        if place is not None and not (place.parent == folder and "" in found):
+            found.setdefault(place.name, place)
+    return found
+
+
+def _place_of(name: str, import_paths: Sequence[str]) -> Path | None:
+    """The file of a module or the folder of a package, as Python finds it."""
+    for path in map(Path, import_paths):
+        if (path / name / "__init__.py").exists():
+            return path / name
+        if (path / f"{name}.py").exists():
+            return path / f"{name}.py"
+    return next((Path(path) / name for path in import_paths if (Path(path) / name).is_dir()), None)
+
+
+def _is_left_behind(module: str, packed: Collection[str], folder: Path) -> bool:
+    """Whether the file of a module is where its name says, and not in the bundle."""
+    stem = module.replace(".", "/")
+    names = [f"{stem}/__init__.py", f"{stem}.py"]
+    there = [name for name in names for path in make_import_paths(folder) if (Path(path) / name).exists()]
+    return bool(there) and not set(names) & set(packed)
+
+
+def _pack(folder: Path, sources: Mapping[str, Path]) -> Bundle:
+    """``folder``: what to call it in errors."""
+    before = _read_files(sources)
     for _ in range(_READINGS - 1):
-        files = _read_files(folder)
+        files = _read_files(sources)
         whole = {name: file for name, file in files.items() if file is not None}
         # Each file was read twice. If no two readings differ, the folder held exactly these files between them.
         changed = [name for name in sorted(before.keys() | files.keys()) if whole.get(name, ...) != before.get(name)]
         if not changed:
+            _check_whole(folder, whole)
             return make_bundle(whole)
         before = files
     raise DescriptionError(
@@ -75,15 +141,34 @@ def pack(folder: Path) -> Bundle:
     )
 
 
+def _check_whole(folder: Path, files: Mapping[str, CodeFile]) -> None:
+    """What holds for each source holds for all of them together."""
+    size = sum(len(file.data) for file in files.values())
+    if size > MAX_BYTES or len(files) > MAX_FILES:
+        raise DescriptionError(
+            f"{folder}: with the modules that it uses, the code has {_mebibytes(size)} in {len(files):,} files, the "
+            f"limits are {MAX_BYTES >> 20} MiB and {MAX_FILES:,}; add what is not code to .gitignore"
+        )
+
+
 # --- Reading ---
 
 
-def _read_files(folder: Path) -> dict[str, CodeFile | None]:
+def _read_files(sources: Mapping[str, Path]) -> dict[str, CodeFile | None]:
     """The files of the code by name; None for one that changed or vanished meanwhile."""
-    listing = _Listing(folder)
-    listing.visit(folder, GitIgnore.above(folder), (str(folder),))
-    listing.check()
-    return {name: _read(folder / name, size) for name, size in listing.sizes.items()}
+    files: dict[str, CodeFile | None] = {}
+    for place, source in sources.items():
+        is_folder = source.is_dir()
+        top = source if is_folder else source.parent
+        listing = _Listing(top)
+        if is_folder:
+            listing.visit(top, GitIgnore.above(top), (os.path.realpath(top),))
+        else:
+            listing.add(source, source.name)
+        listing.check()
+        prefix = f"{place}/" if place and is_folder else ""
+        files |= {prefix + name: _read(top / name, size) for name, size in listing.sizes.items()}
+    return files
 
 
 def _read(path: Path, size: int) -> CodeFile | None:
@@ -151,7 +236,7 @@ class _Listing:
                 if not _is_marked(Path(real)):
                     self.visit(path, ignore, (*around, real))
             else:
-                self._add(path, name)
+                self.add(path, name)
 
     def check(self) -> None:
         """Makes sure that what was found may be packed."""
@@ -174,7 +259,8 @@ class _Listing:
                 f"{told}; add what is not code to .gitignore, data belongs in the store"
             )
 
-    def _add(self, path: Path, name: str) -> None:
+    def add(self, path: Path, name: str) -> None:
+        """Lists a file."""
         try:
             status = path.stat()
         except FileNotFoundError:  # vanished since

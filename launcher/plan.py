@@ -71,6 +71,8 @@ class Tried:
     trial_samples: int
     trial_loss: float
     data_fingerprint: str
+    modules: tuple[str, ...]
+    """The user's own that were imported, by name."""
     rates: tuple[tuple[int, float], ...]
     init_from: InitPlan | None
 
@@ -127,17 +129,39 @@ def make_plan(description: Description, import_paths: tuple[str, ...], capacity:
         DescriptionError: The description cannot run as written, here.
         StorageError: The store cannot be written.
     """
-    spec = description.spec
     with named_errors(description.source):
         if capacity is None:
-            check_machine(spec)
+            check_machine(description.spec)
+    store, tried = try_job(description, import_paths)
+    return decide(description, store, tried, capacity)
+
+
+def try_job(description: Description, import_paths: tuple[str, ...]) -> tuple[Store, Tried]:
+    """Checks all of a job that does not depend on where it will train: its store, its parts, and one micro-batch.
+
+    Raises:
+        DescriptionError: The description cannot run as written.
+        StorageError: The store cannot be written.
+    """
+    spec = description.spec
+    with named_errors(description.source):
         # The workers will be forked from this server too, so torch is imported once, and not in this process.
         fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else [])])
         store = check_store(spec)
         try:
-            tried: Tried = fork_server.call(_TRIAL, spec, import_paths)
+            return store, fork_server.call(_TRIAL, spec, import_paths)
         except ChildProcessError as error:
             raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
+
+
+def decide(description: Description, store: Store, tried: Tried, capacity: "Capacity | None") -> Plan:
+    """The plan of a job that was tried out.
+
+    Raises:
+        DescriptionError: It can never fit there.
+    """
+    spec = description.spec
+    with named_errors(description.source):
         decision = decide_workers(spec, capacity, tried.gpus_here)
     steps, num_workers = tried.steps, decision.num_workers
     blocks = [shard_block(spec.train.shards, num_workers, rank) for rank in range(num_workers)]

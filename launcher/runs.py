@@ -29,13 +29,13 @@ from cluster.storage import Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.crew import Crew
-from launcher.description import Description, differences, parse
+from launcher.description import Description, Difference, differences, parse
 from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
 from launcher.history import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
 from launcher.machine import num_cores
 from launcher.pictures import draw
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
 from launcher.status import is_driven, without_driver
@@ -192,20 +192,13 @@ def _continue(
     at: int | None = None,
 ) -> dict[str, Any]:
     """Goes on with a run that exists, if what is wanted is that run; from the step ``at``, if it is to go back."""
-    changed = differences(stored.spec, wanted.spec)
-    unsafe = [change for change in changed if not _is_safe(change.key)]
-    if unsafe and not force:
-        listed = "; ".join(map(str, unsafe))
-        raise DescriptionError(
-            f"{wanted.source}: the run {run.url} exists with another description: {listed}; "
-            "give this one another name, or resume with --force to change the run"
-        )
+    changed, is_same = compare(run, stored, wanted, force=force)
     _meet_other_driver(run, display, take_over=take_over)
     status = run.read_status()
     steps = run.checkpoints.steps()
     back_to = None if at is None else good_checkpoint_at(run, at, steps)
     goes_back = status is not None and at is not None and at < status.get("step", 0)
-    if status is not None and status["status"] == "completed" and not unsafe and not goes_back:
+    if status is not None and status["status"] == "completed" and is_same and not goes_back:
         display.message(f"{run.url} is complete; nothing to do (another name starts another run)")
         return without_driver(status)
     for change in changed:
@@ -221,6 +214,25 @@ def _continue(
     else:
         display.message(f"going back to step {at} of {run.url}")
     return _train(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
+
+
+def compare(
+    run: RunDirectory, stored: Description, wanted: Description, *, force: bool = False
+) -> tuple[list[Difference], bool]:
+    """What is to change in a run that exists, and whether its bits stay as they are.
+
+    Raises:
+        DescriptionError: They do not, and that is not forced.
+    """
+    changed = differences(stored.spec, wanted.spec)
+    unsafe = [change for change in changed if not _is_safe(change.key)]
+    if unsafe and not force:
+        listed = "; ".join(map(str, unsafe))
+        raise DescriptionError(
+            f"{wanted.source}: the run {run.url} exists with another description: {listed}; "
+            "give this one another name, or resume with --force to change the run"
+        )
+    return changed, not unsafe
 
 
 def _branch(
@@ -282,22 +294,35 @@ def _plan_to_go_on(
         DescriptionError: It cannot run as written, here; or what it began with has changed since.
     """
     cluster.import_ahead()
+    plan = make_plan(left_to_plan(run, wanted, reached, force=force), code.import_paths, cluster.capacity())
+    if not force:
+        check_unchanged(run, wanted, plan)
+    return plan
+
+
+def left_to_plan(run: RunDirectory, wanted: Description, reached: int, *, force: bool = False) -> Description:
+    """What is left to plan of a run that has reached a step: with weights of its own, it loads no others."""
+    begun_with = None if force else run.read_environment().get("init_from")
+    return _left_to_load(wanted, reached, begun_with)
+
+
+def check_unchanged(run: RunDirectory, wanted: Description, found: Plan | Tried) -> None:
+    """Makes sure that a run would go on with what it began with.
+
+    Raises:
+        DescriptionError: Its data, or the weights that it began with, have changed since.
+    """
     environment = run.read_environment()
-    begun_with = environment.get("init_from")
-    left_to_load = _left_to_load(wanted, reached, None if force else begun_with)
-    plan = make_plan(left_to_load, code.import_paths, cluster.capacity())
-    fingerprint = environment.get("data_fingerprint")
-    if fingerprint not in (None, plan.data_fingerprint) and not force:
+    if environment.get("data_fingerprint") not in (None, found.data_fingerprint):
         raise DescriptionError(
             f"{wanted.source}: data has changed since the run began: other samples, classes or targets; "
             "restore it, or resume with --force"
         )
-    if not force and plan.init_from is not None and begun_with not in (None, _source(plan)):
+    if found.init_from is not None and environment.get("init_from") not in (None, _source(found)):
         raise DescriptionError(
-            f"{wanted.source}: init_from: {plan.init_from.url} has changed since the run began; "
+            f"{wanted.source}: init_from: {found.init_from.url} has changed since the run began; "
             "restore it, or resume with --force"
         )
-    return plan
 
 
 def _train(
@@ -360,7 +385,7 @@ def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] 
     return dataclasses.replace(wanted, spec=dataclasses.replace(wanted.spec, init_from=init_from))
 
 
-def _source(plan: Plan) -> dict[str, str] | None:
+def _source(plan: Plan | Tried) -> dict[str, str] | None:
     return None if plan.init_from is None else {"url": plan.init_from.url, "sha256": plan.init_from.sha256}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
+from jobs.environment import code_digests
 from jobs.loader import KeyedDataset, seed_draws, shape_of
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
@@ -38,6 +39,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
     Raises:
         DescriptionError: Something cannot be built, does not fit together, or learns nothing.
     """
+    of_product = set(sys.modules)
     sys.path[:0] = [path for path in import_paths if path not in sys.path]
     device = torch.device("cpu")
     parts = build_parts(spec, device)
@@ -64,6 +66,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         trial_samples=len(numbers),
         trial_loss=loss,
         data_fingerprint=data_fingerprint,
+        modules=tuple(sorted(code_digests(import_paths).keys() - of_product)),
         rates=parts.schedule.preview(parts.steps),
         init_from=init_from,
     )
