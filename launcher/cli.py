@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,33 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
     with _joined(cluster):
         made = plan_only(description, job.parent, cluster)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@_overrides
+@click.option("--cluster", "cluster_name", metavar="CLUSTER", required=True, help="Where to: as for run.")
+@click.option("--wait", is_flag=True, help="Show how the run stands until it ends; Ctrl-C ends that, and not the run.")
+@_json_option
+def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
+    """Check JOB.yaml here and on a cluster, hand it over, and return; a run that ended goes on."""
+    from launcher.description import load
+    from launcher.progress import open_progress
+    from launcher.report import summary
+
+    scheduler, spec, changes = _scheduler(cluster_name, overrides)
+    description = load(job, changes)
+    from launcher.submit import submit as submit_run
+
+    display, exit_code = open_progress(sys.stderr), 0
+    try:
+        document = submit_run(description, job.parent, scheduler, spec, display)
+        if wait:
+            document, exit_code = _watched(document, scheduler, display)
+    finally:
+        display.close()
+    _show(document, summary(document), as_json)
+    sys.exit(exit_code)
 
 
 @main.command()
@@ -270,6 +298,14 @@ def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, list[s
     return open_cluster(spec), changes
 
 
+def _scheduler(named: str, overrides: tuple[str, ...]) -> tuple[Any, Any, list[str]]:
+    """What begins runs on the cluster that is meant, its description, and what is left to change in the job."""
+    from launcher.clusters import load_cluster, open_scheduler
+
+    spec, changes = load_cluster(named, overrides)
+    return open_scheduler(spec), spec, changes
+
+
 @contextlib.contextmanager
 def _joined(cluster: Any) -> Iterator[None]:
     """In the cluster.
@@ -279,6 +315,22 @@ def _joined(cluster: Any) -> Iterator[None]:
     """
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), cluster.joined():
         yield
+
+
+def _watched(submitted: dict[str, Any], scheduler: Any, display: Any) -> tuple[dict[str, Any], int]:
+    """What was submitted, watched to its end or until Ctrl-C, and the exit code."""
+    from cluster.run_directory import RunDirectory
+    from launcher.status import read_status
+    from launcher.watch import watch
+
+    run_directory = RunDirectory(submitted["run"])
+    try:
+        document, exit_code = watch(run_directory, submitted["job"], scheduler, display)
+    except KeyboardInterrupt:
+        url = shlex.quote(submitted["run"])
+        display.message(f"{submitted['run']} goes on without this terminal; stop it with `launcher stop {url}`")
+        document, exit_code = read_status(run_directory), Interrupted.exit_code
+    return document | {"job": submitted["job"], "cluster": submitted["cluster"]}, exit_code
 
 
 def _existing_run(url: str) -> Any:

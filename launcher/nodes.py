@@ -1,0 +1,105 @@
+"""Whether the nodes of a cluster have what a run needs: versions, variables, the store, and room that can ever be."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+
+from cluster.errors import ClusterError, DescriptionError, listed
+from cluster.ray_cluster import Capacity
+from cluster.scheduler import Look
+from cluster.storage import Store
+from cluster.versions import versions
+from launcher.description import Description
+from launcher.plan import Plan, Tried, decide
+
+_VERSIONS = ("ray", "python", "torch", "launcher")
+_DIGITS = 12
+"""Of a digest, in a line."""
+
+
+def own_versions() -> dict[str, str]:
+    """Those of this process, by the names of ``NodeReport``; of Ray only if it is there, for a laptop needs none."""
+    found = versions()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["ray"] = importlib.metadata.version("ray")
+    return found
+
+
+def check_nodes(look: Look, where: str, own: Mapping[str, str], warn: Callable[[str], None]) -> None:
+    """Makes sure that the nodes have what a run needs.
+
+    Args:
+        look: What they have.
+        where: What to call the cluster.
+        own: The versions of this process.
+        warn: Told of nodes of which nothing is known.
+
+    Raises:
+        ClusterError: They do not have it.
+    """
+    if look.silent and not look.nodes:
+        raise ClusterError(f"{where}: no node answers: {listed(look.silent)}; look at the cluster's own logs")
+    unlike = [text for name in _VERSIONS if (text := _unlike(look, name, own.get(name)))]
+    if unlike:
+        raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
+    lacking = [f"{node.address} lacks {listed(node.missing)}" for node in look.nodes if node.missing]
+    if lacking:
+        raise ClusterError(f"{where}: environment variables: {'; '.join(lacking)}; set them where its nodes start")
+    away = [f"{node.address}: {node.store_error}" for node in look.nodes if node.store_error]
+    if away:
+        raise ClusterError(
+            f"{where}: the store cannot be used from {listed(away, most=3)}; "
+            "use one that every node reaches, such as s3://bucket/runs"
+        )
+    if look.silent:
+        warn(f"{where}: no answer from {listed(look.silent)}; workers may be placed there all the same")
+
+
+def _unlike(look: Look, name: str, own: str | None) -> str:
+    """In which versions of something the nodes differ among each other or from this machine; empty: in none.
+
+    torch is built for a kind of device, ``2.13.0+cpu``: nodes must have the same build, and a laptop may have another.
+    """
+    places: dict[str, list[str]] = {}
+    for node in look.nodes:
+        places.setdefault(node.versions.get(name, "none"), []).append(node.address)
+    differ = len(places) > 1
+    if own is not None and places and (differ or _public(own) != _public(next(iter(places)))):
+        differ = True
+        places.setdefault(own, []).append("this machine")
+    if not differ:
+        return ""
+    return f"{name} " + ", ".join(f"{_short(name, version)} on {listed(there)}" for version, there in places.items())
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def _short(name: str, version: str) -> str:
+    return version[:_DIGITS] if name == "launcher" else version
+
+
+def fit(description: Description, store: Store, tried: Tried, capacity: Capacity, where: str) -> Plan:
+    """The plan on a cluster.
+
+    Raises:
+        ClusterError: The cluster can never hold the workers.
+    """
+    try:
+        return decide(description, store, tried, capacity)
+    except DescriptionError as error:
+        nodes = [f"{node.address} with {_amounts(node.resources)}" for node in capacity.nodes]
+        limits = f"; its autoscaler may bring it to {_amounts(capacity.limits)}" if capacity.limits else ""
+        raise ClusterError(f"{where}: {error}. There is {listed(nodes) or 'no node'}{limits}") from error
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    """What of it workers ask for."""
+    of_interest = {
+        name.removeprefix("accelerator_type:"): amount
+        for name, amount in resources.items()
+        if name in ("CPU", "GPU") or name.startswith("accelerator_type:")
+    }
+    told = [f"{amount:g} {name}" if name in ("CPU", "GPU") else name for name, amount in of_interest.items()]
+    return ", ".join(told) or "nothing"
