@@ -3,7 +3,8 @@
 Agents are processes that the driver starts and not workers of Ray Train, and all commands of a test process fork from
 one server, which has torch and matplotlib imported; it draws their pictures. Nothing else is replaced: driver, agents,
 training processes, store and tracker are the product's own, so a run takes seconds and can be killed, stopped, cut off
-from its store and resumed like any other. Importing Ray into the driver is an error.
+from its store and resumed like any other. Importing Ray into the driver is an error. What is submitted goes to the
+processes of ``tests.schedulers``.
 """
 
 import multiprocessing
@@ -17,12 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.kinds import Cluster
 from cluster.ray_cluster import Node, WorkerResources
+from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, Somewhere
 
 _ADDRESS = "127.0.0.1"
 _SERVER = "LAUNCHER_TEST_FORK_SERVER"
@@ -226,6 +229,10 @@ def main() -> None:
 
     replaced: Any = clusters
     replaced.LocalRay = Machine
+    if FOLDER_VARIABLE in os.environ:
+        replaced.open_scheduler = lambda _: LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
+        if sys.argv[1] == "submit":
+            replaced.load_cluster = lambda named, overrides: (Somewhere(address=named), [*overrides])
     replaced = runs
     replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
     cli.main()

@@ -1,0 +1,257 @@
+"""From a laptop to a cluster: what is submitted runs there with the code that the bucket holds, and nothing else."""
+
+import json
+import os
+import signal
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.run_directory import RunDirectory
+from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
+from tests.e2e.test_own_parts import JOB, MINE
+from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, local_scheduler
+
+CLUSTER = ("--cluster", "test-cluster:6379")
+SLOW = """
+import time
+
+
+class Slowly(Points):
+    def __getitem__(self, number):
+        time.sleep(0.01)
+        return super().__getitem__(number)
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalScheduler]:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cluster"))
+    with local_scheduler(tmp_path / "cluster") as scheduler:
+        yield scheduler
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Path:
+    """The folder of the job file; the store lies elsewhere."""
+    folder = tmp_path / "laptop"
+    folder.mkdir()
+    (folder / "mine.py").write_text(MINE + SLOW)
+    (folder / "own.yaml").write_text(JOB + f"store: {tmp_path / 'store'}\ncheckpoint: {{every_steps: 4}}\n")
+    return folder
+
+
+@pytest.fixture
+def undisturbed(laptop: Path) -> dict[str, Any]:
+    """The same run, of the laptop alone."""
+    ended = launcher("run", "own.yaml", "name=undisturbed", "--json", cwd=laptop)
+    assert ended.exit_code == 0, ended.stderr
+    return ended.document
+
+
+def submit(laptop: Path, *more: str) -> Ended:
+    return launcher("submit", "own.yaml", *more, *CLUSTER, "--json", cwd=laptop)
+
+
+def submit_slowly(laptop: Path, *more: str) -> Ended:
+    return submit(laptop, "data.train._target_=mine.Slowly", *more)
+
+
+def hide(laptop: Path) -> None:
+    """What a host far away sees of a laptop."""
+    laptop.rename(laptop.with_name("gone"))
+
+
+def wait_until_begun(cluster: LocalScheduler, job_id: str, run: Path, step: int) -> None:
+    while not checkpointed(run, step)():
+        assert cluster.read(job_id).status == "running", cluster.log(job_id)
+
+
+def store_of(laptop: Path, name: str = "own") -> Path:
+    return laptop.parent / "store" / name
+
+
+def test_the_code_comes_from_the_bucket_and_the_bits_are_those_of_a_run_in_place(laptop, cluster, undisturbed):
+    cluster_saw = []
+
+    ended = submit(laptop)
+    hide(laptop)
+    assert ended.exit_code == 0, ended.stderr
+    run, job_id = store_of(laptop), ended.document["job"]
+    assert ended.document == {
+        "run": str(run), "job": job_id, "cluster": "test-cluster:6379", "status": "submitted",
+    }  # fmt: skip
+    job = cluster.wait(job_id)
+    assert job.exit_code == 0, cluster.log(job_id)
+    status = launcher("status", run, "--json", cwd=laptop.parent).document
+    assert (status["status"], status["state_sha256"]) == ("completed", undisturbed["state_sha256"])
+    assert rows(run) == rows(store_of(laptop, "undisturbed"))
+    (environment,) = events(run, "environment")
+    assert [*environment["workers"][0]["code"]] == ["mine"]
+    unpacked = cluster.folder / "home/.cache/launcher/code"
+    assert unpacked.stat().st_mode & 0o777 == 0o700
+    (folder,) = unpacked.iterdir()
+    assert (folder / "mine.py").read_text() == MINE + SLOW
+    assert not any((cluster.folder / "work").iterdir()), "nothing is left where it was called"
+    assert cluster_saw == []
+
+
+def test_a_wait_ends_as_the_run_does(laptop, cluster):
+    ended = submit(laptop, "--wait")
+    assert ended.exit_code == 0, ended.stderr
+    assert (ended.document["status"], ended.document["step"]) == ("completed", 24)
+    assert ended.document["job"] == cluster.jobs()[0].id
+    again = submit(laptop, "--wait")
+    assert (again.exit_code, again.document["status"], len(cluster.jobs())) == (0, "completed", 1)
+    assert "is complete; nothing to do" in again.stderr
+
+
+def test_a_wait_ends_with_the_exit_code_of_the_run(laptop, cluster):
+    ended = submit(laptop, "data.train.broken_at=100", "data.train.repaired=/dev/full/x", "--wait")
+    assert ended.exit_code == 1, ended.stderr
+    assert ended.document["status"] == "failed"
+    assert cluster.jobs()[0].exit_code == 1
+
+
+def test_ctrl_c_ends_the_wait_and_not_the_run(laptop, cluster):
+    waiting = Running(
+        ("submit", "own.yaml", "data.train._target_=mine.Slowly", *CLUSTER, "--wait", "--json"), cwd=laptop
+    )
+    run = store_of(laptop)
+    waiting.wait_until(checkpointed(run, 4))
+    waiting.signal_group(signal.SIGINT)
+    ended = waiting.wait()
+    assert ended.exit_code == 130
+    assert f"goes on without this terminal; stop it with `launcher stop {run}`" in ended.stderr
+    assert ended.document["status"] == "running"
+    (job,) = cluster.jobs()
+    assert cluster.wait(job.id).exit_code == 0
+    assert launcher("status", run, "--json", cwd=laptop).document["step"] == 24
+
+
+def test_two_who_submit_at_once_have_one_run(laptop, cluster, undisturbed):
+    other = laptop.with_name("other")
+    other.mkdir()
+    for name in ("mine.py", "own.yaml"):
+        (other / name).write_text((laptop / name).read_text())
+    both = [Running(("submit", "own.yaml", *CLUSTER, "--json"), cwd=folder) for folder in (laptop, other)]
+    ended = [running.wait() for running in both]
+    assert [each.exit_code for each in ended] == [0, 0], [each.stderr for each in ended]
+    assert ended[0].document["job"] == ended[1].document["job"]
+    (job,) = cluster.jobs()
+    assert cluster.wait(job.id).exit_code == 0, cluster.log(job.id)
+    assert len(events(store_of(laptop), "attempt_started")) == 1
+    assert rows(store_of(laptop)) == rows(store_of(laptop, "undisturbed"))
+
+
+def test_a_job_that_was_killed_is_begun_again_by_the_next_submit(laptop, cluster):
+    undisturbed = launcher(
+        "run", "own.yaml", "name=undisturbed", "data.train._target_=mine.Slowly", "--json", cwd=laptop
+    )
+    first = submit_slowly(laptop).document["job"]
+    run = store_of(laptop)
+    wait_until_begun(cluster, first, run, 4)
+    meanwhile = submit_slowly(laptop)
+    assert (meanwhile.exit_code, meanwhile.document["job"], meanwhile.document["status"]) == (0, first, "running")
+    assert f"is there already, job {first} is running" in meanwhile.stderr
+
+    cluster.signal(first, signal.SIGKILL)
+    cluster.wait(first)
+    second = submit_slowly(laptop)
+    assert second.exit_code == 0, second.stderr
+    assert second.document["job"] not in (None, first)
+    assert second.document["status"] in ("submitted", "running")
+    assert cluster.wait(second.document["job"]).exit_code == 0, cluster.log(second.document["job"])
+    assert len(events(run, "attempt_started")) == 2
+    assert rows(run) == rows(store_of(laptop, "undisturbed"))
+    status = launcher("status", run, "--json", cwd=laptop).document
+    assert status["state_sha256"] == undisturbed.document["state_sha256"]
+
+
+def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(laptop, cluster, tmp_path, monkeypatch):
+    job_id = submit_slowly(laptop).document["job"]
+    run = store_of(laptop)
+    wait_until_begun(cluster, job_id, run, 4)
+    stopped = launcher("stop", run, "--json", cwd=laptop)
+    assert stopped.document["status"] == "stopped"
+    cluster.wait(job_id)
+    hide(laptop)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    resumed = launcher("resume", run, "train.max_steps=20", "--json", cwd=tmp_path / "elsewhere")
+    assert resumed.exit_code == 0, resumed.stderr
+    branched = launcher("resume", run, "--as", "branch", "--json", cwd=tmp_path / "elsewhere")
+    assert branched.exit_code == 0, branched.stderr
+    assert [path.name for path in (store_of(laptop, "branch") / "code").iterdir()] == [
+        path.name for path in (run / "code").iterdir()
+    ]
+    assert resumed.document["step"] == 20
+    assert branched.document["step"] == 24
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "missing"])
+def test_a_bundle_that_is_damaged_is_one_line_before_a_worker_starts(laptop, cluster, damage, tmp_path):
+    ended = submit(laptop, "train.max_steps=4")
+    assert cluster.wait(ended.document["job"]).exit_code == 0
+    run = store_of(laptop)
+    (bundle,) = (run / "code").iterdir()
+    if damage == "missing":
+        bundle.unlink()
+    else:
+        bundle.write_bytes(bundle.read_bytes().replace(b"power=2.0", b"power=3.0"))
+        assert zipfile.is_zipfile(bundle)
+    resumed = launcher("resume", run, "--json", cwd=tmp_path)
+    assert resumed.exit_code == 4
+    assert (
+        f"error: {run}: code/{bundle.name}, the code of the run, is {damage.split()[0].replace('other', 'damaged')}"
+        in (resumed.stderr)
+    )
+    assert len(resumed.stderr.strip().splitlines()) == 1
+    assert len(events(run, "attempt_started")) == 1
+
+
+def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, cluster, tmp_path):
+    for name in ("own",):
+        submit(laptop, "train.max_steps=4", f"name={name}")
+    run = RunDirectory(str(store_of(laptop)))
+    cluster.wait(cluster.jobs()[0].id)
+    waiting = store_of(laptop, "waiting")
+    waiting.mkdir()
+    for name in ("job.yaml", "submission.json"):
+        (waiting / name).write_bytes((store_of(laptop) / name).read_bytes())
+    told = launcher("status", waiting, "--json", cwd=tmp_path).document
+    submission = run.read_submission()
+    assert (told["status"], told["step"], told["job"]) == ("submitted", 0, submission["job"])
+    assert "is submitted at step 0" in launcher("status", waiting, cwd=tmp_path).stdout
+    listed = launcher("list", tmp_path / "store", "--json", cwd=tmp_path).document
+    assert [each["status"] for each in listed] == ["stopped", "submitted"]
+
+
+def test_modules_of_the_working_directory_travel_too(laptop, cluster):
+    (laptop / "jobs-of-mine").mkdir()
+    (laptop / "jobs-of-mine/own.yaml").write_text((laptop / "own.yaml").read_text())
+    (laptop / "own.yaml").unlink()
+    ended = launcher("submit", "jobs-of-mine/own.yaml", *CLUSTER, "--json", cwd=laptop)
+    hide(laptop)
+    assert ended.exit_code == 0, ended.stderr
+    assert cluster.wait(ended.document["job"]).exit_code == 0, cluster.log(ended.document["job"])
+    (bundle,) = (store_of(laptop) / "code").iterdir()
+    assert zipfile.ZipFile(bundle).namelist() == ["mine.py", "own.yaml"]
+
+
+def test_a_module_that_git_ignores_is_missed_before_anything_is_written(laptop, cluster):
+    (laptop / ".gitignore").write_text("mine.py\n")
+    ended = submit(laptop)
+    assert ended.exit_code == 2
+    assert "mine would be missing on the cluster" in ended.stderr
+    assert (cluster.jobs(), store_of(laptop).exists()) == ([], False)
+
+
+def test_a_laptop_of_two_cores_submits_for_more(laptop, cluster):
+    cores = len(os.sched_getaffinity(0))
+    ended = submit(laptop, f"workers.cpus={cores + 1}")
+    assert ended.exit_code == 0, ended.stderr
+    assert json.loads((store_of(laptop) / "submission.json").read_text())["number"] == 0

@@ -1,0 +1,158 @@
+"""A cluster that jobs are submitted to, as processes of this machine: without Ray, and shared by all who name it.
+
+What a job is given is what it would have on a host far away: another home, an empty working directory, and of the
+submitter nothing but the run directory. It runs the command line without Ray (``tests.launcher_without_ray``).
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import claims
+from cluster.ray_cluster import Capacity, Node
+from cluster.scheduler import Job, JobStatus, Look, Needs, NodeReport, Scheduler
+from launcher.nodes import own_versions
+
+FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
+"""The environment variable that names the folder of the cluster that ``launcher submit`` means in tests."""
+ADDRESS = "10.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Somewhere:
+    """The description of a cluster, as far as ``launcher.submit`` reads it."""
+
+    address: str = "test-cluster:6379"
+    env: tuple[str, ...] = ()
+    environment: str | None = None
+
+
+def a_node(address: str = ADDRESS, **resources: float) -> Node:
+    resources = {"CPU": 16.0, "GPU": 0.0, **resources}
+    return Node(id=address, address=address, resources=resources, free={}, drains_at=None, is_here=False)
+
+
+def a_report(address: str = ADDRESS, **changes: Any) -> NodeReport:
+    """Of a node that has all that this machine has."""
+    versions = own_versions() | changes.pop("versions", {})
+    return NodeReport(
+        **({"id": address, "address": address, "versions": versions, "missing": (), "store_error": ""} | changes)
+    )
+
+
+def a_look(*nodes: Node, reports: tuple[NodeReport, ...] | None = None, silent: tuple[str, ...] = ()) -> Look:
+    nodes = nodes or (a_node(),)
+    reports = tuple(a_report(node.address) for node in nodes) if reports is None else reports
+    return Look(capacity=Capacity(nodes=nodes, limits=None), nodes=reports, silent=silent)
+
+
+class LocalScheduler(Scheduler):
+    """Jobs are processes, and what is known of them lies in a folder, so that several submitters see the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._jobs, self._home, self._work = folder / "jobs", folder / "home", folder / "work"
+        for each in (self._jobs, self._home, self._work, folder / "bin"):
+            each.mkdir(parents=True, exist_ok=True)
+        program = folder / "bin" / "launcher"
+        if not program.exists():
+            program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m tests.launcher_without_ray "$@"\n')
+            program.chmod(0o755)
+
+    def look(self, needs: Needs) -> Look:  # noqa: ARG002  # this machine has all that it can have
+        return a_look()
+
+    def begin(
+        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+    ) -> bool:
+        assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
+        assert save_s > 0
+        try:
+            (self._jobs / job_id).mkdir()
+        except FileExistsError:
+            return False
+        self.before_job()
+        code = shlex.quote(str(self._jobs / job_id / "exit_code"))
+        with (self._jobs / job_id / "log").open("wb") as log:
+            process = subprocess.Popen(
+                ["sh", "-c", f"({command}); echo $? > {code}.new; mv {code}.new {code}"],
+                cwd=self._work,
+                env={
+                    **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
+                    **environment,
+                    "HOME": str(self._home),
+                    "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                    "RAY_ADDRESS": "local",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        began = {"pid": process.pid, "started": claims._started(process.pid), "at": time.time(), "of": dict(metadata)}
+        (self._jobs / job_id / "new").write_text(json.dumps(began))
+        (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
+        return True
+
+    def before_job(self) -> None:
+        """Called when a job is about to begin."""
+
+    def read(self, job_id: str) -> Job | None:
+        job = self._jobs / job_id
+        if not job.is_dir():
+            return None
+        status: JobStatus = "pending"
+        exit_code = began_at = None
+        with suppress(FileNotFoundError):
+            process = json.loads((job / "process").read_text())
+            began_at = process["at"]
+            is_alive = claims._started(process["pid"]) == process["started"]
+            status = "running" if is_alive else "failed"
+        with suppress(FileNotFoundError):
+            exit_code = int((job / "exit_code").read_text())
+            status = "failed" if exit_code else "succeeded"
+        return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at)
+
+    def jobs(self) -> list[Job]:
+        found = [job for path in self._jobs.iterdir() if (job := self.read(path.name)) is not None]
+        return sorted(found, key=lambda job: job.began_at or 0.0)
+
+    def stop(self, job_id: str) -> None:
+        self.signal(job_id, signal.SIGTERM)
+
+    def log(self, job_id: str) -> str:
+        return (self._jobs / job_id / "log").read_text()
+
+    def signal(self, job_id: str, number: signal.Signals) -> None:
+        """What a cluster does to all processes of a job."""
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.killpg(json.loads((self._jobs / job_id / "process").read_text())["pid"], number)
+
+    def wait(self, job_id: str, limit_s: float = 300.0) -> Job:
+        """A job that has ended."""
+        deadline = time.monotonic() + limit_s
+        while (job := self.read(job_id)) is None or job.status in ("pending", "running"):
+            assert time.monotonic() < deadline, f"no end within {limit_s:.0f} s\n{self.log(job_id)}"
+            time.sleep(0.05)
+        return job
+
+
+@contextmanager
+def local_scheduler(folder: Path) -> Iterator[LocalScheduler]:
+    """A cluster of which nothing is left afterwards."""
+    scheduler = LocalScheduler(folder)
+    try:
+        yield scheduler
+    finally:
+        for job in scheduler.jobs():
+            scheduler.signal(job.id, signal.SIGKILL)
