@@ -81,11 +81,16 @@ class LocalScheduler(Scheduler):
             (self._jobs / job_id).mkdir()
         except FileExistsError:
             return False
-        self.before_job()
+        hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
+        line = f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}"
         with (self._jobs / job_id / "log").open("wb") as log:
             process = subprocess.Popen(
-                ["sh", "-c", f"({command}); echo $? > {code}.new; mv {code}.new {code}"],
+                [
+                    "sh",
+                    "-c",
+                    f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}",
+                ],
                 cwd=self._work,
                 env={
                     **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
@@ -104,8 +109,14 @@ class LocalScheduler(Scheduler):
         (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
         return True
 
-    def before_job(self) -> None:
-        """Called when a job is about to begin."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Jobs that are begun meanwhile wait for their command."""
+        (self.folder / "hold").touch()
+        try:
+            yield
+        finally:
+            (self.folder / "hold").unlink()
 
     def read(self, job_id: str) -> Job | None:
         job = self._jobs / job_id

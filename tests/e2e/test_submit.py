@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from cluster.run_directory import RunDirectory
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, local_scheduler
@@ -75,17 +75,15 @@ def store_of(laptop: Path, name: str = "own") -> Path:
 
 
 def test_the_code_comes_from_the_bucket_and_the_bits_are_those_of_a_run_in_place(laptop, cluster, undisturbed):
-    cluster_saw = []
-
-    ended = submit(laptop)
-    hide(laptop)
+    with cluster.held():
+        ended = submit(laptop)
+        hide(laptop)
     assert ended.exit_code == 0, ended.stderr
     run, job_id = store_of(laptop), ended.document["job"]
     assert ended.document == {
         "run": str(run), "job": job_id, "cluster": "test-cluster:6379", "status": "submitted",
     }  # fmt: skip
-    job = cluster.wait(job_id)
-    assert job.exit_code == 0, cluster.log(job_id)
+    assert cluster.wait(job_id).exit_code == 0, cluster.log(job_id)
     status = launcher("status", run, "--json", cwd=laptop.parent).document
     assert (status["status"], status["state_sha256"]) == ("completed", undisturbed["state_sha256"])
     assert rows(run) == rows(store_of(laptop, "undisturbed"))
@@ -96,7 +94,6 @@ def test_the_code_comes_from_the_bucket_and_the_bits_are_those_of_a_run_in_place
     (folder,) = unpacked.iterdir()
     assert (folder / "mine.py").read_text() == MINE + SLOW
     assert not any((cluster.folder / "work").iterdir()), "nothing is left where it was called"
-    assert cluster_saw == []
 
 
 def test_a_wait_ends_as_the_run_does(laptop, cluster):
@@ -132,7 +129,8 @@ def test_ctrl_c_ends_the_wait_and_not_the_run(laptop, cluster):
     assert launcher("status", run, "--json", cwd=laptop).document["step"] == 24
 
 
-def test_two_who_submit_at_once_have_one_run(laptop, cluster, undisturbed):
+@pytest.mark.usefixtures("undisturbed")
+def test_two_who_submit_at_once_have_one_run(laptop, cluster):
     other = laptop.with_name("other")
     other.mkdir()
     for name in ("mine.py", "own.yaml"):
@@ -192,42 +190,78 @@ def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(l
     assert branched.document["step"] == 24
 
 
-@pytest.mark.parametrize("damage", ["other bytes", "missing"])
-def test_a_bundle_that_is_damaged_is_one_line_before_a_worker_starts(laptop, cluster, damage, tmp_path):
-    ended = submit(laptop, "train.max_steps=4")
-    assert cluster.wait(ended.document["job"]).exit_code == 0
-    run = store_of(laptop)
-    (bundle,) = (run / "code").iterdir()
-    if damage == "missing":
+DAMAGES = {
+    "damaged": lambda bundle: bundle.write_bytes(bundle.read_bytes().replace(b"power=2.0", b"power=3.0")),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_bundle_that_is_damaged_is_one_line_before_a_worker_starts(laptop, cluster, what):
+    with cluster.held():
+        job_id = submit(laptop).document["job"]
+        run = store_of(laptop)
+        (bundle,) = (run / "code").iterdir()
+        DAMAGES[what](bundle)
+    assert cluster.wait(job_id).exit_code == 4
+    (line,) = [line for line in cluster.log(job_id).splitlines() if not line.startswith("{")]
+    assert line.startswith(f"error: {run}: code/{bundle.name}, the code of the run, is {what}; ")
+    assert events(run, "attempt_started") == []
+
+
+def test_a_job_that_dies_before_the_run_begins_ends_the_wait(laptop, cluster):
+    with cluster.held():
+        waiting = Running(("submit", "own.yaml", *CLUSTER, "--wait", "--json"), cwd=laptop)
+        waiting.wait_until((store_of(laptop) / "job.yaml").exists)
+        (bundle,) = (store_of(laptop) / "code").iterdir()
         bundle.unlink()
-    else:
-        bundle.write_bytes(bundle.read_bytes().replace(b"power=2.0", b"power=3.0"))
-        assert zipfile.is_zipfile(bundle)
-    resumed = launcher("resume", run, "--json", cwd=tmp_path)
-    assert resumed.exit_code == 4
-    assert (
-        f"error: {run}: code/{bundle.name}, the code of the run, is {damage.split()[0].replace('other', 'damaged')}"
-        in (resumed.stderr)
-    )
-    assert len(resumed.stderr.strip().splitlines()) == 1
-    assert len(events(run, "attempt_started")) == 1
+    ended = waiting.wait()
+    assert ended.exit_code == 5
+    assert "ended before the run began, with exit code 4: error: " in ended.stderr
+    assert "is missing; restore it, or submit the run again" in ended.stderr
+    assert ended.document["status"] == "failed"
+    again = submit(laptop)
+    assert cluster.wait(again.document["job"]).exit_code == 0
+    assert len(cluster.jobs()) == 2
 
 
 def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, cluster, tmp_path):
-    for name in ("own",):
-        submit(laptop, "train.max_steps=4", f"name={name}")
-    run = RunDirectory(str(store_of(laptop)))
-    cluster.wait(cluster.jobs()[0].id)
-    waiting = store_of(laptop, "waiting")
-    waiting.mkdir()
-    for name in ("job.yaml", "submission.json"):
-        (waiting / name).write_bytes((store_of(laptop) / name).read_bytes())
-    told = launcher("status", waiting, "--json", cwd=tmp_path).document
-    submission = run.read_submission()
-    assert (told["status"], told["step"], told["job"]) == ("submitted", 0, submission["job"])
-    assert "is submitted at step 0" in launcher("status", waiting, cwd=tmp_path).stdout
-    listed = launcher("list", tmp_path / "store", "--json", cwd=tmp_path).document
-    assert [each["status"] for each in listed] == ["stopped", "submitted"]
+    run = store_of(laptop)
+    with cluster.held():
+        job_id = submit(laptop).document["job"]
+        told = launcher("status", run, "--json", cwd=tmp_path).document
+        assert (told["status"], told["step"], told["job"]) == ("submitted", 0, job_id)
+        text = launcher("status", run, cwd=tmp_path).stdout
+        assert "is submitted at step 0" in text
+        assert f"job        {job_id} on test-cluster:6379" in text
+        (listed,) = launcher("list", tmp_path / "store", "--json", cwd=tmp_path).document
+        assert listed["status"] == "submitted"
+        again = submit(laptop, "workers.num=1")
+        assert (again.exit_code, again.document["job"], again.document["status"]) == (0, job_id, "submitted")
+        assert "not changed: workers.num" in again.stderr
+    assert cluster.wait(job_id).exit_code == 0
+    assert len(cluster.jobs()) == 1
+
+
+def test_who_dies_before_the_job_begins_is_replaced_by_the_next(laptop, cluster):
+    with cluster.held():
+        job_id = submit(laptop).document["job"]
+        cluster.signal(job_id, signal.SIGKILL)
+    cluster.wait(job_id)
+    shutil.rmtree(cluster.folder / "jobs" / job_id)  # the cluster never heard of it
+    again = submit(laptop)
+    assert again.document["job"] == job_id
+    assert cluster.wait(job_id).exit_code == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_code_that_was_repaired_goes_with_the_next_submit(laptop):
+    broken = submit(laptop, "data.train.broken_at=100", "--wait")
+    assert broken.exit_code == 1
+    (laptop / "mine.py").write_text((MINE + SLOW).replace("raise OSError", "print"))
+    repaired = submit(laptop, "data.train.broken_at=100", "--wait")
+    assert (repaired.exit_code, repaired.document["step"]) == (0, 24), repaired.stderr
+    assert len([*(store_of(laptop) / "code").iterdir()]) == 2
 
 
 def test_modules_of_the_working_directory_travel_too(laptop, cluster):
@@ -250,7 +284,8 @@ def test_a_module_that_git_ignores_is_missed_before_anything_is_written(laptop, 
     assert (cluster.jobs(), store_of(laptop).exists()) == ([], False)
 
 
-def test_a_laptop_of_two_cores_submits_for_more(laptop, cluster):
+@pytest.mark.usefixtures("cluster")
+def test_a_laptop_of_two_cores_submits_for_more(laptop):
     cores = len(os.sched_getaffinity(0))
     ended = submit(laptop, f"workers.cpus={cores + 1}")
     assert ended.exit_code == 0, ended.stderr
