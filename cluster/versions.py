@@ -1,0 +1,57 @@
+"""The versions that the processes of a run must have in common to understand each other.
+
+Standard library only: a node that is asked for its versions answers at once, and need not import torch for that.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """Of this process: ``python``, ``torch`` and ``launcher``, the last a digest."""
+    return {"python": python_version(), "torch": torch_version(), "launcher": launcher_digest()}
+
+
+def python_version() -> str:
+    """The major and the minor version: patches change no bit."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def torch_version() -> str:
+    """What ``torch.__version__`` is, without the seconds that it takes to import torch; ``none``: it is not installed.
+
+    The version of the installed package is another: it lacks the version of CUDA.
+    """
+    if "torch" in sys.modules:
+        return str(sys.modules["torch"].__version__)
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return "none"
+    # torch writes this file when it is built; it imports nothing of torch.
+    spec = importlib.util.spec_from_file_location("_version_of_torch", Path(found.origin).with_name("version.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.__version__)
+
+
+@functools.cache
+def launcher_digest() -> str:
+    """The digest of the source of the packages that train, whatever of them is imported by now.
+
+    A module of the user's that lies among them, in a checkout, counts here.
+    """
+    root = Path(__file__).parents[1]
+    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py") if file.is_file()]
+    lines = sorted(f"{file_digest(file)} {file.relative_to(root).as_posix()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
