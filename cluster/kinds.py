@@ -67,7 +67,7 @@ class Cluster(ABC):
 
 class _OnRay(Cluster):
     def import_ahead(self) -> None:
-        ray_cluster.import_ahead()
+        ray_cluster.import_ahead(joins=not self.is_this_machine)
 
     def group(self, task: "Task", resources: WorkerResources, most: int) -> "WorkerGroup":
         from cluster.ray_train import WorkerGroup  # and with it the stores, of which a wrong description needs none

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError, one_line
+from cluster.ray_token import find_token
 
 # Set before Ray is imported, for it reads them then. Ray Train passes its own on to its actors.
 _ENVIRONMENT = {
@@ -24,7 +25,6 @@ _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences advice about a default that will change
 }
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -105,15 +105,21 @@ def _fitting(worker: WorkerResources, resources: Mapping[str, float]) -> int:
     return int(min(max(0.0, resources.get(name, 0.0)) / each for name, each in need.items()) + _ROUNDING)
 
 
-def import_ahead() -> None:
-    """Begins to import Ray in the background, for a process that has something else to wait for."""
-    _set_environment()
+def import_ahead(*, joins: bool) -> None:
+    """Begins to import Ray in the background, for a process that has something else to wait for.
+
+    Args:
+        joins: A cluster that is up; else it starts its own.
+    """
+    _set_environment(joins=joins)
     # No daemon: an interpreter that exits in the middle of the import of a C++ library can crash.
     threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray").start()
 
 
-def _set_environment() -> None:
-    for name, value in _ENVIRONMENT.items():
+def _set_environment(*, joins: bool) -> None:
+    # A cluster that is up may have no token. Ray reads the mode once, and without it sends none to an address.
+    token = {} if joins and find_token() is None else {"RAY_AUTH_MODE": "token"}
+    for name, value in {**_ENVIRONMENT, **token}.items():
         os.environ.setdefault(name, value)
 
 
@@ -124,7 +130,7 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     Raises:
         ClusterError: Ray did not start.
     """
-    _set_environment()
+    _set_environment(joins=False)
     import ray
 
     try:
@@ -154,7 +160,7 @@ def joined_cluster(address: str) -> Iterator[None]:
     Raises:
         ClusterError: There is none, or it does not let this process in.
     """
-    _set_environment()
+    _set_environment(joins=True)
     _check_listens(address)  # Ray itself would try for minutes
     import ray
 

@@ -6,44 +6,30 @@ address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and ne
 Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same in 2.55.
 """
 
-import os
+import shlex
+import time
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any
 from urllib.parse import quote
 
 import requests
 
+from cluster import node_check, ray_check
 from cluster.errors import ClusterError, one_line
-
-JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
-ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
+from cluster.ray_token import TOKEN_ADVICE, find_token
+from cluster.scheduler import ENDED, Job, JobStatus, Look, Needs, Scheduler
 
 _CONNECT_S = 10.0
 _ANSWER_S = 30.0
 """The head starts an agent of its own for the first job of a session, which takes seconds."""
-_TOKEN_ADVICE = "give the cluster's token in RAY_AUTH_TOKEN, or in the file that RAY_AUTH_TOKEN_PATH names"
+_LOOK_S = 180.0
+"""How long a look may take: to start a job, to join the cluster, and what the nodes have for their answers."""
+_POLL_S = 0.3
+_NOT_FOUND = (126, 127)
+"""Exit codes of a shell that does not find a command, or may not run it."""
 _STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What the cluster says of a command.
-
-    Attributes:
-        id: What it was begun as.
-        status: Where it is in its life.
-        message: Why, as Ray says it, in a line.
-        exit_code: Of the command; none while it runs, and if it did not get as far as that.
-        began_at: Unix time; none: not yet.
-    """
-
-    id: str
-    status: JobStatus
-    message: str
-    exit_code: int | None
-    began_at: float | None
 
 
 class _Refused(Exception):  # noqa: N818  # an answer, which callers tell apart
@@ -66,12 +52,18 @@ class _Bearer(requests.auth.AuthBase):
         return request
 
 
-class RayJobs:
-    """The Jobs API at one address. To make one costs nothing and reaches nobody; each call is one request or a few."""
+class RayJobs(Scheduler):
+    """The Jobs API at one address. Its commands run on the cluster's head."""
 
-    def __init__(self, url: str) -> None:
-        """``url``: such as ``http://HEAD:8265``. The token is looked for when a call is made, and kept nowhere."""
+    def __init__(self, url: str, venv: str | None = None) -> None:
+        """Keeps the address; the token is looked for when a call is made, and kept nowhere.
+
+        Args:
+            url: Such as ``http://HEAD:8265``.
+            venv: The folder on the head whose ``bin`` is searched first for commands; none: the head's PATH alone.
+        """
         self._url = url.rstrip("/")
+        self._venv = venv
 
     def ray_version(self) -> str:
         """Of the cluster.
@@ -87,23 +79,40 @@ class RayJobs:
             raise self._no_jobs_api("answers with something else")
         return str(version["ray_version"])
 
+    def look(self, needs: Needs) -> Look:
+        """Begins a job that looks at the nodes and waits for it; of one that succeeds only its log on the head stays.
+
+        Raises:
+            ClusterError: As of each method; or the head has no launcher, or another than this one.
+        """
+        self.ray_version()  # tells best what is wrong with an address or a token
+        job_id = f"launcher-look-{uuid.uuid4().hex[:12]}"
+        environment = {node_check.NEEDS_VARIABLE: node_check.needs_text(needs)}
+        self.begin(job_id, ray_check.COMMAND, environment, save_s=1, metadata={"launcher": "look"})
+        try:
+            job = self._ended(job_id)
+            log = self.log(job_id)
+        except BaseException:  # also Ctrl-C
+            with suppress(ClusterError):
+                self.stop(job_id)
+            raise
+        if job.status != "succeeded":
+            raise self._look_failed(job, log)
+        try:
+            look = node_check.look_in(log)
+        except ValueError as error:
+            raise ClusterError(
+                f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the same "
+                "version of launcher here and on the cluster"
+            ) from error
+        with suppress(ClusterError, _Refused):
+            self._ask("DELETE", f"/api/jobs/{job_id}")
+        return look
+
     def begin(
         self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
     ) -> bool:
-        """Begins a command on the cluster's head, unless one was begun as this before; returns whether it was not.
-
-        The cluster decides, so that of many that ask at once one has it. After an answer that was lost, ask again.
-
-        Args:
-            job_id: Of letters, digits, ``-`` and ``_``; never used again while the cluster is up.
-            command: A line for the shell.
-            environment: Variables of the command and of all that it starts; no secrets, for everyone can read them.
-            save_s: Seconds that the command has to end in order when it is stopped.
-            metadata: For people who look at the cluster.
-
-        Raises:
-            ClusterError: It was not begun.
-        """
+        """Begins a command on the cluster's head, see ``Scheduler``; refuses values with a ``$``."""
         variables = {**environment, _STOP_WAIT_VARIABLE: str(save_s)}
         # Ray replaces what looks like a variable.
         unsafe = [name for name, value in variables.items() if "$" in value]
@@ -111,7 +120,7 @@ class RayJobs:
             raise ClusterError(f"{self._url}: the value of {unsafe[0]} holds a '$', which Ray would replace")
         request = {
             "submission_id": job_id,
-            "entrypoint": command,
+            "entrypoint": self._with_path(command),
             "runtime_env": {"env_vars": variables},
             "metadata": dict(metadata),
         }
@@ -124,11 +133,6 @@ class RayJobs:
         return True
 
     def read(self, job_id: str) -> Job | None:
-        """How a job is; none: this cluster knows of none, or knows no more.
-
-        Raises:
-            ClusterError: The cluster does not say.
-        """
         try:
             return _job(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}"))
         except _Refused as refused:
@@ -137,11 +141,6 @@ class RayJobs:
             raise self._failed(f"does not say how job {job_id} is", refused) from refused
 
     def jobs(self) -> list[Job]:
-        """The jobs that were begun by whomever, the oldest first.
-
-        Raises:
-            ClusterError: The cluster does not say.
-        """
         try:
             told = self._ask("GET", "/api/jobs/")
         except _Refused as refused:
@@ -150,27 +149,65 @@ class RayJobs:
         return sorted(jobs, key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
-        """Has a job stopped, by SIGTERM, and SIGKILL after the seconds it was begun with; does not wait for that.
-
-        Raises:
-            ClusterError: The cluster does not do it.
-        """
         try:
             self._ask("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
         except _Refused as refused:
             raise self._failed(f"does not stop job {job_id}", refused) from refused
 
     def log(self, job_id: str) -> str:
-        """What a job has written to stdout and stderr so far; it lies on its host, and is lost with that.
-
-        Raises:
-            ClusterError: The cluster does not say.
-        """
         try:
             told = self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
         except _Refused as refused:
             raise self._failed(f"does not give the log of job {job_id}", refused) from refused
         return str(told.get("logs") or "")
+
+    def _with_path(self, command: str) -> str:
+        """A command with the venv's first on its PATH: Ray gives it the PATH that the head was started with."""
+        return command if self._venv is None else f'export PATH={shlex.quote(self._venv)}/bin:"$PATH"; {command}'
+
+    def _ended(self, job_id: str) -> Job:
+        """A job that has ended.
+
+        Raises:
+            ClusterError: It does not end in time, or the cluster does not say.
+        """
+        deadline = time.monotonic() + _LOOK_S
+        while True:
+            job = self.read(job_id)
+            if job is None:
+                raise ClusterError(f"{self._url}: knows no more of job {job_id}, which was begun there; try again")
+            if job.status in ENDED:
+                return job
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"{self._url}: job {job_id}, which looks at the nodes, is {job.status} after {_LOOK_S:g} s: "
+                    f"{job.message[:200] or 'no reason given'}; see its dashboard"
+                )
+            time.sleep(_POLL_S)
+
+    def _look_failed(self, job: Job, log: str) -> ClusterError:
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        last = lines[-1][:300] if lines else "nothing in its log"
+        if job.exit_code in _NOT_FOUND:
+            where = "the PATH of Ray on its head" if self._venv is None else f"{self._venv}/bin on its head"
+            return ClusterError(
+                f"{self._url}: there is no launcher, or no python, in {where}; install launcher there, or give the "
+                "folder that it is in as venv of the cluster's description"
+            )
+        if job.exit_code is not None and "No module named" in last:
+            return ClusterError(
+                f"{self._url}: python on its head does not have this launcher: {last}; install the same version of "
+                "launcher there, or give the folder that it is in as venv of the cluster's description"
+            )
+        if job.exit_code is None:
+            return ClusterError(
+                f"{self._url}: job {job.id}, which looks at the nodes, {job.status}: "
+                f"{job.message[:300] or last}; see its dashboard"
+            )
+        return ClusterError(
+            f"{self._url}: job {job.id}, which looks at the nodes, ended with exit code {job.exit_code}: {last}; its "
+            "log on the dashboard has more"
+        )
 
     def _ask(self, method: str, path: str, content: Any = None) -> Any:
         """One request; what the cluster answers.
@@ -179,7 +216,7 @@ class RayJobs:
             ClusterError: Nobody answers, it is no Ray cluster, or it does not let this process in.
             _Refused: It says no.
         """
-        token = _token()
+        token = find_token()
         try:
             answer = requests.request(
                 method, self._url + path, json=content, auth=_Bearer(token), timeout=(_CONNECT_S, _ANSWER_S)
@@ -191,7 +228,7 @@ class RayJobs:
             ) from error
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             what = "does not take this token" if token else "asks for a token"
-            raise ClusterError(f"{self._url}: {what}; {_TOKEN_ADVICE}")
+            raise ClusterError(f"{self._url}: {what}; {TOKEN_ADVICE}")
         if answer.status_code != requests.codes.ok:
             raise _Refused(answer.status_code, answer.text)
         try:
@@ -208,26 +245,6 @@ class RayJobs:
     def _failed(self, what: str, refused: _Refused) -> ClusterError:
         lines = [line.strip() for line in str(refused).splitlines() if line.strip()]
         return ClusterError(f"{self._url}: {what}: {lines[-1][:300] if lines else refused.status}; see its dashboard")
-
-
-def _token() -> str | None:
-    """The cluster's token, from where Ray's own tools take it; none: there is none here.
-
-    Raises:
-        ClusterError: The file that is named cannot be read.
-    """
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray/auth_token"
-    try:
-        return path.read_text().strip() or None
-    except FileNotFoundError:
-        if named is None:
-            return None
-        raise ClusterError(f"RAY_AUTH_TOKEN_PATH={named}: is not there; {_TOKEN_ADVICE}") from None
-    except OSError as error:
-        raise ClusterError(f"{path}: {error.strerror}; {_TOKEN_ADVICE}") from error
 
 
 def _job(told: Mapping[str, Any]) -> Job:

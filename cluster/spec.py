@@ -6,11 +6,18 @@ Standard library and errors only, as is the job language. The docstring under a 
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from cluster.errors import FieldError
+
+_HOST_AND_PORT = re.compile(r"(?:[^\s:/?#\[\]@]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+_URL_START = re.compile("^https?://")
+_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_FOLDER = re.compile(r"/[^\x00-\x1f\x7f:]*[^\x00-\x1f\x7f:/]")
+"""A PATH has its folders between colons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,17 +52,47 @@ class LocalClusterSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayClusterSpec:
-    """A Ray cluster that is up. Its token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token."""
+    """A Ray cluster that is up. Its token comes from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or
+    from ~/.ray/auth_token, and has no place here."""
 
     kind: Literal["ray"] = "ray"
     address: str
-    """Where its head listens to nodes and drivers, HOST:PORT as ``ray start --head`` prints it."""
+    """For ``launcher submit``, from anywhere: its Jobs API, http://HOST:PORT or https://HOST:PORT, which is the address
+    of Ray's dashboard, port 8265 unless told otherwise. For ``launcher run`` and ``launcher resume`` on a host of the
+    cluster: where its head listens to nodes and drivers, HOST:PORT as ``ray start --head`` prints it."""
+    env: tuple[str, ...] = ()
+    """Names of environment variables that each node must have, such as AWS_SECRET_ACCESS_KEY, never their values;
+    ``launcher submit`` checks that they are set there, and sends none."""
+    venv: str | None = None
+    """The environment on the cluster's head whose bin/ holds ``launcher``, such as /opt/venv, and which Ray was started
+    from; ``launcher submit`` runs it there. Null: it is on the PATH that Ray was started with."""
     worker: WorkerSpec = field(default_factory=WorkerSpec)
 
     def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
-            raise FieldError("address", f"must be HOST:PORT, got {self.address!r}; `ray start --head` printed it")
+        if "@" in self.address:
+            raise FieldError("address", "must not hold a user, a password or a token; set RAY_AUTH_TOKEN")
+        is_url = "://" in self.address
+        where = _URL_START.sub("", self.address).removesuffix("/") if is_url else self.address
+        if not _is_host_and_port(where):
+            advice = "the Jobs API listens at port 8265 of the head" if is_url else "`ray start --head` printed it"
+            raise FieldError("address", f"must be HOST:PORT or http(s)://HOST:PORT, got {self.address!r}; {advice}")
+        for number, name in enumerate(self.env):
+            if not _VARIABLE.fullmatch(name):  # which may be a secret, so that it is not shown
+                raise FieldError(
+                    f"env[{number}]", "must be the name of an environment variable; values have no place here"
+                )
+        if self.venv is not None and not _FOLDER.fullmatch(self.venv):
+            raise FieldError("venv", f"must be the absolute path of a folder on the head, got {self.venv!r}")
+
+    @property
+    def takes_jobs(self) -> bool:
+        """The address is that of its Jobs API."""
+        return "://" in self.address
+
+
+def _is_host_and_port(text: str) -> bool:
+    found = _HOST_AND_PORT.fullmatch(text)
+    return found is not None and 0 < int(found["port"]) < 1 << 16
 
 
 ClusterSpec = LocalClusterSpec | RayClusterSpec

@@ -1,11 +1,10 @@
 """What the bits of a run depend on beside its description: versions, hardware, the user's code, the data.
 
 Workers compare theirs before they train, and the driver compares those of two attempts. The driver does without torch,
-which is imported here by the function that asks it what it has.
+which is imported here by the function that asks it what it has. What workers must have in common to understand each
+other is in ``cluster/versions.py``.
 """
 
-import functools
-import hashlib
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
+from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
     from jobs.parts import Parts
@@ -95,30 +95,6 @@ def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment
     )
 
 
-def versions() -> dict[str, Any]:
-    """What workers must have in common to understand each other, by the names of ``Environment``."""
-    import torch
-
-    return {"python": python_version(), "torch": str(torch.__version__), "launcher": launcher_digest()}
-
-
-def python_version() -> str:
-    """The major and the minor version: patches change no bit."""
-    return ".".join(platform.python_version_tuple()[:2])
-
-
-@functools.cache
-def launcher_digest() -> str:
-    """The digest of the source of the packages that train, whatever of them is imported by now.
-
-    A module of the user's that lies among them, in a checkout, counts here.
-    """
-    root = Path(__file__).parents[1]
-    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py") if file.is_file()]
-    lines = sorted(f"{_digest(file)} {file.relative_to(root).as_posix()}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     """The digests of the modules below the import paths that this process has imported, by their names.
 
@@ -133,7 +109,7 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
         if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in OWN_PACKAGES:
             continue
         if _is_source(Path(file)):
-            found[name] = _digest(Path(file))
+            found[name] = file_digest(Path(file))
     return found
 
 
@@ -245,10 +221,6 @@ def _is_source(file: Path) -> bool:
     """Whether it is one of the user's; what was compiled may differ by where that was done."""
     is_installed = not _INSTALLED.isdisjoint(file.parts) or file.is_relative_to(_STANDARD_LIBRARY)
     return file.suffix == ".py" and not is_installed and file.is_file()
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _cpu_vendor() -> str:

@@ -18,9 +18,10 @@ from cluster.link import Link
 from cluster.network import interface_of
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
+from cluster.versions import launcher_digest, versions
 from jobs.beginning import begin
 from jobs.causes import broken_exchange, named, what
-from jobs.environment import differences, grouped, launcher_digest, make_environment, versions
+from jobs.environment import differences, grouped, make_environment
 from jobs.loop import Loop, Progress
 from jobs.parts import Parts, build_parts
 from jobs.saver import Saver

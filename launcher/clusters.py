@@ -1,5 +1,6 @@
-"""Which cluster is meant by ``--cluster``: a file, one of those that are shipped, or the address of a Ray head."""
+"""Which cluster is meant by ``--cluster``: a file, one of those that are shipped, or the address of a Ray cluster."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Final
 import cluster
 from cluster.errors import DescriptionError, FieldError, nearest
 from cluster.kinds import Cluster, JoinedRay, LocalRay
+from cluster.scheduler import Scheduler
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec
 from launcher.description import Language, read, read_text
 from launcher.machine import num_cores
@@ -22,7 +24,8 @@ def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSp
     """The cluster that is meant, and the overrides of the job: what it says of workers first, the person's own last.
 
     Args:
-        named: HOST:PORT of a Ray head, the path of a YAML file, or the name of one that is shipped; none: this machine.
+        named: HOST:PORT of a Ray head, http(s)://HOST:PORT of its Jobs API, the path of a YAML file, or the name of one
+            that is shipped; none: this machine.
         overrides: Of both.
 
     Raises:
@@ -37,13 +40,47 @@ def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSp
 
 
 def open_cluster(spec: ClusterSpec) -> Cluster:
-    """The cluster that is described."""
-    return LocalRay(num_cores()) if isinstance(spec, LocalClusterSpec) else JoinedRay(spec.address)
+    """The cluster that is described, as a driver on one of its hosts joins it.
+
+    Raises:
+        DescriptionError: It cannot be joined, for its address is that of its Jobs API.
+    """
+    if isinstance(spec, LocalClusterSpec):
+        return LocalRay(num_cores())
+    if spec.takes_jobs:
+        raise DescriptionError(
+            f"{PREFIX}address: {spec.address} takes jobs, and no drivers; use launcher submit, or give HOST:PORT as "
+            "`ray start --head` printed it, on a host of the cluster"
+        )
+    return JoinedRay(spec.address)
+
+
+def open_scheduler(spec: ClusterSpec) -> Scheduler:
+    """The cluster that is described, as it runs commands for a process anywhere.
+
+    Raises:
+        DescriptionError: It runs none.
+    """
+    if isinstance(spec, LocalClusterSpec):
+        raise DescriptionError(
+            f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
+            "Jobs API of a Ray cluster, such as http://HOST:8265"
+        )
+    if not spec.takes_jobs:
+        host = spec.address.rpartition(":")[0]
+        raise DescriptionError(
+            f"{PREFIX}address: {spec.address} takes drivers, and no jobs; write http://{host}:8265, or where else the "
+            "cluster's dashboard listens"
+        )
+    from cluster.ray_jobs import RayJobs  # and with it an HTTP client and the stores
+
+    return RayJobs(spec.address, spec.venv)
 
 
 def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
-    if re.fullmatch(r"[^/]+:\d+", named):
-        return read(_CLUSTERS, f"kind: ray\naddress: '{named}'\n", f"--cluster {named}", overrides)[0]
+    if re.fullmatch(r"[^/]+:\d+|https?://.*", named):
+        source = "--cluster" if "@" in named else f"--cluster {named}"  # before it, a secret may be
+        return read(_CLUSTERS, f"kind: ray\naddress: {json.dumps(named)}\n", source, overrides)[0]
     if named.endswith((".yaml", ".yml")):
         path = Path(named)
     else:
@@ -51,8 +88,8 @@ def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
         known = sorted(shipped.stem for shipped in _SHIPPED.glob("*.yaml"))
         if named not in known:
             raise DescriptionError(
-                f"--cluster {named}: is no cluster{nearest(named, known)}; write HOST:PORT of a Ray head, the path of "
-                f"a YAML file, or one of {', '.join(known)}"
+                f"--cluster {named}: is no cluster{nearest(named, known)}; write HOST:PORT of a Ray head, "
+                f"http://HOST:8265 to submit there, the path of a YAML file, or one of {', '.join(known)}"
             )
     return read(_CLUSTERS, read_text(path), path.name, overrides)[0]
 

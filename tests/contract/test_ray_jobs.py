@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ import pytest
 
 from cluster import ray_jobs
 from cluster.errors import ClusterError
+from cluster.node_check import NEEDS_VARIABLE, marked, needs_from
+from cluster.ray_check import COMMAND
+from cluster.ray_cluster import Capacity, Node
 from cluster.ray_jobs import RayJobs
+from cluster.scheduler import Look, Needs
 
 TOKEN = "a" * 64
 
@@ -25,12 +30,16 @@ class Head:
     Attributes:
         jobs: What was begun, by id.
         says: An answer in place of its own, status and text.
+        outcome: How a job is as soon as it is begun: status, exit code and log.
+        asked: The requests it was sent, method and path.
         port: On 127.0.0.1.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.says: tuple[int, str] | None = None
+        self.outcome: tuple[str, int | None, str] = ("RUNNING", None, "")
+        self.asked: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         head = self
 
@@ -48,6 +57,9 @@ class Head:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+
+            def do_DELETE(self) -> None:
+                self._answer(*head._answer(self.headers, "DELETE", self.path, b""))
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -68,6 +80,7 @@ class Head:
             thread.join()
 
     def _answer(self, headers: Any, method: str, path: str, content: bytes) -> tuple[int, Any]:
+        self.asked.append((method, path))
         if self.says is not None:
             return self.says
         told = headers.get("Authorization")
@@ -82,18 +95,21 @@ class Head:
         job_id, _, what = path.removeprefix("/api/jobs/").partition("/")
         if job_id not in self.jobs:
             return 404, f"Job {job_id} not found"
+        if method == "DELETE":
+            del self.jobs[job_id]
+            return 200, {"deleted": True}
         if what == "stop":
             self.jobs[job_id]["status"] = "STOPPED"
             return 200, {"stopped": True}
-        return 200, {"logs": f"said by {job_id}\n"} if what == "logs" else self.jobs[job_id]
+        return 200, {"logs": self.outcome[2] or f"said by {job_id}\n"} if what == "logs" else self.jobs[job_id]
 
     def _begin(self, request: dict[str, Any]) -> tuple[int, Any]:
         with self._lock:
             if request["submission_id"] in self.jobs:
                 return 500, "Traceback ...\nValueError: it is there already\n"
             self.jobs[request["submission_id"]] = {
-                "type": "SUBMISSION", "status": "RUNNING", "message": "Job is\ncurrently running.",
-                "start_time": 1700000000500 + len(self.jobs), "driver_exit_code": None, **request,
+                "type": "SUBMISSION", "status": self.outcome[0], "message": "Job is\ncurrently running.",
+                "start_time": 1700000000500 + len(self.jobs), "driver_exit_code": self.outcome[1], **request,
             }  # fmt: skip
         return 200, {"job_id": request["submission_id"], "submission_id": request["submission_id"]}
 
@@ -130,6 +146,136 @@ def test_the_life_of_a_job(head: Head) -> None:
     assert stopped.status == "stopped"
     begin(jobs, "two")
     assert [job.id for job in jobs.jobs()] == ["one", "two"]
+
+
+def test_a_command_finds_what_is_in_the_venv_first(head: Head) -> None:
+    begin(RayJobs(head.url, "/opt/my env"))
+    assert head.jobs["one"]["entrypoint"] == "export PATH='/opt/my env'/bin:\"$PATH\"; launcher resume s3://b/r"
+    shell = subprocess.run(
+        ["sh", "-c", RayJobs("http://h:1", "/opt/$(x) env")._with_path('echo "$PATH"')],
+        env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shell.stdout == "/opt/$(x) env/bin:/usr/bin:/bin\n"
+
+
+NEEDS = Needs(store="s3://b/$x", variables=("KEY",))
+LOOK = Look(
+    capacity=Capacity(
+        nodes=(Node(id="a1", address="10.0.0.1", resources={"CPU": 8.0}, free={}, drains_at=None, is_here=True),),
+        limits=None,
+    ),
+    nodes=(),
+    silent=("10.0.0.1",),
+)
+
+
+@pytest.mark.parametrize("venv", [None, "/opt/venv"])
+def test_a_look(head: Head, venv: str | None) -> None:
+    head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n\n{marked(LOOK)}\n"
+    assert RayJobs(head.url, venv).look(NEEDS) == LOOK
+    assert head.jobs == {}, "nobody wants to see it in a list"
+
+
+def test_what_a_look_runs(head: Head) -> None:
+    head.outcome = "FAILED", 1, ""
+    with pytest.raises(ClusterError):
+        RayJobs(head.url).look(NEEDS)
+    (job,) = head.jobs.values()
+    assert job["entrypoint"].endswith("exec python -P -m cluster.ray_check")
+    assert job["submission_id"].startswith("launcher-look-")
+    variables = dict(job["runtime_env"]["env_vars"])
+    assert needs_from(variables.pop(NEEDS_VARIABLE)) == NEEDS
+    assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": "1"}
+    assert TOKEN not in json.dumps(job)
+
+
+def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
+    for name, code in (("launcher", 127), ("python", 7)):
+        ended = subprocess.run(["/bin/sh", "-c", COMMAND], env={"PATH": str(tmp_path)}, capture_output=True)
+        assert ended.returncode == 127
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    ended = subprocess.run(["/bin/sh", "-c", COMMAND], env={"PATH": str(tmp_path)}, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (7, b"-P -m cluster.ray_check\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (
+            ("FAILED", 127, "sh: 1: exec: python: not found\n"),
+            "there is no launcher, or no python, in the PATH of Ray on its head; install launcher there, or give the "
+            "folder that it is in as venv of the cluster's description",
+        ),
+        (
+            ("FAILED", 1, "x\n/usr/bin/python: No module named cluster.ray_check\n"),
+            "python on its head does not have this launcher: /usr/bin/python: No module named cluster.ray_check; "
+            "install the same version of launcher there, or give the folder that it is in as venv of the cluster's "
+            "description",
+        ),
+        (
+            ("FAILED", 1, "Traceback ...\n  File\nKeyError: 'x'\n\n"),
+            "job JOB, which looks at the nodes, ended with exit code 1: KeyError: 'x'; its log on the dashboard has "
+            "more",
+        ),
+        (
+            ("FAILED", None, ""),
+            "job JOB, which looks at the nodes, failed: Job is currently running.; see its dashboard",
+        ),
+        (
+            ("STOPPED", None, ""),
+            "job JOB, which looks at the nodes, stopped: Job is currently running.; see its dashboard",
+        ),
+        (
+            ("SUCCEEDED", 0, "nothing\n"),
+            "cannot read what job JOB has found out: there are 0 results; install the same version of launcher here "
+            "and on the cluster",
+        ),
+        (
+            ("SUCCEEDED", 0, marked(LOOK).replace("silent", "silence")),
+            "cannot read what job JOB has found out: it has other fields: silence, silent; install the same version of "
+            "launcher here and on the cluster",
+        ),
+    ],
+)
+def test_a_look_that_fails(head: Head, outcome: tuple[str, int | None, str], message: str) -> None:
+    head.outcome = outcome
+    with pytest.raises(ClusterError) as failed:
+        RayJobs(head.url).look(NEEDS)
+    (job_id,) = head.jobs  # which somebody may want to look into
+    assert str(failed.value) == f"{head.url}: {message.replace('JOB', job_id)}"
+
+
+def test_a_venv_without_launcher_is_named(head: Head) -> None:
+    head.outcome = "FAILED", 127, ""
+    with pytest.raises(ClusterError, match="no launcher, or no python, in /opt/venv/bin on its head; "):
+        RayJobs(head.url, "/opt/venv").look(NEEDS)
+
+
+def test_a_look_is_not_waited_for_without_end(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_LOOK_S", 0.0)
+    with pytest.raises(ClusterError, match="which looks at the nodes, is running after 0 s: Job is currently running"):
+        RayJobs(head.url).look(NEEDS)
+    (job,) = head.jobs.values()
+    assert job["status"] == "STOPPED"
+
+
+def test_a_look_that_is_interrupted_is_stopped(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_jobs.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        RayJobs(head.url).look(NEEDS)
+    (job,) = head.jobs.values()
+    assert job["status"] == "STOPPED"
+
+
+def test_a_look_begins_nothing_where_it_is_not_let_in(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    with pytest.raises(ClusterError, match="does not take this token"):
+        RayJobs(head.url).look(NEEDS)
+    assert head.asked == [("GET", "/api/version")]
 
 
 def test_of_many_that_begin_a_job_at_once_one_has_it(head: Head) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from cluster.agent import Task
 from cluster.link import Link
+from cluster.versions import versions
 from jobs import worker
-from jobs.environment import make_environment, versions
+from jobs.environment import make_environment
 from jobs.spec import DataSpec, Target
 from tests.distributed.small_job import full_job, plain_job
 from tests.distributed.team_process import run_processes

@@ -146,12 +146,18 @@ class Host:
         return self._inside.command("env", f"--chdir={cwd}", *assignments, *map(str, arguments))
 
     def start_ray(
-        self, head: "Host | None" = None, *, num_cpus: int = 1, environment: Mapping[str, str] | None = None
+        self,
+        head: "Host | None" = None,
+        *,
+        num_cpus: int = 1,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         """Begins to start Ray: a head, or a node that joins one.
 
         A driver needs nothing but the head's address: Ray looks for its node among the processes it sees, which are
-        those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are.
+        those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are. ``options``: more
+        of ``ray start``.
         """
         whose = ["--head", f"--port={_RAY_PORT}"] if head is None else [f"--address={head.ray_address}"]
         arguments = [
@@ -160,6 +166,7 @@ class Host:
             f"--num-cpus={num_cpus}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--temp-dir={self._home / self.name}",
+            *options,
         ]
         with open(self._ray_log, "wb") as log:
             self._ray = subprocess.Popen(

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DescriptionError
+from cluster.kinds import JoinedRay
+from cluster.ray_jobs import RayJobs
 from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
-from launcher.clusters import load_cluster
+from launcher.clusters import load_cluster, open_cluster, open_scheduler
 from launcher.description import load
 from launcher.schema import entries
 
@@ -32,6 +34,51 @@ def test_without_a_name_it_is_this_machine():
 
 def test_an_address_is_that_of_a_ray_head():
     assert load_cluster("10.0.0.1:6379", [])[0] == RayClusterSpec(address="10.0.0.1:6379")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://head:8265", "https://ray.example.com:443", "http://10.0.0.1:8265/", "http://[fd00::1]:8265",
+    ],
+)  # fmt: skip
+def test_one_that_is_submitted_to(address):
+    spec, _ = load_cluster(address, ["cluster.env=[HOME,_A1]", "cluster.venv=/opt/my env"])
+    assert spec == RayClusterSpec(address=address, env=("HOME", "_A1"), venv="/opt/my env")
+    assert isinstance(open_scheduler(spec), RayJobs)
+    with pytest.raises(
+        DescriptionError, match=r"^cluster\.address: http.* takes jobs, and no drivers; use launcher submit"
+    ):
+        open_cluster(spec)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://head", "http://head:0", "http://head:8265/x", "http://head:8265?token=a", "http://head:8265#a",
+        "ftp://head:8265", "HTTP://head:8265", "http://:8265", "http://http://head:8265", "head:x", ":1", "a/b:1",
+        "head:6379/", "fd00::1:6379", "http:// :1",
+    ],
+)  # fmt: skip
+def test_what_is_no_address(address, write):
+    with pytest.raises(DescriptionError, match=r"^own\.yaml: address must be HOST:PORT or http\(s\)://HOST:PORT, got "):
+        load_cluster(write(f"kind: ray\naddress: '{address}'\n"), [])
+
+
+def test_what_takes_no_jobs():
+    with pytest.raises(DescriptionError) as caught:
+        open_scheduler(LocalClusterSpec())
+    assert str(caught.value) == (
+        "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the Jobs API of "
+        "a Ray cluster, such as http://HOST:8265"
+    )
+    with pytest.raises(DescriptionError) as caught:
+        open_scheduler(RayClusterSpec(address="head:6379"))
+    assert str(caught.value) == (
+        "cluster.address: head:6379 takes drivers, and no jobs; write http://head:8265, or where else the cluster's "
+        "dashboard listens"
+    )
+    assert isinstance(open_cluster(RayClusterSpec(address="head:6379")), JoinedRay)
 
 
 def test_a_shipped_one_reads_the_environment(monkeypatch):
@@ -62,7 +109,20 @@ def test_text_that_looks_like_a_number_stays_text(write):
         ("kind: ray", "own.yaml: address is missing; write text"),
         (
             "kind: ray\naddress: head",
-            "own.yaml: address must be HOST:PORT, got 'head'; `ray start --head` printed it",
+            "own.yaml: address must be HOST:PORT or http(s)://HOST:PORT, got 'head'; `ray start --head` printed it",
+        ),
+        (
+            "kind: ray\naddress: http://h:8265\ntoken: secret",
+            "own.yaml: token is not a known key (did you mean 'worker'?)",
+        ),
+        ("kind: ray\naddress: http://h:8265\nenv: HOME", "own.yaml: env must be a list of text, got 'HOME'"),
+        (
+            "kind: ray\naddress: http://h:8265\nenv: [HOME, KEY=secret]",
+            "own.yaml: env[1] must be the name of an environment variable; values have no place here",
+        ),
+        (
+            "kind: ray\naddress: http://h:8265\nvenv: venv",
+            "own.yaml: venv must be the absolute path of a folder on the head, got 'venv'",
         ),
         ("kind: local\naddress: head:1", "own.yaml: address is not a known key; the keys here are kind, worker"),
         ("kind: local\nworker: {cpu: 1}", "own.yaml: worker.cpu is not a known key (did you mean 'cpus'?)"),
@@ -85,10 +145,26 @@ def test_what_is_wrong_with_a_file(write, text, message):
         (
             "rya",
             [],
-            "--cluster rya: is no cluster (did you mean 'ray'?); write HOST:PORT of a Ray head, the path of a YAML "
-            "file, or one of local, ray",
+            "--cluster rya: is no cluster (did you mean 'ray'?); write HOST:PORT of a Ray head, "
+            "http://HOST:8265 to submit there, the path of a YAML file, or one of local, ray",
         ),
-        ("h:70000", [], "--cluster h:70000: address must be HOST:PORT, got 'h:70000'; `ray start --head` printed it"),
+        (
+            "h:70000",
+            [],
+            "--cluster h:70000: address must be HOST:PORT or http(s)://HOST:PORT, got 'h:70000'; `ray start --head` "
+            "printed it",
+        ),
+        (
+            "http://h",
+            [],
+            "--cluster http://h: address must be HOST:PORT or http(s)://HOST:PORT, got 'http://h'; the Jobs API "
+            "listens at port 8265 of the head",
+        ),
+        (
+            "http://me:secret@h:8265",
+            [],
+            "--cluster: address must not hold a user, a password or a token; set RAY_AUTH_TOKEN",
+        ),
         (None, ["cluster.kind=ray"], "command line: cluster.kind=ray changes a cluster; name it with --cluster"),
         ("local", ["cluster.worker.gpus=two"], "command line: worker.gpus must be a whole number or null, got 'two'"),
     ],

@@ -1,0 +1,132 @@
+"""The Jobs API of a real head, asked by a host that is no member of the cluster; the head needs ray[default].
+
+What the API answers is in ``tests/contract/test_ray_jobs.py``, against a head that is none. This shows that Ray's own
+answers so, and that its nodes look at themselves.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.node_check import look_in
+from cluster.scheduler import Look
+from cluster.versions import versions
+from tests.faults.hosts import Host, hosts, why_there_can_be_none
+
+pytestmark = pytest.mark.slow
+
+DASHBOARD_PORT = 8265
+TIMEOUT_S = 600
+BEGIN = """\
+import sys, time
+from cluster.errors import ClusterError
+from cluster.scheduler import ENDED, Needs
+from launcher.clusters import load_cluster, open_scheduler
+
+scheduler = open_scheduler(load_cluster(sys.argv[1], [f"cluster.venv={sys.argv[2]}"])[0])
+"""
+WAIT = """
+for _ in range(240):
+    try:
+        print(scheduler.ray_version())
+        break
+    except ClusterError as error:
+        print(error, file=sys.stderr)
+        time.sleep(0.5)
+else:
+    raise SystemExit("the head does not serve its Jobs API")
+"""
+LOOK = """
+from cluster.node_check import marked
+
+print(marked(scheduler.look(Needs(store=sys.argv[3], variables=("ON_EACH", "ON_HEAD")))))
+"""
+LIVE = """
+import json
+
+def wait(ready):
+    for _ in range(1200):
+        if ready():
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"{scheduler.read('one')}: {scheduler.log('one')}")
+
+COMMAND = "trap 'sleep 5; echo saved; exit 0' TERM; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
+begin = lambda: scheduler.begin("one", COMMAND, {"GIVEN": "given"}, save_s=60, metadata={"run": "s3://b/r"})
+told = {"absent": scheduler.read("one"), "begins": [begin(), begin()]}
+wait(lambda: "begun given" in scheduler.log("one"))
+told["running"] = scheduler.read("one").status
+scheduler.stop("one")
+wait(lambda: scheduler.read("one").status in ENDED)
+told |= {"status": scheduler.read("one").status, "log": scheduler.log("one")}
+told["jobs"] = [job.id for job in scheduler.jobs()]
+print(json.dumps(told))
+"""
+FAIL = """
+scheduler.begin("two", "exit 7", {}, save_s=1, metadata={})
+while (job := scheduler.read("two")).status not in ENDED:
+    time.sleep(0.1)
+print(job.status, job.exit_code)
+"""
+
+
+@pytest.fixture
+def three() -> Iterator[list[Host]]:
+    if reason := why_there_can_be_none():
+        pytest.skip(reason)
+    with hosts("head", "second", "laptop") as made:
+        yield made
+
+
+def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
+    head, second, laptop = three
+    head.start_ray(environment={"ON_EACH": "1", "ON_HEAD": "1"}, options=["--dashboard-host=0.0.0.0"])
+    second.start_ray(head, environment={"ON_EACH": "1"})
+    for host in (head, second):
+        host.wait_for_ray()
+
+    def ask(script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", BEGIN + script, f"http://{head.address}:{DASHBOARD_PORT}", sys.prefix]
+        command = laptop.command([*words, *arguments], tmp_path, environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+    def look(store: Path) -> Look:
+        asked = ask(LOOK, store)
+        assert asked.returncode == 0, asked.stderr
+        return look_in(asked.stdout)
+
+    import ray
+
+    assert ask(WAIT).stdout == f"{ray.__version__}\n", head
+    looked = look(tmp_path / "runs")
+    assert {node.address: node.missing for node in looked.nodes} == {head.address: (), second.address: ("ON_HEAD",)}
+    assert {node.id for node in looked.nodes} == {node.id for node in looked.capacity.nodes}
+    for report in looked.nodes:
+        assert dict(report.versions) == {**versions(), "ray": ray.__version__}
+        assert report.store_error == ""
+    assert looked.silent == ()
+    assert [node.free["CPU"] for node in looked.capacity.nodes] == [1.0, 1.0]
+    (tmp_path / "file").write_text("")
+    for report in look(tmp_path / "file/runs").nodes:
+        assert report.store_error.startswith(f"{tmp_path}/file/runs: cannot write ")
+
+    lived = ask(LIVE)
+    assert lived.returncode == 0, lived.stderr
+    told = json.loads(lived.stdout)
+    assert (told["absent"], told["begins"], told["running"]) == (None, [True, False], "running")
+    assert told["status"] == "stopped"
+    assert told["log"].splitlines()[-2:] == ["begun given 1", "saved"]
+    assert told["jobs"] == ["one"], "those that looked are gone"
+    assert ask(FAIL).stdout == "failed 7\n"
+    refused = ask(LOOK, tmp_path, RAY_AUTH_TOKEN="b" * 64)
+    assert refused.returncode == 1
+    assert "does not take this token" in refused.stderr
+
+    second.cut()  # Ray believes for a minute that it is there
+    looked = look(tmp_path / "runs")
+    assert ([node.address for node in looked.nodes], looked.silent) == ([head.address], (second.address,))
