@@ -8,6 +8,7 @@ be checked without being parsed. This module does not know which files belong to
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import struct
@@ -59,6 +60,16 @@ def make_bundle(files: Mapping[str, CodeFile]) -> Bundle:
             archive.writestr(info, files[name].data)
     data = buffer.getvalue()
     return Bundle(hashlib.sha256(data).hexdigest(), data, names)
+
+
+def check_digest(sha256: str) -> None:
+    """Makes sure that a text is a digest, and so a plain name: it may come from a document that others could write.
+
+    Raises:
+        StorageError: It is not.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise StorageError(f"code {sha256!r}: is no SHA-256 digest; submit the run again")
 
 
 def unpack(data: bytes, sha256: str, below: Path) -> Path:

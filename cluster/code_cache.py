@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from cluster.bundle import unpack
+from cluster.bundle import check_digest, unpack
 from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory
 
@@ -18,8 +18,9 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
         check_store: Read the bundle in any case, since other hosts will have to.
 
     Raises:
-        StorageError: The bundle is missing or damaged, or there is no safe place to unpack it.
+        StorageError: The bundle is missing or damaged, that is no digest, or there is no safe place to unpack it.
     """
+    check_digest(sha256)
     below = _private_folder()
     if not check_store and (below / sha256).is_dir():
         return below / sha256

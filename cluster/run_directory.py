@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cluster.bundle import check_digest
 from cluster.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.claims import Claim, newest_status
 from cluster.documents import read_document, write_document
@@ -230,9 +231,7 @@ class RunDirectory:
 
 
 def _code_object(sha256: str) -> str:
-    """Of a bundle; its digest may come from a document that anybody could have written."""
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise StorageError(f"code {sha256!r}: is no SHA-256 digest; submit the run again")
+    check_digest(sha256)
     return f"{_CODE}/{sha256}.zip"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
 
 from cluster.errors import ClusterError, DescriptionError, listed
@@ -13,6 +14,7 @@ from launcher.description import Description
 from launcher.plan import Plan, Tried, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
+_ACCELERATOR = "accelerator_type:"
 _DIGITS = 12
 """Of a digest, in a line."""
 
@@ -95,11 +97,11 @@ def fit(description: Description, store: Store, tried: Tried, capacity: Capacity
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    """What of it workers ask for."""
-    of_interest = {
-        name.removeprefix("accelerator_type:"): amount
-        for name, amount in resources.items()
-        if name in ("CPU", "GPU") or name.startswith("accelerator_type:")
-    }
-    told = [f"{amount:g} {name}" if name in ("CPU", "GPU") else name for name, amount in of_interest.items()]
+    """What workers ask for of what there is, by Ray's names."""
+    told = []
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU"):
+            told.append(f"{amount:g} {name}" if amount < sys.maxsize else f"any number of {name}")  # Ray's "no limit"
+        elif name.startswith(_ACCELERATOR):
+            told.append(name.removeprefix(_ACCELERATOR))
     return ", ".join(told) or "nothing"

@@ -440,7 +440,8 @@ def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
         "packages": _versions(),
         "hardware": {"machine": platform.machine(), "cores": num_cores(), "gpus_per_worker": plan.gpus},
         "workers": plan.num_workers,
-        "git": _git_state(),
+        # Of the code: where a bundle was made, and not where it was unpacked.
+        "git": git_state() if code.sha256 is None else (run.read_submission() or {}).get("git"),
         "command": " ".join(map(os.path.basename, sys.argv[:2])),
     }
     run.write_environment(
@@ -459,7 +460,7 @@ def _versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Revision and digest of uncommitted changes of the working directory's repository, if it is in one."""
 
     def git(*arguments: str) -> bytes:

@@ -71,10 +71,15 @@ def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
         The ``--json`` document at the end.
 
     Raises:
-        ClusterError: It is still running after ``timeout_s`` seconds.
+        ClusterError: It is still running after ``timeout_s`` seconds, or has not begun: nobody would read the request.
     """
     deadline = time.monotonic() + timeout_s
     status = read_status(run)
+    if status["status"] == "submitted":
+        raise ClusterError(
+            f"{run.url}: has not begun yet; stop its job, {status['job']}, on {status['cluster']}, or ask again once "
+            "it runs"
+        )
     if status["status"] == "running":
         run.request_stop()
     while status["status"] == "running":

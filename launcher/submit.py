@@ -26,7 +26,7 @@ from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
 from launcher.plan import Plan, Tried, try_job
 from launcher.progress import Progress
-from launcher.runs import check_unchanged, compare, left_to_plan, one_line, placed_at, run_directory
+from launcher.runs import check_unchanged, compare, git_state, left_to_plan, one_line, placed_at, run_directory
 from launcher.status import is_driven, read_status
 from launcher.user_code import make_import_paths
 
@@ -49,10 +49,6 @@ class Place(Protocol):
     @property
     def env(self) -> tuple[str, ...]:
         """The names of the variables that its nodes must have."""
-
-    @property
-    def environment(self) -> str | None:
-        """The folder of the prepared environment on its hosts; none: ``launcher`` is on the path of the shell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +105,7 @@ def submit(
         return _left_alone(run, standing, place, why_not, display)
     for change in _look_at(run, description).changed:  # again: somebody may have submitted another run by this name
         display.message(f"changed {change}")
-    job_id, command = make_job_id(run.url, number), make_command(run.url, place)
+    job_id, command = make_job_id(run.url, number), make_command(run.url)
     about = {"job": job_id, "number": number, "command": command, "cluster": place.address}
     _write(run, description, bundle, about | {"driver_before": (standing.status or {}).get("claimed")})
     display.phase(f"beginning {job_id}")
@@ -127,10 +123,9 @@ def make_job_id(run_url: str, number: int) -> str:
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
 
-def make_command(run_url: str, place: Place) -> str:
-    """What goes on with a run, as a line for the shell of a host of the cluster; the cluster names itself there."""
-    program = "launcher" if place.environment is None else shlex.quote(f"{place.environment.rstrip('/')}/bin/launcher")
-    return f'exec {program} resume {shlex.quote(run_url)} --json --cluster "$RAY_ADDRESS"'
+def make_command(run_url: str) -> str:
+    """What goes on with a run, as a line for the shell of a host of the cluster; Ray names the cluster there."""
+    return f'exec launcher resume {shlex.quote(run_url)} --json --cluster "$RAY_ADDRESS"'
 
 
 # --- How the run stands ---
@@ -227,6 +222,7 @@ def _write(run: RunDirectory, description: Description, bundle: Bundle, about: M
             "host": socket.gethostname(),
             "working_directory": os.getcwd(),
             "versions": own_versions(),
+            "git": git_state(),
         }
     )
     run.write_job(description.text)

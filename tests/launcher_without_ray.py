@@ -25,7 +25,7 @@ from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.kinds import Cluster
 from cluster.ray_cluster import Node, WorkerResources
-from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, Somewhere
+from tests.schedulers import FOLDER_VARIABLE, LocalScheduler
 
 _ADDRESS = "127.0.0.1"
 _SERVER = "LAUNCHER_TEST_FORK_SERVER"
@@ -231,8 +231,6 @@ def main() -> None:
     replaced.LocalRay = Machine
     if FOLDER_VARIABLE in os.environ:
         replaced.open_scheduler = lambda _: LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
-        if sys.argv[1] == "submit":
-            replaced.load_cluster = lambda named, overrides: (Somewhere(address=named), [*overrides])
     replaced = runs
     replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
     cli.main()

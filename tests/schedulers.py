@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,7 @@ from launcher.nodes import own_versions
 FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
 """The environment variable that names the folder of the cluster that ``launcher submit`` means in tests."""
 ADDRESS = "10.0.0.1"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Somewhere:
-    """The description of a cluster, as far as ``launcher.submit`` reads it."""
-
-    address: str = "test-cluster:6379"
-    env: tuple[str, ...] = ()
-    environment: str | None = None
+URL = "http://test-cluster:8265"
 
 
 def a_node(address: str = ADDRESS, **resources: float) -> Node:
@@ -86,11 +77,7 @@ class LocalScheduler(Scheduler):
         line = f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}"
         with (self._jobs / job_id / "log").open("wb") as log:
             process = subprocess.Popen(
-                [
-                    "sh",
-                    "-c",
-                    f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}",
-                ],
+                ["sh", "-c", line],
                 cwd=self._work,
                 env={
                     **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},

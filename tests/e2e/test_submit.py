@@ -13,9 +13,9 @@ import pytest
 
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
-from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, local_scheduler
+from tests.schedulers import FOLDER_VARIABLE, URL, LocalScheduler, local_scheduler
 
-CLUSTER = ("--cluster", "test-cluster:6379")
+CLUSTER = ("--cluster", URL)
 SLOW = """
 import time
 
@@ -81,7 +81,7 @@ def test_the_code_comes_from_the_bucket_and_the_bits_are_those_of_a_run_in_place
     assert ended.exit_code == 0, ended.stderr
     run, job_id = store_of(laptop), ended.document["job"]
     assert ended.document == {
-        "run": str(run), "job": job_id, "cluster": "test-cluster:6379", "status": "submitted",
+        "run": str(run), "job": job_id, "cluster": URL, "status": "submitted",
     }  # fmt: skip
     assert cluster.wait(job_id).exit_code == 0, cluster.log(job_id)
     status = launcher("status", run, "--json", cwd=laptop.parent).document
@@ -233,7 +233,7 @@ def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, clu
         assert (told["status"], told["step"], told["job"]) == ("submitted", 0, job_id)
         text = launcher("status", run, cwd=tmp_path).stdout
         assert "is submitted at step 0" in text
-        assert f"job        {job_id} on test-cluster:6379" in text
+        assert f"job        {job_id} on {URL}" in text
         (listed,) = launcher("list", tmp_path / "store", "--json", cwd=tmp_path).document
         assert listed["status"] == "submitted"
         again = submit(laptop, "workers.num=1")

@@ -15,10 +15,11 @@ import pytest
 
 from cluster import bundle
 from cluster.bundle import Bundle, CodeFile, make_bundle, unpack
+from cluster.code_cache import fetch_code
 from cluster.errors import DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from launcher import code
-from launcher.code import pack
+from launcher.code import pack, pack_job
 
 MIB = 1 << 20
 
@@ -685,3 +686,104 @@ def test_too_many_files_are_not_unpacked(nodes, monkeypatch):
     monkeypatch.setattr(bundle, "MAX_FILES", 2)
     with pytest.raises(StorageError, match="in 3 files, the limits are 33,554,432 and 2; submit"):
         unpack(THREE.data, THREE.sha256, nodes)
+
+
+class TestTheCodeOfAJob:
+    @pytest.fixture(autouse=True)
+    def _in_project(self, tmp_path, monkeypatch):
+        (tmp_path / "project").mkdir()
+        monkeypatch.chdir(tmp_path / "project")
+
+    def test_is_the_folder_of_the_job_file_and_the_modules_of_the_working_directory(self, folder):
+        write(folder, "own.yaml", "near.py")
+        write(
+            Path.cwd(), "far.py", "models/__init__.py", "models/net.py", "models/labels.csv", "space/a.py", "other.py"
+        )
+        bundle = pack_job(folder, ["near", "far", "models", "models.net", "space.a"])
+        assert bundle.names == (
+            "far.py", "models/__init__.py", "models/labels.csv", "models/net.py", "near.py", "own.yaml", "space/a.py",
+        )  # fmt: skip
+
+    def test_is_once_what_is_in_both(self, folder, monkeypatch):
+        write(folder, "own.yaml", "near.py")
+        monkeypatch.chdir(folder)
+        assert pack_job(folder, ["near"]) == pack(folder)
+
+    def test_of_a_package_is_the_outermost(self, folder):
+        write(folder, "outer/__init__.py", "outer/inner/__init__.py", "outer/inner/own.yaml", "outer/a.py", "beside.py")
+        bundle = pack_job(folder / "outer/inner", ["outer", "outer.a", "outer.inner", "beside"])
+        assert bundle.names == (
+            "beside.py", "outer/__init__.py", "outer/a.py", "outer/inner/__init__.py", "outer/inner/own.yaml",
+        )  # fmt: skip
+
+    def test_of_a_description_that_is_shipped_is_none(self):
+        assert pack_job(Path(__file__).parents[2] / "jobs", []).names == ()
+
+    def test_what_git_ignores_is_missed(self, folder):
+        write(folder, "own.yaml", "near.py", "models/net.py", **{".gitignore": "near.py\nnet.py\n"})
+        with pytest.raises(DescriptionError, match="job: models.net, near would be missing on the cluster"):
+            pack_job(folder, ["near", "models.net", "from.elsewhere"])
+
+    def test_is_limited_as_a_whole(self, folder):
+        half = b"x" * (bundle.MAX_BYTES // 2 + 1)
+        write(folder, **{"a.bin": half})
+        write(Path.cwd(), "far/__init__.py", **{"far/b.bin": half})
+        with pytest.raises(DescriptionError, match="has 32.01 MiB in 3 files, the limits are 32 MiB"):
+            pack_job(folder, ["far"])
+        assert pack_job(folder, []).names == ("a.bin",)
+
+
+class TestOnAHost:
+    @pytest.fixture
+    def run(self, tmp_path) -> RunDirectory:
+        return RunDirectory(str(tmp_path / "run"))
+
+    @pytest.fixture
+    def code(self, run) -> Bundle:
+        made = make_bundle({"mine.py": CodeFile(b"x = 1\n", False)})
+        run.write_code(made.sha256, made.data)
+        return made
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache/launcher/code"
+
+    def test_is_unpacked_once_where_others_cannot_write(self, run, code, cache):
+        folder = fetch_code(run, code.sha256)
+        assert (folder, (folder / "mine.py").read_text()) == (cache / code.sha256, "x = 1\n")
+        assert cache.stat().st_mode & 0o777 == 0o700
+        run.store.delete([f"code/{code.sha256}.zip"])
+        assert fetch_code(run, code.sha256) == folder
+        with pytest.raises(StorageError, match="the code of the run, is missing"):
+            fetch_code(run, code.sha256, check_store=True)
+
+    def test_by_default_below_the_home(self, run, code, tmp_path, monkeypatch):
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert fetch_code(run, code.sha256) == tmp_path / "home/.cache/launcher/code" / code.sha256
+
+    def test_a_folder_that_others_could_write_to_is_closed(self, run, code, cache, umask):
+        umask(0)
+        cache.mkdir(parents=True, mode=0o777)
+        fetch_code(run, code.sha256)
+        assert cache.stat().st_mode & 0o777 == 0o700
+
+    def test_a_folder_of_another_user_is_refused(self, run, code, cache):
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        cache.mkdir(parents=True)
+        os.chown(cache, 12345, 12345)
+        with pytest.raises(StorageError, match="belongs to another user; set XDG_CACHE_HOME"):
+            fetch_code(run, code.sha256)
+
+    def test_without_a_place_it_says_what_to_do(self, run, code, tmp_path):
+        (tmp_path / "cache").write_text("a file")
+        with pytest.raises(StorageError, match="code cannot be unpacked on this host: .*; set XDG_CACHE_HOME"):
+            fetch_code(run, code.sha256)
+
+    @pytest.mark.parametrize("digest", ["../../x", "", "A" * 64])
+    def test_what_is_no_digest_is_no_path(self, run, digest, cache):
+        with pytest.raises(StorageError, match="is no SHA-256 digest"):
+            fetch_code(run, digest)
+        assert not cache.exists() or not any(cache.iterdir())

@@ -1,0 +1,391 @@
+"""What a submission refuses, in one line and before anything is written; and what it writes and begins."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import ClusterError, DescriptionError
+from cluster.ray_cluster import Capacity
+from cluster.run_directory import RunDirectory
+from cluster.scheduler import Job, JobStatus, Look, Needs, Scheduler
+from cluster.spec import RayClusterSpec
+from cluster.storage import Store
+from jobs.order import StepPlan
+from launcher import submit as submit_module
+from launcher.cli import main
+from launcher.description import Description, load, parse
+from launcher.nodes import own_versions
+from launcher.plan import Tried
+from launcher.submit import make_command, make_job_id, submit
+from tests import saved
+from tests.schedulers import URL, a_look, a_node, a_report
+
+JOBS = Path(__file__).parents[2] / "jobs"
+JOB = """\
+name: digits
+store: {store}
+model: {{_target_: jobs.models.Net}}
+data: {{train: jobs.data.digits}}
+loss: CrossEntropyLoss
+optimizer: SGD
+workers: {{num: 2, cpus: 1}}
+"""
+
+
+@dataclass
+class Said:
+    """A display that remembers."""
+
+    messages: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def update(self, **_: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class FakeScheduler(Scheduler):
+    """A cluster that has what a test gives it, and begins nothing."""
+
+    has: Look = field(default_factory=a_look)
+    known: dict[str, JobStatus] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    asked: list[Needs] = field(default_factory=list)
+
+    def look(self, needs: Needs) -> Look:
+        self.asked.append(needs)
+        return self.has
+
+    def begin(
+        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+    ) -> bool:
+        assert not environment, "everyone can read it"
+        assert save_s >= 60
+        assert metadata["run"] in command
+        if job_id in self.known:
+            return False
+        self.known[job_id] = "pending"
+        self.commands.append(command)
+        return True
+
+    def read(self, job_id: str) -> Job | None:
+        if job_id not in self.known:
+            return None
+        return Job(id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None)
+
+    def jobs(self) -> list[Job]:
+        raise NotImplementedError
+
+    def stop(self, job_id: str) -> None:
+        raise NotImplementedError
+
+    def log(self, job_id: str) -> str:
+        raise NotImplementedError
+
+
+TRIED = Tried(
+    steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
+    num_val_samples=0,
+    gpus_here=0,
+    groups=[],
+    parameters=10,
+    checkpoint_bytes=100,
+    trial_samples=16,
+    trial_loss=1.0,
+    data_fingerprint="ab",
+    modules=(),
+    rates=(),
+    init_from=None,
+)
+
+
+@pytest.fixture(autouse=True)
+def _tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial needs torch and seconds, and is not what these tests are about."""
+
+    def try_job(description: Description, _: tuple[str, ...]) -> tuple[Store, Tried]:
+        return Store(description.spec.store), TRIED
+
+    monkeypatch.setattr(submit_module, "try_job", try_job)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "job"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Description:
+    return parse(JOB.format(store=tmp_path / "store"), "digits.yaml")
+
+
+def hand_over(
+    job: Description, folder: Path, scheduler: FakeScheduler, said: Said | None = None, **spec: Any
+) -> dict[str, Any]:
+    return submit(job, folder, scheduler, RayClusterSpec(address=URL, **spec), said or Said())
+
+
+def run_of(job: Description) -> RunDirectory:
+    return RunDirectory(Store(job.spec.store).at(job.spec.name))
+
+
+def of_versions(**versions: str) -> Mapping[str, str]:
+    return own_versions() | versions
+
+
+MINE = own_versions()
+FIRST, SECOND = a_node("10.0.0.1"), a_node("10.0.0.2")
+REFUSALS: dict[str, tuple[Look, str]] = {
+    "nodes of two versions of Ray": (
+        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", versions={"ray": "2.1.0"}))),
+        f"versions differ: ray {MINE['ray']} on 10.0.0.1, this machine, 2.1.0 on 10.0.0.2; install the same everywhere",
+    ),
+    "nodes of another Python": (
+        a_look(FIRST, reports=(a_report(versions={"python": "3.9"}),)),
+        f"versions differ: python 3.9 on 10.0.0.1, {MINE['python']} on this machine; install the same everywhere",
+    ),
+    "nodes of another torch": (
+        a_look(FIRST, reports=(a_report(versions={"torch": "2.0.1+cu118"}),)),
+        f"versions differ: torch 2.0.1+cu118 on 10.0.0.1, {MINE['torch']} on this machine; install the same everywhere",
+    ),
+    "nodes of two builds of torch": (
+        a_look(
+            FIRST,
+            SECOND,
+            reports=(
+                a_report("10.0.0.1", versions={"torch": "1+cpu"}),
+                a_report("10.0.0.2", versions={"torch": "1+cu"}),
+            ),
+        ),
+        f"versions differ: torch 1+cpu on 10.0.0.1, 1+cu on 10.0.0.2, {MINE['torch']} on this machine; "
+        "install the same everywhere",
+    ),
+    "nodes of another launcher": (
+        a_look(FIRST, reports=(a_report(versions={"launcher": "0" * 64}),)),
+        f"versions differ: launcher 000000000000 on 10.0.0.1, {MINE['launcher'][:12]} on this machine; "
+        "install the same everywhere",
+    ),
+    "a variable that is missing": (
+        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", missing=("TOKEN",)))),
+        "environment variables: 10.0.0.2 lacks TOKEN; set them where its nodes start",
+    ),
+    "a store that a node does not reach": (
+        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", store_error="cannot be written"))),
+        "the store cannot be used from 10.0.0.2: cannot be written; use one that every node reaches, such as "
+        "s3://bucket/runs",
+    ),
+    "nodes that do not answer": (
+        a_look(FIRST, reports=(), silent=("10.0.0.1",)),
+        "no node answers: 10.0.0.1; look at the cluster's own logs",
+    ),
+    "more than there can be": (
+        a_look(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
+        "digits.yaml: workers.num must be at most 1 on this cluster: so many workers of 1 CPU, 1 GPU fit on its 2 "
+        "nodes, got 2; add nodes, or lower workers.num. "
+        "There is 10.0.0.1 with 1 CPU, 2 GPU, H100, 10.0.0.2 with 0 CPU, 0 GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what):
+    look, message = REFUSALS[what]
+    scheduler = FakeScheduler(look)
+    with pytest.raises(ClusterError) as caught:
+        hand_over(job, folder, scheduler)
+    assert str(caught.value) == f"{URL}: {message}"
+    assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
+
+
+def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
+    none = Capacity(nodes=(), limits={"CPU": 1.0, "memory": 1e9})
+    with pytest.raises(ClusterError, match="There is no node; its autoscaler may bring it to 1 CPU$"):
+        hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=none, nodes=())))
+    enough = Capacity(nodes=(), limits={"CPU": 4.0})
+    assert hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=enough, nodes=())))["status"] == "submitted"
+
+
+def test_room_that_is_not_there_now_is_waited_for_there(job, folder):
+    scheduler = FakeScheduler(a_look(replace(a_node(), free={"CPU": 0.0})))
+    assert hand_over(job, folder, scheduler)["status"] == "submitted"
+
+
+def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
+    build = MINE["torch"].partition("+")[0] + "+cu999"
+    assert hand_over(job, folder, FakeScheduler(a_look(reports=(a_report(versions={"torch": build}),))))["job"]
+
+
+def test_a_node_that_is_silent_is_told_of(job, folder):
+    said = Said()
+    hand_over(job, folder, FakeScheduler(a_look(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
+    assert said.warnings[:1] == [f"{URL}: no answer from 10.0.0.2; workers may be placed there all the same"]
+
+
+def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCH", "64")
+    text = JOB.format(store=tmp_path / "store") + (
+        "train: {global_batch: '${oc.decode:${oc.env:BATCH}}', epochs: '${oc.decode:${oc.env:EPOCHS,1}}'}\n"
+    )
+    scheduler = FakeScheduler()
+    hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
+    assert scheduler.asked == [Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"))]
+
+
+def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
+    job = load(JOBS / "resnet50.yaml", [f"store={tmp_path / 'store'}"])
+    scheduler = FakeScheduler(a_look(a_node(CPU=64.0, GPU=8.0)))
+    assert hand_over(job, folder, scheduler)["status"] == "submitted"
+    with pytest.raises(ClusterError, match="for 8 workers needs 8 GPUs, and this cluster has 4"):
+        hand_over(job, folder, FakeScheduler(a_look(a_node(CPU=64.0, GPU=4.0))))
+
+
+def test_what_is_written(job, folder, tmp_path):
+    (folder / "mine.py").write_text("x = 1\n")
+    scheduler = FakeScheduler()
+    result = hand_over(job, folder, scheduler)
+    run = run_of(job)
+    assert result == {"run": run.url, "job": make_job_id(run.url, 0), "cluster": URL, "status": "submitted"}
+    assert scheduler.commands == [f'exec launcher resume {run.url} --json --cluster "$RAY_ADDRESS"']
+    submission = json.loads((tmp_path / "store/digits/submission.json").read_text())
+    assert submission.keys() == {
+        "job", "number", "command", "cluster", "driver_before", "code", "time", "user", "host", "working_directory",
+        "versions", "git",
+    }  # fmt: skip
+    assert b"mine.py" in run.read_code(submission["code"])
+    assert run.read_job() == job.text
+    (tmp_path / f"store/digits/code/{submission['code']}.zip").write_bytes(b"")
+    run.write_code(submission["code"], b"others")
+    assert run.store.read(f"code/{submission['code']}.zip") == b"", "not written again"
+
+
+@pytest.mark.parametrize("name", ["digits", "my run", "ünï", "x" * 100])
+def test_a_job_id_is_fit_for_every_cluster(name):
+    job_id = make_job_id(f"s3://bucket/runs/{name}", 12)
+    assert re.fullmatch("[A-Za-z0-9_-]{1,60}-12", job_id)
+    assert job_id != make_job_id(f"s3://other/runs/{name}", 12)
+
+
+def test_a_url_is_quoted_for_the_shell():
+    assert "resume '/runs/my run; rm' --json" in make_command("/runs/my run; rm")
+
+
+class TestTheSameRunAgain:
+    def test_while_its_job_lives(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        first = hand_over(job, folder, scheduler)
+        again = hand_over(job, folder, scheduler, said)
+        assert again == first
+        assert len(scheduler.commands) == 1
+        assert said.messages == [
+            f"{first['run']} is there already, job {first['job']} is pending; stop it with "
+            f"`launcher stop {first['run']}`"
+        ]
+
+    def test_after_its_job_died(self, job, folder):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        second = hand_over(job, folder, scheduler)["job"]
+        assert (first[-2:], second[-2:], len(scheduler.commands)) == ("-0", "-1", 2)
+
+    def test_on_a_cluster_that_knows_of_none(self, job, folder):
+        first = hand_over(job, folder, FakeScheduler())["job"]
+        assert hand_over(job, folder, FakeScheduler())["job"] == first
+
+    def test_when_somebody_else_was_faster(self, job, folder):
+        said = Said()
+        job_id = make_job_id(run_of(job).url, 0)
+        result = hand_over(job, folder, FakeScheduler(known={job_id: "running"}), said)
+        assert result["job"] == job_id
+        assert "by somebody else at the same time" in said.messages[0]
+
+    def test_while_somebody_drives_it_elsewhere(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        run = run_of(job)
+        run.claim()
+        run.write_job(job.text)
+        assert hand_over(job, folder, scheduler, said) == {
+            "run": run.url, "job": None, "cluster": URL, "status": "running",
+        }  # fmt: skip
+        assert "is running it; stop it with" in said.messages[0]
+        assert (scheduler.commands, scheduler.asked) == ([], [])
+
+    @pytest.mark.parametrize("status", ["stopped", "failed", "completed"])
+    def test_after_it_ended(self, job, folder, status):
+        scheduler = FakeScheduler()
+        hand_over(job, folder, scheduler)
+        run = run_of(job)
+        run.claim()
+        run.write_status({"status": status, "step": 3})
+        scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
+        result = hand_over(job, folder, scheduler)
+        is_over = status == "completed"
+        assert result["status"] == ("completed" if is_over else "submitted")
+        assert len(scheduler.commands) == (1 if is_over else 2)
+
+    def test_with_another_description(self, job, folder):
+        scheduler = FakeScheduler()
+        hand_over(job, folder, scheduler)
+        other = replace(job, spec=replace(job.spec, seed=1))
+        with pytest.raises(DescriptionError, match="exists with another description: seed: 0 -> 1"):
+            hand_over(other, folder, scheduler)
+        assert run_of(job).read_job() == job.text
+
+    def test_with_more_workers(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        more = parse(job.text, "digits.yaml", ["workers.num=4"])
+        hand_over(more, folder, scheduler, said)
+        assert "changed workers.num: 2 -> 4" in said.messages
+        assert run_of(job).read_job() == more.text
+
+    def test_with_other_data(self, job, folder):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        run_of(job).write_environment({"data_fingerprint": "cd"})
+        with pytest.raises(DescriptionError, match="data has changed since the run began"):
+            hand_over(job, folder, scheduler)
+
+    def test_at_its_last_step(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        limited = parse(job.text, "digits.yaml", ["train.max_steps=5"])
+        hand_over(limited, folder, scheduler)
+        run = run_of(job)
+        run.claim()
+        saved.save(run.checkpoints, 5, {"model.safetensors": b""})
+        run.write_status({"status": "stopped", "step": 5})
+        scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
+        assert hand_over(limited, folder, scheduler, said)["status"] == "stopped"
+        assert said.messages == [f"{run.url} has reached train.max_steps=5; raise it to go on"]
+        hand_over(parse(job.text, "digits.yaml", ["train.max_steps=8"]), folder, scheduler)
+        assert len(scheduler.commands) == 2
+
+
+def test_a_cluster_that_takes_no_jobs_is_a_mistake_of_the_description(tmp_path):
+    from click.testing import CliRunner
+
+    (tmp_path / "digits.yaml").write_text(JOB.format(store=tmp_path / "store"))
+    ended = CliRunner().invoke(main, ["submit", str(tmp_path / "digits.yaml"), "--cluster", "local"])
+    assert ended.exit_code == 2
+    assert "takes no jobs" in ended.stderr

@@ -1,0 +1,93 @@
+"""Watching a run that was submitted, with a clock of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import ClusterError
+from cluster.run_directory import RunDirectory
+from cluster.scheduler import Job
+from launcher import watch as watch_module
+from launcher.watch import watch
+from tests.unit.test_submit import JOB, Said
+
+RUNNING = {"status": "running", "step": 7, "epoch": 0, "metrics": {}, "workers": 2, "total_steps": 10}
+
+
+class Cluster:
+    """Tells of a job what a test has written down, one answer after the other; the last one stays."""
+
+    def __init__(self, *answers: Job | ClusterError | None) -> None:
+        self._answers = list(answers)
+
+    def read(self, _: str) -> Job | None:
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, ClusterError):
+            raise answer
+        return answer
+
+    def log(self, _: str) -> str:
+        return "a\nerror: no such thing\nb\n"
+
+
+def a_job(status: Any, exit_code: int | None = None) -> Job:
+    return Job(id="own-0", status=status, message="", exit_code=exit_code, began_at=None)
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_job(JOB.format(store=tmp_path))
+
+    def look(cluster: Cluster, *statuses: dict[str, Any]) -> tuple[dict[str, Any], int, float, Said]:
+        now, said, left = [0.0], Said(), list(statuses)
+        monkeypatch.setattr(watch_module, "read_status", lambda _: left.pop(0) if len(left) > 1 else left[0])
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+            assert now[0] < 3600
+
+        scheduler: Any = cluster
+        document, code = watch(run, "own-0", scheduler, said, clock=lambda: now[0], sleep=sleep)
+        return document, code, now[0], said
+
+    return look
+
+
+def test_a_cluster_that_is_away_does_not_matter_while_the_run_goes_on(watched):
+    cluster = Cluster(ClusterError("away"))
+    document, code, _, _ = watched(cluster, *[RUNNING] * 100, RUNNING | {"status": "completed", "step": 10})
+    assert (document["step"], code) == (10, 0)
+
+
+def test_a_job_that_is_killed_on_a_host_far_away_is_told_within_half_a_minute(watched):
+    with pytest.raises(ClusterError, match="job own-0 ended at step 7: error: no such thing; submit the run") as caught:
+        watched(Cluster(a_job("running"), a_job("failed")), RUNNING)
+    assert caught.value.document is not None
+    assert caught.value.document["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("status", "job", "code"),
+    [
+        ("failed", a_job("failed", 3), 3),
+        ("failed", a_job("failed"), 1),
+        ("failed", a_job("failed", -9), 1),
+        ("failed", a_job("running"), 1),
+        ("failed", ClusterError("away"), 1),
+        ("failed", None, 1),
+        ("stopped", a_job("failed", 130), 130),
+        ("stopped", a_job("succeeded", 0), 0),
+        ("completed", a_job("running"), 0),
+    ],
+)
+def test_the_exit_code_is_that_of_the_command_which_drove_the_run(watched, status, job, code):
+    assert watched(Cluster(job), RUNNING, RUNNING | {"status": status})[1] == code
+
+
+def test_a_job_that_waits_says_why(watched):
+    submitted = {"status": "submitted", "step": 0}
+    document, code, waited_s, _ = watched(Cluster(a_job("pending")), *[submitted] * 50, RUNNING | {"status": "stopped"})
+    assert (document["status"], code) == ("stopped", 0)
+    assert waited_s >= 100
