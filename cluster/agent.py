@@ -94,6 +94,7 @@ class Task:
         import_paths: Folders of the user's own modules.
         code: The digest of the bundle of the user's own modules, which come before those in folders; none: there is
             no bundle.
+        code_directory: The folder in the bundle that stands in for the working directory where that is missing.
         rank, world_size: This worker among all.
         attempt: Counts starts of the worker group's processes, from 0.
         host: The address of rank 0.
@@ -113,6 +114,7 @@ class Task:
     import_paths: tuple[str, ...]
     working_directory: str
     code: str | None = None
+    code_directory: str | None = None
     fork_server: str | None = None
     rank: int = 0
     world_size: int = 1
@@ -443,8 +445,10 @@ def _with_code(task: Task) -> Task:
     """
     if task.code is None:
         return task
-    folder = fetch_code(RunDirectory(task.run_url), task.code)
-    return replace(task, code=None, import_paths=(str(folder), *task.import_paths))
+    folder, directory = fetch_code(RunDirectory(task.run_url), task.code), task.working_directory
+    if task.code_directory is not None and not os.path.isdir(directory):
+        directory = str(folder / task.code_directory)
+    return replace(task, import_paths=(str(folder), *task.import_paths), working_directory=directory)
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:

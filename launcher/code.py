@@ -89,6 +89,13 @@ def pack_job(folder: Path, modules: Collection[str]) -> Bundle:
     return bundle
 
 
+def directory_in_code(folder: Path) -> str | None:
+    """The folder in the bundle of a job's code that is the working directory; none: that is not packed."""
+    root, here = import_root(folder), Path.cwd().resolve()
+    top = folder.resolve() if root == folder.resolve() else root / folder.resolve().relative_to(root).parts[0]
+    return here.relative_to(root).as_posix() if here.is_relative_to(top) else None
+
+
 def _sources(folder: Path, modules: Collection[str]) -> dict[str, Path]:
     """Files and folders to be packed, by their names in the bundle, which is one import path; '' is all of it."""
     root, found = import_root(folder), dict[str, Path]()

@@ -5,7 +5,6 @@ What was written is read back and checked before it counts as written. Imports t
 
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from jobs.spec import JobSpec
 from jobs.state import WEIGHTS_FILES, decode_weights
 from launcher.description import named_errors, parse
 from launcher.history import checkpoint_at
-from launcher.user_code import find_bundle
+from launcher.user_code import find_code
 
 Which = Literal["model", "ema"]
 
@@ -184,12 +183,8 @@ def _to_onnx(source: Source, about: Mapping[str, Any]) -> tuple[bytes, dict[str,
 def _model_and_inputs(source: Source) -> tuple[nn.Module, Tensor]:
     """The model of the run's description with the weights, and some samples as it is validated with."""
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
-    environment = source.run.read_environment()
-    code = find_bundle(source.run, environment, source.run.read_submission())
-    folders = code.import_paths or environment.get("import_paths", ())
-    sys.path[:0] = [path for path in folders if path not in sys.path]
-    with contextlib.suppress(OSError):  # another machine: relative paths start where export is called
-        os.chdir(environment.get("working_directory", "."))
+    code = find_code(source.run)
+    sys.path[:0] = [path for path in code.import_paths if path not in sys.path]
     with named_errors(description.source):
         parts = build_parts(description.spec, torch.device("cpu"))
         inputs = _inputs(parts.train_set if parts.val_set is None else parts.val_set, description.spec)

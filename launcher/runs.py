@@ -39,7 +39,7 @@ from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
 from launcher.status import is_driven, without_driver
-from launcher.user_code import UserCode, find_bundle, make_import_paths
+from launcher.user_code import UserCode, find_code, make_import_paths, takes_code_along
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -72,8 +72,8 @@ def begin(
     run = run_directory(description)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
-        bundle = find_bundle(run, run.read_environment(), run.read_submission())
-        code = bundle if bundle.sha256 else code
+        if takes_code_along(run):
+            code = find_code(run)
         return _continue(run, stored, description, code, cluster, display, force=False, take_over=take_over)
     cluster.import_ahead()
     plan = make_plan(description, code.import_paths, cluster.capacity())
@@ -115,11 +115,7 @@ def resume(
         raise DescriptionError(
             f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
         )
-    environment, submission = run.read_environment(), run.read_submission()
-    _go_where_paths_start(environment, submission)
-    code = find_bundle(run, environment, submission)
-    if code.sha256 is None:
-        code = UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
+    code = find_code(run)
     steps = run.checkpoints.steps()
     reached = max(steps, default=0) if at is None else at
     if branch is not None:
@@ -142,18 +138,6 @@ def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
         DescriptionError: The description cannot run as written, here.
     """
     return make_plan(description, make_import_paths(folder), cluster.capacity())
-
-
-def _go_where_paths_start(environment: Mapping[str, Any], submission: Mapping[str, Any] | None) -> None:
-    """Makes the working directory that of whoever submitted or began the run, for relative paths in its description.
-
-    On a machine that has no such folder, they start where resume is called.
-    """
-    for document in (submission or {}, environment):
-        if "working_directory" in document:
-            with contextlib.suppress(OSError):
-                os.chdir(document["working_directory"])
-                return
 
 
 def one_line(spec: JobSpec, plan: Plan) -> str:
@@ -448,9 +432,10 @@ def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
         {
             "data_fingerprint": plan.data_fingerprint,
             "init_from": _source(plan) or environment.get("init_from"),
-            "working_directory": os.getcwd(),
+            "working_directory": code.submitted_from or os.getcwd(),
             "import_paths": list(code.folders),
             "code": code.sha256,
+            "code_directory": code.directory,
             "attempts": [*environment.get("attempts", []), attempt],
         }
     )

@@ -21,7 +21,7 @@ from cluster.bundle import Bundle
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Needs, Scheduler
 from cluster.storage import Store
-from launcher.code import pack_job
+from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
 from launcher.plan import Plan, Tried, try_job
@@ -107,13 +107,16 @@ def submit(
         display.message(f"changed {change}")
     job_id, command = make_job_id(run.url, number), make_command(run.url)
     about = {"job": job_id, "number": number, "command": command, "cluster": place.address}
-    _write(run, description, bundle, about | {"driver_before": (standing.status or {}).get("claimed")})
+    about |= {"driver_before": (standing.status or {}).get("claimed"), "code_directory": directory_in_code(folder)}
+    _write(run, description, bundle, about)
     display.phase(f"beginning {job_id}")
     metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
     if scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
-        display.message(f"{run.url} was submitted by somebody else at the same time, as {job_id}")
+        job = scheduler.read(job_id)
+        now = "is not known any more" if job is None else f"is {job.status}"
+        display.message(f"{run.url} was submitted by somebody else at the same time; job {job_id} {now}")
     return _result(run, job_id, place)
 
 

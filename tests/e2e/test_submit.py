@@ -276,6 +276,26 @@ def test_modules_of_the_working_directory_travel_too(laptop, cluster):
     assert zipfile.ZipFile(bundle).namelist() == ["mine.py", "own.yaml"]
 
 
+def test_files_beside_the_job_file_are_found_by_relative_paths_where_there_is_no_such_folder(laptop, cluster):
+    (laptop / "mine.py").write_text(
+        MINE
+        + """
+
+class Listed(Points):
+    def __init__(self, length, names):
+        super().__init__(length)
+        self.x += float(Path(names).read_text())
+"""
+    )
+    (laptop / "offset.txt").write_text("0.5")
+    with cluster.held():
+        change = "data.train={_target_: mine.Listed, length: 256, names: offset.txt}"
+        ended = submit(laptop, change, "data.loaders=1")
+        hide(laptop)
+    assert ended.exit_code == 0, ended.stderr
+    assert cluster.wait(ended.document["job"]).exit_code == 0, cluster.log(ended.document["job"])
+
+
 def test_a_module_that_git_ignores_is_missed_before_anything_is_written(laptop, cluster):
     (laptop / ".gitignore").write_text("mine.py\n")
     ended = submit(laptop)

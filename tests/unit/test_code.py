@@ -19,7 +19,7 @@ from cluster.code_cache import fetch_code
 from cluster.errors import DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from launcher import code
-from launcher.code import pack, pack_job
+from launcher.code import directory_in_code, pack, pack_job
 
 MIB = 1 << 20
 
@@ -718,6 +718,18 @@ class TestTheCodeOfAJob:
 
     def test_of_a_description_that_is_shipped_is_none(self):
         assert pack_job(Path(__file__).parents[2] / "jobs", []).names == ()
+
+    @pytest.mark.parametrize(
+        ("here", "job", "expected"),
+        [
+            ("a", "a", "."), ("a/b", "a", "b"), ("a", "a/b", None), (".", "a", None), ("a/p", "a/p", "p"),
+            ("a/p/q", "a/p", "p/q"), ("a", "a/p", None),
+        ],
+    )  # fmt: skip
+    def test_has_the_working_directory_or_not(self, folder, monkeypatch, here, job, expected):
+        write(folder, "a/b/own.yaml", "a/p/__init__.py", "a/p/q/labels.csv")
+        monkeypatch.chdir(folder / here)
+        assert directory_in_code(folder / job) == expected
 
     def test_what_git_ignores_is_missed(self, folder):
         write(folder, "own.yaml", "near.py", "models/net.py", **{".gitignore": "near.py\nnet.py\n"})

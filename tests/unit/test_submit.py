@@ -267,8 +267,8 @@ def test_what_is_written(job, folder, tmp_path):
     assert scheduler.commands == [f'exec launcher resume {run.url} --json --cluster "$RAY_ADDRESS"']
     submission = json.loads((tmp_path / "store/digits/submission.json").read_text())
     assert submission.keys() == {
-        "job", "number", "command", "cluster", "driver_before", "code", "time", "user", "host", "working_directory",
-        "versions", "git",
+        "job", "number", "command", "cluster", "driver_before", "code", "code_directory", "time", "user", "host",
+        "working_directory", "versions", "git",
     }  # fmt: skip
     assert b"mine.py" in run.read_code(submission["code"])
     assert run.read_job() == job.text
