@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.bundle import Bundle
+from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Needs, Scheduler
 from cluster.storage import Store
@@ -32,6 +33,7 @@ from launcher.user_code import make_import_paths
 
 _SAVE_S = 300
 """How long a job that is stopped may take to save."""
+_ASK_AGAIN_S = 2.0
 _DIGITS = 12
 """Of a digest, in the name of a job."""
 _LONGEST_NAME = 40
@@ -110,8 +112,7 @@ def submit(
     about |= {"driver_before": (standing.status or {}).get("claimed"), "code_directory": directory_in_code(folder)}
     _write(run, description, bundle, about)
     display.phase(f"beginning {job_id}")
-    metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
-    if scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata):
+    if _begin(run, scheduler, job_id, command):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
         job = scheduler.read(job_id)
@@ -229,6 +230,24 @@ def _write(run: RunDirectory, description: Description, bundle: Bundle, about: M
         }
     )
     run.write_job(description.text)
+
+
+def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str) -> bool:
+    """Begins the job; returns whether it was not begun by somebody else.
+
+    Raises:
+        ClusterError: It may not have begun, though the run directory is written.
+    """
+    metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
+    try:
+        return scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata)
+    except ClusterError:  # perhaps only the answer was lost
+        time.sleep(_ASK_AGAIN_S)
+    try:
+        scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata)
+    except ClusterError as error:
+        raise ClusterError(f"{error}; {run.url} is written, submit it again to begin it") from error
+    return True
 
 
 def _user() -> str:

@@ -68,6 +68,8 @@ class FakeScheduler(Scheduler):
     known: dict[str, JobStatus] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     asked: list[Needs] = field(default_factory=list)
+    breaks: int = 0
+    """How many answers to come are lost."""
 
     def look(self, needs: Needs) -> Look:
         self.asked.append(needs)
@@ -80,9 +82,15 @@ class FakeScheduler(Scheduler):
         assert save_s >= 60
         assert metadata["run"] in command
         if job_id in self.known:
-            return False
+            return not self._answer()
         self.known[job_id] = "pending"
         self.commands.append(command)
+        return self._answer()
+
+    def _answer(self) -> bool:
+        self.breaks -= 1
+        if self.breaks >= 0:
+            raise ClusterError(f"{URL}: nobody answers")
         return True
 
     def read(self, job_id: str) -> Job | None:
@@ -286,6 +294,22 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 def test_a_url_is_quoted_for_the_shell():
     assert "resume '/runs/my run; rm' --json" in make_command("/runs/my run; rm")
+
+
+def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    scheduler, said = FakeScheduler(breaks=1), Said()
+    assert hand_over(job, folder, scheduler, said)["status"] == "submitted"
+    assert len(scheduler.commands) == 1
+    assert said.messages[0].startswith("submitted digits: ")
+
+
+def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypatch):
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    scheduler = FakeScheduler(breaks=2)
+    with pytest.raises(ClusterError, match="nobody answers; .*/digits is written, submit it again to begin it$"):
+        hand_over(job, folder, scheduler)
+    assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
 
 
 class TestTheSameRunAgain:
