@@ -236,6 +236,9 @@ def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, clu
         assert f"job        {job_id} on {URL}" in text
         (listed,) = launcher("list", tmp_path / "store", "--json", cwd=tmp_path).document
         assert listed["status"] == "submitted"
+        stopped = launcher("stop", run, cwd=tmp_path)
+        assert (stopped.exit_code, len(stopped.stderr.strip().splitlines())) == (5, 1)
+        assert f"has not begun yet; stop its job, {job_id}, on {URL}" in stopped.stderr
         again = submit(laptop, "workers.num=1")
         assert (again.exit_code, again.document["job"], again.document["status"]) == (0, job_id, "submitted")
         assert "not changed: workers.num" in again.stderr
