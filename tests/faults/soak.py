@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,8 +48,8 @@ LIFE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 20.0
 BLINK_S = 3.0
 DISK_SIZE = "48m"
-LONGEST_FULL_S = 15.0
-"""While a disk is full a run waits with what needs it, such as the recovery from a fault; so it is full for a time."""
+FULL_S = 5.0, 15.0
+"""How long a disk is full: longer than between two writes of the status. A recovery from a fault waits meanwhile."""
 POLL_INTERVAL_S = 0.01
 
 ENDS = {
@@ -181,7 +182,7 @@ class _Drawing:
         deeds = self._end(steps[-1]) if ends_run else []
         if self._rng.random() < 0.3:
             full = self._note(self._rng.choice(steps[:-1]))
-            is_full_s = round(self._rng.uniform(0.5, LONGEST_FULL_S), 3)
+            is_full_s = round(self._rng.uniform(*FULL_S), 3)
             deeds = [Deed(note=full, what="fill"), Deed(note=full, what="free", delay_s=is_full_s), *deeds]
         self.lives.append(Life(workers=str(num_workers), deeds=tuple(deeds)))
 
@@ -261,6 +262,8 @@ class Stage:
                 assert not left, f"life {number} left {left}"
                 if ended.exit_code == 0 and ended.document["status"] == "completed":
                     break
+                assert life.deeds, f"life {number} has not completed: {ended}"
+                assert life.deeds[-1] in self.done, f"life {number} ended by itself: {ended}"
                 assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
             assert ended is not None
             assert bits(ended, self.run) == reference, "other bits"
@@ -276,12 +279,17 @@ class Stage:
             try:
                 yield
             except AssertionError:
+                self._leave_disk()
                 if self.run.exists():
                     shutil.copytree(self.run, self._folder / "run-that-failed")
                 raise
             finally:
-                wait_for_end_of(self.plan, timeout_s=0)
-                wait_for_end_of(self.plan, END_TIMEOUT_S)  # nobody is on the disk any more
+                self._leave_disk()
+
+    def _leave_disk(self) -> None:
+        """Ends whatever may be on the disk still."""
+        wait_for_end_of(self.plan, timeout_s=0)
+        wait_for_end_of(self.plan, END_TIMEOUT_S)
 
     @contextmanager
     def _hosts_of(self, life: Life) -> Iterator[None]:
@@ -314,12 +322,13 @@ class Stage:
         else:
             running = Running(command, place, on_ray=True)
         if paused:
-            _wait_until(lambda: self._num_trained() > num_trained, running)
-            self._go_on(paused)
+            self._go_on(paused, is_lost=_wait_until(lambda: self._num_trained() > num_trained, running))
         for deed in life.deeds:
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break
             time.sleep(deed.delay_s)
+            if _has_ended(running):
+                break
             if deed.host:
                 self._do_to_host(deed, self._hosts[deed.host], running)
             else:
@@ -338,6 +347,7 @@ class Stage:
         elif deed.what == "free":
             self._make_room()
         elif deed.what == "pause driver":
+            self._brake.touch()  # its workers would go on to the end, and have the faults that are meant for others
             os.kill(running.pid, signal.SIGSTOP)
             self._paused = running
         elif deed.what == "interrupt":
@@ -352,14 +362,24 @@ class Stage:
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
 
-    def _go_on(self, paused: Running) -> None:
-        """Lets a paused driver go on, and waits for its end, which takes longer than the next one's run would."""
-        self._brake.touch()
+    def _go_on(self, paused: Running, *, is_lost: bool) -> None:
+        """Lets a paused driver go on, and waits for its end, which takes longer than the next one's run would.
+
+        Args:
+            paused: The driver.
+            is_lost: Another one has trained since. Else the run was complete, which the paused one may say too.
+        """
         os.kill(paused.pid, signal.SIGCONT)
-        assert_superseded(paused.wait(LIFE_TIMEOUT_S))
+        ended = paused.wait(LIFE_TIMEOUT_S)
+        if is_lost or ended.exit_code != 0:
+            assert ended.exit_code == ENDS["pause driver"], ended
+            assert "has taken the run over" in ended.document["error"], ended
+        else:
+            assert ended.document["status"] == "completed", ended
         self._brake.unlink()
 
     def _fill_disk(self) -> None:
+        self._brake.touch()  # the run would get to its end, and wait there
         with self._filler.open("wb", buffering=0) as file:
             while free := shutil.disk_usage(self._filler).free:
                 try:
@@ -370,6 +390,7 @@ class Stage:
 
     def _make_room(self) -> None:
         self._filler.unlink(missing_ok=True)
+        self._brake.unlink(missing_ok=True)
 
     def _do_to_host(self, deed: Deed, host: Host, running: Running) -> None:
         """Does it, and waits until the run goes on with the hosts there are, which takes longer than the run would."""
@@ -415,15 +436,6 @@ class Stage:
         return self.run.parent / "filler"
 
 
-def assert_superseded(ended: Ended) -> None:
-    """A driver that was paused until another one had its run has ended for that, if it had not completed the run."""
-    if ended.exit_code == 0:
-        assert ended.document["status"] == "completed"
-    else:
-        assert ended.exit_code == ENDS["pause driver"], ended
-        assert "has taken the run over" in ended.document["error"], ended
-
-
 def _is_hit(command: str, deed: Deed) -> bool:
     """Whether the process with this command line is the one that is to be killed."""
     if deed.what == "kill driver":
@@ -447,11 +459,14 @@ def overrides(brake: Path) -> tuple[str, ...]:
 def _wait_until(happened: Callable[[], bool], running: Running) -> bool:
     """Waits for something, or for the end of a command or of patience; returns whether it has happened."""
     deadline = time.monotonic() + LIFE_TIMEOUT_S
-    while not (it_has := happened()) and time.monotonic() < deadline:
-        if os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:  # its end stays to read
-            break
+    while not (it_has := happened()) and time.monotonic() < deadline and not _has_ended(running):
         time.sleep(POLL_INTERVAL_S)
     return it_has
+
+
+def _has_ended(running: Running) -> bool:
+    """Its end stays to be waited for."""
+    return os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @dataclass(slots=True)
@@ -517,9 +532,9 @@ def _live(schedule: Schedule, folder: Path, reference: Bits, tally: Tally) -> No
     outcome = "passed"
     try:
         stage.live(reference)
-    except AssertionError as error:
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
         tally.failed.append(schedule.number)
-        outcome = f"FAILED, see {folder}: {error}"
+        outcome = f"FAILED, see {folder}: {error!r}"
     finally:
         wait_for_end_of(stage.plan, timeout_s=0)
     tally.seconds.append(time.monotonic() - begun)

@@ -15,5 +15,7 @@ def test_a_schedule_is_a_function_of_its_seed_and_number() -> None:
         assert all(deed.what not in ENDS for deed in last.deeds), "the last one completes"
         notes = [deed.note for life in schedule.lives for deed in life.deeds]
         assert set(notes) == {number for number, fault in enumerate(schedule.faults) if fault.kind == "note"}
+        steps = [schedule.faults[note].step for note in notes]
+        assert steps == sorted(steps), "a life waits for one after the other"
         assert all(fault.step is None or 0 <= fault.step < STEPS for fault in schedule.faults)
         assert all(fault.follows is None or fault.follows < number for number, fault in enumerate(schedule.faults))
