@@ -153,9 +153,9 @@ class Host:
         A driver needs nothing but the head's address: Ray looks for its node among the processes it sees, which are
         those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are.
         """
-        whose = [f"--address={head.ray_address}"]
-        if head is None:
-            whose = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false"]  # it costs 0.5 GiB, and nobody looks
+        # Nobody looks at a dashboard.
+        of_head = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false"]
+        whose = of_head if head is None else [f"--address={head.ray_address}"]
         arguments = [
             *(RAY, "start", "--block", *whose),
             f"--node-ip-address={self.address}",

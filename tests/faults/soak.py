@@ -5,9 +5,10 @@
 
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
-training processes is a plan of ``cluster.faults``; what happens to others is done from here, when a fault of the kind
-``note`` says that its moment has come: it is ended, its driver is paused until another one has its run, its disk is
-full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and come back.
+training processes is a plan of ``cluster.faults``. What happens to others is done from here, when a ``note`` or a
+``hold`` of the plan says that its moment has come: the run is ended, its driver is paused until another one has it,
+its disk is full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and
+come back.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.agent import FAULTS_VARIABLE
-from cluster.faults import Fault, fired, write_plan
+from cluster.faults import Fault, Kind, fired, write_plan
 from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
@@ -47,7 +48,7 @@ LATE_STEPS = 14
 LIFE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 20.0
 BLINK_S = 3.0
-DISK_SIZE = "48m"
+DISK_SIZE = "256m"
 FULL_S = 5.0, 15.0
 """How long a disk is full: longer than between two writes of the status. A recovery from a fault waits meanwhile."""
 POLL_INTERVAL_S = 0.01
@@ -65,6 +66,8 @@ ENDS = {
 driver goes on when the next one trains, and then ends."""
 ENDS_ON_FULL_DISK = ("kill driver", "kill all")
 """Those that need no room, and wait for none."""
+MARKS = ("note", "hold")
+"""The kinds of faults that say that the moment of a deed has come."""
 HOSTS = ("second", "third")
 """Those that things happen to; the first one has the driver."""
 
@@ -189,7 +192,9 @@ class _Drawing:
     def _end(self, step: int) -> list[Deed]:
         """Ends the run at a step, maybe on a full disk."""
         what = self._rng.choice(list(ENDS))
-        end = Deed(note=self._note(step), what=what, delay_s=self._delay_s())
+        # The workers of a paused driver would go on, and have the faults that are meant for those of the next one.
+        note = self._note(step, "hold" if what == "pause driver" else "note")
+        end = Deed(note=note, what=what, delay_s=self._delay_s())
         is_full = what in ENDS_ON_FULL_DISK and self._rng.random() < 0.5
         return [Deed(note=end.note, what="fill"), end] if is_full else [end]
 
@@ -220,8 +225,8 @@ class _Drawing:
         rank = self._rng.randrange(num_workers)
         self.faults.append(Fault(kind="kill", doing=doing, step=step, rank=rank, after_s=after_s, follows=follows))
 
-    def _note(self, step: int) -> int:
-        self.faults.append(Fault(kind="note", doing="forward", step=step))
+    def _note(self, step: int, kind: Kind = "note") -> int:
+        self.faults.append(Fault(kind=kind, doing="forward", step=step))
         return len(self.faults) - 1
 
     def _delay_s(self) -> float:
@@ -347,7 +352,6 @@ class Stage:
         elif deed.what == "free":
             self._make_room()
         elif deed.what == "pause driver":
-            self._brake.touch()  # its workers would go on to the end, and have the faults that are meant for others
             os.kill(running.pid, signal.SIGSTOP)
             self._paused = running
         elif deed.what == "interrupt":
@@ -363,12 +367,13 @@ class Stage:
                 os.kill(pid, signal.SIGKILL)
 
     def _go_on(self, paused: Running, *, is_lost: bool) -> None:
-        """Lets a paused driver go on, and waits for its end, which takes longer than the next one's run would.
+        """Lets a paused driver go on, and waits for its end; the run of the next one takes its time meanwhile.
 
         Args:
             paused: The driver.
             is_lost: Another one has trained since. Else the run was complete, which the paused one may say too.
         """
+        self._brake.touch()
         os.kill(paused.pid, signal.SIGCONT)
         ended = paused.wait(LIFE_TIMEOUT_S)
         if is_lost or ended.exit_code != 0:
@@ -482,7 +487,7 @@ class Tally:
         """A schedule is over."""
         happened = fired(stage.plan)
         for number, fault in enumerate(schedule.faults):
-            if fault.kind != "note":
+            if fault.kind not in MARKS:
                 kind = fault.kind if fault.victim == "training" else f"{fault.kind} its {fault.victim}"
                 self._count(f"a worker: {kind}", number in happened)
                 self._count(f"moment: {fault.doing}" + " again" * (fault.follows is not None), number in happened)
