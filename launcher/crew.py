@@ -128,7 +128,14 @@ class Crew:
 
     def trains(self) -> None:
         """The agents that are there have done a step: their nodes are fit for this run."""
-        self._proven.update(agent["node"] for agent in self.agents.values())
+        for agent in self.agents.values():
+            self._proven.add(agent["node"])
+            self._addresses[agent["node"]] = agent["address"]
+            self._left_out.pop(agent["node"], None)  # it may have joined just as no others were to be taken
+
+    def forget(self) -> None:
+        """Others than before train now: the nodes that were fit for those are newcomers again."""
+        self._proven.clear()
 
     def newcomers(self) -> frozenset[str]:
         """The nodes of the last start, by id, that have joined a run that has trained without them."""
@@ -139,9 +146,11 @@ class Crew:
         return frozenset(node for rank in ranks if (node := self._node_of(rank)) is not None)
 
     def goes_on_without(self, nodes: frozenset[str]) -> bool:
-        """Whether other nodes are there that workers of this run have trained on, or were started on last."""
-        alive = {node.id for node in self._nodes()}
-        return bool(alive & (self._proven | {*self._placed}) - nodes - self._left_out.keys())
+        """Whether other nodes are there that could hold workers; after too many misfits, that have held some."""
+        others = [node for node in self._nodes() if node.id not in nodes | self._left_out.keys()]
+        if self._num_misfits + 1 >= MOST_MISFITS:
+            others = [node for node in others if self._is_known(node)]
+        return any(node.most(self.group.resources) for node in others)
 
     def leave_out(self, nodes: frozenset[str], why: str) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
@@ -151,7 +160,7 @@ class Crew:
 
     @property
     def takes_no_others(self) -> bool:
-        """Too many have not fitted: agents are started only on nodes that workers of this run have trained on."""
+        """Too many have not fitted: agents are started only on hosts that workers of this run have trained on."""
         return self._num_misfits >= MOST_MISFITS
 
     def disband(self) -> None:
@@ -237,10 +246,15 @@ class Crew:
         nodes = self._look()
         self._addresses |= {node.id: node.address for node in nodes}
         if self.takes_no_others:
-            others = (node.id for node in nodes if node.id not in self._proven | self._left_out.keys())
-            self._left_out |= dict.fromkeys(others, f"nodes that joined have not fitted {MOST_MISFITS} times")
+            why = f"nodes that joined have not fitted {MOST_MISFITS} times"
+            others = (node.id for node in nodes if not self._is_known(node) and node.id not in self._left_out)
+            self._left_out |= dict.fromkeys(others, why)
         self.group.prepare(nodes)
         return nodes
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether workers of this run have trained on its host; where Ray is started anew, the node is another."""
+        return node.address in {self._addresses[each] for each in self._proven}
 
     def _node_of(self, rank: int) -> str | None:
         return self._placed[rank] if rank < len(self._placed) else None

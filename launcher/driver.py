@@ -258,6 +258,8 @@ class Driver:
 
     def _note_step(self) -> None:
         """The workers that are there have done a step: they are what others have to be like."""
+        if self._workers is not self._last_workers and changes(self._last_workers, self._workers):
+            self._crew.forget()
         self._crew.trains()
         self._last_workers = self._workers
 
@@ -410,12 +412,13 @@ class Driver:
             return frozenset()
         if self._refused is not None:
             groups = self._refused["workers"]
-            # Where all are alike, it is something else than this run began with that is in the way.
-            unfit = self._crew.nodes_of(
-                rank for group in unlike(self._last_workers, groups) or groups for rank in group["ranks"]
-            )
+            odd = unlike(self._last_workers, groups)
+            if odd or len(groups) == 1:  # all are alike, and have other data than was planned with
+                unfit = self._crew.nodes_of(rank for group in odd or groups for rank in group["ranks"])
+            else:  # they differ in what those before did not have, such as a module that prepares data
+                unfit = newcomers
         elif failure.rank is not None:
-            unfit = self._crew.nodes_of([failure.rank])
+            unfit = self._crew.nodes_of(failure.ranks or [failure.rank])
         else:  # Ray does not say which it was
             unfit = newcomers if len(newcomers) == 1 else frozenset()
         return unfit if unfit <= newcomers and self._crew.goes_on_without(unfit) else frozenset()

@@ -94,6 +94,7 @@ class Failure:
         message: What happened to it, in a line, for people; not where and when.
         kind: Whose doing it was; None: trying again does not help.
         rank: The worker; None: it is the same for all.
+        ranks: All workers of which the same is said, if there are several.
         step: The optimizer steps it had completed; None: it did not say.
         error: What the run ends with, if it does.
         place: The step and line at which the code failed.
@@ -109,6 +110,7 @@ class Failure:
     rank: int | None
     step: int | None = None
     error: type[LauncherError] = ClusterError
+    ranks: frozenset[int] = frozenset()
     place: str = ""
     traceback: str = ""
     log_tail: str = ""
@@ -282,7 +284,8 @@ class Failures:
         telling = [*_SIGNS_OF_LOSS.values(), otherwise]
         rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
         kind = _KINDS_OF_LOSS.get(causes[rank], "machine")
-        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank)
+        ranks = frozenset(other for other, cause in causes.items() if cause == causes[rank])
+        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank, ranks=ranks)
 
     def _of_all_agents(self, reason: str) -> Failure:
         """Agents that did not start, or that Ray has given up together."""

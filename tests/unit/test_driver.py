@@ -537,6 +537,8 @@ class TestEnvironments:
             return [node("a", now < 0.8), node("b", 1 < now < 7.9)]
 
         others = [{"ranks": [0], **self.HERE, **there}, {"ranks": [1], **self.HERE, **joined}]
+        if there == joined:
+            others = [{"ranks": [0, 1], **self.HERE}]
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
             LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
@@ -637,6 +639,65 @@ class TestEnvironments:
         document, group = drive(run, script, look, num=(1, 2))
 
         assert (document["status"], group.without[-1]) == ("completed", {"b"})
+
+    def test_many_that_lack_a_module_are_left_out_at_once_and_another_takes_the_place_of_the_one_that_is_lost(
+        self, run: RunDirectory
+    ) -> None:
+        """No worker was ever on the node that is left."""
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
+        lacking: Message = {"kind": "agents_lost", "lost": dict.fromkeys((0, 1), "No module named 'x'"), "what": ""}
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], [lost], hello("b", "c")[:1], [lacking], LAG,
+            LAG, hello("d"), [one("started", 0, 1, step=0)], done(1, 1),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", 1)] if now < 1 else [node("b", now < 1.7), node("c", now < 1.7), node("d", now > 1.7)]
+
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without) == ("completed", [set(), set(), {"b", "c"}])
+
+    def test_a_module_that_nobody_had_before_is_the_newcomers(self, run: RunDirectory) -> None:
+        others = [
+            {"ranks": [0], **self.HERE},
+            *({"ranks": [rank], **self.HERE, "code": {"prepare": f"{rank}" * 64}} for rank in (1, 2)),
+        ]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("a", "b", "c"),
+            self.refused(others, 1), LAG, LAG, hello("a"), [one("started", 0, 2, step=9)], done(1, 2),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8), node("b", now > 1), node("c", now > 1)]
+
+        document, group = drive(run, script, look, num=(1, 3))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"b", "c"})
+
+    def test_nodes_that_trained_before_others_took_their_place_are_newcomers(self, run: RunDirectory) -> None:
+        """All workers were placed on another kind of node, and trained there; then on both kinds."""
+        own, other = [{"ranks": [0], **self.HERE}], [{"ranks": [0, 1], **self.HERE, "cpu": "aarch64"}]
+        both_kinds = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        told = [
+            one("environment", 0, n, workers=group, differences="", is_refused=False)
+            for n, group in ((0, own), (1, other))
+        ]
+        lost: Message = {"kind": "agents_lost", "lost": {0: "killed"}, "what": ""}
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told[0], one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
+            [told[1], *both("started", 1, step=9), *both("pace", 1, step=10, spent=SPENT)], [lost], hello("a", "b"),
+            self.refused(both_kinds, 2), hello("b", "b"), both("started", 3, step=9), done(2, 3),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8 or now > 13.5), node("b", 4 if now > 1 else 0)]
+
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"a"})
 
     def test_workers_that_differ_from_the_beginning_end_the_run(self, run: RunDirectory) -> None:
         others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
