@@ -72,6 +72,8 @@ class Crew:
         """How often nodes were left out."""
         self._addresses: dict[str, str] = {}
         """Of all nodes that were ever seen, by id."""
+        self._known_hosts: set[str] = set()
+        """The addresses of the nodes that workers of this run have ever trained on."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
@@ -130,7 +132,7 @@ class Crew:
         """The agents that are there have done a step: their nodes are fit for this run."""
         for agent in self.agents.values():
             self._proven.add(agent["node"])
-            self._addresses[agent["node"]] = agent["address"]
+            self._known_hosts.add(agent["address"])
             self._left_out.pop(agent["node"], None)  # it may have joined just as no others were to be taken
 
     def forget(self) -> None:
@@ -155,6 +157,8 @@ class Crew:
     def leave_out(self, nodes: frozenset[str], why: str) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
         self._num_misfits += 1
+        if self.takes_no_others:  # what runs on these hosts has changed
+            self._known_hosts -= {self._addresses.get(node, "") for node in nodes}
         self._left_out |= dict.fromkeys(nodes, why)
         return _named([self._addresses.get(node, node) for node in sorted(nodes)])
 
@@ -254,7 +258,7 @@ class Crew:
 
     def _is_known(self, node: Node) -> bool:
         """Whether workers of this run have trained on its host; where Ray is started anew, the node is another."""
-        return node.address in {self._addresses[each] for each in self._proven}
+        return node.address in self._known_hosts
 
     def _node_of(self, rank: int) -> str | None:
         return self._placed[rank] if rank < len(self._placed) else None
