@@ -6,7 +6,7 @@ number: nothing here looks at a clock.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ _LAG_S = 0.5
 """How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
 _LOOPBACK = "127.0.0.1"
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
-MOST_TRIES = 3
-"""How often nodes of one address may turn out not to fit, for each time costs a save and two starts."""
+MOST_MISFITS = 10
+"""How often nodes that join may turn out not to fit, before no others are taken: each time costs a save and two starts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,12 @@ class Crew:
         """The nodes that workers of this run have trained on."""
         self._left_out: dict[str, str] = {}
         """The nodes, by id, that are not used, and why."""
-        self._tries: Counter[str] = Counter()
-        """How often nodes were left out, by address."""
+        self._num_misfits = 0
+        """How often nodes were left out."""
+        self._addresses: dict[str, str] = {}
+        """Of all nodes that were ever seen, by id."""
+        self._known_hosts: set[str] = set()
+        """The addresses of the nodes that workers of this run have ever trained on."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
@@ -87,8 +92,15 @@ class Crew:
 
     def where(self, rank: int) -> str:
         """A worker, for people."""
-        agent = self.agents.get(rank)
-        return f"worker {rank} on node {agent['address']}" if agent else f"worker {rank}"
+        _, address = self.place_of(rank)
+        return f"worker {rank}" if address is None else f"worker {rank} on node {address}"
+
+    def place_of(self, rank: int) -> tuple[str | None, str | None]:
+        """The node of a worker, by id, and its address, as far as they are known; it may not have said a word yet."""
+        if agent := self.agents.get(rank):
+            return agent["node"], agent["address"]
+        node = self._node_of(rank)
+        return node, None if node is None else self._addresses.get(node)
 
     def joined(self, hello: dict[str, Any], now: float) -> None:
         """An agent is there."""
@@ -118,28 +130,42 @@ class Crew:
 
     def trains(self) -> None:
         """The agents that are there have done a step: their nodes are fit for this run."""
-        self._proven.update(agent["node"] for agent in self.agents.values())
+        for agent in self.agents.values():
+            self._proven.add(agent["node"])
+            self._known_hosts.add(agent["address"])
+            self._left_out.pop(agent["node"], None)  # it may have joined just as no others were to be taken
+
+    def forget(self) -> None:
+        """Others than before train now: the nodes that were fit for those are newcomers again."""
+        self._proven.clear()
 
     def newcomers(self) -> frozenset[str]:
         """The nodes of the last start, by id, that have joined a run that has trained without them."""
-        return self.placed_nodes - self._proven if self._proven else frozenset()
+        return frozenset(self._placed) - self._proven if self._proven else frozenset()
 
-    @property
-    def placed_nodes(self) -> frozenset[str]:
-        """The nodes of the last start, by id, as far as they are known."""
-        return frozenset(self._placed)
+    def nodes_of(self, ranks: Iterable[int]) -> frozenset[str]:
+        """The nodes of workers of the last start, by id, as far as they are known."""
+        return frozenset(node for rank in ranks if (node := self._node_of(rank)) is not None)
 
-    def node_of(self, rank: int) -> str | None:
-        """The node of a worker of the last start, by id, if that is known."""
-        return self._placed[rank] if rank < len(self._placed) else None
+    def goes_on_without(self, nodes: frozenset[str]) -> bool:
+        """Whether other nodes are there that could hold workers; after too many misfits, that have held some."""
+        others = [node for node in self._nodes() if node.id not in nodes | self._left_out.keys()]
+        if self._num_misfits + 1 >= MOST_MISFITS:
+            others = [node for node in others if self._is_known(node)]
+        return any(node.most(self.group.resources) for node in others)
 
     def leave_out(self, nodes: frozenset[str], why: str) -> str:
         """Starts no agent on these nodes any more; returns which they are, for people."""
+        self._num_misfits += 1
+        if self.takes_no_others:  # what runs on these hosts has changed
+            self._known_hosts -= {self._addresses.get(node, "") for node in nodes}
         self._left_out |= dict.fromkeys(nodes, why)
-        addresses = {node.id: node.address for node in self._look()}
-        named = [addresses.get(node, node) for node in sorted(nodes)]
-        self._tries.update(named)
-        return _named(named)
+        return _named([self._addresses.get(node, node) for node in sorted(nodes)])
+
+    @property
+    def takes_no_others(self) -> bool:
+        """Too many have not fitted: agents are started only on hosts that workers of this run have trained on."""
+        return self._num_misfits >= MOST_MISFITS
 
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
@@ -222,11 +248,20 @@ class Crew:
 
     def _nodes(self) -> Sequence[Node]:
         nodes = self._look()
-        for node in nodes:
-            if self._tries[node.address] >= MOST_TRIES:
-                self._left_out.setdefault(node.id, f"{MOST_TRIES} before it at its address did not fit")
+        self._addresses |= {node.id: node.address for node in nodes}
+        if self.takes_no_others:
+            why = f"nodes that joined have not fitted {MOST_MISFITS} times"
+            others = (node.id for node in nodes if not self._is_known(node) and node.id not in self._left_out)
+            self._left_out |= dict.fromkeys(others, why)
         self.group.prepare(nodes)
         return nodes
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether workers of this run have trained on its host; where Ray is started anew, the node is another."""
+        return node.address in self._known_hosts
+
+    def _node_of(self, rank: int) -> str | None:
+        return self._placed[rank] if rank < len(self._placed) else None
 
     def _fitting(self, nodes: Sequence[Node]) -> int:
         fits = min(self._workers.most, sum(map(self._room_on, nodes)))

@@ -24,7 +24,7 @@ from cluster.run_directory import RunDirectory
 from jobs.environment import changes, unlike
 from jobs.order import shard_block
 from jobs.spec import JobSpec
-from launcher.crew import MOST_TRIES, Change, Crew
+from launcher.crew import Change, Crew
 from launcher.failures import Failure, Failures, GiveUp
 from launcher.goodput import Ledger
 from launcher.pace import Pace
@@ -259,6 +259,8 @@ class Driver:
 
     def _note_step(self) -> None:
         """The workers that are there have done a step: they are what others have to be like."""
+        if self._workers is not self._last_workers and changes(self._last_workers, self._workers):
+            self._crew.forget()
         self._crew.trains()
         self._last_workers = self._workers
 
@@ -404,20 +406,23 @@ class Driver:
     def _unfit_newcomers(self, failure: Failure) -> frozenset[str]:
         """The nodes, by id, that have joined a run that trained without them, and on which it does not train.
 
-        None if others are in the way too, or if these are all there are: then the run is to end, and to say why.
+        None if others are in the way too, or if nobody is left without them: then the run is to end, and to say why.
         """
         newcomers = self._crew.newcomers()
         if failure.cause != "environment":
             return frozenset()
-        unfit: frozenset[str | None]
         if self._refused is not None:
-            groups = unlike(self._last_workers, self._refused["workers"])
-            unfit = frozenset(self._crew.node_of(rank) for group in groups for rank in group["ranks"])
+            groups = self._refused["workers"]
+            odd = unlike(self._last_workers, groups)
+            if odd or len(groups) == 1:  # all are alike, and have other data than was planned with
+                unfit = self._crew.nodes_of(rank for group in odd or groups for rank in group["ranks"])
+            else:  # they differ in what those before did not have, such as a module that prepares data
+                unfit = newcomers
         elif failure.rank is not None:
-            unfit = frozenset({self._crew.node_of(failure.rank)})
+            unfit = self._crew.nodes_of(failure.ranks or [failure.rank])
         else:  # Ray does not say which it was
             unfit = newcomers if len(newcomers) == 1 else frozenset()
-        return newcomers & unfit if unfit <= newcomers and unfit != self._crew.placed_nodes else frozenset()
+        return unfit if unfit <= newcomers and self._crew.goes_on_without(unfit) else frozenset()
 
     def _leave_out(self, nodes: frozenset[str], failure: Failure) -> None:
         """From now on the run does without these nodes."""
@@ -425,17 +430,20 @@ class Driver:
         step, named = self._record.state.step, self._crew.leave_out(nodes, why)
         self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
         self._display.warn(
-            f"step {step}: going on without {named}, which cannot be used until Ray is started there anew, "
-            f"{MOST_TRIES - 1} times at most: {why}"
+            f"step {step}: going on without {named}, which cannot be used until Ray is started there anew: {why}"
         )
+        if self._crew.takes_no_others:
+            self._display.warn(
+                f"too many nodes have not fitted: no others are taken until launcher resume {self._run_url}"
+            )
 
     def _note_failure(self, failure: Failure) -> None:
-        agent = {} if failure.rank is None else self._crew.agents.get(failure.rank, {})  # none while they gather
+        node, address = (None, None) if failure.rank is None else self._crew.place_of(failure.rank)
         told = {
             "cause": failure.cause,
             "rank": failure.rank,
-            "node": agent.get("node"),
-            "address": agent.get("address"),
+            "node": node,
+            "address": address,
             "step": self._step_of(failure),
         }
         self._record.state.failure = told | {"message": failure.message}
@@ -459,13 +467,11 @@ class Driver:
         """What the run ends with: what happened, what to do, where more is told, and what is left."""
         failure, step = verdict.failure, self._record.saved_step
         what = f"{self._described(failure)}, {verdict.why}" if verdict.why else self._described(failure)
-        log = f"see {self._log_of(failure.rank)}" if failure.rank is not None and not failure.traceback else ""
+        has_log = failure.rank is not None and self._attempt != _NONE and not failure.traceback
+        log = f"see {self._run_url}/logs, attempt {self._attempt}, worker {failure.rank}" if has_log else ""
         saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
         line = "; ".join(part for part in (what, verdict.advice, log, saved) if part)
         return failure.error(line, traceback=failure.traceback or failure.log_tail)
-
-    def _log_of(self, rank: int) -> str:
-        return f"{self._run_url}/logs, attempt {self._attempt}, worker {rank}"
 
     # Time.
 

@@ -69,6 +69,8 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
     "node has died": "node_lost",
     "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
     "No module named": "environment",
+    "cannot import name": "environment",
+    "Can't get attribute": "environment",  # of a module that is another version's
     "has said nothing": "hung",  # stopped or cut off, and Ray has not noticed
     "has been hanging": "hung",  # by Ray Train's own health check
 }
@@ -92,6 +94,7 @@ class Failure:
         message: What happened to it, in a line, for people; not where and when.
         kind: Whose doing it was; None: trying again does not help.
         rank: The worker; None: it is the same for all.
+        ranks: All workers of which the same is said, if there are several.
         step: The optimizer steps it had completed; None: it did not say.
         error: What the run ends with, if it does.
         place: The step and line at which the code failed.
@@ -107,6 +110,7 @@ class Failure:
     rank: int | None
     step: int | None = None
     error: type[LauncherError] = ClusterError
+    ranks: frozenset[int] = frozenset()
     place: str = ""
     traceback: str = ""
     log_tail: str = ""
@@ -275,11 +279,13 @@ class Failures:
 
     def _of_agents(self) -> Failure:
         """The agent of whose loss most is said."""
-        causes = {rank: _cause_of_loss(reason) for rank, reason in self._lost.items()}
-        telling = [*_SIGNS_OF_LOSS.values(), "killed"]
+        otherwise: Cause = "killed" if self._num_workers else "not_started"
+        causes = {rank: _cause_of_loss(reason, otherwise) for rank, reason in self._lost.items()}
+        telling = [*_SIGNS_OF_LOSS.values(), otherwise]
         rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
         kind = _KINDS_OF_LOSS.get(causes[rank], "machine")
-        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank)
+        ranks = frozenset(other for other, cause in causes.items() if cause == causes[rank])
+        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank, ranks=ranks)
 
     def _of_all_agents(self, reason: str) -> Failure:
         """Agents that did not start, or that Ray has given up together."""
@@ -346,7 +352,7 @@ def _of_exit(message: Message) -> Failure:
     return Failure(cause="killed", message=f"killed by {name}", **known)
 
 
-def _cause_of_loss(reason: str, otherwise: Cause = "killed") -> Cause:
+def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:
     return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), otherwise)
 
 

@@ -34,8 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
     replaced.start = lambda modules: start([*dict.fromkeys([*modules, *_FORKED_NEEDS])])
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For the slow tier, files that have no slow test: to import them all takes each process ten seconds."""
+    is_of_tests = collection_path.match("test_*.py") and config.option.markexpr == "slow"
+    return True if is_of_tests and "pytest.mark.slow" not in collection_path.read_text() else None
+
+
+@pytest.hookimpl(tryfirst=True)  # while the slow tests of the default tier are there still
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that all of xdist's processes have something to do until the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    unnamed = [path.name for path in slow if "pytest.mark.slow" not in path.read_text()]
+    assert not unnamed, f"write pytest.mark.slow in the files of slow tests themselves, in {unnamed}"
     folder = {name: number for number, name in enumerate(("faults", "e2e", "distributed", "contract", "unit"))}
     items.sort(key=lambda item: folder.get(item.path.parent.name, -1))
 

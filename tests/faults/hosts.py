@@ -159,7 +159,9 @@ class Host:
         those of the driver's host. ``ray stop`` is not for hosts; ``stop_ray`` and ``power_off`` are. ``options``: more
         of ``ray start``.
         """
-        whose = ["--head", f"--port={_RAY_PORT}"] if head is None else [f"--address={head.ray_address}"]
+        # Nobody looks at a dashboard.
+        of_head = ["--head", f"--port={_RAY_PORT}", "--include-dashboard=false"]
+        whose = of_head if head is None else [f"--address={head.ray_address}"]
         arguments = [
             *(RAY, "start", "--block", *whose),
             f"--node-ip-address={self.address}",

@@ -5,9 +5,10 @@
 
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
-training processes is a plan of ``cluster.faults``; what happens to others is done from here, when a fault of the kind
-``note`` says that its moment has come: it is ended, its driver is paused until another one has its run, its disk is
-full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and come back.
+training processes is a plan of ``cluster.faults``. What happens to others is done from here, when a ``note`` or a
+``hold`` of the plan says that its moment has come: the run is ended, its driver is paused until another one has it,
+its disk is full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and
+come back.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.agent import FAULTS_VARIABLE
-from cluster.faults import Fault, fired, write_plan
+from cluster.faults import Fault, Kind, fired, write_plan
 from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
@@ -46,9 +48,9 @@ LATE_STEPS = 14
 LIFE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 20.0
 BLINK_S = 3.0
-DISK_SIZE = "48m"
-LONGEST_FULL_S = 15.0
-"""While a disk is full a run waits with what needs it, such as the recovery from a fault; so it is full for a time."""
+DISK_SIZE = "256m"
+FULL_S = 5.0, 15.0
+"""How long a disk is full: longer than between two writes of the status. A recovery from a fault waits meanwhile."""
 POLL_INTERVAL_S = 0.01
 
 ENDS = {
@@ -64,6 +66,8 @@ ENDS = {
 driver goes on when the next one trains, and then ends."""
 ENDS_ON_FULL_DISK = ("kill driver", "kill all")
 """Those that need no room, and wait for none."""
+MARKS = ("note", "hold")
+"""The kinds of faults that say that the moment of a deed has come."""
 HOSTS = ("second", "third")
 """Those that things happen to; the first one has the driver."""
 
@@ -181,14 +185,16 @@ class _Drawing:
         deeds = self._end(steps[-1]) if ends_run else []
         if self._rng.random() < 0.3:
             full = self._note(self._rng.choice(steps[:-1]))
-            is_full_s = round(self._rng.uniform(0.5, LONGEST_FULL_S), 3)
+            is_full_s = round(self._rng.uniform(*FULL_S), 3)
             deeds = [Deed(note=full, what="fill"), Deed(note=full, what="free", delay_s=is_full_s), *deeds]
         self.lives.append(Life(workers=str(num_workers), deeds=tuple(deeds)))
 
     def _end(self, step: int) -> list[Deed]:
         """Ends the run at a step, maybe on a full disk."""
         what = self._rng.choice(list(ENDS))
-        end = Deed(note=self._note(step), what=what, delay_s=self._delay_s())
+        # The workers of a paused driver would go on, and have the faults that are meant for those of the next one.
+        note = self._note(step, "hold" if what == "pause driver" else "note")
+        end = Deed(note=note, what=what, delay_s=self._delay_s())
         is_full = what in ENDS_ON_FULL_DISK and self._rng.random() < 0.5
         return [Deed(note=end.note, what="fill"), end] if is_full else [end]
 
@@ -219,8 +225,8 @@ class _Drawing:
         rank = self._rng.randrange(num_workers)
         self.faults.append(Fault(kind="kill", doing=doing, step=step, rank=rank, after_s=after_s, follows=follows))
 
-    def _note(self, step: int) -> int:
-        self.faults.append(Fault(kind="note", doing="forward", step=step))
+    def _note(self, step: int, kind: Kind = "note") -> int:
+        self.faults.append(Fault(kind=kind, doing="forward", step=step))
         return len(self.faults) - 1
 
     def _delay_s(self) -> float:
@@ -261,6 +267,8 @@ class Stage:
                 assert not left, f"life {number} left {left}"
                 if ended.exit_code == 0 and ended.document["status"] == "completed":
                     break
+                assert life.deeds, f"life {number} has not completed: {ended}"
+                assert life.deeds[-1] in self.done, f"life {number} ended by itself: {ended}"
                 assert ended.exit_code == life.exit_code, f"life {number} ended with {ended.exit_code}: {ended}"
             assert ended is not None
             assert bits(ended, self.run) == reference, "other bits"
@@ -276,12 +284,17 @@ class Stage:
             try:
                 yield
             except AssertionError:
+                self._leave_disk()
                 if self.run.exists():
                     shutil.copytree(self.run, self._folder / "run-that-failed")
                 raise
             finally:
-                wait_for_end_of(self.plan, timeout_s=0)
-                wait_for_end_of(self.plan, END_TIMEOUT_S)  # nobody is on the disk any more
+                self._leave_disk()
+
+    def _leave_disk(self) -> None:
+        """Ends whatever may be on the disk still."""
+        wait_for_end_of(self.plan, timeout_s=0)
+        wait_for_end_of(self.plan, END_TIMEOUT_S)
 
     @contextmanager
     def _hosts_of(self, life: Life) -> Iterator[None]:
@@ -314,12 +327,13 @@ class Stage:
         else:
             running = Running(command, place, on_ray=True)
         if paused:
-            _wait_until(lambda: self._num_trained() > num_trained, running)
-            self._go_on(paused)
+            self._go_on(paused, is_lost=_wait_until(lambda: self._num_trained() > num_trained, running))
         for deed in life.deeds:
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break
             time.sleep(deed.delay_s)
+            if _has_ended(running):
+                break
             if deed.host:
                 self._do_to_host(deed, self._hosts[deed.host], running)
             else:
@@ -352,14 +366,25 @@ class Stage:
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
 
-    def _go_on(self, paused: Running) -> None:
-        """Lets a paused driver go on, and waits for its end, which takes longer than the next one's run would."""
+    def _go_on(self, paused: Running, *, is_lost: bool) -> None:
+        """Lets a paused driver go on, and waits for its end; the run of the next one takes its time meanwhile.
+
+        Args:
+            paused: The driver.
+            is_lost: Another one has trained since. Else the run was complete, which the paused one may say too.
+        """
         self._brake.touch()
         os.kill(paused.pid, signal.SIGCONT)
-        assert_superseded(paused.wait(LIFE_TIMEOUT_S))
+        ended = paused.wait(LIFE_TIMEOUT_S)
+        if is_lost or ended.exit_code != 0:
+            assert ended.exit_code == ENDS["pause driver"], ended
+            assert "has taken the run over" in ended.document["error"], ended
+        else:
+            assert ended.document["status"] == "completed", ended
         self._brake.unlink()
 
     def _fill_disk(self) -> None:
+        self._brake.touch()  # the run would get to its end, and wait there
         with self._filler.open("wb", buffering=0) as file:
             while free := shutil.disk_usage(self._filler).free:
                 try:
@@ -370,6 +395,7 @@ class Stage:
 
     def _make_room(self) -> None:
         self._filler.unlink(missing_ok=True)
+        self._brake.unlink(missing_ok=True)
 
     def _do_to_host(self, deed: Deed, host: Host, running: Running) -> None:
         """Does it, and waits until the run goes on with the hosts there are, which takes longer than the run would."""
@@ -415,15 +441,6 @@ class Stage:
         return self.run.parent / "filler"
 
 
-def assert_superseded(ended: Ended) -> None:
-    """A driver that was paused until another one had its run has ended for that, if it had not completed the run."""
-    if ended.exit_code == 0:
-        assert ended.document["status"] == "completed"
-    else:
-        assert ended.exit_code == ENDS["pause driver"], ended
-        assert "has taken the run over" in ended.document["error"], ended
-
-
 def _is_hit(command: str, deed: Deed) -> bool:
     """Whether the process with this command line is the one that is to be killed."""
     if deed.what == "kill driver":
@@ -447,11 +464,14 @@ def overrides(brake: Path) -> tuple[str, ...]:
 def _wait_until(happened: Callable[[], bool], running: Running) -> bool:
     """Waits for something, or for the end of a command or of patience; returns whether it has happened."""
     deadline = time.monotonic() + LIFE_TIMEOUT_S
-    while not (it_has := happened()) and time.monotonic() < deadline:
-        if os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:  # its end stays to read
-            break
+    while not (it_has := happened()) and time.monotonic() < deadline and not _has_ended(running):
         time.sleep(POLL_INTERVAL_S)
     return it_has
+
+
+def _has_ended(running: Running) -> bool:
+    """Its end stays to be waited for."""
+    return os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @dataclass(slots=True)
@@ -467,7 +487,7 @@ class Tally:
         """A schedule is over."""
         happened = fired(stage.plan)
         for number, fault in enumerate(schedule.faults):
-            if fault.kind != "note":
+            if fault.kind not in MARKS:
                 kind = fault.kind if fault.victim == "training" else f"{fault.kind} its {fault.victim}"
                 self._count(f"a worker: {kind}", number in happened)
                 self._count(f"moment: {fault.doing}" + " again" * (fault.follows is not None), number in happened)
@@ -517,9 +537,9 @@ def _live(schedule: Schedule, folder: Path, reference: Bits, tally: Tally) -> No
     outcome = "passed"
     try:
         stage.live(reference)
-    except AssertionError as error:
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
         tally.failed.append(schedule.number)
-        outcome = f"FAILED, see {folder}: {error}"
+        outcome = f"FAILED, see {folder}: {error!r}"
     finally:
         wait_for_end_of(stage.plan, timeout_s=0)
     tally.seconds.append(time.monotonic() - begun)

@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
+@pytest.mark.usefixtures("calls_in_this_thread")
 @pytest.mark.parametrize("store", ["memory", pytest.param("folder", marks=pytest.mark.slow)])
 def test_no_crash_costs_a_checkpoint(store: str, folder: Path) -> None:
     with place_at(store, folder) as place:

@@ -62,7 +62,7 @@ def test_a_stopped_process(tmp_path: Path, make_plan, undisturbed: Bits) -> None
 
 def test_all_hang_before_their_first_step(tmp_path: Path, make_plan, undisturbed: Bits) -> None:
     plan = make_plan(*(Fault(kind="hang", doing="data", step=0, rank=rank) for rank in range(2)))
-    overrides = ("data.train.transform=null", "workers.first_step_timeout_s=20")
+    overrides = ("data.train.transform=null", "workers.first_step_timeout_s=10")
     ended = launcher("run", JOBS / "digits.yaml", *SHORT, *overrides, "--json", cwd=tmp_path)
 
     assert fired(plan).keys() == {0, 1}

@@ -7,7 +7,6 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
-from launcher.crew import Crew
+from launcher.crew import MOST_MISFITS, Crew
 from launcher.driver import Driver
 from launcher.progress import open_progress
 from launcher.record import Record, RunState
@@ -520,8 +519,7 @@ class TestEnvironments:
         (event,) = events(run, "nodes_left_out")
         assert (event["step"], event["nodes"], event["reason"]) == (9, ["b"], "workers differ: cpu")
         told_of = (
-            "going on without node 10.0.0.b, which cannot be used until Ray is started there anew, 2 times at most: "
-            "workers differ: cpu"
+            "going on without node 10.0.0.b, which cannot be used until Ray is started there anew: workers differ: cpu"
         )
         assert f"warning: step 9: {told_of}\n" in screen.getvalue()
 
@@ -539,6 +537,8 @@ class TestEnvironments:
             return [node("a", now < 0.8), node("b", 1 < now < 7.9)]
 
         others = [{"ranks": [0], **self.HERE, **there}, {"ranks": [1], **self.HERE, **joined}]
+        if there == joined:
+            others = [{"ranks": [0, 1], **self.HERE}]
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
         script: list[list[Message] | float] = [
             LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
@@ -564,7 +564,8 @@ class TestEnvironments:
         ]  # fmt: skip
         if cpu == self.HERE["cpu"]:
             script += [LAG, hello("c"), [one("started", 0, 2, step=0)], done(1, 2)]
-            assert drive(run, script, look, num=(1, 2))[1].without[-1] == {"b"}
+            document, group = drive(run, script, look, num=(1, 2))
+            assert (document["status"], group.without[-1]) == ("completed", {"b"})
         else:
             with pytest.raises(ClusterError, match="workers differ: cpu"):
                 drive(run, script, look, num=(1, 2))
@@ -596,25 +597,107 @@ class TestEnvironments:
             f"used ({'' if is_there else 'the workers did not start: '}No module named 'x')"
         )
 
-    def test_a_host_whose_nodes_do_not_fit_is_tried_three_times(self, run: RunDirectory) -> None:
-        """Ray is started there anew again and again, to no avail."""
+    def test_after_ten_that_did_not_fit_no_others_are_taken(self, run: RunDirectory) -> None:
+        """Each comes as soon as the one before is left out, on a host of its own."""
         others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
         told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0]
-        script += left(1, 0, 9), hello("a", "b0"), self.refused(others, 1)
-        script += hello("a", "b1"), self.refused(others, 2), hello("a", "b2"), self.refused(others, 3)
-        script += LAG, hello("a"), [one("started", 0, 4, step=9)], 6.0, 6.0, done(1, 4)
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9),
+        ]  # fmt: skip
+        for number in range(MOST_MISFITS):
+            script += hello("a", f"b{number}"), self.refused(others, number + 1)
+        last = MOST_MISFITS + 1
+        script += LAG, hello("a"), [one("started", 0, last, step=9)], 6.0, 6.0, done(1, last)
         screen = io.StringIO()
 
         def look(now: float) -> list[Node]:
-            number = screen.getvalue().count("going on without node 10.0.0.b")
-            return [node("a", now < 0.8), replace(node(f"b{number}", now > 1), address="10.0.0.b")]
+            return [node("a", now < 0.8), node(f"b{screen.getvalue().count('going on without')}", now > 1)]
 
         document, group = drive(run, script, look, num=(1, 2), screen=screen)
 
         assert document["status"] == "completed"
-        assert list(zip(group.started, map(len, group.without))) == [(1, 0), (2, 0), (2, 1), (2, 2), (1, 4)]
-        assert len(events(run, "leaving")) == 1, "the fourth is not tried"
+        tries = [(2, number) for number in range(MOST_MISFITS)]
+        assert list(zip(group.started, map(len, group.without))) == [(1, 0), *tries, (1, MOST_MISFITS + 1)]
+        assert screen.getvalue().count("no others are taken until launcher resume") == 1
+
+    @pytest.mark.parametrize("is_like_itself", [True, False], ids=["other data", "no module"])
+    def test_one_that_holds_all_places_is_left_out_too(self, run: RunDirectory, is_like_itself: bool) -> None:
+        """Ray has placed both workers on the node that joined; the one that trained before is there still."""
+        others = [{"ranks": [0, 1], **self.HERE}]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
+        failed = [one("failed", 1, 1, error="TrainingError", **lacks), died(1, 1, code=1), died(0, 1, code=1)]
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
+            self.refused(others, 1) if is_like_itself else failed, LAG, LAG, hello("a"), [one("started", 0, 2, step=9)],
+            done(1, 2),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8 or now > 14), node("b", 4 if now > 1 else 0)]
+
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"b"})
+
+    def test_many_that_lack_a_module_are_left_out_at_once_and_another_takes_the_place_of_the_one_that_is_lost(
+        self, run: RunDirectory
+    ) -> None:
+        """No worker was ever on the node that is left."""
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
+        lacking: Message = {"kind": "agents_lost", "lost": dict.fromkeys((0, 1), "No module named 'x'"), "what": ""}
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], [lost], hello("b", "c")[:1], [lacking], LAG,
+            LAG, hello("d"), [one("started", 0, 1, step=0)], done(1, 1),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", 1)] if now < 1 else [node("b", now < 1.7), node("c", now < 1.7), node("d", now > 1.7)]
+
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without) == ("completed", [set(), set(), {"b", "c"}])
+
+    def test_a_module_that_nobody_had_before_is_the_newcomers(self, run: RunDirectory) -> None:
+        others = [
+            {"ranks": [0], **self.HERE},
+            *({"ranks": [rank], **self.HERE, "code": {"prepare": f"{rank}" * 64}} for rank in (1, 2)),
+        ]
+        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("a", "b", "c"),
+            self.refused(others, 1), LAG, LAG, hello("a"), [one("started", 0, 2, step=9)], done(1, 2),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8), node("b", now > 1), node("c", now > 1)]
+
+        document, group = drive(run, script, look, num=(1, 3))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"b", "c"})
+
+    def test_nodes_that_trained_before_others_took_their_place_are_newcomers(self, run: RunDirectory) -> None:
+        """All workers were placed on another kind of node, and trained there; then on both kinds."""
+        own, other = [{"ranks": [0], **self.HERE}], [{"ranks": [0, 1], **self.HERE, "cpu": "aarch64"}]
+        both_kinds = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
+        told = [
+            one("environment", 0, n, workers=group, differences="", is_refused=False)
+            for n, group in ((0, own), (1, other))
+        ]
+        lost: Message = {"kind": "agents_lost", "lost": {0: "killed"}, "what": ""}
+        script: list[list[Message] | float] = [
+            LAG, hello("a"), [told[0], one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
+            [told[1], *both("started", 1, step=9), *both("pace", 1, step=10, spent=SPENT)], [lost], hello("a", "b"),
+            self.refused(both_kinds, 2), hello("b", "b"), both("started", 3, step=9), done(2, 3),
+        ]  # fmt: skip
+
+        def look(now: float) -> list[Node]:
+            return [node("a", now < 0.8 or now > 13.5), node("b", 4 if now > 1 else 0)]
+
+        document, group = drive(run, script, look, num=(1, 2))
+
+        assert (document["status"], group.without[-1]) == ("completed", {"a"})
 
     def test_workers_that_differ_from_the_beginning_end_the_run(self, run: RunDirectory) -> None:
         others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
