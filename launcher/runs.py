@@ -330,9 +330,12 @@ def _train(
     run.clear_stop()  # one that was asked of an earlier driver
     _note_attempt(run, plan, code)
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
+    run.stay_alive()
     tracker = _open_tracker(run, description, display)
+    run.stay_alive()
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
+    run.stay_alive()
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
     driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers(events))
 
