@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import claims
+from cluster.errors import ClusterError
 from cluster.ray_cluster import Capacity, Node
 from cluster.scheduler import Job, JobStatus, Look, Needs, NodeReport, Scheduler
 from launcher.nodes import own_versions
@@ -74,7 +75,9 @@ class LocalScheduler(Scheduler):
             return False
         hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
-        line = f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}"
+        begun = shlex.quote(str(self._jobs / job_id / "begun"))
+        wait = f"while [ -e {hold} ]; do sleep 0.05; done; touch {begun}"
+        line = f"{wait}; ({command}); echo $? > {code}.new; mv {code}.new {code}"
         with (self._jobs / job_id / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["sh", "-c", line],
@@ -111,24 +114,30 @@ class LocalScheduler(Scheduler):
             return None
         status: JobStatus = "pending"
         exit_code = began_at = None
+        metadata: dict[str, str] = {}
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
-            began_at = process["at"]
+            began_at, metadata = process["at"], process["of"]
             is_alive = claims._started(process["pid"]) == process["started"]
-            status = "running" if is_alive else "failed"
+            is_held = (self.folder / "hold").exists() and not (job / "begun").exists()
+            ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"
+            status = ("pending" if is_held else "running") if is_alive else ended
         with suppress(FileNotFoundError):
             exit_code = int((job / "exit_code").read_text())
             status = "failed" if exit_code else "succeeded"
-        return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at)
+        return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at, metadata=metadata)
 
     def jobs(self) -> list[Job]:
         found = [job for path in self._jobs.iterdir() if (job := self.read(path.name)) is not None]
         return sorted(found, key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
+        (self._jobs / job_id / "stopped").touch()
         self.signal(job_id, signal.SIGTERM)
 
     def log(self, job_id: str) -> str:
+        if not (self._jobs / job_id).is_dir():
+            raise ClusterError(f"{URL}: does not give the log of job {job_id}: it is not there")
         return (self._jobs / job_id / "log").read_text()
 
     def signal(self, job_id: str, number: signal.Signals) -> None:

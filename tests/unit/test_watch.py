@@ -42,7 +42,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def look(cluster: Cluster, *statuses: dict[str, Any]) -> tuple[dict[str, Any], int, float, Said]:
         now, said, left = [0.0], Said(), list(statuses)
-        monkeypatch.setattr(watch_module, "read_status", lambda _: left.pop(0) if len(left) > 1 else left[0])
+        monkeypatch.setattr(watch_module, "read_status", lambda *_: left.pop(0) if len(left) > 1 else left[0])
 
         def sleep(seconds: float) -> None:
             now[0] += seconds
