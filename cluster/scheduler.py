@@ -25,6 +25,7 @@ class Job:
         message: Why, as the cluster says it, in a line; may be empty.
         exit_code: Of the command; none while it runs, and if it did not get as far as that.
         began_at: Unix time; none: not yet.
+        metadata: What it was begun with.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Job:
     message: str
     exit_code: int | None
     began_at: float | None
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
