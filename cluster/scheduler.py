@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.ray_cluster import Capacity
+from cluster.capacity import Capacity
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")

@@ -5,8 +5,8 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping
 
+from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, listed
-from cluster.ray_cluster import Capacity
 from cluster.scheduler import Look
 from cluster.storage import Store
 from cluster.versions import versions

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import claims
-from cluster.ray_cluster import Capacity, Node
+from cluster.capacity import Capacity, Node
 from cluster.scheduler import Job, JobStatus, Look, Needs, NodeReport, Scheduler
 from launcher.nodes import own_versions
 

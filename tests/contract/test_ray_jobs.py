@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from cluster import ray_jobs
+from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
 from cluster.node_check import NEEDS_VARIABLE, marked, needs_from
 from cluster.ray_check import COMMAND
-from cluster.ray_cluster import Capacity, Node
 from cluster.ray_jobs import RayJobs
 from cluster.scheduler import Look, Needs
 

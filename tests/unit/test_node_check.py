@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cluster import node_check, ray_check
+from cluster.capacity import Capacity, Node
 from cluster.deadline import OverrunError
 from cluster.node_check import examine, look_in, made, marked, needs_from, needs_text
-from cluster.ray_cluster import Capacity, Node
 from cluster.scheduler import Look, Needs, NodeReport
 from cluster.storage import Store
 from cluster.versions import launcher_digest, torch_version, versions

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError
-from cluster.ray_cluster import Capacity
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import Job, JobStatus, Look, Needs, Scheduler
 from cluster.spec import RayClusterSpec
