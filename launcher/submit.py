@@ -100,7 +100,7 @@ def submit(
     display.phase("trying the job out")
     to_plan, store, tried = _try_here(run, standing, description, folder)
     bundle = pack_job(folder, tried.modules)
-    display.phase(f"looking at the nodes of {place.address}")
+    display.phase(f"inspecting the nodes of {place.address}")
     plan = _fit_there(to_plan, store, tried, scheduler, place, display)
     if standing.status is not None and standing.reached >= plan.end_step < plan.total_steps:
         why_not = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
@@ -206,9 +206,9 @@ def _fit_there(
     """The plan on the cluster, whose nodes are fit for it."""
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
-    look = scheduler.look(Needs(store=store.url, variables=variables))
-    check_nodes(look, place.address, own_versions(), display.warn)
-    plan = fit(description, store, tried, look.capacity, place.address)
+    report = scheduler.inspect(Needs(store=store.url, variables=variables))
+    check_nodes(report, place.address, own_versions(), display.warn)
+    plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     return plan
@@ -240,11 +240,11 @@ def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str) -
     """
     metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
     try:
-        return scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata)
+        return scheduler.begin(job_id, command, {}, stop_grace_s=_SAVE_S, metadata=metadata)
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        scheduler.begin(job_id, command, {}, save_s=_SAVE_S, metadata=metadata)
+        scheduler.begin(job_id, command, {}, stop_grace_s=_SAVE_S, metadata=metadata)
     except ClusterError as error:
         raise ClusterError(f"{error}; {run.url} is written, submit it again to begin it") from error
     return True
