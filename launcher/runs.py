@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.capacity import WorkerResources
 from cluster.checkpoints import Manifest
 from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds import Cluster
-from cluster.ray_cluster import WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker

@@ -117,7 +117,7 @@ def submit(
     display.phase("trying the job out")
     to_plan, store, tried = _try_here(run, standing, description, folder)
     bundle = pack_job(folder, tried.modules)
-    display.phase(f"looking at the nodes of {place.address}")
+    display.phase(f"inspecting the nodes of {place.address}")
     plan = _fit_there(to_plan, store, tried, scheduler, place, display)
     if standing.status is not None and standing.reached >= plan.end_step < plan.total_steps:
         reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
@@ -243,9 +243,9 @@ def _fit_there(
     """The plan on the cluster, whose nodes are fit for it."""
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
-    look = scheduler.look(Needs(store=store.url, variables=variables))
-    check_nodes(look, place.address, own_versions(), display.warn)
-    plan = fit(description, store, tried, look.capacity, place.address)
+    report = scheduler.inspect(Needs(store=store.url, variables=variables))
+    check_nodes(report, place.address, own_versions(), display.warn)
+    plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     return plan
@@ -279,7 +279,7 @@ def _begin(run: RunDirectory, scheduler: Scheduler, submission: Submission, subm
 def _is_begun(run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str) -> bool:
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
     command = make_command(run.url, submission_id)
-    if scheduler.begin(submission.job, command, {}, save_s=_SAVE_S, metadata=metadata):
+    if scheduler.begin(submission.job, command, {}, stop_grace_s=_SAVE_S, metadata=metadata):
         return True
     job = scheduler.read(submission.job)
     return job is not None and job.metadata.get("submission") == submission_id

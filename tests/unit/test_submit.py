@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError
-from cluster.ray_cluster import Capacity
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import Job, JobStatus, Look, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from jobs.order import StepPlan
@@ -22,7 +22,7 @@ from launcher.nodes import own_versions
 from launcher.plan import Tried
 from launcher.submit import make_command, make_job_id, submit
 from tests import saved
-from tests.schedulers import URL, a_look, a_node, a_report
+from tests.schedulers import URL, a_cluster, a_node, a_report
 
 JOBS = Path(__file__).parents[2] / "jobs"
 JOB = """\
@@ -63,7 +63,7 @@ class Said:
 class FakeScheduler(Scheduler):
     """A cluster that has what a test gives it, and begins nothing."""
 
-    has: Look = field(default_factory=a_look)
+    has: ClusterReport = field(default_factory=a_cluster)
     known: dict[str, JobStatus] = field(default_factory=dict)
     metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
@@ -71,15 +71,21 @@ class FakeScheduler(Scheduler):
     breaks: int = 0
     """How many answers to come are lost."""
 
-    def look(self, needs: Needs) -> Look:
+    def inspect(self, needs: Needs) -> ClusterReport:
         self.asked.append(needs)
         return self.has
 
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
         assert not environment, "everyone can read it"
-        assert save_s >= 60
+        assert stop_grace_s >= 60
         assert metadata["run"] in command
         assert metadata["submission"] in command
         if job_id in self.known:
@@ -173,21 +179,21 @@ def of_versions(**versions: str) -> Mapping[str, str]:
 
 MINE = own_versions()
 FIRST, SECOND = a_node("10.0.0.1"), a_node("10.0.0.2")
-REFUSALS: dict[str, tuple[Look, str]] = {
+REFUSALS: dict[str, tuple[ClusterReport, str]] = {
     "nodes of two versions of Ray": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", versions={"ray": "2.1.0"}))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", versions={"ray": "2.1.0"}))),
         f"versions differ: ray {MINE['ray']} on 10.0.0.1, this machine, 2.1.0 on 10.0.0.2; install the same everywhere",
     ),
     "nodes of another Python": (
-        a_look(FIRST, reports=(a_report(versions={"python": "3.9"}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"python": "3.9"}),)),
         f"versions differ: python 3.9 on 10.0.0.1, {MINE['python']} on this machine; install the same everywhere",
     ),
     "nodes of another torch": (
-        a_look(FIRST, reports=(a_report(versions={"torch": "2.0.1+cu118"}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"torch": "2.0.1+cu118"}),)),
         f"versions differ: torch 2.0.1+cu118 on 10.0.0.1, {MINE['torch']} on this machine; install the same everywhere",
     ),
     "nodes of two builds of torch": (
-        a_look(
+        a_cluster(
             FIRST,
             SECOND,
             reports=(
@@ -199,25 +205,25 @@ REFUSALS: dict[str, tuple[Look, str]] = {
         "install the same everywhere",
     ),
     "nodes of another launcher": (
-        a_look(FIRST, reports=(a_report(versions={"launcher": "0" * 64}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"launcher": "0" * 64}),)),
         f"versions differ: launcher 000000000000 on 10.0.0.1, {MINE['launcher'][:12]} on this machine; "
         "install the same everywhere",
     ),
     "a variable that is missing": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", missing=("TOKEN",)))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", missing=("TOKEN",)))),
         "environment variables: 10.0.0.2 lacks TOKEN; set them where its nodes start",
     ),
     "a store that a node does not reach": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", store_error="cannot be written"))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", store_error="cannot be written"))),
         "the store cannot be used from 10.0.0.2: cannot be written; use one that every node reaches, such as "
         "s3://bucket/runs",
     ),
     "nodes that do not answer": (
-        a_look(FIRST, reports=(), silent=("10.0.0.1",)),
+        a_cluster(FIRST, reports=(), silent=("10.0.0.1",)),
         "no node answers: 10.0.0.1; look at the cluster's own logs",
     ),
     "more than there can be": (
-        a_look(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
+        a_cluster(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
         "digits.yaml: workers.num must be at most 1 on this cluster: so many workers of 1 CPU, 1 GPU fit on its 2 "
         "nodes, got 2; add nodes, or lower workers.num. "
         "There is 10.0.0.1 with 1 CPU, 2 GPU, H100, 10.0.0.2 with 0 CPU, 0 GPU",
@@ -227,8 +233,8 @@ REFUSALS: dict[str, tuple[Look, str]] = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what):
-    look, message = REFUSALS[what]
-    scheduler = FakeScheduler(look)
+    report, message = REFUSALS[what]
+    scheduler = FakeScheduler(report)
     with pytest.raises(ClusterError) as caught:
         hand_over(job, folder, scheduler)
     assert str(caught.value) == f"{URL}: {message}"
@@ -238,24 +244,25 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
 def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
     none = Capacity(nodes=(), limits={"CPU": 1.0, "memory": 1e9})
     with pytest.raises(ClusterError, match="There is no node; its autoscaler may bring it to 1 CPU$"):
-        hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=none, nodes=())))
+        hand_over(job, folder, FakeScheduler(replace(a_cluster(), capacity=none, nodes=())))
     enough = Capacity(nodes=(), limits={"CPU": 4.0})
-    assert hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=enough, nodes=())))["status"] == "submitted"
+    scheduler = FakeScheduler(replace(a_cluster(), capacity=enough, nodes=()))
+    assert hand_over(job, folder, scheduler)["status"] == "submitted"
 
 
 def test_room_that_is_not_there_now_is_waited_for_there(job, folder):
-    scheduler = FakeScheduler(a_look(replace(a_node(), free={"CPU": 0.0})))
+    scheduler = FakeScheduler(a_cluster(replace(a_node(), free={"CPU": 0.0})))
     assert hand_over(job, folder, scheduler)["status"] == "submitted"
 
 
 def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
     build = MINE["torch"].partition("+")[0] + "+cu999"
-    assert hand_over(job, folder, FakeScheduler(a_look(reports=(a_report(versions={"torch": build}),))))["job"]
+    assert hand_over(job, folder, FakeScheduler(a_cluster(reports=(a_report(versions={"torch": build}),))))["job"]
 
 
 def test_a_node_that_is_silent_is_told_of(job, folder):
     said = Said()
-    hand_over(job, folder, FakeScheduler(a_look(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
+    hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
     assert said.warnings[:1] == [f"{URL}: no answer from 10.0.0.2; workers may be placed there all the same"]
 
 
@@ -271,10 +278,10 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
     job = load(JOBS / "resnet50.yaml", [f"store={tmp_path / 'store'}"])
-    scheduler = FakeScheduler(a_look(a_node(CPU=64.0, GPU=8.0)))
+    scheduler = FakeScheduler(a_cluster(a_node(CPU=64.0, GPU=8.0)))
     assert hand_over(job, folder, scheduler)["status"] == "submitted"
     with pytest.raises(ClusterError, match="for 8 workers needs 8 GPUs, and this cluster has 4"):
-        hand_over(job, folder, FakeScheduler(a_look(a_node(CPU=64.0, GPU=4.0))))
+        hand_over(job, folder, FakeScheduler(a_cluster(a_node(CPU=64.0, GPU=4.0))))
 
 
 def test_what_is_written(job, folder, tmp_path):
