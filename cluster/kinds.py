@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from cluster import ray_cluster
-from cluster.ray_cluster import Capacity, Node, WorkerResources
+from cluster.capacity import Capacity, Node, WorkerResources
 
 if TYPE_CHECKING:
     from cluster.agent import Task

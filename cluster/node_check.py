@@ -1,7 +1,7 @@
-"""The check of a cluster's nodes: what a node finds out about itself, and the line in which a cluster tells it.
+"""The inspection of a cluster's nodes: what a node reports about itself, and how the report travels.
 
-The line goes through the log of a job, so it is marked, and it is JSON: who reads it executes nothing of it. This
-knows of no kind of cluster, and needs nothing but what every process of the product needs.
+The report of all nodes is one line in the log of a job. The line is marked, and it is JSON, so reading it executes
+nothing. This module knows no kind of cluster and needs only what every process of the launcher needs.
 """
 
 import json
@@ -15,34 +15,34 @@ from typing import Any, TypeVar
 
 from cluster.deadline import OverrunError, result_within, start
 from cluster.errors import StorageError, one_line
-from cluster.scheduler import Look, Needs
+from cluster.scheduler import ClusterReport, Needs
 from cluster.storage import Store
 from cluster.versions import versions
 
 T = TypeVar("T")
 
 NEEDS_VARIABLE = "LAUNCHER_NODE_NEEDS"
-"""The environment variable that tells the check what is needed."""
+"""The environment variable that carries the needs to the job."""
 
-_MARK = "launcher-look: "
-_STORE_S = 30.0
-"""How long a node tries the store; less than its cluster waits for it."""
+_MARK = "launcher-cluster-report: "
+_STORE_TIMEOUT_S = 30.0
+"""Time limit for the store check of a node; shorter than the time in which a node must answer."""
 
 
-def examine(needs: Needs) -> dict[str, Any]:
-    """What this process has of what is needed: ``NodeReport`` without what the cluster knows of the node."""
+def inspect_node(needs: Needs) -> dict[str, Any]:
+    """What this host has of what is needed: the fields of ``NodeReport`` except ``id`` and ``address``."""
     return {
         "versions": versions(),
-        # What is set to nothing is of no use either.
+        # A variable that is set to the empty string is of no use either.
         "missing": [name for name in needs.variables if not os.environ.get(name)],
         "store_error": store_error(needs.store),
     }
 
 
 def store_error(url: str) -> str:
-    """Why an object cannot be written, read and deleted at a URL from here, in a line; empty: it can."""
+    """Why this process cannot write, read and delete an object at a URL, in one line; empty if it can."""
     try:
-        result_within(_STORE_S, start(lambda: Store(url).probe()))
+        result_within(_STORE_TIMEOUT_S, start(lambda: Store(url).probe()))
     except StorageError as error:
         return one_line(error)
     except OverrunError as error:
@@ -50,62 +50,65 @@ def store_error(url: str) -> str:
     return ""
 
 
-def needs_text(needs: Needs) -> str:
-    """Needs as the value of ``NEEDS_VARIABLE``: JSON without a ``$``, which Ray would take for a variable."""
+def needs_to_text(needs: Needs) -> str:
+    """Encodes needs for ``NEEDS_VARIABLE``: JSON without ``$``, because Ray expands variables in it."""
     return json.dumps(asdict(needs)).replace("$", "\\u0024")
 
 
-def needs_from(text: str) -> Needs:
-    """Needs from the value of ``NEEDS_VARIABLE``.
+def needs_from_text(text: str) -> Needs:
+    """Decodes the value of ``NEEDS_VARIABLE``.
 
     Raises:
-        ValueError: They are not what ``needs_text`` writes.
+        ValueError: The text was not made by ``needs_to_text``.
     """
-    return made(Needs, json.loads(text))
+    return from_json(Needs, json.loads(text))
 
 
-def marked(look: Look) -> str:
-    """What a cluster has as one line."""
-    return _MARK + json.dumps(asdict(look))
+def report_to_line(report: ClusterReport) -> str:
+    """Encodes a report as one marked line."""
+    return _MARK + json.dumps(asdict(report))
 
 
-def look_in(log: str) -> Look:
-    """What a cluster has, from the log of the job that looked.
+def report_from_log(log: str) -> ClusterReport:
+    """Finds and decodes the report in the log of the job that made it.
 
     Raises:
-        ValueError: The line is not there once, or is not what ``marked`` writes.
+        ValueError: The log holds no report or several, or the line was not made by ``report_to_line``.
     """
     lines = [line.removeprefix(_MARK) for line in log.splitlines() if line.startswith(_MARK)]
     if len(lines) != 1:
         raise ValueError(f"there are {len(lines)} results")
-    return made(Look, json.loads(lines[0]))
+    return from_json(ClusterReport, json.loads(lines[0]))
 
 
-def made(hint: type[T], told: Any, where: str = "") -> T:
-    """A value of a type from what JSON holds: dataclasses from objects with exactly their fields, tuples from lists.
+def from_json(hint: type[T], value: Any, where: str = "") -> T:
+    """Converts parsed JSON to a type: objects with exactly its fields to a dataclass, lists to tuples.
 
     Raises:
-        ValueError: It is of another type, or a field is missing or unknown. A whole number is a number; NaN is none.
+        ValueError: The value has another type, or a field is missing or unknown. An int is accepted as a float, NaN
+            is not.
     """
-    return typing.cast(T, _made(hint, told, where or "it"))
+    return typing.cast(T, _from_json(hint, value, where or "it"))
 
 
-def _made(hint: Any, told: Any, where: str) -> Any:
+def _from_json(hint: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint) and isinstance(told, dict):
+    if is_dataclass(hint) and isinstance(value, dict):
         names, hints = {field.name for field in fields(hint)}, typing.get_type_hints(hint)
-        if names != told.keys():
-            raise ValueError(f"{where} has other fields: {', '.join(sorted(names ^ told.keys()))}")
-        return typing.cast(Any, hint)(**{name: _made(hints[name], told[name], f"{where}.{name}") for name in names})
-    if origin is Mapping and isinstance(told, dict):
-        return {name: _made(inner[1], value, f"{where}[{name}]") for name, value in told.items()}
-    if origin in (tuple, Sequence) and isinstance(told, list):
-        return tuple(_made(inner[0], value, f"{where}[{number}]") for number, value in enumerate(told))
+        if names != value.keys():
+            raise ValueError(f"{where} has other fields: {', '.join(sorted(names ^ value.keys()))}")
+        return typing.cast(Any, hint)(
+            **{name: _from_json(hints[name], value[name], f"{where}.{name}") for name in names}
+        )
+    if origin is Mapping and isinstance(value, dict):
+        return {name: _from_json(inner[1], each, f"{where}[{name}]") for name, each in value.items()}
+    if origin in (tuple, Sequence) and isinstance(value, list):
+        return tuple(_from_json(inner[0], each, f"{where}[{number}]") for number, each in enumerate(value))
     if NoneType in inner:
         (other,) = (each for each in inner if each is not NoneType)
-        return None if told is None else _made(other, told, where)
-    if hint is float and type(told) in (int, float) and not math.isnan(told):
-        return float(told)
-    if hint in (str, bool) and type(told) is hint:
-        return told
-    raise ValueError(f"{where} is {str(told)[:60]!r}")
+        return None if value is None else _from_json(other, value, where)
+    if hint is float and type(value) in (int, float) and not math.isnan(value):
+        return float(value)
+    if hint in (str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{where} is {str(value)[:60]!r}")

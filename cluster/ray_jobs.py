@@ -1,7 +1,7 @@
-"""The Jobs API of a Ray cluster: commands that run on one of its hosts, begun and watched from anywhere.
+"""The Jobs API of a Ray cluster: starts jobs on its head and watches them, from anywhere.
 
-This speaks the HTTP interface that Ray documents, and needs no Ray. Ray's own client waits without limit, takes its
-address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs packages that a laptop may lack.
+This module speaks the HTTP interface that Ray documents and needs no Ray. Ray's own client has no time limits, takes
+its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs packages that a laptop may lack.
 
 Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same in 2.55.
 """
@@ -12,36 +12,38 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 
 from cluster import node_check, ray_check
 from cluster.errors import ClusterError, one_line
 from cluster.ray_token import TOKEN_ADVICE, find_token
-from cluster.scheduler import ENDED, Job, JobStatus, Look, Needs, Scheduler
+from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.secrets import redacted
 
-_CONNECT_S = 10.0
-_ANSWER_S = 30.0
-"""The head starts an agent of its own for the first job of a session, which takes seconds."""
-_LOOK_S = 180.0
-"""How long a look may take: to start a job, to join the cluster, and what the nodes have for their answers."""
-_POLL_S = 0.3
+_CONNECT_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 30.0
+"""For the first job of a session the head starts a process of its own, which takes seconds."""
+_INSPECT_TIMEOUT_S = 180.0
+"""Time limit of an inspection: start a job, join the cluster, and wait for the nodes' answers."""
+_POLL_INTERVAL_S = 0.3
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
-"""Exit codes of a shell that does not find a command, or may not run it."""
-_STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Exit codes of a shell that cannot find a command, or may not execute it."""
+_STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 
 
-class _Refused(Exception):  # noqa: N818  # an answer, which callers tell apart
-    """The cluster answers, and says no."""
+class _Refused(Exception):  # noqa: N818  # not an error by itself: callers decide
+    """The cluster answered with an HTTP error status; the message is the body."""
 
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(body)
         self.status = status
 
 
 class _Bearer(requests.auth.AuthBase):
-    """Sends a token, if there is one. A request without an ``auth`` of its own takes what ~/.netrc has for the host."""
+    """Sends the token, if there is one. Without an ``auth`` object, requests would send credentials from ~/.netrc."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token
@@ -53,68 +55,75 @@ class _Bearer(requests.auth.AuthBase):
 
 
 class RayJobs(Scheduler):
-    """The Jobs API at one address. Its commands run on the cluster's head."""
+    """The Jobs API at one address. Jobs run on the cluster's head."""
 
     def __init__(self, url: str, venv: str | None = None) -> None:
-        """Keeps the address; the token is looked for when a call is made, and kept nowhere.
+        """Only assigns. The token is read for each request and never stored.
 
         Args:
             url: Such as ``http://HEAD:8265``.
-            venv: The folder on the head whose ``bin`` is searched first for commands; none: the head's PATH alone.
+            venv: The environment on the head whose ``bin`` comes first on the PATH of commands; None: the PATH is the
+                head's own.
         """
         self._url = url.rstrip("/")
         self._venv = venv
 
     def ray_version(self) -> str:
-        """Of the cluster.
+        """The version of Ray on the cluster.
 
         Raises:
-            ClusterError: Nobody answers there, it is no Ray cluster, or it does not let this process in.
+            ClusterError: Nothing answers at the address, it is no Ray cluster, or it refuses access.
         """
         try:
-            version = self._ask("GET", "/api/version")
+            version = self._request("GET", "/api/version")
         except _Refused as refused:
             raise self._no_jobs_api(f"answers {refused.status}") from refused
         if not isinstance(version, dict) or "ray_version" not in version:
             raise self._no_jobs_api("answers with something else")
         return str(version["ray_version"])
 
-    def look(self, needs: Needs) -> Look:
-        """Begins a job that looks at the nodes and waits for it; of one that succeeds only its log on the head stays.
+    def inspect(self, needs: Needs) -> ClusterReport:
+        """Starts a job that inspects the nodes, waits for it, and deletes it if it succeeded.
 
         Raises:
-            ClusterError: As of each method; or the head has no launcher, or another than this one.
+            ClusterError: As for every method; or the head has no launcher, or another version of it.
         """
-        self.ray_version()  # tells best what is wrong with an address or a token
-        job_id = f"launcher-look-{uuid.uuid4().hex[:12]}"
-        environment = {node_check.NEEDS_VARIABLE: node_check.needs_text(needs)}
-        self.begin(job_id, ray_check.COMMAND, environment, save_s=1, metadata={"launcher": "look"})
+        self.ray_version()  # gives the clearest error for a wrong address or token
+        job_id = f"launcher-inspect-{uuid.uuid4().hex[:12]}"
+        environment = {node_check.NEEDS_VARIABLE: node_check.needs_to_text(needs)}
+        self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata={"launcher": "inspect"})
         try:
-            job = self._ended(job_id)
+            job = self._wait_until_ended(job_id)
             log = self.log(job_id)
         except BaseException:  # also Ctrl-C
             with suppress(ClusterError):
                 self.stop(job_id)
             raise
         if job.status != "succeeded":
-            raise self._look_failed(job, log)
+            raise self._inspect_failed(job, log)
         try:
-            look = node_check.look_in(log)
+            report = node_check.report_from_log(log)
         except ValueError as error:
             raise ClusterError(
                 f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the same "
                 "version of launcher here and on the cluster"
             ) from error
         with suppress(ClusterError, _Refused):
-            self._ask("DELETE", f"/api/jobs/{job_id}")
-        return look
+            self._request("DELETE", f"/api/jobs/{job_id}")
+        return report
 
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
-        """Begins a command on the cluster's head, see ``Scheduler``; refuses values with a ``$``."""
-        variables = {**environment, _STOP_WAIT_VARIABLE: str(save_s)}
-        # Ray replaces what looks like a variable.
+        """Starts a job on the cluster's head, see ``Scheduler``; refuses values that contain ``$``."""
+        variables = {**environment, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
+        # Ray expands variables in values.
         unsafe = [name for name, value in variables.items() if "$" in value]
         if unsafe:
             raise ClusterError(f"{self._url}: the value of {unsafe[0]} holds a '$', which Ray would replace")
@@ -125,16 +134,18 @@ class RayJobs(Scheduler):
             "metadata": dict(metadata),
         }
         try:
-            self._ask("POST", "/api/jobs/", request)
+            answer = self._request("POST", "/api/jobs/", request)
         except _Refused as refused:
-            if self.read(job_id) is not None:  # Ray says so in words of its own
+            if self.read(job_id) is not None:  # Ray reports a duplicate id as an internal error
                 return False
             raise self._failed("does not begin a job", refused) from refused
+        if not isinstance(answer, dict) or answer.get("submission_id") != job_id:
+            raise self._no_jobs_api("does not say that it has begun the job")
         return True
 
     def read(self, job_id: str) -> Job | None:
         try:
-            return _job(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}"))
+            return _job(self._request("GET", f"/api/jobs/{quote(job_id, safe='')}"))
         except _Refused as refused:
             if refused.status == requests.codes.not_found:
                 return None
@@ -142,7 +153,7 @@ class RayJobs(Scheduler):
 
     def jobs(self) -> list[Job]:
         try:
-            told = self._ask("GET", "/api/jobs/")
+            told = self._request("GET", "/api/jobs/")
         except _Refused as refused:
             raise self._failed("does not say which jobs there are", refused) from refused
         jobs = [_job(each) for each in told if each.get("submission_id")]
@@ -150,28 +161,28 @@ class RayJobs(Scheduler):
 
     def stop(self, job_id: str) -> None:
         try:
-            self._ask("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+            self._request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
         except _Refused as refused:
             raise self._failed(f"does not stop job {job_id}", refused) from refused
 
     def log(self, job_id: str) -> str:
         try:
-            told = self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+            told = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
         except _Refused as refused:
             raise self._failed(f"does not give the log of job {job_id}", refused) from refused
         return str(told.get("logs") or "")
 
     def _with_path(self, command: str) -> str:
-        """A command with the venv's first on its PATH: Ray gives it the PATH that the head was started with."""
+        """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
         return command if self._venv is None else f'export PATH={shlex.quote(self._venv)}/bin:"$PATH"; {command}'
 
-    def _ended(self, job_id: str) -> Job:
-        """A job that has ended.
+    def _wait_until_ended(self, job_id: str) -> Job:
+        """Polls a job until it has ended.
 
         Raises:
-            ClusterError: It does not end in time, or the cluster does not say.
+            ClusterError: It does not end in time, or the cluster does not report its state.
         """
-        deadline = time.monotonic() + _LOOK_S
+        deadline = time.monotonic() + _INSPECT_TIMEOUT_S
         while True:
             job = self.read(job_id)
             if job is None:
@@ -180,12 +191,12 @@ class RayJobs(Scheduler):
                 return job
             if time.monotonic() >= deadline:
                 raise ClusterError(
-                    f"{self._url}: job {job_id}, which looks at the nodes, is {job.status} after {_LOOK_S:g} s: "
-                    f"{job.message[:200] or 'no reason given'}; see its dashboard"
+                    f"{self._url}: job {job_id}, which inspects the nodes, is {job.status} after "
+                    f"{_INSPECT_TIMEOUT_S:g} s: {job.message[:200] or 'no reason given'}; see its dashboard"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_INTERVAL_S)
 
-    def _look_failed(self, job: Job, log: str) -> ClusterError:
+    def _inspect_failed(self, job: Job, log: str) -> ClusterError:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         last = lines[-1][:300] if lines else "nothing in its log"
         if job.exit_code in _NOT_FOUND:
@@ -201,40 +212,67 @@ class RayJobs(Scheduler):
             )
         if job.exit_code is None:
             return ClusterError(
-                f"{self._url}: job {job.id}, which looks at the nodes, {job.status}: "
+                f"{self._url}: job {job.id}, which inspects the nodes, {job.status}: "
                 f"{job.message[:300] or last}; see its dashboard"
             )
         return ClusterError(
-            f"{self._url}: job {job.id}, which looks at the nodes, ended with exit code {job.exit_code}: {last}; its "
+            f"{self._url}: job {job.id}, which inspects the nodes, ended with exit code {job.exit_code}: {last}; its "
             "log on the dashboard has more"
         )
 
-    def _ask(self, method: str, path: str, content: Any = None) -> Any:
-        """One request; what the cluster answers.
+    def _request(self, method: str, path: str, content: Any = None) -> Any:
+        """Makes one request and returns the parsed answer. Redirects are not followed.
 
         Raises:
-            ClusterError: Nobody answers, it is no Ray cluster, or it does not let this process in.
-            _Refused: It says no.
+            ClusterError: Nothing answers, it is no Ray cluster, or it refuses access.
+            _Refused: The answer has another HTTP error status.
         """
         token = find_token()
+        secrets = {"token": token or ""}
         try:
             answer = requests.request(
-                method, self._url + path, json=content, auth=_Bearer(token), timeout=(_CONNECT_S, _ANSWER_S)
+                method,
+                self._url + path,
+                json=content,
+                auth=_Bearer(token),
+                # Following one would turn a POST into a GET, and may send the request where the person did not mean.
+                allow_redirects=False,
+                timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
             )
         except requests.RequestException as error:
             raise ClusterError(
-                f"{self._url}: nobody answers there: {_innermost(error)}; is the cluster up, started with "
-                "--dashboard-host, and the address that of its Jobs API?"
+                f"{self._url}: nobody answers there: {redacted(_root_cause(error), secrets)}; is the cluster up, "
+                "started with --dashboard-host, and the address that of its Jobs API?"
             ) from error
+        if 300 <= answer.status_code < 400:
+            raise self._redirected(path, answer.headers.get("Location", ""))
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             what = "does not take this token" if token else "asks for a token"
             raise ClusterError(f"{self._url}: {what}; {TOKEN_ADVICE}")
         if answer.status_code != requests.codes.ok:
-            raise _Refused(answer.status_code, answer.text)
+            raise _Refused(answer.status_code, redacted(answer.text, secrets))
         try:
             return answer.json()
         except requests.JSONDecodeError as error:
             raise self._no_jobs_api("answers with something else") from error
+
+    def _redirected(self, path: str, location: str) -> ClusterError:
+        """The error for an answer that names another place.
+
+        Only its scheme, host, port and path are shown: the rest may hold a secret.
+        """
+        try:
+            to = urlsplit(urljoin(self._url + path, location))
+            host, port = to.hostname or "", to.port or _DEFAULT_PORTS[to.scheme]
+        except (ValueError, KeyError):  # no URL, or another scheme
+            return self._no_jobs_api("redirects to another place")
+        address = f"{to.scheme}://[{host}]:{port}" if ":" in host else f"{to.scheme}://{host}:{port}"
+        if to.path != path or address == self._url:
+            return self._no_jobs_api(f"redirects to {address}{to.path}")
+        return ClusterError(
+            f"{self._url}: redirects to {address}, which is not followed, for it would get the token; write {address} "
+            "as the address if it is the cluster's own"
+        )
 
     def _no_jobs_api(self, what: str) -> ClusterError:
         return ClusterError(
@@ -260,8 +298,8 @@ def _job(told: Mapping[str, Any]) -> Job:
     )
 
 
-def _innermost(error: BaseException) -> str:
-    """What went wrong below the layers of libraries."""
+def _root_cause(error: BaseException) -> str:
+    """The message of the exception that libraries have wrapped in others."""
     while True:
         inner = error.__cause__ or error.__context__
         if inner is None:

@@ -15,8 +15,9 @@ from typing import Any, cast
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
+from cluster.capacity import Node, WorkerResources
 from cluster.errors import ClusterError
-from cluster.ray_cluster import Node, WorkerResources, actor_on, last_line
+from cluster.ray_cluster import actor_on, last_line
 from cluster.ray_steering import Wanted, own_generation, steered_trainer
 
 _ORDERS_WAIT_S = 30.0
@@ -59,7 +60,7 @@ class WorkerGroup:
             scaling_config=ScalingConfig(
                 num_workers=most,  # how many there are at a time is told by the steering policy
                 use_gpu=resources.gpus > 0,
-                resources_per_worker=resources.as_ray_names_them(),
+                resources_per_worker=resources.amounts(),
             ),
             run_config=RunConfig(name="agents", storage_path=self._bookkeeping.name),
         )

@@ -1,15 +1,16 @@
-"""What begins a run on a cluster from afar, and watches it: one class for each kind of cluster that can.
+"""The interface to a cluster that is used from elsewhere: inspect it, start jobs on it, watch and stop them.
 
-A run is begun there by one command, ``launcher resume RUN_URL``, and the same command again goes on with it. What the
-scheduler knows of a job is only what the run directory does not say: that nobody drives the run yet, or why it ended.
+One subclass for each kind of cluster. A job is one shell command, ``launcher resume RUN_URL``; the same command again
+continues the run. What a run has reached stands in its run directory. The scheduler only tells what is not there: that
+the command has not started yet, or why it ended.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from cluster.ray_cluster import Capacity
+from cluster.capacity import Capacity
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
@@ -17,15 +18,15 @@ ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a cluster says of a command.
+    """A job as the cluster reports it.
 
     Attributes:
-        id: What it was begun as.
-        status: Where it is in its life.
-        message: Why, as the cluster says it, in a line; may be empty.
-        exit_code: Of the command; none while it runs, and if it did not get as far as that.
-        began_at: Unix time; none: not yet.
-        metadata: What it was begun with.
+        id: The id that it was started with.
+        status: Its state.
+        message: The cluster's explanation of that state, in one line; may be empty.
+        exit_code: The exit code of the command; None while it runs, or if it never started.
+        began_at: The Unix time at which it started; None before that.
+        metadata: What it was started with.
     """
 
     id: str
@@ -33,7 +34,7 @@ class Job:
     message: str
     exit_code: int | None
     began_at: float | None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +52,15 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeReport:
-    """What a node that is alive has.
+    """What a node found when it inspected itself.
 
     Attributes:
-        id: Of the node, as in ``Capacity``.
-        address: Of its host.
-        versions: Of ``python``, ``ray``, ``torch`` and ``launcher``, the last a digest, by these names.
-        missing: The variables that are needed and not set there.
-        store_error: Why the store cannot be used there, in a line; empty: it can.
+        id: The node's id, as in ``Capacity``.
+        address: The address of its host.
+        versions: The versions of ``python``, ``ray``, ``torch`` and ``launcher``, by these names; that of ``launcher``
+            is a digest of its source.
+        missing: The needed variables that are not set on the node.
+        store_error: Why the node cannot use the store, in one line; empty if it can.
     """
 
     id: str
@@ -69,13 +71,13 @@ class NodeReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Look:
-    """What a cluster has.
+class ClusterReport:
+    """What an inspection of a cluster found.
 
     Attributes:
-        capacity: Its nodes and what it may get.
-        nodes: What each of these has; those that did not answer in time are left out.
-        silent: The addresses of those that did not.
+        capacity: The nodes that are alive, and what the cluster may get.
+        nodes: One report for each node that answered in time.
+        silent: The addresses of the nodes that did not.
     """
 
     capacity: Capacity
@@ -84,44 +86,55 @@ class Look:
 
 
 class Scheduler(ABC):
-    """Runs commands on a cluster, for a process anywhere. To make one costs nothing and reaches nobody.
+    """Runs commands on a cluster for a process anywhere. Constructing one makes no connection.
 
-    Every method raises ClusterError, in one line, if the cluster is not reached, does not let this process in, or does
-    not do it; none waits without limit.
+    Every method raises ClusterError, in one line, if the cluster cannot be reached, refuses access or refuses the
+    request. Every method returns in bounded time.
     """
 
     @abstractmethod
-    def look(self, needs: Needs) -> Look:
-        """Has each node look at itself; takes seconds, and room for no worker."""
+    def inspect(self, needs: Needs) -> ClusterReport:
+        """Has each node inspect itself; takes seconds, and no resources that workers reserve."""
 
     @abstractmethod
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
-        """Begins a command on the cluster, unless one was begun as this before; returns whether it was not.
+        """Starts a job, unless the cluster already has one with this id.
 
-        The cluster decides, so that of many that ask at once one has it. After an answer that was lost, ask again.
+        The cluster decides this atomically: of several concurrent calls with the same id, one starts the job. If the
+        answer to a call is lost, repeat the call.
 
         Args:
-            job_id: Of letters, digits, ``-`` and ``_``; never used again while the cluster is up.
-            command: A line for the shell.
-            environment: Variables of the command and of all that it starts; no secrets, for everyone can read them.
-            save_s: Seconds that the command has to end in order when it is stopped.
-            metadata: For people who look at the cluster.
+            job_id: Letters, digits, ``-`` and ``_``; must not be reused while the cluster is up.
+            command: A command line for the shell.
+            environment: Variables of the command and its child processes. Anyone with access to the cluster can read
+                them, so they must hold no secrets.
+            stop_grace_s: Seconds between SIGTERM and SIGKILL when the job is stopped.
+            metadata: Information for people who look at the cluster.
+
+        Returns:
+            True if this call started the job; False if the cluster already had a job with this id.
         """
 
     @abstractmethod
     def read(self, job_id: str) -> Job | None:
-        """How a job is; none: this cluster knows of none, or knows no more."""
+        """The state of a job; None if the cluster has no job with this id, or has forgotten it."""
 
     @abstractmethod
     def jobs(self) -> list[Job]:
-        """The jobs that were begun by whomever, the oldest first."""
+        """All jobs that were started through this interface, by anyone, the oldest first."""
 
     @abstractmethod
     def stop(self, job_id: str) -> None:
-        """Has a job stopped, by SIGTERM, and SIGKILL after the seconds it was begun with; does not wait for that."""
+        """Sends a job SIGTERM, and SIGKILL once its grace period is over; returns without waiting for either."""
 
     @abstractmethod
     def log(self, job_id: str) -> str:
-        """What a job has written to stdout and stderr so far; it may be lost with its host."""
+        """What a job has written to stdout and stderr so far. The log can be lost with the job's host."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.agent import HERE_INTERVAL_S
+from cluster.capacity import Node
 from cluster.errors import listed
-from cluster.ray_cluster import Node
 from cluster.ray_train import WorkerGroup
 from jobs.spec import WorkersSpec
 

@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from cluster.capacity import Capacity, WorkerResources
 from cluster.errors import DescriptionError
-from cluster.ray_cluster import Capacity, WorkerResources
 from jobs.spec import JobSpec
 
 

@@ -5,9 +5,9 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping
 
+from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, listed
-from cluster.ray_cluster import Capacity
-from cluster.scheduler import Look
+from cluster.scheduler import ClusterReport
 from cluster.storage import Store
 from cluster.versions import versions
 from launcher.description import Description
@@ -27,11 +27,11 @@ def own_versions() -> dict[str, str]:
     return found
 
 
-def check_nodes(look: Look, where: str, own: Mapping[str, str], warn: Callable[[str], None]) -> None:
+def check_nodes(report: ClusterReport, where: str, own: Mapping[str, str], warn: Callable[[str], None]) -> None:
     """Makes sure that the nodes have what a run needs.
 
     Args:
-        look: What they have.
+        report: What the nodes reported.
         where: What to call the cluster.
         own: The versions of this process.
         warn: Told of nodes of which nothing is known.
@@ -39,31 +39,31 @@ def check_nodes(look: Look, where: str, own: Mapping[str, str], warn: Callable[[
     Raises:
         ClusterError: They do not have it.
     """
-    if look.silent and not look.nodes:
-        raise ClusterError(f"{where}: no node answers: {listed(look.silent)}; look at the cluster's own logs")
-    unlike = [text for name in _VERSIONS if (text := _unlike(look, name, own.get(name)))]
+    if report.silent and not report.nodes:
+        raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")
+    unlike = [text for name in _VERSIONS if (text := _unlike(report, name, own.get(name)))]
     if unlike:
         raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
-    lacking = [f"{node.address} lacks {listed(node.missing)}" for node in look.nodes if node.missing]
+    lacking = [f"{node.address} lacks {listed(node.missing)}" for node in report.nodes if node.missing]
     if lacking:
         raise ClusterError(f"{where}: environment variables: {'; '.join(lacking)}; set them where its nodes start")
-    away = [f"{node.address}: {node.store_error}" for node in look.nodes if node.store_error]
+    away = [f"{node.address}: {node.store_error}" for node in report.nodes if node.store_error]
     if away:
         raise ClusterError(
             f"{where}: the store cannot be used from {listed(away, most=3)}; "
             "use one that every node reaches, such as s3://bucket/runs"
         )
-    if look.silent:
-        warn(f"{where}: no answer from {listed(look.silent)}; workers may be placed there all the same")
+    if report.silent:
+        warn(f"{where}: no answer from {listed(report.silent)}; workers may be placed there all the same")
 
 
-def _unlike(look: Look, name: str, own: str | None) -> str:
+def _unlike(report: ClusterReport, name: str, own: str | None) -> str:
     """In which versions of something the nodes differ among each other or from this machine; empty: in none.
 
     torch is built for a kind of device, ``2.13.0+cpu``: nodes must have the same build, and a laptop may have another.
     """
     places: dict[str, list[str]] = {}
-    for node in look.nodes:
+    for node in report.nodes:
         places.setdefault(node.versions.get(name, "none"), []).append(node.address)
     differ = len(places) > 1
     if own is not None and places and (differ or _public(own) != _public(next(iter(places)))):

@@ -19,7 +19,7 @@ from launcher.description import Description, named_errors
 from launcher.machine import check_machine, decide_workers
 
 if TYPE_CHECKING:
-    from cluster.ray_cluster import Capacity
+    from cluster.capacity import Capacity
 
 ENTRY = "jobs.worker:main"
 """What a training process runs."""

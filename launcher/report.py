@@ -337,7 +337,7 @@ def _next_commands(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
     if status != "failed":
         return [resume]
-    if result.get("job_status") is not None:  # the cluster that is named has the job
+    if result.get("job") is not None:
         return [resume, (f"launcher logs {run} {on_cluster}", "read what the workers and the driver wrote")]
     return [resume, (f"launcher logs {run}", "read what the workers wrote")]
 

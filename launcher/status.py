@@ -9,6 +9,7 @@ from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
 from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, is_alive
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
+from cluster.submissions import Submission, SubmissionReport
 from launcher.background import HANGS_S
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
     is_gone = status is not None and status["status"] == "running" and _is_gone(status, silence_s)
     # Of a run that goes on, or is complete, the submission has nothing to add, and a listing of many costs less.
     if status is None or is_gone or status["status"] not in ("running", "completed"):
-        submission = run.read_submission()
-        if submission is not None and not is_begun(submission, status):
-            return NOT_BEGUN | without_driver(status or {}) | submitted_document(run, submission)
+        unanswered = _unanswered_submission(run, status)
+        if unanswered is not None:
+            return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered)
     if status is None:
         return NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
     document = NOT_BEGUN | without_driver(status) | {"run": run.url}
@@ -62,32 +63,42 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
     return document
 
 
-def is_begun(submission: Mapping[str, Any], status: Mapping[str, Any] | None) -> bool:
-    """Whether some driver has taken a run since it was submitted; clocks of two machines are not compared.
+def about_submission(submission: Submission) -> dict[str, Any]:
+    """Who submitted a run, when, to which cluster and as which job."""
+    about = {"job": submission.job, "cluster": submission.cluster, "user": submission.user, "host": submission.host}
+    return {**about, "submitted_at": submission.time}
+
+
+def _unanswered_submission(
+    run: RunDirectory, status: Mapping[str, Any] | None
+) -> tuple[SubmissionReport, Submission] | None:
+    """The newest submission of a run, if no driver has taken it, nor gone on with the run without it since.
+
+    That a driver came later is told by two clocks, which may differ a little: then it is told wrongly until its job
+    ends.
 
     Args:
-        submission: The last one.
+        run: Which.
         status: How the run stands; none: it never had a driver.
     """
-    return (status or {}).get("claimed") != submission.get("driver_before")
+    report = run.submissions.newest()
+    if report is None or report.state == "taken":
+        return None
+    submission = run.submissions.read(report.id)
+    return None if status is not None and status.get("claimed", 0.0) > submission.time else (report, submission)
 
 
-def submitted_document(run: RunDirectory, submission: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is to say of a submission that no driver has taken up yet."""
-    is_stopped = submission.get("stopped_at") is not None
-    return {
-        "run": run.url,
-        "status": "stopped" if is_stopped else "submitted",
-        "error": None,
-        "updated": submission["stopped_at"] if is_stopped else submission.get("time"),
-        **about_submission(submission),
-    }
-
-
-def about_submission(submission: Mapping[str, Any]) -> dict[str, Any]:
-    """Who submitted a run, when, to which cluster and as which job."""
-    about = {name: submission.get(name) for name in ("job", "cluster", "user", "host")}
-    return {**about, "submitted_at": submission.get("time")}
+def _submitted_document(run: RunDirectory, report: SubmissionReport, submission: Submission) -> dict[str, Any]:
+    """What there is to say of a submission that no driver has taken; ``begun`` is false in no other document."""
+    status, error = "submitted", None
+    if report.state == "stopped":
+        status = "stopped"
+    elif report.state == "failed":
+        failure = run.submissions.read_failure(report.id)
+        status = "failed"
+        error = f"job {submission.job} ended before the run began: {failure}; submit the run again"
+    about = {"run": run.url, "status": status, "error": error, "begun": False, "updated": submission.time}
+    return about | about_submission(submission)
 
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:

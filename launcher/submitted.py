@@ -15,6 +15,7 @@ from typing import Any
 from cluster.errors import ClusterError, DescriptionError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
+from cluster.submissions import Submission
 from launcher.status import LONG_SILENCE_S, NOT_BEGUN, SILENCE_S, about_submission, read_status
 
 _STOP_INTERVAL_S = 0.5
@@ -27,20 +28,22 @@ class SubmittedJob:
 
     Attributes:
         run: Whose job it is.
-        submission: The last one of the run.
+        submission_id: Of its newest submission.
+        submission: That.
         scheduler: The cluster that is asked; it need not be the one that the run was submitted to.
         cluster: What to call that.
     """
 
     run: RunDirectory
-    submission: Mapping[str, Any]
+    submission_id: str
+    submission: Submission
     scheduler: Scheduler
     cluster: str
 
     @property
     def id(self) -> str:
         """What the cluster calls it."""
-        return str(self.submission["job"])
+        return self.submission.job
 
     def read(self) -> Job:
         """How the job is.
@@ -52,7 +55,7 @@ class SubmittedJob:
         if job is None:
             raise ClusterError(
                 f"{self.cluster}: knows no job {self.id}; {self.run.url} was submitted to "
-                f"{self.submission.get('cluster')}: give --cluster that, or submit the run again"
+                f"{self.submission.cluster}: give --cluster that, or submit the run again"
             )
         return job
 
@@ -94,7 +97,7 @@ class SubmittedJob:
             The ``--json`` document of the run.
 
         Raises:
-            ClusterError: The cluster does not stop it in time; or somebody has submitted the run again.
+            ClusterError: The cluster does not stop it in time.
         """
         job = self.read()
         if job.status in ("succeeded", "failed"):
@@ -109,14 +112,9 @@ class SubmittedJob:
                 )
             time.sleep(_STOP_INTERVAL_S)
         document = read_status(self.run, LONG_SILENCE_S)
-        if document["status"] != "submitted":  # a driver had taken the run meanwhile
+        if document["status"] not in ("submitted", "failed") or _has_begun(document):  # a driver took it meanwhile
             return document
-        submission = self.run.read_submission() or {}
-        if submission.get("job") != self.id:
-            raise ClusterError(
-                f"{self.run.url}: was submitted again meanwhile, as job {submission.get('job')}; stop it again"
-            )
-        self.run.write_submission({**submission, "stopped_at": round(time.time(), 3)})
+        self.run.submissions.mark_stopped(self.submission_id)
         return read_status(self.run, LONG_SILENCE_S)
 
 
@@ -126,10 +124,11 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
     Raises:
         DescriptionError: The run was never submitted.
     """
-    submission = run.read_submission()
-    if submission is None:
+    newest = run.submissions.newest()
+    if newest is None:
         raise DescriptionError(f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster")
-    return SubmittedJob(run=run, submission=submission, scheduler=scheduler, cluster=cluster)
+    submission = run.submissions.read(newest.id)
+    return SubmittedJob(run=run, submission_id=newest.id, submission=submission, scheduler=scheduler, cluster=cluster)
 
 
 def jobs_of(scheduler: Scheduler, warn: Callable[[str], None]) -> list[Job]:
@@ -166,7 +165,7 @@ def why_ended(job: Job, document: Mapping[str, Any], scheduler: Scheduler) -> st
         document: How its run stands.
         scheduler: Has the log.
     """
-    when = "before the run began" if document["status"] == "submitted" else f"at step {document['step']}"
+    when = f"at step {document['step']}" if _has_begun(document) else "before the run began"
     why = [job.message] if job.message else []
     with contextlib.suppress(ClusterError):  # it may be lost with its host
         lines = [line.strip() for line in scheduler.log(job.id).splitlines() if line.strip()]
@@ -178,16 +177,20 @@ def why_ended(job: Job, document: Mapping[str, Any], scheduler: Scheduler) -> st
 
 
 def _told(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
-    if job is None or document["status"] != "submitted":
+    if job is None or _has_begun(document):
         return document
     if not _ended_before(document, job):
         return document | _about(job)
-    return document | _about(job) | {"status": _outcome(job), "error": job.message or None}
+    return document | _about(job) | {"status": _outcome(job), "error": document["error"] or job.message or None}
 
 
 def _ended_before(document: Mapping[str, Any], job: Job) -> bool:
     """Whether a job ended before a driver took its run."""
-    return document["status"] == "submitted" and job.status in ENDED
+    return document["status"] in ("submitted", "failed") and not _has_begun(document) and job.status in ENDED
+
+
+def _has_begun(document: Mapping[str, Any]) -> bool:
+    return bool(document.get("begun", document["status"] != "submitted"))
 
 
 def _outcome(job: Job) -> str:
@@ -205,6 +208,7 @@ def _queued(job: Job, cluster: str) -> dict[str, Any]:
         "run": job.metadata["run"],
         "status": "submitted",
         "error": None,
+        "begun": False,
         "updated": job.began_at,
         "job": job.id,
         "cluster": cluster,

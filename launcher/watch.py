@@ -51,6 +51,8 @@ def watch(
     said = ""
     while True:
         document = read_status(run, LONG_SILENCE_S)
+        if document["status"] == "failed" and document.get("begun") is False:
+            raise _failed_early(run, document, job_id, scheduler, clock, sleep)
         if document["status"] not in _ALIVE:
             return document, _exit_code(document, job_id, scheduler, clock, sleep)
         if document["status"] == "running" and "total_steps" in document:
@@ -101,6 +103,31 @@ def _exit_code(
             return own if job.exit_code is None or job.exit_code < 0 else job.exit_code or own
         sleep(_INTERVAL_S)
     return own
+
+
+def _failed_early(
+    run: RunDirectory,
+    document: dict[str, Any],
+    job_id: str | None,
+    scheduler: Scheduler,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> ClusterError:
+    """What ended the job before the run began: as its log tells once it has ended, else as the directory does."""
+    deadline = clock() + _LAST_WORDS_S
+    while job_id is not None and clock() < deadline:
+        try:
+            job = scheduler.read(job_id)
+        except ClusterError:
+            break
+        if job is None or job.status in ENDED:
+            if job is not None:
+                return _lost(run, job, document, scheduler)
+            break
+        sleep(_INTERVAL_S)
+    error = ClusterError(f"{run.url}: {document['error']}")
+    error.document = document
+    return error
 
 
 def _lost(run: RunDirectory, job: Job, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:

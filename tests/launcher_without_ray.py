@@ -23,8 +23,8 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
+from cluster.capacity import Node, WorkerResources
 from cluster.kinds import Cluster
-from cluster.ray_cluster import Node, WorkerResources
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler
 
 _ADDRESS = "127.0.0.1"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import claims
+from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.ray_cluster import Capacity, Node
-from cluster.scheduler import Job, JobStatus, Look, Needs, NodeReport, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
 from launcher.nodes import own_versions
 
 FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
@@ -42,10 +42,12 @@ def a_report(address: str = ADDRESS, **changes: Any) -> NodeReport:
     )
 
 
-def a_look(*nodes: Node, reports: tuple[NodeReport, ...] | None = None, silent: tuple[str, ...] = ()) -> Look:
+def a_cluster(
+    *nodes: Node, reports: tuple[NodeReport, ...] | None = None, silent: tuple[str, ...] = ()
+) -> ClusterReport:
     nodes = nodes or (a_node(),)
     reports = tuple(a_report(node.address) for node in nodes) if reports is None else reports
-    return Look(capacity=Capacity(nodes=nodes, limits=None), nodes=reports, silent=silent)
+    return ClusterReport(capacity=Capacity(nodes=nodes, limits=None), nodes=reports, silent=silent)
 
 
 class LocalScheduler(Scheduler):
@@ -61,14 +63,20 @@ class LocalScheduler(Scheduler):
             program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m tests.launcher_without_ray "$@"\n')
             program.chmod(0o755)
 
-    def look(self, needs: Needs) -> Look:  # noqa: ARG002  # this machine has all that it can have
-        return a_look()
+    def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # this machine has all that it can have
+        return a_cluster()
 
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
         assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
-        assert save_s > 0
+        assert stop_grace_s > 0
         try:
             (self._jobs / job_id).mkdir()
         except FileExistsError:
@@ -113,8 +121,7 @@ class LocalScheduler(Scheduler):
         if not job.is_dir():
             return None
         status: JobStatus = "pending"
-        exit_code = began_at = None
-        metadata: dict[str, str] = {}
+        exit_code, began_at, metadata = None, None, dict[str, str]()
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
             began_at, metadata = process["at"], process["of"]

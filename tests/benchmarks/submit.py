@@ -103,10 +103,12 @@ def run_once(arm: str, laptop: Host, url: str) -> dict[str, float]:
 
 def _written_down(run: Path, began_at: float) -> dict[str, float]:
     """Seconds from the command to what the launcher wrote down of a run."""
-    submission = RunDirectory(str(run)).read_submission() or {}
+    submissions = RunDirectory(str(run)).submissions
+    newest = submissions.newest()
+    assert newest is not None, f"{run} was never submitted"
     times = {kind: [event["time"] for event in events(run, kind)] for kind in _EVENTS}
     found = {kind: min(moments) - began_at for kind, moments in times.items() if moments}
-    return {"submitted": submission["time"] - began_at, **found}
+    return {"submitted": submissions.read(newest.id).time - began_at, **found}
 
 
 def _environment() -> dict[str, str]:

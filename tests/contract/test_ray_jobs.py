@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from cluster import ray_jobs
+from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.node_check import NEEDS_VARIABLE, marked, needs_from
+from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_line
 from cluster.ray_check import COMMAND
-from cluster.ray_cluster import Capacity, Node
 from cluster.ray_jobs import RayJobs
-from cluster.scheduler import Look, Needs
+from cluster.scheduler import ClusterReport, Needs
 
 TOKEN = "a" * 64
 
@@ -30,6 +30,7 @@ class Head:
     Attributes:
         jobs: What was begun, by id.
         says: An answer in place of its own, status and text.
+        location: The ``Location`` of its answers, if it is not empty.
         outcome: How a job is as soon as it is begun: status, exit code and log.
         asked: The requests it was sent, method and path.
         port: On 127.0.0.1.
@@ -38,6 +39,7 @@ class Head:
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.says: tuple[int, str] | None = None
+        self.location = ""
         self.outcome: tuple[str, int | None, str] = ("RUNNING", None, "")
         self.asked: list[tuple[str, str]] = []
         self._lock = threading.Lock()
@@ -54,6 +56,8 @@ class Head:
             def _answer(self, status: int, content: Any) -> None:
                 data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
                 self.send_response(status)
+                if head.location:
+                    self.send_header("Location", head.location)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -80,6 +84,7 @@ class Head:
             thread.join()
 
     def _answer(self, headers: Any, method: str, path: str, content: bytes) -> tuple[int, Any]:
+        path = path.removeprefix("http://cluster.invalid:8265")  # as a proxy is asked
         self.asked.append((method, path))
         if self.says is not None:
             return self.says
@@ -124,7 +129,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
 
 
 def begin(jobs: RayJobs, job_id: str = "one", **environment: str) -> bool:
-    return jobs.begin(job_id, "launcher resume s3://b/r", environment, save_s=60, metadata={"run": "s3://b/r"})
+    return jobs.begin(job_id, "launcher resume s3://b/r", environment, stop_grace_s=60, metadata={"run": "s3://b/r"})
 
 
 def test_the_life_of_a_job(head: Head) -> None:
@@ -160,7 +165,7 @@ def test_a_command_finds_what_is_in_the_venv_first(head: Head) -> None:
 
 
 NEEDS = Needs(store="s3://b/$x", variables=("KEY",))
-LOOK = Look(
+CLUSTER = ClusterReport(
     capacity=Capacity(
         nodes=(Node(id="a1", address="10.0.0.1", resources={"CPU": 8.0}, free={}, drains_at=None, is_here=True),),
         limits=None,
@@ -171,21 +176,21 @@ LOOK = Look(
 
 
 @pytest.mark.parametrize("venv", [None, "/opt/venv"])
-def test_a_look(head: Head, venv: str | None) -> None:
-    head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n\n{marked(LOOK)}\n"
-    assert RayJobs(head.url, venv).look(NEEDS) == LOOK
+def test_an_inspection(head: Head, venv: str | None) -> None:
+    head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n\n{report_to_line(CLUSTER)}\n"
+    assert RayJobs(head.url, venv).inspect(NEEDS) == CLUSTER
     assert head.jobs == {}, "nobody wants to see it in a list"
 
 
-def test_what_a_look_runs(head: Head) -> None:
+def test_what_an_inspection_runs(head: Head) -> None:
     head.outcome = "FAILED", 1, ""
     with pytest.raises(ClusterError):
-        RayJobs(head.url).look(NEEDS)
+        RayJobs(head.url).inspect(NEEDS)
     (job,) = head.jobs.values()
     assert job["entrypoint"].endswith("exec python -P -m cluster.ray_check")
-    assert job["submission_id"].startswith("launcher-look-")
+    assert job["submission_id"].startswith("launcher-inspect-")
     variables = dict(job["runtime_env"]["env_vars"])
-    assert needs_from(variables.pop(NEEDS_VARIABLE)) == NEEDS
+    assert needs_from_text(variables.pop(NEEDS_VARIABLE)) == NEEDS
     assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": "1"}
     assert TOKEN not in json.dumps(job)
 
@@ -216,16 +221,16 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
         ),
         (
             ("FAILED", 1, "Traceback ...\n  File\nKeyError: 'x'\n\n"),
-            "job JOB, which looks at the nodes, ended with exit code 1: KeyError: 'x'; its log on the dashboard has "
+            "job JOB, which inspects the nodes, ended with exit code 1: KeyError: 'x'; its log on the dashboard has "
             "more",
         ),
         (
             ("FAILED", None, ""),
-            "job JOB, which looks at the nodes, failed: Job is currently running.; see its dashboard",
+            "job JOB, which inspects the nodes, failed: Job is currently running.; see its dashboard",
         ),
         (
             ("STOPPED", None, ""),
-            "job JOB, which looks at the nodes, stopped: Job is currently running.; see its dashboard",
+            "job JOB, which inspects the nodes, stopped: Job is currently running.; see its dashboard",
         ),
         (
             ("SUCCEEDED", 0, "nothing\n"),
@@ -233,49 +238,49 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
             "and on the cluster",
         ),
         (
-            ("SUCCEEDED", 0, marked(LOOK).replace("silent", "silence")),
+            ("SUCCEEDED", 0, report_to_line(CLUSTER).replace("silent", "silence")),
             "cannot read what job JOB has found out: it has other fields: silence, silent; install the same version of "
             "launcher here and on the cluster",
         ),
     ],
 )
-def test_a_look_that_fails(head: Head, outcome: tuple[str, int | None, str], message: str) -> None:
+def test_an_inspection_that_fails(head: Head, outcome: tuple[str, int | None, str], message: str) -> None:
     head.outcome = outcome
     with pytest.raises(ClusterError) as failed:
-        RayJobs(head.url).look(NEEDS)
-    (job_id,) = head.jobs  # which somebody may want to look into
+        RayJobs(head.url).inspect(NEEDS)
+    (job_id,) = head.jobs  # which stays for inspection by a person
     assert str(failed.value) == f"{head.url}: {message.replace('JOB', job_id)}"
 
 
 def test_a_venv_without_launcher_is_named(head: Head) -> None:
     head.outcome = "FAILED", 127, ""
     with pytest.raises(ClusterError, match="no launcher, or no python, in /opt/venv/bin on its head; "):
-        RayJobs(head.url, "/opt/venv").look(NEEDS)
+        RayJobs(head.url, "/opt/venv").inspect(NEEDS)
 
 
-def test_a_look_is_not_waited_for_without_end(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "_LOOK_S", 0.0)
-    with pytest.raises(ClusterError, match="which looks at the nodes, is running after 0 s: Job is currently running"):
-        RayJobs(head.url).look(NEEDS)
+def test_an_inspection_is_not_waited_for_without_end(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_INSPECT_TIMEOUT_S", 0.0)
+    with pytest.raises(ClusterError, match="which inspects the nodes, is running after 0 s: Job is currently running"):
+        RayJobs(head.url).inspect(NEEDS)
     (job,) = head.jobs.values()
     assert job["status"] == "STOPPED"
 
 
-def test_a_look_that_is_interrupted_is_stopped(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inspection_that_is_interrupted_is_stopped(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ray_jobs.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        RayJobs(head.url).look(NEEDS)
+        RayJobs(head.url).inspect(NEEDS)
     (job,) = head.jobs.values()
     assert job["status"] == "STOPPED"
 
 
-def test_a_look_begins_nothing_where_it_is_not_let_in(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inspection_begins_nothing_where_it_is_not_let_in(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
     with pytest.raises(ClusterError, match="does not take this token"):
-        RayJobs(head.url).look(NEEDS)
+        RayJobs(head.url).inspect(NEEDS)
     assert head.asked == [("GET", "/api/version")]
 
 
@@ -323,6 +328,67 @@ def test_where_the_token_comes_from(head: Head, source: str, monkeypatch: pytest
     assert RayJobs(head.url).ray_version() == "2.60.0"
 
 
+def test_credentials_of_a_proxy_do_not_replace_the_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{head.port}")
+    assert RayJobs("http://cluster.invalid:8265").ray_version() == "2.60.0"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        (
+            "https://me:secret@gateway/api/version?token=secret",
+            "redirects to https://gateway:443, which is not followed, for it would get the token; write "
+            "https://gateway:443 as the address if it is the cluster's own",
+        ),
+        ("https://[::1]:9/api/version", "redirects to https://[::1]:9, which is not followed, "),
+        ("/login?next=secret", "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray's dashboard"),
+        ("/api/version", "redirects to HEAD/api/version, and not as the Jobs API does; "),
+        ("ftp://secret/", "redirects to another place, and not as the Jobs API does; "),
+        ("http://[secret", "redirects to another place, and not as the Jobs API does; "),
+        ("http://h:secret/", "redirects to another place, and not as the Jobs API does; "),
+    ],
+)
+def test_no_redirect_is_followed(head: Head, status: int, location: str, message: str) -> None:
+    head.says, head.location = (status, ""), location
+    with pytest.raises(ClusterError) as told:
+        RayJobs(head.url).ray_version()
+    assert str(told.value).startswith(f"{head.url}: {message.replace('HEAD', head.url)}")
+    assert "secret" not in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+    assert head.asked == [("GET", "/api/version")]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirect_begins_nothing(head: Head, status: int) -> None:
+    """It would be followed with a GET, and the list of jobs be taken for an answer."""
+    head.says, head.location = (status, ""), f"{head.url}/api/jobs/"
+    with pytest.raises(ClusterError, match="redirects to"):
+        begin(RayJobs(head.url))
+    assert head.asked == [("POST", "/api/jobs/")]
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"submission_id": "another"}, {"job_id": "one"}, "one"], ids=str)
+def test_an_answer_that_does_not_name_the_job_is_no_success(head: Head, answer: Any) -> None:
+    head.says = 200, json.dumps(answer)
+    with pytest.raises(ClusterError, match="does not say that it has begun the job, and not as the Jobs API does; "):
+        begin(RayJobs(head.url))
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", "s3\ncret", "s3crèt"])
+def test_no_error_holds_the_token(head: Head, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    for says in (None, (500, f"Traceback ...\nKeyError: Bearer {token.strip()}")):
+        head.says = says
+        for ask in (RayJobs(head.url).ray_version, RayJobs(head.url).jobs):
+            with pytest.raises(ClusterError) as told:
+                ask()
+            assert "s3cr" not in str(told.value)
+
+
 def test_no_token_or_another(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
     with pytest.raises(
@@ -359,7 +425,7 @@ def test_nobody_there() -> None:
 
 
 def test_one_that_is_silent_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(ray_jobs, "_ANSWER_TIMEOUT_S", 0.2)
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match="timed out"):
         RayJobs(f"http://127.0.0.1:{silent.getsockname()[1]}").ray_version()

@@ -16,7 +16,7 @@ import pytest
 
 from cluster import fork_server, ray_train
 from cluster.agent import Task
-from cluster.ray_cluster import WorkerResources
+from cluster.capacity import WorkerResources
 from cluster.ray_steering import Wanted, steered_trainer
 from tests.processes import state, wait_until
 

@@ -1,7 +1,7 @@
 """The Jobs API of a real head, asked by a host that is no member of the cluster; the head needs ray[default].
 
 What the API answers is in ``tests/contract/test_ray_jobs.py``, against a head that is none. This shows that Ray's own
-answers so, and that its nodes look at themselves.
+answers so, and that its nodes inspect themselves.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster.node_check import look_in
-from cluster.scheduler import Look
+from cluster.node_check import report_from_log
+from cluster.scheduler import ClusterReport
 from cluster.versions import versions
 from tests.faults.hosts import Host, hosts, why_there_can_be_none
 
@@ -41,10 +41,10 @@ for _ in range(240):
 else:
     raise SystemExit("the head does not serve its Jobs API")
 """
-LOOK = """
-from cluster.node_check import marked
+INSPECT = """
+from cluster.node_check import report_to_line
 
-print(marked(scheduler.look(Needs(store=sys.argv[3], variables=("ON_EACH", "ON_HEAD")))))
+print(report_to_line(scheduler.inspect(Needs(store=sys.argv[3], variables=("ON_EACH", "ON_HEAD")))))
 """
 LIVE = """
 import json
@@ -57,7 +57,7 @@ def wait(ready):
     raise SystemExit(f"{scheduler.read('one')}: {scheduler.log('one')}")
 
 COMMAND = "trap 'sleep 5; echo saved; exit 0' TERM; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
-begin = lambda: scheduler.begin("one", COMMAND, {"GIVEN": "given"}, save_s=60, metadata={"run": "s3://b/r"})
+begin = lambda: scheduler.begin("one", COMMAND, {"GIVEN": "given"}, stop_grace_s=60, metadata={"run": "s3://b/r"})
 told = {"absent": scheduler.read("one"), "begins": [begin(), begin()]}
 wait(lambda: "begun given" in scheduler.log("one"))
 told["running"] = scheduler.read("one").status
@@ -68,7 +68,7 @@ told["jobs"] = [job.id for job in scheduler.jobs()]
 print(json.dumps(told))
 """
 FAIL = """
-scheduler.begin("two", "exit 7", {}, save_s=1, metadata={})
+scheduler.begin("two", "exit 7", {}, stop_grace_s=1, metadata={})
 while (job := scheduler.read("two")).status not in ENDED:
     time.sleep(0.1)
 print(job.status, job.exit_code)
@@ -95,25 +95,25 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
         command = laptop.command([*words, *arguments], tmp_path, environment)
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
 
-    def look(store: Path) -> Look:
-        asked = ask(LOOK, store)
+    def inspect(store: Path) -> ClusterReport:
+        asked = ask(INSPECT, store)
         assert asked.returncode == 0, asked.stderr
-        return look_in(asked.stdout)
+        return report_from_log(asked.stdout)
 
     import ray
 
     assert ask(WAIT).stdout == f"{ray.__version__}\n", head
-    looked = look(tmp_path / "runs")
-    assert {node.address: node.missing for node in looked.nodes} == {head.address: (), second.address: ("ON_HEAD",)}
-    assert {node.id for node in looked.nodes} == {node.id for node in looked.capacity.nodes}
-    for report in looked.nodes:
-        assert dict(report.versions) == {**versions(), "ray": ray.__version__}
-        assert report.store_error == ""
-    assert looked.silent == ()
-    assert [node.free["CPU"] for node in looked.capacity.nodes] == [1.0, 1.0]
+    report = inspect(tmp_path / "runs")
+    assert {node.address: node.missing for node in report.nodes} == {head.address: (), second.address: ("ON_HEAD",)}
+    assert {node.id for node in report.nodes} == {node.id for node in report.capacity.nodes}
+    for node in report.nodes:
+        assert dict(node.versions) == {**versions(), "ray": ray.__version__}
+        assert node.store_error == ""
+    assert report.silent == ()
+    assert [node.free["CPU"] for node in report.capacity.nodes] == [1.0, 1.0]
     (tmp_path / "file").write_text("")
-    for report in look(tmp_path / "file/runs").nodes:
-        assert report.store_error.startswith(f"{tmp_path}/file/runs: cannot write ")
+    for node in inspect(tmp_path / "file/runs").nodes:
+        assert node.store_error.startswith(f"{tmp_path}/file/runs: cannot write ")
 
     lived = ask(LIVE)
     assert lived.returncode == 0, lived.stderr
@@ -121,12 +121,12 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     assert (told["absent"], told["begins"], told["running"]) == (None, [True, False], "running")
     assert told["status"] == "stopped"
     assert told["log"].splitlines()[-2:] == ["begun given 1", "saved"]
-    assert told["jobs"] == ["one"], "those that looked are gone"
+    assert told["jobs"] == ["one"], "inspections are deleted"
     assert ask(FAIL).stdout == "failed 7\n"
-    refused = ask(LOOK, tmp_path, RAY_AUTH_TOKEN="b" * 64)
+    refused = ask(INSPECT, tmp_path, RAY_AUTH_TOKEN="b" * 64)
     assert refused.returncode == 1
     assert "does not take this token" in refused.stderr
 
     second.cut()  # Ray believes for a minute that it is there
-    looked = look(tmp_path / "runs")
-    assert ([node.address for node in looked.nodes], looked.silent) == ([head.address], (second.address,))
+    report = inspect(tmp_path / "runs")
+    assert ([node.address for node in report.nodes], report.silent) == ([head.address], (second.address,))

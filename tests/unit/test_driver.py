@@ -13,10 +13,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from cluster.capacity import Node, WorkerResources
 from cluster.checkpoints import Part, Share
 from cluster.errors import ClusterError, TrainingError
 from cluster.link import DOING
-from cluster.ray_cluster import Node, WorkerResources
 from cluster.run_directory import RunDirectory
 from cluster.tracking import NoTracker
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec

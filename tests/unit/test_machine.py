@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Capacity, Node
 from cluster.errors import DescriptionError
-from cluster.ray_cluster import Capacity, Node
 from jobs.spec import TrainSpec, WorkersSpec
 from launcher.machine import Decision, decide_workers
 from tests.specs import bare_job

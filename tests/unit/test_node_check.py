@@ -12,10 +12,17 @@ import pytest
 import torch
 
 from cluster import node_check, ray_check
+from cluster.capacity import Capacity, Node
 from cluster.deadline import OverrunError
-from cluster.node_check import examine, look_in, made, marked, needs_from, needs_text
-from cluster.ray_cluster import Capacity, Node
-from cluster.scheduler import Look, Needs, NodeReport
+from cluster.node_check import (
+    from_json,
+    inspect_node,
+    needs_from_text,
+    needs_to_text,
+    report_from_log,
+    report_to_line,
+)
+from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage import Store
 from cluster.versions import launcher_digest, torch_version, versions
 
@@ -29,7 +36,7 @@ REPORT = NodeReport(
     missing=("KEY",),
     store_error="",
 )
-LOOK = Look(
+CLUSTER = ClusterReport(
     capacity=Capacity(nodes=(NODE, replace(NODE, id="b2", drains_at=math.inf)), limits={"GPU": float(2**63)}),
     nodes=(REPORT,),
     silent=("10.0.0.2",),
@@ -37,54 +44,54 @@ LOOK = Look(
 
 
 def test_a_line_is_read_as_it_was_written() -> None:
-    for look in (LOOK, replace(LOOK, capacity=Capacity(nodes=(), limits=None), nodes=(), silent=())):
-        assert look_in(f"Running entrypoint for job x\n2026 INFO\n{marked(look)}\nmore\n") == look
-    assert "\n" not in marked(LOOK)
+    for report in (CLUSTER, replace(CLUSTER, capacity=Capacity(nodes=(), limits=None), nodes=(), silent=())):
+        assert report_from_log(f"Running entrypoint for job x\n2026 INFO\n{report_to_line(report)}\nmore\n") == report
+    assert "\n" not in report_to_line(CLUSTER)
 
 
 def changed(change: Any) -> str:
-    told = json.loads(marked(LOOK).partition(": ")[2])
-    change(told)
-    return f"{marked(LOOK).partition(': ')[0]}: {json.dumps(told)}"
+    found = json.loads(report_to_line(CLUSTER).partition(": ")[2])
+    change(found)
+    return f"{report_to_line(CLUSTER).partition(': ')[0]}: {json.dumps(found)}"
 
 
 @pytest.mark.parametrize(
     ("log", "message"),
     [
         ("", "there are 0 results"),
-        (f"x {marked(LOOK)}", "there are 0 results"),
-        (f"{marked(LOOK)}\n{marked(LOOK)}", "there are 2 results"),
-        (marked(LOOK)[:-1], "Expecting"),
-        (changed(lambda told: told.pop("silent")), "it has other fields: silent"),
-        (changed(lambda told: told["nodes"][0].update(more=1)), r"it\.nodes\[0\] has other fields: more"),
-        (changed(lambda told: told["nodes"][0].update(missing="KEY")), r"it\.nodes\[0\]\.missing is 'KEY'"),
-        (changed(lambda told: told.update(silent=[1])), r"it\.silent\[0\] is '1'"),
-        (changed(lambda told: told["nodes"][0]["versions"].update(ray=2.6)), r"versions\[ray\] is '2\.6'"),
-        (changed(lambda told: told["capacity"]["nodes"][0]["free"].update(CPU=True)), r"free\[CPU\] is 'True'"),
-        (changed(lambda told: told["capacity"]["nodes"][0]["free"].update(CPU=math.nan)), r"free\[CPU\] is 'nan'"),
-        (changed(lambda told: told["capacity"]["nodes"][0].update(is_here=0)), r"is_here is '0'"),
-        (changed(lambda told: told["capacity"]["nodes"][0].update(drains_at="now")), r"drains_at is 'now'"),
-        (changed(lambda told: told.update(capacity=None)), r"it\.capacity is 'None'"),
+        (f"x {report_to_line(CLUSTER)}", "there are 0 results"),
+        (f"{report_to_line(CLUSTER)}\n{report_to_line(CLUSTER)}", "there are 2 results"),
+        (report_to_line(CLUSTER)[:-1], "Expecting"),
+        (changed(lambda found: found.pop("silent")), "it has other fields: silent"),
+        (changed(lambda found: found["nodes"][0].update(more=1)), r"it\.nodes\[0\] has other fields: more"),
+        (changed(lambda found: found["nodes"][0].update(missing="KEY")), r"it\.nodes\[0\]\.missing is 'KEY'"),
+        (changed(lambda found: found.update(silent=[1])), r"it\.silent\[0\] is '1'"),
+        (changed(lambda found: found["nodes"][0]["versions"].update(ray=2.6)), r"versions\[ray\] is '2\.6'"),
+        (changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=True)), r"free\[CPU\] is 'True'"),
+        (changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=math.nan)), r"free\[CPU\] is 'nan'"),
+        (changed(lambda found: found["capacity"]["nodes"][0].update(is_here=0)), r"is_here is '0'"),
+        (changed(lambda found: found["capacity"]["nodes"][0].update(drains_at="now")), r"drains_at is 'now'"),
+        (changed(lambda found: found.update(capacity=None)), r"it\.capacity is 'None'"),
     ],
 )
 def test_another_line_is_refused(log: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        look_in(log)
+        report_from_log(log)
 
 
 def test_needs_hold_nothing_that_ray_replaces() -> None:
     needs = Needs(store="s3://b/$HOME/${X}", variables=("A", "B"))
-    assert "$" not in needs_text(needs)
-    assert needs_from(needs_text(needs)) == needs
+    assert "$" not in needs_to_text(needs)
+    assert needs_from_text(needs_to_text(needs)) == needs
     with pytest.raises(ValueError, match="it has other fields: store"):
-        needs_from('{"variables": []}')
+        needs_from_text('{"variables": []}')
 
 
 def test_what_a_node_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SET", "1")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("UNSET", raising=False)
-    found = examine(Needs(store=str(tmp_path / "runs"), variables=("SET", "EMPTY", "UNSET")))
+    found = inspect_node(Needs(store=str(tmp_path / "runs"), variables=("SET", "EMPTY", "UNSET")))
     assert found == {"versions": versions(), "missing": ["EMPTY", "UNSET"], "store_error": ""}
     assert versions()["launcher"] == launcher_digest()
     assert list((tmp_path / "runs").iterdir()) == []
@@ -120,20 +127,20 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
     """What Ray carries to the node is whole: nothing of this module is imported there."""
     from ray import cloudpickle
 
-    needs = needs_text(Needs(store=str(tmp_path), variables=()))
+    needs = needs_to_text(Needs(store=str(tmp_path), variables=()))
     cloudpickle.register_pickle_by_value(ray_check)
     try:
         carried = cloudpickle.dumps(ray_check.NodeCheck)
     finally:
         cloudpickle.unregister_pickle_by_value(ray_check)
-    there = json.loads(pickle.loads(carried)().examine(needs))  # noqa: S301  # made above
+    there = json.loads(pickle.loads(carried)().inspect(needs))  # noqa: S301  # made above
     assert there["store_error"] == ""
     assert set(there["versions"]) == {"python", "ray", "torch", "launcher"}
-    made(NodeReport, {"id": "a1", "address": "10.0.0.1", **there})
+    from_json(NodeReport, {"id": "a1", "address": "10.0.0.1", **there})
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "cluster"]:
         monkeypatch.setitem(sys.modules, name, None)
-    without = json.loads(pickle.loads(carried)().examine(needs))  # noqa: S301
+    without = json.loads(pickle.loads(carried)().inspect(needs))  # noqa: S301
     assert without["versions"] == {**there["versions"], "torch": "unknown", "launcher": "none"}
     assert without["store_error"].startswith("launcher cannot be used there: ")
     assert without["store_error"].endswith("; install it on every node")
@@ -142,7 +149,7 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("missing", ["RAY_ADDRESS", node_check.NEEDS_VARIABLE])
 def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_text(Needs(store="/s", variables=())))
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=())))
     monkeypatch.delenv(missing)
     assert ray_check.main() == 5
     out, err = capsys.readouterr()
@@ -152,7 +159,7 @@ def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_what_the_job_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_text(Needs(store="/s", variables=())))
-    monkeypatch.setattr(ray_check, "look", lambda *_: LOOK)
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=())))
+    monkeypatch.setattr(ray_check, "inspect_cluster", lambda *_: CLUSTER)
     assert ray_check.main() == 0
-    assert look_in(capsys.readouterr().out) == LOOK
+    assert report_from_log(capsys.readouterr().out) == CLUSTER

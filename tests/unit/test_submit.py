@@ -1,6 +1,5 @@
 """What a submission refuses, in one line and before anything is written; and what it writes and begins."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError
-from cluster.ray_cluster import Capacity
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import Job, JobStatus, Look, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from jobs.order import StepPlan
@@ -23,7 +22,7 @@ from launcher.nodes import own_versions
 from launcher.plan import Tried
 from launcher.submit import make_command, make_job_id, submit
 from tests import saved
-from tests.schedulers import URL, a_look, a_node, a_report
+from tests.schedulers import URL, a_cluster, a_node, a_report
 
 JOBS = Path(__file__).parents[2] / "jobs"
 JOB = """\
@@ -64,26 +63,34 @@ class Said:
 class FakeScheduler(Scheduler):
     """A cluster that has what a test gives it, and begins nothing."""
 
-    has: Look = field(default_factory=a_look)
+    has: ClusterReport = field(default_factory=a_cluster)
     known: dict[str, JobStatus] = field(default_factory=dict)
+    metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     asked: list[Needs] = field(default_factory=list)
     breaks: int = 0
     """How many answers to come are lost."""
 
-    def look(self, needs: Needs) -> Look:
+    def inspect(self, needs: Needs) -> ClusterReport:
         self.asked.append(needs)
         return self.has
 
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
         assert not environment, "everyone can read it"
-        assert save_s >= 60
+        assert stop_grace_s >= 60
         assert metadata["run"] in command
+        assert metadata["submission"] in command
         if job_id in self.known:
             return not self._answer()
-        self.known[job_id] = "pending"
+        self.known[job_id], self.metadata[job_id] = "pending", metadata
         self.commands.append(command)
         return self._answer()
 
@@ -96,7 +103,10 @@ class FakeScheduler(Scheduler):
     def read(self, job_id: str) -> Job | None:
         if job_id not in self.known:
             return None
-        return Job(id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None)
+        metadata = self.metadata.get(job_id, {})
+        return Job(
+            id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None, metadata=metadata
+        )
 
     def jobs(self) -> list[Job]:
         raise NotImplementedError
@@ -156,27 +166,34 @@ def run_of(job: Description) -> RunDirectory:
     return RunDirectory(Store(job.spec.store).at(job.spec.name))
 
 
+def take_newest(run: RunDirectory) -> None:
+    """What its driver does."""
+    report = run.submissions.newest()
+    assert report is not None
+    run.submissions.mark_taken(report.id)
+
+
 def of_versions(**versions: str) -> Mapping[str, str]:
     return own_versions() | versions
 
 
 MINE = own_versions()
 FIRST, SECOND = a_node("10.0.0.1"), a_node("10.0.0.2")
-REFUSALS: dict[str, tuple[Look, str]] = {
+REFUSALS: dict[str, tuple[ClusterReport, str]] = {
     "nodes of two versions of Ray": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", versions={"ray": "2.1.0"}))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", versions={"ray": "2.1.0"}))),
         f"versions differ: ray {MINE['ray']} on 10.0.0.1, this machine, 2.1.0 on 10.0.0.2; install the same everywhere",
     ),
     "nodes of another Python": (
-        a_look(FIRST, reports=(a_report(versions={"python": "3.9"}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"python": "3.9"}),)),
         f"versions differ: python 3.9 on 10.0.0.1, {MINE['python']} on this machine; install the same everywhere",
     ),
     "nodes of another torch": (
-        a_look(FIRST, reports=(a_report(versions={"torch": "2.0.1+cu118"}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"torch": "2.0.1+cu118"}),)),
         f"versions differ: torch 2.0.1+cu118 on 10.0.0.1, {MINE['torch']} on this machine; install the same everywhere",
     ),
     "nodes of two builds of torch": (
-        a_look(
+        a_cluster(
             FIRST,
             SECOND,
             reports=(
@@ -188,25 +205,25 @@ REFUSALS: dict[str, tuple[Look, str]] = {
         "install the same everywhere",
     ),
     "nodes of another launcher": (
-        a_look(FIRST, reports=(a_report(versions={"launcher": "0" * 64}),)),
+        a_cluster(FIRST, reports=(a_report(versions={"launcher": "0" * 64}),)),
         f"versions differ: launcher 000000000000 on 10.0.0.1, {MINE['launcher'][:12]} on this machine; "
         "install the same everywhere",
     ),
     "a variable that is missing": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", missing=("TOKEN",)))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", missing=("TOKEN",)))),
         "environment variables: 10.0.0.2 lacks TOKEN; set them where its nodes start",
     ),
     "a store that a node does not reach": (
-        a_look(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", store_error="cannot be written"))),
+        a_cluster(FIRST, SECOND, reports=(a_report("10.0.0.1"), a_report("10.0.0.2", store_error="cannot be written"))),
         "the store cannot be used from 10.0.0.2: cannot be written; use one that every node reaches, such as "
         "s3://bucket/runs",
     ),
     "nodes that do not answer": (
-        a_look(FIRST, reports=(), silent=("10.0.0.1",)),
+        a_cluster(FIRST, reports=(), silent=("10.0.0.1",)),
         "no node answers: 10.0.0.1; look at the cluster's own logs",
     ),
     "more than there can be": (
-        a_look(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
+        a_cluster(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
         "digits.yaml: workers.num must be at most 1 on this cluster: so many workers of 1 CPU, 1 GPU fit on its 2 "
         "nodes, got 2; add nodes, or lower workers.num. "
         "There is 10.0.0.1 with 1 CPU, 2 GPU, H100, 10.0.0.2 with 0 CPU, 0 GPU",
@@ -216,8 +233,8 @@ REFUSALS: dict[str, tuple[Look, str]] = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what):
-    look, message = REFUSALS[what]
-    scheduler = FakeScheduler(look)
+    report, message = REFUSALS[what]
+    scheduler = FakeScheduler(report)
     with pytest.raises(ClusterError) as caught:
         hand_over(job, folder, scheduler)
     assert str(caught.value) == f"{URL}: {message}"
@@ -227,24 +244,25 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
 def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
     none = Capacity(nodes=(), limits={"CPU": 1.0, "memory": 1e9})
     with pytest.raises(ClusterError, match="There is no node; its autoscaler may bring it to 1 CPU$"):
-        hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=none, nodes=())))
+        hand_over(job, folder, FakeScheduler(replace(a_cluster(), capacity=none, nodes=())))
     enough = Capacity(nodes=(), limits={"CPU": 4.0})
-    assert hand_over(job, folder, FakeScheduler(replace(a_look(), capacity=enough, nodes=())))["status"] == "submitted"
+    scheduler = FakeScheduler(replace(a_cluster(), capacity=enough, nodes=()))
+    assert hand_over(job, folder, scheduler)["status"] == "submitted"
 
 
 def test_room_that_is_not_there_now_is_waited_for_there(job, folder):
-    scheduler = FakeScheduler(a_look(replace(a_node(), free={"CPU": 0.0})))
+    scheduler = FakeScheduler(a_cluster(replace(a_node(), free={"CPU": 0.0})))
     assert hand_over(job, folder, scheduler)["status"] == "submitted"
 
 
 def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
     build = MINE["torch"].partition("+")[0] + "+cu999"
-    assert hand_over(job, folder, FakeScheduler(a_look(reports=(a_report(versions={"torch": build}),))))["job"]
+    assert hand_over(job, folder, FakeScheduler(a_cluster(reports=(a_report(versions={"torch": build}),))))["job"]
 
 
 def test_a_node_that_is_silent_is_told_of(job, folder):
     said = Said()
-    hand_over(job, folder, FakeScheduler(a_look(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
+    hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
     assert said.warnings[:1] == [f"{URL}: no answer from 10.0.0.2; workers may be placed there all the same"]
 
 
@@ -260,10 +278,10 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
     job = load(JOBS / "resnet50.yaml", [f"store={tmp_path / 'store'}"])
-    scheduler = FakeScheduler(a_look(a_node(CPU=64.0, GPU=8.0)))
+    scheduler = FakeScheduler(a_cluster(a_node(CPU=64.0, GPU=8.0)))
     assert hand_over(job, folder, scheduler)["status"] == "submitted"
     with pytest.raises(ClusterError, match="for 8 workers needs 8 GPUs, and this cluster has 4"):
-        hand_over(job, folder, FakeScheduler(a_look(a_node(CPU=64.0, GPU=4.0))))
+        hand_over(job, folder, FakeScheduler(a_cluster(a_node(CPU=64.0, GPU=4.0))))
 
 
 def test_what_is_written(job, folder, tmp_path):
@@ -272,17 +290,17 @@ def test_what_is_written(job, folder, tmp_path):
     result = hand_over(job, folder, scheduler)
     run = run_of(job)
     assert result == {"run": run.url, "job": make_job_id(run.url, 0), "cluster": URL, "status": "submitted"}
-    assert scheduler.commands == [f'exec launcher resume {run.url} --json --cluster "$RAY_ADDRESS"']
-    submission = json.loads((tmp_path / "store/digits/submission.json").read_text())
-    assert submission.keys() == {
-        "job", "number", "command", "cluster", "driver_before", "code", "code_directory", "time", "user", "host",
-        "working_directory", "versions", "git",
-    }  # fmt: skip
-    assert b"mine.py" in run.read_code(submission["code"])
+    report = run.submissions.newest()
+    assert report is not None
+    assert (report.number, report.state) == (0, "waiting")
+    assert scheduler.commands == [
+        f'exec launcher resume {run.url} --submission {report.id} --json --cluster "$RAY_ADDRESS"'
+    ]
+    submission = run.submissions.read(report.id)
+    assert (submission.job, submission.cluster, submission.description) == (result["job"], URL, job.text)
+    assert submission.versions == own_versions()
+    assert b"mine.py" in run.read_code(submission.code_sha256)
     assert run.read_job() == job.text
-    (tmp_path / f"store/digits/code/{submission['code']}.zip").write_bytes(b"")
-    run.write_code(submission["code"], b"others")
-    assert run.store.read(f"code/{submission['code']}.zip") == b"", "not written again"
 
 
 @pytest.mark.parametrize("name", ["digits", "my run", "ünï", "x" * 100])
@@ -293,7 +311,7 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 
 def test_a_url_is_quoted_for_the_shell():
-    assert "resume '/runs/my run; rm' --json" in make_command("/runs/my run; rm")
+    assert "resume '/runs/my run; rm' --submission 0-ab --json" in make_command("/runs/my run; rm", "0-ab")
 
 
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
@@ -307,7 +325,7 @@ def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
 def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypatch):
     monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
     scheduler = FakeScheduler(breaks=2)
-    with pytest.raises(ClusterError, match="nobody answers; .*/digits is written, submit it again to begin it$"):
+    with pytest.raises(ClusterError, match="nobody answers; job digits-.*-0 may have begun, submit the run again to see$"):
         hand_over(job, folder, scheduler)
     assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
 
@@ -335,12 +353,19 @@ class TestTheSameRunAgain:
         first = hand_over(job, folder, FakeScheduler())["job"]
         assert hand_over(job, folder, FakeScheduler())["job"] == first
 
+    def test_on_another_cluster_after_it_ran_on_one(self, job, folder):
+        first = hand_over(job, folder, FakeScheduler())["job"]
+        take_newest(run_of(job))
+        second = hand_over(job, folder, FakeScheduler())["job"]
+        assert (first[-2:], second[-2:]) == ("-0", "-1")
+
     def test_when_somebody_else_was_faster(self, job, folder):
         said = Said()
         job_id = make_job_id(run_of(job).url, 0)
         result = hand_over(job, folder, FakeScheduler(known={job_id: "running"}), said)
         assert result["job"] == job_id
         assert "by somebody else at the same time" in said.messages[0]
+        assert run_of(job).submissions.newest() is None, "nothing is left of this one"
 
     def test_while_somebody_drives_it_elsewhere(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
@@ -358,6 +383,7 @@ class TestTheSameRunAgain:
         scheduler = FakeScheduler()
         hand_over(job, folder, scheduler)
         run = run_of(job)
+        take_newest(run)
         run.claim()
         run.write_status({"status": status, "step": 3})
         scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
@@ -381,7 +407,11 @@ class TestTheSameRunAgain:
         more = parse(job.text, "digits.yaml", ["workers.num=4"])
         hand_over(more, folder, scheduler, said)
         assert "changed workers.num: 2 -> 4" in said.messages
-        assert run_of(job).read_job() == more.text
+        run = run_of(job)
+        report = run.submissions.newest()
+        assert report is not None
+        assert run.submissions.read(report.id).description == more.text
+        assert run.read_job() == job.text, "until its driver has taken the run"
 
     def test_with_other_data(self, job, folder):
         scheduler = FakeScheduler()
@@ -396,6 +426,7 @@ class TestTheSameRunAgain:
         limited = parse(job.text, "digits.yaml", ["train.max_steps=5"])
         hand_over(limited, folder, scheduler)
         run = run_of(job)
+        take_newest(run)
         run.claim()
         saved.save(run.checkpoints, 5, {"model.safetensors": b""})
         run.write_status({"status": "stopped", "step": 5})

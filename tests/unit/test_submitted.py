@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import Job, JobStatus, Look, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.submissions import Submission
 from launcher import clusters, status, submitted
 from launcher.cli import main
 from tests.schedulers import URL
@@ -47,11 +48,17 @@ class FakeCluster(Scheduler):
             id=job_id, status=status, message=message, exit_code=of.pop("exit_code", None), began_at=1e9, metadata=of
         )
 
-    def look(self, needs: Needs) -> Look:
+    def inspect(self, needs: Needs) -> ClusterReport:
         raise NotImplementedError
 
     def begin(
-        self, job_id: str, command: str, environment: Mapping[str, str], *, save_s: int, metadata: Mapping[str, str]
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
     ) -> bool:
         raise NotImplementedError
 
@@ -95,19 +102,25 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def submit(run: RunDirectory, job_id: str = JOB_ID) -> None:
-    driver_before = (run.read_status() or {}).get("claimed")
-    run.write_submission(
-        {
-            "job": job_id, "number": 0, "cluster": URL, "user": "ann", "host": "laptop", "time": 1_700_000_000.0,
-            "driver_before": driver_before,
-        }
+SUBMITTED_AT = 1_700_000_000.0
+
+
+def submit(run: RunDirectory, number: int = 0, at: float = SUBMITTED_AT) -> str:
+    return run.submissions.write(
+        Submission(
+            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=URL, description="x", code_sha256="0" * 64,
+            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=at, versions={},
+            git=None,
+        )
     )  # fmt: skip
 
 
 def drive(run: RunDirectory, status: str, step: int = 7, **more: Any) -> None:
-    """What a driver on another host leaves in the directory of a run."""
+    """What the driver of the newest submission, on another host, leaves in the directory of a run."""
     run.claim()
+    newest = run.submissions.newest()
+    assert newest is not None
+    run.submissions.mark_taken(newest.id)
     run.write_status({"status": status, "step": step})
     (name,) = run.store.names("drivers")
     written = (run.read_status() or {}) | {"host": "node-1", "pid": 1, "place": "elsewhere"} | more
@@ -211,6 +224,21 @@ class TestStatus:
         monkeypatch.setattr(cluster, "read", read_and_end)
         assert document("status", run.url, *ON_CLUSTER)["status"] == "completed"
 
+    def test_a_driver_that_failed_before_it_took_the_run_says_why_in_the_directory(self, run, cluster):
+        newest = run.submissions.newest()
+        assert newest is not None
+        with pytest.raises(ClusterError), run.submissions.answered(newest.id):
+            raise ClusterError("no GPU there")
+        told = document("status", run.url)
+        assert (told["status"], told["job"]) == ("failed", JOB_ID)
+        assert told["error"] == f"job {JOB_ID} ended before the run began: no GPU there; submit the run again"
+        text = launcher("status", run.url).stdout
+        assert f"launcher logs {run.url} --cluster {URL} " in text
+        cluster.put("failed", exit_code=5)
+        cluster.logs[JOB_ID] = "error: no GPU there\n"
+        told = document("status", run.url, *ON_CLUSTER)
+        assert "ended before the run began, with exit code 5: error: no GPU there; `launcher logs" in told["error"]
+
 
 @pytest.mark.parametrize("verb", ["status", "logs", "stop"])
 def test_a_run_that_was_never_submitted_is_no_job(tmp_path, cluster, verb):
@@ -265,7 +293,7 @@ class TestStop:
         drive(run, "running")
         assert document("status", run.url)["status"] == "running"
         drive(run, "failed")
-        submit(run, "digits-0123456789ab-1")
+        submit(run, 1, at=time.time() + 1.0)
         assert document("status", run.url)["status"] == "submitted"
 
     @pytest.mark.parametrize("ended", ["failed", "succeeded"])
@@ -300,7 +328,9 @@ class TestStop:
         cluster.at_stop = save_and_end
         told = document("stop", run.url, *ON_CLUSTER)
         assert (told["status"], told["step"]) == (as_what, 7)
-        assert "stopped_at" not in (run.read_submission() or {})
+        newest = run.submissions.newest()
+        assert newest is not None
+        assert newest.state == "taken"
 
     def test_it_is_not_waited_for_without_end(self, run, cluster):
         cluster.put("pending")
@@ -309,16 +339,25 @@ class TestStop:
         assert error.startswith(f"{URL}: job {JOB_ID} is pending, and has not ended since it was asked to stop; ")
         assert document("status", run.url)["status"] == "submitted"
 
-    def test_a_submission_that_came_meanwhile_is_not_overwritten(self, run, cluster):
+    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster):
         def submit_again() -> JobStatus:
-            submit(run, "digits-0123456789ab-1")
+            submit(run, 1)
             return "stopped"
 
         cluster.put("pending")
         cluster.at_stop = submit_again
-        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
-        assert error == f"{run.url}: was submitted again meanwhile, as job digits-0123456789ab-1; stop it again"
-        assert document("status", run.url)["job"] == "digits-0123456789ab-1"
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job"]) == ("submitted", f"{JOB_ID[:-1]}1")
+
+    @pytest.mark.parametrize("status", ["failed", "stopped"])
+    def test_what_goes_on_with_the_run_has_the_word(self, run, status):
+        """A person resumes it elsewhere, and the submission that came to nothing counts no more."""
+        newest = run.submissions.newest()
+        assert newest is not None
+        run.submissions.mark_stopped(newest.id)
+        run.claim()
+        run.write_status({"status": status, "step": 9})
+        assert document("status", run.url)["step"] == 9
 
     def test_a_cluster_that_is_away_says_so(self, run, cluster):
         cluster.error = ClusterError(f"{URL}: nobody answers there")
@@ -328,10 +367,9 @@ class TestStop:
 class TestLogs:
     @pytest.fixture(autouse=True)
     def _two_logs(self, run, cluster):
-        run.claim()
+        drive(run, "failed")
         run.write_log(0, 0, b"worker zero\n")
         run.write_log(0, 1, b"worker one\n")
-        run.write_status({"status": "failed", "step": 1})
         cluster.put("failed")
         cluster.logs[JOB_ID] = LOG
 
@@ -390,7 +428,7 @@ class TestFollow:
 class TestList:
     def test_the_cluster_tells_of_what_has_not_begun(self, run, cluster, tmp_path):
         other = RunDirectory(str(tmp_path / "store/other"))
-        submit(other, "other-0")
+        submit(other)
         other.write_job("x")
         drive(other, "running")
         cluster.put("failed", message="no such node", run=run.url)
