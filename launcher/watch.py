@@ -1,8 +1,8 @@
 """Watching a run that was submitted: from its directory, and the cluster only as long as that says nothing."""
 
-import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import ClusterError
@@ -18,6 +18,8 @@ _JOB_INTERVAL_S = 10.0
 """How often the cluster is asked."""
 _LAST_WORDS_S = 15.0
 """How long the directory of a run may take to tell of its end after that of the job, or the other way round."""
+_PATIENCE_S = 600.0
+"""How long the cluster of a run that has not begun may be out of reach."""
 _ALIVE = ("submitted", "running")
 
 
@@ -43,11 +45,11 @@ def watch(
         The ``--json`` document, and the exit code of the run.
 
     Raises:
-        ClusterError: The job has ended, and the run was not begun by it or not ended by it.
+        ClusterError: The job has ended, or the cluster does not know it any more, and nobody goes on with the run; or
+            the run has not begun, and the cluster is out of reach.
     """
     epochs = parse(run.read_job(), f"{run.url}/job.yaml").spec.train.epochs
-    job: Job | None = None
-    asked_at, ended_at = -_JOB_INTERVAL_S, None
+    asked = None if job_id is None else _Asked(scheduler, job_id, clock)
     said = ""
     while True:
         document = read_status(run, LONG_SILENCE_S)
@@ -65,20 +67,71 @@ def watch(
                 images_per_second=document.get("images_per_second"),
                 workers=document["workers"],
             )
-        if job_id is not None and clock() - asked_at >= _JOB_INTERVAL_S:
-            asked_at = clock()
-            with contextlib.suppress(ClusterError):  # out of reach for now; the run directory tells how the run stands
-                job = scheduler.read(job_id)
-        if job is not None and job.status in ENDED:
-            ended_at = clock() if ended_at is None else ended_at
-            if clock() - ended_at > _LAST_WORDS_S:
-                raise _lost(run, job, document, scheduler)
-        elif job is not None and document["status"] == "submitted":
-            text = f"job {job.id} is {job.status}" + (f": {job.message}" if job.message else "")
-            if text != said:
-                display.phase(text)
-            said = text
+        if asked is not None:
+            asked.ask(document)
+            if asked.is_over and asked.updated_since(document):
+                asked = job_id = None  # somebody else goes on with the run
+            elif asked.is_over or (asked.is_silent and document["status"] == "submitted"):
+                raise _lost(run, asked, document, scheduler)
+            elif asked.job is not None and document["status"] == "submitted":
+                text = f"job {asked.job_id} is {asked.job.status}"
+                text += f": {asked.job.message}" if asked.job.message else ""
+                if text != said:
+                    display.phase(text)
+                said = text
         sleep(_INTERVAL_S)
+
+
+class _Asked:
+    """What a cluster says of a job, which is asked now and then.
+
+    Args:
+        scheduler: The cluster.
+        job_id: Of the job; the cluster has known it.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, scheduler: Scheduler, job_id: str, clock: Callable[[], float]) -> None:
+        self.job_id = job_id
+        self.job: Job | None = None
+        """The last answer; none: the cluster does not know it any more, or was never reached."""
+        self.error = ""
+        """Why there was no answer the last time; empty: there was one."""
+        self._scheduler, self._clock = scheduler, clock
+        self._asked_at = -math.inf
+        self._answered_at = clock()
+        self._gone_at: float | None = None
+        self._updated: float | None = None
+
+    def ask(self, document: Mapping[str, Any]) -> None:
+        """Asks the cluster, unless it was asked a moment ago; ``document`` is how the run stands now."""
+        if self._clock() - self._asked_at < _JOB_INTERVAL_S:
+            return
+        self._asked_at = self._clock()
+        try:
+            self.job = self._scheduler.read(self.job_id)
+        except ClusterError as error:  # out of reach for now; the run directory tells how the run stands
+            self.error = str(error)
+            return
+        self.error, self._answered_at = "", self._clock()
+        if self.job is not None and self.job.status not in ENDED:
+            self._gone_at = None
+        elif self._gone_at is None:
+            self._gone_at, self._updated = self._clock(), document.get("updated")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job ended, or was forgotten, so long ago that the run directory tells of the end of the run."""
+        return self._gone_at is not None and self._clock() - self._gone_at > _LAST_WORDS_S
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the cluster has not answered for a long time."""
+        return self._clock() - self._answered_at > _PATIENCE_S
+
+    def updated_since(self, document: Mapping[str, Any]) -> bool:
+        """Whether the run shows signs of life that are younger than the end of the job."""
+        return bool(document["status"] == "running" and document.get("updated") != self._updated)
 
 
 def _exit_code(
@@ -115,22 +168,31 @@ def _failed_early(
 ) -> ClusterError:
     """What ended the job before the run began: as its log tells once it has ended, else as the directory does."""
     deadline = clock() + _LAST_WORDS_S
+    why = document["error"]
     while job_id is not None and clock() < deadline:
         try:
             job = scheduler.read(job_id)
         except ClusterError:
             break
-        if job is None or job.status in ENDED:
-            if job is not None:
-                return _lost(run, job, document, scheduler)
+        if job is None:
+            break
+        if job.status in ENDED:
+            why = f"{why_ended(job, document, scheduler)}; submit the run again to go on"
             break
         sleep(_INTERVAL_S)
-    error = ClusterError(f"{run.url}: {document['error']}")
-    error.document = document
-    return error
+    return _error(run, why, document)
 
 
-def _lost(run: RunDirectory, job: Job, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
-    error = ClusterError(f"{run.url}: {why_ended(job, document, scheduler)}; submit the run again to go on")
+def _lost(run: RunDirectory, asked: _Asked, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
+    if asked.error:
+        why = f"has not begun, and its cluster has not answered for {_PATIENCE_S / 60:.0f} minutes: {asked.error}"
+        return _error(run, f"{why}; see whether it is up, and submit the run again", document)
+    if asked.job is None:
+        return _error(run, f"the cluster does not know job {asked.job_id} any more; submit the run again", document)
+    return _error(run, f"{why_ended(asked.job, document, scheduler)}; submit the run again to go on", document)
+
+
+def _error(run: RunDirectory, why: str, document: dict[str, Any]) -> ClusterError:
+    error = ClusterError(f"{run.url}: {why}")
     error.document = document | {"status": "failed"}
     return error

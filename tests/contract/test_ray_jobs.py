@@ -345,7 +345,10 @@ def test_credentials_of_a_proxy_do_not_replace_the_token(head: Head, monkeypatch
             "https://gateway:443 as the address if it is the cluster's own",
         ),
         ("https://[::1]:9/api/version", "redirects to https://[::1]:9, which is not followed, "),
-        ("/login?next=secret", "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray's dashboard"),
+        (
+            "/login?next=secret",
+            "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray's dashboard",
+        ),
         ("/api/version", "redirects to HEAD/api/version, and not as the Jobs API does; "),
         ("ftp://secret/", "redirects to another place, and not as the Jobs API does; "),
         ("http://[secret", "redirects to another place, and not as the Jobs API does; "),

@@ -74,9 +74,14 @@ class TestAnswered:
 
     def test_an_error_afterwards_is_the_runs(self, submissions):
         submission_id = submissions.write(FIRST)
-        with pytest.raises(ClusterError), submissions.answered(submission_id):
-            submissions.mark_taken(submission_id)
-            raise ClusterError("a worker died")
+
+        def train() -> None:
+            with submissions.answered(submission_id):
+                submissions.mark_taken(submission_id)
+                raise ClusterError("a worker died")
+
+        with pytest.raises(ClusterError):
+            train()
         assert newest(submissions).state == "taken"
 
     def test_a_signal_is_told(self, submissions):

@@ -108,3 +108,34 @@ def test_a_driver_that_failed_before_it_took_the_run_ends_it(watched, job, why):
         watched(Cluster(job), {"status": "submitted", "step": 0}, failed)
     assert caught.value.document is not None
     assert caught.value.document["status"] == "failed"
+
+
+SUBMITTED = {"status": "submitted", "step": 0}
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([a_job("pending"), None], "the cluster does not know job own-0 any more; submit the run again"),
+        ([None], "the cluster does not know job own-0 any more; submit the run again"),
+        ([a_job("pending"), ClusterError("http://head: nobody answers")], "not answered for 10 minutes: http://head: "),
+    ],
+)
+def test_a_cluster_that_is_lost_before_the_run_begins_ends_the_wait(watched, answers, why):
+    with pytest.raises(ClusterError, match=why) as caught:
+        watched(Cluster(*answers), SUBMITTED)
+    assert caught.value.document is not None
+    assert caught.value.document["status"] == "failed"
+
+
+def test_a_cluster_that_comes_back_is_waited_for(watched):
+    away = [ClusterError("away")] * 50
+    cluster = Cluster(a_job("pending"), *away, a_job("pending"), *away, a_job("running"))
+    assert watched(cluster, *[SUBMITTED] * 600, RUNNING | {"status": "stopped"})[1] == 0
+
+
+def test_a_run_that_somebody_else_goes_on_with_is_watched_to_its_end(watched):
+    signs = [RUNNING | {"updated": float(number)} for number in range(100)]
+    document, code, waited_s, _ = watched(Cluster(a_job("failed", 5)), *signs, RUNNING | {"status": "completed"})
+    assert (document["status"], code) == ("completed", 0)
+    assert waited_s >= 190
