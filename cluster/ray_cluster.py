@@ -120,12 +120,13 @@ def nodes() -> list[Node]:
         ClusterError: Ray is gone.
     """
     import ray
-    from ray._private.state import available_resources_per_node, state
+
+    from cluster.ray_private import drain_deadlines_ms, free_resources
 
     here = ray.get_runtime_context().get_node_id()
     with _named_errors():
-        free = available_resources_per_node()
-        draining = state.get_draining_nodes()
+        free = free_resources()
+        draining = drain_deadlines_ms()
         table = ray.nodes()
     return [
         Node(
@@ -133,7 +134,6 @@ def nodes() -> list[Node]:
             address=node["NodeManagerAddress"],
             resources=node["Resources"],
             free=free.get(node["NodeID"], {}),
-            # Ray counts in milliseconds, and means by 0 that there is no deadline.
             drains_at=(draining[node["NodeID"]] / 1000 or math.inf) if node["NodeID"] in draining else None,
             is_here=node["NodeID"] == here,
         )
@@ -145,16 +145,13 @@ def nodes() -> list[Node]:
 def capacity() -> Capacity:
     """What the cluster has, and what it may get.
 
-    Ray keeps the latter private: ``get_max_resources_from_cluster_config``, as of 2.60, sums up what the autoscaler has
-    reported of its node groups. A group, or a resource, without a limit counts as ``sys.maxsize``.
-
     Raises:
         ClusterError: Ray is gone.
     """
-    from ray._private.state import state
+    from cluster.ray_private import largest_resources
 
     with _named_errors():
-        limits = state.get_max_resources_from_cluster_config()
+        limits = largest_resources()
     return Capacity(nodes=nodes(), limits=limits)
 
 

@@ -50,13 +50,19 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
     """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver."""
     import ray
     from ray.exceptions import RayError
-    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-    from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
-    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-    from ray.train.v2.api.config import FailureConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from cluster.ray_private import (
+        ControllerCallback,
+        DataParallelTrainer,
+        FailureConfig,
+        FailureDecision,
+        FailurePolicy,
+        FixedScalingPolicy,
+        NoopDecision,
+        ResizeDecision,
+        WorkerGroupCallback,
+        WorkerGroupError,
+    )
 
     unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 

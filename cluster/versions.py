@@ -5,10 +5,32 @@ Standard library only: a node that is asked for its versions answers at once, an
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import platform
 import sys
 from pathlib import Path
+
+from cluster.errors import ClusterError
+
+_OLDEST_RAY, _NEWEST_RAY = (2, 60), (2, 60)
+"""Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray_private``."""
+
+
+def check_ray_version() -> None:
+    """Makes sure that the installed Ray is one of those with which the tests pass; does not import it.
+
+    Raises:
+        ClusterError: It is another.
+    """
+    installed = importlib.metadata.version("ray")
+    minor = tuple(int(part) for part in installed.split(".")[:2])
+    if not _OLDEST_RAY <= minor <= _NEWEST_RAY:
+        oldest, newest = (".".join(map(str, version)) for version in (_OLDEST_RAY, _NEWEST_RAY))
+        raise ClusterError(
+            f"Ray {installed} is installed, and launcher works with {oldest} to {newest}, whose private parts it uses; "
+            f"pip install 'ray[train]>={oldest},<{_NEWEST_RAY[0]}.{_NEWEST_RAY[1] + 1}'"
+        )
 
 
 def versions() -> dict[str, str]:
