@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 
@@ -20,6 +20,7 @@ from cluster import node_check, ray_check
 from cluster.errors import ClusterError, one_line
 from cluster.ray_token import TOKEN_ADVICE, find_token
 from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.secrets import redacted
 
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 30.0
@@ -27,6 +28,7 @@ _ANSWER_TIMEOUT_S = 30.0
 _INSPECT_TIMEOUT_S = 180.0
 """Time limit of an inspection: start a job, join the cluster, and wait for the nodes' answers."""
 _POLL_INTERVAL_S = 0.3
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
 """Exit codes of a shell that cannot find a command, or may not execute it."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -132,11 +134,13 @@ class RayJobs(Scheduler):
             "metadata": dict(metadata),
         }
         try:
-            self._request("POST", "/api/jobs/", request)
+            answer = self._request("POST", "/api/jobs/", request)
         except _Refused as refused:
             if self.read(job_id) is not None:  # Ray reports a duplicate id as an internal error
                 return False
             raise self._failed("does not begin a job", refused) from refused
+        if not isinstance(answer, dict) or answer.get("submission_id") != job_id:
+            raise self._no_jobs_api("does not say that it has begun the job")
         return True
 
     def read(self, job_id: str) -> Job | None:
@@ -217,35 +221,58 @@ class RayJobs(Scheduler):
         )
 
     def _request(self, method: str, path: str, content: Any = None) -> Any:
-        """Makes one request and returns the parsed answer.
+        """Makes one request and returns the parsed answer. Redirects are not followed.
 
         Raises:
             ClusterError: Nothing answers, it is no Ray cluster, or it refuses access.
             _Refused: The answer has another HTTP error status.
         """
         token = find_token()
+        secrets = {"token": token or ""}
         try:
             answer = requests.request(
                 method,
                 self._url + path,
                 json=content,
                 auth=_Bearer(token),
+                # Following one would turn a POST into a GET, and may send the request where the person did not mean.
+                allow_redirects=False,
                 timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
             )
         except requests.RequestException as error:
             raise ClusterError(
-                f"{self._url}: nobody answers there: {_root_cause(error)}; is the cluster up, started with "
-                "--dashboard-host, and the address that of its Jobs API?"
+                f"{self._url}: nobody answers there: {redacted(_root_cause(error), secrets)}; is the cluster up, "
+                "started with --dashboard-host, and the address that of its Jobs API?"
             ) from error
+        if 300 <= answer.status_code < 400:
+            raise self._redirected(path, answer.headers.get("Location", ""))
         if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             what = "does not take this token" if token else "asks for a token"
             raise ClusterError(f"{self._url}: {what}; {TOKEN_ADVICE}")
         if answer.status_code != requests.codes.ok:
-            raise _Refused(answer.status_code, answer.text)
+            raise _Refused(answer.status_code, redacted(answer.text, secrets))
         try:
             return answer.json()
         except requests.JSONDecodeError as error:
             raise self._no_jobs_api("answers with something else") from error
+
+    def _redirected(self, path: str, location: str) -> ClusterError:
+        """The error for an answer that names another place.
+
+        Only its scheme, host, port and path are shown: the rest may hold a secret.
+        """
+        try:
+            to = urlsplit(urljoin(self._url + path, location))
+            host, port = to.hostname or "", to.port or _DEFAULT_PORTS[to.scheme]
+        except (ValueError, KeyError):  # no URL, or another scheme
+            return self._no_jobs_api("redirects to another place")
+        address = f"{to.scheme}://[{host}]:{port}" if ":" in host else f"{to.scheme}://{host}:{port}"
+        if to.path != path or address == self._url:
+            return self._no_jobs_api(f"redirects to {address}{to.path}")
+        return ClusterError(
+            f"{self._url}: redirects to {address}, which is not followed, for it would get the token; write {address} "
+            "as the address if it is the cluster's own"
+        )
 
     def _no_jobs_api(self, what: str) -> ClusterError:
         return ClusterError(

@@ -30,6 +30,7 @@ class Head:
     Attributes:
         jobs: What was begun, by id.
         says: An answer in place of its own, status and text.
+        location: The ``Location`` of its answers, if it is not empty.
         outcome: How a job is as soon as it is begun: status, exit code and log.
         asked: The requests it was sent, method and path.
         port: On 127.0.0.1.
@@ -38,6 +39,7 @@ class Head:
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.says: tuple[int, str] | None = None
+        self.location = ""
         self.outcome: tuple[str, int | None, str] = ("RUNNING", None, "")
         self.asked: list[tuple[str, str]] = []
         self._lock = threading.Lock()
@@ -54,6 +56,8 @@ class Head:
             def _answer(self, status: int, content: Any) -> None:
                 data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
                 self.send_response(status)
+                if head.location:
+                    self.send_header("Location", head.location)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -80,6 +84,7 @@ class Head:
             thread.join()
 
     def _answer(self, headers: Any, method: str, path: str, content: bytes) -> tuple[int, Any]:
+        path = path.removeprefix("http://cluster.invalid:8265")  # as a proxy is asked
         self.asked.append((method, path))
         if self.says is not None:
             return self.says
@@ -320,6 +325,67 @@ def test_where_the_token_comes_from(head: Head, source: str, monkeypatch: pytest
     if source == "named file":
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "own"))
     assert RayJobs(head.url).ray_version() == "2.60.0"
+
+
+def test_credentials_of_a_proxy_do_not_replace_the_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{head.port}")
+    assert RayJobs("http://cluster.invalid:8265").ray_version() == "2.60.0"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        (
+            "https://me:secret@gateway/api/version?token=secret",
+            "redirects to https://gateway:443, which is not followed, for it would get the token; write "
+            "https://gateway:443 as the address if it is the cluster's own",
+        ),
+        ("https://[::1]:9/api/version", "redirects to https://[::1]:9, which is not followed, "),
+        ("/login?next=secret", "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray"),
+        ("/api/version", "redirects to HEAD/api/version, and not as the Jobs API does; "),
+        ("ftp://secret/", "redirects to another place, and not as the Jobs API does; "),
+        ("http://[secret", "redirects to another place, and not as the Jobs API does; "),
+        ("http://h:secret/", "redirects to another place, and not as the Jobs API does; "),
+    ],
+)
+def test_no_redirect_is_followed(head: Head, status: int, location: str, message: str) -> None:
+    head.says, head.location = (status, ""), location
+    with pytest.raises(ClusterError) as told:
+        RayJobs(head.url).ray_version()
+    assert str(told.value).startswith(f"{head.url}: {message.replace('HEAD', head.url)}")
+    assert "secret" not in str(told.value)
+    assert len(str(told.value).splitlines()) == 1
+    assert head.asked == [("GET", "/api/version")]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirect_begins_nothing(head: Head, status: int) -> None:
+    """It would be followed with a GET, and the list of jobs be taken for an answer."""
+    head.says, head.location = (status, ""), f"{head.url}/api/jobs/"
+    with pytest.raises(ClusterError, match="redirects to"):
+        begin(RayJobs(head.url))
+    assert head.asked == [("POST", "/api/jobs/")]
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"submission_id": "another"}, {"job_id": "one"}, "one"], ids=str)
+def test_an_answer_that_does_not_name_the_job_is_no_success(head: Head, answer: Any) -> None:
+    head.says = 200, json.dumps(answer)
+    with pytest.raises(ClusterError, match="does not say that it has begun the job, and not as the Jobs API does; "):
+        begin(RayJobs(head.url))
+
+
+@pytest.mark.parametrize("token", ["s3cret\n", "s3\ncret", "s3crèt"])
+def test_no_error_holds_the_token(head: Head, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    for says in (None, (500, f"Traceback ...\nKeyError: Bearer {token.strip()}")):
+        head.says = says
+        for ask in (RayJobs(head.url).ray_version, RayJobs(head.url).jobs):
+            with pytest.raises(ClusterError) as told:
+                ask()
+            assert "s3cr" not in str(told.value)
 
 
 def test_no_token_or_another(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
