@@ -287,9 +287,6 @@ def test_what_is_written(job, folder, tmp_path):
     }  # fmt: skip
     assert b"mine.py" in run.read_code(submission["code"])
     assert run.read_job() == job.text
-    (tmp_path / f"store/digits/code/{submission['code']}.zip").write_bytes(b"")
-    run.write_code(submission["code"], b"others")
-    assert run.store.read(f"code/{submission['code']}.zip") == b"", "not written again"
 
 
 @pytest.mark.parametrize("name", ["digits", "my run", "ünï", "x" * 100])
