@@ -17,7 +17,7 @@ from cluster.deadline import OverrunError, result_within, start
 from cluster.errors import StorageError, one_line
 from cluster.scheduler import ClusterReport, Needs
 from cluster.storage import Store
-from cluster.versions import versions
+from cluster.versions import submission_versions
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ _STORE_TIMEOUT_S = 30.0
 def inspect_node(needs: Needs) -> dict[str, Any]:
     """What this host has of what is needed: the fields of ``NodeReport`` except ``id`` and ``address``."""
     return {
-        "versions": versions(),
+        "versions": submission_versions(),
         # A variable that is set to the empty string is of no use either.
         "missing": [name for name in needs.variables if not os.environ.get(name)],
         "store_error": store_error(needs.store),

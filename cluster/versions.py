@@ -10,6 +10,9 @@ import platform
 import sys
 from pathlib import Path
 
+_TRAINING = ("jobs", "cluster")
+_ALL = (*_TRAINING, "launcher")
+
 
 def versions() -> dict[str, str]:
     """Of this process: ``python``, ``torch`` and ``launcher``, the last a digest."""
@@ -40,14 +43,23 @@ def torch_version() -> str:
     return str(module.__version__)
 
 
-@functools.cache
 def launcher_digest() -> str:
-    """The digest of the source of the packages that train, whatever of them is imported by now.
+    """The digest of the source of the packages that train, whatever of them is imported by now: it decides on bits.
 
     A module of the user's that lies among them, in a checkout, counts here.
     """
+    return _source_digest(_TRAINING)
+
+
+def submission_versions() -> dict[str, str]:
+    """As ``versions``, with the source of all packages in the digest: a cluster must understand what submits to it."""
+    return {**versions(), "launcher": _source_digest(_ALL)}
+
+
+@functools.cache
+def _source_digest(packages: tuple[str, ...]) -> str:
     root = Path(__file__).parents[1]
-    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py") if file.is_file()]
+    files = [file for package in packages for file in root.glob(f"{package}/**/*.py") if file.is_file()]
     lines = sorted(f"{file_digest(file)} {file.relative_to(root).as_posix()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

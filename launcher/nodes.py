@@ -9,7 +9,7 @@ from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, listed
 from cluster.scheduler import ClusterReport
 from cluster.storage import Store
-from cluster.versions import versions
+from cluster.versions import submission_versions
 from launcher.description import Description
 from launcher.plan import Plan, Tried, decide
 
@@ -21,7 +21,7 @@ _DIGITS = 12
 
 def own_versions() -> dict[str, str]:
     """Those of this process, by the names of ``NodeReport``; of Ray only if it is there, for a laptop needs none."""
-    found = versions()
+    found = submission_versions()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["ray"] = importlib.metadata.version("ray")
     return found

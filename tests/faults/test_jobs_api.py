@@ -15,7 +15,7 @@ import pytest
 
 from cluster.node_check import report_from_log
 from cluster.scheduler import ClusterReport
-from cluster.versions import versions
+from cluster.versions import submission_versions
 from tests.faults.hosts import Host, hosts, why_there_can_be_none
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,7 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     assert {node.address: node.missing for node in report.nodes} == {head.address: (), second.address: ("ON_HEAD",)}
     assert {node.id for node in report.nodes} == {node.id for node in report.capacity.nodes}
     for node in report.nodes:
-        assert dict(node.versions) == {**versions(), "ray": ray.__version__}
+        assert dict(node.versions) == {**submission_versions(), "ray": ray.__version__}
         assert node.store_error == ""
     assert report.silent == ()
     assert [node.free["CPU"] for node in report.capacity.nodes] == [1.0, 1.0]

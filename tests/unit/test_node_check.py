@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cluster import node_check, ray_check
+from cluster import versions as version_module
 from cluster.capacity import Capacity, Node
 from cluster.deadline import OverrunError
 from cluster.node_check import (
@@ -24,7 +25,7 @@ from cluster.node_check import (
 )
 from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage import Store
-from cluster.versions import launcher_digest, torch_version, versions
+from cluster.versions import launcher_digest, submission_versions, torch_version, versions
 
 NODE = Node(
     id="a1", address="10.0.0.1", resources={"CPU": 8.0, "GPU": 1.0}, free={"CPU": 2.0}, drains_at=None, is_here=True
@@ -92,7 +93,7 @@ def test_what_a_node_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("UNSET", raising=False)
     found = inspect_node(Needs(store=str(tmp_path / "runs"), variables=("SET", "EMPTY", "UNSET")))
-    assert found == {"versions": versions(), "missing": ["EMPTY", "UNSET"], "store_error": ""}
+    assert found == {"versions": submission_versions(), "missing": ["EMPTY", "UNSET"], "store_error": ""}
     assert versions()["launcher"] == launcher_digest()
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -121,6 +122,31 @@ def test_the_version_of_torch_without_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert "torch" not in sys.modules
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert torch_version() == "none"
+
+
+def test_the_version_of_a_submission_covers_all_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of workers covers only what decides on bits."""
+    for package in ("jobs", "cluster", "launcher"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "a.py").write_text("1")
+    monkeypatch.setattr(version_module, "__file__", str(tmp_path / "cluster/versions.py"))
+
+    def both() -> tuple[str, str]:
+        version_module._source_digest.cache_clear()
+        return launcher_digest(), submission_versions()["launcher"]
+
+    try:
+        workers, submission = both()
+        assert workers != submission
+        (tmp_path / "launcher/a.py").write_text("2")
+        assert both()[0] == workers
+        changed_submission = both()[1]
+        assert changed_submission != submission
+        (tmp_path / "jobs/a.py").write_text("2")
+        assert both()[0] != workers
+        assert both()[1] != changed_submission
+    finally:
+        version_module._source_digest.cache_clear()
 
 
 def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
