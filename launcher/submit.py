@@ -207,7 +207,7 @@ def _fit_there(
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
     report = scheduler.inspect(Needs(store=store.url, variables=variables))
-    check_nodes(report, place.address, own_versions(), display.warn)
+    check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)

@@ -249,6 +249,31 @@ def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
     assert hand_over(job, folder, FakeScheduler(a_cluster(reports=(a_report(versions={"torch": build}),))))["job"]
 
 
+@pytest.mark.parametrize(
+    ("head", "version", "refused"),
+    [
+        (a_node("10.0.0.1", CPU=0.0), "+cpu", False),
+        (a_node("10.0.0.1", CPU=1.0, **{"accelerator_type:H100": 0.0}), "+cpu", False),
+        (a_node("10.0.0.1", CPU=0.0), ".1", True),
+        (a_node("10.0.0.1", CPU=1.0, **{"accelerator_type:H100": 1.0}), "+cpu", True),
+    ],
+    ids=["no cores", "no accelerator", "another version", "room for a worker"],
+)
+def test_a_head_without_room_for_a_worker_may_have_another_build_of_torch(job, folder, head, version, refused):
+    job = parse(job.text, "digits.yaml", ["workers.accelerator=H100"])
+    torch = MINE["torch"].partition("+")[0]
+    reports = (
+        a_report("10.0.0.1", versions={"torch": f"{torch}{version}"}),
+        a_report("10.0.0.2", versions={"torch": f"{torch}+cu130"}),
+    )
+    scheduler = FakeScheduler(a_cluster(head, a_node("10.0.0.2", **{"accelerator_type:H100": 1.0}), reports=reports))
+    if refused:
+        with pytest.raises(ClusterError, match="versions differ: torch "):
+            hand_over(job, folder, scheduler)
+    else:
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+
+
 def test_a_node_that_is_silent_is_told_of(job, folder):
     said = Said()
     hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
