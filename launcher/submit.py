@@ -31,8 +31,6 @@ from launcher.runs import check_unchanged, compare, git_state, left_to_plan, one
 from launcher.status import is_driven, read_status
 from launcher.user_code import make_import_paths
 
-_SAVE_S = 300
-"""How long a job that is stopped may take to save."""
 _ASK_AGAIN_S = 2.0
 _DIGITS = 12
 """Of a digest, in the name of a job."""
@@ -51,6 +49,10 @@ class Place(Protocol):
     @property
     def env(self) -> tuple[str, ...]:
         """The names of the variables that its nodes must have."""
+
+    @property
+    def stop_grace_s(self) -> int:
+        """Seconds between SIGTERM and SIGKILL when a job is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +114,7 @@ def submit(
     about |= {"driver_before": (standing.status or {}).get("claimed"), "code_directory": directory_in_code(folder)}
     _write(run, description, bundle, about)
     display.phase(f"beginning {job_id}")
-    if _begin(run, scheduler, job_id, command):
+    if _begin(run, scheduler, job_id, command, place.stop_grace_s):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
         job = scheduler.read(job_id)
@@ -232,7 +234,7 @@ def _write(run: RunDirectory, description: Description, bundle: Bundle, about: M
     run.write_job(description.text)
 
 
-def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str) -> bool:
+def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str, stop_grace_s: int) -> bool:
     """Begins the job; returns whether it was not begun by somebody else.
 
     Raises:
@@ -240,11 +242,11 @@ def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str) -
     """
     metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
     try:
-        return scheduler.begin(job_id, command, {}, stop_grace_s=_SAVE_S, metadata=metadata)
+        return scheduler.begin(job_id, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        scheduler.begin(job_id, command, {}, stop_grace_s=_SAVE_S, metadata=metadata)
+        scheduler.begin(job_id, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
     except ClusterError as error:
         raise ClusterError(f"{error}; {run.url} is written, submit it again to begin it") from error
     return True

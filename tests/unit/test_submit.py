@@ -67,6 +67,7 @@ class FakeScheduler(Scheduler):
     has: ClusterReport = field(default_factory=a_cluster)
     known: dict[str, JobStatus] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    grace_periods_s: list[int] = field(default_factory=list)
     asked: list[Needs] = field(default_factory=list)
     breaks: int = 0
     """How many answers to come are lost."""
@@ -85,7 +86,7 @@ class FakeScheduler(Scheduler):
         metadata: Mapping[str, str],
     ) -> bool:
         assert not environment, "everyone can read it"
-        assert stop_grace_s >= 60
+        self.grace_periods_s.append(stop_grace_s)
         assert metadata["run"] in command
         if job_id in self.known:
             return not self._answer()
@@ -312,6 +313,14 @@ def test_what_is_written(job, folder, tmp_path):
     }  # fmt: skip
     assert b"mine.py" in run.read_code(submission["code"])
     assert run.read_job() == job.text
+
+
+def test_the_cluster_says_how_long_a_job_that_is_stopped_may_save(job, folder):
+    scheduler = FakeScheduler()
+    hand_over(job, folder, scheduler)
+    scheduler.known = dict.fromkeys(scheduler.known, "failed")
+    hand_over(job, folder, scheduler, stop_grace_s=900)
+    assert scheduler.grace_periods_s == [300, 900]
 
 
 @pytest.mark.parametrize("name", ["digits", "my run", "ünï", "x" * 100])
