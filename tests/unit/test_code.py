@@ -369,6 +369,9 @@ def test_too_many_files_are_refused(folder, monkeypatch):
         "id_rsa.old", "id_ed25519", "id_ecdsa_work", "credentials", "credentials.json", "my-service-account-1.json",
         "service_account.json", "kubeconfig", ".pypirc", ".npmrc", ".git-credentials", ".aws/config",
         ".ssh/known_hosts", ".kube/config", "client_secret_1.json", ".pgpass", "kaggle.json", "secrets.yaml",
+        ".ray/auth_token", "auth_token", "my.token", "credentials.yaml", "credentials.yml", "terraform.tfstate",
+        "terraform.tfstate.backup", "prod.tfvars", ".huggingface/token", "deploy_rsa", "a.keychain-db", ".bash_history",
+        ".oci/config", "rclone.conf", "sftp-config.json",
     ],
 )  # fmt: skip
 def test_what_looks_like_a_secret_is_refused(folder, name):
@@ -383,11 +386,83 @@ def test_what_looks_like_a_secret_is_refused(folder, name):
 
 def test_what_only_resembles_a_secret_is_packed(folder):
     names = [
-        ".env.example", ".env.sample", ".env.template", "credentials.py", "credentials/a.py", "env", "id_rsa.pub",
-        "keys.py", "pem.txt", "secrets.py", "ssh/config",
+        ".env.example", ".env.sample", ".env.template", "credentials.py", "credentials/a.py", "env", "example.tfvars",
+        "id_rsa.pub", "keys.py", "pem.txt", "secrets.py", "ssh/config",
     ]  # fmt: skip
     write(folder, *names)
     assert pack(folder).names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".docker/config.json", ".config/gcloud", ".config/gh", ".config/hub", ".config/rclone",
+        ".cargo/credentials.toml", ".gem/credentials", ".m2/settings.xml", ".vscode/sftp.json",
+    ],
+)  # fmt: skip
+def test_a_secret_is_also_known_by_the_folder_that_it_lies_in(folder, name):
+    parent, base = name.split("/")
+    write(folder, "job.yaml", "config.json/a", "gh/a", "hub", f"{parent}/other", f"own/{base}x")
+    kept = pack(folder).names
+    write(folder, name if "." in base[1:] or parent == ".gem" else f"{name}/a")
+    assert f"would be uploaded: {name}; add" in refusal(folder)
+    write(folder, **{".gitignore": name})
+    assert set(pack(folder).names) == {*kept, ".gitignore"}
+
+
+@pytest.fixture
+def token(tmp_path, monkeypatch) -> Path:
+    """The file of a token, in a place of its own."""
+    path = tmp_path / "elsewhere/my cluster"
+    path.parent.mkdir()
+    path.write_text("s3cret-of-mine\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    return path
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "hard link", "through a link"])
+def test_the_file_of_the_token_is_refused_by_whatever_name(folder, token, monkeypatch, how):
+    write(folder, "job.yaml", "a.txt")
+    if how in ("itself", "through a link"):
+        token.rename(folder / "mine.txt")
+        where = folder / "mine.txt"
+        if how == "through a link":
+            token.symlink_to(where)
+            where = token
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(where))
+    elif how == "hard link":
+        os.link(token, folder / "mine.txt")
+    else:
+        token.rename(folder / "kept.bin")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "kept.bin"))
+        write(folder, **{".gitignore": "kept.bin"})
+        link(folder, "mine.txt", "kept.bin")
+    monkeypatch.setattr(code, "known_tokens", lambda: [])
+    assert "would be uploaded: mine.txt; add" in refusal(folder)
+
+
+@pytest.mark.parametrize("source", ["file", "variable", "both"])
+def test_a_file_that_holds_the_token_is_refused_and_the_token_is_not_shown(folder, token, monkeypatch, source):
+    if source != "file":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", " s3cret-of-mine\n" if source == "variable" else "another-one")
+    if source == "variable":
+        monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    write(folder, "job.yaml", **{"sub/a.py": b"\xffTOKEN='s3cret-of-mine'\n"})
+    told = refusal(folder)
+    assert told == (
+        f"{folder}: files that hold a token of yours for a cluster would be uploaded: sub/a.py; "
+        "take it out of them, or add them to .gitignore"
+    )
+    write(folder, **{".gitignore": "a.py"})
+    assert pack(folder).names == (".gitignore", "job.yaml")
+
+
+def test_a_token_that_may_be_a_word_is_not_looked_for(folder, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "test")
+    write(folder, "test.py")
+    assert pack(folder).names == ("test.py",)
 
 
 def test_ten_secrets_are_named(folder):
