@@ -121,8 +121,8 @@ def is_intact(folder: Path, sha256: str) -> bool:
     """Whether a folder holds exactly the files of a bundle: no other names, contents or executable bits.
 
     Every file is read and the bundle is made of them again: names, sizes and dates would not show an edit that keeps
-    the size. That takes a tenth of a second for the largest bundle. Permissions prove nothing, because root ignores them.
-    What Python has compiled there, as root, does not count: it does so from the files that are checked here.
+    the size. That takes a fraction of a second for the largest bundle. Permissions prove nothing, because root ignores
+    them. What Python has compiled there, as root, does not count: it does so from the files that are checked here.
     """
     try:
         files = _read_folder(folder)

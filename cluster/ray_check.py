@@ -29,7 +29,7 @@ class NodeCheck:
     nothing of this module, and returns JSON.
     """
 
-    def inspect(self, needs: str) -> str:
+    def inspect(self, needs: str, node_id: str) -> str:
         """The fields of ``NodeReport`` except ``id`` and ``address``, as JSON."""
         import json
         import platform
@@ -39,7 +39,7 @@ class NodeCheck:
         try:
             from cluster import node_check
 
-            found = node_check.inspect_node(node_check.needs_from_text(needs))
+            found = node_check.inspect_node(node_check.needs_from_text(needs), node_id)
         except Exception as error:  # the border of the process: whatever is wrong with the launcher there is the answer
             why = f"launcher cannot be used there: {' '.join(str(error).split())}; install it on every node"
             python = ".".join(platform.python_version_tuple()[:2])
@@ -64,7 +64,7 @@ def inspect_cluster(address: str, needs: Needs) -> ClusterReport:
         text = node_check.needs_to_text(needs)
         # An actor lives only as long as something refers to it.
         actors = [ray_cluster.actor_on(node.id, NodeCheck).remote() for node in capacity.nodes]
-        asked = {actor.inspect.remote(text): node for actor, node in zip(actors, capacity.nodes)}
+        asked = {actor.inspect.remote(text, node.id): node for actor, node in zip(actors, capacity.nodes)}
         answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)[0])
         reports, silent = [], []
         for reference, node in asked.items():

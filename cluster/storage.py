@@ -288,19 +288,35 @@ class Store:
         if self._with_rename:
             self.delete([name for name in self._walk("") if _TEMPORARY.fullmatch(name)])
 
+    @contextlib.contextmanager
+    def without_traces(self) -> Iterator[None]:
+        """Removes, at the end, the folders down to this one that did not exist before, unless something lies there.
+
+        For objects that are written and deleted again: on a store with folders, the first of them makes its folders.
+        """
+        missing = self._call("look for the folder", _missing_folders) if self._with_folders else []
+        try:
+            yield
+        finally:
+            # An empty folder does no harm, and what happened inside matters more.
+            with contextlib.suppress(StorageError):
+                for folder in missing:
+                    self._call("remove the empty folder", lambda fs, _, folder=folder: _remove_if_empty(fs, folder))
+
     def probe(self) -> None:
-        """Writes, reads and deletes one small object.
+        """Writes, reads and deletes one small object; leaves nothing behind.
 
         Raises:
             StorageError: Which of the three failed, why, and what to do.
         """
         name = f"probe-{uuid.uuid4().hex}"
-        self.write(name, name.encode())
-        try:
-            if self.read(name) != name.encode():
-                raise StorageError(f"{self.url}: gives back other bytes than were written; use another store")
-        finally:
-            self.delete([name])
+        with self.without_traces():
+            self.write(name, name.encode())
+            try:
+                if self.read(name) != name.encode():
+                    raise StorageError(f"{self.url}: gives back other bytes than were written; use another store")
+            finally:
+                self.delete([name])
 
     def _flat(self, folder: str) -> list[str]:
         def find(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
@@ -529,6 +545,19 @@ def _write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> 
         with contextlib.suppress(Exception):  # the failure at hand is the one to tell; ``sweep`` takes what stays
             fs.rm_file(temporary)
         raise
+
+
+def _missing_folders(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """A folder and those around it, as far as they do not exist; the innermost first."""
+    missing = []
+    while path.strip("/"):
+        try:
+            fs.info(path)
+            break
+        except _ABSENT:
+            missing.append(path)
+            path = path.rstrip("/").rpartition("/")[0]
+    return missing
 
 
 def _remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:

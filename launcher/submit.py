@@ -20,8 +20,9 @@ from typing import Any, Protocol
 from cluster.bundle import Bundle
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import ENDED, Needs, Scheduler
+from cluster.scheduler import ENDED, Scheduler
 from cluster.storage import Store
+from cluster.store_check import inspect_cluster
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
@@ -208,7 +209,7 @@ def _fit_there(
     """The plan on the cluster, whose nodes are fit for it."""
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
-    report = scheduler.inspect(Needs(store=store.url, variables=variables))
+    report = inspect_cluster(scheduler, store, variables)
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:

@@ -163,7 +163,7 @@ def test_a_command_finds_what_is_in_the_venv_first(head: Head) -> None:
     assert shell.stdout == "/opt/$(x) env/bin:/usr/bin:/bin\n"
 
 
-NEEDS = Needs(store="s3://b/$x", variables=("KEY",))
+NEEDS = Needs(store="s3://b/$x", variables=("KEY",), check="check")
 CLUSTER = ClusterReport(
     capacity=Capacity(
         nodes=(Node(id="a1", address="10.0.0.1", resources={"CPU": 8.0}, free={}, drains_at=None, is_here=True),),

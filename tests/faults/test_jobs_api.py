@@ -25,7 +25,7 @@ TIMEOUT_S = 600
 BEGIN = """\
 import sys, time
 from cluster.errors import ClusterError
-from cluster.scheduler import ENDED, Needs
+from cluster.scheduler import ENDED
 from launcher.clusters import load_cluster, open_scheduler
 
 scheduler = open_scheduler(load_cluster(sys.argv[1], [f"cluster.venv={sys.argv[2]}"])[0])
@@ -42,9 +42,15 @@ else:
     raise SystemExit("the head does not serve its Jobs API")
 """
 INSPECT = """
+from cluster.errors import LauncherError
 from cluster.node_check import report_to_line
+from cluster.storage import Store
+from cluster.store_check import inspect_cluster
 
-print(report_to_line(scheduler.inspect(Needs(store=sys.argv[3], variables=("ON_EACH", "ON_HEAD")))))
+try:
+    print(report_to_line(inspect_cluster(scheduler, Store(sys.argv[3]), ("ON_EACH", "ON_HEAD"))))
+except LauncherError as error:
+    raise SystemExit(str(error))
 """
 LIVE = """
 import json
@@ -111,9 +117,11 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
         assert node.store_error == ""
     assert report.silent == ()
     assert [node.free["CPU"] for node in report.capacity.nodes] == [1.0, 1.0]
+    assert not (tmp_path / "runs").exists(), "nothing of the check is left"
     (tmp_path / "file").write_text("")
-    for node in inspect(tmp_path / "file/runs").nodes:
-        assert node.store_error.startswith(f"{tmp_path}/file/runs: cannot write ")
+    refused = ask(INSPECT, tmp_path / "file/runs")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{tmp_path}/file/runs: cannot write ")
 
     lived = ask(LIVE)
     assert lived.returncode == 0, lived.stderr

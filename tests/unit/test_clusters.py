@@ -130,7 +130,7 @@ def test_text_that_looks_like_a_number_stays_text(write):
         ),
         (
             "kind: ray\naddress: http://h:8265\nstop_grace_s: 2.5",
-            "own.yaml: stop_grace_s must be a whole number, got 2.5",
+            "own.yaml: stop_grace_s must be a whole number, got 2.5; write a whole number",
         ),
         ("kind: local\naddress: head:1", "own.yaml: address is not a known key; the keys here are kind, worker"),
         ("kind: local\nworker: {cpu: 1}", "own.yaml: worker.cpu is not a known key (did you mean 'cpus'?)"),

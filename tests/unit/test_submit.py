@@ -23,7 +23,7 @@ from launcher.nodes import own_versions
 from launcher.plan import Tried
 from launcher.submit import make_command, make_job_id, submit
 from tests import saved
-from tests.schedulers import URL, a_cluster, a_node, a_report
+from tests.schedulers import URL, a_cluster, a_node, a_report, answered
 
 JOBS = Path(__file__).parents[2] / "jobs"
 JOB = """\
@@ -74,7 +74,7 @@ class FakeScheduler(Scheduler):
 
     def inspect(self, needs: Needs) -> ClusterReport:
         self.asked.append(needs)
-        return self.has
+        return answered(self.has, needs)
 
     def begin(
         self,
@@ -288,7 +288,8 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
     )
     scheduler = FakeScheduler()
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
-    assert scheduler.asked == [Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"))]
+    (needs,) = scheduler.asked
+    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"), check=needs.check)
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
