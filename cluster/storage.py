@@ -300,8 +300,8 @@ class Store:
         finally:
             # An empty folder does no harm, and what happened inside matters more.
             with contextlib.suppress(StorageError):
-                for folder in missing:
-                    self._call("remove the empty folder", lambda fs, _, folder=folder: _remove_if_empty(fs, folder))
+                if missing:
+                    self._call("remove the empty folders", lambda fs, _: _remove_folders(fs, missing))
 
     def probe(self) -> None:
         """Writes, reads and deletes one small object; leaves nothing behind.
@@ -575,6 +575,11 @@ def _remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:
                     fs.rm_file(file)
                 with contextlib.suppress(OSError):  # something else is there by now
                     fs.rmdir(path)
+
+
+def _remove_folders(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
+    for path in paths:
+        _remove_if_empty(fs, path)
 
 
 def _base(entry: dict) -> str:
