@@ -304,6 +304,7 @@ def _job(told: Mapping[str, Any]) -> Job:
         message=" ".join((told.get("message") or "").split()),
         exit_code=told.get("driver_exit_code"),
         began_at=None if began_ms is None else began_ms / 1000,
+        metadata=told.get("metadata") or {},
     )
 
 

@@ -18,10 +18,11 @@ from cluster.documents import read_document, write_document
 from cluster.errors import StorageError
 from cluster.row_log import RowLog
 from cluster.storage import MissingObject, Store
+from cluster.submissions import Submissions
 
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
-_SUBMISSION = "submission.json"
+_SUBMISSIONS = "submissions"
 _CODE = "code"
 _UNCLAIMED_STATUS = "status.json"
 """Where the status lay before it lay with the claim of its driver."""
@@ -44,6 +45,7 @@ class RunDirectory:
     def __init__(self, place: str | Store) -> None:
         self.store = place if isinstance(place, Store) else Store(place)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS))
+        self.submissions = Submissions(self.store.at(_SUBMISSIONS))
         self._claim: Claim | None = None
 
     def __repr__(self) -> str:
@@ -151,14 +153,6 @@ class RunDirectory:
                 "again"
             )
         return data
-
-    def write_submission(self, submission: Mapping[str, Any]) -> None:
-        """Overwrites who had the run begun last on a cluster, from where, and with which code."""
-        write_document(self.store, _SUBMISSION, submission)
-
-    def read_submission(self) -> dict[str, Any] | None:
-        """What ``write_submission`` wrote last; none if the run was never submitted."""
-        return read_document(self.store, _SUBMISSION)
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Overwrites how the run stands; also the sign that its driver lives."""

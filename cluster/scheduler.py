@@ -26,6 +26,7 @@ class Job:
         message: The cluster's explanation of that state, in one line; may be empty.
         exit_code: The exit code of the command; None while it runs, or if it never started.
         began_at: The Unix time at which it started; None before that.
+        metadata: What it was started with.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Job:
     message: str
     exit_code: int | None
     began_at: float | None
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

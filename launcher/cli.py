@@ -92,6 +92,7 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: st
 @click.option("--at", metavar="STEP", type=click.IntRange(min=0), help="Go back to this checkpoint.")
 @click.option("--as", "new", metavar="NEW", help="Go on in a new run, by its name or URL; RUN stays as it is.")
 @click.option("--force", is_flag=True, help="Go on even with another description, other data, or workers that differ.")
+@click.option("--submission", "submission_id", metavar="ID", help="The submission to take up; jobs of submit have it.")
 @_take_over_option
 @_cluster_option
 @_json_option
@@ -101,19 +102,24 @@ def resume(
     at: int | None,
     new: str | None,
     force: bool,
+    submission_id: str | None,
     take_over: bool,
     cluster_name: str | None,
     as_json: bool,
 ) -> None:
     """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers."""
-    cluster, changes = _cluster(cluster_name, overrides)
     run_directory = _existing_run(run_url)
-    from launcher.runs import resume as resume_run
+    with run_directory.submissions.answered(submission_id):
+        cluster, changes = _cluster(cluster_name, overrides)
+        from launcher.runs import resume as resume_run
 
-    def work(display: Any) -> dict[str, Any]:
-        return resume_run(run_directory, changes, cluster, display, force=force, take_over=take_over, at=at, new=new)
+        def work(display: Any) -> dict[str, Any]:
+            return resume_run(
+                run_directory, changes, cluster, display, force=force, take_over=take_over, at=at, new=new,
+                submission_id=submission_id,
+            )  # fmt: skip
 
-    _show_result(work, cluster, as_json)
+        _show_result(work, cluster, as_json)
 
 
 @main.command()

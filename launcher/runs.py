@@ -39,7 +39,7 @@ from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
 from launcher.status import is_driven, without_driver
-from launcher.user_code import UserCode, find_code, make_import_paths, takes_code_along
+from launcher.user_code import UserCode, find_code, has_bundle, make_import_paths
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -72,7 +72,7 @@ def begin(
     run = run_directory(description)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
-        if takes_code_along(run):
+        if has_bundle(run):
             code = find_code(run)
         return _continue(run, stored, description, code, cluster, display, force=False, take_over=take_over)
     cluster.import_ahead()
@@ -91,6 +91,7 @@ def resume(
     take_over: bool = False,
     at: int | None = None,
     new: str | None = None,
+    submission_id: str | None = None,
 ) -> dict[str, Any]:
     """Goes on with a run from a checkpoint, from its directory alone.
 
@@ -103,6 +104,8 @@ def resume(
         take_over: Even from a driver that is alive, which then ends.
         at: The step of the checkpoint, to which the run goes back; by default the newest good one.
         new: The name or the URL of a branch, which goes on in place of the run.
+        submission_id: Of the submission for which this process was begun. Its description and its code become those
+            of the run, unless this one or a later one has been taken.
 
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
@@ -110,12 +113,15 @@ def resume(
     source = f"{run.url}/job.yaml"
     text = run.read_job()
     stored = parse(text, source)
+    submission_id = _submission_to_take(run, submission_id)
+    if submission_id is not None:
+        text = run.submissions.read(submission_id).description
     branch = None if new is None else branch_directory(run, new)
     if take_over and at is not None:
         raise DescriptionError(
             f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
         )
-    code = find_code(run)
+    code = find_code(run, submission_id)
     steps = run.checkpoints.steps()
     reached = max(steps, default=0) if at is None else at
     if branch is not None:
@@ -129,6 +135,20 @@ def resume(
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
     return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
+
+
+def _submission_to_take(run: RunDirectory, submission_id: str | None) -> str | None:
+    """The submission that a process takes which goes on with a run; none: it goes on with what the run has.
+
+    Whoever was begun for none, such as a person elsewhere, leaves those that wait to their jobs, unless the run has
+    nothing else yet.
+    """
+    if submission_id is not None:
+        return submission_id if run.submissions.is_due(submission_id) else None
+    if run.read_environment():
+        return None
+    newest = run.submissions.newest()
+    return None if newest is None or newest.state == "taken" else newest.id
 
 
 def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
@@ -330,6 +350,8 @@ def _train(
     run.clear_stop()  # one that was asked of an earlier driver
     _note_attempt(run, plan, code)
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
+    if code.submission_id is not None:
+        run.submissions.mark_taken(code.submission_id)
     tracker = _open_tracker(run, description, display)
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
@@ -425,7 +447,7 @@ def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
         "hardware": {"machine": platform.machine(), "cores": num_cores(), "gpus_per_worker": plan.gpus},
         "workers": plan.num_workers,
         # Of the code: where a bundle was made, and not where it was unpacked.
-        "git": git_state() if code.sha256 is None else (run.read_submission() or {}).get("git"),
+        "git": git_state() if code.sha256 is None else code.git,
         "command": " ".join(map(os.path.basename, sys.argv[:2])),
     }
     run.write_environment(

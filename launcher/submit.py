@@ -1,8 +1,9 @@
 """Submitting a run: it is checked here and on the cluster, then its directory is written, then a job begins.
 
-The job is ``launcher resume RUN_URL``, so a submission is a run directory and nothing else. What is refused is refused
-before the first object is written. Many may submit the same run at once: the name of its job follows from the run's
-URL and from how often it was begun, and the cluster begins a job of one name once.
+The job is ``launcher resume RUN_URL``, so what is submitted is a run directory and nothing else. What is refused is
+refused before the first object is written. Many may submit the same run at once: the name of its job follows from the
+run's URL and from how often it was begun, the cluster begins a job of one name once, and its driver takes the
+submission of whoever began it.
 """
 
 import getpass
@@ -13,7 +14,7 @@ import shlex
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Scheduler
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
+from cluster.submissions import Submission, SubmissionReport
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
@@ -63,16 +65,31 @@ class _Standing:
     Attributes:
         stored: Its description; none: there is no such run.
         status: What its last driver wrote; none: it never had one.
-        submission: The last one; none: it was never submitted.
+        submission: The newest one; none: it was never submitted.
         changed: What is to change in its description.
         reached: The step of its newest checkpoint.
     """
 
     stored: Description | None
     status: Mapping[str, Any] | None
-    submission: Mapping[str, Any] | None
+    submission: SubmissionReport | None
     changed: list[Difference]
     reached: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Next:
+    """What is next for a run.
+
+    Attributes:
+        number: How many jobs of it were begun before.
+        job_id: Of the job that is there already; none: there is none.
+        why_not: Why none is to be begun now; empty: one is.
+    """
+
+    number: int
+    job_id: str | None = None
+    why_not: str = ""
 
 
 def submit(
@@ -97,31 +114,41 @@ def submit(
     """
     run = run_directory(description)
     standing = _look_at(run, description)
-    number, why_not = _next_number(run, standing, scheduler)
-    if why_not:
-        return _left_alone(run, standing, place, why_not, display)
+    following = _what_is_next(run, standing, scheduler)
+    if following.why_not:
+        return _left_alone(run, standing, place, following, display)
     display.phase("trying the job out")
     to_plan, store, tried = _try_here(run, standing, description, folder)
     bundle = pack_job(folder, tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
     plan = _fit_there(to_plan, store, tried, scheduler, place, display)
     if standing.status is not None and standing.reached >= plan.end_step < plan.total_steps:
-        why_not = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
-        return _left_alone(run, standing, place, why_not, display)
+        reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
+        return _left_alone(run, standing, place, replace(following, why_not=reached), display)
     for change in _look_at(run, description).changed:  # again: somebody may have submitted another run by this name
         display.message(f"changed {change}")
-    job_id, command = make_job_id(run.url, number), make_command(run.url)
-    about = {"job": job_id, "number": number, "command": command, "cluster": place.address}
-    about |= {"driver_before": (standing.status or {}).get("claimed"), "code_directory": directory_in_code(folder)}
-    _write(run, description, bundle, about)
-    display.phase(f"beginning {job_id}")
-    if _begin(run, scheduler, job_id, command, place.stop_grace_s):
+    submission = Submission(
+        number=following.number,
+        job=make_job_id(run.url, following.number),
+        cluster=place.address,
+        description=description.text,
+        code_sha256=bundle.sha256,
+        code_directory=directory_in_code(folder),
+        working_directory=os.getcwd(),
+        user=_user(),
+        host=socket.gethostname(),
+        time=round(time.time(), 3),
+        versions=own_versions(),
+        git=git_state(),
+    )
+    submission_id = _write(run, submission, bundle)
+    display.phase(f"beginning {submission.job}")
+    if _begin(run, scheduler, submission, submission_id, place.stop_grace_s):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
-        job = scheduler.read(job_id)
-        now = "is not known any more" if job is None else f"is {job.status}"
-        display.message(f"{run.url} was submitted by somebody else at the same time; job {job_id} {now}")
-    return _result(run, job_id, place)
+        run.submissions.withdraw(submission_id)
+        display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
+    return _result(run, submission.job, place)
 
 
 def make_job_id(run_url: str, number: int) -> str:
@@ -130,9 +157,12 @@ def make_job_id(run_url: str, number: int) -> str:
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
 
-def make_command(run_url: str) -> str:
-    """What goes on with a run, as a line for the shell of a host of the cluster; Ray names the cluster there."""
-    return f'exec launcher resume {shlex.quote(run_url)} --json --cluster "$RAY_ADDRESS"'
+def make_command(run_url: str, submission_id: str) -> str:
+    """What takes up a submission, as a line for the shell of a host of the cluster; Ray names the cluster there.
+
+    The same command again goes on with the run.
+    """
+    return f'exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json --cluster "$RAY_ADDRESS"'
 
 
 # --- How the run stands ---
@@ -140,46 +170,53 @@ def make_command(run_url: str) -> str:
 
 def _look_at(run: RunDirectory, wanted: Description) -> _Standing:
     """Raises DescriptionError if the run is another than the one that is wanted."""
+    newest = run.submissions.newest()
     if not run.exists():
-        return _Standing(stored=None, status=None, submission=run.read_submission(), changed=[], reached=0)
+        return _Standing(stored=None, status=None, submission=newest, changed=[], reached=0)
     stored = parse(run.read_job(), f"{run.url}/job.yaml")
     changed, _ = compare(run, stored, wanted)
     return _Standing(
         stored=stored,
         status=run.read_status(),
-        submission=run.read_submission(),
+        submission=newest,
         changed=changed,
         reached=max(run.checkpoints.steps(), default=0),
     )
 
 
-def _next_number(run: RunDirectory, standing: _Standing, scheduler: Scheduler) -> tuple[int, str]:
-    """How often the run was begun before, and why it is not to be begun now; empty: it is.
+def _what_is_next(run: RunDirectory, standing: _Standing, scheduler: Scheduler) -> _Next:
+    """What a submission of a run has to do.
 
     A job that the cluster does not know, though it was submitted, is begun now by the same name: whoever submitted it
     may not have come that far, or just be about to.
     """
     status, stop = standing.status, f"stop it with `launcher stop {shlex.quote(run.url)}`"
     if status is not None and status["status"] == "completed":
-        return 0, f"{run.url} is complete; nothing to do (another name starts another run)"
-    number = 0
-    if standing.submission is not None:
-        number = int(standing.submission.get("number", 0))
-        while (job := scheduler.read(make_job_id(run.url, number))) is not None:
-            if job.status not in ENDED:
-                return number, f"{run.url} is there already, job {job.id} is {job.status}; {stop}"
-            number += 1
+        return _Next(number=0, why_not=f"{run.url} is complete; nothing to do (another name starts another run)")
+    number, newest = 0, standing.submission
+    while newest is not None:
+        number = max(number, newest.number)
+        job = scheduler.read(make_job_id(run.url, number))
+        if job is None and (number > newest.number or newest.state == "waiting"):
+            break
+        if job is not None and job.status not in ENDED:
+            why = f"{run.url} is there already, job {job.id} is {job.status}; {stop}"
+            return _Next(number=number, job_id=job.id, why_not=why)
+        number += 1
     if status is not None and status["status"] == "running" and is_driven(run, dict(status)):
-        return number, f"{run.url}: process {status['pid']} on {status['host']} is running it; {stop}"
-    return number, ""
+        why = f"{run.url}: process {status['pid']} on {status['host']} is running it; {stop}"
+        return _Next(number=number, why_not=why)
+    return _Next(number=number)
 
 
-def _left_alone(run: RunDirectory, standing: _Standing, place: Place, why: str, display: Progress) -> dict[str, Any]:
-    """A run that is not begun, told of."""
-    display.message(why)
+def _left_alone(
+    run: RunDirectory, standing: _Standing, place: Place, following: _Next, display: Progress
+) -> dict[str, Any]:
+    """A run for which no job is begun, told of."""
+    display.message(following.why_not)
     for change in standing.changed:
         display.warn(f"not changed: {change}")
-    return _result(run, (standing.submission or {}).get("job"), place)
+    return _result(run, following.job_id, place)
 
 
 def _result(run: RunDirectory, job_id: str | None, place: Place) -> dict[str, Any]:
@@ -217,40 +254,42 @@ def _fit_there(
     return plan
 
 
-def _write(run: RunDirectory, description: Description, bundle: Bundle, about: Mapping[str, Any]) -> None:
-    """Writes the run directory; with its last object the run exists, and a driver has all that it needs."""
+def _write(run: RunDirectory, submission: Submission, bundle: Bundle) -> str:
+    """Writes what a driver needs; returns the id of the submission. A run that exists stays as it is."""
     run.write_code(bundle.sha256, bundle.data)
-    run.write_submission(
-        {
-            **about,
-            "code": bundle.sha256,
-            "time": round(time.time(), 3),
-            "user": _user(),
-            "host": socket.gethostname(),
-            "working_directory": os.getcwd(),
-            "versions": own_versions(),
-            "git": git_state(),
-        }
-    )
-    run.write_job(description.text)
+    submission_id = run.submissions.write(submission)
+    if not run.exists():  # with this it does, and is submitted
+        run.write_job(submission.description)
+    return submission_id
 
 
-def _begin(run: RunDirectory, scheduler: Scheduler, job_id: str, command: str, stop_grace_s: int) -> bool:
-    """Begins the job; returns whether it was not begun by somebody else.
+def _begin(
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+) -> bool:
+    """Begins the job; returns whether it is for this submission, and not for one of somebody else.
 
     Raises:
-        ClusterError: It may not have begun, though the run directory is written.
+        ClusterError: It may not have begun.
     """
-    metadata = {"run": run.url, "user": _user(), "host": socket.gethostname()}
     try:
-        return scheduler.begin(job_id, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
+        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        scheduler.begin(job_id, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
+        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
     except ClusterError as error:
-        raise ClusterError(f"{error}; {run.url} is written, submit it again to begin it") from error
-    return True
+        raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
+
+
+def _is_begun(
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+) -> bool:
+    metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
+    command = make_command(run.url, submission_id)
+    if scheduler.begin(submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata):
+        return True
+    job = scheduler.read(submission.job)
+    return job is not None and job.metadata.get("submission") == submission_id
 
 
 def _user() -> str:

@@ -6,9 +6,8 @@ A run that was submitted has a bundle, and takes it along wherever it goes on. O
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cluster.code_cache import fetch_code
 from cluster.run_directory import RunDirectory
@@ -25,13 +24,17 @@ class UserCode:
         submitted_from: The working directory of whoever made the bundle, in which relative paths start where there is
             such a folder.
         directory: The folder in the bundle in which they start elsewhere; none: it has none.
+        git: The revision of the bundle's source, and the digest of its changes; none: it is in no repository.
+        submission_id: Of the submission that brings the bundle, which the run has yet to take; none: no new one does.
     """
 
-    folders: tuple[str, ...]
+    folders: tuple[str, ...] = ()
     sha256: str | None = None
     unpacked: str | None = None
     submitted_from: str | None = None
     directory: str | None = None
+    git: Mapping[str, str | None] | None = None
+    submission_id: str | None = None
 
     @property
     def import_paths(self) -> tuple[str, ...]:
@@ -39,47 +42,56 @@ class UserCode:
         return self.folders if self.unpacked is None else (self.unpacked, *self.folders)
 
 
-def takes_code_along(run: RunDirectory) -> bool:
+def has_bundle(run: RunDirectory) -> bool:
     """Whether a run that exists has a bundle."""
-    return _about_bundle(run.read_submission(), run.read_environment()) is not None
+    return run.read_environment().get("code") is not None
 
 
-def find_code(run: RunDirectory) -> UserCode:
-    """The code of a run that exists: its bundle, fetched and verified, or folders of this machine.
+def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
+    """The code that a run goes on with: a bundle, fetched and verified, or folders of this machine.
 
     The working directory becomes the one in which relative paths of its description start: that of whoever submitted
     or began it, if this machine has it; else what the bundle has of it; else it stays the one there is.
 
+    Args:
+        run: It exists.
+        submission_id: Of the submission that it takes; none: it goes on with the code it had.
+
     Raises:
         StorageError: The bundle is missing or damaged, or cannot be unpacked here.
     """
+    if submission_id is not None:
+        submission = run.submissions.read(submission_id)
+        return _fetch(
+            run,
+            UserCode(
+                sha256=submission.code_sha256,
+                submitted_from=submission.working_directory,
+                directory=submission.code_directory,
+                git=submission.git,
+                submission_id=submission_id,
+            ),
+        )
     environment = run.read_environment()
-    about = _about_bundle(run.read_submission(), environment)
-    if about is None:
-        _go_to_first([environment.get("working_directory")])
-        return UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
-    unpacked = fetch_code(run, about["code"], check_store=True)
-    submitted_from, directory = about.get("working_directory"), about.get("code_directory")
-    _go_to_first([submitted_from, None if directory is None else str(unpacked / directory)])
-    return UserCode(
-        folders=(os.getcwd(),),
-        sha256=about["code"],
-        unpacked=str(unpacked),
-        submitted_from=submitted_from,
-        directory=directory,
-    )
+    if environment.get("code") is not None:
+        return _fetch(
+            run,
+            UserCode(
+                sha256=environment["code"],
+                submitted_from=environment.get("working_directory"),
+                directory=environment.get("code_directory"),
+                git=environment["attempts"][-1].get("git"),
+            ),
+        )
+    _go_to_first([environment.get("working_directory")])
+    return UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
 
 
-def _about_bundle(submission: Mapping[str, Any] | None, environment: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The document that names the bundle of a run; none: it has none.
-
-    The newest submission has the last word: it was made with the run at rest, and may have repaired the code. A branch
-    has no submission, and its environment names the bundle.
-    """
-    for document in (submission or {}, environment):
-        if document.get("code") is not None:
-            return document
-    return None
+def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
+    assert code.sha256 is not None
+    unpacked = fetch_code(run, code.sha256, check_store=True)
+    _go_to_first([code.submitted_from, None if code.directory is None else str(unpacked / code.directory)])
+    return replace(code, folders=(os.getcwd(),), unpacked=str(unpacked))
 
 
 def _go_to_first(places: Sequence[str | None]) -> None:

@@ -128,16 +128,16 @@ class LocalScheduler(Scheduler):
         if not job.is_dir():
             return None
         status: JobStatus = "pending"
-        exit_code = began_at = None
+        exit_code, began_at, metadata = None, None, dict[str, str]()
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
-            began_at = process["at"]
+            began_at, metadata = process["at"], process["of"]
             is_alive = claims._started(process["pid"]) == process["started"]
             status = "running" if is_alive else "failed"
         with suppress(FileNotFoundError):
             exit_code = int((job / "exit_code").read_text())
             status = "failed" if exit_code else "succeeded"
-        return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at)
+        return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at, metadata=metadata)
 
     def jobs(self) -> list[Job]:
         found = [job for path in self._jobs.iterdir() if (job := self.read(path.name)) is not None]

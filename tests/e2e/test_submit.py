@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cluster.run_directory import RunDirectory
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
 from tests.schedulers import FOLDER_VARIABLE, URL, LocalScheduler, local_scheduler
@@ -133,16 +134,21 @@ def test_ctrl_c_ends_the_wait_and_not_the_run(laptop, cluster):
 def test_two_who_submit_at_once_have_one_run(laptop, cluster):
     other = laptop.with_name("other")
     other.mkdir()
-    for name in ("mine.py", "own.yaml"):
-        (other / name).write_text((laptop / name).read_text())
+    (other / "own.yaml").write_text((laptop / "own.yaml").read_text())
+    (other / "mine.py").write_text((laptop / "mine.py").read_text() + "# the same, and another file\n")
     both = [Running(("submit", "own.yaml", *CLUSTER, "--json"), cwd=folder) for folder in (laptop, other)]
     ended = [running.wait() for running in both]
     assert [each.exit_code for each in ended] == [0, 0], [each.stderr for each in ended]
     assert ended[0].document["job"] == ended[1].document["job"]
     (job,) = cluster.jobs()
     assert cluster.wait(job.id).exit_code == 0, cluster.log(job.id)
+    run = RunDirectory(str(store_of(laptop)))
     assert len(events(store_of(laptop), "attempt_started")) == 1
     assert rows(store_of(laptop)) == rows(store_of(laptop, "undisturbed"))
+    begun_for = run.submissions.read(job.metadata["submission"])
+    assert run.read_environment()["code"] == begun_for.code_sha256
+    newest = run.submissions.newest()
+    assert (newest.id, newest.state) == (job.metadata["submission"], "taken")
 
 
 def test_a_job_that_was_killed_is_begun_again_by_the_next_submit(laptop, cluster):
@@ -312,4 +318,4 @@ def test_a_laptop_of_two_cores_submits_for_more(laptop):
     cores = len(os.sched_getaffinity(0))
     ended = submit(laptop, f"workers.cpus={cores + 1}")
     assert ended.exit_code == 0, ended.stderr
-    assert json.loads((store_of(laptop) / "submission.json").read_text())["number"] == 0
+    assert RunDirectory(str(store_of(laptop))).submissions.newest().number == 0

@@ -1,6 +1,5 @@
 """What a submission refuses, in one line and before anything is written; and what it writes and begins."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -66,6 +65,7 @@ class FakeScheduler(Scheduler):
 
     has: ClusterReport = field(default_factory=a_cluster)
     known: dict[str, JobStatus] = field(default_factory=dict)
+    metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     grace_periods_s: list[int] = field(default_factory=list)
     asked: list[Needs] = field(default_factory=list)
@@ -88,9 +88,10 @@ class FakeScheduler(Scheduler):
         assert not environment, "everyone can read it"
         self.grace_periods_s.append(stop_grace_s)
         assert metadata["run"] in command
+        assert metadata["submission"] in command
         if job_id in self.known:
             return not self._answer()
-        self.known[job_id] = "pending"
+        self.known[job_id], self.metadata[job_id] = "pending", metadata
         self.commands.append(command)
         return self._answer()
 
@@ -103,7 +104,8 @@ class FakeScheduler(Scheduler):
     def read(self, job_id: str) -> Job | None:
         if job_id not in self.known:
             return None
-        return Job(id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None)
+        metadata = self.metadata.get(job_id, {})
+        return Job(id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None, metadata=metadata)
 
     def jobs(self) -> list[Job]:
         raise NotImplementedError
@@ -161,6 +163,13 @@ def hand_over(
 
 def run_of(job: Description) -> RunDirectory:
     return RunDirectory(Store(job.spec.store).at(job.spec.name))
+
+
+def take_newest(run: RunDirectory) -> None:
+    """What its driver does."""
+    report = run.submissions.newest()
+    assert report is not None
+    run.submissions.mark_taken(report.id)
 
 
 def of_versions(**versions: str) -> Mapping[str, str]:
@@ -306,13 +315,16 @@ def test_what_is_written(job, folder, tmp_path):
     result = hand_over(job, folder, scheduler)
     run = run_of(job)
     assert result == {"run": run.url, "job": make_job_id(run.url, 0), "cluster": URL, "status": "submitted"}
-    assert scheduler.commands == [f'exec launcher resume {run.url} --json --cluster "$RAY_ADDRESS"']
-    submission = json.loads((tmp_path / "store/digits/submission.json").read_text())
-    assert submission.keys() == {
-        "job", "number", "command", "cluster", "driver_before", "code", "code_directory", "time", "user", "host",
-        "working_directory", "versions", "git",
-    }  # fmt: skip
-    assert b"mine.py" in run.read_code(submission["code"])
+    report = run.submissions.newest()
+    assert report is not None
+    assert (report.number, report.state) == (0, "waiting")
+    assert scheduler.commands == [
+        f'exec launcher resume {run.url} --submission {report.id} --json --cluster "$RAY_ADDRESS"'
+    ]
+    submission = run.submissions.read(report.id)
+    assert (submission.job, submission.cluster, submission.description) == (result["job"], URL, job.text)
+    assert submission.versions == own_versions()
+    assert b"mine.py" in run.read_code(submission.code_sha256)
     assert run.read_job() == job.text
 
 
@@ -332,7 +344,7 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 
 def test_a_url_is_quoted_for_the_shell():
-    assert "resume '/runs/my run; rm' --json" in make_command("/runs/my run; rm")
+    assert "resume '/runs/my run; rm' --submission 0-ab --json" in make_command("/runs/my run; rm", "0-ab")
 
 
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
@@ -346,7 +358,9 @@ def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
 def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypatch):
     monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
     scheduler = FakeScheduler(breaks=2)
-    with pytest.raises(ClusterError, match="nobody answers; .*/digits is written, submit it again to begin it$"):
+    with pytest.raises(
+        ClusterError, match="nobody answers; job digits-.*-0 may have begun, submit the run again to see$"
+    ):
         hand_over(job, folder, scheduler)
     assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
 
@@ -374,12 +388,19 @@ class TestTheSameRunAgain:
         first = hand_over(job, folder, FakeScheduler())["job"]
         assert hand_over(job, folder, FakeScheduler())["job"] == first
 
+    def test_on_another_cluster_after_it_ran_on_one(self, job, folder):
+        first = hand_over(job, folder, FakeScheduler())["job"]
+        take_newest(run_of(job))
+        second = hand_over(job, folder, FakeScheduler())["job"]
+        assert (first[-2:], second[-2:]) == ("-0", "-1")
+
     def test_when_somebody_else_was_faster(self, job, folder):
         said = Said()
         job_id = make_job_id(run_of(job).url, 0)
         result = hand_over(job, folder, FakeScheduler(known={job_id: "running"}), said)
         assert result["job"] == job_id
         assert "by somebody else at the same time" in said.messages[0]
+        assert run_of(job).submissions.newest() is None, "nothing is left of this one"
 
     def test_while_somebody_drives_it_elsewhere(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
@@ -397,6 +418,7 @@ class TestTheSameRunAgain:
         scheduler = FakeScheduler()
         hand_over(job, folder, scheduler)
         run = run_of(job)
+        take_newest(run)
         run.claim()
         run.write_status({"status": status, "step": 3})
         scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
@@ -420,7 +442,11 @@ class TestTheSameRunAgain:
         more = parse(job.text, "digits.yaml", ["workers.num=4"])
         hand_over(more, folder, scheduler, said)
         assert "changed workers.num: 2 -> 4" in said.messages
-        assert run_of(job).read_job() == more.text
+        run = run_of(job)
+        report = run.submissions.newest()
+        assert report is not None
+        assert run.submissions.read(report.id).description == more.text
+        assert run.read_job() == job.text, "until its driver has taken the run"
 
     def test_with_other_data(self, job, folder):
         scheduler = FakeScheduler()
@@ -435,6 +461,7 @@ class TestTheSameRunAgain:
         limited = parse(job.text, "digits.yaml", ["train.max_steps=5"])
         hand_over(limited, folder, scheduler)
         run = run_of(job)
+        take_newest(run)
         run.claim()
         saved.save(run.checkpoints, 5, {"model.safetensors": b""})
         run.write_status({"status": "stopped", "step": 5})

@@ -1,0 +1,167 @@
+"""The submissions of a run: what somebody handed to a cluster, which changes nothing until its job takes it.
+
+A submission names the description and the code that its job is to run with. The files of the run itself stay as they
+are until a driver has claimed the run for it: of two people who submit at once, the cluster begins one job, and the
+submission of the other is never taken.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from cluster.documents import read_document, write_document
+from cluster.errors import StorageError, one_line
+from cluster.storage import Store
+
+SubmissionState = Literal["waiting", "taken", "failed"]
+
+_TAKEN = "taken"
+_FAILED = "failed"
+_DIGITS = 8
+_UNKNOWN = "it does not say why"
+_UNTOLD = {KeyboardInterrupt: "it was stopped before the run began"}
+"""What exceptions mean that have no message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """What a job of a cluster is to run.
+
+    Attributes:
+        number: How many jobs of the run were begun before; the name of the job has it.
+        job: What the cluster calls the job.
+        cluster: The address of the cluster.
+        description: The resolved description, as ``job.yaml`` holds it once the submission is taken.
+        code_sha256: The digest of the bundle with the user's modules.
+        code_directory: The folder in the bundle in which relative paths start; none: it has none.
+        working_directory: Of whoever submitted; relative paths start there on a host that has it.
+        user, host: Who submitted, and on which machine.
+        time: When, in Unix time.
+        versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.
+        git: The revision of the working directory there, and the digest of its changes; none: it is in no repository.
+    """
+
+    number: int
+    job: str
+    cluster: str
+    description: str
+    code_sha256: str
+    code_directory: str | None
+    working_directory: str
+    user: str
+    host: str
+    time: float
+    versions: Mapping[str, str]
+    git: Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmissionReport:
+    """How a submission stands.
+
+    Attributes:
+        id: Its name in the run directory.
+        number: See ``Submission``.
+        state: ``waiting``: no driver has taken it, ``taken``, or ``failed``: its driver ended before it took the run.
+    """
+
+    id: str
+    number: int
+    state: SubmissionState
+
+
+class Submissions:
+    """Those of one run.
+
+    Args:
+        store: Of their folder.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def write(self, submission: Submission) -> str:
+        """Writes a submission; returns its id, which no other has."""
+        submission_id = f"{submission.number:06d}-{secrets.token_hex(_DIGITS // 2)}"
+        write_document(self._store, f"{submission_id}.json", asdict(submission))
+        return submission_id
+
+    def read(self, submission_id: str) -> Submission:
+        """The submission with an id.
+
+        Raises:
+            StorageError: There is none, or it is torn: it was being written when its writer was killed.
+        """
+        where = f"{self._store.url}/{submission_id}.json"
+        document = read_document(self._store, f"{submission_id}.json")
+        if document is None:
+            raise StorageError(f"{where}: is missing or torn; submit the run again")
+        if missing := [field.name for field in fields(Submission) if field.name not in document]:
+            raise StorageError(f"{where}: has no {', '.join(missing)}; submit the run again with one launcher")
+        return Submission(**{field.name: document[field.name] for field in fields(Submission)})
+
+    def newest(self) -> SubmissionReport | None:
+        """The one with the largest number, of those one that was taken; none: the run was never submitted.
+
+        One listing.
+        """
+        parts = [name.split(".") for name in self._store.names() if name.endswith(".json")]
+        marks = {(submission_id, mark) for submission_id, *marked in parts for mark in marked[:-1]}
+        ids = [submission_id for submission_id, *marked in parts if len(marked) == 1]
+
+        def is_taken(submission_id: str) -> bool:
+            return (submission_id, _TAKEN) in marks
+
+        if not ids:
+            return None
+        newest = max(ids, key=lambda each: (_number(each), is_taken(each), each))
+        state: SubmissionState = "waiting"
+        if is_taken(newest):
+            state = "taken"
+        elif (newest, _FAILED) in marks:
+            state = "failed"
+        return SubmissionReport(id=newest, number=_number(newest), state=state)
+
+    def is_due(self, submission_id: str) -> bool:
+        """Whether a job that was begun for a submission has to take it; if not, this one or a later one was taken."""
+        taken = [name.split(".")[0] for name in self._store.names() if name.endswith(f".{_TAKEN}.json")]
+        return all(_number(each) < _number(submission_id) for each in taken)
+
+    def mark_taken(self, submission_id: str) -> None:
+        """Says that the run now has the description and the code of a submission."""
+        write_document(self._store, f"{submission_id}.{_TAKEN}.json", {})
+
+    @contextlib.contextmanager
+    def answered(self, submission_id: str | None) -> Iterator[None]:
+        """Within it, a driver takes a submission. An error before that is told in the run directory, too.
+
+        Args:
+            submission_id: None: the driver was begun for none.
+        """
+        try:
+            yield
+            if submission_id is not None and self.is_due(submission_id):  # there was nothing to do
+                self.mark_taken(submission_id)
+        except BaseException as error:
+            if submission_id is not None:
+                with contextlib.suppress(StorageError):  # the job's own output has the error too
+                    if self.is_due(submission_id):
+                        self._mark_failed(submission_id, one_line(error) or _UNTOLD.get(type(error), repr(error)))
+            raise
+
+    def _mark_failed(self, submission_id: str, error: str) -> None:
+        write_document(self._store, f"{submission_id}.{_FAILED}.json", {"error": error})
+
+    def read_failure(self, submission_id: str) -> str:
+        """Why the driver of a submission that failed ended, in a line."""
+        return str((read_document(self._store, f"{submission_id}.{_FAILED}.json") or {}).get("error", _UNKNOWN))
+
+    def withdraw(self, submission_id: str) -> None:
+        """Deletes a submission for which no job was begun."""
+        self._store.delete([f"{submission_id}.json"])
+
+
+def _number(submission_id: str) -> int:
+    return int(submission_id.partition("-")[0])

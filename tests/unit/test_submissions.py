@@ -1,0 +1,121 @@
+"""Submissions change nothing in a run until one is taken, whatever becomes of those who wrote them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ClusterError, StorageError
+from cluster.storage import Store
+from cluster.submissions import Submission, SubmissionReport, Submissions
+
+FIRST = Submission(
+    number=0,
+    job="digits-ab-0",
+    cluster="http://head:8265",
+    description="name: digits\n",
+    code_sha256="0" * 64,
+    code_directory=None,
+    working_directory="/home/me",
+    user="me",
+    host="laptop",
+    time=1.5,
+    versions={"python": "3.11.7"},
+    git=None,
+)
+
+
+@pytest.fixture
+def submissions(tmp_path: Path) -> Submissions:
+    return Submissions(Store(str(tmp_path / "run/submissions")))
+
+
+def newest(submissions: Submissions) -> SubmissionReport:
+    report = submissions.newest()
+    assert report is not None
+    return report
+
+
+def test_none_was_written(submissions):
+    assert submissions.newest() is None
+    assert submissions.is_due("000000-ab")
+
+
+def test_what_is_written_is_read(submissions):
+    submission_id = submissions.write(FIRST)
+    assert submissions.read(submission_id) == FIRST
+    assert submissions.newest() == SubmissionReport(id=submission_id, number=0, state="waiting")
+
+
+def test_one_that_is_taken_is_due_no_more_and_neither_are_those_before_it(submissions):
+    stale, rival, first = (submissions.write(replace(FIRST, number=number)) for number in (0, 1, 1))
+    later = submissions.write(replace(FIRST, number=2))
+    submissions.mark_taken(first)
+    assert [submissions.is_due(each) for each in (stale, rival, first, later)] == [False, False, False, True]
+    assert newest(submissions).id == later
+    submissions.withdraw(later)
+    assert newest(submissions) == SubmissionReport(id=first, number=1, state="taken")
+
+
+def test_numbers_are_not_compared_as_text(submissions):
+    ids = [submissions.write(replace(FIRST, number=number)) for number in (9, 10, 1_000_000)]
+    assert newest(submissions).id == ids[-1]
+
+
+class TestAnswered:
+    def test_an_error_before_it_is_taken_is_told(self, submissions):
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(ClusterError), submissions.answered(submission_id):
+            raise ClusterError("no room:\nadd nodes")
+        assert newest(submissions).state == "failed"
+        assert submissions.read_failure(submission_id) == "no room: add nodes"
+        assert submissions.is_due(submission_id), "a retry of its job may take it yet"
+
+    def test_an_error_afterwards_is_the_runs(self, submissions):
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(ClusterError), submissions.answered(submission_id):
+            submissions.mark_taken(submission_id)
+            raise ClusterError("a worker died")
+        assert newest(submissions).state == "taken"
+
+    def test_a_signal_is_told(self, submissions):
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(KeyboardInterrupt), submissions.answered(submission_id):
+            raise KeyboardInterrupt
+        assert submissions.read_failure(submission_id) == "it was stopped before the run began"
+
+    def test_one_that_asks_for_nothing_is_answered(self, submissions):
+        submission_id = submissions.write(FIRST)
+        with submissions.answered(submission_id):
+            pass
+        assert newest(submissions).state == "taken"
+
+    def test_a_driver_that_was_begun_for_none_writes_nothing(self, submissions, tmp_path):
+        with submissions.answered(None):
+            pass
+        with pytest.raises(ClusterError), submissions.answered(None):
+            raise ClusterError("no room")
+        assert not (tmp_path / "run").exists()
+
+    def test_one_that_failed_and_is_then_taken(self, submissions):
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(ClusterError), submissions.answered(submission_id):
+            raise ClusterError("no room")
+        with submissions.answered(submission_id):
+            submissions.mark_taken(submission_id)
+        assert newest(submissions).state == "taken"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is missing or torn; submit the run again"),
+        (json.dumps({"number": 0}), "has no job, cluster, description, .*; submit the run again with one launcher"),
+    ],
+)
+def test_one_that_cannot_be_read(submissions, tmp_path, text, said):
+    submission_id = submissions.write(FIRST)
+    (tmp_path / f"run/submissions/{submission_id}.json").write_text(text)
+    with pytest.raises(StorageError, match=f"{submission_id}.json: {said}"):
+        submissions.read(submission_id)
