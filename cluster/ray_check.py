@@ -79,13 +79,22 @@ def inspect_cluster(address: str, needs: Needs) -> ClusterReport:
     return ClusterReport(capacity=capacity, nodes=reports, silent=silent)
 
 
+def _parsed(needs: str) -> Needs:
+    try:
+        return node_check.needs_from_text(needs)
+    except ValueError as error:  # of another version of the launcher
+        raise ClusterError(
+            f"{node_check.NEEDS_VARIABLE}: {error}; install the same version of launcher here and on the cluster"
+        ) from error
+
+
 def main() -> int:
     """Prints the report, or why there is none; returns the exit code."""
     try:
         address, needs = os.environ.get("RAY_ADDRESS"), os.environ.get(node_check.NEEDS_VARIABLE)
         if address is None or needs is None:
             raise ClusterError(f"RAY_ADDRESS or {node_check.NEEDS_VARIABLE} is not set; begin this as a job of Ray")
-        line = node_check.report_to_line(inspect_cluster(address, node_check.needs_from_text(needs)))
+        line = node_check.report_to_line(inspect_cluster(address, _parsed(needs)))
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

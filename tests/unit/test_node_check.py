@@ -190,6 +190,18 @@ def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert err.endswith("begin this as a job of Ray\n")
 
 
+def test_needs_of_another_version_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, '{"store": "/s"}')
+    assert ray_check.main() == 5
+    assert capsys.readouterr().err == (
+        "LAUNCHER_NODE_NEEDS: it has other fields: check, variables; install the same version of launcher here and on "
+        "the cluster\n"
+    )
+
+
 def test_what_the_job_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))

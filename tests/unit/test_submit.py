@@ -240,6 +240,18 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
     assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
 
 
+def test_a_folder_that_each_node_has_for_itself_is_refused(job, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.schedulers.answer", lambda *_: None)
+    with pytest.raises(ClusterError) as caught:
+        hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND)))
+    own = f"{tmp_path}/store: is a folder of its own there, not the one here"
+    assert str(caught.value) == (
+        f"{URL}: the store cannot be used from 10.0.0.1: {own}, 10.0.0.2: {own}; "
+        "use one that every node reaches, such as s3://bucket/runs"
+    )
+    assert not (tmp_path / "store").exists()
+
+
 def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
     none = Capacity(nodes=(), limits={"CPU": 1.0, "memory": 1e9})
     with pytest.raises(ClusterError, match="There is no node; its autoscaler may bring it to 1 CPU$"):
