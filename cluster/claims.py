@@ -43,7 +43,13 @@ class SupersededError(ClusterError):
 class Claim:
     """A driver's hold on the run in a store."""
 
-    def __init__(self, store: Store, status: Mapping[str, Any] | None, newest_writer: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        status: Mapping[str, Any] | None,
+        newest_writer: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Claims the run, whoever holds it now.
 
         Args:
@@ -52,6 +58,7 @@ class Claim:
             newest_writer: Looks for the latest claim in the names of the run's other objects; empty if none has one.
                 This claim comes after it too, should a person have removed it. The owner of this claim writes such an
                 object before anything else.
+            clock: Seconds that only grow.
 
         Raises:
             SupersededError: Another driver has claimed it at the same moment, and has won.
@@ -62,6 +69,7 @@ class Claim:
         """Orders what drivers write: a later driver's is greater."""
         self._store = store
         self._newest_writer = newest_writer
+        self._clock = clock
         claimed, pid = round(time.time(), 3), os.getpid()
         self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, _place(), _started(pid), claimed)))
         self.write({**(status or {}), "status": "running"})
@@ -72,7 +80,13 @@ class Claim:
         """Overwrites how the run stands, as this driver knows it."""
         self._status = status
         document = {**status, **self._identity, "updated": round(time.time(), 3)}
+        self._written_at = self._clock()
         write_document(self._store, _object(self.id), document)
+
+    def renew(self) -> None:
+        """Writes the newest status again if it was written ``STATUS_INTERVAL_S`` ago or earlier."""
+        if self._clock() - self._written_at >= STATUS_INTERVAL_S:
+            self.write(self._status)
 
     def check(self) -> None:
         """Makes sure that the claim holds; one listing, while the claim is there. One that was lost is written again.

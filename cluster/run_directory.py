@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,17 +65,20 @@ class RunDirectory:
         """Whether a run was ever written here."""
         return self.store.exists(_JOB)
 
-    def claim(self) -> None:
+    def claim(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
 
         What an earlier driver writes beyond that checkpoint later on counts no more.
+
+        Args:
+            clock: Seconds that only grow.
 
         Raises:
             SupersededError: Another process has taken it at the same moment.
         """
         with contextlib.suppress(StorageError):  # it only makes room; whoever needs that will say so
             self.store.sweep()
-        self._claim = Claim(self.store, self.read_status(), self._newest_writer)
+        self._claim = Claim(self.store, self.read_status(), self._newest_writer, clock)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
         # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
         # removes older ones. And before the logs are taken over: then they have the rows up to this step.
@@ -158,6 +161,13 @@ class RunDirectory:
         """Overwrites how the run stands; also the sign that its driver lives."""
         self._held().write(status)
 
+    def stay_alive(self) -> None:
+        """Shows that the driver lives, unless it just has: for work that takes long between two writes of the status.
+
+        Repeats what was written, so that nothing is told before it is so.
+        """
+        self._held().renew()
+
     def read_status(self) -> dict[str, Any] | None:
         """How the run stood last; none if that is not known. Just claimed for the first time, it has no step yet."""
         return newest_status(self.store) or read_document(self.store, _UNCLAIMED_STATUS)
@@ -236,7 +246,7 @@ def _code_object(sha256: str) -> str:
 
 def is_run(names: Collection[str]) -> bool:
     """Whether a folder with these entries is the directory of a run; a ``job.yaml`` alone may be a user's own."""
-    return _JOB in names and (_ENVIRONMENT in names or _SUBMISSION in names)
+    return _JOB in names and (_ENVIRONMENT in names or _SUBMISSIONS in names)
 
 
 def list_runs(store: Store) -> list[RunDirectory]:

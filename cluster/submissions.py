@@ -15,13 +15,14 @@ from cluster.documents import read_document, write_document
 from cluster.errors import StorageError, one_line
 from cluster.storage import Store
 
-SubmissionState = Literal["waiting", "taken", "failed"]
+SubmissionState = Literal["waiting", "taken", "failed", "stopped"]
 
 _TAKEN = "taken"
 _FAILED = "failed"
+_STOPPED = "stopped"
 _DIGITS = 8
 _UNKNOWN = "it does not say why"
-_UNTOLD = {KeyboardInterrupt: "it was stopped before the run began"}
+_UNTOLD: Mapping[type[BaseException], str] = {KeyboardInterrupt: "it was stopped before the run began"}
 """What exceptions mean that have no message."""
 
 
@@ -64,7 +65,8 @@ class SubmissionReport:
     Attributes:
         id: Its name in the run directory.
         number: See ``Submission``.
-        state: ``waiting``: no driver has taken it, ``taken``, or ``failed``: its driver ended before it took the run.
+        state: ``waiting``: no driver has taken it, ``taken``, or ``failed``: its driver ended before it took the run;
+            ``stopped``: its job was stopped before that.
     """
 
     id: str
@@ -120,6 +122,8 @@ class Submissions:
         state: SubmissionState = "waiting"
         if is_taken(newest):
             state = "taken"
+        elif (newest, _STOPPED) in marks:
+            state = "stopped"
         elif (newest, _FAILED) in marks:
             state = "failed"
         return SubmissionReport(id=newest, number=_number(newest), state=state)
@@ -132,6 +136,10 @@ class Submissions:
     def mark_taken(self, submission_id: str) -> None:
         """Says that the run now has the description and the code of a submission."""
         write_document(self._store, f"{submission_id}.{_TAKEN}.json", {})
+
+    def mark_stopped(self, submission_id: str) -> None:
+        """Says that the job of a submission was stopped before a driver took it."""
+        write_document(self._store, f"{submission_id}.{_STOPPED}.json", {})
 
     @contextlib.contextmanager
     def answered(self, submission_id: str | None) -> Iterator[None]:

@@ -18,7 +18,7 @@ from cluster.errors import StorageError
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
-_HANGS_S = 15.0
+HANGS_S = 15.0
 """A step that takes so long counts as one that the store has failed."""
 _LEFT_S = 5.0
 """How long a person who abandons a run still waits for its last words."""
@@ -73,7 +73,7 @@ class Background:
     def failing(self) -> tuple[float, str] | None:
         """Since when the store fails the work, by the clock, and how; none while it answers."""
         since, error, silent_s = self._since, self._last_error, self._clock() - self._answered_at
-        if since is None or (error is None and silent_s < _HANGS_S):
+        if since is None or (error is None and silent_s < HANGS_S):
             return None
         return since, str(error) if error else f"a call has not come back for {silent_s:.0f} s"
 
@@ -85,7 +85,7 @@ class Background:
         """
         failing, now = self.failing, self._clock()
         # A call that comes back is judged by the thread; one that does not, here.
-        if failing is not None and now - failing[0] > self._patience_s and now - self._answered_at > _HANGS_S:
+        if failing is not None and now - failing[0] > self._patience_s and now - self._answered_at > HANGS_S:
             self._give_up(failing[1])
         if self._error is not None:
             raise self._error

@@ -31,8 +31,14 @@ _cluster_option = click.option(
     "--cluster",
     "cluster_name",
     metavar="CLUSTER",
-    help="Where to run: the YAML file of a cluster, the name of one that is shipped, or HOST:PORT of a Ray head; "
-    "else this machine.",
+    help="Where to run: the YAML file of a cluster, a name (~/.config/launcher/clusters/NAME.yaml, or one that is "
+    "shipped), or HOST:PORT of a Ray head; else this machine.",
+)
+_jobs_option = click.option(
+    "--cluster",
+    "cluster_name",
+    metavar="CLUSTER",
+    help="Ask this cluster too: the YAML file of one that jobs are submitted to, its name, or http://HOST:8265.",
 )
 _take_over_option = click.option(
     "--take-over", is_flag=True, help="Go on in the place of a driver that is alive; that one ends."
@@ -144,7 +150,13 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @_overrides
-@click.option("--cluster", "cluster_name", metavar="CLUSTER", required=True, help="Where to: as for run.")
+@click.option(
+    "--cluster",
+    "cluster_name",
+    metavar="CLUSTER",
+    required=True,
+    help="Where to: a YAML file, a name, or http://HOST:8265.",
+)
 @click.option("--wait", is_flag=True, help="Show how the run stands until it ends; Ctrl-C ends that, and not the run.")
 @_json_option
 def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
@@ -170,40 +182,50 @@ def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool,
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
+@_jobs_option
 @_json_option
-def status(run_url: str, as_json: bool) -> None:
-    """Show how far RUN is, from its directory alone."""
+def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
+    """Show how far RUN is, from its directory; and how its job is, if its cluster is named."""
     from launcher.report import summary
     from launcher.status import read_status
 
-    document = read_status(_existing_run(run_url))
+    run_directory, job = _run_and_job(run_url, cluster_name)
+    document = read_status(run_directory) if job is None else job.document()
     _show(document, summary(document), as_json)
 
 
 @main.command()
 @click.argument("run_url", metavar="RUN")
 @click.option("--timeout", "timeout_s", type=float, default=300.0, show_default=True, help="Seconds to wait for it.")
+@_jobs_option
 @_json_option
-def stop(run_url: str, timeout_s: float, as_json: bool) -> None:
-    """Ask RUN, wherever it runs, to save and stop; wait until it has."""
+def stop(run_url: str, timeout_s: float, cluster_name: str | None, as_json: bool) -> None:
+    """Ask RUN, wherever it runs, to save and stop; wait until it has. One that waits on a cluster needs --cluster."""
     from launcher.report import summary
     from launcher.status import stop_run
 
-    document = stop_run(_existing_run(run_url), timeout_s)
+    run_directory, job = _run_and_job(run_url, cluster_name)
+    document = stop_run(run_directory, timeout_s, job)
     _show(document, summary(document), as_json)
 
 
 @main.command(name="list")
 @click.argument("store", default="runs")
+@_jobs_option
 @_json_option
-def list_(store: str, as_json: bool) -> None:
-    """List the runs in STORE."""
+def list_(store: str, cluster_name: str | None, as_json: bool) -> None:
+    """List the runs in STORE; and the jobs that wait on a cluster, if one is named."""
     from cluster.run_directory import list_runs
     from cluster.storage import Store
     from launcher.report import runs_table
     from launcher.status import read_statuses
+    from launcher.submitted import jobs_of, with_jobs
 
-    documents = read_statuses(list_runs(Store(store)))
+    scheduler, spec = _jobs(cluster_name)
+    jobs = None if scheduler is None else jobs_of(scheduler, lambda text: click.echo(f"warning: {text}", err=True))
+    documents = read_statuses(list_runs(Store(store)))  # after the jobs: what these wrote before they ended is there
+    if jobs is not None:
+        documents = with_jobs(documents, jobs, spec.address)
     _show(documents, runs_table(documents), as_json)
 
 
@@ -233,11 +255,16 @@ def checkpoints(run_url: str, verify: bool, repair: bool, as_json: bool) -> None
 @click.argument("run_url", metavar="RUN")
 @click.option("--worker", type=int, help="Only this worker's.")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
-def logs(run_url: str, worker: int | None, follow: bool) -> None:
-    """Print what RUN's workers printed, as far as it has reached the run directory."""
+@_jobs_option
+def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | None) -> None:
+    """Print what RUN's workers printed, as far as it has reached the run directory.
+
+    If its cluster is named, what its driver printed there comes last.
+    """
     from launcher.status import log_pieces
 
-    for name, piece in log_pieces(_existing_run(run_url), worker, follow=follow):
+    run_directory, job = _run_and_job(run_url, cluster_name)
+    for name, piece in log_pieces(run_directory, worker, follow=follow, job=job):
         click.echo(f"--- {name}", err=True)
         click.echo(piece, nl=not piece.endswith("\n"))
 
@@ -297,7 +324,7 @@ def _cheap_checks(description: Any) -> None:
 
 
 def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, list[str]]:
-    """The cluster that is meant, and what is left to change in the job."""
+    """The cluster that is meant, for a driver on one of its hosts, and what is left to change in the job."""
     from launcher.clusters import load_cluster, open_cluster
 
     spec, changes = load_cluster(named, overrides)
@@ -310,6 +337,22 @@ def _scheduler(named: str, overrides: tuple[str, ...]) -> tuple[Any, Any, list[s
 
     spec, changes = load_cluster(named, overrides)
     return open_scheduler(spec), spec, changes
+
+
+def _jobs(named: str | None) -> tuple[Any, Any]:
+    """What knows the jobs of the cluster that is meant, and its description; none: no cluster is named."""
+    return (None, None) if named is None else _scheduler(named, ())[:2]
+
+
+def _run_and_job(run_url: str, cluster_name: str | None) -> tuple[Any, Any]:
+    """A run that exists, and its job on the cluster that is meant; none: no cluster is named."""
+    scheduler, spec = _jobs(cluster_name)
+    run_directory = _existing_run(run_url)
+    if scheduler is None:
+        return run_directory, None
+    from launcher.submitted import submitted_job
+
+    return run_directory, submitted_job(run_directory, scheduler, spec.address)
 
 
 @contextlib.contextmanager

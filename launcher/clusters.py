@@ -1,6 +1,10 @@
-"""Which cluster is meant by ``--cluster``: a file, one of those that are shipped, or the address of a Ray cluster."""
+"""Which cluster is meant by ``--cluster``: a file, a name, or the address of a Ray cluster.
+
+A name is that of a file in ``~/.config/launcher/clusters``, or of one that is shipped.
+"""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +22,8 @@ PREFIX = "cluster."
 """Of the overrides that change the cluster, and not the job."""
 
 _SHIPPED: Final = Path(cluster.__file__).parent
+_OWN: Final = "launcher/clusters"
+"""The folder of a person's own clusters, in that of their configuration."""
 
 
 def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSpec, list[str]]:
@@ -25,7 +31,7 @@ def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSp
 
     Args:
         named: HOST:PORT of a Ray head, http(s)://HOST:PORT of its Jobs API, the path of a YAML file, or the name of one
-            that is shipped; none: this machine.
+            of the person's own or of those that are shipped; none: this machine.
         overrides: Of both.
 
     Raises:
@@ -84,14 +90,31 @@ def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
     if named.endswith((".yaml", ".yml")):
         path = Path(named)
     else:
-        path = _SHIPPED / f"{named}.yaml"
-        known = sorted(shipped.stem for shipped in _SHIPPED.glob("*.yaml"))
+        known = _known()
         if named not in known:
             raise DescriptionError(
                 f"--cluster {named}: is no cluster{nearest(named, known)}; write HOST:PORT of a Ray head, "
-                f"http://HOST:8265 to submit there, the path of a YAML file, or one of {', '.join(known)}"
+                f"http://HOST:8265 to submit there, the path of a YAML file, or one of {', '.join(sorted(known))}"
             )
+        path = known[named]
     return read(_CLUSTERS, read_text(path), path.name, overrides)[0]
+
+
+def _known() -> dict[str, Path]:
+    """The files of the clusters that have a name; a person's own come before those that are shipped."""
+    files = [path for folder in (_SHIPPED, _own_folder()) for path in folder.glob("*.yaml")]
+    return {path.stem: path for path in files}
+
+
+def _own_folder() -> Path:
+    """``~/.config/launcher/clusters``, or where else the configuration lies.
+
+    Source: XDG Base Directory Specification, which has a relative path ignored.
+    """
+    configuration = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    if not configuration.is_absolute():
+        configuration = Path.home() / ".config"
+    return configuration / _OWN
 
 
 def language_of(kind: str) -> type[ClusterSpec]:

@@ -6,7 +6,7 @@ display that it writes to. The run directory is written behind the driver's back
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -285,6 +285,18 @@ class Record:
             LauncherError: What was not written stays to be written.
         """
         is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
+        for step in self._write_news(is_closing, saves):
+            yield step
+            self._run.stay_alive()  # on a slow store all of them together take long
+        self._write_status()
+        yield "status"
+        if is_closing:
+            self._run.check_claim()  # else it would end well, and not know that the run is another's
+        elif self._newest_save is not None:
+            yield from self._retain(self._newest_save)
+
+    def _write_news(self, is_closing: bool, saves: Sequence[_Save]) -> Iterator[str]:
+        """Writes what the status stands for."""
         self._run.check_claim()
         yield "claim"
         if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
@@ -311,12 +323,6 @@ class Record:
             yield "copy of metrics"
             self._events.publish()
             yield "copy of events"
-        self._write_status()
-        yield "status"
-        if is_closing:
-            self._run.check_claim()  # else it would end well, and not know that the run is another's
-        elif self._newest_save is not None:
-            yield from self._retain(self._newest_save)
 
     def _commit(self, save: _Save) -> None:
         """Rows first, which are written by now, then the manifest: what is committed is whole."""

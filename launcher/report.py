@@ -6,6 +6,7 @@ Pure functions from documents to text. Nothing here reads a store, asks a cluste
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
@@ -78,7 +79,7 @@ def summary(result: Mapping[str, Any]) -> str:
         f"{run} {f'is {status}' if status in ('running', 'submitted') else status}{_position(result)}",
         _aligned("  ", [(name, text) for name, text in facts if text]),
         result.get("error"),
-        _aligned("next: ", _next_commands(status, shlex.quote(run))),
+        _aligned("next: ", _next_commands(result)),
     ]
     return "\n\n".join(str(block).strip("\n") for block in blocks if block)
 
@@ -95,8 +96,9 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
         return "no runs"
     now = time.time() if now is None else now
     measured = dict.fromkeys(name for result in results for name in _metrics(result) if _is_val(name))
+    job = ["job"] if any(result.get("job_status") for result in results) else []
     return table(
-        ["name", "status", "step", "epoch", *measured, "best", "updated"],
+        ["name", "status", "step", "epoch", *measured, "best", "updated", *job],
         [
             (
                 result["run"].rstrip("/").rsplit("/", 1)[-1],
@@ -106,6 +108,7 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
                 *(_metrics(result).get(name) for name in measured),
                 _best(result),
                 _age(result, now),
+                *([_job(result)] if job else []),
             )
             for result in results
         ],
@@ -305,24 +308,38 @@ def _job(result: Mapping[str, Any]) -> str | None:
     """Of a run that was submitted, what the cluster calls it."""
     if result.get("job") is None:
         return None
-    return f"{result['job']} on {result['cluster']}" if result.get("cluster") else result["job"]
+    name = f"{result['job']} on {result['cluster']}" if result.get("cluster") else result["job"]
+    state = [result[part] for part in ("job_status", "job_message") if result.get(part)]
+    return ": ".join([name, *state])
 
 
 def _submitted(result: Mapping[str, Any]) -> str | None:
     if result.get("user") is None:
         return None
-    return f"by {result['user']} from {result['host']}"
+    by = f"by {result['user']} from {result['host']}"
+    if result.get("submitted_at") is None:
+        return by
+    return f"{by}, {datetime.fromtimestamp(result['submitted_at'], UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _next_commands(status: str, run: str) -> list[tuple[str, str]]:
+def _next_commands(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    status, run = result["status"], shlex.quote(result["run"])
+    on_cluster = f"--cluster {shlex.quote(result['cluster'])}" if result.get("cluster") else "--cluster CLUSTER"
     if status == "completed":
         return [(f"launcher plot {run}", "draw the curves"), (f"launcher checkpoints {run}", "see what was saved")]
     if status == "running":
         return [(f"launcher logs {run} --follow", "see what the workers write")]
     if status == "submitted":
-        return [(f"launcher status {run}", "see whether it has begun")]
+        return [
+            (f"launcher status {run} {on_cluster}", "see what the job waits for"),
+            (f"launcher stop {run} {on_cluster}", "stop the job"),
+        ]
     resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
-    return [resume, (f"launcher logs {run}", "read what the workers wrote")] if status == "failed" else [resume]
+    if status != "failed":
+        return [resume]
+    if result.get("job") is not None:
+        return [resume, (f"launcher logs {run} {on_cluster}", "read what the workers and the driver wrote")]
+    return [resume, (f"launcher logs {run}", "read what the workers wrote")]
 
 
 def _age(result: Mapping[str, Any], now: float) -> str | None:

@@ -352,9 +352,12 @@ def _train(
     run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
     if code.submission_id is not None:
         run.submissions.mark_taken(code.submission_id)
+    run.stay_alive()
     tracker = _open_tracker(run, description, display)
+    run.stay_alive()
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
+    run.stay_alive()
     record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
     driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers(events))
 

@@ -3,37 +3,57 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
 from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, is_alive
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
+from cluster.submissions import Submission, SubmissionReport
+from launcher.background import HANGS_S
+
+if TYPE_CHECKING:
+    from launcher.submitted import SubmittedJob
 
 _FOLLOW_INTERVAL_S = 2.0
 _STOP_INTERVAL_S = 0.5
-_SILENCE_S = 120.0
-"""A driver writes every few seconds; one that has not for this long is gone."""
+SILENCE_S = 3 * HANGS_S + 10.0
+"""A driver elsewhere is said to be gone once its last sign of life is older: 55 s, within a minute of its death.
+
+A driver gives a sign every ``STATUS_INTERVAL_S`` if its store is fast. If it is slow, the next sign follows the step of
+its work for the store that it is at. A sign bears the time at which its write began, so that its age is at most that
+write, a step, and the next write. What takes longer than ``HANGS_S`` counts, for the driver too, as failed by the
+store. The rest, 10 s, is for clocks that differ.
+"""
+LONG_SILENCE_S = 120.0
+"""After this long it counts as gone for those who act on it, or wait for it: its store, or its clock, may be at fault,
+and a wrong word in a table is mended by the next look."""
 _WATCH_S = 2 * STATUS_INTERVAL_S + 2.0
-_NOT_BEGUN: dict[str, Any] = {
+_GOES_ON = ("running", "submitted")
+NOT_BEGUN: dict[str, Any] = {
     "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
     "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
 }  # fmt: skip
 """What there is to say of a run that has not begun."""
 
 
-def read_status(run: RunDirectory) -> dict[str, Any]:
-    """The ``--json`` document of a run, whoever wrote it last; a listing, and one small object."""
+def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, Any]:
+    """The ``--json`` document of a run, whoever wrote it last; a listing, and one small object.
+
+    Args:
+        run: Which.
+        silence_s: How long a driver elsewhere may write nothing before it counts as gone.
+    """
     status = run.read_status()
-    is_gone = status is not None and status["status"] == "running" and _is_gone(status)
+    is_gone = status is not None and status["status"] == "running" and _is_gone(status, silence_s)
     # Of a run that goes on, or is complete, the submission has nothing to add, and a listing of many costs less.
     if status is None or is_gone or status["status"] not in ("running", "completed"):
-        submission = run.read_submission()
-        if submission is not None and not is_begun(submission, status):
-            return _NOT_BEGUN | without_driver(status or {}) | submitted_document(run, submission)
+        unanswered = _unanswered_submission(run, status)
+        if unanswered is not None:
+            return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered)
     if status is None:
-        return _NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
-    document = _NOT_BEGUN | without_driver(status) | {"run": run.url}
+        return NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
+    document = NOT_BEGUN | without_driver(status) | {"run": run.url}
     if is_gone:
         silent_s = time.time() - status["updated"]
         document |= {
@@ -43,20 +63,42 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     return document
 
 
-def is_begun(submission: Mapping[str, Any], status: Mapping[str, Any] | None) -> bool:
-    """Whether some driver has taken a run since it was submitted; clocks of two machines are not compared.
+def about_submission(submission: Submission) -> dict[str, Any]:
+    """Who submitted a run, when, to which cluster and as which job."""
+    about = {"job": submission.job, "cluster": submission.cluster, "user": submission.user, "host": submission.host}
+    return {**about, "submitted_at": submission.time}
+
+
+def _unanswered_submission(
+    run: RunDirectory, status: Mapping[str, Any] | None
+) -> tuple[SubmissionReport, Submission] | None:
+    """The newest submission of a run, if no driver has taken it, nor gone on with the run without it since.
+
+    That a driver came later is told by two clocks, which may differ a little: then it is told wrongly until its job
+    ends.
 
     Args:
-        submission: The last one.
+        run: Which.
         status: How the run stands; none: it never had a driver.
     """
-    return (status or {}).get("claimed") != submission.get("driver_before")
+    report = run.submissions.newest()
+    if report is None or report.state == "taken":
+        return None
+    submission = run.submissions.read(report.id)
+    return None if status is not None and status.get("claimed", 0.0) > submission.time else (report, submission)
 
 
-def submitted_document(run: RunDirectory, submission: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is to say of a submission that no driver has taken up yet."""
-    about = {name: submission.get(name) for name in ("job", "cluster", "user", "host")}
-    return {"run": run.url, "status": "submitted", "error": None, "updated": submission.get("time"), **about}
+def _submitted_document(run: RunDirectory, report: SubmissionReport, submission: Submission) -> dict[str, Any]:
+    """What there is to say of a submission that no driver has taken; ``begun`` is false in no other document."""
+    status, error = "submitted", None
+    if report.state == "stopped":
+        status = "stopped"
+    elif report.state == "failed":
+        failure = run.submissions.read_failure(report.id)
+        status = "failed"
+        error = f"job {submission.job} ended before the run began: {failure}; submit the run again"
+    about = {"run": run.url, "status": status, "error": error, "begun": False, "updated": submission.time}
+    return about | about_submission(submission)
 
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:
@@ -64,22 +106,30 @@ def without_driver(status: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in status.items() if name not in DRIVER_KEYS}
 
 
-def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
+def stop_run(run: RunDirectory, timeout_s: float, job: "SubmittedJob | None" = None) -> dict[str, Any]:
     """Asks a run to save and stop, and waits until it has; one that is not running is left as it is.
+
+    Args:
+        run: Which.
+        timeout_s: How long to wait, in seconds.
+        job: Its job on a cluster, which is stopped if the run has not begun; none: no cluster is asked.
 
     Returns:
         The ``--json`` document at the end.
 
     Raises:
-        ClusterError: It is still running after ``timeout_s`` seconds, or has not begun: nobody would read the request.
+        ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
+            the request, and no cluster was named, or that does not stop the job.
     """
     deadline = time.monotonic() + timeout_s
-    status = read_status(run)
+    status = read_status(run, LONG_SILENCE_S)
     if status["status"] == "submitted":
-        raise ClusterError(
-            f"{run.url}: has not begun yet; stop its job, {status['job']}, on {status['cluster']}, or ask again once "
-            "it runs"
-        )
+        if job is None:
+            raise ClusterError(
+                f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it "
+                f"was submitted to, {status['cluster']}"
+            )
+        status = job.stopped(deadline)
     if status["status"] == "running":
         run.request_stop()
     while status["status"] == "running":
@@ -89,7 +139,7 @@ def stop_run(run: RunDirectory, timeout_s: float) -> dict[str, Any]:
                 "it stops when its step and its save are done: look at `launcher status`, or wait with --timeout"
             )
         time.sleep(_STOP_INTERVAL_S)
-        status = read_status(run)
+        status = read_status(run, LONG_SILENCE_S)
     return status
 
 
@@ -145,13 +195,26 @@ def remove_orphans(run: RunDirectory) -> Survey:
     return survey
 
 
-def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterator[tuple[str, str]]:
-    """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended."""
+def log_pieces(
+    run: RunDirectory, worker: int | None, *, follow: bool, job: "SubmittedJob | None" = None
+) -> Iterator[tuple[str, str]]:
+    """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended.
+
+    Args:
+        run: Whose.
+        worker: Only this worker's.
+        follow: Go on until the run has ended, and its job.
+        job: Its job on a cluster, whose log comes last: what the driver's process wrote to stdout and stderr. None: no
+            cluster is asked.
+
+    Raises:
+        ClusterError: The cluster does not give the log of the job; the others have been yielded. While the run goes on,
+            it is asked again.
+    """
     shown: dict[str, int] = {}
     while True:
-        is_last = not follow or read_status(run)["status"] not in ("running", "submitted")
-        for name in run.log_names(rank=worker):
-            text = run.read_log(name).decode(errors="replace")
+        is_last = not follow or not _goes_on(run, job)
+        for name, text in _logs(run, worker, job, is_last=is_last):
             new = text[shown.get(name, 0) :]
             shown[name] = len(text)
             if new:
@@ -161,6 +224,31 @@ def log_pieces(run: RunDirectory, worker: int | None, *, follow: bool) -> Iterat
         time.sleep(_FOLLOW_INTERVAL_S)
 
 
+def _goes_on(run: RunDirectory, job: "SubmittedJob | None") -> bool:
+    """Whether more may come: from the run, or from its job, whose last words come after the end of the run."""
+    if job is None:
+        return read_status(run, LONG_SILENCE_S)["status"] in _GOES_ON
+    document = job.document(LONG_SILENCE_S)
+    return document["status"] in _GOES_ON or document["job_status"] in ("pending", "running")
+
+
+def _logs(
+    run: RunDirectory, worker: int | None, job: "SubmittedJob | None", *, is_last: bool
+) -> Iterator[tuple[str, str]]:
+    """(log, text) of all that there is."""
+    for name in run.log_names(rank=worker):
+        yield name, run.read_log(name).decode(errors="replace")
+    if job is None or worker is not None:
+        return
+    try:
+        text = job.log()
+    except ClusterError:
+        if is_last:
+            raise
+        return  # out of reach for now
+    yield f"job {job.id}", text
+
+
 def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     """Whether the driver that wrote this status is alive.
 
@@ -168,7 +256,7 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     wrote at two moments is compared, for its clock need not agree with ours.
     """
     alive = is_alive(status)
-    if alive is not None or _is_gone(status):
+    if alive is not None or _is_gone(status, LONG_SILENCE_S):
         return bool(alive)
     deadline = time.monotonic() + _WATCH_S
     while time.monotonic() < deadline:
@@ -185,7 +273,7 @@ def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
     Raises:
         ClusterError: The run is going on.
     """
-    status = read_status(run)
+    status = read_status(run, LONG_SILENCE_S)
     if status["status"] == "running":
         raise ClusterError(f"{run.url}: is running, at step {status['step']}; stop it first, nothing was changed")
     return {name: status[name] for name in ("status", "step", "attempts")}
@@ -195,6 +283,6 @@ def _bad(step: int, defect: CheckpointError) -> dict[str, Any]:
     return {"step": step, "good": False, "defect": str(defect)}
 
 
-def _is_gone(status: dict[str, Any]) -> bool:
+def _is_gone(status: dict[str, Any], silence_s: float) -> bool:
     alive = is_alive(status)
-    return time.time() - status["updated"] > _SILENCE_S if alive is None else not alive
+    return time.time() - status["updated"] > silence_s if alive is None else not alive

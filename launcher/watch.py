@@ -10,7 +10,8 @@ from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.description import parse
 from launcher.progress import Progress
-from launcher.status import read_status
+from launcher.status import LONG_SILENCE_S, read_status
+from launcher.submitted import why_ended
 
 _INTERVAL_S = 2.0
 _JOB_INTERVAL_S = 10.0
@@ -18,7 +19,6 @@ _JOB_INTERVAL_S = 10.0
 _LAST_WORDS_S = 15.0
 """How long the directory of a run may take to tell of its end after that of the job, or the other way round."""
 _ALIVE = ("submitted", "running")
-_LOG_LINES = 3
 
 
 def watch(
@@ -50,7 +50,9 @@ def watch(
     asked_at, ended_at = -_JOB_INTERVAL_S, None
     said = ""
     while True:
-        document = read_status(run)
+        document = read_status(run, LONG_SILENCE_S)
+        if document["status"] == "failed" and document.get("begun") is False:
+            raise _failed_early(run, document, job_id, scheduler, clock, sleep)
         if document["status"] not in _ALIVE:
             return document, _exit_code(document, job_id, scheduler, clock, sleep)
         if document["status"] == "running" and "total_steps" in document:
@@ -103,17 +105,32 @@ def _exit_code(
     return own
 
 
+def _failed_early(
+    run: RunDirectory,
+    document: dict[str, Any],
+    job_id: str | None,
+    scheduler: Scheduler,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> ClusterError:
+    """What ended the job before the run began: as its log tells once it has ended, else as the directory does."""
+    deadline = clock() + _LAST_WORDS_S
+    while job_id is not None and clock() < deadline:
+        try:
+            job = scheduler.read(job_id)
+        except ClusterError:
+            break
+        if job is None or job.status in ENDED:
+            if job is not None:
+                return _lost(run, job, document, scheduler)
+            break
+        sleep(_INTERVAL_S)
+    error = ClusterError(f"{run.url}: {document['error']}")
+    error.document = document
+    return error
+
+
 def _lost(run: RunDirectory, job: Job, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
-    what = "before the run began" if document["status"] == "submitted" else f"at step {document['step']}"
-    why = [job.message] if job.message else []
-    with contextlib.suppress(ClusterError):
-        lines = [line.strip() for line in scheduler.log(job.id).splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error:")]
-        why = (errors or lines)[-_LOG_LINES:] or why
-    code = "" if job.exit_code is None else f", with exit code {job.exit_code}"
-    error = ClusterError(
-        f"{run.url}: job {job.id} ended {what}{code}: {' | '.join(why) or 'the cluster does not say why'}; "
-        "submit the run again to go on"
-    )
+    error = ClusterError(f"{run.url}: {why_ended(job, document, scheduler)}; submit the run again to go on")
     error.document = document | {"status": "failed"}
     return error

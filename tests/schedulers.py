@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster import claims
 from cluster.capacity import Capacity, Node
+from cluster.errors import ClusterError
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
 from cluster.storage import Store
 from cluster.store_check import answer
@@ -92,7 +93,9 @@ class LocalScheduler(Scheduler):
             return False
         hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
-        line = f"while [ -e {hold} ]; do sleep 0.05; done; ({command}); echo $? > {code}.new; mv {code}.new {code}"
+        begun = shlex.quote(str(self._jobs / job_id / "begun"))
+        wait = f"while [ -e {hold} ]; do sleep 0.05; done; touch {begun}"
+        line = f"{wait}; ({command}); echo $? > {code}.new; mv {code}.new {code}"
         with (self._jobs / job_id / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["sh", "-c", line],
@@ -133,7 +136,9 @@ class LocalScheduler(Scheduler):
             process = json.loads((job / "process").read_text())
             began_at, metadata = process["at"], process["of"]
             is_alive = claims._started(process["pid"]) == process["started"]
-            status = "running" if is_alive else "failed"
+            is_held = (self.folder / "hold").exists() and not (job / "begun").exists()
+            ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"
+            status = ("pending" if is_held else "running") if is_alive else ended
         with suppress(FileNotFoundError):
             exit_code = int((job / "exit_code").read_text())
             status = "failed" if exit_code else "succeeded"
@@ -144,9 +149,12 @@ class LocalScheduler(Scheduler):
         return sorted(found, key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
+        (self._jobs / job_id / "stopped").touch()
         self.signal(job_id, signal.SIGTERM)
 
     def log(self, job_id: str) -> str:
+        if not (self._jobs / job_id).is_dir():
+            raise ClusterError(f"{URL}: does not give the log of job {job_id}: it is not there")
         return (self._jobs / job_id / "log").read_text()
 
     def signal(self, job_id: str, number: signal.Signals) -> None:

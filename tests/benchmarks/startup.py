@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.benchmarks.twins import NUM_WORKERS, Training, Twin, launcher, seconds_to, stock
 
-_JOB = """
+JOB = """
 name: twin
 store: runs
 model: {_target_: torchvision.models.resnet18, num_classes: 100}
@@ -34,7 +34,7 @@ train: {global_batch: 64, shards: 2, max_steps: 1}
 workers: {num: 2}
 tracking: {mode: disabled}
 """
-_SCRIPT = """
+SCRIPT = """
 import ray
 import ray.train
 import ray.train.torch
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 """
 _TIMEOUT_S = 300.0
 _PHASES = ("attempt_started", "training")
-_ARMS = {"launcher": launcher(job=_JOB), "stock": stock(script=_SCRIPT, address="local")}
+_ARMS = {"launcher": launcher(job=JOB), "stock": stock(script=SCRIPT, address="local")}
 
 
 def run_once(twin: Twin) -> dict[str, float]:

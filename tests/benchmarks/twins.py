@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-STAMPS = Path(__file__).with_name("stamps")
+STAMPS = Path(FOLDER_OF_STAMPS)
 
 
 class StampedSGD(torch.optim.SGD):
@@ -209,7 +209,7 @@ class Training:
         self._committed = twin.committed
         self._stamps = folder / "stamps"
         self._stamps.mkdir()
-        (folder / "stamped.py").write_text(_OPTIMIZER)
+        write_optimizer(folder, self._stamps)
         command = wrap(twin.make_command(folder))
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         with open(folder / "output", "wb") as output:
@@ -274,7 +274,7 @@ class Training:
 
     def stamps(self) -> frozenset[Stamp]:
         """The first steps of all training processes so far."""
-        return frozenset(map(_read_stamp, self._stamps.glob("[0-9]*.*")))
+        return stamps_in(self._stamps)
 
     def steps(self, rank: int) -> list[list[Step]]:
         """All steps that a rank has taken so far, a list for each process that it had."""
@@ -283,6 +283,16 @@ class Training:
     def newest_stamp(self, rank: int) -> Stamp:
         """The first step of the process that a rank has now."""
         return max((stamp for stamp in self.stamps() if stamp.rank == rank), key=lambda stamp: stamp.time)
+
+
+def write_optimizer(folder: Path, stamps: Path) -> None:
+    """Writes ``stamped.py``, the optimizer of all twins; ``stamps``: the folder that it writes to, wherever it runs."""
+    (folder / "stamped.py").write_text(_OPTIMIZER.replace("FOLDER_OF_STAMPS", repr(str(stamps))))
+
+
+def stamps_in(folder: Path) -> frozenset[Stamp]:
+    """The first steps of all training processes so far that write to a folder."""
+    return frozenset(map(_read_stamp, folder.glob("[0-9]*.*")))
 
 
 @contextmanager

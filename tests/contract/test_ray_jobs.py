@@ -144,6 +144,7 @@ def test_the_life_of_a_job(head: Head) -> None:
     assert running is not None
     assert (running.id, running.status, running.exit_code) == ("one", "running", None)
     assert (running.message, running.began_at) == ("Job is currently running.", 1700000000.5)
+    assert running.metadata == {"run": "s3://b/r"}
     assert jobs.log("one") == "said by one\n"
     jobs.stop("one")
     stopped = jobs.read("one")

@@ -72,7 +72,8 @@ class Running:
         on_ray: bool = False,
     ) -> None:
         """``wrap``: turns the command into one that runs elsewhere."""
-        is_without_ray = arguments[0] in _VERBS_THAT_PLAN and not on_ray
+        is_of_cluster = "--cluster" in arguments  # which is one of ours, without Ray
+        is_without_ray = (arguments[0] in _VERBS_THAT_PLAN or is_of_cluster) and not on_ray
         program, environment = (_WITHOUT_RAY, launcher_without_ray.environment()) if is_without_ray else (_ON_RAY, {})
         # Files and not pipes, which what a killed command leaves behind would keep open.
         self._said = Path(tempfile.mkdtemp(prefix="said-"))

@@ -244,12 +244,70 @@ def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, clu
         assert listed["status"] == "submitted"
         stopped = launcher("stop", run, cwd=tmp_path)
         assert (stopped.exit_code, len(stopped.stderr.strip().splitlines())) == (5, 1)
-        assert f"has not begun yet; stop its job, {job_id}, on {URL}" in stopped.stderr
+        assert f"has not begun yet; to stop its job, {job_id}, give --cluster the cluster that" in stopped.stderr
+        told = launcher("status", run, *CLUSTER, "--json", cwd=tmp_path).document
+        assert (told["status"], told["job"], told["job_status"]) == ("submitted", job_id, "pending")
+        (tmp_path / "other-store").mkdir()
+        for store in ("store", "other-store"):
+            (listed,) = launcher("list", tmp_path / store, *CLUSTER, "--json", cwd=tmp_path).document
+            assert (listed["run"], listed["status"], listed["job_status"]) == (str(run), "submitted", "pending")
+        assert launcher("list", tmp_path / "other-store", "--json", cwd=tmp_path).document == []
         again = submit(laptop, "workers.num=1")
         assert (again.exit_code, again.document["job"], again.document["status"]) == (0, job_id, "submitted")
         assert "not changed: workers.num" in again.stderr
     assert cluster.wait(job_id).exit_code == 0
     assert len(cluster.jobs()) == 1
+
+
+def test_a_job_that_dies_before_the_run_begins_is_told_by_its_url_and_its_cluster(laptop, cluster, tmp_path):
+    run = store_of(laptop)
+    with cluster.held():
+        job_id = submit(laptop).document["job"]
+        (bundle,) = (run / "code").iterdir()
+        bundle.unlink()
+    cluster.wait(job_id)
+    hide(laptop)
+    told = launcher("status", run, "--json", cwd=tmp_path).document
+    assert (told["status"], told["job"]) == ("failed", job_id)
+    assert f"job {job_id} ended before the run began: {run}: code/" in told["error"]
+    told = launcher("status", run, *CLUSTER, "--json", cwd=tmp_path).document
+    assert (told["status"], told["job_status"]) == ("failed", "failed")
+    assert f"job {job_id} ended before the run began, with exit code 4: error: {run}: code/" in told["error"]
+    assert f"`launcher logs {run} --cluster {URL}` shows its log" in told["error"]
+    logs = launcher("logs", run, *CLUSTER, "--follow", cwd=tmp_path)
+    assert (logs.exit_code, logs.stdout) == (0, cluster.log(job_id))
+    assert launcher("logs", run, cwd=tmp_path).stdout == ""
+    (listed,) = launcher("list", run.parent, *CLUSTER, "--json", cwd=tmp_path).document
+    assert listed["status"] == "failed"
+
+
+def test_a_job_that_waits_is_stopped_from_anywhere_and_the_next_submit_begins_the_run(laptop, cluster, tmp_path):
+    run = store_of(laptop)
+    with cluster.held():
+        first = submit(laptop).document["job"]
+        stopped = launcher("stop", run, *CLUSTER, "--json", cwd=tmp_path)
+        assert (stopped.exit_code, stopped.document["status"]) == (0, "stopped"), stopped.stderr
+        assert cluster.read(first).status == "stopped"
+        assert launcher("status", run, "--json", cwd=tmp_path).document["status"] == "stopped"
+    assert events(run, "attempt_started") == []
+    again = submit(laptop, "--wait")
+    assert (again.exit_code, again.document["status"], again.document["step"]) == (0, "completed", 24), again.stderr
+    assert again.document["job"] != first
+
+
+def test_a_run_is_followed_from_anywhere_to_its_end(laptop, cluster, tmp_path):
+    with cluster.held():
+        job_id = submit(laptop, "data.train.length=64", "train.epochs=1").document["job"]
+        run = store_of(laptop)
+        following = Running(("logs", run, "--follow", *CLUSTER), cwd=tmp_path)
+    assert cluster.wait(job_id).exit_code == 0, cluster.log(job_id)
+    followed = following.wait()
+    assert (followed.exit_code, f"--- job {job_id}" in followed.stderr) == (0, True)
+    assert f"resuming {run}" in followed.stdout
+    last = cluster.log(job_id).splitlines()[-1]
+    assert json.loads(last)["status"] == "completed", "what it says after the end of the run"
+    assert followed.stdout.splitlines()[-1] == last
+    assert launcher("logs", run, *CLUSTER, cwd=tmp_path).stdout.endswith(cluster.log(job_id))
 
 
 def test_who_dies_before_the_job_begins_is_replaced_by_the_next(laptop, cluster):

@@ -93,7 +93,7 @@ def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.Mon
 
 
 def test_a_call_that_does_not_come_back_is_a_failing_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_HANGS_S", 0.02)
+    monkeypatch.setattr(background, "HANGS_S", 0.02)
     monkeypatch.setattr(background, "_LEFT_S", 0.05)
     for_ever = threading.Event()
 

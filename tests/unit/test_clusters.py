@@ -16,6 +16,13 @@ SHIPPED = Path(__file__).parents[2] / "cluster"
 JOB = Path(__file__).parents[2] / "jobs/digits.yaml"
 
 
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the person's own clusters, which does not exist."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config/launcher/clusters"
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -187,3 +194,42 @@ def test_every_key_is_documented_and_every_shipped_file_is_of_a_kind():
     for kind, language in KINDS.items():
         assert all(entry.doc for entry in entries(language) if entry.key != "kind"), kind
     assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"local", "ray"}
+
+
+class TestOwnClusters:
+    @pytest.fixture(autouse=True)
+    def _lab(self, own):
+        own.mkdir(parents=True)
+        (own / "lab.yaml").write_text("kind: ray\naddress: http://lab:8265\nvenv: /opt/venv\n")
+
+    def test_one_is_found_by_its_name(self):
+        assert load_cluster("lab", [])[0] == RayClusterSpec(address="http://lab:8265", venv="/opt/venv")
+
+    def test_it_comes_before_one_that_is_shipped(self, own):
+        (own / "ray.yaml").write_text("kind: ray\naddress: own:6379\n")
+        assert load_cluster("ray", [])[0] == RayClusterSpec(address="own:6379")
+
+    def test_a_mistake_in_it_is_named(self, own):
+        (own / "lab.yaml").write_text("kind: ray\n")
+        with pytest.raises(DescriptionError, match=r"^lab\.yaml: address is missing"):
+            load_cluster("lab", [])
+
+    def test_one_that_is_misspelt_is_told_with_all_that_are_known(self):
+        with pytest.raises(DescriptionError) as caught:
+            load_cluster("lba", [])
+        assert str(caught.value) == (
+            "--cluster lba: is no cluster (did you mean 'lab'?); write HOST:PORT of a Ray head, http://HOST:8265 to "
+            "submit there, the path of a YAML file, or one of lab, local, ray"
+        )
+
+    @pytest.mark.parametrize("configured", [None, "", "relative"])
+    def test_they_lie_in_the_home_unless_the_configuration_is_elsewhere(self, own, tmp_path, monkeypatch, configured):
+        home = tmp_path / "home"
+        (home / ".config").mkdir(parents=True)
+        own.parent.rename(home / ".config/launcher")
+        monkeypatch.setenv("HOME", str(home))
+        if configured is None:
+            monkeypatch.delenv("XDG_CONFIG_HOME")
+        else:
+            monkeypatch.setenv("XDG_CONFIG_HOME", configured)
+        assert load_cluster("lab", [])[0] == RayClusterSpec(address="http://lab:8265", venv="/opt/venv")

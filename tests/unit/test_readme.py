@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import LauncherError
+from cluster.spec import RayClusterSpec
+from launcher.cli import main
+from launcher.clusters import load_cluster, open_scheduler
 from launcher.description import parse
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -34,3 +38,26 @@ def test_a_line_of_the_table_is_a_description(line: str) -> None:
 def test_the_example_is_a_description() -> None:
     (example,) = re.findall(r"```yaml\n(name: digits\n.+?)```", README, flags=re.DOTALL)
     assert parse(example, "README.md").spec.name == "digits"
+
+
+def test_the_file_of_a_cluster_takes_jobs(tmp_path: Path) -> None:
+    (text,) = re.findall(r"clusters/lab\.yaml`:\n\n```yaml\n(.+?)```", README, flags=re.DOTALL)
+    (tmp_path / "lab.yaml").write_text(text)
+    spec, changes = load_cluster(str(tmp_path / "lab.yaml"), [])
+    assert isinstance(spec, RayClusterSpec)
+    assert (spec.address, spec.venv, len(spec.env), changes) == (
+        "http://HEAD:8265", "/opt/venv", 2, ["workers.cpus=8.0", "workers.gpus=1"],
+    )  # fmt: skip
+    open_scheduler(spec)
+
+
+def test_every_verb_has_a_line() -> None:
+    told = re.findall(r"^\| (`launcher .+?) \| ", README, flags=re.MULTILINE)
+    assert {name for line in told for name in main.commands if f"launcher {name} " in f"{line.replace('`', ' ')} "} == {
+        *main.commands
+    }
+
+
+def test_every_exit_code_has_a_line() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \| ", README, flags=re.MULTILINE)}
+    assert codes == {0, *(error.exit_code for error in [LauncherError, *LauncherError.__subclasses__()])}

@@ -1,10 +1,11 @@
-"""What is written down while old checkpoints are removed, which may take long.
+"""What is written down on a slow store, above all while old checkpoints are removed.
 
-The real record and run directory, on a file system in memory where a delete takes seconds of the test's clock.
+The real record and run directory, on a file system in memory where a delete takes seconds of the test's clock, and a
+write too if a test says so.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from cluster.tracking import NoTracker
 from jobs.spec import CheckpointSpec
 from launcher.progress import open_progress
 from launcher.record import Record, RunState
+from launcher.status import SILENCE_S
 from tests import saved
 from tests.specs import bare_job
 
@@ -35,6 +37,8 @@ class SlowFileSystem(MemoryFileSystem):
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
     now: ClassVar[float] = 0.0
+    write_s: ClassVar[float] = 0.0
+    """What a write takes."""
     calls: ClassVar[list[tuple[float, str]]] = []
     """The changes so far, such as ``write /run/a``, and when each was made."""
     on_delete: ClassVar[Callable[[str], None]]
@@ -45,6 +49,7 @@ class SlowFileSystem(MemoryFileSystem):
         return super()._strip_protocol(path.replace("slow://", "memory://"))
 
     def pipe_file(self, path, value, **kwargs):
+        type(self).now += self.write_s
         self.calls.append((self.now, f"write {path}"))
         super().pipe_file(path, value, **kwargs)
 
@@ -63,6 +68,7 @@ fsspec.register_implementation("slow", SlowFileSystem)
 def _empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
     SlowFileSystem.store.clear()
     monkeypatch.setattr(SlowFileSystem, "now", 0.0)
+    monkeypatch.setattr(SlowFileSystem, "write_s", 0.0)
     monkeypatch.setattr(SlowFileSystem, "calls", [])
     at_delete(monkeypatch, lambda _: None)
 
@@ -75,7 +81,7 @@ def at_delete(monkeypatch: pytest.MonkeyPatch, do: Callable[[str], None]) -> Non
 def run() -> RunDirectory:
     """A run with the checkpoints of five steps."""
     run = RunDirectory(Store("slow://run", patience_s=0))
-    run.claim()
+    run.claim(clock=lambda: SlowFileSystem.now)
     for step in range(1, 6):
         saved.save(run.checkpoints, step, files_of(step))
     return run
@@ -205,3 +211,36 @@ def test_a_run_is_not_closed_before_they_are_removed(run: RunDirectory, record: 
     status = run.read_status()
     assert status is not None
     assert status["status"] == "completed"
+
+
+def until_status(record: Record) -> Iterator[str | None]:
+    """The steps of a write, but for the removal of what is old."""
+    for step in record.write():
+        yield step
+        if step == "status":
+            return
+
+
+def test_a_driver_shows_that_it_lives_however_much_there_is_to_write_on_a_slow_store(
+    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlowFileSystem, "write_s", 6.0)
+    for number in range(10):
+        record.matrix(f"val/{number}", {"of": number})
+    (before,) = run.store.names("drivers")
+    began_at, written = SlowFileSystem.now, run.read_status()
+    assert written is not None
+    for step in until_status(record):
+        if step != "status":
+            shown = run.read_status() or {}
+            assert {**shown, "updated": 0} == {**written, "updated": 0}, "nothing is told before it is so"
+    signs = [began_at, *(at for at, call in SlowFileSystem.calls if call == f"write /run/{before}" and at > began_at)]
+    silent_s = [after - sign for sign, after in zip(signs, signs[1:])]
+    # A sign bears the time at which its own write began.
+    assert max(silent_s) + SlowFileSystem.write_s < SILENCE_S
+    assert SlowFileSystem.now - began_at > 100.0, "all of it together takes longer than a driver may be silent"
+
+
+def test_on_a_fast_store_the_status_is_sign_enough(record: Record) -> None:
+    list(until_status(record))
+    assert sum(call.startswith("write /run/drivers/") for _, call in SlowFileSystem.calls) == 2, "the claim, the status"

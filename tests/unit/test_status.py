@@ -1,5 +1,6 @@
 """Whether the driver of a run is alive, seen from elsewhere."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from cluster import claims
+from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from launcher import status
-from launcher.status import is_driven
+from launcher.background import HANGS_S
+from launcher.status import SILENCE_S, is_driven, refuse_if_running, stop_run
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -103,3 +106,45 @@ def test_a_run_that_was_claimed_and_has_not_begun_is_running(run: RunDirectory) 
     document = status.read_status(run)
     assert (document["status"], document["step"], document["run"]) == ("running", 0, run.url)
     assert not set(claims.DRIVER_KEYS) & document.keys()
+
+
+def die_elsewhere(run: RunDirectory, ago_s: float) -> None:
+    """What the driver of a node that died some seconds ago has left: its last sign of life, and nothing that ends."""
+    (name,) = run.store.names("drivers")
+    left = {"host": "node-1", "place": "elsewhere", "status": "running", "step": 4, "updated": time.time() - ago_s}
+    run.store.write(name, json.dumps((run.read_status() or {}) | left).encode())
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "expected"),
+    [(claims.STATUS_INTERVAL_S, "running"), (3 * HANGS_S, "running"), (60.0, "failed"), (3600.0, "failed")],
+)
+def test_a_node_that_died_is_told_within_a_minute_and_a_slow_store_is_no_death(run: RunDirectory, ago_s, expected):
+    die_elsewhere(run, ago_s)
+    document = status.read_status(run)
+    assert document["status"] == expected
+    if expected == "failed":
+        assert document["error"] == f"the driver on node-1 has said nothing for {ago_s:.0f} s; resume goes on"
+        assert document["step"] == 4
+
+
+def test_the_clocks_of_two_machines_may_differ_a_little() -> None:
+    assert 3 * HANGS_S + 5.0 <= SILENCE_S <= 60.0 - claims.STATUS_INTERVAL_S
+
+
+@pytest.mark.parametrize(("ago_s", "is_refused"), [(60.0, True), (600.0, False)])
+def test_who_acts_on_it_waits_longer(run: RunDirectory, ago_s, is_refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver whose store is away for a minute must not lose its checkpoints, nor miss a stop."""
+    die_elsewhere(run, ago_s)
+    asked: list[str] = []
+    monkeypatch.setattr(RunDirectory, "request_stop", lambda directory: asked.append(directory.url))
+    if is_refused:
+        with pytest.raises(ClusterError, match="is running, at step 4; stop it first"):
+            refuse_if_running(run)
+        with pytest.raises(ClusterError, match="still running 0 s after it was asked to stop"):
+            stop_run(run, 0.0)
+        assert asked == [run.url]
+    else:
+        assert refuse_if_running(run)["status"] == "failed"
+        assert stop_run(run, 0.0)["status"] == "failed"
+        assert asked == []

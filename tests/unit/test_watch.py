@@ -32,7 +32,7 @@ class Cluster:
 
 
 def a_job(status: Any, exit_code: int | None = None) -> Job:
-    return Job(id="own-0", status=status, message="", exit_code=exit_code, began_at=None)
+    return Job(id="own-0", status=status, message="", exit_code=exit_code, began_at=None, metadata={})
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def look(cluster: Cluster, *statuses: dict[str, Any]) -> tuple[dict[str, Any], int, float, Said]:
         now, said, left = [0.0], Said(), list(statuses)
-        monkeypatch.setattr(watch_module, "read_status", lambda _: left.pop(0) if len(left) > 1 else left[0])
+        monkeypatch.setattr(watch_module, "read_status", lambda *_: left.pop(0) if len(left) > 1 else left[0])
 
         def sleep(seconds: float) -> None:
             now[0] += seconds
@@ -91,3 +91,20 @@ def test_a_job_that_waits_says_why(watched):
     document, code, waited_s, _ = watched(Cluster(a_job("pending")), *[submitted] * 50, RUNNING | {"status": "stopped"})
     assert (document["status"], code) == ("stopped", 0)
     assert waited_s >= 100
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        (a_job("failed", 4), "job own-0 ended before the run began, with exit code 4: error: no such thing; submit"),
+        (None, "job own-0 ended before the run began: no code; submit"),
+        (ClusterError("away"), "job own-0 ended before the run began: no code; submit"),
+    ],
+)
+def test_a_driver_that_failed_before_it_took_the_run_ends_it(watched, job, why):
+    error = "job own-0 ended before the run began: no code; submit the run again"
+    failed = {"status": "failed", "step": 0, "begun": False, "error": error}
+    with pytest.raises(ClusterError, match=why) as caught:
+        watched(Cluster(job), {"status": "submitted", "step": 0}, failed)
+    assert caught.value.document is not None
+    assert caught.value.document["status"] == "failed"

@@ -1,0 +1,219 @@
+"""The job of a run that was submitted, as its cluster tells of it, beside what the run directory says.
+
+The run directory has the first word: once a driver has taken the run, it says how the run stands. A cluster is asked
+only if a person names one, for what the directory cannot know: whether the job waits, why it ended before a driver
+took the run, and what it printed.
+"""
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import ClusterError, DescriptionError
+from cluster.run_directory import RunDirectory
+from cluster.scheduler import ENDED, Job, Scheduler
+from cluster.submissions import Submission
+from launcher.status import LONG_SILENCE_S, NOT_BEGUN, SILENCE_S, about_submission, read_status
+
+_STOP_INTERVAL_S = 0.5
+_LOG_LINES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmittedJob:
+    """The job that a run was submitted as last, on the cluster that a person names.
+
+    Attributes:
+        run: Whose job it is.
+        submission_id: Of its newest submission.
+        submission: That.
+        scheduler: The cluster that is asked; it need not be the one that the run was submitted to.
+        cluster: What to call that.
+    """
+
+    run: RunDirectory
+    submission_id: str
+    submission: Submission
+    scheduler: Scheduler
+    cluster: str
+
+    @property
+    def id(self) -> str:
+        """What the cluster calls it."""
+        return self.submission.job
+
+    def read(self) -> Job:
+        """How the job is.
+
+        Raises:
+            ClusterError: The cluster does not say, or knows of no such job.
+        """
+        job = self.scheduler.read(self.id)
+        if job is None:
+            raise ClusterError(
+                f"{self.cluster}: knows no job {self.id}; {self.run.url} was submitted to "
+                f"{self.submission.cluster}: give --cluster that, or submit the run again"
+            )
+        return job
+
+    def log(self) -> str:
+        """What the job has printed so far.
+
+        Raises:
+            ClusterError: The cluster does not give it, or knows of no such job.
+        """
+        return self.scheduler.log(self.id)
+
+    def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
+        """The ``--json`` document of the run, see ``read_status``, with what the cluster says of the job.
+
+        ``job_status`` is none if the cluster does not say; then ``job_message`` tells why.
+        """
+        about = about_submission(self.submission)
+        try:
+            job = self.read()  # before the directory: what the job has written there before it ended is seen
+        except ClusterError as error:
+            about |= {"job_status": None, "job_message": str(error)}
+            return read_status(self.run, silence_s) | about
+        document = read_status(self.run, silence_s) | about
+        if not _ended_before(document, job):
+            return document | _about(job)
+        why = why_ended(job, document, self.scheduler)
+        log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
+        return document | _about(job) | {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
+
+    def stopped(self, deadline: float) -> dict[str, Any]:
+        """Stops the job of a run that has not begun, and waits for its end; then the run is stopped.
+
+        A job that has failed is left as it is.
+
+        Args:
+            deadline: Until when to wait, by ``time.monotonic``.
+
+        Returns:
+            The ``--json`` document of the run.
+
+        Raises:
+            ClusterError: The cluster does not stop it in time.
+        """
+        job = self.read()
+        if job.status in ("succeeded", "failed"):
+            return self.document(LONG_SILENCE_S)
+        if job.status not in ENDED:
+            self.scheduler.stop(self.id)
+        while (job := self.read()).status not in ENDED:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self.cluster}: job {self.id} is {job.status}, and has not ended since it was asked to stop; "
+                    "look at `launcher status`, or wait with --timeout"
+                )
+            time.sleep(_STOP_INTERVAL_S)
+        document = read_status(self.run, LONG_SILENCE_S)
+        if document["status"] not in ("submitted", "failed") or _has_begun(document):  # a driver took it meanwhile
+            return document
+        self.run.submissions.mark_stopped(self.submission_id)
+        return read_status(self.run, LONG_SILENCE_S)
+
+
+def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> SubmittedJob:
+    """The job of a run, on a cluster; that is not asked yet.
+
+    Raises:
+        DescriptionError: The run was never submitted.
+    """
+    newest = run.submissions.newest()
+    if newest is None:
+        raise DescriptionError(f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster")
+    submission = run.submissions.read(newest.id)
+    return SubmittedJob(run=run, submission_id=newest.id, submission=submission, scheduler=scheduler, cluster=cluster)
+
+
+def jobs_of(scheduler: Scheduler, warn: Callable[[str], None]) -> list[Job]:
+    """The jobs of a cluster; none, and a warning, if it does not say, for the runs are in their store."""
+    try:
+        return scheduler.jobs()
+    except ClusterError as error:
+        warn(str(error))
+        return []
+
+
+def with_jobs(documents: Iterable[dict[str, Any]], jobs: Sequence[Job], cluster: str) -> list[dict[str, Any]]:
+    """The documents of some runs, with what a cluster says of the jobs of those that have not begun.
+
+    Jobs that wait there for a run that is not among them follow: nobody has begun what a job waits for.
+
+    Args:
+        documents: Of the runs, read after the jobs: what a job has written before it ended is there.
+        jobs: Of the cluster.
+        cluster: What to call it.
+    """
+    by_id = {job.id: job for job in jobs}
+    told = [_told(document, by_id.get(document.get("job", ""))) for document in documents]
+    known = {document["run"] for document in told}
+    waiting = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]
+    return [*told, *(_queued(job, cluster) for job in waiting)]
+
+
+def why_ended(job: Job, document: Mapping[str, Any], scheduler: Scheduler) -> str:
+    """How and why a job ended, in a line: from the end of its log, or what the cluster says if there is none.
+
+    Args:
+        job: Which has ended.
+        document: How its run stands.
+        scheduler: Has the log.
+    """
+    when = f"at step {document['step']}" if _has_begun(document) else "before the run began"
+    why = [job.message] if job.message else []
+    with contextlib.suppress(ClusterError):  # it may be lost with its host
+        lines = [line.strip() for line in scheduler.log(job.id).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error:")]
+        why = (errors or lines)[-_LOG_LINES:] or why
+    ended = "was stopped" if job.status == "stopped" else "ended"
+    code = "" if job.exit_code is None else f", with exit code {job.exit_code}"
+    return f"job {job.id} {ended} {when}{code}: {' | '.join(why) or 'the cluster does not say why'}"
+
+
+def _told(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
+    if job is None or _has_begun(document):
+        return document
+    if not _ended_before(document, job):
+        return document | _about(job)
+    return document | _about(job) | {"status": _outcome(job), "error": document["error"] or job.message or None}
+
+
+def _ended_before(document: Mapping[str, Any], job: Job) -> bool:
+    """Whether a job ended before a driver took its run."""
+    return document["status"] in ("submitted", "failed") and not _has_begun(document) and job.status in ENDED
+
+
+def _has_begun(document: Mapping[str, Any]) -> bool:
+    return bool(document.get("begun", document["status"] != "submitted"))
+
+
+def _outcome(job: Job) -> str:
+    return "stopped" if job.status == "stopped" else "failed"
+
+
+def _about(job: Job) -> dict[str, Any]:
+    return {"job_status": job.status, "job_message": job.message}
+
+
+def _queued(job: Job, cluster: str) -> dict[str, Any]:
+    """The document of a run of which only its job is known."""
+    return {
+        **NOT_BEGUN,
+        "run": job.metadata["run"],
+        "status": "submitted",
+        "error": None,
+        "begun": False,
+        "updated": job.began_at,
+        "job": job.id,
+        "cluster": cluster,
+        "user": job.metadata.get("user"),
+        "host": job.metadata.get("host"),
+        "submitted_at": job.began_at,
+        **_about(job),
+    }

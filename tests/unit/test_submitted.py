@@ -1,0 +1,461 @@
+"""A run that was submitted, watched and steered by its URL: what its directory says, and what its cluster adds."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cluster.errors import ClusterError
+from cluster.run_directory import RunDirectory
+from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.submissions import Submission
+from launcher import clusters, status, submitted
+from launcher.cli import main
+from tests.schedulers import URL
+from tests.unit.test_submit import JOB
+
+ON_CLUSTER = ("--cluster", URL)
+JOB_ID = "digits-0123456789ab-0"
+LOG = "loading\nerror: s3://bucket/code/ab.zip is missing; restore it\nbye\n"
+
+
+@dataclass
+class FakeCluster(Scheduler):
+    """A cluster that has the jobs that a test gives it.
+
+    Attributes:
+        known: The jobs, by id.
+        logs: What they have printed, by id.
+        error: Why it does not answer; none: it does.
+        at_stop: Called when a job is stopped; returns how that is then.
+        asked_to_stop: The jobs that it was asked to stop.
+    """
+
+    known: dict[str, Job] = field(default_factory=dict)
+    logs: dict[str, str] = field(default_factory=dict)
+    error: ClusterError | None = None
+    at_stop: Callable[[], JobStatus] = lambda: "stopped"
+    asked_to_stop: list[str] = field(default_factory=list)
+
+    def put(self, status: JobStatus, job_id: str = JOB_ID, message: str = "", **of: Any) -> None:
+        self.known[job_id] = Job(
+            id=job_id, status=status, message=message, exit_code=of.pop("exit_code", None), began_at=1e9, metadata=of
+        )
+
+    def inspect(self, needs: Needs) -> ClusterReport:
+        raise NotImplementedError
+
+    def begin(
+        self,
+        job_id: str,
+        command: str,
+        environment: Mapping[str, str],
+        *,
+        stop_grace_s: int,
+        metadata: Mapping[str, str],
+    ) -> bool:
+        raise NotImplementedError
+
+    def read(self, job_id: str) -> Job | None:
+        self._answer()
+        return self.known.get(job_id)
+
+    def jobs(self) -> list[Job]:
+        self._answer()
+        return [*self.known.values()]
+
+    def stop(self, job_id: str) -> None:
+        self._answer()
+        self.asked_to_stop.append(job_id)
+        self.put(self.at_stop(), job_id)
+
+    def log(self, job_id: str) -> str:
+        self._answer()
+        return self.logs.get(job_id, "")
+
+    def _answer(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    fake = FakeCluster()
+    monkeypatch.setattr(clusters, "open_scheduler", lambda _: fake)
+    monkeypatch.setattr(submitted, "_STOP_INTERVAL_S", 0.0)
+    monkeypatch.setattr(status, "_FOLLOW_INTERVAL_S", 0.0)
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """One that was submitted and has not begun."""
+    run = RunDirectory(str(tmp_path / "store/digits"))
+    submit(run)
+    run.write_job(JOB.format(store=tmp_path / "store"))
+    return run
+
+
+SUBMITTED_AT = 1_700_000_000.0
+
+
+def submit(run: RunDirectory, number: int = 0, at: float = SUBMITTED_AT) -> str:
+    return run.submissions.write(
+        Submission(
+            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=URL, description="x", code_sha256="0" * 64,
+            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=at, versions={},
+            git=None,
+        )
+    )  # fmt: skip
+
+
+def drive(run: RunDirectory, status: str, step: int = 7, **more: Any) -> None:
+    """What the driver of the newest submission, on another host, leaves in the directory of a run."""
+    run.claim()
+    newest = run.submissions.newest()
+    assert newest is not None
+    run.submissions.mark_taken(newest.id)
+    run.write_status({"status": status, "step": step})
+    (name,) = run.store.names("drivers")
+    written = (run.read_status() or {}) | {"host": "node-1", "pid": 1, "place": "elsewhere"} | more
+    run.store.write(name, json.dumps(written).encode())
+
+
+def launcher(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def document(*arguments: object) -> Any:
+    ended = launcher(*arguments, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def one_error(ended: Result, exit_code: int) -> str:
+    assert ended.exit_code == exit_code, ended.output
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+class TestStatus:
+    def test_the_directory_tells_who_submitted_it_when_and_where_to(self, run):
+        told = document("status", run.url)
+        assert {name: told[name] for name in ("status", "job", "cluster", "user", "host", "submitted_at")} == {
+            "status": "submitted", "job": JOB_ID, "cluster": URL, "user": "ann", "host": "laptop",
+            "submitted_at": 1_700_000_000.0,
+        }  # fmt: skip
+        lines = launcher("status", run.url).stdout.splitlines()
+        assert lines[0] == f"{run.url} is submitted at step 0, epoch 0, 0 samples"
+        assert f"  job        {JOB_ID} on {URL}" in lines
+        assert "  submitted  by ann from laptop, 2023-11-14 22:13:20 UTC" in lines
+        assert any(f"launcher status {run.url} --cluster {URL}  " in line for line in lines)
+        assert any(f"launcher stop {run.url} --cluster {URL} " in line for line in lines)
+
+    def test_the_cluster_tells_why_its_job_waits(self, run, cluster):
+        cluster.put("pending", message="no room for 1 CPU")
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job_status"], told["job_message"]) == (
+            "submitted", "pending", "no room for 1 CPU",
+        )  # fmt: skip
+        text = launcher("status", run.url, *ON_CLUSTER).stdout
+        assert f"  job        {JOB_ID} on {URL}: pending: no room for 1 CPU\n" in text
+
+    @pytest.mark.parametrize(
+        ("ended", "exit_code", "log", "status", "error"),
+        [
+            (
+                "failed", 4, LOG, "failed",
+                "ended before the run began, with exit code 4: error: s3://bucket/code/ab.zip is missing; restore it",
+            ),
+            ("failed", None, "", "failed", "ended before the run began: its host is gone"),
+            ("succeeded", 0, "done\n", "failed", "ended before the run began, with exit code 0: done"),
+            ("stopped", None, "", "stopped", "was stopped before the run began: its host is gone"),
+        ],
+    )  # fmt: skip
+    def test_a_job_that_ended_before_the_run_began(self, run, cluster, ended, exit_code, log, status, error):
+        cluster.put(ended, message="its host is gone", exit_code=exit_code)
+        cluster.logs[JOB_ID] = log
+        told = document("status", run.url, *ON_CLUSTER)
+        assert told["status"] == status
+        assert told["error"] == (
+            f"job {JOB_ID} {error}; `launcher logs {run.url} --cluster {URL}` shows its log; submit the run again"
+        )
+        assert document("status", run.url)["status"] == "submitted", "the directory alone cannot know"
+
+    def test_a_cluster_that_is_gone_takes_nothing_from_what_is_known(self, run, cluster):
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["user"], told["job_status"]) == ("submitted", "ann", None)
+        assert told["job_message"] == f"{URL}: nobody answers there"
+        assert f"{JOB_ID} on {URL}: {URL}: nobody answers there\n" in launcher("status", run.url, *ON_CLUSTER).stdout
+
+    def test_a_cluster_that_knows_no_such_job(self, run, cluster):
+        del cluster
+        told = document("status", run.url, *ON_CLUSTER)
+        assert told["status"] == "submitted"
+        assert told["job_message"] == (
+            f"{URL}: knows no job {JOB_ID}; {run.url} was submitted to {URL}: give --cluster that, or submit the run "
+            "again"
+        )
+
+    @pytest.mark.parametrize("status", ["running", "completed", "stopped", "failed"])
+    def test_of_a_run_that_has_begun_the_directory_has_the_word(self, run, cluster, status):
+        drive(run, status)
+        cluster.put("failed", exit_code=137)
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"], told["job"], told["job_status"]) == (status, 7, JOB_ID, "failed")
+
+    def test_what_the_job_wrote_before_it_ended_is_seen(self, run, cluster, monkeypatch):
+        cluster.put("succeeded", exit_code=0)
+        read = cluster.read
+
+        def read_and_end(job_id: str) -> Job | None:
+            if run.read_status() is None:
+                drive(run, "completed")
+            return read(job_id)
+
+        monkeypatch.setattr(cluster, "read", read_and_end)
+        assert document("status", run.url, *ON_CLUSTER)["status"] == "completed"
+
+    def test_a_driver_that_failed_before_it_took_the_run_says_why_in_the_directory(self, run, cluster):
+        newest = run.submissions.newest()
+        assert newest is not None
+        with pytest.raises(ClusterError), run.submissions.answered(newest.id):
+            raise ClusterError("no GPU there")
+        told = document("status", run.url)
+        assert (told["status"], told["job"]) == ("failed", JOB_ID)
+        assert told["error"] == f"job {JOB_ID} ended before the run began: no GPU there; submit the run again"
+        text = launcher("status", run.url).stdout
+        assert f"launcher logs {run.url} --cluster {URL} " in text
+        cluster.put("failed", exit_code=5)
+        cluster.logs[JOB_ID] = "error: no GPU there\n"
+        told = document("status", run.url, *ON_CLUSTER)
+        assert "ended before the run began, with exit code 5: error: no GPU there; `launcher logs" in told["error"]
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "stop"])
+def test_a_run_that_was_never_submitted_is_no_job(tmp_path, cluster, verb):
+    run = RunDirectory(str(tmp_path / "store/digits"))
+    run.write_job(JOB.format(store=tmp_path / "store"))
+    del cluster
+    assert one_error(launcher(verb, run.url, *ON_CLUSTER), 2) == (
+        f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster"
+    )
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "stop", "list"])
+@pytest.mark.parametrize(
+    ("named", "error"),
+    [
+        (
+            "head:6379",
+            r"cluster\.address: head:6379 takes drivers, and no jobs; write http://head:8265, or where else ",
+        ),
+        (
+            "local",
+            r"cluster\.kind: local is this machine, which takes no jobs; .* give --cluster the Jobs API of a Ray ",
+        ),
+        ("no-such", r"--cluster no-such: is no cluster"),
+    ],
+)
+def test_a_cluster_that_takes_no_jobs_is_a_mistake(run, verb, named, error):
+    assert re.match(error, one_error(launcher(verb, run.url, "--cluster", named), 2))
+
+
+class TestStop:
+    def test_one_that_waits_needs_its_cluster(self, run):
+        assert one_error(launcher("stop", run.url), 5) == (
+            f"{run.url}: has not begun yet; to stop its job, {JOB_ID}, give --cluster the cluster that it was "
+            f"submitted to, {URL}"
+        )
+        assert not run.is_stop_requested()
+
+    @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
+    def test_the_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
+        cluster.put(before)
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job"], told["user"]) == ("stopped", JOB_ID, "ann")
+        assert cluster.asked_to_stop == ([] if before == "stopped" else [JOB_ID])
+        assert document("status", run.url)["status"] == "stopped"
+        assert [each["status"] for each in document("list", Path(run.url).parent)] == ["stopped"]
+        assert not run.is_stop_requested(), "the next driver would stop at once"
+
+    def test_what_begins_it_again_is_not_stopped(self, run, cluster):
+        cluster.put("pending")
+        launcher("stop", run.url, *ON_CLUSTER)
+        drive(run, "running")
+        assert document("status", run.url)["status"] == "running"
+        drive(run, "failed")
+        submit(run, 1, at=time.time() + 1.0)
+        assert document("status", run.url)["status"] == "submitted"
+
+    @pytest.mark.parametrize("ended", ["failed", "succeeded"])
+    def test_one_whose_job_has_failed_is_left_as_it_is(self, run, cluster, ended):
+        cluster.put(ended)
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
+        assert (cluster.asked_to_stop, document("status", run.url)["status"]) == ([], "submitted")
+
+    def test_one_that_is_driven_is_asked_through_its_directory(self, run, cluster, monkeypatch):
+        cluster.put("running")
+        drive(run, "running")
+        written = run.read_status()
+
+        def request_stop(directory: RunDirectory) -> None:
+            assert written is not None
+            directory.store.write(
+                directory.store.names("drivers")[0], json.dumps(written | {"status": "stopped"}).encode()
+            )
+
+        monkeypatch.setattr(RunDirectory, "request_stop", request_stop)
+        monkeypatch.setattr(status, "_STOP_INTERVAL_S", 0.0)
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"], cluster.asked_to_stop) == ("stopped", 7, [])
+
+    @pytest.mark.parametrize("as_what", ["stopped", "completed"])
+    def test_a_driver_that_took_it_meanwhile_has_the_word(self, run, cluster, as_what):
+        def save_and_end() -> JobStatus:
+            drive(run, as_what)
+            return "stopped"
+
+        cluster.put("running")
+        cluster.at_stop = save_and_end
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"]) == (as_what, 7)
+        newest = run.submissions.newest()
+        assert newest is not None
+        assert newest.state == "taken"
+
+    def test_it_is_not_waited_for_without_end(self, run, cluster):
+        cluster.put("pending")
+        cluster.at_stop = lambda: "pending"
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER, "--timeout", "0"), 5)
+        assert error.startswith(f"{URL}: job {JOB_ID} is pending, and has not ended since it was asked to stop; ")
+        assert document("status", run.url)["status"] == "submitted"
+
+    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster):
+        def submit_again() -> JobStatus:
+            submit(run, 1)
+            return "stopped"
+
+        cluster.put("pending")
+        cluster.at_stop = submit_again
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job"]) == ("submitted", f"{JOB_ID[:-1]}1")
+
+    @pytest.mark.parametrize("status", ["failed", "stopped"])
+    def test_what_goes_on_with_the_run_has_the_word(self, run, status):
+        """A person resumes it elsewhere, and the submission that came to nothing counts no more."""
+        newest = run.submissions.newest()
+        assert newest is not None
+        run.submissions.mark_stopped(newest.id)
+        run.claim()
+        run.write_status({"status": status, "step": 9})
+        assert document("status", run.url)["step"] == 9
+
+    def test_a_cluster_that_is_away_says_so(self, run, cluster):
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        assert one_error(launcher("stop", run.url, *ON_CLUSTER), 5) == f"{URL}: nobody answers there"
+
+
+class TestLogs:
+    @pytest.fixture(autouse=True)
+    def _two_logs(self, run, cluster):
+        drive(run, "failed")
+        run.write_log(0, 0, b"worker zero\n")
+        run.write_log(0, 1, b"worker one\n")
+        cluster.put("failed")
+        cluster.logs[JOB_ID] = LOG
+
+    def test_that_of_the_job_comes_last(self, run):
+        ended = launcher("logs", run.url, *ON_CLUSTER)
+        assert (ended.exit_code, ended.stdout) == (0, f"worker zero\nworker one\n{LOG}")
+        assert ended.stderr.splitlines()[-1] == f"--- job {JOB_ID}"
+        assert launcher("logs", run.url).stdout == "worker zero\nworker one\n"
+
+    def test_those_of_one_worker_are_of_no_driver(self, run):
+        assert launcher("logs", run.url, "--worker", 1, *ON_CLUSTER).stdout == "worker one\n"
+
+    @pytest.mark.parametrize("follow", [(), ("-f",)])
+    def test_a_cluster_that_is_gone_takes_none_of_the_workers(self, run, cluster, follow):
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        ended = launcher("logs", run.url, *ON_CLUSTER, *follow)
+        assert (ended.exit_code, ended.stdout) == (5, "worker zero\nworker one\n")
+        assert ended.stderr.splitlines()[-1] == f"error: {URL}: nobody answers there"
+
+
+class TestFollow:
+    def test_a_job_that_fails_before_the_run_begins_ends_it(self, run, cluster, monkeypatch):
+        cluster.put("pending")
+        looks = 0
+
+        def sleep(_: float) -> None:
+            nonlocal looks
+            looks += 1
+            cluster.error = ClusterError(f"{URL}: nobody answers there") if looks == 2 else None
+            if looks == 1:
+                cluster.put("running")
+                cluster.logs[JOB_ID] = "loading\n"
+            if looks == 4:
+                cluster.put("failed", exit_code=4)
+                cluster.logs[JOB_ID] = LOG
+            assert looks < 10
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
+        assert (ended.exit_code, ended.stdout, looks) == (0, LOG, 4)
+        assert ended.stderr.splitlines() == [f"--- job {JOB_ID}"] * 2
+
+    def test_the_last_words_of_the_job_come_after_the_end_of_the_run(self, run, cluster, monkeypatch):
+        cluster.put("running")
+        drive(run, "failed")
+
+        def sleep(_: float) -> None:
+            assert not cluster.logs, "it has ended"
+            cluster.put("failed", exit_code=1)
+            cluster.logs[JOB_ID] = LOG
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert launcher("logs", run.url, "-f", *ON_CLUSTER).stdout == LOG
+
+
+class TestList:
+    def test_the_cluster_tells_of_what_has_not_begun(self, run, cluster, tmp_path):
+        other = RunDirectory(str(tmp_path / "store/other"))
+        submit(other)
+        other.write_job("x")
+        drive(other, "running")
+        cluster.put("failed", message="no such node", run=run.url)
+        cluster.put("running", "other-0", run=other.url)
+        told = {each["run"]: each for each in document("list", tmp_path / "store", *ON_CLUSTER)}
+        assert (told[run.url]["status"], told[run.url]["error"]) == ("failed", "no such node")
+        assert told[other.url]["status"] == "running"
+        assert [each["status"] for each in document("list", tmp_path / "store")] == ["submitted", "running"]
+
+    def test_jobs_that_wait_for_runs_of_other_stores(self, run, cluster, tmp_path):
+        cluster.put("pending", message="no room", run=run.url, user="ann", host="laptop")
+        cluster.put("running", "busy-0", run="s3://bucket/busy")
+        cluster.put("pending", "notebook")  # of somebody who has no launcher
+        (tmp_path / "empty").mkdir()
+        (waiting,) = document("list", tmp_path / "empty", *ON_CLUSTER)
+        assert {name: waiting[name] for name in ("run", "status", "job", "job_status", "user", "host", "cluster")} == {
+            "run": run.url, "status": "submitted", "job": JOB_ID, "job_status": "pending", "user": "ann",
+            "host": "laptop", "cluster": URL,
+        }  # fmt: skip
+        header, line = launcher("list", tmp_path / "empty", *ON_CLUSTER).stdout.splitlines()
+        assert header.endswith("  job")
+        assert re.match(rf"digits +submitted +0 .*  {JOB_ID} on {URL}: pending: no room$", line)
+        (own,) = document("list", tmp_path / "store", *ON_CLUSTER)
+        assert (own["run"], own["job_status"]) == (run.url, "pending")
+
+    def test_a_cluster_that_is_away_is_a_warning(self, run, cluster, tmp_path):
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        ended = launcher("list", tmp_path / "store", *ON_CLUSTER, "--json")
+        assert (ended.exit_code, ended.stderr) == (0, f"warning: {URL}: nobody answers there\n")
+        assert [each["run"] for each in json.loads(ended.stdout)] == [run.url]
