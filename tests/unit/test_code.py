@@ -127,7 +127,7 @@ def test_runs_are_left_out(folder):
     run.claim()
     run.write_environment({})
     run.write_job("name: digits\n")
-    write(folder, "submitted/submission.json", "submitted/job.yaml")
+    write(folder, "submitted/submissions/0-ab.json", "submitted/job.yaml")
     assert pack(folder).names == ("experiments/a/job.yaml", "experiments/a/model.py", "job.yaml")
 
 

@@ -321,7 +321,7 @@ def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
         hand_over(job, folder, FakeScheduler(a_cluster(a_node(CPU=64.0, GPU=4.0))))
 
 
-def test_what_is_written(job, folder, tmp_path):
+def test_what_is_written(job, folder):
     (folder / "mine.py").write_text("x = 1\n")
     scheduler = FakeScheduler()
     result = hand_over(job, folder, scheduler)
