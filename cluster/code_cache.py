@@ -1,16 +1,19 @@
 """The code of runs as it lies unpacked on a host, for all processes of a user there."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
-from cluster.bundle import check_digest, unpack
+from cluster.bundle import check_digest, is_intact, unpack
 from cluster.errors import StorageError
 from cluster.run_directory import RunDirectory
 
 
 def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> Path:
-    """The folder of a run's code on this host, fetched from the run directory and unpacked if it is not there yet.
+    """The folder of a run's code on this host, fetched from the run directory unless it is there and intact.
+
+    All processes of this user share it, so it must be nobody's working directory: see ``copy_code``.
 
     Args:
         run: Whose code it is.
@@ -22,9 +25,36 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
     """
     check_digest(sha256)
     below = _private_folder()
-    if not check_store and (below / sha256).is_dir():
+    if not check_store and is_intact(below / sha256, sha256):
         return below / sha256
     return unpack(run.read_code(sha256), sha256, below)
+
+
+def copy_code(folder: Path, to: Path) -> None:
+    """Copies unpacked code, or a folder of it, to where one process may write: its working directory.
+
+    Relative paths then find the files that the code came with, and what is written to them reaches no other process.
+
+    Args:
+        folder: What ``fetch_code`` returns, or a folder below it.
+        to: A folder of the process's own; it need not exist.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        for parent, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            here = to / os.path.relpath(parent, folder)
+            here.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copyfile(os.path.join(parent, name), here / name)
+                if os.access(os.path.join(parent, name), os.X_OK):
+                    (here / name).chmod(0o755)
+    except OSError as error:
+        raise StorageError(
+            f"code cannot be copied to {to}: {error.strerror}; make room or give access there"
+        ) from error
 
 
 def _private_folder() -> Path:

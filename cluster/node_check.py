@@ -17,7 +17,8 @@ from cluster.deadline import OverrunError, result_within, start
 from cluster.errors import StorageError, one_line
 from cluster.scheduler import ClusterReport, Needs
 from cluster.storage import Store
-from cluster.versions import versions
+from cluster.store_check import answer
+from cluster.versions import submission_versions
 
 T = TypeVar("T")
 
@@ -29,24 +30,24 @@ _STORE_TIMEOUT_S = 30.0
 """Time limit for the store check of a node; shorter than the time in which a node must answer."""
 
 
-def inspect_node(needs: Needs) -> dict[str, Any]:
-    """What this host has of what is needed: the fields of ``NodeReport`` except ``id`` and ``address``."""
+def inspect_node(needs: Needs, node_id: str) -> dict[str, Any]:
+    """What the host of a node has of what is needed: the fields of ``NodeReport`` except ``id`` and ``address``."""
     return {
-        "versions": versions(),
+        "versions": submission_versions(),
         # A variable that is set to the empty string is of no use either.
         "missing": [name for name in needs.variables if not os.environ.get(name)],
-        "store_error": store_error(needs.store),
+        "store_error": store_error(needs, node_id),
     }
 
 
-def store_error(url: str) -> str:
-    """Why this process cannot write, read and delete an object at a URL, in one line; empty if it can."""
+def store_error(needs: Needs, node_id: str) -> str:
+    """Why this process cannot read, write and delete in the submitter's store, in one line; empty if it can."""
     try:
-        result_within(_STORE_TIMEOUT_S, start(lambda: Store(url).probe()))
+        result_within(_STORE_TIMEOUT_S, start(lambda: answer(Store(needs.store), needs.check, node_id)))
     except StorageError as error:
         return one_line(error)
     except OverrunError as error:
-        return f"{url}: {error}; check the URL, and whether this host may reach it"
+        return f"{needs.store}: {error}; check the URL, and whether this host may reach it"
     return ""
 
 

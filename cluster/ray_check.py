@@ -29,7 +29,7 @@ class NodeCheck:
     nothing of this module, and returns JSON.
     """
 
-    def inspect(self, needs: str) -> str:
+    def inspect(self, needs: str, node_id: str) -> str:
         """The fields of ``NodeReport`` except ``id`` and ``address``, as JSON."""
         import json
         import platform
@@ -39,7 +39,7 @@ class NodeCheck:
         try:
             from cluster import node_check
 
-            found = node_check.inspect_node(node_check.needs_from_text(needs))
+            found = node_check.inspect_node(node_check.needs_from_text(needs), node_id)
         except Exception as error:  # the border of the process: whatever is wrong with the launcher there is the answer
             why = f"launcher cannot be used there: {' '.join(str(error).split())}; install it on every node"
             python = ".".join(platform.python_version_tuple()[:2])
@@ -64,7 +64,7 @@ def inspect_cluster(address: str, needs: Needs) -> ClusterReport:
         text = node_check.needs_to_text(needs)
         # An actor lives only as long as something refers to it.
         actors = [ray_cluster.actor_on(node.id, NodeCheck).remote() for node in capacity.nodes]
-        asked = {actor.inspect.remote(text): node for actor, node in zip(actors, capacity.nodes)}
+        asked = {actor.inspect.remote(text, node.id): node for actor, node in zip(actors, capacity.nodes)}
         answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)[0])
         reports, silent = [], []
         for reference, node in asked.items():
@@ -79,13 +79,22 @@ def inspect_cluster(address: str, needs: Needs) -> ClusterReport:
     return ClusterReport(capacity=capacity, nodes=reports, silent=silent)
 
 
+def _parsed(needs: str) -> Needs:
+    try:
+        return node_check.needs_from_text(needs)
+    except ValueError as error:  # of another version of the launcher
+        raise ClusterError(
+            f"{node_check.NEEDS_VARIABLE}: {error}; install the same version of launcher here and on the cluster"
+        ) from error
+
+
 def main() -> int:
     """Prints the report, or why there is none; returns the exit code."""
     try:
         address, needs = os.environ.get("RAY_ADDRESS"), os.environ.get(node_check.NEEDS_VARIABLE)
         if address is None or needs is None:
             raise ClusterError(f"RAY_ADDRESS or {node_check.NEEDS_VARIABLE} is not set; begin this as a job of Ray")
-        line = node_check.report_to_line(inspect_cluster(address, node_check.needs_from_text(needs)))
+        line = node_check.report_to_line(inspect_cluster(address, _parsed(needs)))
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -54,6 +54,17 @@ class _Bearer(requests.auth.AuthBase):
         return request
 
 
+class _Session(requests.Session):
+    """Takes a redirect for an answer.
+
+    Following one would turn a POST into a GET, and send the request where the person did not mean it. requests parses
+    the place of a redirect even if it is told not to follow it, and raises for what it cannot parse.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  # as requests calls it
+        return None
+
+
 class RayJobs(Scheduler):
     """The Jobs API at one address. Jobs run on the cluster's head."""
 
@@ -230,15 +241,14 @@ class RayJobs(Scheduler):
         token = find_token()
         secrets = {"token": token or ""}
         try:
-            answer = requests.request(
-                method,
-                self._url + path,
-                json=content,
-                auth=_Bearer(token),
-                # Following one would turn a POST into a GET, and may send the request where the person did not mean.
-                allow_redirects=False,
-                timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
-            )
+            with _Session() as session:
+                answer = session.request(
+                    method,
+                    self._url + path,
+                    json=content,
+                    auth=_Bearer(token),
+                    timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
+                )
         except requests.RequestException as error:
             raise ClusterError(
                 f"{self._url}: nobody answers there: {redacted(_root_cause(error), secrets)}; is the cluster up, "

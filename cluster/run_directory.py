@@ -128,9 +128,14 @@ class RunDirectory:
         return read_document(self.store, _ENVIRONMENT) or {}
 
     def write_code(self, sha256: str, bundle: bytes) -> None:
-        """Writes the user's code, unless it is there: a bundle is named by its digest, and never changes."""
-        if not self.store.exists(_code_object(sha256)):
-            self.store.write(_code_object(sha256), bundle)
+        """Writes the user's code, unless it is there whole: a store without renames may hold a torn object.
+
+        A bundle is named by its digest, so the bytes under a name never change.
+        """
+        with contextlib.suppress(MissingObject):
+            if hashlib.sha256(self.store.read(_code_object(sha256))).hexdigest() == sha256:
+                return
+        self.store.write(_code_object(sha256), bundle)
 
     def read_code(self, sha256: str) -> bytes:
         """The zip file of the user's code with this digest.

@@ -44,10 +44,13 @@ class Needs:
     Attributes:
         store: The URL of the store, which each node must be able to write to and read from.
         variables: The names of environment variables that must be set.
+        check: The folder in the store in which the node proves that it uses this very store, see
+            ``cluster/store_check.py``.
     """
 
     store: str
     variables: tuple[str, ...]
+    check: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,6 +66,11 @@ class RayClusterSpec:
     venv: str | None = None
     """The environment on the cluster's head whose bin/ holds ``launcher``, such as /opt/venv, and which Ray was started
     from; ``launcher submit`` runs it there. Null: it is on the PATH that Ray was started with."""
+    stop_grace_s: int = 300
+    """Seconds that a job of ``launcher submit`` has between SIGTERM and SIGKILL when it is stopped on the cluster, to
+    finish its step and to save. Ray itself gives 3 s, which is too short for a checkpoint; 300 s are enough to write
+    30 GB at 100 MB/s. Raise it for larger checkpoints or slower stores; a save that is cut off costs the steps
+    since the newest checkpoint."""
     worker: WorkerSpec = field(default_factory=WorkerSpec)
 
     def __post_init__(self) -> None:
@@ -83,6 +88,8 @@ class RayClusterSpec:
                 )
         if self.venv is not None and not _FOLDER.fullmatch(self.venv):
             raise FieldError("venv", f"must be the absolute path of a folder on the head, got {self.venv!r}")
+        if self.stop_grace_s < 1:
+            raise FieldError("stop_grace_s", f"must be at least 1 second, got {self.stop_grace_s}")
 
     @property
     def takes_jobs(self) -> bool:

@@ -288,19 +288,35 @@ class Store:
         if self._with_rename:
             self.delete([name for name in self._walk("") if _TEMPORARY.fullmatch(name)])
 
+    @contextlib.contextmanager
+    def without_traces(self) -> Iterator[None]:
+        """Removes, at the end, the folders down to this one that did not exist before, unless something lies there.
+
+        For objects that are written and deleted again: on a store with folders, the first of them makes its folders.
+        """
+        missing = self._call("look for the folder", _missing_folders) if self._with_folders else []
+        try:
+            yield
+        finally:
+            # An empty folder does no harm, and what happened inside matters more.
+            with contextlib.suppress(StorageError):
+                if missing:
+                    self._call("remove the empty folders", lambda fs, _: _remove_folders(fs, missing))
+
     def probe(self) -> None:
-        """Writes, reads and deletes one small object.
+        """Writes, reads and deletes one small object; leaves nothing behind.
 
         Raises:
             StorageError: Which of the three failed, why, and what to do.
         """
         name = f"probe-{uuid.uuid4().hex}"
-        self.write(name, name.encode())
-        try:
-            if self.read(name) != name.encode():
-                raise StorageError(f"{self.url}: gives back other bytes than were written; use another store")
-        finally:
-            self.delete([name])
+        with self.without_traces():
+            self.write(name, name.encode())
+            try:
+                if self.read(name) != name.encode():
+                    raise StorageError(f"{self.url}: gives back other bytes than were written; use another store")
+            finally:
+                self.delete([name])
 
     def _flat(self, folder: str) -> list[str]:
         def find(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
@@ -531,6 +547,19 @@ def _write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> 
         raise
 
 
+def _missing_folders(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """A folder and those around it, as far as they do not exist; the innermost first."""
+    missing = []
+    while path.strip("/"):
+        try:
+            fs.info(path)
+            break
+        except _ABSENT:
+            missing.append(path)
+            path = path.rstrip("/").rpartition("/")[0]
+    return missing
+
+
 def _remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:
     """Removes a folder in which there is nothing, or only what killed writers have left."""
     with contextlib.suppress(FileNotFoundError):
@@ -546,6 +575,11 @@ def _remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:
                     fs.rm_file(file)
                 with contextlib.suppress(OSError):  # something else is there by now
                     fs.rmdir(path)
+
+
+def _remove_folders(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
+    for path in paths:
+        _remove_if_empty(fs, path)
 
 
 def _base(entry: dict) -> str:

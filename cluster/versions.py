@@ -15,6 +15,8 @@ from cluster.errors import ClusterError
 
 _OLDEST_RAY, _NEWEST_RAY = (2, 60), (2, 60)
 """Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray_private``."""
+_TRAINING = ("jobs", "cluster")
+_ALL = (*_TRAINING, "launcher")
 
 
 def check_ray_version() -> None:
@@ -62,14 +64,23 @@ def torch_version() -> str:
     return str(module.__version__)
 
 
-@functools.cache
 def launcher_digest() -> str:
-    """The digest of the source of the packages that train, whatever of them is imported by now.
+    """The digest of the source of the packages that train, whatever of them is imported by now: it decides on bits.
 
     A module of the user's that lies among them, in a checkout, counts here.
     """
+    return _source_digest(_TRAINING)
+
+
+def submission_versions() -> dict[str, str]:
+    """As ``versions``, with the source of all packages in the digest: a cluster must understand what submits to it."""
+    return {**versions(), "launcher": _source_digest(_ALL)}
+
+
+@functools.cache
+def _source_digest(packages: tuple[str, ...]) -> str:
     root = Path(__file__).parents[1]
-    files = [file for package in ("jobs", "cluster") for file in root.glob(f"{package}/**/*.py") if file.is_file()]
+    files = [file for package in packages for file in root.glob(f"{package}/**/*.py") if file.is_file()]
     lines = sorted(f"{file_digest(file)} {file.relative_to(root).as_posix()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

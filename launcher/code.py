@@ -1,9 +1,9 @@
 """The user's code as a run takes it along: which files of a folder belong to it, and their reading.
 
 Taken are the regular files of the folder of a job file, or of the package that it lies in, and the user's modules that
-were imported from elsewhere, except for what git ignores and what no job needs: caches,
-environments, runs. What looks like a secret is refused by its name and never opened. The format of the bundle is the
-business of ``cluster.bundle``, which also unpacks it.
+were imported from elsewhere, except for what git ignores and what no job needs: caches, environments, runs. What looks
+like a secret is refused by its name and never opened, and what holds a token for a cluster is refused too. The format
+of the bundle is the business of ``cluster.bundle``, which also unpacks it.
 """
 
 import errno
@@ -12,12 +12,14 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cluster.bundle import MAX_BYTES, MAX_FILES, Bundle, CodeFile, make_bundle
 from cluster.errors import DescriptionError, listed
+from cluster.ray_token import known_tokens, token_files
 from cluster.run_directory import is_run
 from jobs.environment import OWN_PACKAGES
 from launcher.gitignore import GitIgnore
@@ -42,16 +44,38 @@ _CACHE_MARKER = ("CACHEDIR.TAG", b"Signature: 8a477f597d28d172789f06886806bc55")
 """Source: https://bford.info/cachedir/"""
 
 _SECRETS = (
-    ".env", ".env.*", ".envrc", "secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml",
-    "*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "*.jks", "*.keystore", "*.kdbx",
-    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
-    "credentials", "credentials.json", "application_default_credentials.json", "client_secret*.json",
-    "*service-account*.json", "*service_account*.json", "kaggle.json", "kubeconfig", "*.kubeconfig",
-    ".netrc", "_netrc", ".pypirc", ".npmrc", ".git-credentials", ".htpasswd", ".pgpass", ".my.cnf", ".dockercfg",
-    ".dockerconfigjson", ".boto", ".s3cfg", ".databrickscfg", ".vault-token",
+    ".env", ".env.*", ".envrc", "secrets.ini", "secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml",
+    "credentials", ".credentials", "credentials.csv", "credentials.db", "credentials.ini", "credentials.json",
+    "credentials.toml", "credentials.xml", "credentials.y*ml", "credentials.tfrc.json", "access_tokens.db",
+    "application_default_credentials.json", "adc.json", "client_secret*.json", "*service-account*.json",
+    "*service_account*.json", "accesskeys.csv", "rootkey.csv", "kaggle.json", "heroku.json",
+    "auth_token", "*.token", "hf_token", ".hf_token", ".vault-token", "secret_token.rb",
+    "*.pem", "*.key", "*.keypair", "*.p8", "*.p12", "*.pfx", "*.pkcs12", "*.ppk", "*.jks", "*.keystore", "*.keyring",
+    "*.keychain", "*.keychain-db", "*.agilekeychain", "*.kwallet", "*.kdb", "*.kdbx", "*.psafe3", "*.ovpn",
+    "*_rsa", "*_dsa", "*_ecdsa", "*_ed25519", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "otr.private_key",
+    "*.tfstate", "*.tfstate.*", "*.tfvars", "*.tfvars.json", ".terraformrc", "terraform.rc", "*.cscfg",
+    "*.publishsettings", "kubeconfig", "*.kubeconfig", "rclone.conf", ".modal.toml", ".tugboat",
+    ".netrc", "_netrc", ".pypirc", ".npmrc", ".git-credentials", ".htpasswd", "htpasswd", ".pgpass", ".my.cnf",
+    ".mylogin.cnf", ".dockercfg", ".dockerconfigjson", ".boto", ".s3cfg", ".databrickscfg", ".smbcredentials",
+    "proftpdpasswd", ".*_history", ".ftpconfig", ".remote-sync.json", "sftp-config.json", "filezilla.xml",
+    "recentservers.xml", "robomongo.json",
 )  # fmt: skip
-_NO_SECRETS = (".env*.example", ".env*.template", ".env*.sample", "id_*.pub")
-_SECRET_FOLDERS = frozenset({".aws", ".azure", ".gcloud", ".gnupg", ".kube", ".ssh"})
+"""Names of files. Source: the files that gitrob and gitleaks look for, as far as their names leave no doubt."""
+_NO_SECRETS = (".env*.example", ".env*.template", ".env*.sample", "id_*.pub", "*example.tfvars")
+_SECRET_FOLDERS = frozenset(
+    {
+        ".aliyun", ".aws", ".azure", ".databricks", ".gcloud", ".gnupg", ".huggingface", ".kaggle", ".kube", ".oci",
+        ".password-store", ".ray", ".ssh",
+    }
+)  # fmt: skip
+_SECRETS_IN_FOLDERS = (
+    ".docker/config.json", ".config/doctl", ".config/gcloud", ".config/gh", ".config/glab-cli", ".config/hub",
+    ".config/op", ".config/rclone", ".config/sops", ".cargo/credentials*", ".gem/credentials", ".m2/settings*.xml",
+    ".vscode/sftp.json", ".purple/accounts.xml", "etc/shadow",
+)  # fmt: skip
+"""Files and folders that are known by the folder that they lie in."""
+_SHORTEST_TOKEN = 8
+"""Characters of a token that is looked for in files: a shorter one may be a word of any text."""
 
 
 def pack(folder: Path) -> Bundle:
@@ -150,6 +174,13 @@ def _pack(folder: Path, sources: Mapping[str, Path]) -> Bundle:
 
 def _check_whole(folder: Path, files: Mapping[str, CodeFile]) -> None:
     """What holds for each source holds for all of them together."""
+    tokens = [token.encode() for token in known_tokens() if len(token) >= _SHORTEST_TOKEN]
+    leaks = [name for name, file in files.items() if any(token in file.data for token in tokens)]
+    if leaks:
+        raise DescriptionError(
+            f"{folder}: files that hold a token of yours for a cluster would be uploaded: {_listed(sorted(leaks))}; "
+            "take it out of them, or add them to .gitignore"
+        )
     size = sum(len(file.data) for file in files.values())
     if size > MAX_BYTES or len(files) > MAX_FILES:
         raise DescriptionError(
@@ -212,6 +243,8 @@ class _Listing:
     secrets: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     """Symbolic links that are refused, and why."""
+    _token_files: list[os.stat_result] = field(default_factory=lambda: _existing(token_files()))
+    """Of this person's tokens for clusters, by whatever name, link or hard link they are found."""
 
     def visit(self, folder: Path, ignore: GitIgnore, around: tuple[str, ...]) -> None:
         """Lists a folder.
@@ -228,7 +261,7 @@ class _Listing:
             is_folder = entry.is_dir(follow_symlinks=False)
             if _is_left_out(entry.name, is_folder or is_link) or ignore.ignores(path, is_folder=is_folder):
                 continue
-            if _is_secret(entry.name, is_folder):
+            if _is_secret(path, is_folder):
                 self.secrets.append(name)
                 continue
             real = os.path.join(around[-1], entry.name)
@@ -276,6 +309,9 @@ class _Listing:
             raise _unreadable(path, error) from error
         if not stat.S_ISREG(status.st_mode):  # a socket, a pipe, a device
             return
+        if any(os.path.samestat(status, token) for token in self._token_files):
+            self.secrets.append(name)
+            return
         if not _is_utf8(name):
             raise DescriptionError(
                 f"{self.top}: the name {_shown(name)} is not UTF-8; rename the file, or add it to .gitignore"
@@ -309,10 +345,18 @@ class _Listing:
             return True
         if _is_left_out(inside.name, real.is_dir()):
             return True
-        if _is_secret(inside.name, real.is_dir()) or any(_is_secret(parent.name, True) for parent in folders):
+        if _is_secret(real, real.is_dir()) or any(_is_secret(parent, True) for parent in folders):
             self.secrets.append(name)
             return True
         return False
+
+
+def _existing(paths: Sequence[Path]) -> list[os.stat_result]:
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            found.append(path.stat())
+    return found
 
 
 def _entries(folder: Path) -> list["os.DirEntry[str]"]:
@@ -346,8 +390,10 @@ def _is_cache(folder: Path, names: set[str]) -> bool:
         return False
 
 
-def _is_secret(name: str, is_folder: bool) -> bool:
-    name = name.lower()
+def _is_secret(path: Path, is_folder: bool) -> bool:
+    name = path.name.lower()
+    if _matches(f"{path.parent.name.lower()}/{name}", _SECRETS_IN_FOLDERS):
+        return True
     if is_folder:
         return name in _SECRET_FOLDERS
     return _matches(name, _SECRETS) and not _matches(name, _NO_SECRETS)

@@ -3,14 +3,16 @@
 import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from cluster.capacity import Capacity
+from cluster.capacity import Capacity, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, listed
 from cluster.scheduler import ClusterReport
 from cluster.storage import Store
-from cluster.versions import versions
+from cluster.versions import submission_versions
+from jobs.spec import JobSpec
 from launcher.description import Description
+from launcher.machine import decide_workers
 from launcher.plan import Plan, Tried, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
@@ -21,17 +23,20 @@ _DIGITS = 12
 
 def own_versions() -> dict[str, str]:
     """Those of this process, by the names of ``NodeReport``; of Ray only if it is there, for a laptop needs none."""
-    found = versions()
+    found = submission_versions()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["ray"] = importlib.metadata.version("ray")
     return found
 
 
-def check_nodes(report: ClusterReport, where: str, own: Mapping[str, str], warn: Callable[[str], None]) -> None:
+def check_nodes(
+    report: ClusterReport, spec: JobSpec, where: str, own: Mapping[str, str], warn: Callable[[str], None]
+) -> None:
     """Makes sure that the nodes have what a run needs.
 
     Args:
         report: What the nodes reported.
+        spec: The job, which tells the nodes that could hold a worker from the others.
         where: What to call the cluster.
         own: The versions of this process.
         warn: Told of nodes of which nothing is known.
@@ -41,7 +46,8 @@ def check_nodes(report: ClusterReport, where: str, own: Mapping[str, str], warn:
     """
     if report.silent and not report.nodes:
         raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")
-    unlike = [text for name in _VERSIONS if (text := _unlike(report, name, own.get(name)))]
+    hosts = _ids_of_hosts(spec, report.capacity)
+    unlike = [text for name in _VERSIONS if (text := _unlike(report, hosts, name, own.get(name)))]
     if unlike:
         raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
     lacking = [f"{node.address} lacks {listed(node.missing)}" for node in report.nodes if node.missing]
@@ -57,15 +63,36 @@ def check_nodes(report: ClusterReport, where: str, own: Mapping[str, str], warn:
         warn(f"{where}: no answer from {listed(report.silent)}; workers may be placed there all the same")
 
 
-def _unlike(report: ClusterReport, name: str, own: str | None) -> str:
+def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
+    """The nodes that could hold a worker; all of them if no plan fits, which is told elsewhere."""
+    try:
+        gpus = decide_workers(spec, capacity, gpus_here=0).gpus
+    except DescriptionError:
+        return {node.id for node in capacity.nodes}
+    worker = WorkerResources(cpus=spec.workers.cpus, gpus=gpus, accelerator=spec.workers.accelerator)
+    return {node.id for node in capacity.nodes if node.most(worker)}
+
+
+def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str | None) -> str:
     """In which versions of something the nodes differ among each other or from this machine; empty: in none.
 
-    torch is built for a kind of device, ``2.13.0+cpu``: nodes must have the same build, and a laptop may have another.
+    torch is built for a kind of device, ``2.13.0+cpu``. Nodes that could hold a worker must have the same build; a
+    laptop, or a head that only drives, may have another one of the same version.
+
+    Args:
+        report: What the nodes reported.
+        hosts: The ids of the nodes that could hold a worker.
+        name: What the versions are of.
+        own: The version on this machine; None: it has none, and needs none.
     """
     places: dict[str, list[str]] = {}
+    builds = set()
     for node in report.nodes:
-        places.setdefault(node.versions.get(name, "none"), []).append(node.address)
-    differ = len(places) > 1
+        version = node.versions.get(name, "none")
+        places.setdefault(version, []).append(node.address)
+        if node.id in hosts or name != "torch":
+            builds.add(version)
+    differ = len(builds) > 1 or len({_public(version) for version in places}) > 1
     if own is not None and places and (differ or _public(own) != _public(next(iter(places)))):
         differ = True
         places.setdefault(own, []).append("this machine")

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 from cluster.bundle import Bundle
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import ENDED, Needs, Scheduler
+from cluster.scheduler import ENDED, Scheduler
 from cluster.storage import Store
+from cluster.store_check import inspect_cluster
 from cluster.submissions import Submission, SubmissionReport
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
@@ -33,8 +34,6 @@ from launcher.runs import check_unchanged, compare, git_state, left_to_plan, one
 from launcher.status import is_driven, read_status
 from launcher.user_code import make_import_paths
 
-_SAVE_S = 300
-"""How long a job that is stopped may take to save."""
 _ASK_AGAIN_S = 2.0
 _DIGITS = 12
 """Of a digest, in the name of a job."""
@@ -53,6 +52,10 @@ class Place(Protocol):
     @property
     def env(self) -> tuple[str, ...]:
         """The names of the variables that its nodes must have."""
+
+    @property
+    def stop_grace_s(self) -> int:
+        """Seconds between SIGTERM and SIGKILL when a job is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +143,7 @@ def submit(
     )
     submission_id = _write(run, submission, bundle)
     display.phase(f"beginning {submission.job}")
-    if _begin(run, scheduler, submission, submission_id):
+    if _begin(run, scheduler, submission, submission_id, place.stop_grace_s):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
         run.submissions.withdraw(submission_id)
@@ -243,8 +246,8 @@ def _fit_there(
     """The plan on the cluster, whose nodes are fit for it."""
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
-    report = scheduler.inspect(Needs(store=store.url, variables=variables))
-    check_nodes(report, place.address, own_versions(), display.warn)
+    report = inspect_cluster(scheduler, store, variables)
+    check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)
@@ -260,26 +263,30 @@ def _write(run: RunDirectory, submission: Submission, bundle: Bundle) -> str:
     return submission_id
 
 
-def _begin(run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str) -> bool:
+def _begin(
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+) -> bool:
     """Begins the job; returns whether it is for this submission, and not for one of somebody else.
 
     Raises:
         ClusterError: It may not have begun.
     """
     try:
-        return _is_begun(run, scheduler, submission, submission_id)
+        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        return _is_begun(run, scheduler, submission, submission_id)
+        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
     except ClusterError as error:
         raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
 
 
-def _is_begun(run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str) -> bool:
+def _is_begun(
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+) -> bool:
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
     command = make_command(run.url, submission_id)
-    if scheduler.begin(submission.job, command, {}, stop_grace_s=_SAVE_S, metadata=metadata):
+    if scheduler.begin(submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata):
         return True
     job = scheduler.read(submission.job)
     return job is not None and job.metadata.get("submission") == submission_id

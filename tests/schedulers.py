@@ -21,6 +21,8 @@ from cluster import claims
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
+from cluster.storage import Store
+from cluster.store_check import answer
 from launcher.nodes import own_versions
 
 FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
@@ -50,6 +52,14 @@ def a_cluster(
     return ClusterReport(capacity=Capacity(nodes=nodes, limits=None), nodes=reports, silent=silent)
 
 
+def answered(report: ClusterReport, needs: Needs) -> ClusterReport:
+    """What nodes report, which have done their part of the check of the store unless they report an error of it."""
+    for node in report.nodes:
+        if not node.store_error:
+            answer(Store(needs.store), needs.check, node.id)
+    return report
+
+
 class LocalScheduler(Scheduler):
     """Jobs are processes, and what is known of them lies in a folder, so that several submitters see the same."""
 
@@ -63,8 +73,8 @@ class LocalScheduler(Scheduler):
             program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m tests.launcher_without_ray "$@"\n')
             program.chmod(0o755)
 
-    def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # this machine has all that it can have
-        return a_cluster()
+    def inspect(self, needs: Needs) -> ClusterReport:
+        return answered(a_cluster(), needs)
 
     def begin(
         self,

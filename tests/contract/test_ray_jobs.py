@@ -164,7 +164,7 @@ def test_a_command_finds_what_is_in_the_venv_first(head: Head) -> None:
     assert shell.stdout == "/opt/$(x) env/bin:/usr/bin:/bin\n"
 
 
-NEEDS = Needs(store="s3://b/$x", variables=("KEY",))
+NEEDS = Needs(store="s3://b/$x", variables=("KEY",), check="check")
 CLUSTER = ClusterReport(
     capacity=Capacity(
         nodes=(Node(id="a1", address="10.0.0.1", resources={"CPU": 8.0}, free={}, drains_at=None, is_here=True),),
@@ -345,10 +345,7 @@ def test_credentials_of_a_proxy_do_not_replace_the_token(head: Head, monkeypatch
             "https://gateway:443 as the address if it is the cluster's own",
         ),
         ("https://[::1]:9/api/version", "redirects to https://[::1]:9, which is not followed, "),
-        (
-            "/login?next=secret",
-            "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray's dashboard",
-        ),
+        ("/login?next=secret", "redirects to HEAD/login, and not as the Jobs API does; give the address of Ray"),
         ("/api/version", "redirects to HEAD/api/version, and not as the Jobs API does; "),
         ("ftp://secret/", "redirects to another place, and not as the Jobs API does; "),
         ("http://[secret", "redirects to another place, and not as the Jobs API does; "),

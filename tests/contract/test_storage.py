@@ -176,6 +176,12 @@ class StoreContract:
         assert Store(store.url).read("a") == b"1"
         assert Store(f"{url}/").url == store.url
 
+    def test_a_probe_leaves_no_folder(self, store):
+        store.write("x", b"")
+        store.at("a", "b").probe()
+        assert store.folders() == []
+        assert store.names() == ["x"]
+
     def test_a_probe_leaves_nothing(self, store):
         store.probe()
         assert store.names() == []

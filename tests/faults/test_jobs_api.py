@@ -15,7 +15,7 @@ import pytest
 
 from cluster.node_check import report_from_log
 from cluster.scheduler import ClusterReport
-from cluster.versions import versions
+from cluster.versions import submission_versions
 from tests.faults.hosts import Host, hosts, why_there_can_be_none
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ TIMEOUT_S = 600
 BEGIN = """\
 import sys, time
 from cluster.errors import ClusterError
-from cluster.scheduler import ENDED, Needs
+from cluster.scheduler import ENDED
 from launcher.clusters import load_cluster, open_scheduler
 
 scheduler = open_scheduler(load_cluster(sys.argv[1], [f"cluster.venv={sys.argv[2]}"])[0])
@@ -42,9 +42,15 @@ else:
     raise SystemExit("the head does not serve its Jobs API")
 """
 INSPECT = """
+from cluster.errors import LauncherError
 from cluster.node_check import report_to_line
+from cluster.storage import Store
+from cluster.store_check import inspect_cluster
 
-print(report_to_line(scheduler.inspect(Needs(store=sys.argv[3], variables=("ON_EACH", "ON_HEAD")))))
+try:
+    print(report_to_line(inspect_cluster(scheduler, Store(sys.argv[3]), ("ON_EACH", "ON_HEAD"))))
+except LauncherError as error:
+    raise SystemExit(str(error))
 """
 LIVE = """
 import json
@@ -107,13 +113,15 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     assert {node.address: node.missing for node in report.nodes} == {head.address: (), second.address: ("ON_HEAD",)}
     assert {node.id for node in report.nodes} == {node.id for node in report.capacity.nodes}
     for node in report.nodes:
-        assert dict(node.versions) == {**versions(), "ray": ray.__version__}
+        assert dict(node.versions) == {**submission_versions(), "ray": ray.__version__}
         assert node.store_error == ""
     assert report.silent == ()
     assert [node.free["CPU"] for node in report.capacity.nodes] == [1.0, 1.0]
+    assert not (tmp_path / "runs").exists(), "nothing of the check is left"
     (tmp_path / "file").write_text("")
-    for node in inspect(tmp_path / "file/runs").nodes:
-        assert node.store_error.startswith(f"{tmp_path}/file/runs: cannot write ")
+    refused = ask(INSPECT, tmp_path / "file/runs")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{tmp_path}/file/runs: cannot write ")
 
     lived = ask(LIVE)
     assert lived.returncode == 0, lived.stderr

@@ -131,6 +131,14 @@ def test_text_that_looks_like_a_number_stays_text(write):
             "kind: ray\naddress: http://h:8265\nvenv: venv",
             "own.yaml: venv must be the absolute path of a folder on the head, got 'venv'",
         ),
+        (
+            "kind: ray\naddress: http://h:8265\nstop_grace_s: 0",
+            "own.yaml: stop_grace_s must be at least 1 second, got 0",
+        ),
+        (
+            "kind: ray\naddress: http://h:8265\nstop_grace_s: 2.5",
+            "own.yaml: stop_grace_s must be a whole number, got 2.5; write a whole number",
+        ),
         ("kind: local\naddress: head:1", "own.yaml: address is not a known key; the keys here are kind, worker"),
         ("kind: local\nworker: {cpu: 1}", "own.yaml: worker.cpu is not a known key (did you mean 'cpus'?)"),
         ("kind: local\nworker: {cpus: 0}", "own.yaml: worker.cpus must be finite and above 0, got 0.0"),

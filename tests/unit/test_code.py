@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from cluster import bundle
-from cluster.bundle import Bundle, CodeFile, make_bundle, unpack
-from cluster.code_cache import fetch_code
+from cluster.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
+from cluster.code_cache import copy_code, fetch_code
 from cluster.errors import DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from launcher import code
@@ -127,7 +127,7 @@ def test_runs_are_left_out(folder):
     run.claim()
     run.write_environment({})
     run.write_job("name: digits\n")
-    write(folder, "submitted/submission.json", "submitted/job.yaml")
+    write(folder, "submitted/submissions/0-ab.json", "submitted/job.yaml")
     assert pack(folder).names == ("experiments/a/job.yaml", "experiments/a/model.py", "job.yaml")
 
 
@@ -369,6 +369,9 @@ def test_too_many_files_are_refused(folder, monkeypatch):
         "id_rsa.old", "id_ed25519", "id_ecdsa_work", "credentials", "credentials.json", "my-service-account-1.json",
         "service_account.json", "kubeconfig", ".pypirc", ".npmrc", ".git-credentials", ".aws/config",
         ".ssh/known_hosts", ".kube/config", "client_secret_1.json", ".pgpass", "kaggle.json", "secrets.yaml",
+        ".ray/auth_token", "auth_token", "my.token", "credentials.yaml", "credentials.yml", "terraform.tfstate",
+        "terraform.tfstate.backup", "prod.tfvars", ".huggingface/token", "deploy_rsa", "a.keychain-db", ".bash_history",
+        ".oci/config", "rclone.conf", "sftp-config.json",
     ],
 )  # fmt: skip
 def test_what_looks_like_a_secret_is_refused(folder, name):
@@ -383,11 +386,84 @@ def test_what_looks_like_a_secret_is_refused(folder, name):
 
 def test_what_only_resembles_a_secret_is_packed(folder):
     names = [
-        ".env.example", ".env.sample", ".env.template", "credentials.py", "credentials/a.py", "env", "id_rsa.pub",
-        "keys.py", "pem.txt", "secrets.py", "ssh/config",
+        ".env.example", ".env.sample", ".env.template", "credentials.py", "credentials/a.py", "env", "example.tfvars",
+        "id_rsa.pub", "keys.py", "pem.txt", "secrets.py", "ssh/config",
     ]  # fmt: skip
     write(folder, *names)
     assert pack(folder).names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".docker/config.json", ".config/gcloud", ".config/gh", ".config/hub", ".config/rclone",
+        ".cargo/credentials.toml", ".gem/credentials", ".m2/settings.xml", ".vscode/sftp.json",
+    ],
+)  # fmt: skip
+def test_a_secret_is_also_known_by_the_folder_that_it_lies_in(folder, name):
+    parent, base = name.split("/")
+    write(folder, "job.yaml", "config.json/a", "gh/a", "hub", f"{parent}/other", f"own/{base}x")
+    kept = pack(folder).names
+    write(folder, name if "." in base[1:] or parent == ".gem" else f"{name}/a")
+    assert f"would be uploaded: {name}; add" in refusal(folder)
+    write(folder, **{".gitignore": name})
+    assert set(pack(folder).names) == {*kept, ".gitignore"}
+
+
+@pytest.fixture
+def token(tmp_path, monkeypatch) -> Path:
+    """The file of a token, in a place of its own."""
+    path = tmp_path / "elsewhere/my cluster"
+    path.parent.mkdir()
+    path.write_text("s3cret-of-mine\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    return path
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "hard link", "through a link"])
+def test_the_file_of_the_token_is_refused_by_whatever_name(folder, token, monkeypatch, how):
+    write(folder, "job.yaml", "a.txt")
+    if how in ("itself", "through a link"):
+        token.rename(folder / "mine.txt")
+        where = folder / "mine.txt"
+        if how == "through a link":
+            token.symlink_to(where)
+            where = token
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(where))
+    elif how == "hard link":
+        os.link(token, folder / "mine.txt")
+    else:
+        token.rename(folder / "kept.bin")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "kept.bin"))
+        write(folder, **{".gitignore": "kept.bin"})
+        link(folder, "mine.txt", "kept.bin")
+    monkeypatch.setattr(code, "known_tokens", list)
+    assert "would be uploaded: mine.txt; add" in refusal(folder)
+
+
+@pytest.mark.parametrize("source", ["file", "variable", "both"])
+@pytest.mark.usefixtures("token")
+def test_a_file_that_holds_the_token_is_refused_and_the_token_is_not_shown(folder, monkeypatch, source):
+    if source != "file":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", " s3cret-of-mine\n" if source == "variable" else "another-one")
+    if source == "variable":
+        monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    write(folder, "job.yaml", **{"sub/a.py": b"\xffTOKEN='s3cret-of-mine'\n"})
+    told = refusal(folder)
+    assert told == (
+        f"{folder}: files that hold a token of yours for a cluster would be uploaded: sub/a.py; "
+        "take it out of them, or add them to .gitignore"
+    )
+    write(folder, **{".gitignore": "a.py"})
+    assert pack(folder).names == (".gitignore", "job.yaml")
+
+
+def test_a_token_that_may_be_a_word_is_not_looked_for(folder, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "test")
+    write(folder, "test.py")
+    assert pack(folder).names == ("test.py",)
 
 
 def test_ten_secrets_are_named(folder):
@@ -531,7 +607,7 @@ def bundle_of(files: Mapping[str, bytes]) -> Bundle:
 
 
 THREE = bundle_of({"a.py": b"a", "deep/er/b.py": b"b", "run.sh": b"#!/bin/sh\n"})
-THREE_UNPACKED = {"a.py": (b"a", 0o644), "deep/er/b.py": (b"b", 0o644), "run.sh": (b"#!/bin/sh\n", 0o755)}
+THREE_UNPACKED = {"a.py": (b"a", 0o444), "deep/er/b.py": (b"b", 0o444), "run.sh": (b"#!/bin/sh\n", 0o555)}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0])
@@ -544,19 +620,115 @@ def test_what_was_packed_is_unpacked(folder, nodes, umask, mask):
     path = unpack(packed.data, packed.sha256, nodes)
     assert path == nodes / packed.sha256
     modes = {name: mode for name, (_, mode) in tree(path).items()}
-    assert modes == {"a.py": 0o644, "deep/er/b.py": 0o644, "private.py": 0o644, "run.sh": 0o755}
-    assert {stat.S_IMODE(each.stat().st_mode) for each in (path, path / "deep", path / "deep/er")} == {0o755}
+    assert modes == {"a.py": 0o444, "deep/er/b.py": 0o444, "private.py": 0o444, "run.sh": 0o555}
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (path, path / "deep", path / "deep/er")} == {0o555}
     assert pack(path) == packed
     assert os.listdir(nodes) == [packed.sha256]
 
 
-def test_a_folder_that_is_there_is_used_as_it_is(nodes, monkeypatch):
+def test_a_folder_that_is_intact_is_used_as_it_is(nodes, monkeypatch):
     path = unpack(THREE.data, THREE.sha256, nodes)
-    write(path, **{"a.py": "changed"})
+    (path / "__pycache__").mkdir()  # as root, Python writes there
+    write(path, "deep/er/__pycache__/b.cpython-311.pyc")
     inode = path.stat().st_ino
     monkeypatch.delattr(os, "fsync")  # nothing is written any more
     assert unpack(THREE.data, THREE.sha256, nodes) == path
-    assert ((path / "a.py").read_bytes(), path.stat().st_ino) == (b"changed", inode)
+    assert path.stat().st_ino == inode
+
+
+def open_up(folder: Path) -> None:
+    """Makes a folder writable, for those who are not root."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "another content of the same size": lambda folder: (folder / "a.py").write_bytes(b"b"),
+    "a shorter file": lambda folder: shorten(folder / "run.sh"),
+    "a file that is missing": lambda folder: (folder / "a.py").unlink(),
+    "a folder that is missing": lambda folder: shutil.rmtree(folder / "deep"),
+    "one file more": lambda folder: (folder / "deep/numpy.py").write_bytes(b""),
+    "a file that is not executable": lambda folder: (folder / "run.sh").chmod(0o644),
+    "a file that is executable": lambda folder: (folder / "a.py").chmod(0o755),
+    "a link to the same content": lambda folder: (
+        (folder / "a.py").rename(folder.parent / "a"),
+        (folder / "a.py").symlink_to("../a"),
+    ),
+    "a folder that is a link": lambda folder: (
+        (folder / "deep").rename(folder.parent / "deep"),
+        (folder / "deep").symlink_to("../deep"),
+    ),
+    "a pipe": lambda folder: os.mkfifo(folder / "pipe"),
+    "a name that is not UTF-8": lambda folder: (folder / os.fsdecode(b"\xff")).write_bytes(b""),
+    "too much": lambda folder: os.truncate(folder / "a.py", bundle.MAX_BYTES + 1),
+    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_bytes(b"")),
+    "a link in its place": lambda folder: (folder.rename(folder.parent / "x"), folder.symlink_to("x")),
+}
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_folder_that_is_damaged_is_replaced_and_kept_beside(nodes, monkeypatch, what, can_exchange):
+    path = unpack(THREE.data, THREE.sha256, nodes)
+    open_up(path)
+    assert is_intact(path, THREE.sha256)
+    DAMAGES[what](path)
+    if not can_exchange:
+        monkeypatch.setattr(bundle, "_exchange", lambda *_: False)
+    assert unpack(THREE.data, THREE.sha256, nodes) == path
+    assert not path.is_symlink()
+    assert tree(path) == THREE_UNPACKED
+    assert len(list(nodes.glob(f"{THREE.sha256}-damaged-*"))) == 1
+    assert list(nodes.glob("*-unfinished-*")) == []
+
+
+def test_an_empty_folder_in_the_way_is_filled(nodes):
+    (nodes / THREE.sha256).mkdir(parents=True)
+    assert tree(unpack(THREE.data, THREE.sha256, nodes)) == THREE_UNPACKED
+    assert os.listdir(nodes) == [THREE.sha256]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_many_that_replace_a_damaged_folder_at_once_end_with_one(nodes, monkeypatch, can_exchange):
+    """Each has written all of its files before the first of them renames."""
+    path = unpack(THREE.data, THREE.sha256, nodes)
+    open_up(path)
+    write(path, **{"a.py": "A"})
+    barrier, real_put = threading.Barrier(6), bundle._put_in_place
+
+    def put_in_place(*arguments):
+        barrier.wait(30)
+        real_put(*arguments)
+
+    monkeypatch.setattr(bundle, "_put_in_place", put_in_place)
+    if not can_exchange:
+        monkeypatch.setattr(bundle, "_exchange", lambda *_: False)
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(lambda _: unpack(THREE.data, THREE.sha256, nodes), range(6))) == {path}
+    assert tree(path) == THREE_UNPACKED
+    assert list(nodes.glob("*-unfinished-*")) == []
+    assert any((left / "a.py").read_bytes() == b"A" for left in nodes.glob("*-damaged-*"))
+
+
+def test_a_damaged_folder_is_at_no_moment_missing(nodes):
+    path = unpack(THREE.data, THREE.sha256, nodes)
+    spare = nodes / "spare"
+    spare.mkdir()
+    inodes = path.stat().st_ino, spare.stat().st_ino
+    if not bundle._exchange(spare, path):
+        pytest.skip("this file system cannot exchange two names")
+    assert (spare.stat().st_ino, path.stat().st_ino) == inodes
+
+
+def test_a_bundle_that_was_packed_in_another_way_is_refused(nodes):
+    data = zip_of("b", "a")
+    with pytest.raises(StorageError, match="was packed in another way; submit the run again"):
+        unpack(data, hashlib.sha256(data).hexdigest(), nodes)
 
 
 def test_another_digest_is_refused_first(nodes):
@@ -617,13 +789,6 @@ def test_a_failure_leaves_nothing(nodes, monkeypatch):
         f"code {THREE.sha256}: cannot be unpacked into {nodes}, No space left on device; make room or give access there"
     )
     assert os.listdir(nodes) == []
-
-
-def test_a_file_in_the_way_is_an_error(nodes):
-    write(nodes, THREE.sha256)
-    with pytest.raises(StorageError, match=f"cannot be unpacked into {nodes}, Not a directory; make room"):
-        unpack(THREE.data, THREE.sha256, nodes)
-    assert os.listdir(nodes) == [THREE.sha256]
 
 
 def zip_of(*names: str, mode: int = stat.S_IFREG | 0o644, data: bytes = b"x", deflate: bool = False) -> bytes:
@@ -769,6 +934,30 @@ class TestOnAHost:
         assert fetch_code(run, code.sha256) == folder
         with pytest.raises(StorageError, match="the code of the run, is missing"):
             fetch_code(run, code.sha256, check_store=True)
+
+    def test_is_unpacked_anew_where_it_is_damaged(self, run, code, cache):
+        folder = fetch_code(run, code.sha256)
+        open_up(folder)
+        (folder / "mine.py").write_text("x = 2\n")
+        assert fetch_code(run, code.sha256) == folder
+        assert (folder / "mine.py").read_text() == "x = 1\n"
+        (kept,) = cache.glob("*-damaged-*")
+        assert (kept / "mine.py").read_text() == "x = 2\n"
+
+    def test_is_copied_to_where_a_process_may_write(self, tmp_path, nodes):
+        folder = unpack(THREE.data, THREE.sha256, nodes)
+        (folder.parent / "own").mkdir()
+        copy_code(folder, nodes / "own")
+        assert {name: data for name, (data, _) in tree(nodes / "own").items()} == {
+            name: data for name, (data, _) in THREE_UNPACKED.items()
+        }
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o300 for path in (nodes / "own").rglob("*")} <= {0o200, 0o300}
+        copy_code(folder / "deep", tmp_path / "new/place")
+        assert tree(tmp_path / "new/place").keys() == {"er/b.py"}
+        write(nodes / "own", **{"a.py": "changed"})
+        assert is_intact(folder, THREE.sha256)
+        with pytest.raises(StorageError, match="code cannot be copied to .*/own/a.py: .*; make room"):
+            copy_code(folder, nodes / "own/a.py")
 
     def test_by_default_below_the_home(self, run, code, tmp_path, monkeypatch):
         monkeypatch.delenv("XDG_CACHE_HOME")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cluster import node_check, ray_check
+from cluster import versions as version_module
 from cluster.capacity import Capacity, Node
 from cluster.deadline import OverrunError
 from cluster.node_check import (
@@ -24,7 +25,7 @@ from cluster.node_check import (
 )
 from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage import Store
-from cluster.versions import launcher_digest, torch_version, versions
+from cluster.versions import launcher_digest, submission_versions, torch_version, versions
 
 NODE = Node(
     id="a1", address="10.0.0.1", resources={"CPU": 8.0, "GPU": 1.0}, free={"CPU": 2.0}, drains_at=None, is_here=True
@@ -80,10 +81,10 @@ def test_another_line_is_refused(log: str, message: str) -> None:
 
 
 def test_needs_hold_nothing_that_ray_replaces() -> None:
-    needs = Needs(store="s3://b/$HOME/${X}", variables=("A", "B"))
+    needs = Needs(store="s3://b/$HOME/${X}", variables=("A", "B"), check="$c")
     assert "$" not in needs_to_text(needs)
     assert needs_from_text(needs_to_text(needs)) == needs
-    with pytest.raises(ValueError, match="it has other fields: store"):
+    with pytest.raises(ValueError, match="it has other fields: check, store"):
         needs_from_text('{"variables": []}')
 
 
@@ -91,26 +92,32 @@ def test_what_a_node_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SET", "1")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("UNSET", raising=False)
-    found = inspect_node(Needs(store=str(tmp_path / "runs"), variables=("SET", "EMPTY", "UNSET")))
-    assert found == {"versions": versions(), "missing": ["EMPTY", "UNSET"], "store_error": ""}
+    Store(str(tmp_path / "runs")).write("check/submitter", b"text")
+    needs = Needs(store=str(tmp_path / "runs"), variables=("SET", "EMPTY", "UNSET"), check="check")
+    found = inspect_node(needs, "a1")
+    assert found == {"versions": submission_versions(), "missing": ["EMPTY", "UNSET"], "store_error": ""}
     assert versions()["launcher"] == launcher_digest()
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert Store(needs.store).names() == ["check/a1", "check/submitter"]
 
 
 def test_a_store_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    for url, message in ((f"{tmp_path}/file/runs", "cannot write"), ("s4://bucket", "unknown protocol 's4'")):
-        error = node_check.store_error(url)
+    for url, message in (
+        (f"{tmp_path}/runs", "is a folder of its own there, not the one here"),
+        ("memory://runs", "is another store there than here"),
+        ("s4://bucket", "unknown protocol 's4'"),
+    ):
+        error = node_check.store_error(Needs(store=url, variables=(), check="check"), "a1")
         assert error.startswith(url)
         assert message in error
         assert "\n" not in error
+    assert list(tmp_path.iterdir()) == []
 
-    def hang(_: Store) -> None:
+    def hang(*_: object) -> None:
         raise OverrunError("no answer within 30 s")
 
-    monkeypatch.setattr(Store, "probe", hang)
-    assert (
-        node_check.store_error("/s") == "/s: no answer within 30 s; check the URL, and whether this host may reach it"
+    monkeypatch.setattr(Store, "read", hang)
+    assert node_check.store_error(Needs(store="/s", variables=(), check="check"), "a1") == (
+        "/s: no answer within 30 s; check the URL, and whether this host may reach it"
     )
 
 
@@ -123,24 +130,50 @@ def test_the_version_of_torch_without_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch_version() == "none"
 
 
+def test_the_version_of_a_submission_covers_all_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of workers covers only what decides on bits."""
+    for package in ("jobs", "cluster", "launcher"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "a.py").write_text("1")
+    monkeypatch.setattr(version_module, "__file__", str(tmp_path / "cluster/versions.py"))
+
+    def both() -> tuple[str, str]:
+        version_module._source_digest.cache_clear()
+        return launcher_digest(), submission_versions()["launcher"]
+
+    try:
+        workers, submission = both()
+        assert workers != submission
+        (tmp_path / "launcher/a.py").write_text("2")
+        assert both()[0] == workers
+        changed_submission = both()[1]
+        assert changed_submission != submission
+        (tmp_path / "jobs/a.py").write_text("2")
+        assert both()[0] != workers
+        assert both()[1] != changed_submission
+    finally:
+        version_module._source_digest.cache_clear()
+
+
 def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Ray carries to the node is whole: nothing of this module is imported there."""
     from ray import cloudpickle
 
-    needs = needs_to_text(Needs(store=str(tmp_path), variables=()))
+    needs = needs_to_text(Needs(store=str(tmp_path), variables=(), check="check"))
+    Store(str(tmp_path)).write("check/submitter", b"text")
     cloudpickle.register_pickle_by_value(ray_check)
     try:
         carried = cloudpickle.dumps(ray_check.NodeCheck)
     finally:
         cloudpickle.unregister_pickle_by_value(ray_check)
-    there = json.loads(pickle.loads(carried)().inspect(needs))  # noqa: S301  # made above
+    there = json.loads(pickle.loads(carried)().inspect(needs, "a1"))  # noqa: S301  # made above
     assert there["store_error"] == ""
     assert set(there["versions"]) == {"python", "ray", "torch", "launcher"}
     from_json(NodeReport, {"id": "a1", "address": "10.0.0.1", **there})
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "cluster"]:
         monkeypatch.setitem(sys.modules, name, None)
-    without = json.loads(pickle.loads(carried)().inspect(needs))  # noqa: S301
+    without = json.loads(pickle.loads(carried)().inspect(needs, "a1"))  # noqa: S301
     assert without["versions"] == {**there["versions"], "torch": "unknown", "launcher": "none"}
     assert without["store_error"].startswith("launcher cannot be used there: ")
     assert without["store_error"].endswith("; install it on every node")
@@ -149,7 +182,7 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("missing", ["RAY_ADDRESS", node_check.NEEDS_VARIABLE])
 def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=())))
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
     monkeypatch.delenv(missing)
     assert ray_check.main() == 5
     out, err = capsys.readouterr()
@@ -157,9 +190,21 @@ def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert err.endswith("begin this as a job of Ray\n")
 
 
+def test_needs_of_another_version_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, '{"store": "/s"}')
+    assert ray_check.main() == 5
+    assert capsys.readouterr().err == (
+        "LAUNCHER_NODE_NEEDS: it has other fields: check, variables; install the same version of launcher here and on "
+        "the cluster\n"
+    )
+
+
 def test_what_the_job_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=())))
+    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
     monkeypatch.setattr(ray_check, "inspect_cluster", lambda *_: CLUSTER)
     assert ray_check.main() == 0
     assert report_from_log(capsys.readouterr().out) == CLUSTER

@@ -1,5 +1,6 @@
 """What lies where in a run's directory."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -182,6 +183,24 @@ def test_the_newest_of_each_matrix_is_kept(run):
     run.store.write("matrices/val-torn.json", b'{"st')
     matrix = {"step": 10, "values": [[1, None]]}
     assert run.read_matrices() == {"val-a.b": matrix, "val-confusion": matrix}
+
+
+@pytest.mark.parametrize("stored", [None, b"", b"bundl", b"another one", b"bundle"])
+def test_a_bundle_is_written_unless_it_is_there_whole(run, monkeypatch, stored):
+    sha256 = hashlib.sha256(b"bundle").hexdigest()
+    if stored is not None:
+        run.store.write(f"code/{sha256}.zip", stored)
+    written = []
+    write = Store.write
+
+    def observed(store, name, data):
+        written.append(name)
+        write(store, name, data)
+
+    monkeypatch.setattr(Store, "write", observed)
+    run.write_code(sha256, b"bundle")
+    assert run.read_code(sha256) == b"bundle"
+    assert written == ([] if stored == b"bundle" else [f"code/{sha256}.zip"])
 
 
 def test_logs_are_named_by_attempt_and_worker(run):

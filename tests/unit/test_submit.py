@@ -22,7 +22,7 @@ from launcher.nodes import own_versions
 from launcher.plan import Tried
 from launcher.submit import make_command, make_job_id, submit
 from tests import saved
-from tests.schedulers import URL, a_cluster, a_node, a_report
+from tests.schedulers import URL, a_cluster, a_node, a_report, answered
 
 JOBS = Path(__file__).parents[2] / "jobs"
 JOB = """\
@@ -67,13 +67,14 @@ class FakeScheduler(Scheduler):
     known: dict[str, JobStatus] = field(default_factory=dict)
     metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    grace_periods_s: list[int] = field(default_factory=list)
     asked: list[Needs] = field(default_factory=list)
     breaks: int = 0
     """How many answers to come are lost."""
 
     def inspect(self, needs: Needs) -> ClusterReport:
         self.asked.append(needs)
-        return self.has
+        return answered(self.has, needs)
 
     def begin(
         self,
@@ -85,7 +86,7 @@ class FakeScheduler(Scheduler):
         metadata: Mapping[str, str],
     ) -> bool:
         assert not environment, "everyone can read it"
-        assert stop_grace_s >= 60
+        self.grace_periods_s.append(stop_grace_s)
         assert metadata["run"] in command
         assert metadata["submission"] in command
         if job_id in self.known:
@@ -239,6 +240,18 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
     assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
 
 
+def test_a_folder_that_each_node_has_for_itself_is_refused(job, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.schedulers.answer", lambda *_: None)
+    with pytest.raises(ClusterError) as caught:
+        hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND)))
+    own = f"{tmp_path}/store: is a folder of its own there, not the one here"
+    assert str(caught.value) == (
+        f"{URL}: the store cannot be used from 10.0.0.1: {own}, 10.0.0.2: {own}; "
+        "use one that every node reaches, such as s3://bucket/runs"
+    )
+    assert not (tmp_path / "store").exists()
+
+
 def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
     none = Capacity(nodes=(), limits={"CPU": 1.0, "memory": 1e9})
     with pytest.raises(ClusterError, match="There is no node; its autoscaler may bring it to 1 CPU$"):
@@ -258,6 +271,31 @@ def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
     assert hand_over(job, folder, FakeScheduler(a_cluster(reports=(a_report(versions={"torch": build}),))))["job"]
 
 
+@pytest.mark.parametrize(
+    ("head", "version", "refused"),
+    [
+        (a_node("10.0.0.1", CPU=0.0), "+cpu", False),
+        (a_node("10.0.0.1", CPU=1.0, **{"accelerator_type:H100": 0.0}), "+cpu", False),
+        (a_node("10.0.0.1", CPU=0.0), ".1", True),
+        (a_node("10.0.0.1", CPU=1.0, **{"accelerator_type:H100": 1.0}), "+cpu", True),
+    ],
+    ids=["no cores", "no accelerator", "another version", "room for a worker"],
+)
+def test_a_head_without_room_for_a_worker_may_have_another_build_of_torch(job, folder, head, version, refused):
+    job = parse(job.text, "digits.yaml", ["workers.accelerator=H100"])
+    torch = MINE["torch"].partition("+")[0]
+    reports = (
+        a_report("10.0.0.1", versions={"torch": f"{torch}{version}"}),
+        a_report("10.0.0.2", versions={"torch": f"{torch}+cu130"}),
+    )
+    scheduler = FakeScheduler(a_cluster(head, a_node("10.0.0.2", **{"accelerator_type:H100": 1.0}), reports=reports))
+    if refused:
+        with pytest.raises(ClusterError, match="versions differ: torch "):
+            hand_over(job, folder, scheduler)
+    else:
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+
+
 def test_a_node_that_is_silent_is_told_of(job, folder):
     said = Said()
     hand_over(job, folder, FakeScheduler(a_cluster(FIRST, SECOND, reports=(a_report(),), silent=("10.0.0.2",))), said)
@@ -271,7 +309,8 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
     )
     scheduler = FakeScheduler()
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
-    assert scheduler.asked == [Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"))]
+    (needs,) = scheduler.asked
+    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"), check=needs.check)
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
@@ -299,6 +338,14 @@ def test_what_is_written(job, folder):
     assert submission.versions == own_versions()
     assert b"mine.py" in run.read_code(submission.code_sha256)
     assert run.read_job() == job.text
+
+
+def test_the_cluster_says_how_long_a_job_that_is_stopped_may_save(job, folder):
+    scheduler = FakeScheduler()
+    hand_over(job, folder, scheduler)
+    scheduler.known = dict.fromkeys(scheduler.known, "failed")
+    hand_over(job, folder, scheduler, stop_grace_s=900)
+    assert scheduler.grace_periods_s == [300, 900]
 
 
 @pytest.mark.parametrize("name", ["digits", "my run", "ünï", "x" * 100])

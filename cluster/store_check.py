@@ -1,0 +1,96 @@
+"""The check that a cluster's nodes reach the very store that a run is submitted to, and not one of the same name.
+
+A local folder exists on every host, and is another one on each. So the submitter writes an object with a secret text;
+each node reads it, and writes it to an object of its own; the submitter reads those. All of them lie in one folder of
+the store, which is deleted at the end. A node writes only where the submitter has written, so it creates no store.
+
+The cost is one write, one listing, a read for each node and a deletion for each object here, and five requests on each
+node.
+"""
+
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from cluster.checkpoints import CONCURRENT_REQUESTS
+from cluster.errors import StorageError, one_line
+from cluster.scheduler import ClusterReport, Needs, NodeReport, Scheduler
+from cluster.storage import MissingObject, Store
+
+_SUBMITTER = "submitter"
+
+
+def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ...]) -> ClusterReport:
+    """Inspects a cluster for a run, and completes the report with what only both sides together can tell.
+
+    Args:
+        scheduler: The cluster.
+        store: Where the run will lie; nothing of the check stays there.
+        variables: The names of environment variables that each node must have.
+
+    Raises:
+        ClusterError: As ``Scheduler.inspect``.
+        StorageError: This process cannot use the store.
+    """
+    text = secrets.token_hex(16)
+    with _temporary_folder(store) as folder:
+        store.write(f"{folder}/{_SUBMITTER}", text.encode())
+        report = scheduler.inspect(Needs(store=store.url, variables=variables, check=folder))
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="store-check") as pool:
+            errors = list(pool.map(lambda node: _answer_error(store, folder, node, text), report.nodes))
+    nodes = [replace(node, store_error=error) for node, error in zip(report.nodes, errors)]
+    return replace(report, nodes=nodes)
+
+
+def answer(store: Store, folder: str, node_id: str) -> None:
+    """The part of a node: shows that it can read, write and delete in the submitter's store.
+
+    Raises:
+        StorageError: It cannot, or this is another store.
+    """
+    try:
+        text = store.read(f"{folder}/{_SUBMITTER}")
+    except MissingObject:
+        raise StorageError(_another_store(store)) from None
+    store.at(folder).probe()
+    store.write(f"{folder}/{node_id}", text)
+
+
+def _answer_error(store: Store, folder: str, node: NodeReport, text: str) -> str:
+    """Why a node cannot use this store, or has not proved that it does, in one line; empty if it has."""
+    if node.store_error:
+        return node.store_error
+    try:
+        found = store.read(f"{folder}/{node.id}")
+    except MissingObject:
+        return _another_store(store)
+    except StorageError as error:
+        return one_line(error)
+    return "" if found == text.encode() else _another_store(store)
+
+
+def _another_store(store: Store) -> str:
+    what = "is another store there than here"
+    if "://" not in store.url:
+        what = "is a folder of its own there, not the one here"
+    return f"{store.url}: {what}"
+
+
+@contextmanager
+def _temporary_folder(store: Store) -> Iterator[str]:
+    """The name of a new folder in a store, deleted at the end with all that is in it."""
+    folder = f"launcher-check-{secrets.token_hex(8)}"
+    with store.without_traces():
+        try:
+            yield folder
+        except BaseException:  # also Ctrl-C; what happened is to be told, not that a folder stays
+            with suppress(StorageError):
+                _delete(store, folder)
+            raise
+        _delete(store, folder)
+
+
+def _delete(store: Store, folder: str) -> None:
+    store.delete(store.names(folder), CONCURRENT_REQUESTS)
