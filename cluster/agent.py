@@ -9,6 +9,7 @@ import faulthandler
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
-from cluster.code_cache import fetch_code
+from cluster.code_cache import copy_code, fetch_code
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
@@ -94,7 +95,8 @@ class Task:
         import_paths: Folders of the user's own modules.
         code: The digest of the bundle of the user's own modules, which come before those in folders; none: there is
             no bundle.
-        code_directory: The folder in the bundle that stands in for the working directory where that is missing.
+        code_directory: The folder in the bundle of which a host that lacks the working directory makes a copy in its
+            place; none: an empty folder is in its place.
         rank, world_size: This worker among all.
         attempt: Counts starts of the worker group's processes, from 0.
         host: The address of rank 0.
@@ -177,7 +179,7 @@ class Agent:
         if self._child is not None:
             self._child.kill()
             self._keep_log(self._child)
-            self._child.discard_log()
+            self._child.discard_files()
             self._child = None
 
     def _listen(self, wake: Connection) -> None:
@@ -380,8 +382,10 @@ class _TrainingProcess:
         self._process.kill()
         self._process.join()
 
-    def discard_log(self) -> None:
+    def discard_files(self) -> None:
+        """Deletes its log, and the working directory that it has if it was given code."""
         self._log_path.unlink(missing_ok=True)
+        shutil.rmtree(_own_directory(self._log_path), ignore_errors=True)
 
     def log(self) -> bytes:
         """What the process printed, or the end of it if it is long."""
@@ -425,7 +429,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection, _make_activity(connection, task))
     try:
-        task = _with_code(task)
+        task = _with_code(task, _own_directory(Path(log_path)))
         os.chdir(task.working_directory)
         sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
         fork_server.resolve(task.entry)(link, task)
@@ -437,7 +441,12 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     link.close()
 
 
-def _with_code(task: Task) -> Task:
+def _own_directory(log_path: Path) -> Path:
+    """The working directory of a training process whose task has code, and no directory that its host has."""
+    return log_path.with_suffix(".code")
+
+
+def _with_code(task: Task, own_directory: Path) -> Task:
     """The task, with the user's code in a folder of this host.
 
     In the training process, and not in its agent: a store that is slow must not silence that one, and what is wrong
@@ -446,8 +455,9 @@ def _with_code(task: Task) -> Task:
     if task.code is None:
         return task
     folder, directory = fetch_code(RunDirectory(task.run_url), task.code), task.working_directory
-    if task.code_directory is not None and not os.path.isdir(directory):
-        directory = str(folder / task.code_directory)
+    if not os.path.isdir(directory):
+        copy_code(folder, task.code_directory, own_directory)
+        directory = str(own_directory)
     return replace(task, import_paths=(str(folder), *task.import_paths), working_directory=directory)
 
 

@@ -30,23 +30,28 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
     return unpack(run.read_code(sha256), sha256, below)
 
 
-def copy_code(folder: Path, to: Path) -> None:
-    """Copies unpacked code, or a folder of it, to where one process may write: its working directory.
+def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:
+    """Makes a working directory of a process's own from a folder of a bundle.
 
     Relative paths then find the files that the code came with, and what is written to them reaches no other process.
 
     Args:
-        folder: What ``fetch_code`` returns, or a folder below it.
-        to: A folder of the process's own; it need not exist.
+        unpacked: What ``fetch_code`` returns.
+        directory: The folder in the bundle; none: the working directory is empty.
+        to: What to make; it need not exist.
 
     Raises:
         StorageError: It cannot be written.
     """
     try:
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if directory is None:
+            return
+        folder = unpacked / directory
         for parent, folders, names in os.walk(folder):
             folders[:] = [name for name in folders if name != "__pycache__"]
             here = to / os.path.relpath(parent, folder)
-            here.mkdir(parents=True, exist_ok=True)
+            here.mkdir(exist_ok=True)
             for name in names:
                 shutil.copyfile(os.path.join(parent, name), here / name)
                 if os.access(os.path.join(parent, name), os.X_OK):

@@ -152,8 +152,8 @@ class RunDirectory:
             ) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
-                f"{self.url}: {_code_object(sha256)}, the code of the run, is damaged; delete it, and submit the run "
-                "again"
+                f"{self.url}: {_code_object(sha256)}, the code of the run, is damaged; submit the run again, which "
+                "mends it"
             )
         return data
 

@@ -15,6 +15,7 @@ from cluster.errors import DescriptionError, FieldError, nearest
 from cluster.kinds import Cluster, JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec
+from cluster.versions import check_ray_version
 from launcher.description import Language, read, read_text
 from launcher.machine import num_cores
 
@@ -50,7 +51,9 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
 
     Raises:
         DescriptionError: It cannot be joined, for its address is that of its Jobs API.
+        ClusterError: Another Ray is installed than those that the driver knows how to steer.
     """
+    check_ray_version()
     if isinstance(spec, LocalClusterSpec):
         return LocalRay(num_cores())
     if spec.takes_jobs:

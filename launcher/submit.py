@@ -25,6 +25,7 @@ from cluster.scheduler import ENDED, Scheduler
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
 from cluster.submissions import Submission, SubmissionReport
+from cluster.versions import check_ray_version
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
@@ -112,6 +113,7 @@ def submit(
         ClusterError: The cluster is not fit for it.
         LauncherError: Else; nothing has begun.
     """
+    check_ray_version()  # the nodes have the same, as they are asked below
     run = run_directory(description)
     standing = _look_at(run, description)
     following = _what_is_next(run, standing, scheduler)

@@ -3,13 +3,16 @@
 A run that was submitted has a bundle, and takes it along wherever it goes on. One that was begun in place has none.
 """
 
+import atexit
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.code_cache import fetch_code
+from cluster.code_cache import copy_code, fetch_code
 from cluster.run_directory import RunDirectory
 
 
@@ -18,7 +21,7 @@ class UserCode:
     """Where the user's own modules are.
 
     Attributes:
-        folders: The import paths that every host has.
+        folders: The import paths that every host has; of a bundle, all is in it.
         sha256: The digest of the bundle; none: there is no bundle.
         unpacked: The folder of the bundle on this host.
         submitted_from: The working directory of whoever made the bundle, in which relative paths start where there is
@@ -51,7 +54,8 @@ def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
     """The code that a run goes on with: a bundle, fetched and verified, or folders of this machine.
 
     The working directory becomes the one in which relative paths of its description start: that of whoever submitted
-    or began it, if this machine has it; else what the bundle has of it; else it stays the one there is.
+    or began it, if this machine has it; else, of a run with a bundle, one of this process's own, with a copy of what
+    the bundle has of it, which goes with the process.
 
     Args:
         run: It exists.
@@ -83,23 +87,28 @@ def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
                 git=environment["attempts"][-1].get("git"),
             ),
         )
-    _go_to_first([environment.get("working_directory")])
+    _go_to(environment.get("working_directory"))
     return UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
 
 
 def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
     assert code.sha256 is not None
     unpacked = fetch_code(run, code.sha256, check_store=True)
-    _go_to_first([code.submitted_from, None if code.directory is None else str(unpacked / code.directory)])
-    return replace(code, folders=(os.getcwd(),), unpacked=str(unpacked))
+    if not _go_to(code.submitted_from):
+        own = tempfile.mkdtemp(prefix="launcher-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        copy_code(unpacked, code.directory, Path(own))
+        os.chdir(own)
+    return replace(code, unpacked=str(unpacked))
 
 
-def _go_to_first(places: Sequence[str | None]) -> None:
-    for place in places:
-        if place is not None:
-            with contextlib.suppress(OSError):
-                os.chdir(place)
-                return
+def _go_to(place: str | None) -> bool:
+    """Changes the working directory, and returns whether it could."""
+    if place is not None:
+        with contextlib.suppress(OSError):
+            os.chdir(place)
+            return True
+    return False
 
 
 def import_root(folder: Path) -> Path:

@@ -947,17 +947,17 @@ class TestOnAHost:
     def test_is_copied_to_where_a_process_may_write(self, tmp_path, nodes):
         folder = unpack(THREE.data, THREE.sha256, nodes)
         (folder.parent / "own").mkdir()
-        copy_code(folder, nodes / "own")
+        copy_code(folder, ".", nodes / "own")
         assert {name: data for name, (data, _) in tree(nodes / "own").items()} == {
             name: data for name, (data, _) in THREE_UNPACKED.items()
         }
         assert {stat.S_IMODE(path.stat().st_mode) & 0o300 for path in (nodes / "own").rglob("*")} <= {0o200, 0o300}
-        copy_code(folder / "deep", tmp_path / "new/place")
+        copy_code(folder, "deep", tmp_path / "new/place")
         assert tree(tmp_path / "new/place").keys() == {"er/b.py"}
         write(nodes / "own", **{"a.py": "changed"})
         assert is_intact(folder, THREE.sha256)
         with pytest.raises(StorageError, match="code cannot be copied to .*/own/a.py: .*; make room"):
-            copy_code(folder, nodes / "own/a.py")
+            copy_code(folder, ".", nodes / "own/a.py")
 
     def test_by_default_below_the_home(self, run, code, tmp_path, monkeypatch):
         monkeypatch.delenv("XDG_CACHE_HOME")
