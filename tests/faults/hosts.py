@@ -33,6 +33,9 @@ HEAD_SETTINGS = {
 }
 """Of a head as the README starts it: a host is dead after 9 s without an answer, and with Ray's own after 65 s. A call
 to a host that is cut off ends after 10 s, and not after 2 min; that long, what it was to reserve elsewhere is lost."""
+JOBS_API = ("--include-dashboard=true", "--dashboard-host=0.0.0.0")
+"""What a head is started with to serve its Jobs API, which needs ray[default]."""
+JOBS_API_PORT = 8265
 _NETWORK = "10.77.0"
 _RAY_PORT = 6379
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -197,6 +200,11 @@ class Host:
     def ray_address(self) -> str:
         """Where a driver, and other nodes, find this host if it is a head."""
         return f"{self.address}:{_RAY_PORT}"
+
+    @property
+    def jobs_url(self) -> str:
+        """Where its Jobs API is, if it is a head that serves it."""
+        return f"http://{self.address}:{JOBS_API_PORT}"
 
     @property
     def _port(self) -> str:

@@ -16,11 +16,10 @@ import pytest
 from cluster.node_check import report_from_log
 from cluster.scheduler import ClusterReport
 from cluster.versions import submission_versions
-from tests.faults.hosts import Host, hosts, why_there_can_be_none
+from tests.faults.hosts import JOBS_API, Host, hosts, why_there_can_be_none
 
 pytestmark = pytest.mark.slow
 
-DASHBOARD_PORT = 8265
 TIMEOUT_S = 600
 BEGIN = """\
 import sys, time
@@ -91,13 +90,13 @@ def three() -> Iterator[list[Host]]:
 
 def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     head, second, laptop = three
-    head.start_ray(environment={"ON_EACH": "1", "ON_HEAD": "1"}, options=["--dashboard-host=0.0.0.0"])
+    head.start_ray(environment={"ON_EACH": "1", "ON_HEAD": "1"}, options=JOBS_API)
     second.start_ray(head, environment={"ON_EACH": "1"})
     for host in (head, second):
         host.wait_for_ray()
 
     def ask(script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-c", BEGIN + script, f"http://{head.address}:{DASHBOARD_PORT}", sys.prefix]
+        words = [sys.executable, "-c", BEGIN + script, head.jobs_url, sys.prefix]
         command = laptop.command([*words, *arguments], tmp_path, environment)
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
 
