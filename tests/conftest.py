@@ -23,6 +23,11 @@ _FORKED_NEEDS = (
     "matplotlib.figure", "tests.launcher_without_ray",
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
+_SLOW_FIRST = ("test_hosts", "test_every_key", "test_crashes", "test_kills", "test_fence", "test_storage")
+"""Of the slow tier: beside three hosts with a Ray node each runs what takes little memory.
+
+A process is given its next file when it begins the last test of one, so ``test_kills`` follows ``test_hosts``.
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,13 +46,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.hookimpl(tryfirst=True)  # while the slow tests of the default tier are there still
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, so that all of xdist's processes have something to do until the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     unnamed = [path.name for path in slow if "pytest.mark.slow" not in path.read_text()]
     assert not unnamed, f"write pytest.mark.slow in the files of slow tests themselves, in {unnamed}"
     folder = {name: number for number, name in enumerate(("faults", "e2e", "distributed", "contract", "unit"))}
     items.sort(key=lambda item: folder.get(item.path.parent.name, -1))
+    if config.option.markexpr == "slow":
+        first = {name: number for number, name in enumerate(_SLOW_FIRST)}
+        items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

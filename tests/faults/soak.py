@@ -318,6 +318,7 @@ class Stage:
         command += [f"workers.num={life.workers}", f"workers.cpus={1 if life.is_elastic else 0.5}", "--json"]
         paused, self._paused = self._paused, None
         command += ["--take-over"] if paused else []
+        passed = fired(self.plan)  # a life may train past the moments of the next one, while its disk is filled
         num_trained = self._num_trained()
         if life.is_elastic:
             head = self._hosts["head"]
@@ -328,7 +329,7 @@ class Stage:
             running = Running(command, place, on_ray=True)
         if paused:
             self._go_on(paused, is_lost=_wait_until(lambda: self._num_trained() > num_trained, running))
-        for deed in life.deeds:
+        for deed in (each for each in life.deeds if each.note not in passed):
             if not _wait_until(lambda: deed.note in fired(self.plan), running):  # noqa: B023  # it is called here alone
                 break
             time.sleep(deed.delay_s)
