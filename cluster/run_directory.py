@@ -62,8 +62,12 @@ class RunDirectory:
         return self.url.rstrip("/").rpartition("/")[2]
 
     def exists(self) -> bool:
-        """Whether a run was ever written here."""
+        """Whether a run was ever begun here."""
         return self.store.exists(_JOB)
+
+    def is_known(self) -> bool:
+        """Whether a run was ever begun here, or submitted."""
+        return self.exists() or self.submissions.newest() is not None
 
     def claim(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
@@ -246,11 +250,11 @@ def _code_object(sha256: str) -> str:
 
 def is_run(names: Collection[str]) -> bool:
     """Whether a folder with these entries is the directory of a run; a ``job.yaml`` alone may be a user's own."""
-    return _JOB in names and (_ENVIRONMENT in names or _SUBMISSIONS in names)
+    return {_JOB, _ENVIRONMENT} <= {*names} or {_SUBMISSIONS, _CODE} <= {*names}
 
 
 def list_runs(store: Store) -> list[RunDirectory]:
-    """The runs directly in a store, by name."""
+    """The runs directly in a store, begun or submitted, by name."""
     runs = [RunDirectory(store.at(folder)) for folder in store.folders()]
     with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="list") as pool:
-        return [run for run, exists in zip(runs, pool.map(RunDirectory.exists, runs)) if exists]
+        return [run for run, is_known in zip(runs, pool.map(RunDirectory.is_known, runs)) if is_known]

@@ -15,14 +15,16 @@ from cluster.documents import read_document, write_document
 from cluster.errors import StorageError, one_line
 from cluster.storage import Store
 
-SubmissionState = Literal["waiting", "taken", "failed", "stopped"]
+SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
 
-_TAKEN = "taken"
-_FAILED = "failed"
-_STOPPED = "stopped"
-_DIGITS = 8
+Standing = Literal["due", "taken", "superseded"]
+
+_MARKS: tuple[SubmissionState, ...] = ("taken", "stopped", "failed", "done")
+"""Those that a file of its own tells; of several the first counts."""
 _UNKNOWN = "it does not say why"
-_UNTOLD: Mapping[type[BaseException], str] = {KeyboardInterrupt: "it was stopped before the run began"}
+_UNTOLD: Mapping[type[BaseException], str] = dict.fromkeys(
+    (KeyboardInterrupt, SystemExit), "it was stopped before the run began"
+)
 """What exceptions mean that have no message."""
 
 
@@ -65,8 +67,9 @@ class SubmissionReport:
     Attributes:
         id: Its name in the run directory.
         number: See ``Submission``.
-        state: ``waiting``: no driver has taken it, ``taken``, or ``failed``: its driver ended before it took the run;
-            ``stopped``: its job was stopped before that.
+        state: ``waiting``: no driver has answered it; ``taken``: the run has its description and its code; ``done``:
+            there was nothing to do; ``failed``: its driver ended before it took the run; ``stopped``: its job was
+            stopped before that.
     """
 
     id: str
@@ -86,7 +89,8 @@ class Submissions:
 
     def write(self, submission: Submission) -> str:
         """Writes a submission; returns its id, which no other has."""
-        submission_id = f"{submission.number:06d}-{secrets.token_hex(_DIGITS // 2)}"
+        milliseconds = int(submission.time * 1000)
+        submission_id = f"{submission.number:06d}-{milliseconds:014d}-{secrets.token_hex(4)}"
         write_document(self._store, f"{submission_id}.json", asdict(submission))
         return submission_id
 
@@ -104,42 +108,63 @@ class Submissions:
             raise StorageError(f"{where}: has no {', '.join(missing)}; submit the run again with one launcher")
         return Submission(**{field.name: document[field.name] for field in fields(Submission)})
 
-    def newest(self) -> SubmissionReport | None:
-        """The one with the largest number, of those one that was taken; none: the run was never submitted.
-
-        One listing.
-        """
+    def reports(self) -> list[SubmissionReport]:
+        """All of them: by number, of one number those that were taken last, and else by time. One listing."""
         parts = [name.split(".") for name in self._store.names() if name.endswith(".json")]
         marks = {(submission_id, mark) for submission_id, *marked in parts for mark in marked[:-1]}
-        ids = [submission_id for submission_id, *marked in parts if len(marked) == 1]
 
-        def is_taken(submission_id: str) -> bool:
-            return (submission_id, _TAKEN) in marks
+        def state(submission_id: str) -> SubmissionState:
+            return next((mark for mark in _MARKS if (submission_id, mark) in marks), "waiting")
 
-        if not ids:
-            return None
-        newest = max(ids, key=lambda each: (_number(each), is_taken(each), each))
-        state: SubmissionState = "waiting"
-        if is_taken(newest):
-            state = "taken"
-        elif (newest, _STOPPED) in marks:
-            state = "stopped"
-        elif (newest, _FAILED) in marks:
-            state = "failed"
-        return SubmissionReport(id=newest, number=_number(newest), state=state)
+        reports = [
+            SubmissionReport(id=submission_id, number=_number(submission_id), state=state(submission_id))
+            for submission_id, *marked in parts
+            if len(marked) == 1
+        ]
+        return sorted(reports, key=lambda report: (report.number, report.state == "taken", report.id))
 
-    def is_due(self, submission_id: str) -> bool:
-        """Whether a job that was begun for a submission has to take it; if not, this one or a later one was taken."""
-        taken = [name.split(".")[0] for name in self._store.names() if name.endswith(f".{_TAKEN}.json")]
-        return all(_number(each) < _number(submission_id) for each in taken)
+    def newest(self) -> SubmissionReport | None:
+        """The last of ``reports``; none: the run was never submitted."""
+        reports = self.reports()
+        return reports[-1] if reports else None
+
+    def read_newest(self) -> tuple[SubmissionReport, Submission] | None:
+        """The last of ``reports``, and what it holds; none: the run was never submitted.
+
+        Raises:
+            StorageError: It is torn.
+        """
+        report = self.newest()
+        while report is not None:
+            try:
+                return report, self.read(report.id)
+            except StorageError:
+                listed, report = report, self.newest()
+                if report == listed:  # and was not just withdrawn
+                    raise
+        return None
+
+    def standing(self, submission_id: str) -> Standing:
+        """What a job has to do that was begun for a submission.
+
+        Returns:
+            ``due``: to take it; ``taken``: to go on with the run, since an earlier process of the job has taken it;
+            ``superseded``: nothing, since another one was taken that is not older.
+        """
+        taken = {report.id for report in self.reports() if report.state == "taken"}
+        if any(_number(other) > _number(submission_id) for other in taken):
+            return "superseded"
+        if submission_id in taken:
+            return "taken"
+        return "superseded" if any(_number(other) == _number(submission_id) for other in taken) else "due"
 
     def mark_taken(self, submission_id: str) -> None:
         """Says that the run now has the description and the code of a submission."""
-        write_document(self._store, f"{submission_id}.{_TAKEN}.json", {})
+        write_document(self._store, f"{submission_id}.taken.json", {})
 
     def mark_stopped(self, submission_id: str) -> None:
         """Says that the job of a submission was stopped before a driver took it."""
-        write_document(self._store, f"{submission_id}.{_STOPPED}.json", {})
+        write_document(self._store, f"{submission_id}.stopped.json", {})
 
     @contextlib.contextmanager
     def answered(self, submission_id: str | None) -> Iterator[None]:
@@ -150,21 +175,21 @@ class Submissions:
         """
         try:
             yield
-            if submission_id is not None and self.is_due(submission_id):  # there was nothing to do
-                self.mark_taken(submission_id)
+            if submission_id is not None and self.standing(submission_id) == "due":  # there was nothing to do
+                write_document(self._store, f"{submission_id}.done.json", {})
         except BaseException as error:
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # the job's own output has the error too
-                    if self.is_due(submission_id):
-                        self._mark_failed(submission_id, one_line(error) or _UNTOLD.get(type(error), repr(error)))
+                    if self.standing(submission_id) == "due":
+                        self._mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
             raise
 
     def _mark_failed(self, submission_id: str, error: str) -> None:
-        write_document(self._store, f"{submission_id}.{_FAILED}.json", {"error": error})
+        write_document(self._store, f"{submission_id}.failed.json", {"error": error})
 
     def read_failure(self, submission_id: str) -> str:
         """Why the driver of a submission that failed ended, in a line."""
-        return str((read_document(self._store, f"{submission_id}.{_FAILED}.json") or {}).get("error", _UNKNOWN))
+        return str((read_document(self._store, f"{submission_id}.failed.json") or {}).get("error", _UNKNOWN))
 
     def withdraw(self, submission_id: str) -> None:
         """Deletes a submission for which no job was begun."""

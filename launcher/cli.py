@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ class _Verbs(click.Group):
     """Turns every error of ours into its one line and its exit code, for all verbs."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it where people press Ctrl-C
         try:
             return super().invoke(ctx)
         except LauncherError as error:
@@ -386,7 +388,7 @@ def _existing_run(url: str) -> Any:
     from cluster.run_directory import RunDirectory
 
     run_directory = RunDirectory(url)
-    if not run_directory.exists():
+    if not run_directory.is_known():
         raise DescriptionError(
             f"{run_directory.url} is no run: it has no job.yaml; launcher list shows the runs of a store"
         )

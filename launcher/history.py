@@ -78,7 +78,7 @@ def branch_directory(run: RunDirectory, new: str) -> RunDirectory:
         DescriptionError: Something is there.
     """
     branch = RunDirectory(new if "/" in new else f"{run.url.rpartition('/')[0]}/{new}")
-    if branch.exists():
+    if branch.is_known():
         raise DescriptionError(f"{branch.url}: is a run already; give the branch another name")
     if names := branch.store.names():
         raise DescriptionError(f"{branch.url}: is not empty, it holds {names[0]}; give the branch another name")

@@ -111,23 +111,21 @@ def resume(
         LauncherError: See the tree in ``cluster.errors``.
     """
     source = f"{run.url}/job.yaml"
-    text = run.read_job()
-    stored = parse(text, source)
-    submission_id = _submission_to_take(run, submission_id)
-    if submission_id is not None:
-        text = run.submissions.read(submission_id).description
+    taking = _submission_to_take(run, submission_id)
+    text = run.read_job() if taking is None else run.submissions.read(taking).description
+    stored = parse(run.read_job() if run.exists() else text, source)
     branch = None if new is None else branch_directory(run, new)
     if take_over and at is not None:
         raise DescriptionError(
             f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
         )
-    code = find_code(run, submission_id)
+    code = find_code(run, taking)
     steps = run.checkpoints.steps()
     reached = max(steps, default=0) if at is None else at
     if branch is not None:
         overrides = [*overrides, *_place_of(branch, stored, overrides)]
     wanted = parse(text, source, overrides)
-    limit = wanted.spec.train.max_steps
+    limit = None if submission_id else wanted.spec.train.max_steps  # a person who resumes wants the run to go on
     if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
         wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
     if branch is None:
@@ -142,13 +140,20 @@ def _submission_to_take(run: RunDirectory, submission_id: str | None) -> str | N
 
     Whoever was begun for none, such as a person elsewhere, leaves those that wait to their jobs, unless the run has
     nothing else yet.
+
+    Raises:
+        ClusterError: The run has taken another one since.
     """
     if submission_id is not None:
-        return submission_id if run.submissions.is_due(submission_id) else None
-    if run.read_environment():
-        return None
-    newest = run.submissions.newest()
-    return None if newest is None or newest.state == "taken" else newest.id
+        standing = run.submissions.standing(submission_id)
+        if standing == "superseded":
+            raise ClusterError(
+                f"{run.url}: submission {submission_id} is superseded, the run was begun for another one since; "
+                "nothing is left to do for this job"
+            )
+        return submission_id if standing == "due" else None
+    newest = None if run.exists() else run.submissions.newest()
+    return None if newest is None else newest.id
 
 
 def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:

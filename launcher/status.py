@@ -82,10 +82,12 @@ def _unanswered_submission(
         status: How the run stands; none: it never had a driver.
     """
     report = run.submissions.newest()
-    if report is None or report.state == "taken":
+    if report is None or report.state in ("taken", "done"):
         return None
-    submission = run.submissions.read(report.id)
-    return None if status is not None and status.get("claimed", 0.0) > submission.time else (report, submission)
+    newest = run.submissions.read_newest()
+    if newest is None or (status is not None and status.get("claimed", 0.0) > newest[1].time):
+        return None
+    return newest
 
 
 def _submitted_document(run: RunDirectory, report: SubmissionReport, submission: Submission) -> dict[str, Any]:
@@ -123,13 +125,13 @@ def stop_run(run: RunDirectory, timeout_s: float, job: "SubmittedJob | None" = N
     """
     deadline = time.monotonic() + timeout_s
     status = read_status(run, LONG_SILENCE_S)
-    if status["status"] == "submitted":
-        if job is None:
-            raise ClusterError(
-                f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it "
-                f"was submitted to, {status['cluster']}"
-            )
+    if job is not None and job.is_due():  # also of a run that another driver has begun
         status = job.stopped(deadline)
+    elif status["status"] == "submitted":
+        raise ClusterError(
+            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
+            f"submitted to, {status['cluster']}"
+        )
     if status["status"] == "running":
         run.request_stop()
     while status["status"] == "running":

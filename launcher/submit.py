@@ -16,18 +16,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.bundle import Bundle
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Scheduler
+from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
 from cluster.submissions import Submission, SubmissionReport
 from cluster.versions import check_ray_version
 from launcher.code import directory_in_code, pack_job
-from launcher.description import Description, Difference, parse
+from launcher.description import Description, Difference, differences, parse
 from launcher.nodes import check_nodes, fit, own_versions
 from launcher.plan import Plan, Tried, try_job
 from launcher.progress import Progress
@@ -43,39 +44,31 @@ _VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_][A-Za-z0-9_]*)\}")
 """One that a description cannot do without; with a default, it can."""
 
 
-class Place(Protocol):
-    """What is read of the description of a cluster."""
-
-    @property
-    def address(self) -> str:
-        """What to call it."""
-
-    @property
-    def env(self) -> tuple[str, ...]:
-        """The names of the variables that its nodes must have."""
-
-    @property
-    def stop_grace_s(self) -> int:
-        """Seconds between SIGTERM and SIGKILL when a job is stopped."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Standing:
+class _Snapshot:
     """How a run stands before it is submitted.
 
     Attributes:
         stored: Its description; none: there is no such run.
         status: What its last driver wrote; none: it never had one.
-        submission: The newest one; none: it was never submitted.
+        newest: How its newest submission stands; none: it was never submitted.
+        submission: What that holds.
         changed: What is to change in its description.
         reached: The step of its newest checkpoint.
     """
 
     stored: Description | None
     status: Mapping[str, Any] | None
-    submission: SubmissionReport | None
+    newest: SubmissionReport | None
+    submission: Submission | None
     changed: list[Difference]
     reached: int
+
+    @property
+    def waits_on(self) -> str | None:
+        """The address of the cluster of its newest submission, if that waits for a driver there."""
+        is_waiting = self.newest is not None and self.newest.state == "waiting"
+        return self.submission.cluster if is_waiting and self.submission is not None else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +87,7 @@ class _Next:
 
 
 def submit(
-    description: Description, folder: Path, scheduler: Scheduler, place: Place, display: Progress
+    description: Description, folder: Path, scheduler: Scheduler, place: RayClusterSpec, display: Progress
 ) -> dict[str, Any]:
     """Hands a run over to a cluster, unless it is there, or is complete.
 
@@ -115,19 +108,21 @@ def submit(
     """
     check_ray_version()  # the nodes have the same, as they are asked below
     run = run_directory(description)
-    standing = _look_at(run, description)
-    following = _what_is_next(run, standing, scheduler)
+    before = _snapshot(run, description)
+    following = _what_is_next(run, before, scheduler, place)
     if following.why_not:
-        return _left_alone(run, standing, place, following, display)
+        return _leave_alone(run, before, place, following, display)
+    if before.waits_on not in (None, place.address):
+        display.warn(f"{run.url} waits on {before.waits_on}, too; the job that begins first has it, the other one ends")
     display.phase("trying the job out")
-    to_plan, store, tried = _try_here(run, standing, description, folder)
+    to_plan, store, tried = _try_here(run, before, description, folder)
     bundle = pack_job(folder, tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
     plan = _fit_there(to_plan, store, tried, scheduler, place, display)
-    if standing.status is not None and standing.reached >= plan.end_step < plan.total_steps:
+    if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
         reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
-        return _left_alone(run, standing, place, replace(following, why_not=reached), display)
-    for change in _look_at(run, description).changed:  # again: somebody may have submitted another run by this name
+        return _leave_alone(run, before, place, replace(following, why_not=reached), display)
+    for change in _snapshot(run, description).changed:  # again: somebody may have submitted another run by this name
         display.message(f"changed {change}")
     submission = Submission(
         number=following.number,
@@ -170,36 +165,39 @@ def make_command(run_url: str, submission_id: str) -> str:
 # --- How the run stands ---
 
 
-def _look_at(run: RunDirectory, wanted: Description) -> _Standing:
+def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
-    newest = run.submissions.newest()
-    if not run.exists():
-        return _Standing(stored=None, status=None, submission=newest, changed=[], reached=0)
-    stored = parse(run.read_job(), f"{run.url}/job.yaml")
-    changed, _ = compare(run, stored, wanted)
-    return _Standing(
+    newest, submission = run.submissions.read_newest() or (None, None)
+    stored, changed = None, list[Difference]()
+    if run.exists():
+        stored = parse(run.read_job(), f"{run.url}/job.yaml")
+        changed, _ = compare(run, stored, wanted)
+    elif submission is not None:  # nothing was trained: it may become another
+        changed = differences(parse(submission.description, run.url).spec, wanted.spec)
+    return _Snapshot(
         stored=stored,
         status=run.read_status(),
-        submission=newest,
+        newest=newest,
+        submission=submission,
         changed=changed,
         reached=max(run.checkpoints.steps(), default=0),
     )
 
 
-def _what_is_next(run: RunDirectory, standing: _Standing, scheduler: Scheduler) -> _Next:
+def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, place: RayClusterSpec) -> _Next:
     """What a submission of a run has to do.
 
-    A job that the cluster does not know, though it was submitted, is begun now by the same name: whoever submitted it
-    may not have come that far, or just be about to.
+    A job that the cluster does not know, though it was submitted there, is begun now by the same name: whoever
+    submitted it may not have come that far, or just be about to.
     """
-    status, stop = standing.status, f"stop it with `launcher stop {shlex.quote(run.url)}`"
+    status, stop = before.status, f"stop it with `launcher stop {shlex.quote(run.url)}`"
     if status is not None and status["status"] == "completed":
         return _Next(number=0, why_not=f"{run.url} is complete; nothing to do (another name starts another run)")
-    number, newest = 0, standing.submission
+    number, newest = 0, before.newest
     while newest is not None:
         number = max(number, newest.number)
         job = scheduler.read(make_job_id(run.url, number))
-        if job is None and (number > newest.number or newest.state == "waiting"):
+        if job is None and (number > newest.number or before.waits_on == place.address):
             break
         if job is not None and job.status not in ENDED:
             why = f"{run.url} is there already, job {job.id} is {job.status}; {stop}"
@@ -211,17 +209,17 @@ def _what_is_next(run: RunDirectory, standing: _Standing, scheduler: Scheduler) 
     return _Next(number=number)
 
 
-def _left_alone(
-    run: RunDirectory, standing: _Standing, place: Place, following: _Next, display: Progress
+def _leave_alone(
+    run: RunDirectory, before: _Snapshot, place: RayClusterSpec, following: _Next, display: Progress
 ) -> dict[str, Any]:
     """A run for which no job is begun, told of."""
     display.message(following.why_not)
-    for change in standing.changed:
+    for change in before.changed:
         display.warn(f"not changed: {change}")
     return _result(run, following.job_id, place)
 
 
-def _result(run: RunDirectory, job_id: str | None, place: Place) -> dict[str, Any]:
+def _result(run: RunDirectory, job_id: str | None, place: RayClusterSpec) -> dict[str, Any]:
     return {"run": run.url, "job": job_id, "cluster": place.address, "status": read_status(run)["status"]}
 
 
@@ -229,21 +227,21 @@ def _result(run: RunDirectory, job_id: str | None, place: Place) -> dict[str, An
 
 
 def _try_here(
-    run: RunDirectory, standing: _Standing, description: Description, folder: Path
+    run: RunDirectory, before: _Snapshot, description: Description, folder: Path
 ) -> tuple[Description, Store, Tried]:
     """What is left to plan, its store, and what trying it out on this machine told."""
     to_plan = description
-    if standing.stored is not None:
-        is_in_place = description.spec.store == standing.stored.spec.store
-        to_plan = left_to_plan(run, placed_at(run, description) if is_in_place else description, standing.reached)
+    if before.stored is not None:
+        is_in_place = description.spec.store == before.stored.spec.store
+        to_plan = left_to_plan(run, placed_at(run, description) if is_in_place else description, before.reached)
     store, tried = try_job(to_plan, make_import_paths(folder))
-    if standing.stored is not None:
+    if before.stored is not None:
         check_unchanged(run, description, tried)
     return to_plan, store, tried
 
 
 def _fit_there(
-    description: Description, store: Store, tried: Tried, scheduler: Scheduler, place: Place, display: Progress
+    description: Description, store: Store, tried: Tried, scheduler: Scheduler, place: RayClusterSpec, display: Progress
 ) -> Plan:
     """The plan on the cluster, whose nodes are fit for it."""
     # What every node must have set: what the cluster's description says, and what the job takes.
@@ -257,12 +255,9 @@ def _fit_there(
 
 
 def _write(run: RunDirectory, submission: Submission, bundle: Bundle) -> str:
-    """Writes what a driver needs; returns the id of the submission. A run that exists stays as it is."""
+    """Writes what a driver needs; returns the id of the submission. The run stays as it is."""
     run.write_code(bundle.sha256, bundle.data)
-    submission_id = run.submissions.write(submission)
-    if not run.exists():  # with this it does, and is submitted
-        run.write_job(submission.description)
-    return submission_id
+    return run.submissions.write(submission)
 
 
 def _begin(

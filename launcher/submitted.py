@@ -28,7 +28,7 @@ class SubmittedJob:
 
     Attributes:
         run: Whose job it is.
-        submission_id: Of its newest submission.
+        submission_id: Of its newest submission to the cluster; of its newest one, if it knows of none.
         submission: That.
         scheduler: The cluster that is asked; it need not be the one that the run was submitted to.
         cluster: What to call that.
@@ -66,6 +66,10 @@ class SubmittedJob:
             ClusterError: The cluster does not give it, or knows of no such job.
         """
         return self.scheduler.log(self.id)
+
+    def is_due(self) -> bool:
+        """Whether the job has yet to take the run."""
+        return self.run.submissions.standing(self.submission_id) == "due"
 
     def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
         """The ``--json`` document of the run, see ``read_status``, with what the cluster says of the job.
@@ -111,10 +115,8 @@ class SubmittedJob:
                     "look at `launcher status`, or wait with --timeout"
                 )
             time.sleep(_STOP_INTERVAL_S)
-        document = read_status(self.run, LONG_SILENCE_S)
-        if document["status"] not in ("submitted", "failed") or _has_begun(document):  # a driver took it meanwhile
-            return document
-        self.run.submissions.mark_stopped(self.submission_id)
+        if self.is_due():  # no driver took it meanwhile
+            self.run.submissions.mark_stopped(self.submission_id)
         return read_status(self.run, LONG_SILENCE_S)
 
 
@@ -124,11 +126,20 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
     Raises:
         DescriptionError: The run was never submitted.
     """
-    newest = run.submissions.newest()
-    if newest is None:
+    reports = run.submissions.reports()
+    if not reports:
         raise DescriptionError(f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster")
-    submission = run.submissions.read(newest.id)
-    return SubmittedJob(run=run, submission_id=newest.id, submission=submission, scheduler=scheduler, cluster=cluster)
+    submissions = {report.id: run.submissions.read(report.id) for report in reports}
+    newest = reports[-1].id
+    there = [submission_id for submission_id, each in submissions.items() if each.cluster == cluster]
+    submission_id = there[-1] if there else newest  # the cluster may be known by several addresses
+    return SubmittedJob(
+        run=run,
+        submission_id=submission_id,
+        submission=submissions[submission_id],
+        scheduler=scheduler,
+        cluster=cluster,
+    )
 
 
 def jobs_of(scheduler: Scheduler, warn: Callable[[str], None]) -> list[Job]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.description import parse
@@ -19,7 +19,7 @@ _JOB_INTERVAL_S = 10.0
 _LAST_WORDS_S = 15.0
 """How long the directory of a run may take to tell of its end after that of the job, or the other way round."""
 _PATIENCE_S = 600.0
-"""How long the cluster of a run that has not begun may be out of reach."""
+"""How long the store may be out of reach, and the cluster of a run that has not begun."""
 _ALIVE = ("submitted", "running")
 
 
@@ -48,11 +48,19 @@ def watch(
         ClusterError: The job has ended, or the cluster does not know it any more, and nobody goes on with the run; or
             the run has not begun, and the cluster is out of reach.
     """
-    epochs = parse(run.read_job(), f"{run.url}/job.yaml").spec.train.epochs
+    epochs = _read_epochs(run)
     asked = None if job_id is None else _Asked(scheduler, job_id, clock)
-    said = ""
+    said, read_at = "", clock()
     while True:
-        document = read_status(run, LONG_SILENCE_S)
+        try:
+            document = read_status(run, LONG_SILENCE_S)
+        except StorageError as error:
+            if clock() - read_at > _PATIENCE_S:
+                raise StorageError(f"{error}; the run may go on, look at `launcher status`") from error
+            display.phase(f"the store is out of reach: {error}")
+            sleep(_INTERVAL_S)
+            continue
+        read_at = clock()
         if document["status"] == "failed" and document.get("begun") is False:
             raise _failed_early(run, document, job_id, scheduler, clock, sleep)
         if document["status"] not in _ALIVE:
@@ -82,6 +90,13 @@ def watch(
         sleep(_INTERVAL_S)
 
 
+def _read_epochs(run: RunDirectory) -> int:
+    """How many epochs the run has, as its description says, or its newest submission if it has not begun."""
+    newest = None if run.exists() else run.submissions.read_newest()
+    text = run.read_job() if newest is None else newest[1].description
+    return int(parse(text, run.url).spec.train.epochs)
+
+
 class _Asked:
     """What a cluster says of a job, which is asked now and then.
 
@@ -104,7 +119,13 @@ class _Asked:
         self._updated: float | None = None
 
     def ask(self, document: Mapping[str, Any]) -> None:
-        """Asks the cluster, unless it was asked a moment ago; ``document`` is how the run stands now."""
+        """Asks the cluster, unless it was asked a moment ago.
+
+        Args:
+            document: How the run stands, read before this call and after the one before.
+        """
+        if self._gone_at is not None and self._updated is None:
+            self._updated = document.get("updated")  # the last that the job's driver can have written
         if self._clock() - self._asked_at < _JOB_INTERVAL_S:
             return
         self._asked_at = self._clock()
@@ -115,9 +136,9 @@ class _Asked:
             return
         self.error, self._answered_at = "", self._clock()
         if self.job is not None and self.job.status not in ENDED:
-            self._gone_at = None
+            self._gone_at = self._updated = None
         elif self._gone_at is None:
-            self._gone_at, self._updated = self._clock(), document.get("updated")
+            self._gone_at = self._clock()
 
     @property
     def is_over(self) -> bool:

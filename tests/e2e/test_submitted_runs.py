@@ -218,7 +218,7 @@ def test_a_bundle_that_is_damaged_is_one_line_before_a_worker_starts(laptop, clu
 def test_a_job_that_dies_before_the_run_begins_ends_the_wait(laptop, cluster):
     with cluster.held():
         waiting = Running(("submit", "own.yaml", *CLUSTER, "--wait", "--json"), cwd=laptop)
-        waiting.wait_until((store_of(laptop) / "job.yaml").exists)
+        waiting.wait_until(lambda: any((store_of(laptop) / "submissions").glob("*.json")))
         (bundle,) = (store_of(laptop) / "code").iterdir()
         bundle.unlink()
     ended = waiting.wait()
@@ -229,6 +229,40 @@ def test_a_job_that_dies_before_the_run_begins_ends_the_wait(laptop, cluster):
     again = submit(laptop)
     assert cluster.wait(again.document["job"]).exit_code == 0
     assert len(cluster.jobs()) == 2
+
+
+def test_a_job_that_is_stopped_while_it_plans_says_so_in_the_bucket(laptop, cluster, tmp_path):
+    slow, began = tmp_path / "slow", tmp_path / "began"
+    wait = f"""
+import pathlib, time
+while pathlib.Path({str(slow)!r}).exists():
+    pathlib.Path({str(began)!r}).touch()
+    time.sleep(0.05)
+"""
+    (laptop / "mine.py").write_text(wait + MINE)
+    with cluster.held():
+        job_id = submit(laptop).document["job"]
+        slow.touch()
+    while not began.exists():
+        assert cluster.read(job_id).status in ("pending", "running"), cluster.log(job_id)
+    cluster.stop(job_id)
+    cluster.wait(job_id)
+    run = store_of(laptop)
+    while (status := launcher("status", run, "--json", cwd=tmp_path).document)["status"] == "submitted":
+        pass  # the shell of the job ends before its command
+    assert status["status"] == "failed"
+    assert f"job {job_id} ended before the run began: it was stopped before the run began" in status["error"]
+    assert not run.joinpath("job.yaml").exists()
+
+
+def test_a_job_that_is_begun_late_leaves_a_run_at_its_last_step(laptop, cluster):
+    with cluster.held():
+        job_id = submit(laptop, "train.max_steps=8").document["job"]
+        ran = launcher("run", "own.yaml", "train.max_steps=8", "--json", cwd=laptop)
+        assert (ran.exit_code, ran.document["step"]) == (0, 8)
+    assert cluster.wait(job_id).exit_code == 0, cluster.log(job_id)
+    assert "has reached train.max_steps=8" in cluster.log(job_id)
+    assert launcher("status", store_of(laptop), "--json", cwd=laptop).document["step"] == 8
 
 
 def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, cluster, tmp_path):

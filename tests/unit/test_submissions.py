@@ -39,7 +39,8 @@ def newest(submissions: Submissions) -> SubmissionReport:
 
 def test_none_was_written(submissions):
     assert submissions.newest() is None
-    assert submissions.is_due("000000-ab")
+    assert submissions.standing("000000-ab") == "due"
+    assert submissions.read_newest() is None
 
 
 def test_what_is_written_is_read(submissions):
@@ -52,10 +53,36 @@ def test_one_that_is_taken_is_due_no_more_and_neither_are_those_before_it(submis
     stale, rival, first = (submissions.write(replace(FIRST, number=number)) for number in (0, 1, 1))
     later = submissions.write(replace(FIRST, number=2))
     submissions.mark_taken(first)
-    assert [submissions.is_due(each) for each in (stale, rival, first, later)] == [False, False, False, True]
+    standings = [submissions.standing(each) for each in (stale, rival, first, later)]
+    assert standings == ["superseded", "superseded", "taken", "due"]
     assert newest(submissions).id == later
     submissions.withdraw(later)
     assert newest(submissions) == SubmissionReport(id=first, number=1, state="taken")
+
+
+def test_of_one_number_the_one_that_was_taken_counts_and_else_the_later(submissions):
+    early, late = (submissions.write(replace(FIRST, time=time)) for time in (8.0, 9.0))
+    assert newest(submissions).id == late
+    with pytest.raises(ClusterError), submissions.answered(late):
+        raise ClusterError("no room")
+    assert (newest(submissions).id, newest(submissions).state) == (late, "failed")
+    submissions.mark_taken(early)
+    assert (newest(submissions).id, newest(submissions).state) == (early, "taken")
+    assert submissions.standing(late) == "superseded"
+
+
+def test_one_that_is_withdrawn_while_it_is_read(submissions, monkeypatch):
+    first, rival = submissions.write(FIRST), submissions.write(replace(FIRST, time=9.0))
+    list_names = submissions._store.names
+
+    def withdraw_after_listing() -> list[str]:
+        names = list_names()
+        monkeypatch.setattr(submissions._store, "names", list_names)
+        submissions.withdraw(rival)
+        return names
+
+    monkeypatch.setattr(submissions._store, "names", withdraw_after_listing)
+    assert submissions.read_newest() == (SubmissionReport(id=first, number=0, state="waiting"), FIRST)
 
 
 def test_numbers_are_not_compared_as_text(submissions):
@@ -70,7 +97,7 @@ class TestAnswered:
             raise ClusterError("no room:\nadd nodes")
         assert newest(submissions).state == "failed"
         assert submissions.read_failure(submission_id) == "no room: add nodes"
-        assert submissions.is_due(submission_id), "a retry of its job may take it yet"
+        assert submissions.standing(submission_id) == "due", "a retry of its job may take it yet"
 
     def test_an_error_afterwards_is_the_runs(self, submissions):
         submission_id = submissions.write(FIRST)
@@ -84,17 +111,18 @@ class TestAnswered:
             train()
         assert newest(submissions).state == "taken"
 
-    def test_a_signal_is_told(self, submissions):
+    @pytest.mark.parametrize("signal", [KeyboardInterrupt(), SystemExit(15)])
+    def test_a_signal_is_told(self, submissions, signal):
         submission_id = submissions.write(FIRST)
-        with pytest.raises(KeyboardInterrupt), submissions.answered(submission_id):
-            raise KeyboardInterrupt
+        with pytest.raises(type(signal)), submissions.answered(submission_id):
+            raise signal
         assert submissions.read_failure(submission_id) == "it was stopped before the run began"
 
-    def test_one_that_asks_for_nothing_is_answered(self, submissions):
+    def test_one_that_asks_for_nothing_is_done(self, submissions):
         submission_id = submissions.write(FIRST)
         with submissions.answered(submission_id):
             pass
-        assert newest(submissions).state == "taken"
+        assert newest(submissions).state == "done"
 
     def test_a_driver_that_was_begun_for_none_writes_nothing(self, submissions, tmp_path):
         with submissions.answered(None):

@@ -337,7 +337,8 @@ def test_what_is_written(job, folder):
     assert (submission.job, submission.cluster, submission.description) == (result["job"], URL, job.text)
     assert submission.versions == own_versions()
     assert b"mine.py" in run.read_code(submission.code_sha256)
-    assert run.read_job() == job.text
+    assert not run.exists(), "until its driver has taken the run"
+    assert run.is_known()
 
 
 def test_the_cluster_says_how_long_a_job_that_is_stopped_may_save(job, folder):
@@ -429,6 +430,7 @@ class TestTheSameRunAgain:
         hand_over(job, folder, scheduler)
         run = run_of(job)
         take_newest(run)
+        run.write_job(job.text)
         run.claim()
         run.write_status({"status": status, "step": 3})
         scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
@@ -439,11 +441,39 @@ class TestTheSameRunAgain:
 
     def test_with_another_description(self, job, folder):
         scheduler = FakeScheduler()
-        hand_over(job, folder, scheduler)
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        take_newest(run_of(job))
+        run_of(job).write_job(job.text)
         other = replace(job, spec=replace(job.spec, seed=1))
         with pytest.raises(DescriptionError, match="exists with another description: seed: 0 -> 1"):
             hand_over(other, folder, scheduler)
         assert run_of(job).read_job() == job.text
+
+    def test_with_a_description_that_was_repaired_before_anything_was_trained(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        first = hand_over(job, folder, scheduler)["job"]
+        repaired = parse(job.text, "digits.yaml", ["seed=1"])
+        hand_over(repaired, folder, scheduler, said)
+        assert said.warnings == ["not changed: seed: 0 -> 1"]
+        scheduler.known[first] = "failed"
+        hand_over(repaired, folder, scheduler, said)
+        assert "changed seed: 0 -> 1" in said.messages
+        newest = run_of(job).submissions.read_newest()
+        assert newest is not None
+        assert (newest[0].number, newest[1].description) == (1, repaired.text)
+
+    def test_on_another_cluster_while_it_waits_on_one(self, job, folder):
+        hand_over(job, folder, FakeScheduler())
+        said = Said()
+        other = RayClusterSpec(address="http://other:8265")
+        second = submit(job, folder, FakeScheduler(), other, said)["job"]
+        assert second.endswith("-1")
+        assert f"waits on {URL}, too" in said.warnings[0]
+        submissions = run_of(job).submissions
+        first, newest = submissions.reports()
+        submissions.mark_taken(newest.id)
+        assert (submissions.standing(first.id), submissions.standing(newest.id)) == ("superseded", "taken")
 
     def test_with_more_workers(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
@@ -456,13 +486,15 @@ class TestTheSameRunAgain:
         report = run.submissions.newest()
         assert report is not None
         assert run.submissions.read(report.id).description == more.text
-        assert run.read_job() == job.text, "until its driver has taken the run"
+        assert not run.exists(), "until its driver has taken the run"
 
     def test_with_other_data(self, job, folder):
         scheduler = FakeScheduler()
         first = hand_over(job, folder, scheduler)["job"]
         scheduler.known[first] = "failed"
+        take_newest(run_of(job))
         run_of(job).write_environment({"data_fingerprint": "cd"})
+        run_of(job).write_job(job.text)
         with pytest.raises(DescriptionError, match="data has changed since the run began"):
             hand_over(job, folder, scheduler)
 
@@ -472,6 +504,7 @@ class TestTheSameRunAgain:
         hand_over(limited, folder, scheduler)
         run = run_of(job)
         take_newest(run)
+        run.write_job(job.text)
         run.claim()
         saved.save(run.checkpoints, 5, {"model.safetensors": b""})
         run.write_status({"status": "stopped", "step": 5})

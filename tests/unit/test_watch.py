@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import Job
 from launcher import watch as watch_module
@@ -40,9 +40,16 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     run = RunDirectory(str(tmp_path / "run"))
     run.write_job(JOB.format(store=tmp_path))
 
-    def look(cluster: Cluster, *statuses: dict[str, Any]) -> tuple[dict[str, Any], int, float, Said]:
+    def look(cluster: Cluster, *statuses: dict[str, Any] | StorageError) -> tuple[dict[str, Any], int, float, Said]:
         now, said, left = [0.0], Said(), list(statuses)
-        monkeypatch.setattr(watch_module, "read_status", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+
+        def read_status(*_: Any) -> dict[str, Any]:
+            status = left.pop(0) if len(left) > 1 else left[0]
+            if isinstance(status, StorageError):
+                raise status
+            return status
+
+        monkeypatch.setattr(watch_module, "read_status", read_status)
 
         def sleep(seconds: float) -> None:
             now[0] += seconds
@@ -139,3 +146,19 @@ def test_a_run_that_somebody_else_goes_on_with_is_watched_to_its_end(watched):
     document, code, waited_s, _ = watched(Cluster(a_job("failed", 5)), *signs, RUNNING | {"status": "completed"})
     assert (document["status"], code) == ("completed", 0)
     assert waited_s >= 190
+
+
+def test_what_the_driver_wrote_last_before_it_was_killed_is_no_sign_of_somebody_else(watched):
+    signs = [RUNNING | {"updated": 1.0}, RUNNING | {"updated": 2.0}]
+    with pytest.raises(ClusterError, match="job own-0 ended at step 7"):
+        watched(Cluster(a_job("failed", -9)), *signs)
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(watched):
+    away = StorageError("s3://b/r: nobody answers")
+    assert (
+        watched(Cluster(a_job("running")), *[away] * 100, RUNNING, *[away] * 100, RUNNING | {"status": "stopped"})[1]
+        == 0
+    )
+    with pytest.raises(StorageError, match="nobody answers; the run may go on"):
+        watched(Cluster(a_job("running")), RUNNING, away)
