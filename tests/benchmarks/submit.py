@@ -33,14 +33,13 @@ from cluster.run_directory import RunDirectory
 from tests.benchmarks.startup import JOB, SCRIPT
 from tests.benchmarks.twins import NUM_WORKERS, stamps_in, stock, write_optimizer
 from tests.e2e.command import events
-from tests.faults.hosts import JOBS_API, NETWORK_INTERFACE, RAY, Host, hosts, why_there_can_be_none
+from tests.faults.hosts import JOBS_API, NETWORK_INTERFACE, RAY, Host, hosts, wait_for_jobs_api, why_there_can_be_none
 
 _NUM_CPUS = 4
 """That Ray hands out: for two workers of one CPU, and what a trainer may reserve beside them."""
 _EVENTS = ("attempt_started", "training")
 _MOMENTS = ("submitted", *_EVENTS, "first_step", "end")
 _TIMEOUT_S = 600.0
-_POLL_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +118,8 @@ def _start(head: Host, laptop: Host, cache: Path) -> str:
     """Starts the cluster; returns the URL of its Jobs API, as soon as that is served."""
     head.start_ray(num_cpus=_NUM_CPUS, environment={"XDG_CACHE_HOME": str(cache)}, options=JOBS_API)
     head.wait_for_ray()
-    url = head.jobs_url
-    command = laptop.command([RAY, "job", "list", "--address", url], cache)
-    deadline = time.monotonic() + _TIMEOUT_S
-    while (asked := subprocess.run(command, env=_environment(), capture_output=True, text=True)).returncode != 0:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{url} does not serve the Jobs API: {asked.stderr[-4000:]}")
-        time.sleep(_POLL_INTERVAL_S)
-    return url
+    wait_for_jobs_api(head, laptop, cache)
+    return head.jobs_url
 
 
 def _report(found: dict[str, list[dict[str, float]]], num_runs: int) -> dict[str, float]:

@@ -86,6 +86,15 @@ def start_ray(head: "Host", *others: "Host", head_settings: Mapping[str, str] | 
         host.wait_for_ray()
 
 
+def wait_for_jobs_api(head: "Host", client: "Host", cwd: Path) -> None:
+    """Returns when a client reaches the Jobs API of a head that was started with ``JOBS_API``."""
+    command = client.command([RAY, "job", "list", "--address", head.jobs_url], cwd)
+    deadline = time.monotonic() + _RAY_START_TIMEOUT_S
+    while (asked := subprocess.run(command, capture_output=True, text=True)).returncode != 0:
+        assert time.monotonic() < deadline, f"{head.jobs_url} does not serve the Jobs API: {asked.stderr}"
+        time.sleep(_POLL_INTERVAL_S)
+
+
 class Host:
     """One host. Made by ``hosts``."""
 

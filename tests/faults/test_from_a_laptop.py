@@ -13,7 +13,7 @@ import pytest
 
 from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, launcher
-from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, Host, hosts, why_there_can_be_none
+from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, Host, hosts, wait_for_jobs_api, why_there_can_be_none
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def store_on(host: Host, folder: Path) -> Iterator[dict[str, str]]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            yield json.loads(server.stdout.readline())
+            yield json.loads(server.stdout.readline())  # it ends by itself if it does not start
         finally:
             server.communicate()  # it ends when its stdin does
 
@@ -67,9 +67,9 @@ def seven() -> Iterator[list[Host]]:
 
 def test_from_a_laptop(seven: list[Host], tmp_path: Path, make_plan) -> None:
     head, second, third, fourth, fifth, laptop, store = seven
-    plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in HELD_AT))
-    folder, slow = tmp_path / "job", tmp_path / "slow"
+    folder, slow, away = tmp_path / "job", tmp_path / "slow", tmp_path / "away"
     folder.mkdir()
+    away.mkdir()
     (folder / "digits.yaml").write_text((JOBS / "digits.yaml").read_text())
     (folder / "mine.py").write_text(MINE)
     changes = (
@@ -78,37 +78,40 @@ def test_from_a_laptop(seven: list[Host], tmp_path: Path, make_plan) -> None:
     )  # fmt: skip
     home = launcher("run", "digits.yaml", *changes, "workers.num=1", f"store={tmp_path / 'home'}", "--json", cwd=folder)
     assert home.exit_code == 0, home.stderr
+    plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in HELD_AT))
 
     with store_on(store, tmp_path / "s3") as environment:
 
-        def start(host: Host, head: Host | None = None, settings: Mapping[str, str] = {}) -> None:
-            host.start_ray(head, environment={**settings, **environment, "HOME": str(tmp_path)}, options=api(head))
+        def of(host: Host, settings: Mapping[str, str] = {}) -> dict[str, str]:
+            """What a host has in its environment; a cache of its own, though the files are the machine's."""
+            return {**settings, **environment, "XDG_CACHE_HOME": str(tmp_path / f"cache-{host.name}")}
 
-        def api(head: Host | None) -> tuple[str, ...]:
-            return JOBS_API if head is None else ()
-
-        def begin(*words: object, on: Host = laptop) -> Running:
-            elsewhere = {**environment, "HOME": str(tmp_path)}
-            return Running(words, tmp_path, lambda command: on.command(command, folder, elsewhere), on_ray=True)
+        def begin(*words: object, on: Host = laptop, cwd: Path = tmp_path) -> Running:
+            return Running(words, tmp_path, lambda command: on.command(command, cwd, of(on)), on_ray=True)
 
         def ask(*words: object) -> Ended:
             return begin(*words, "--json").wait()
 
-        start(head, settings=HEAD_SETTINGS)
+        # What lies on the laptop lies nowhere else.
+        only_here = f"mount -t tmpfs laptop {away} && cp -r {folder} {away}"
+        subprocess.run(laptop.command(["sh", "-c", only_here], tmp_path), check=True)
+
+        head.start_ray(environment=of(head, HEAD_SETTINGS), options=JOBS_API)
         for host in (second, third):
-            start(host, head)
+            host.start_ray(head, environment=of(host))
         for host in (head, second, third):
             host.wait_for_ray()
-        (folder / "ours.yaml").write_text(
-            f"kind: ray\naddress: {head.jobs_url}\nvenv: {sys.prefix}\nenv: [{', '.join(environment)}]\n"
-        )
+        wait_for_jobs_api(head, laptop, tmp_path)
+        ours = tmp_path / "ours.yaml"
+        ours.write_text(f"kind: ray\naddress: {head.jobs_url}\nvenv: {sys.prefix}\nenv: [{', '.join(environment)}]\n")
         slow.touch()
-        submitted = begin("submit", "digits.yaml", *changes, "store=s3://runs", "--cluster", "ours.yaml", "--wait")
+        job = ("submit", "digits.yaml", *changes, "store=s3://runs", "--cluster", ours, "--wait")
+        submitted = begin(*job, cwd=away / "job")
         submitted.wait_until(lambda: 0 in fired(plan))
         submitted.signal_group(signal.SIGKILL)
         submitted.wait()
         run = "s3://runs/digits"
-        told = ask("status", run, "--cluster", "ours.yaml").document
+        told = ask("status", run, "--cluster", ours).document
         assert (told["status"], told["job_status"], told["workers"]) == ("running", "running", 3)
 
         third.power_off()
@@ -123,18 +126,16 @@ def test_from_a_laptop(seven: list[Host], tmp_path: Path, make_plan) -> None:
         for host in (head, second):
             host.power_off()
         slow.unlink()
-        folder.rename(tmp_path / "gone")
-        folder.mkdir()
         assert ask("status", run).document["status"] == "stopped"
 
-        start(fourth, settings=HEAD_SETTINGS)
-        start(fifth, fourth)
+        fourth.start_ray(environment=of(fourth, HEAD_SETTINGS))
+        fifth.start_ray(fourth, environment=of(fifth))
         for host in (fourth, fifth):
             host.wait_for_ray()
         ended = begin("resume", run, "--cluster", fourth.ray_address, "--json", on=fourth).wait()
         assert ended.exit_code == 0, ended.stderr
         read = subprocess.run(
-            laptop.command([sys.executable, "-c", READ_RUN, run], folder, environment),
+            laptop.command([sys.executable, "-c", READ_RUN, run], tmp_path, environment),
             capture_output=True, text=True, check=True,
         )  # fmt: skip
 
