@@ -93,7 +93,7 @@ class RayClusterSpec:
 
     @property
     def takes_jobs(self) -> bool:
-        """The address is that of its Jobs API."""
+        """Whether the address is that of its Jobs API."""
         return "://" in self.address
 
 

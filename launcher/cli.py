@@ -137,15 +137,25 @@ def resume(
 @_json_option
 def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
+    from cluster.spec import RayClusterSpec
+    from launcher.clusters import load_cluster, open_cluster, open_scheduler
     from launcher.description import load
-
-    cluster, changes = _cluster(cluster_name, overrides)
-    description = load(job, changes)
     from launcher.report import plan_text
-    from launcher.runs import plan_only
 
-    with _joined(cluster):
-        made = plan_only(description, job.parent, cluster)
+    spec, changes = load_cluster(cluster_name, overrides)
+    description = load(job, changes)
+    if isinstance(spec, RayClusterSpec) and spec.takes_jobs:
+        from launcher.progress import open_progress
+        from launcher.submit import plan_there
+
+        with contextlib.closing(open_progress(sys.stderr)) as display:
+            made = plan_there(description, job.parent, open_scheduler(spec), spec, display)
+    else:
+        from launcher.runs import plan_only
+
+        cluster = open_cluster(spec)
+        with _joined(cluster):
+            made = plan_only(description, job.parent, cluster)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
 
 

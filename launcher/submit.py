@@ -148,6 +148,23 @@ def submit(
     return _result(run, submission.job, place)
 
 
+def plan_there(
+    description: Description, folder: Path, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+) -> Plan:
+    """Checks and decides all that ``submit`` does, and hands nothing over.
+
+    Raises:
+        DescriptionError: The description cannot run as written.
+        ClusterError: The cluster is not fit for it.
+    """
+    check_ray_version()
+    display.phase("trying the job out")
+    store, tried = try_job(description, make_import_paths(folder))
+    pack_job(folder, tried.modules)
+    display.phase(f"inspecting the nodes of {place.address}")
+    return _fit_there(description, store, tried, scheduler, place, display)
+
+
 def make_job_id(run_url: str, number: int) -> str:
     """What a run is called on a cluster when it is begun for the ``number``-th time, from 0; the same everywhere."""
     name = re.sub("[^A-Za-z0-9_-]", "-", run_url.rstrip("/").rpartition("/")[2])[:_LONGEST_NAME]

@@ -97,6 +97,15 @@ def test_the_code_comes_from_the_bucket_and_the_bits_are_those_of_a_run_in_place
     assert not any((cluster.folder / "work").iterdir()), "nothing is left where it was called"
 
 
+def test_a_plan_is_made_for_the_cluster_and_nothing_is_handed_over(laptop, cluster):
+    ended = launcher("plan", "own.yaml", *CLUSTER, "--json", cwd=laptop)
+    assert ended.exit_code == 0, ended.stderr
+    assert (ended.document["num_workers"], cluster.jobs(), store_of(laptop).exists()) == (2, [], False)
+    refused = launcher("plan", "own.yaml", "workers.num=100", *CLUSTER, cwd=laptop)
+    assert (refused.exit_code, len(refused.stderr.strip().splitlines())) == (5, 1)
+    assert "workers.num must be at most" in refused.stderr
+
+
 def test_a_wait_ends_as_the_run_does(laptop, cluster):
     ended = submit(laptop, "--wait")
     assert ended.exit_code == 0, ended.stderr
