@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -28,10 +27,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
-from cluster.code_cache import copy_code, fetch_code
+from cluster.code_cache import enter_directory, fetch_code
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
+from cluster.own_folders import make_own_folder, sweep_own_folders
 from cluster.run_directory import RunDirectory
 
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
@@ -102,6 +102,8 @@ class Task:
         host: The address of rank 0.
         address: This worker's address for the others.
         working_directory: Where relative paths of the user's data start.
+        in_copy: The working directory is a copy of the code, on a host that lacks that of the run; known once the
+            training process is there.
         fork_server: The address of a server to fork from, if there is one on the worker's host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         hang_timeout_s: Seconds without progress after which the training process counts as hung.
@@ -117,6 +119,7 @@ class Task:
     working_directory: str
     code: str | None = None
     code_directory: str | None = None
+    in_copy: bool = False
     fork_server: str | None = None
     rank: int = 0
     world_size: int = 1
@@ -276,9 +279,9 @@ class _TrainingProcess:
         self.task = task
         self.end_reported = False
         self.log_kept_at = time.monotonic()
-        log, log_path = tempfile.mkstemp(prefix=f"worker-{task.rank}-", suffix=".log")
-        os.close(log)  # the process opens it for itself
-        self._log_path = Path(log_path)
+        self._folder = make_own_folder()
+        self._log_path = self._folder / f"worker-{task.rank}.log"
+        self._log_path.touch()
         self._connection, theirs = multiprocessing.Pipe()
         self._met = self._stopped = self._is_hung = False
         self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until it speaks for itself
@@ -383,9 +386,9 @@ class _TrainingProcess:
         self._process.join()
 
     def discard_files(self) -> None:
-        """Deletes its log, and the working directory that it has if it was given code."""
-        self._log_path.unlink(missing_ok=True)
-        shutil.rmtree(_own_directory(self._log_path), ignore_errors=True)
+        """Deletes its log, and the working directory that it had if its host lacks that of the run."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        sweep_own_folders()
 
     def log(self) -> bytes:
         """What the process printed, or the end of it if it is long."""
@@ -429,8 +432,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection, _make_activity(connection, task))
     try:
-        task = _with_code(task, _own_directory(Path(log_path)))
-        os.chdir(task.working_directory)
+        task = _in_place(task)
         sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
         fork_server.resolve(task.entry)(link, task)
     except Exception as error:  # the last door of the process: whatever is not told here, nobody hears of
@@ -441,24 +443,20 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     link.close()
 
 
-def _own_directory(log_path: Path) -> Path:
-    """The working directory of a training process whose task has code, and no directory that its host has."""
-    return log_path.with_suffix(".code")
-
-
-def _with_code(task: Task, own_directory: Path) -> Task:
-    """The task, with the user's code in a folder of this host.
+def _in_place(task: Task) -> Task:
+    """The task once this process is in its working directory, and has the user's code in a folder of this host.
 
     In the training process, and not in its agent: a store that is slow must not silence that one, and what is wrong
     with the code is told like everything else that keeps a worker from training.
     """
     if task.code is None:
+        os.chdir(task.working_directory)
         return task
-    folder, directory = fetch_code(RunDirectory(task.run_url), task.code), task.working_directory
-    if not os.path.isdir(directory):
-        copy_code(folder, task.code_directory, own_directory)
-        directory = str(own_directory)
-    return replace(task, import_paths=(str(folder), *task.import_paths), working_directory=directory)
+    folder = fetch_code(RunDirectory(task.run_url), task.code)
+    in_copy = enter_directory(task.working_directory, folder, task.code_directory)
+    directory = os.getcwd() if in_copy else task.working_directory
+    import_paths = (str(folder), *task.import_paths)
+    return replace(task, import_paths=import_paths, working_directory=directory, in_copy=in_copy)
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:

@@ -22,15 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cluster.errors import StorageError, one_line
+from cluster.own_folders import owner
 
 MAX_BYTES = 32 << 20
 """Of all files of a bundle together: code, not data."""
 MAX_FILES = 10_000
+UNFINISHED, DAMAGED = "-unfinished-", "-damaged-"
+"""What follows the digest in the names of folders beside the unpacked bundles."""
 
 _DATE = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip file can express."""
 _UNIX = 3
 _READ_ONLY = 0o555
+_TRIES = 20
 _COMPILED = "__pycache__"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -83,7 +87,8 @@ def unpack(data: bytes, sha256: str, below: Path) -> Path:
 
     A folder that is intact is used as it is. One that is damaged is replaced in one step, and kept beside under another
     name: a process may have it as its working directory, and somebody may have put files there. Any number of processes
-    may unpack the same bundle at once. A process that is killed leaves an unfinished folder beside, which nobody uses.
+    may unpack the same bundle at once. A process that is killed leaves an unfinished folder beside, which nobody uses,
+    and whose name tells of which process it is, see ``cluster.own_folders``.
 
     Args:
         data: The zip file.
@@ -104,12 +109,12 @@ def unpack(data: bytes, sha256: str, below: Path) -> Path:
     files = _read_zip(data, sha256)
     try:
         below.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{sha256}-unfinished-", dir=below))
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{sha256}{UNFINISHED}{owner()}", dir=below))
         try:
             _write(files, unfinished)
             _put_in_place(unfinished, target, sha256)
         finally:
-            _remove(unfinished)
+            remove_folder(unfinished)
     except OSError as error:
         raise StorageError(
             f"code {sha256}: cannot be unpacked into {below}, {error.strerror}; make room or give access there"
@@ -181,26 +186,29 @@ def _write(files: Mapping[str, CodeFile], folder: Path) -> None:
 
 def _put_in_place(unfinished: Path, target: Path, sha256: str) -> None:
     """Renames a folder that is written, unless another process has done so first."""
-    try:
+    with suppress(OSError):  # what is in the way may be moved at any moment
         os.rename(unfinished, target)
         return
-    except OSError:
-        if not os.path.lexists(target):
-            raise
     if is_intact(target, sha256):
         return
-    aside = target.with_name(f"{sha256}-damaged-{uuid.uuid4().hex[:8]}")
+    aside = target.with_name(f"{sha256}{DAMAGED}{uuid.uuid4().hex[:8]}")
     if _exchange(unfinished, target):
         if not is_intact(unfinished, sha256):  # else another process has just repaired it, and one of the two may go
             os.rename(unfinished, aside)
+            os.utime(aside, follow_symlinks=False)  # since when it is kept
         return
-    with suppress(FileNotFoundError):
-        os.rename(target, aside)
-    try:
-        os.rename(unfinished, target)
-    except OSError:
-        if not is_intact(target, sha256):
-            raise
+    for attempt in range(_TRIES):  # others may do the same at the same time, and put aside what this one puts there
+        with suppress(FileNotFoundError):
+            os.rename(target, f"{aside}-{attempt}")
+            os.utime(f"{aside}-{attempt}", follow_symlinks=False)
+        try:
+            os.rename(unfinished, target)
+            return
+        except OSError:
+            if is_intact(target, sha256):
+                return
+            if attempt == _TRIES - 1:
+                raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -215,8 +223,12 @@ def _exchange(one: Path, other: Path) -> bool:
     return function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder that may be read-only, if it is there."""
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that may be read-only, or what is in its place; never raises."""
+    if folder.is_symlink() or not folder.is_dir():
+        with suppress(OSError):
+            folder.unlink()
+        return
     for parent, _, _ in os.walk(folder):
         with suppress(OSError):
             os.chmod(parent, 0o700)

@@ -19,11 +19,11 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from cluster.documents import read_document, write_document
 from cluster.errors import ClusterError, StorageError
+from cluster.processes import place, started
 from cluster.storage import Store
 
 STATUS_INTERVAL_S = 5.0
@@ -71,7 +71,7 @@ class Claim:
         self._newest_writer = newest_writer
         self._clock = clock
         claimed, pid = round(time.time(), 3), os.getpid()
-        self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, _place(), _started(pid), claimed)))
+        self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, place(), started(pid), claimed)))
         self.write({**(status or {}), "status": "running"})
         self.check()
         store.delete(map(_object, earlier))
@@ -120,29 +120,9 @@ def is_alive(status: Mapping[str, Any]) -> bool | None:
 
     Neither a host's name nor a process's number says whose it is: pods, and hosts, share names, and numbers come again.
     """
-    if status.get("place") is None or status["place"] != _place():
+    if status.get("place") is None or status["place"] != place():
         return None
-    return _started(status["pid"]) == status["started"]
-
-
-def _place() -> str | None:
-    """Names the processes that can see each other: a boot of a machine, and a namespace on it; none but on Linux."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; none if it has ended.
-
-    Source: proc_pid_stat(5), fields 3 and 22.
-    """
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else fields[18]
+    return started(status["pid"]) == status["started"]
 
 
 def newest_status(store: Store) -> dict[str, Any] | None:

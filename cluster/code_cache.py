@@ -1,19 +1,31 @@
-"""The code of runs as it lies unpacked on a host, for all processes of a user there."""
+"""The code of runs as it lies unpacked on a host, for all processes of a user there, and where they work with it."""
 
+import fcntl
 import os
+import secrets
 import shutil
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
 
-from cluster.bundle import check_digest, is_intact, unpack
+from cluster.bundle import DAMAGED, UNFINISHED, check_digest, is_intact, remove_folder, unpack
 from cluster.errors import StorageError
+from cluster.own_folders import has_ended, make_own_folder, owner, sweep_own_folders
 from cluster.run_directory import RunDirectory
+
+_UNUSED_S = 30 * 24 * 3600.0
+"""After that, a bundle that no process uses is removed."""
+
+_held: dict[Path, int] = {}
+"""The locks that this process, or the one that it was forked from, keeps to its end: file descriptors by path."""
 
 
 def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> Path:
     """The folder of a run's code on this host, fetched from the run directory unless it is there and intact.
 
-    All processes of this user share it, so it must be nobody's working directory: see ``copy_code``.
+    All processes of this user share it, so it must be nobody's working directory: see ``enter_directory``. It stays as
+    long as this process lives; what processes that have ended have left on this host is removed.
 
     Args:
         run: Whose code it is.
@@ -24,10 +36,62 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
         StorageError: The bundle is missing or damaged, that is no digest, or there is no safe place to unpack it.
     """
     check_digest(sha256)
-    below = _private_folder()
-    if not check_store and is_intact(below / sha256, sha256):
-        return below / sha256
-    return unpack(run.read_code(sha256), sha256, below)
+    below, locks = cache_folder("code"), cache_folder("code-in-use")
+    _note_use(locks / sha256)
+    if check_store or not is_intact(below / sha256, sha256):
+        unpack(run.read_code(sha256), sha256, below)
+    _sweep(below, locks)
+    sweep_own_folders()
+    return below / sha256
+
+
+def enter_directory(directory: str | None, unpacked: Path, in_bundle: str | None) -> bool:
+    """Changes into the working directory of a run that has a bundle.
+
+    On a host that lacks it, or on which this user may not list it, that is a copy of what the bundle has of it: a
+    folder of this process's own, which goes with it.
+
+    Args:
+        directory: The run's own; none: it has none.
+        unpacked: What ``fetch_code`` returns.
+        in_bundle: The folder in the bundle; none: the copy is empty.
+
+    Returns:
+        Whether it is a copy.
+
+    Raises:
+        StorageError: The copy cannot be written.
+    """
+    if directory is not None and _go_to(directory):
+        return False
+    try:
+        own = make_own_folder()
+        copy_code(unpacked, in_bundle, own)
+        os.chdir(own)
+    except OSError as error:
+        raise StorageError(
+            f"code cannot be copied to a folder of its own: {error}; set TMPDIR to a folder that can be written to"
+        ) from error
+    return True
+
+
+def _go_to(directory: str) -> bool:
+    """Changes the working directory if there is such a folder, and this user may search and list it.
+
+    Returns:
+        Whether it did.
+    """
+    try:
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # for that, one must be allowed to list it
+    except OSError:
+        return False
+    try:
+        os.fchdir(opened)
+    except OSError:
+        return False
+    finally:
+        os.close(opened)
+    return True
 
 
 def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:
@@ -62,10 +126,14 @@ def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:
         ) from error
 
 
-def _private_folder() -> Path:
-    """Where bundles are unpacked: others must not be able to put code there that this user would run."""
+def cache_folder(*names: str) -> Path:
+    """A folder of this user's cache on this host: others must not be able to put code there that this user would run.
+
+    Raises:
+        StorageError: It cannot be made, or belongs to another user.
+    """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "launcher" / "code"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("launcher", *names)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.geteuid():
@@ -77,3 +145,80 @@ def _private_folder() -> Path:
             f"code cannot be unpacked on this host: {error}; set XDG_CACHE_HOME to a folder of your own"
         ) from error
     return folder
+
+
+def _note_use(lock: Path) -> None:
+    """Keeps a bundle from sweeps as long as this process lives, and notes when it was used.
+
+    A lock, and not the number of the process: where hosts share a home, none sees the processes of another. Where the
+    file system has no locks, sweeps get none either, and remove nothing.
+    """
+    with suppress(OSError):
+        if lock not in _held:
+            _held[lock] = _locked(lock, fcntl.LOCK_SH)
+        os.utime(lock)
+
+
+def _locked(lock: Path, how: int) -> int:
+    """A lock on a file that is there: a sweep may have removed it just before.
+
+    Raises:
+        OSError: It is not to be had.
+    """
+    while True:
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(opened, how)
+            if os.fstat(opened).st_nlink:
+                return opened
+        except OSError:
+            os.close(opened)
+            raise
+        os.close(opened)
+
+
+def _sweep(below: Path, locks: Path) -> None:
+    """Removes what nobody needs any more of all that is unpacked here. Never raises: tidiness is no reason to fail."""
+    try:
+        names = os.listdir(below)
+    except OSError:
+        return
+    for name in names:
+        digest, unfinished, of = name.partition(UNFINISHED)
+        digest = digest.partition(DAMAGED)[0]
+        with suppress(OSError, StorageError):
+            check_digest(digest)
+            if unfinished:
+                ended = has_ended(of)
+                if ended or (ended is None and _is_old(below / name)):
+                    remove_folder(below / name)
+            else:
+                _remove_unused(below / name, locks / digest)
+
+
+def _remove_unused(folder: Path, lock: Path) -> None:
+    """Removes a bundle, or a damaged one that was put aside, that is old and that no process uses.
+
+    Raises:
+        OSError: One does, or it cannot be removed.
+    """
+    is_damaged = folder.name != lock.name
+    if not lock.exists():  # it comes from another version: its time begins now
+        lock.touch(0o600)
+    if not _is_old(folder if is_damaged else lock):
+        return
+    opened = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        if not _is_old(folder if is_damaged else lock):  # it was used in between
+            return
+        gone = folder.with_name(f"{lock.name}{UNFINISHED}{owner()}{secrets.token_hex(4)}")
+        os.rename(folder, gone)
+        if not folder.with_name(lock.name).exists():
+            lock.unlink()
+    finally:
+        os.close(opened)
+    remove_folder(gone)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.lstat().st_mtime > _UNUSED_S

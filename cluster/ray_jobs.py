@@ -9,9 +9,10 @@ Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same i
 import shlex
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar, get_args
 from urllib.parse import quote, urljoin, urlsplit
 
 import requests
@@ -32,6 +33,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
 """Exit codes of a shell that cannot find a command, or may not execute it."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+_Decoded = TypeVar("_Decoded")
 
 
 class _Refused(Exception):  # noqa: N818  # not an error by itself: callers decide
@@ -40,6 +42,10 @@ class _Refused(Exception):  # noqa: N818  # not an error by itself: callers deci
     def __init__(self, status: int, body: str) -> None:
         super().__init__(body)
         self.status = status
+
+
+class _OtherShape(Exception):  # noqa: N818  # not an error by itself: ``RayJobs`` knows who has answered
+    """An answer has another shape than that of the Jobs API; the message names the field."""
 
 
 class _Bearer(requests.auth.AuthBase):
@@ -89,9 +95,7 @@ class RayJobs(Scheduler):
             version = self._request("GET", "/api/version")
         except _Refused as refused:
             raise self._no_jobs_api(f"answers {refused.status}") from refused
-        if not isinstance(version, dict) or "ray_version" not in version:
-            raise self._no_jobs_api("answers with something else")
-        return str(version["ray_version"])
+        return self._decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
         """Starts a job that inspects the nodes, waits for it, and deletes it if it succeeded.
@@ -156,32 +160,36 @@ class RayJobs(Scheduler):
 
     def read(self, job_id: str) -> Job | None:
         try:
-            return _job(self._request("GET", f"/api/jobs/{quote(job_id, safe='')}"))
+            told = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}")
         except _Refused as refused:
             if refused.status == requests.codes.not_found:
                 return None
             raise self._failed(f"does not say how job {job_id} is", refused) from refused
+        job = self._decoded(_job, told)
+        if job.id != job_id:
+            raise self._no_jobs_api("answers with something else")
+        return job
 
     def jobs(self) -> list[Job]:
         try:
             told = self._request("GET", "/api/jobs/")
         except _Refused as refused:
             raise self._failed("does not say which jobs there are", refused) from refused
-        jobs = [_job(each) for each in told if each.get("submission_id")]
-        return sorted(jobs, key=lambda job: job.began_at or 0.0)
+        return sorted(self._decoded(_jobs, told), key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
         try:
-            self._request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+            told = self._request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
         except _Refused as refused:
             raise self._failed(f"does not stop job {job_id}", refused) from refused
+        self._decoded(_whether_stopped, told)
 
     def log(self, job_id: str) -> str:
         try:
             told = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
         except _Refused as refused:
             raise self._failed(f"does not give the log of job {job_id}", refused) from refused
-        return str(told.get("logs") or "")
+        return self._decoded(_log, told)
 
     def _with_path(self, command: str) -> str:
         """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
@@ -266,6 +274,17 @@ class RayJobs(Scheduler):
         except requests.JSONDecodeError as error:
             raise self._no_jobs_api("answers with something else") from error
 
+    def _decoded(self, decode: Callable[[Any], _Decoded], told: Any) -> _Decoded:
+        """What an answer says, by a function that raises ``_OtherShape``.
+
+        Raises:
+            ClusterError: It has another shape than the Jobs API's: something else answers in its place.
+        """
+        try:
+            return decode(told)
+        except _OtherShape as error:
+            raise self._no_jobs_api("answers with something else") from error
+
     def _redirected(self, path: str, location: str) -> ClusterError:
         """The error for an answer that names another place.
 
@@ -295,17 +314,52 @@ class RayJobs(Scheduler):
         return ClusterError(f"{self._url}: {what}: {lines[-1][:300] if lines else refused.status}; see its dashboard")
 
 
-def _job(told: Mapping[str, Any]) -> Job:
-    status: JobStatus = told["status"].lower()
-    began_ms = told.get("start_time")
+def _field(told: Any, name: str, *kinds: type) -> Any:
+    """A field of an answer.
+
+    Raises:
+        _OtherShape: The answer has no such field, or one of another kind.
+    """
+    value = told.get(name) if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise _OtherShape(name)
+    return value
+
+
+def _ray_version(told: Any) -> str:
+    return _field(told, "ray_version", str)
+
+
+def _job(told: Any) -> Job:
+    status = _field(told, "status", str).lower()
+    if status not in get_args(JobStatus):
+        raise _OtherShape("status")
+    began_ms = _field(told, "start_time", int, float, NoneType)
     return Job(
-        id=told["submission_id"],
+        id=_field(told, "submission_id", str),
         status=status,
-        message=" ".join((told.get("message") or "").split()),
-        exit_code=told.get("driver_exit_code"),
+        message=" ".join((_field(told, "message", str, NoneType) or "").split()),
+        exit_code=_field(told, "driver_exit_code", int, NoneType),
         began_at=None if began_ms is None else began_ms / 1000,
-        metadata=told.get("metadata") or {},
+        metadata=_field(told, "metadata", dict, NoneType) or {},
     )
+
+
+def _jobs(told: Any) -> list[Job]:
+    """The jobs that were submitted; a driver that somebody runs on the cluster has no ``submission_id``."""
+    if not isinstance(told, list):
+        raise _OtherShape("list of jobs")
+    return [_job(each) for each in told if _field(each, "submission_id", str, NoneType)]
+
+
+def _whether_stopped(told: Any) -> bool:
+    return _field(told, "stopped", bool)
+
+
+def _log(told: Any) -> str:
+    if "logs" not in (told if isinstance(told, dict) else {}):
+        raise _OtherShape("logs")
+    return _field(told, "logs", str, NoneType) or ""
 
 
 def _root_cause(error: BaseException) -> str:

@@ -3,8 +3,12 @@
 wandb works in a process of its own, the recorder: this very file, run as a script. It writes to our
 terminal whatever its settings say, holds the interpreter's exit until its uploads end or time out, and
 interrupts the main thread when someone presses Stop on its page; none of that can reach the driver. The
-recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (where the run is, a
-warning). When the driver is killed it sees the end of its input and still delivers every row it was given.
+recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (which process it is, where the
+run is, a warning). When the driver is killed it sees the end of its input and still delivers every row it was given.
+
+The recorder is no child of the driver: what stops a job, as Ray does, sends SIGTERM to the driver and to all processes
+that descend from it. The driver then saves and finishes the run, and needs the recorder for that; and wandb's own
+process, which ends at SIGTERM whatever the recorder does.
 
 Steps. W&B counts rows in a ``_step`` of its own, renumbers it when records are merged, and drops rows that
 go back in it. So ours is an ordinary column, ``step``, against which all others are drawn, and a row
@@ -36,6 +40,9 @@ Row = Mapping[str, float | int]
 
 _QUEUE_ROWS = 20_000
 """Rows that wait for the recorder, which may be held up for ``connect_timeout_s``; some MiB at most."""
+
+_ABORT = signal.SIGUSR1
+"""By this the driver ends a recorder that is late."""
 
 _DISK_FULL_BYTES = 64 * 1024
 """wandb-core writes in blocks of 32 KiB."""
@@ -151,7 +158,9 @@ class _WandbTracker:
         self._settled = threading.Event()  # the recorder is recording, or has ended
         self._finished = False
         self._done = False  # the recorder's last word
-        self._recorder = subprocess.Popen(
+        self._pid: int | None = None  # the recorder's, once it has told
+        self._ended = threading.Event()  # the recorder has
+        self._starter = subprocess.Popen(  # of the recorder, which is its child until it ends, at once
             # -P: this file's neighbours must not be found as top-level modules
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -181,31 +190,40 @@ class _WandbTracker:
         timeout_s = self._settings.finish_timeout_s
         deadline = time.monotonic() + timeout_s
         if not self._settled.wait(timeout_s / 3):
-            self._recorder.send_signal(signal.SIGINT)  # it waits for W&B still: let it record offline
+            self._signal(signal.SIGINT)  # it waits for W&B still: let it record offline
         encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
         message = {"summary": dict(summary), "images": encoded, "succeeded": succeeded}
         try:
-            if self._recorder.poll() is None:
+            if not self._ended.is_set():
                 self._messages.put({"finish": message}, timeout=deadline - time.monotonic())
-                self._recorder.wait(deadline - time.monotonic())
-        except (queue.Full, subprocess.TimeoutExpired):
+            has_ended = self._ended.wait(deadline - time.monotonic())
+        except queue.Full:
+            has_ended = False
+        if not has_ended:
             if not self._done:
                 self._complain(f"did not end within {timeout_s:g} s; {_how_to_sync(self._folder)}")
             self._end_recorder()
         self._listener.join(timeout=1.0)  # a warning may be on its way
 
     def _end_recorder(self) -> None:
-        self._recorder.terminate()
-        try:
-            self._recorder.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._recorder.kill()
-            self._recorder.wait()
+        self._signal(_ABORT)
+        if not self._ended.wait(1.0):
+            self._signal(signal.SIGKILL)
+            self._ended.wait(1.0)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._ended.is_set():  # then its number may be another's
+            return
+        if self._pid is None:  # it does not live long enough to tell
+            self._starter.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, number)
 
     def _feed(self, past: Iterable[Row]) -> None:
-        assert self._recorder.stdin is not None
+        assert self._starter.stdin is not None
         try:
-            with self._recorder.stdin as lines:
+            with self._starter.stdin as lines:
                 _write(lines, dataclasses.asdict(self._settings))
                 for row in past:
                     _write(lines, {"row": dict(row)})
@@ -220,20 +238,24 @@ class _WandbTracker:
             self._complain(f"recording stopped: {_one_line(error)}; metrics are in the run directory")
 
     def _listen(self) -> None:
-        assert self._recorder.stdout is not None
-        with self._recorder.stdout as lines:
+        assert self._starter.stdout is not None
+        with self._starter.stdout as lines:
             for line in lines:
                 message = json.loads(line)
-                if "warning" in message:
+                if "pid" in message:
+                    self._pid = message["pid"]
+                    self._starter.wait()
+                elif "warning" in message:
                     self._complain(message["warning"])
                 elif "folder" in message:
                     self.url, self._folder = message["url"] or message["folder"], message["folder"]
                     self._settled.set()
                 self._done |= "done" in message
+        self._ended.set()
         self._settled.set()
+        self._starter.wait()
         if not self._done:
-            code = self._recorder.wait()
-            self._complain(f"its recorder ended early (exit code {code}); {_how_to_sync(self._folder)}")
+            self._complain(f"its recorder ended early; {_how_to_sync(self._folder)}")
 
     def _complain(self, problem: str) -> None:
         if self._warned.acquire(blocking=False):
@@ -290,6 +312,10 @@ class _Recorder:
         """End at once; what is on the disk can be uploaded later."""
         self.kill_cores()
         os._exit(1)
+
+    def introduce(self) -> None:
+        """Say which process this is."""
+        self._tell(pid=os.getpid())
 
     def fail(self, error: Exception) -> None:
         """Say what ended the recording."""
@@ -437,13 +463,17 @@ def _how_to_sync(folder: str | None) -> str:
 
 
 def _main() -> None:
+    if os.fork():  # who has started this process must not be its parent
+        os._exit(0)
     # stdout is ours alone: what wandb prints there goes where stderr goes
     answers = open(os.dup(1), "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
     os.dup2(2, 1)
     recorder = _Recorder(answers)
     signal.signal(signal.SIGINT, recorder.give_up_connecting)
     signal.signal(signal.SIGALRM, recorder.give_up_connecting)
-    signal.signal(signal.SIGTERM, recorder.abort)
+    signal.signal(_ABORT, recorder.abort)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends when its driver has, which its input tells
+    recorder.introduce()
     try:
         recorder.record(sys.stdin)
     except Exception as error:  # the border of a process

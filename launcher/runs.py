@@ -39,7 +39,7 @@ from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
 from launcher.record import Record, RunState
 from launcher.status import is_driven, without_driver
-from launcher.user_code import UserCode, find_code, has_bundle, make_import_paths
+from launcher.user_code import UserCode, find_code, has_bundle, lasting_directory, make_import_paths
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -503,7 +503,7 @@ def _open_tracker(run: RunDirectory, description: Description, display: Progress
         tags=tracking.tags,
         name=description.spec.name,
         run_id=run_id,
-        directory=os.environ.get("WANDB_DIR", os.getcwd()),
+        directory=os.environ.get("WANDB_DIR") or lasting_directory(run_id),
         config=description.document,
     )
     return open_tracker(settings, display.warn, past=run.metrics().read())

@@ -3,16 +3,14 @@
 A run that was submitted has a bundle, and takes it along wherever it goes on. One that was begun in place has none.
 """
 
-import atexit
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.code_cache import copy_code, fetch_code
+from cluster.code_cache import cache_folder, enter_directory, fetch_code
+from cluster.own_folders import is_own
 from cluster.run_directory import RunDirectory
 
 
@@ -87,28 +85,29 @@ def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
                 git=environment["attempts"][-1].get("git"),
             ),
         )
-    _go_to(environment.get("working_directory"))
+    if environment.get("working_directory") is not None:
+        with contextlib.suppress(OSError):
+            os.chdir(environment["working_directory"])
     return UserCode(folders=tuple(environment.get("import_paths", ())) or make_import_paths(Path.cwd()))
 
 
 def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
     assert code.sha256 is not None
     unpacked = fetch_code(run, code.sha256, check_store=True)
-    if not _go_to(code.submitted_from):
-        own = tempfile.mkdtemp(prefix="launcher-")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        copy_code(unpacked, code.directory, Path(own))
-        os.chdir(own)
+    enter_directory(code.submitted_from, unpacked, code.directory)
     return replace(code, unpacked=str(unpacked))
 
 
-def _go_to(place: str | None) -> bool:
-    """Changes the working directory, and returns whether it could."""
-    if place is not None:
-        with contextlib.suppress(OSError):
-            os.chdir(place)
-            return True
-    return False
+def lasting_directory(run_id: str) -> str:
+    """Where this process puts what must outlive it: the working directory, unless that goes with the process.
+
+    Then it is a folder of this user's cache, the same one for every attempt of a run on this host.
+
+    Args:
+        run_id: A plain name that no other run has.
+    """
+    here = os.getcwd()
+    return str(cache_folder("records", run_id)) if is_own(here) else here
 
 
 def import_root(folder: Path) -> Path:

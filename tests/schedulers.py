@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster import claims
+from cluster import processes
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
@@ -112,7 +112,7 @@ class LocalScheduler(Scheduler):
                 stderr=log,
                 start_new_session=True,
             )
-        began = {"pid": process.pid, "started": claims._started(process.pid), "at": time.time(), "of": dict(metadata)}
+        began = {"pid": process.pid, "started": processes.started(process.pid), "at": time.time(), "of": dict(metadata)}
         (self._jobs / job_id / "new").write_text(json.dumps(began))
         (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
         return True
@@ -135,7 +135,7 @@ class LocalScheduler(Scheduler):
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
             began_at, metadata = process["at"], process["of"]
-            is_alive = claims._started(process["pid"]) == process["started"]
+            is_alive = processes.started(process["pid"]) == process["started"]
             is_held = (self.folder / "hold").exists() and not (job / "begun").exists()
             ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"
             status = ("pending" if is_held else "running") if is_alive else ended

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from cluster.errors import ClusterError
 from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_line
 from cluster.ray_check import COMMAND
 from cluster.ray_jobs import RayJobs
-from cluster.scheduler import ClusterReport, Needs
+from cluster.scheduler import ClusterReport, Needs, Scheduler
 
 TOKEN = "a" * 64
 
@@ -411,6 +411,60 @@ def test_something_else_than_a_ray_cluster(head: Head, says: tuple[int, str]) ->
     head.says = says
     with pytest.raises(ClusterError, match="and not as the Jobs API does; give the address of Ray's dashboard"):
         RayJobs(head.url).ray_version()
+
+
+ASKS: dict[str, Callable[[RayJobs], Any]] = {
+    "ray_version": RayJobs.ray_version,
+    "inspect": lambda jobs: jobs.inspect(NEEDS),
+    "begin": lambda jobs: begin(jobs, "two"),
+    "read": lambda jobs: jobs.read("one"),
+    "jobs": RayJobs.jobs,
+    "stop": lambda jobs: jobs.stop("one"),
+    "log": lambda jobs: jobs.log("one"),
+}
+
+
+def test_every_method_is_asked() -> None:
+    assert ASKS.keys() == Scheduler.__abstractmethods__ | {"ray_version"}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<html>", "{}", "null", "1", '"one"', "[1]", "[[]]", '{"error": "one"}', '[{"submission_id": "one"}]',
+        '{"submission_id": "another", "status": "RUNNING"}', '{"submission_id": "one", "status": "GONE"}',
+        '{"submission_id": "another", "ray_version": 2, "logs": [], "stopped": null, "status": 1}',
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_shape_is_told_as_such(head: Head, ask: str, answer: str) -> None:
+    head.says = 200, answer
+    with pytest.raises(ClusterError, match="and not as the Jobs API does; give the address of Ray's dashboard"):
+        ASKS[ask](RayJobs(head.url))
+
+
+@pytest.mark.parametrize(
+    "field", [{"start_time": "now"}, {"start_time": True}, {"driver_exit_code": "1"}, {"metadata": []}, {"message": 1}]
+)
+def test_a_job_with_a_field_of_another_kind_is_none(head: Head, field: dict[str, Any]) -> None:
+    begin(RayJobs(head.url))
+    head.jobs["one"].update(field)
+    for ask in ("read", "jobs"):
+        with pytest.raises(ClusterError, match="answers with something else, and not as the Jobs API does; "):
+            ASKS[ask](RayJobs(head.url))
+
+
+def test_what_ray_leaves_empty_is_no_other_shape(head: Head) -> None:
+    """Of a job that has not begun, and of a driver that somebody runs on the cluster."""
+    begin(RayJobs(head.url))
+    head.jobs["one"].update(dict.fromkeys(["start_time", "driver_exit_code", "metadata", "message"]))
+    head.jobs["driver"] = {"type": "DRIVER", "status": "RUNNING", "submission_id": None}
+    (job,) = RayJobs(head.url).jobs()
+    assert (job.id, job.began_at, job.exit_code, job.metadata, job.message) == ("one", None, None, {}, "")
+
+
+def test_a_cluster_without_jobs_has_an_empty_list(head: Head) -> None:
+    assert RayJobs(head.url).jobs() == []
 
 
 def test_nobody_there() -> None:

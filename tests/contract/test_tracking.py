@@ -22,6 +22,7 @@ from PIL import Image
 
 from cluster import tracking
 from cluster.tracking import MemoryTracker, Row, Tracker, TrackerSettings, open_tracker
+from tests.processes import descendants
 from tests.wandb_server import RecordedRun, WandbServer
 
 KEY = "0123456789" * 4
@@ -271,6 +272,48 @@ class TestOffline(WandbContract):
         assert not self.server.runs
         assert not self.server.keys
 
+    def test_a_stop_of_all_processes_of_the_driver_loses_nothing(self) -> None:
+        """As Ray stops a job: SIGTERM for the driver, which finishes the run, and for all that descend from it."""
+        settings = replace(self.driver.settings, mode="offline")
+        script = f"""
+            import signal, sys, time
+            from cluster.tracking import TrackerSettings, open_tracker
+            stopped = []
+            signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+            tracker = open_tracker({settings!r}, print)
+            tracker.log({{"step": 1, "train/loss": 1.0}})
+            while tracker.url is None:
+                time.sleep(0.05)
+            print("recording", flush=True)
+            while not stopped:
+                time.sleep(0.05)
+            sys.stdin.readline()
+            for step in range(2, 6):
+                tracker.log({{"step": step, "train/loss": 1.0}})
+            tracker.finish({{"status": "interrupted"}}, {{"curves": {png()!r}}})
+            print("finished", flush=True)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "recording\n"
+            for pid in (process.pid, *(each.pid for each in descendants(process.pid))):
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(1)  # who would end at that has ended
+            assert process.communicate("\n")[0] == "finished\n"
+        kept = self.recorded()
+        assert [row["step"] for row in kept.rows] == [1, 2, 3, 4, 5]
+        assert (kept.summary["status"], kept.images, kept.succeeded) == ("interrupted", [png()], True)
+
+    def test_a_recorder_outlives_sigterm_as_long_as_its_driver_lives(self) -> None:
+        tracker = self.open([])
+        wait_until(lambda: tracker.url, "it does not record")
+        os.kill(tracker._pid, signal.SIGTERM)  # type: ignore[attr-defined]
+        for row in rows(1, 5):
+            tracker.log(row)
+        tracker.finish({}, {})
+        assert self.recorded().rows == rows(1, 5)
+
 
 class TestDisabled:
     def test_it_does_nothing(self, driver: Driver) -> None:
@@ -358,17 +401,18 @@ class TestNothingOutsideHurtsTheRun:
         tracker = driver.open()
         if when == "recording":
             wait_until(lambda: tracker.url, "W&B did not start")
-        os.kill(tracker._recorder.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        wait_until(lambda: tracker._pid, "the recorder did not start")  # type: ignore[attr-defined]
+        os.kill(tracker._pid, signal.SIGKILL)  # type: ignore[attr-defined]
         log_all(tracker)
         finish_within(tracker, 10)
         [warning] = driver.warnings
-        assert "ended early (exit code -9)" in warning
+        assert "its recorder ended early; " in warning
 
     @pytest.mark.usefixtures("server")
     def test_a_recorder_that_hangs(self, driver: Driver) -> None:
         tracker = driver.open(finish_timeout_s=1.0)
         wait_until(lambda: tracker.url, "W&B did not start")
-        os.kill(tracker._recorder.pid, signal.SIGSTOP)  # type: ignore[attr-defined]
+        os.kill(tracker._pid, signal.SIGSTOP)  # type: ignore[attr-defined]
         log_all(tracker)
         finish_within(tracker, 30)
         [warning] = driver.warnings

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 
 from cluster import fork_server
 from cluster.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
+from cluster.bundle import CodeFile, make_bundle
 from cluster.errors import ClusterError, StorageError
 from cluster.faults import Fault, fired, write_plan
 from cluster.link import Beat, Link
@@ -214,6 +216,61 @@ def test_a_stopped_process_dies_with_its_agent(tmp_path: Path) -> None:
     agent.kill()
     agent.join()
     wait_until(lambda: state(process) == "", limit_s=5)
+
+
+def tell_where_it_works(link: Link, task: Task) -> None:
+    link.send("working", folder=os.getcwd(), in_copy=task.in_copy, pid=os.getpid())
+    link.close()  # it is on its way
+    threading.Event().wait()
+
+
+def task_with_code(tmp_path: Path) -> Task:
+    """A task whose code is a bundle, for a host without its working directory."""
+    made = make_bundle({"data.txt": CodeFile(b"1", False)})
+    task = task_of("tell_where_it_works", tmp_path)
+    RunDirectory(task.run_url).write_code(made.sha256, made.data)
+    return replace(task, code=made.sha256, code_directory=".", working_directory=str(tmp_path / "missing"))
+
+
+def folders_of(pid: int | None) -> list[Path]:
+    return list(Path(tempfile.gettempdir(), f"launcher-{os.geteuid()}").glob(f"{pid}-*"))
+
+
+def test_a_process_without_the_directory_of_its_run_works_in_a_copy_that_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fork_server.start([__name__])
+    driver = Driver(until="working")
+    Agent(driver, task_with_code(tmp_path), {}).run()
+    (told,) = heard(driver, "working")
+    assert (told["in_copy"], Path(told["folder"]).name.partition("-")[0]) == (True, str(told["pid"]))
+    assert not Path(told["folder"]).exists()
+    assert folders_of(os.getpid()) == []
+
+
+def run_agent_with_cache(connection: Connection, task: Task, cache: str) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache
+    run_agent(connection, task)
+
+
+def test_what_a_killed_agent_leaves_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_server.start([__name__])
+    task = task_with_code(tmp_path)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    agent = fork_server.fork(run_agent_with_cache, (theirs, task, str(tmp_path / "cache")), "agent")
+    theirs.close()
+    messages: list[dict[str, Any]] = []
+    while not any(message["kind"] == "working" for message in messages):
+        messages += ours.recv()
+    process = next(message["pid"] for message in messages if message["kind"] == "working")
+    agent.kill()
+    agent.join()
+    wait_until(lambda: state(process) == "", limit_s=5)
+    assert (len(folders_of(agent.pid)), len(folders_of(process))) == (1, 1), "its log, and its process's directory"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Agent(Driver(until="working"), task, {}).run()
+    assert folders_of(agent.pid) == folders_of(process) == []
 
 
 class TriesAgain:

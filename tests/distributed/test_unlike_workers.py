@@ -33,6 +33,7 @@ def work(
     task: Task,
     other_gpu: str = "",
     other_python: str = "",
+    in_copy: tuple[bool, ...] = (False, False, False),
     import_paths: tuple[tuple[str, ...], ...] = ((), (), ()),
     **changes: Any,
 ) -> None:
@@ -41,19 +42,22 @@ def work(
     Args:
         link, task: As ``main`` takes them.
         other_gpu, other_python: What rank 1 believes to be its GPU, and the version of its Python.
-        import_paths: By rank.
+        in_copy, import_paths: By rank.
         changes: Of the task.
     """
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # no interface has those nodes' addresses
     sys.path[:0] = import_paths[task.rank]
     if task.rank == 1 and other_gpu:
         replaced: Any = worker
-        replaced.make_environment = lambda *known: replace(make_environment(*known), gpu=other_gpu)
+        replaced.make_environment = lambda *known, **told: replace(make_environment(*known, **told), gpu=other_gpu)
     if task.rank == 1 and other_python:
         replaced = worker
         replaced.versions = lambda: versions() | {"python": other_python}
     address = f"10.0.0.{task.rank + 1}"
-    worker.main(link, replace(task, address=address, import_paths=import_paths[task.rank], **changes))
+    worker.main(
+        link,
+        replace(task, address=address, import_paths=import_paths[task.rank], in_copy=in_copy[task.rank], **changes),
+    )
 
 
 def test_other_versions_are_refused_by_all(tmp_path: Path) -> None:
@@ -83,6 +87,19 @@ def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
     (told,) = outcome.environments
     assert told["is_refused"]
     assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
+
+
+def test_a_host_that_lacks_the_directory_of_the_run_is_refused_by_all(tmp_path: Path) -> None:
+    """Else relative paths would lead to other files there, and nobody would know."""
+    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=3, in_copy=(False, True, False))
+
+    assert outcome.failures == dict.fromkeys(
+        range(3),
+        "workers differ: relative paths lead into the run's own directory on node 10.0.0.1 (worker 0), node 10.0.0.3 "
+        "(worker 2), a copy of the code on node 10.0.0.2 (worker 1); give either all nodes that directory or none, or "
+        f"accept other bits with launcher resume {tmp_path}/run --force",
+    )
+    assert outcome.rows == []
 
 
 def test_or_told_if_it_may_be(tmp_path: Path) -> None:

@@ -1,25 +1,33 @@
 """The user's code on its way: from the folder of a job file into a bundle, and out of it on a node."""
 
+import fcntl
 import hashlib
 import io
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from cluster import bundle
+from cluster import bundle, code_cache
 from cluster.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
-from cluster.code_cache import copy_code, fetch_code
+from cluster.code_cache import copy_code, enter_directory, fetch_code
 from cluster.errors import DescriptionError, StorageError
+from cluster.own_folders import is_own, make_own_folder, sweep_own_folders
 from cluster.run_directory import RunDirectory
 from launcher import code
 from launcher.code import directory_in_code, pack, pack_job
+from launcher.user_code import lasting_directory
 
 MIB = 1 << 20
 
@@ -910,6 +918,17 @@ class TestTheCodeOfAJob:
         assert pack_job(folder, []).names == ("a.bin",)
 
 
+DAY_S = 24 * 3600.0
+
+
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """As a process that uses a bundle does."""
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
 class TestOnAHost:
     @pytest.fixture
     def run(self, tmp_path) -> RunDirectory:
@@ -958,6 +977,165 @@ class TestOnAHost:
         assert is_intact(folder, THREE.sha256)
         with pytest.raises(StorageError, match="code cannot be copied to .*/own/a.py: .*; make room"):
             copy_code(folder, ".", nodes / "own/a.py")
+
+    @pytest.fixture
+    def temporary(self, tmp_path, monkeypatch) -> Path:
+        """The temporary folder, in which the folders of processes are."""
+        folder = tmp_path / "tmp"
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        return folder / f"launcher-{os.geteuid()}"
+
+    def test_is_worked_with_in_the_directory_of_the_run(self, tmp_path, temporary, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "work").mkdir()
+        assert enter_directory(str(tmp_path / "work"), tmp_path, ".") is False
+        assert Path.cwd() == tmp_path / "work"
+        assert not is_own(os.getcwd())
+        assert lasting_directory("1f") == os.getcwd()
+        assert not temporary.exists()
+
+    @pytest.mark.parametrize("wanted", ["missing", "file", "closed", None])
+    def test_or_in_a_copy_where_that_cannot_be_entered(self, tmp_path, temporary, nodes, cache, monkeypatch, wanted):
+        monkeypatch.chdir(tmp_path)
+        folder = unpack(THREE.data, THREE.sha256, nodes)
+        (tmp_path / "file").touch()
+        (tmp_path / "closed").mkdir()
+        real_open = os.open
+
+        def open_as_another_user(path, *arguments, **options):
+            if path == str(tmp_path / "closed"):
+                raise PermissionError(13, "Permission denied", path)
+            return real_open(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", open_as_another_user)
+        assert enter_directory(wanted and str(tmp_path / wanted), folder, ".") is True
+        assert Path.cwd().parent == temporary
+        assert temporary.stat().st_mode & 0o777 == Path.cwd().stat().st_mode & 0o777 == 0o700
+        assert tree(Path.cwd()).keys() == THREE_UNPACKED.keys()
+        assert is_own(os.getcwd())
+        assert lasting_directory("1f") == str(cache.parent / "records/1f"), "what is written here goes with the process"
+
+    @pytest.mark.parametrize("mode", [0o000, 0o100, 0o400])
+    def test_a_directory_of_another_user_is_not_entered(self, mode):
+        if os.geteuid() != 0:
+            pytest.skip("only root can be another user")
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            Path(folder, "theirs").mkdir(mode=mode)
+            Path(folder).chmod(0o755)
+            before = os.getcwd()
+            os.seteuid(65534)
+            try:
+                assert not code_cache._go_to(f"{folder}/theirs")
+            finally:
+                os.seteuid(0)
+            assert os.getcwd() == before
+
+    def test_what_a_killed_process_has_left_is_removed(self, run, code, temporary, cache):
+        ready = "from cluster.own_folders import *; print(make_own_folder(), owner(), flush=True); input()"
+        command = [sys.executable, "-c", f"import tempfile; tempfile.tempdir = {str(temporary.parent)!r}; {ready}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            folder, owner = process.stdout.readline().split()
+            (Path(folder) / "a.py").touch()
+            fetch_code(run, code.sha256)
+            unfinished = cache / f"{code.sha256}-unfinished-{owner}x"
+            unfinished.mkdir(mode=0o555)
+            fetch_code(run, code.sha256)
+            assert (os.listdir(folder), unfinished.exists()) == (["a.py"], True), "its owner lives"
+            process.kill()
+            process.wait()
+        fetch_code(run, code.sha256)
+        assert (os.listdir(temporary), os.listdir(cache)) == ([], [code.sha256])
+
+    def test_what_a_process_makes_goes_with_it(self, temporary):
+        script = f"import tempfile; tempfile.tempdir = {str(temporary.parent)!r}; import cluster.own_folders as own"
+        subprocess.run([sys.executable, "-c", f"{script}; own.make_own_folder()"], check=True)
+        assert os.listdir(temporary) == []
+
+    @pytest.mark.parametrize("name", ["1-1-0123456789ab-x", "mine", "4194305-1-x"])
+    def test_a_folder_of_nobody_that_is_seen_from_here_stays(self, run, code, temporary, name):
+        """Its owner may live on another host, or in another container."""
+        (temporary / name).mkdir(parents=True)
+        fetch_code(run, code.sha256)
+        assert os.listdir(temporary) == [name]
+
+    def test_another_process_of_the_same_number_is_another(self, temporary):
+        folder = make_own_folder()
+        pid, started, place, _ = folder.name.split("-")
+        (temporary / f"{pid}-{int(started) - 1}-{place}-x").mkdir()
+        sweep_own_folders()
+        assert os.listdir(temporary) == [folder.name]
+
+    def test_a_temporary_folder_that_others_have_spoilt_is_not_swept_and_not_used(self, temporary, tmp_path):
+        (tmp_path / "theirs").mkdir()
+        temporary.symlink_to(tmp_path / "theirs")
+        folder = make_own_folder()
+        assert (folder.parent, is_own(str(folder))) == (temporary.parent, True)
+        sweep_own_folders()
+        assert os.listdir(tmp_path / "theirs") == []
+
+    def test_a_bundle_that_nobody_uses_goes_after_thirty_days(self, run, code, cache):
+        other = unpack(THREE.data, THREE.sha256, cache)
+        damaged = cache / f"{THREE.sha256}-damaged-1f"
+        damaged.mkdir()
+        fetch_code(run, code.sha256)
+        assert other.exists(), "it comes from another version, and counts from now on"
+        days_ago = time.time() - 29.9 * DAY_S
+        lock = cache.parent / "code-in-use" / THREE.sha256
+        for path in (lock, damaged):
+            os.utime(path, (days_ago, days_ago))
+        fetch_code(run, code.sha256)
+        assert (other.exists(), damaged.exists()) == (True, True)
+        days_ago -= DAY_S
+        for path in (lock, damaged, other):
+            os.utime(path, (days_ago, days_ago))
+        with holding(lock):
+            fetch_code(run, code.sha256)
+            assert (other.exists(), damaged.exists()) == (True, True), "a process uses it"
+        fetch_code(run, code.sha256)
+        assert (os.listdir(cache), os.listdir(lock.parent)) == ([code.sha256], [code.sha256])
+
+    def test_use_renews_a_bundle_and_keeps_it_as_long_as_the_process_lives(self, run, code, cache):
+        folder, lock = fetch_code(run, code.sha256), cache.parent / "code-in-use" / code.sha256
+        os.utime(lock, (0, 0))
+        fetch_code(run, code.sha256)
+        assert time.time() - lock.stat().st_mtime < DAY_S
+        os.utime(lock, (0, 0))
+        code_cache._sweep(cache, lock.parent)
+        assert folder.exists()
+        places = [str(cache), str(lock.parent)]
+        script = f"from cluster import code_cache as c; from pathlib import Path; c._sweep(*map(Path, {places}))"
+        subprocess.run([sys.executable, "-c", script], check=True)
+        assert folder.exists()
+        os.close(code_cache._held.pop(lock))
+        subprocess.run([sys.executable, "-c", script], check=True)
+        assert not folder.exists()
+
+    def test_what_cannot_be_swept_hurts_nobody(self, run, code, cache, monkeypatch):
+        fetch_code(run, code.sha256)
+        (cache / f"{THREE.sha256}-unfinished-x").touch()
+        os.utime(cache / f"{THREE.sha256}-unfinished-x", (0, 0))
+        (cache / "else").touch()
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        for name in ("unlink", "rename", "listdir"):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, refuse)
+                fetch_code(run, code.sha256)
+
+    def test_without_locks_it_is_fetched_and_nothing_goes(self, run, code, cache, monkeypatch):
+        def refuse(*_):
+            raise OSError(37, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        fetch_code(run, code.sha256)
+        os.utime(unpack(THREE.data, THREE.sha256, cache), (0, 0))
+        (cache.parent / "code-in-use" / THREE.sha256).touch()
+        os.utime(cache.parent / "code-in-use" / THREE.sha256, (0, 0))
+        fetch_code(run, code.sha256)
+        assert {*os.listdir(cache)} == {code.sha256, THREE.sha256}
 
     def test_by_default_below_the_home(self, run, code, tmp_path, monkeypatch):
         monkeypatch.delenv("XDG_CACHE_HOME")
