@@ -121,7 +121,7 @@ def nodes() -> list[Node]:
     """
     import ray
 
-    from cluster.ray_private import drain_deadlines_ms, free_resources
+    from cluster.ray_state import drain_deadlines_ms, free_resources
 
     here = ray.get_runtime_context().get_node_id()
     with _named_errors():
@@ -148,7 +148,7 @@ def capacity() -> Capacity:
     Raises:
         ClusterError: Ray is gone.
     """
-    from cluster.ray_private import largest_resources
+    from cluster.ray_state import largest_resources
 
     with _named_errors():
         limits = largest_resources()

@@ -32,6 +32,8 @@ _POLL_INTERVAL_S = 0.3
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
 """Exit codes of a shell that cannot find a command, or may not execute it."""
+_INSPECTION = ("launcher", "inspect")
+"""Metadata by which the jobs of inspections are known."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _Decoded = TypeVar("_Decoded")
 
@@ -98,7 +100,7 @@ class RayJobs(Scheduler):
         return self._decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Starts a job that inspects the nodes, waits for it, and deletes it if it succeeded.
+        """Starts a job that inspects the nodes, waits for it, and deletes those of earlier inspections.
 
         Raises:
             ClusterError: As for every method; or the head has no launcher, or another version of it.
@@ -106,7 +108,7 @@ class RayJobs(Scheduler):
         self.ray_version()  # gives the clearest error for a wrong address or token
         job_id = f"launcher-inspect-{uuid.uuid4().hex[:12]}"
         environment = {node_check.NEEDS_VARIABLE: node_check.needs_to_text(needs)}
-        self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata={"launcher": "inspect"})
+        self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
         try:
             job = self._wait_until_ended(job_id)
             log = self.log(job_id)
@@ -123,8 +125,7 @@ class RayJobs(Scheduler):
                 f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the same "
                 "version of launcher here and on the cluster"
             ) from error
-        with suppress(ClusterError, _Refused):
-            self._request("DELETE", f"/api/jobs/{job_id}")
+        self._delete_inspections_before(job_id)
         return report
 
     def begin(
@@ -190,6 +191,18 @@ class RayJobs(Scheduler):
         except _Refused as refused:
             raise self._failed(f"does not give the log of job {job_id}", refused) from refused
         return self._decoded(_log, told)
+
+    def _delete_inspections_before(self, job_id: str) -> None:
+        """Deletes the inspections that succeeded, and not the last one.
+
+        For a moment after the end of a job Ray still watches it, and writes a job that is deleted then down again, as
+        one that failed.
+        """
+        with suppress(ClusterError, _Refused):  # they only stand in the way of people who look at the cluster
+            for job in self.jobs():
+                is_inspection = job.metadata.get(_INSPECTION[0]) == _INSPECTION[1]
+                if is_inspection and job.status == "succeeded" and job.id != job_id:
+                    self._request("DELETE", f"/api/jobs/{quote(job.id, safe='')}")
 
     def _with_path(self, command: str) -> str:
         """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
