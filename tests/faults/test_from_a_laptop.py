@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.faults import Fault, fired, release
-from tests.e2e.command import JOBS, Ended, Running, launcher
+from tests.e2e.command import JOBS, Ended, Running, launcher, rows
 from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, Host, hosts, wait_for_jobs_api, why_there_can_be_none
 
 pytestmark = pytest.mark.slow
@@ -141,7 +141,7 @@ def test_from_a_laptop(seven: list[Host], tmp_path: Path, make_plan) -> None:
 
     assert (ended.document["status"], ended.document["state_sha256"]) == ("completed", home.document["state_sha256"])
     found: dict[str, Any] = json.loads(read.stdout)
-    assert found["rows"] == [json.loads(line) for line in (tmp_path / "home/digits/metrics.jsonl").open()]
+    assert found["rows"] == [json.loads(line) for line in rows(tmp_path / "home/digits").splitlines()]
     attempts = [each["workers"] for each in found["events"] if each["kind"] == "attempt_started"]
     assert [{worker["address"] for worker in workers} for workers in attempts] == [
         {head.address, second.address, third.address},
