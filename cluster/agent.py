@@ -417,6 +417,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     """
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # the fork server may have looked for another
     address = fork_server.own_address()
     if address is not None:
         fork_server.use(address)  # so that loader processes come from it too

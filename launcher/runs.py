@@ -25,7 +25,7 @@ from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds import Cluster
 from cluster.run_directory import RunDirectory
-from cluster.storage import Store
+from cluster.storage import MissingObject, Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
 from launcher.crew import Crew
@@ -111,9 +111,12 @@ def resume(
         LauncherError: See the tree in ``cluster.errors``.
     """
     source = f"{run.url}/job.yaml"
-    taking = _submission_to_take(run, submission_id)
-    text = run.read_job() if taking is None else run.submissions.read(taking).description
-    stored = parse(run.read_job() if run.exists() else text, source)
+    own_text = None
+    with contextlib.suppress(MissingObject):  # it may be submitted, and not begun
+        own_text = run.read_job()
+    taking = _submission_to_take(run, submission_id, has_begun=own_text is not None)
+    text = (own_text or run.read_job()) if taking is None else run.submissions.read(taking).description
+    stored = parse(own_text or text, source)
     branch = None if new is None else branch_directory(run, new)
     if take_over and at is not None:
         raise DescriptionError(
@@ -135,7 +138,7 @@ def resume(
     return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
 
 
-def _submission_to_take(run: RunDirectory, submission_id: str | None) -> str | None:
+def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_begun: bool) -> str | None:
     """The submission that a process takes which goes on with a run; none: it goes on with what the run has.
 
     Whoever was begun for none, such as a person elsewhere, leaves those that wait to their jobs, unless the run has
@@ -152,7 +155,7 @@ def _submission_to_take(run: RunDirectory, submission_id: str | None) -> str | N
                 "nothing is left to do for this job"
             )
         return submission_id if standing == "due" else None
-    newest = None if run.exists() else run.submissions.newest()
+    newest = None if has_begun else run.submissions.newest()
     return None if newest is None else newest.id
 
 

@@ -249,8 +249,9 @@ def test_a_process_without_the_directory_of_its_run_works_in_a_copy_that_goes_wi
     assert folders_of(os.getpid()) == []
 
 
-def run_agent_with_cache(connection: Connection, task: Task, cache: str) -> None:
-    os.environ["XDG_CACHE_HOME"] = cache
+def run_agent_in(connection: Connection, task: Task, folder: str) -> None:
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     run_agent(connection, task)
 
 
@@ -258,7 +259,11 @@ def test_what_a_killed_agent_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     fork_server.start([__name__])
     task = task_with_code(tmp_path)
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    agent = fork_server.fork(run_agent_with_cache, (theirs, task, str(tmp_path / "cache")), "agent")
+    # Of their own, for other tests sweep what the dead have left in the temporary folder.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    agent = fork_server.fork(run_agent_in, (theirs, task, str(tmp_path)), "agent")
     theirs.close()
     messages: list[dict[str, Any]] = []
     while not any(message["kind"] == "working" for message in messages):
@@ -268,7 +273,6 @@ def test_what_a_killed_agent_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     agent.join()
     wait_until(lambda: state(process) == "", limit_s=5)
     assert (len(folders_of(agent.pid)), len(folders_of(process))) == (1, 1), "its log, and its process's directory"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Agent(Driver(until="working"), task, {}).run()
     assert folders_of(agent.pid) == folders_of(process) == []
 
