@@ -24,8 +24,7 @@ _LAG_S = 0.5
 _LOOPBACK = "127.0.0.1"
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
 MOST_MISFITS = 10
-"""How often nodes that join may turn out not to fit, before no others are taken: each time costs a save and two starts.
-"""
+"""How often nodes that join may turn out not to fit before no others are taken: each costs a save and two starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Crew:
         self._placed: Sequence[str] = ()
         """The nodes of those that were started last, by rank, as far as that is known."""
         self._proven: set[str] = set()
-        """The nodes that workers of this run have trained on."""
+        """The nodes, by id, that those who train now have trained on; others are newcomers."""
         self._left_out: dict[str, str] = {}
         """The nodes, by id, that are not used, and why."""
         self._num_misfits = 0
@@ -73,7 +72,7 @@ class Crew:
         self._addresses: dict[str, str] = {}
         """Of all nodes that were ever seen, by id."""
         self._known_hosts: set[str] = set()
-        """The addresses of the nodes that workers of this run have ever trained on."""
+        """The addresses of the hosts that any workers of this run have trained on; ``forget`` leaves them."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
