@@ -49,6 +49,11 @@ class LocalClusterSpec:
     kind: Literal["local"] = "local"
     worker: WorkerSpec = field(default_factory=WorkerSpec)
 
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it runs commands for a process anywhere: no."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayClusterSpec:
@@ -93,7 +98,7 @@ class RayClusterSpec:
 
     @property
     def takes_jobs(self) -> bool:
-        """Whether the address is that of its Jobs API."""
+        """Whether it runs commands for a process anywhere: its address is that of its Jobs API."""
         return "://" in self.address
 
 

@@ -39,7 +39,8 @@ class Submission:
         description: The resolved description, as ``job.yaml`` holds it once the submission is taken.
         code_sha256: The digest of the bundle with the user's modules.
         code_directory: The folder in the bundle in which relative paths start; none: it has none.
-        working_directory: Of whoever submitted; relative paths start there on a host that has it.
+        working_directory: Of whoever packed the code; relative paths start there on a host that has it. None: it is
+            not known, and they start in ``code_directory`` everywhere.
         user, host: Who submitted, and on which machine.
         time: When, in Unix time.
         versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.
@@ -52,7 +53,7 @@ class Submission:
     description: str
     code_sha256: str
     code_directory: str | None
-    working_directory: str
+    working_directory: str | None
     user: str
     host: str
     time: float

@@ -44,6 +44,9 @@ _jobs_option = click.option(
 _take_over_option = click.option(
     "--take-over", is_flag=True, help="Go on in the place of a driver that is alive; that one ends."
 )
+_wait_option = click.option(
+    "--wait", is_flag=True, help="Show how the run stands until it ends; Ctrl-C ends that, and not the run."
+)
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -103,6 +106,7 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: st
 @click.option("--submission", "submission_id", metavar="ID", help="The submission to take up; jobs of submit have it.")
 @_take_over_option
 @_cluster_option
+@_wait_option
 @_json_option
 def resume(
     run_url: str,
@@ -113,10 +117,27 @@ def resume(
     submission_id: str | None,
     take_over: bool,
     cluster_name: str | None,
+    wait: bool,
     as_json: bool,
 ) -> None:
-    """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers."""
+    """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers.
+
+    If jobs are submitted to the cluster that is named, the run is, and this returns.
+    """
     run_directory = _existing_run(run_url)
+    if submission_id is None and _takes_jobs(cluster_name, overrides):
+        if at is not None or new is not None or force or take_over:
+            raise DescriptionError(
+                f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force and "
+                "--take-over give HOST:PORT of its Ray head, on one of its hosts"
+            )
+        scheduler, spec, changes = _scheduler(cluster_name, overrides)
+        from launcher.submit import submit_again
+
+        def hand_over(display: Any) -> dict[str, Any]:
+            return submit_again(run_directory, changes, scheduler, spec, display)
+
+        return _show_submitted(hand_over, scheduler, wait=wait, as_json=as_json)
     with run_directory.submissions.answered(submission_id):
         cluster, changes = _cluster(cluster_name, overrides)
         from launcher.runs import resume as resume_run
@@ -127,7 +148,7 @@ def resume(
                 submission_id=submission_id,
             )  # fmt: skip
 
-        _show_result(work, cluster, as_json)
+        return _show_result(work, cluster, as_json)
 
 
 @main.command()
@@ -137,23 +158,22 @@ def resume(
 @_json_option
 def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
-    from cluster.spec import RayClusterSpec
-    from launcher.clusters import load_cluster, open_cluster, open_scheduler
     from launcher.description import load
     from launcher.report import plan_text
 
-    spec, changes = load_cluster(cluster_name, overrides)
-    description = load(job, changes)
-    if isinstance(spec, RayClusterSpec) and spec.takes_jobs:
+    if _takes_jobs(cluster_name, overrides):
+        scheduler, spec, changes = _scheduler(cluster_name, overrides)
+        description = load(job, changes)
         from launcher.progress import open_progress
         from launcher.submit import plan_there
 
         with contextlib.closing(open_progress(sys.stderr)) as display:
-            made = plan_there(description, job.parent, open_scheduler(spec), spec, display)
+            made = plan_there(description, job.parent, scheduler, spec, display)
     else:
+        cluster, changes = _cluster(cluster_name, overrides)
+        description = load(job, changes)
         from launcher.runs import plan_only
 
-        cluster = open_cluster(spec)
         with _joined(cluster):
             made = plan_only(description, job.parent, cluster)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
@@ -169,27 +189,20 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
     required=True,
     help="Where to: a YAML file, a name, or http://HOST:8265.",
 )
-@click.option("--wait", is_flag=True, help="Show how the run stands until it ends; Ctrl-C ends that, and not the run.")
+@_wait_option
 @_json_option
 def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
     """Check JOB.yaml here and on a cluster, hand it over, and return; a run that ended goes on."""
     from launcher.description import load
-    from launcher.progress import open_progress
-    from launcher.report import summary
 
     scheduler, spec, changes = _scheduler(cluster_name, overrides)
     description = load(job, changes)
     from launcher.submit import submit as submit_run
 
-    display, exit_code = open_progress(sys.stderr), 0
-    try:
-        document = submit_run(description, job.parent, scheduler, spec, display)
-        if wait:
-            document, exit_code = _watched(document, scheduler, display)
-    finally:
-        display.close()
-    _show(document, summary(document), as_json)
-    sys.exit(exit_code)
+    def work(display: Any) -> dict[str, Any]:
+        return submit_run(description, job.parent, scheduler, spec, display)
+
+    _show_submitted(work, scheduler, wait=wait, as_json=as_json)
 
 
 @main.command()
@@ -343,7 +356,14 @@ def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, list[s
     return open_cluster(spec), changes
 
 
-def _scheduler(named: str, overrides: tuple[str, ...]) -> tuple[Any, Any, list[str]]:
+def _takes_jobs(named: str | None, overrides: tuple[str, ...]) -> bool:
+    """Whether the cluster that is meant runs commands for a process anywhere."""
+    from launcher.clusters import load_cluster
+
+    return load_cluster(named, overrides)[0].takes_jobs
+
+
+def _scheduler(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, Any, list[str]]:
     """What begins runs on the cluster that is meant, its description, and what is left to change in the job."""
     from launcher.clusters import load_cluster, open_scheduler
 
@@ -376,6 +396,22 @@ def _joined(cluster: Any) -> Iterator[None]:
     """
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), cluster.joined():
         yield
+
+
+def _show_submitted(work: Callable[[Any], dict[str, Any]], scheduler: Any, *, wait: bool, as_json: bool) -> None:
+    """Hands a run over with a display on stderr; then prints what became of it, and exits."""
+    from launcher.progress import open_progress
+    from launcher.report import summary
+
+    display, exit_code = open_progress(sys.stderr), 0
+    try:
+        document = work(display)
+        if wait:
+            document, exit_code = _watched(document, scheduler, display)
+    finally:
+        display.close()
+    _show(document, summary(document), as_json)
+    sys.exit(exit_code)
 
 
 def _watched(submitted: dict[str, Any], scheduler: Any, display: Any) -> tuple[dict[str, Any], int]:

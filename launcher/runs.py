@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,32 +111,79 @@ def resume(
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
+    found = find_description(run, submission_id)
+    stored = found.stored
+    branch = None if new is None else branch_directory(run, new)
+    if take_over and at is not None:
+        raise DescriptionError(
+            f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
+        )
+    code = find_code(run, found.submission_id)
+    steps = run.checkpoints.steps()
+    reached = max(steps, default=0) if at is None else at
+    if branch is not None:
+        overrides = [*overrides, *_place_of(branch, stored, overrides)]
+    wanted = found.changed(overrides) if submission_id else found.continued(overrides, reached)
+    if branch is None:
+        return _continue(run, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
+    if at is not None:
+        steps = [checkpoint_at(run, at, steps).step]
+    return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundDescription:
+    """What a run goes on with, from its directory alone.
+
+    Attributes:
+        stored: Its description; of a run that has not begun, the one that it was submitted with.
+        text: What it goes on with, before anything is changed.
+        submission_id: Of the submission that this comes from, which the run has yet to take; none: it is the run's own.
+    """
+
+    stored: Description
+    text: str
+    submission_id: str | None
+
+    def changed(self, overrides: Sequence[str]) -> Description:
+        """The description with some changes.
+
+        Raises:
+            DescriptionError: They are wrong.
+        """
+        return parse(self.text, self.stored.source, overrides)
+
+    def continued(self, overrides: Sequence[str], reached: int) -> Description:
+        """The same for a person who has a run go on that has reached a step: a limit it has reached is taken away.
+
+        Raises:
+            DescriptionError: The changes are wrong.
+        """
+        wanted = self.changed(overrides)
+        limit = wanted.spec.train.max_steps
+        if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
+            wanted = self.changed([*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
+        return wanted
+
+
+def find_description(run: RunDirectory, submission_id: str | None = None) -> FoundDescription:
+    """What a run goes on with.
+
+    Args:
+        run: It exists, or was submitted.
+        submission_id: Of the submission for which this process was begun; none: a person asks.
+
+    Raises:
+        ClusterError: The run has taken another submission since.
+        StorageError: What it has cannot be read.
+    """
     source = f"{run.url}/job.yaml"
     own_text = None
     with contextlib.suppress(MissingObject):  # it may be submitted, and not begun
         own_text = run.read_job()
     taking = _submission_to_take(run, submission_id, has_begun=own_text is not None)
     text = (own_text or run.read_job()) if taking is None else run.submissions.read(taking).description
-    stored = parse(own_text or text, source)
-    branch = None if new is None else branch_directory(run, new)
-    if take_over and at is not None:
-        raise DescriptionError(
-            f"{run.url}: --at goes back in a run that nobody drives; launcher stop it, and leave out --take-over"
-        )
-    code = find_code(run, taking)
-    steps = run.checkpoints.steps()
-    reached = max(steps, default=0) if at is None else at
-    if branch is not None:
-        overrides = [*overrides, *_place_of(branch, stored, overrides)]
-    wanted = parse(text, source, overrides)
-    limit = None if submission_id else wanted.spec.train.max_steps  # a person who resumes wants the run to go on
-    if limit is not None and reached >= limit and not any(o.startswith("train.max_steps=") for o in overrides):
-        wanted = parse(text, source, [*overrides, "train.max_steps=null"])  # shown as a change, if it comes to that
-    if branch is None:
-        return _continue(run, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
-    if at is not None:
-        steps = [checkpoint_at(run, at, steps).step]
-    return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
+    return FoundDescription(stored=parse(own_text or text, source), text=text, submission_id=taking)
 
 
 def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_begun: bool) -> str | None:

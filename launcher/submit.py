@@ -13,13 +13,12 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bundle import Bundle
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, DescriptionError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Scheduler
 from cluster.spec import RayClusterSpec
@@ -32,9 +31,18 @@ from launcher.description import Description, Difference, differences, parse
 from launcher.nodes import check_nodes, fit, own_versions
 from launcher.plan import Plan, Tried, try_job
 from launcher.progress import Progress
-from launcher.runs import check_unchanged, compare, git_state, left_to_plan, one_line, placed_at, run_directory
+from launcher.runs import (
+    check_unchanged,
+    compare,
+    find_description,
+    git_state,
+    left_to_plan,
+    one_line,
+    placed_at,
+    run_directory,
+)
 from launcher.status import is_driven, read_status
-from launcher.user_code import make_import_paths
+from launcher.user_code import find_code, make_import_paths
 
 _ASK_AGAIN_S = 2.0
 _DIGITS = 12
@@ -86,6 +94,21 @@ class _Next:
     why_not: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Code:
+    """The user's code that a job takes along; the attributes are those of ``Submission``, but for one.
+
+    Attributes:
+        data: The bundle; none: the run directory has it.
+    """
+
+    sha256: str
+    directory: str | None
+    working_directory: str | None
+    git: Mapping[str, str | None] | None
+    data: bytes | None = None
+
+
 def submit(
     description: Description, folder: Path, scheduler: Scheduler, place: RayClusterSpec, display: Progress
 ) -> dict[str, Any]:
@@ -106,8 +129,76 @@ def submit(
         ClusterError: The cluster is not fit for it.
         LauncherError: Else; nothing has begun.
     """
-    check_ray_version()  # the nodes have the same, as they are asked below
+
+    def pack(modules: Collection[str]) -> _Code:
+        bundle = pack_job(folder, modules)
+        return _Code(
+            sha256=bundle.sha256,
+            directory=directory_in_code(folder),
+            working_directory=os.getcwd(),
+            git=git_state(),
+            data=bundle.data,
+        )
+
     run = run_directory(description)
+    return _submit(run, description, make_import_paths(folder), pack, scheduler, place, display)
+
+
+def submit_again(
+    run: RunDirectory, overrides: Sequence[str], scheduler: Scheduler, place: RayClusterSpec, display: Progress
+) -> dict[str, Any]:
+    """Hands a run over to a cluster, any one, from its directory alone: with the code that it was submitted with.
+
+    Changes the working directory of this process.
+
+    Args:
+        run: It was submitted before, to this cluster or another one.
+        overrides: What to change in its description.
+        scheduler: Begins a command on the cluster.
+        place: The description of the cluster.
+        display: Shows what is done.
+
+    Returns:
+        As ``submit``.
+
+    Raises:
+        DescriptionError: It cannot go on with these changes; or it was begun in place, so that its code is not there.
+        ClusterError: The cluster is not fit for it.
+        LauncherError: Else; nothing has begun.
+    """
+    found = find_description(run)
+    wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
+    code = find_code(run, found.submission_id)
+    if code.sha256 is None:
+        raise DescriptionError(
+            f"{run.url}: was begun by launcher run, so that its directory does not hold the user's code; launcher "
+            "submit its job file, which goes on with it"
+        )
+    packed = _Code(sha256=code.sha256, directory=code.directory, working_directory=code.submitted_from, git=code.git)
+    return _submit(run, wanted, code.import_paths, lambda _: packed, scheduler, place, display)
+
+
+def _submit(
+    run: RunDirectory,
+    description: Description,
+    import_paths: tuple[str, ...],
+    pack: Callable[[Collection[str]], _Code],
+    scheduler: Scheduler,
+    place: RayClusterSpec,
+    display: Progress,
+) -> dict[str, Any]:
+    """See ``submit``.
+
+    Args:
+        run: Which may not exist yet.
+        description: What to run.
+        import_paths: Where the user's modules are on this machine.
+        pack: Told which of them the job has imported; returns the code that it takes along.
+        scheduler: Begins a command on the cluster.
+        place: The description of the cluster.
+        display: Shows what is done.
+    """
+    check_ray_version()  # the nodes have the same, as they are asked below
     before = _snapshot(run, description)
     following = _what_is_next(run, before, scheduler, place)
     if following.why_not:
@@ -115,8 +206,8 @@ def submit(
     if before.waits_on not in (None, place.address):
         display.warn(f"{run.url} waits on {before.waits_on}, too; the job that begins first has it, the other one ends")
     display.phase("trying the job out")
-    to_plan, store, tried = _try_here(run, before, description, folder)
-    bundle = pack_job(folder, tried.modules)
+    to_plan, store, tried = _try_here(run, before, description, import_paths)
+    code = pack(tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
     plan = _fit_there(to_plan, store, tried, scheduler, place, display)
     if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
@@ -129,16 +220,18 @@ def submit(
         job=make_job_id(run.url, following.number),
         cluster=place.address,
         description=description.text,
-        code_sha256=bundle.sha256,
-        code_directory=directory_in_code(folder),
-        working_directory=os.getcwd(),
+        code_sha256=code.sha256,
+        code_directory=code.directory,
+        working_directory=code.working_directory,
         user=_user(),
         host=socket.gethostname(),
         time=round(time.time(), 3),
         versions=own_versions(),
-        git=git_state(),
+        git=code.git,
     )
-    submission_id = _write(run, submission, bundle)
+    if code.data is not None:
+        run.write_code(code.sha256, code.data)
+    submission_id = run.submissions.write(submission)  # the run itself stays as it is
     display.phase(f"beginning {submission.job}")
     if _begin(run, scheduler, submission, submission_id, place.stop_grace_s):
         display.message(f"submitted {one_line(description.spec, plan)}")
@@ -244,14 +337,14 @@ def _result(run: RunDirectory, job_id: str | None, place: RayClusterSpec) -> dic
 
 
 def _try_here(
-    run: RunDirectory, before: _Snapshot, description: Description, folder: Path
+    run: RunDirectory, before: _Snapshot, description: Description, import_paths: tuple[str, ...]
 ) -> tuple[Description, Store, Tried]:
     """What is left to plan, its store, and what trying it out on this machine told."""
-    to_plan = description
+    is_in_place = before.stored is None or description.spec.store == before.stored.spec.store
+    to_plan = placed_at(run, description) if is_in_place else description
     if before.stored is not None:
-        is_in_place = description.spec.store == before.stored.spec.store
-        to_plan = left_to_plan(run, placed_at(run, description) if is_in_place else description, before.reached)
-    store, tried = try_job(to_plan, make_import_paths(folder))
+        to_plan = left_to_plan(run, to_plan, before.reached)
+    store, tried = try_job(to_plan, import_paths)
     if before.stored is not None:
         check_unchanged(run, description, tried)
     return to_plan, store, tried
@@ -269,12 +362,6 @@ def _fit_there(
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     return plan
-
-
-def _write(run: RunDirectory, submission: Submission, bundle: Bundle) -> str:
-    """Writes what a driver needs; returns the id of the submission. The run stays as it is."""
-    run.write_code(bundle.sha256, bundle.data)
-    return run.submissions.write(submission)
 
 
 def _begin(

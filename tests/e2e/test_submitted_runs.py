@@ -186,6 +186,9 @@ def test_a_job_that_was_killed_is_begun_again_by_the_next_submit(laptop, cluster
 
 
 def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(laptop, cluster, tmp_path, monkeypatch):
+    undisturbed = launcher(
+        "run", "own.yaml", "name=undisturbed", "data.train._target_=mine.Slowly", "--json", cwd=laptop
+    )
     job_id = submit_slowly(laptop).document["job"]
     run = store_of(laptop)
     wait_until_begun(cluster, job_id, run, 4)
@@ -204,6 +207,14 @@ def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(l
     ]
     assert resumed.document["step"] == 20
     assert branched.document["step"] == 24
+    refused = launcher("resume", run, "--at", 4, *CLUSTER, cwd=tmp_path / "elsewhere")
+    assert (refused.exit_code, len(cluster.jobs())) == (2, 1)
+    ended = launcher("resume", run, *CLUSTER, "--wait", "--json", cwd=tmp_path / "elsewhere")
+    assert ended.exit_code == 0, ended.stderr
+    assert "changed train.max_steps: 20 -> None" in ended.stderr
+    assert ended.document["job"] == cluster.jobs()[1].id
+    assert ended.document["state_sha256"] == undisturbed.document["state_sha256"]
+    assert rows(run) == rows(store_of(laptop, "undisturbed"))
 
 
 DAMAGES = {

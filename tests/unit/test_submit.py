@@ -1,8 +1,9 @@
 """What a submission refuses, in one line and before anything is written; and what it writes and begins."""
 
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from launcher.cli import main
 from launcher.description import Description, load, parse
 from launcher.nodes import own_versions
 from launcher.plan import Tried
-from launcher.submit import make_command, make_job_id, submit
+from launcher.submit import make_command, make_job_id, submit, submit_again
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
 
@@ -513,6 +514,75 @@ class TestTheSameRunAgain:
         assert said.messages == [f"{run.url} has reached train.max_steps=5; raise it to go on"]
         hand_over(parse(job.text, "digits.yaml", ["train.max_steps=8"]), folder, scheduler)
         assert len(scheduler.commands) == 2
+
+
+class TestFromItsDirectoryAlone:
+    OTHER = RayClusterSpec(address="http://other:8265")
+
+    @pytest.fixture(autouse=True)
+    def _elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.fixture
+    def run(self, job: Description, folder: Path) -> RunDirectory:
+        """One that was submitted, and whose job file is gone."""
+        (folder / "mine.py").write_text("x = 1\n")
+        hand_over(job, folder, FakeScheduler())
+        shutil.rmtree(folder)
+        return run_of(job)
+
+    def test_on_another_cluster(self, run):
+        first = run.submissions.read_newest()[1]
+        scheduler, said = FakeScheduler(), Said()
+        result = submit_again(run, ["workers.num=4"], scheduler, self.OTHER, said)
+        assert result == {
+            "run": run.url, "job": make_job_id(run.url, 1), "cluster": self.OTHER.address, "status": "submitted",
+        }  # fmt: skip
+        assert "changed workers.num: 2 -> 4" in said.messages
+        second = run.submissions.read_newest()[1]
+        changed = {"number", "job", "cluster", "description", "time"}
+        assert {name for name, value in asdict(first).items() if asdict(second)[name] != value} == changed
+        assert len(scheduler.commands) == 1
+
+    def test_with_what_it_trained_with(self, run, job):
+        report, first = run.submissions.read_newest()
+        run.submissions.mark_taken(report.id)
+        trained = parse(job.text, "digits.yaml", ["workers.num=3"])
+        run.write_job(trained.text)
+        code = {"code": first.code_sha256, "code_directory": "data", "working_directory": None, "attempts": [{}]}
+        run.write_environment(code)
+        submit_again(run, [], FakeScheduler(), self.OTHER, Said())
+        second = run.submissions.read_newest()[1]
+        assert (second.description, second.code_sha256) == (trained.text, first.code_sha256)
+        assert (second.code_directory, second.working_directory) == ("data", None)
+
+    def test_a_limit_that_it_has_reached_is_taken_away(self, run, job):
+        limited = parse(job.text, "digits.yaml", ["train.max_steps=5"])
+        report, first = run.submissions.read_newest()
+        run.submissions.mark_taken(report.id)
+        run.write_job(limited.text)
+        run.write_environment({"code": first.code_sha256, "attempts": [{}]})
+        run.claim()
+        saved.save(run.checkpoints, 5, {"model.safetensors": b""})
+        run.write_status({"status": "stopped", "step": 5})
+        said = Said()
+        submit_again(run, [], FakeScheduler(), self.OTHER, said)
+        assert "changed train.max_steps: 5 -> None" in said.messages
+
+    def test_with_another_description(self, run, job):
+        run.write_job(job.text)
+        run.write_environment({"code": run.submissions.read_newest()[1].code_sha256, "attempts": [{}]})
+        with pytest.raises(DescriptionError, match="exists with another description: seed: 0 -> 1"):
+            submit_again(run, ["seed=1"], FakeScheduler(), self.OTHER, Said())
+
+    def test_code_that_is_not_there(self, job, tmp_path):
+        run = run_of(job)
+        run.write_job(job.text)
+        run.write_environment({"import_paths": [str(tmp_path)], "attempts": [{}]})
+        with pytest.raises(DescriptionError, match="does not hold the user's code; launcher submit its job file"):
+            submit_again(run, [], FakeScheduler(), self.OTHER, Said())
+        assert run.submissions.newest() is None
 
 
 def test_a_cluster_that_takes_no_jobs_is_a_mistake_of_the_description(tmp_path):
