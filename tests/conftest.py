@@ -23,10 +23,12 @@ _FORKED_NEEDS = (
     "matplotlib.figure", "tests.launcher_without_ray",
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
-_SLOW_FIRST = ("test_hosts", "test_every_key", "test_crashes", "test_kills", "test_fence", "test_storage")
-"""Of the slow tier: beside three hosts with a Ray node each runs what takes little memory.
+_SLOW_FIRST = (
+    "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage", "test_kills",
+)  # fmt: skip
+"""Of the slow tier: beside hosts with a Ray node each runs what takes little memory.
 
-A process is given its next file when it begins the last test of one, so ``test_kills`` follows ``test_hosts``.
+A process is given its next file when it begins the last test of one, so ``test_from_a_laptop`` follows ``test_hosts``.
 """
 
 
