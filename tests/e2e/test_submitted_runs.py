@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(l
     assert (refused.exit_code, len(cluster.jobs())) == (2, 1)
     ended = launcher("resume", run, *CLUSTER, "--wait", "--json", cwd=tmp_path / "elsewhere")
     assert ended.exit_code == 0, ended.stderr
-    assert "changed train.max_steps: 20 -> None" in ended.stderr
+    assert "changed train.max_steps: 20 -> null" in ended.stderr
     assert ended.document["job"] == cluster.jobs()[1].id
     assert ended.document["state_sha256"] == undisturbed.document["state_sha256"]
     assert rows(run) == rows(store_of(laptop, "undisturbed"))

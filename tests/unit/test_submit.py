@@ -568,7 +568,7 @@ class TestFromItsDirectoryAlone:
         run.write_status({"status": "stopped", "step": 5})
         said = Said()
         submit_again(run, [], FakeScheduler(), self.OTHER, said)
-        assert "changed train.max_steps: 5 -> None" in said.messages
+        assert "changed train.max_steps: 5 -> null" in said.messages
 
     def test_with_another_description(self, run, job):
         run.write_job(job.text)
