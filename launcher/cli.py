@@ -214,7 +214,7 @@ def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
 def stop(run_url: str, timeout_s: float, cluster_name: str | None, as_json: bool) -> None:
     """Ask RUN, wherever it runs, to save and stop; wait until it has. One that waits on a cluster needs --cluster."""
     from launcher.report import summary
-    from launcher.status import stop_run
+    from launcher.stop import stop_run
 
     run_directory, job = _run_and_job(run_url, cluster_name)
     document = stop_run(run_directory, timeout_s, job)
@@ -273,7 +273,7 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
 
     If its cluster is named, what its driver printed there comes last.
     """
-    from launcher.status import log_pieces
+    from launcher.logs import log_pieces
 
     run_directory, job = _run_and_job(run_url, cluster_name)
     for name, piece in log_pieces(run_directory, worker, follow=follow, job=job):
