@@ -287,7 +287,7 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
 
     run_directory = _existing_run(run_url)
     job = _job(run_directory, cluster_name)
-    for name, piece in log_pieces(run_directory, worker, follow=follow, job=job):
+    for name, piece in log_pieces(run_directory, worker, follow=follow, warn=_warn, job=job):
         click.echo(f"--- {name}", err=True)
         click.echo(piece, nl=not piece.endswith("\n"))
 
