@@ -59,7 +59,7 @@ class FakeCluster(Scheduler):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         raise NotImplementedError
 
     def read(self, job_id: str) -> Job | None:
