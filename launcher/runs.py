@@ -465,7 +465,7 @@ def _environment(run: RunDirectory, plan: Plan, code: UserCode) -> dict[str, Any
     return {
         "data_fingerprint": plan.data_fingerprint,
         "init_from": _source(plan) or environment.get("init_from"),
-        "working_directory": code.submitted_from or os.getcwd(),
+        "working_directory": os.getcwd() if code.sha256 is None else code.submitted_from,
         "import_paths": list(code.folders),
         "code": code.sha256,
         "code_directory": code.directory,
