@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
-from cluster.code_cache import enter_directory, fetch_code
+from cluster.code_cache import enter_copy, fetch_code
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
@@ -96,15 +96,13 @@ class Task:
         import_paths: Folders of the user's own modules.
         code: The digest of the bundle of the user's own modules, which come before those in folders; none: there is
             no bundle.
-        code_directory: The folder in the bundle of which a host that lacks the working directory makes a copy in its
-            place; none: an empty folder is in its place.
+        code_directory: The folder in the bundle of which each training process makes a copy, in which relative paths
+            start; none: they start in an empty folder.
         rank, world_size: This worker among all.
         attempt: Counts starts of the worker group's processes, from 0.
         host: The address of rank 0.
         address: This worker's address for the others.
-        working_directory: Where relative paths of the user's data start.
-        in_copy: The working directory is a copy of the code, on a host that lacks that of the run; known once the
-            training process is there.
+        working_directory: Where relative paths of the user's data start, without a bundle on every host.
         fork_server: The address of a server to fork from, if there is one on the worker's host.
         on_gpu: Whether this worker has a GPU, and it is visible as the only one.
         hang_timeout_s: Seconds without progress after which the training process counts as hung.
@@ -120,7 +118,6 @@ class Task:
     working_directory: str
     code: str | None = None
     code_directory: str | None = None
-    in_copy: bool = False
     fork_server: str | None = None
     rank: int = 0
     world_size: int = 1
@@ -455,10 +452,8 @@ def _in_place(task: Task) -> Task:
         os.chdir(task.working_directory)
         return task
     folder = fetch_code(RunDirectory(task.run_url), task.code)
-    in_copy = enter_directory(task.working_directory, folder, task.code_directory)
-    directory = os.getcwd() if in_copy else task.working_directory
-    import_paths = (str(folder), *task.import_paths)
-    return replace(task, import_paths=import_paths, working_directory=directory, in_copy=in_copy)
+    enter_copy(folder, task.code_directory)
+    return replace(task, import_paths=(str(folder), *task.import_paths), working_directory=os.getcwd())
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:

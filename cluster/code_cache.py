@@ -24,7 +24,7 @@ _held: dict[Path, int] = {}
 def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> Path:
     """The folder of a run's code on this host, fetched from the run directory unless it is there and intact.
 
-    All processes of this user share it, so it must be nobody's working directory: see ``enter_directory``. It stays as
+    All processes of this user share it, so it must be nobody's working directory: see ``enter_copy``. It stays as
     long as this process lives; what processes that have ended have left on this host is removed.
 
     Args:
@@ -45,53 +45,27 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
     return below / sha256
 
 
-def enter_directory(directory: str | None, unpacked: Path, in_bundle: str | None) -> bool:
-    """Changes into the working directory of a run that has a bundle.
+def enter_copy(unpacked: Path, directory: str | None) -> None:
+    """Changes into a copy of a folder of a run's code: a folder of this process's own, which goes with it.
 
-    On a host that lacks it, or on which this user may not list it, that is a copy of what the bundle has of it: a
-    folder of this process's own, which goes with it.
+    Also on a host that has the submitter's working directory by its name. What lies in that cannot be told from here to
+    be the same, and a run is to find the same files wherever it goes on.
 
     Args:
-        directory: The run's own; none: it has none.
         unpacked: What ``fetch_code`` returns.
-        in_bundle: The folder in the bundle; none: the copy is empty.
-
-    Returns:
-        Whether it is a copy.
+        directory: The folder in the bundle; none: the working directory is empty.
 
     Raises:
         StorageError: The copy cannot be written.
     """
-    if directory is not None and _go_to(directory):
-        return False
     try:
         own = make_own_folder()
-        copy_code(unpacked, in_bundle, own)
+        copy_code(unpacked, directory, own)
         os.chdir(own)
     except OSError as error:
         raise StorageError(
             f"code cannot be copied to a folder of its own: {error}; set TMPDIR to a folder that can be written to"
         ) from error
-    return True
-
-
-def _go_to(directory: str) -> bool:
-    """Changes the working directory if there is such a folder, and this user may search and list it.
-
-    Returns:
-        Whether it did.
-    """
-    try:
-        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # for that, one must be allowed to list it
-    except OSError:
-        return False
-    try:
-        os.fchdir(opened)
-    except OSError:
-        return False
-    finally:
-        os.close(opened)
-    return True
 
 
 def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:

@@ -108,8 +108,8 @@ class RayJobs(Scheduler):
         self.ray_version()  # gives the clearest error for a wrong address or token
         job_id = f"launcher-inspect-{uuid.uuid4().hex[:12]}"
         environment = {node_check.NEEDS_VARIABLE: node_check.needs_to_text(needs)}
-        self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
         try:
+            self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
             job = self._wait_until_ended(job_id)
             log = self.log(job_id)
         except BaseException:  # also Ctrl-C
@@ -136,7 +136,7 @@ class RayJobs(Scheduler):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         """Starts a job on the cluster's head, see ``Scheduler``; refuses values that contain ``$``."""
         variables = {**environment, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
         # Ray expands variables in values.
@@ -149,15 +149,17 @@ class RayJobs(Scheduler):
             "runtime_env": {"env_vars": variables},
             "metadata": dict(metadata),
         }
+        refused: _Refused | None = None
         try:
-            answer = self._request("POST", "/api/jobs/", request)
-        except _Refused as refused:
-            if self.read(job_id) is not None:  # Ray reports a duplicate id as an internal error
-                return False
-            raise self._failed("does not begin a job", refused) from refused
-        if not isinstance(answer, dict) or answer.get("submission_id") != job_id:
-            raise self._no_jobs_api("does not say that it has begun the job")
-        return True
+            self._request("POST", "/api/jobs/", request)
+        except _Refused as error:  # Ray reports a duplicate id as an internal error
+            refused = error
+        job = self.read(job_id)
+        if job is not None:
+            return job
+        if refused is None:
+            raise self._no_jobs_api(f"has begun job {job_id}, and knows no such job")
+        raise self._failed("does not begin a job", refused) from refused
 
     def read(self, job_id: str) -> Job | None:
         try:

@@ -22,6 +22,8 @@ from cluster.submissions import Submissions
 
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
+_BEFORE = "before"
+"""In the environment, the digest of the description that was there when it was written, and what belonged to that."""
 _SUBMISSIONS = "submissions"
 _CODE = "code"
 _UNCLAIMED_STATUS = "status.json"
@@ -104,12 +106,27 @@ class RunDirectory:
         """What happened to the run, in order. The driver keeps the one it got."""
         return self._log(_EVENTS, key="seq")
 
+    def write_description(self, text: str, environment: Mapping[str, Any]) -> None:
+        """Writes the resolved description, and what belongs to it: with that the run exists.
+
+        The description decides, and is written last. A kill before that leaves the run with the one before, and with
+        what belongs to that.
+
+        Args:
+            text: The description.
+            environment: Such as the code that it is to run with.
+        """
+        before = self._job()
+        if before != text.encode():
+            pair = {"job_sha256": _digest(before), "environment": self.read_environment()}
+            environment = {**environment, _BEFORE: pair}
+        self.write_environment(environment)
+        self.write_job(text)
+
     def write_job(self, text: str) -> None:
         """Writes the resolved description, if it is another than there is."""
-        with contextlib.suppress(MissingObject):
-            if self.store.read(_JOB) == text.encode():
-                return
-        self.store.write(_JOB, text.encode())
+        if self._job() != text.encode():
+            self.store.write(_JOB, text.encode())
 
     def read_job(self) -> str:
         """The resolved description.
@@ -128,8 +145,15 @@ class RunDirectory:
         write_document(self.store, _ENVIRONMENT, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        """What ``write_environment`` wrote; empty if it never did, or was killed on a store that cannot rename."""
-        return read_document(self.store, _ENVIRONMENT) or {}
+        """What belongs to the description that is there, see ``write_description``; empty if nothing does.
+
+        Empty too if the writer was killed on a store that cannot rename.
+        """
+        environment = read_document(self.store, _ENVIRONMENT) or {}
+        before = environment.pop(_BEFORE, None)
+        if before is not None and before["job_sha256"] == _digest(self._job()):  # its description was never written
+            return dict(before["environment"])
+        return environment
 
     def write_code(self, sha256: str, bundle: bytes) -> None:
         """Writes the user's code, unless it is there whole: a store without renames may hold a torn object.
@@ -231,6 +255,13 @@ class RunDirectory:
         """A log by its name."""
         return self.store.read(f"{_LOGS}/{name}")
 
+    def _job(self) -> bytes | None:
+        """The description as it is stored; none: there is no run here."""
+        try:
+            return self.store.read(_JOB)
+        except MissingObject:
+            return None
+
     def _newest_writer(self) -> str:
         """The latest claim in the name of anything but a claim; empty if there is none."""
         return max(self.events().newest_writer(), self.checkpoints.newest_claim())
@@ -241,6 +272,10 @@ class RunDirectory:
 
     def _log(self, name: str, key: str) -> RowLog:
         return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
+
+
+def _digest(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _code_object(sha256: str) -> str:

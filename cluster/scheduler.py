@@ -108,7 +108,7 @@ class Scheduler(ABC):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         """Starts a job, unless the cluster already has one with this id.
 
         The cluster decides this atomically: of several concurrent calls with the same id, one starts the job. If the
@@ -120,10 +120,11 @@ class Scheduler(ABC):
             environment: Variables of the command and its child processes. Anyone with access to the cluster can read
                 them, so they must hold no secrets.
             stop_grace_s: Seconds between SIGTERM and SIGKILL when the job is stopped.
-            metadata: Information for people who look at the cluster.
+            metadata: Information for people who look at the cluster; something in it that no other call has tells
+                whose job it is.
 
         Returns:
-            True if this call started the job; False if the cluster already had a job with this id.
+            The job with this id, whoever started it: it has the metadata of the call that did.
         """
 
     @abstractmethod

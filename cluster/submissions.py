@@ -38,9 +38,8 @@ class Submission:
         cluster: The address of the cluster.
         description: The resolved description, as ``job.yaml`` holds it once the submission is taken.
         code_sha256: The digest of the bundle with the user's modules.
-        code_directory: The folder in the bundle in which relative paths start; none: it has none.
-        working_directory: Of whoever packed the code; relative paths start there on a host that has it. None: it is
-            not known, and they start in ``code_directory`` everywhere.
+        code_directory: The folder in the bundle in which relative paths start; none: they start in an empty one.
+        working_directory: Of whoever packed the code, for people to know.
         user, host: Who submitted, and on which machine.
         time: When, in Unix time.
         versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.

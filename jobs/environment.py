@@ -30,7 +30,7 @@ _VARIABLES = (
 )  # fmt: skip
 """Environment variables by which libraries choose their kernels."""
 _LABELS = {
-    "python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU", "working_directory": "relative paths lead into",
+    "python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU",
 }  # fmt: skip
 """What fields are called in a line, where that is not their name."""
 _CODE = "code of "
@@ -65,21 +65,18 @@ class Environment:
     """The user's own modules that are imported, by name, each with the digest of its file."""
     data: str
     """The data fingerprint."""
-    working_directory: str
-    """Whether relative paths start in the directory of the run, or in a copy of the code where a host lacks that."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same by name, and the code by module."""
         return asdict(self) | {"code": dict(self.code)}
 
 
-def make_environment(import_paths: Sequence[str], parts: "Parts", *, in_copy: bool = False) -> Environment:
+def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment:
     """The environment of this process, which has built its parts and trained nothing.
 
     Args:
         import_paths: Folders of the user's own modules.
         parts: What this process has built.
-        in_copy: The working directory is a copy of the code.
     """
     import numpy as np
     import torch
@@ -97,7 +94,6 @@ def make_environment(import_paths: Sequence[str], parts: "Parts", *, in_copy: bo
         variables=" ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ) or _NONE,
         code=tuple(sorted(code_digests(import_paths).items())),
         data=parts.data_fingerprint(),
-        working_directory="a copy of the code" if in_copy else "the run's own directory",
     )
 
 

@@ -29,11 +29,6 @@ from jobs.spec import JobSpec
 from jobs.team import Team
 
 _ANSWER_WAIT_S = 2.0
-_ADVICE = {
-    "gpu": "choose one kind of GPU with workers.accelerator",
-    "working_directory": "give either all nodes that directory or none",
-}
-"""What to do about workers that differ in a field of their environments, where there is something to do."""
 
 launcher_digest()  # of the code that runs: its files may be replaced later
 
@@ -191,7 +186,7 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     Raises:
         ClusterError: They differ, or their data is not what the plan found; the same on every rank.
     """
-    told = team.gather((task.address, make_environment(task.import_paths, parts, in_copy=task.in_copy).as_dict()))
+    told = team.gather((task.address, make_environment(task.import_paths, parts).as_dict()))
     nodes, environments = [node for node, _ in told], [environment for _, environment in told]
     found = differences(nodes, environments, task.data_fingerprint)
     data = {environment["data"] for environment in environments}
@@ -206,12 +201,9 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
     if has_other_data:  # no other bits, but other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if is_refused:
-        advice = "".join(
-            f"{what}, or "
-            for name, what in _ADVICE.items()
-            if len({environment[name] for environment in environments}) > 1
-        )
+        has_other_gpus = len({environment["gpu"] for environment in environments}) > 1
         raise ClusterError(
-            f"workers differ: {found}; {advice}accept other bits with launcher resume {task.run_url} --force",
+            f"workers differ: {found}; {'choose one kind of GPU with workers.accelerator, or ' * has_other_gpus}"
+            f"accept other bits with launcher resume {task.run_url} --force",
             cause="environment",
         )

@@ -13,11 +13,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError
+
+if TYPE_CHECKING:
+    from cluster.kinds import Cluster
+    from cluster.run_directory import RunDirectory
+    from cluster.scheduler import Scheduler
+    from cluster.spec import RayClusterSpec
+    from launcher.description import Description
+    from launcher.progress import Progress
+    from launcher.submitted import SubmittedJob
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
@@ -91,7 +100,7 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: st
         _cheap_checks(description)
     from launcher.runs import begin
 
-    def work(display: Any) -> dict[str, Any]:
+    def work(display: "Progress") -> dict[str, Any]:
         return begin(description, job.parent, cluster, display, take_over=take_over)
 
     _show_result(work, cluster, as_json)
@@ -131,18 +140,18 @@ def resume(
                 f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force and "
                 "--take-over give HOST:PORT of its Ray head, on one of its hosts"
             )
-        scheduler, spec, changes = _scheduler(cluster_name, overrides)
+        scheduler, place, changes = _scheduler(cluster_name, overrides)
         from launcher.submit import submit_again
 
-        def hand_over(display: Any) -> dict[str, Any]:
-            return submit_again(run_directory, changes, scheduler, spec, display)
+        def hand_over(display: "Progress") -> dict[str, Any]:
+            return submit_again(run_directory, changes, scheduler, place, display)
 
         return _show_submitted(hand_over, scheduler, wait=wait, as_json=as_json)
     with run_directory.submissions.answered(submission_id):
         cluster, changes = _cluster(cluster_name, overrides)
         from launcher.runs import resume as resume_run
 
-        def work(display: Any) -> dict[str, Any]:
+        def work(display: "Progress") -> dict[str, Any]:
             return resume_run(
                 run_directory, changes, cluster, display, force=force, take_over=take_over, at=at, new=new,
                 submission_id=submission_id,
@@ -195,12 +204,12 @@ def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool,
     """Check JOB.yaml here and on a cluster, hand it over, and return; a run that ended goes on."""
     from launcher.description import load
 
-    scheduler, spec, changes = _scheduler(cluster_name, overrides)
+    scheduler, place, changes = _scheduler(cluster_name, overrides)
     description = load(job, changes)
     from launcher.submit import submit as submit_run
 
-    def work(display: Any) -> dict[str, Any]:
-        return submit_run(description, job.parent, scheduler, spec, display)
+    def work(display: "Progress") -> dict[str, Any]:
+        return submit_run(description, job.parent, scheduler, place, display)
 
     _show_submitted(work, scheduler, wait=wait, as_json=as_json)
 
@@ -214,7 +223,8 @@ def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
     from launcher.report import summary
     from launcher.status import read_status
 
-    run_directory, job = _run_and_job(run_url, cluster_name)
+    run_directory = _existing_run(run_url)
+    job = _job(run_directory, cluster_name)
     document = read_status(run_directory) if job is None else job.document()
     _show(document, summary(document), as_json)
 
@@ -227,10 +237,10 @@ def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
 def stop(run_url: str, timeout_s: float, cluster_name: str | None, as_json: bool) -> None:
     """Ask RUN, wherever it runs, to save and stop; wait until it has. One that waits on a cluster needs --cluster."""
     from launcher.report import summary
-    from launcher.status import stop_run
+    from launcher.stop import stop_run
 
-    run_directory, job = _run_and_job(run_url, cluster_name)
-    document = stop_run(run_directory, timeout_s, job)
+    run_directory = _existing_run(run_url)
+    document = stop_run(run_directory, timeout_s, _job(run_directory, cluster_name))
     _show(document, summary(document), as_json)
 
 
@@ -244,13 +254,13 @@ def list_(store: str, cluster_name: str | None, as_json: bool) -> None:
     from cluster.storage import Store
     from launcher.report import runs_table
     from launcher.status import read_statuses
-    from launcher.submitted import jobs_of, with_jobs
+    from launcher.submitted import read_statuses_with_jobs
 
-    scheduler, spec = _jobs(cluster_name)
-    jobs = None if scheduler is None else jobs_of(scheduler, lambda text: click.echo(f"warning: {text}", err=True))
-    documents = read_statuses(list_runs(Store(store)))  # after the jobs: what these wrote before they ended is there
-    if jobs is not None:
-        documents = with_jobs(documents, jobs, spec.address)
+    if cluster_name is None:
+        documents = read_statuses(list_runs(Store(store)))
+    else:
+        scheduler, place, _ = _scheduler(cluster_name)
+        documents = read_statuses_with_jobs(Store(store), scheduler, place.address, _warn)
     _show(documents, runs_table(documents), as_json)
 
 
@@ -286,10 +296,11 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
 
     If its cluster is named, what its driver printed there comes last.
     """
-    from launcher.status import log_pieces
+    from launcher.logs import log_pieces
 
-    run_directory, job = _run_and_job(run_url, cluster_name)
-    for name, piece in log_pieces(run_directory, worker, follow=follow, job=job):
+    run_directory = _existing_run(run_url)
+    job = _job(run_directory, cluster_name)
+    for name, piece in log_pieces(run_directory, worker, follow=follow, warn=_warn, job=job):
         click.echo(f"--- {name}", err=True)
         click.echo(piece, nl=not piece.endswith("\n"))
 
@@ -339,7 +350,7 @@ def schema(kind: str | None, as_json: bool) -> None:
     _show(describe_json(language) if as_json else None, "" if as_json else describe(language), as_json)
 
 
-def _cheap_checks(description: Any) -> None:
+def _cheap_checks(description: "Description") -> None:
     """What needs neither torch nor Ray is said before either is imported."""
     from launcher.description import named_errors
     from launcher.machine import check_machine
@@ -348,7 +359,7 @@ def _cheap_checks(description: Any) -> None:
         check_machine(description.spec)
 
 
-def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, list[str]]:
+def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple["Cluster", list[str]]:
     """The cluster that is meant, for a driver on one of its hosts, and what is left to change in the job."""
     from launcher.clusters import load_cluster, open_cluster
 
@@ -363,32 +374,26 @@ def _takes_jobs(named: str | None, overrides: tuple[str, ...]) -> bool:
     return load_cluster(named, overrides)[0].takes_jobs
 
 
-def _scheduler(named: str | None, overrides: tuple[str, ...]) -> tuple[Any, Any, list[str]]:
+def _scheduler(named: str | None, overrides: tuple[str, ...] = ()) -> tuple["Scheduler", "RayClusterSpec", list[str]]:
     """What begins runs on the cluster that is meant, its description, and what is left to change in the job."""
-    from launcher.clusters import load_cluster, open_scheduler
+    from launcher.clusters import load_jobs_cluster, open_scheduler
 
-    spec, changes = load_cluster(named, overrides)
-    return open_scheduler(spec), spec, changes
-
-
-def _jobs(named: str | None) -> tuple[Any, Any]:
-    """What knows the jobs of the cluster that is meant, and its description; none: no cluster is named."""
-    return (None, None) if named is None else _scheduler(named, ())[:2]
+    place, changes = load_jobs_cluster(named, overrides)
+    return open_scheduler(place), place, changes
 
 
-def _run_and_job(run_url: str, cluster_name: str | None) -> tuple[Any, Any]:
-    """A run that exists, and its job on the cluster that is meant; none: no cluster is named."""
-    scheduler, spec = _jobs(cluster_name)
-    run_directory = _existing_run(run_url)
-    if scheduler is None:
-        return run_directory, None
+def _job(run_directory: "RunDirectory", cluster_name: str | None) -> "SubmittedJob | None":
+    """The job of a run on the cluster that is meant; none: no cluster is named."""
+    if cluster_name is None:
+        return None
     from launcher.submitted import submitted_job
 
-    return run_directory, submitted_job(run_directory, scheduler, spec.address)
+    scheduler, place, _ = _scheduler(cluster_name)
+    return submitted_job(run_directory, scheduler, place.address)
 
 
 @contextlib.contextmanager
-def _joined(cluster: Any) -> Iterator[None]:
+def _joined(cluster: "Cluster") -> Iterator[None]:
     """In the cluster.
 
     Stdout is for the result. Ray prints notices of its own there, the last of them when it is left, of what the driver
@@ -398,7 +403,9 @@ def _joined(cluster: Any) -> Iterator[None]:
         yield
 
 
-def _show_submitted(work: Callable[[Any], dict[str, Any]], scheduler: Any, *, wait: bool, as_json: bool) -> None:
+def _show_submitted(
+    work: Callable[["Progress"], dict[str, Any]], scheduler: "Scheduler", *, wait: bool, as_json: bool
+) -> None:
     """Hands a run over with a display on stderr; then prints what became of it, and exits."""
     from launcher.progress import open_progress
     from launcher.report import summary
@@ -414,7 +421,7 @@ def _show_submitted(work: Callable[[Any], dict[str, Any]], scheduler: Any, *, wa
     sys.exit(exit_code)
 
 
-def _watched(submitted: dict[str, Any], scheduler: Any, display: Any) -> tuple[dict[str, Any], int]:
+def _watched(submitted: dict[str, Any], scheduler: "Scheduler", display: "Progress") -> tuple[dict[str, Any], int]:
     """What was submitted, watched to its end or until Ctrl-C, and the exit code."""
     from cluster.run_directory import RunDirectory
     from launcher.status import read_status
@@ -430,7 +437,7 @@ def _watched(submitted: dict[str, Any], scheduler: Any, display: Any) -> tuple[d
     return document | {"job": submitted["job"], "cluster": submitted["cluster"]}, exit_code
 
 
-def _existing_run(url: str) -> Any:
+def _existing_run(url: str) -> "RunDirectory":
     from cluster.run_directory import RunDirectory
 
     run_directory = RunDirectory(url)
@@ -441,7 +448,7 @@ def _existing_run(url: str) -> Any:
     return run_directory
 
 
-def _show_result(work: Callable[[Any], dict[str, Any]], cluster: Any, as_json: bool) -> None:
+def _show_result(work: Callable[["Progress"], dict[str, Any]], cluster: "Cluster", as_json: bool) -> None:
     """Runs with a display on stderr, then prints the result and exits as it ended."""
     from launcher.progress import open_progress
     from launcher.report import summary
@@ -456,6 +463,10 @@ def _show_result(work: Callable[[Any], dict[str, Any]], cluster: Any, as_json: b
     _show(result, summary(result), as_json)
     if interrupted and result["status"] == "stopped":
         sys.exit(Interrupted.exit_code)
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
 
 
 def _show(document: Any, text: str, as_json: bool) -> None:

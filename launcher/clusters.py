@@ -14,7 +14,7 @@ import cluster
 from cluster.errors import DescriptionError, FieldError, nearest
 from cluster.kinds import Cluster, JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
-from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec
+from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec, RayClusterSpec
 from cluster.versions import check_ray_version
 from launcher.description import Language, read, read_text
 from launcher.machine import num_cores
@@ -64,12 +64,13 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
     return JoinedRay(spec.address)
 
 
-def open_scheduler(spec: ClusterSpec) -> Scheduler:
-    """The cluster that is described, as it runs commands for a process anywhere.
+def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayClusterSpec, list[str]]:
+    """As ``load_cluster``, of a cluster that takes jobs.
 
     Raises:
-        DescriptionError: It runs none.
+        DescriptionError: It takes none; or there is a mistake in its description.
     """
+    spec, changes = load_cluster(named, overrides)
     if isinstance(spec, LocalClusterSpec):
         raise DescriptionError(
             f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
@@ -81,6 +82,11 @@ def open_scheduler(spec: ClusterSpec) -> Scheduler:
             f"{PREFIX}address: {spec.address} takes drivers, and no jobs; write http://{host}:8265, or where else the "
             "cluster's dashboard listens"
         )
+    return spec, changes
+
+
+def open_scheduler(spec: RayClusterSpec) -> Scheduler:
+    """A cluster that takes jobs, as it runs commands for a process anywhere."""
     from cluster.ray_jobs import RayJobs  # and with it an HTTP client and the stores
 
     return RayJobs(spec.address, spec.venv)

@@ -600,7 +600,7 @@ def make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerpr
         import_paths=code.folders,
         code=code.sha256,
         code_directory=code.directory,
-        working_directory=code.submitted_from or os.getcwd(),
+        working_directory=os.getcwd(),
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
         data_fingerprint=data_fingerprint,

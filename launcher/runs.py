@@ -404,8 +404,8 @@ def _train(
     if back_to is not None:
         go_back(run, back_to)
     run.clear_stop()  # one that was asked of an earlier driver
-    _note_attempt(run, plan, code)
-    run.write_job(description.text)  # with that the run exists: from here on it can be resumed from anywhere
+    # With that the run exists: from here on it can be resumed from anywhere.
+    run.write_description(description.text, _environment(run, plan, code))
     if code.submission_id is not None:
         run.submissions.mark_taken(code.submission_id)
     run.stay_alive()
@@ -496,7 +496,8 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
     return state
 
 
-def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
+def _environment(run: RunDirectory, plan: Plan, code: UserCode) -> dict[str, Any]:
+    """What the bits of the run depend on beside its description, with an entry for this attempt."""
     environment = run.read_environment()
     attempt = {
         "time": round(time.time(), 3),
@@ -509,17 +510,15 @@ def _note_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> None:
         "git": git_state() if code.sha256 is None else code.git,
         "command": " ".join(map(os.path.basename, sys.argv[:2])),
     }
-    run.write_environment(
-        {
-            "data_fingerprint": plan.data_fingerprint,
-            "init_from": _source(plan) or environment.get("init_from"),
-            "working_directory": code.submitted_from or os.getcwd(),
-            "import_paths": list(code.folders),
-            "code": code.sha256,
-            "code_directory": code.directory,
-            "attempts": [*environment.get("attempts", []), attempt],
-        }
-    )
+    return {
+        "data_fingerprint": plan.data_fingerprint,
+        "init_from": _source(plan) or environment.get("init_from"),
+        "working_directory": os.getcwd() if code.sha256 is None else code.submitted_from,
+        "import_paths": list(code.folders),
+        "code": code.sha256,
+        "code_directory": code.directory,
+        "attempts": [*environment.get("attempts", []), attempt],
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
 """What a run directory says of its run, for someone who has nothing else."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
 from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, is_alive
@@ -12,11 +12,6 @@ from cluster.run_directory import RunDirectory
 from cluster.submissions import Submission, SubmissionReport
 from launcher.background import HANGS_S
 
-if TYPE_CHECKING:
-    from launcher.submitted import SubmittedJob
-
-_FOLLOW_INTERVAL_S = 2.0
-_STOP_INTERVAL_S = 0.5
 SILENCE_S = 3 * HANGS_S + 10.0
 """A driver elsewhere is said to be gone once its last sign of life is older: 55 s, within a minute of its death.
 
@@ -29,7 +24,7 @@ LONG_SILENCE_S = 120.0
 """After this long it counts as gone for those who act on it, or wait for it: its store, or its clock, may be at fault,
 and a wrong word in a table is mended by the next look."""
 _WATCH_S = 2 * STATUS_INTERVAL_S + 2.0
-_GOES_ON = ("running", "submitted")
+_LOOK_INTERVAL_S = 0.5
 NOT_BEGUN: dict[str, Any] = {
     "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
     "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
@@ -108,43 +103,6 @@ def without_driver(status: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in status.items() if name not in DRIVER_KEYS}
 
 
-def stop_run(run: RunDirectory, timeout_s: float, job: "SubmittedJob | None" = None) -> dict[str, Any]:
-    """Asks a run to save and stop, and waits until it has; one that is not running is left as it is.
-
-    Args:
-        run: Which.
-        timeout_s: How long to wait, in seconds.
-        job: Its job on a cluster, which is stopped if the run has not begun; none: no cluster is asked.
-
-    Returns:
-        The ``--json`` document at the end.
-
-    Raises:
-        ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
-            the request, and no cluster was named, or that does not stop the job.
-    """
-    deadline = time.monotonic() + timeout_s
-    status = read_status(run, LONG_SILENCE_S)
-    if job is not None and job.is_due():  # also of a run that another driver has begun
-        status = job.stopped(deadline)
-    elif status["status"] == "submitted":
-        raise ClusterError(
-            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
-            f"submitted to, {status['cluster']}"
-        )
-    if status["status"] == "running":
-        run.request_stop()
-    while status["status"] == "running":
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"{run.url}: still running {timeout_s:.0f} s after it was asked to stop, at step {status['step']}; "
-                "it stops when its step and its save are done: look at `launcher status`, or wait with --timeout"
-            )
-        time.sleep(_STOP_INTERVAL_S)
-        status = read_status(run, LONG_SILENCE_S)
-    return status
-
-
 def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     """The ``--json`` documents of some runs."""
     with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="status") as pool:
@@ -197,60 +155,6 @@ def remove_orphans(run: RunDirectory) -> Survey:
     return survey
 
 
-def log_pieces(
-    run: RunDirectory, worker: int | None, *, follow: bool, job: "SubmittedJob | None" = None
-) -> Iterator[tuple[str, str]]:
-    """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended.
-
-    Args:
-        run: Whose.
-        worker: Only this worker's.
-        follow: Go on until the run has ended, and its job.
-        job: Its job on a cluster, whose log comes last: what the driver's process wrote to stdout and stderr. None: no
-            cluster is asked.
-
-    Raises:
-        ClusterError: The cluster does not give the log of the job; the others have been yielded. While the run goes on,
-            it is asked again.
-    """
-    shown: dict[str, int] = {}
-    while True:
-        is_last = not follow or not _goes_on(run, job)
-        for name, text in _logs(run, worker, job, is_last=is_last):
-            new = text[shown.get(name, 0) :]
-            shown[name] = len(text)
-            if new:
-                yield name, new
-        if is_last:
-            return
-        time.sleep(_FOLLOW_INTERVAL_S)
-
-
-def _goes_on(run: RunDirectory, job: "SubmittedJob | None") -> bool:
-    """Whether more may come: from the run, or from its job, whose last words come after the end of the run."""
-    if job is None:
-        return read_status(run, LONG_SILENCE_S)["status"] in _GOES_ON
-    document = job.document(LONG_SILENCE_S)
-    return document["status"] in _GOES_ON or document["job_status"] in ("pending", "running")
-
-
-def _logs(
-    run: RunDirectory, worker: int | None, job: "SubmittedJob | None", *, is_last: bool
-) -> Iterator[tuple[str, str]]:
-    """(log, text) of all that there is."""
-    for name in run.log_names(rank=worker):
-        yield name, run.read_log(name).decode(errors="replace")
-    if job is None or worker is not None:
-        return
-    try:
-        text = job.log()
-    except ClusterError:
-        if is_last:
-            raise
-        return  # out of reach for now
-    yield f"job {job.id}", text
-
-
 def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     """Whether the driver that wrote this status is alive.
 
@@ -262,7 +166,7 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
         return bool(alive)
     deadline = time.monotonic() + _WATCH_S
     while time.monotonic() < deadline:
-        time.sleep(_STOP_INTERVAL_S)
+        time.sleep(_LOOK_INTERVAL_S)
         newest = run.read_status()
         if newest != status:
             return newest is not None and newest["status"] == "running"

@@ -15,12 +15,13 @@ import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, DescriptionError
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import ENDED, Scheduler
+from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
@@ -233,7 +234,8 @@ def _submit(
         run.write_code(code.sha256, code.data)
     submission_id = run.submissions.write(submission)  # the run itself stays as it is
     display.phase(f"beginning {submission.job}")
-    if _begin(run, scheduler, submission, submission_id, place.stop_grace_s):
+    job = _begin(run, scheduler, submission, submission_id, place.stop_grace_s)
+    if job.metadata.get("submission") == submission_id:
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
         run.submissions.withdraw(submission_id)
@@ -366,31 +368,23 @@ def _fit_there(
 
 def _begin(
     run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
-) -> bool:
-    """Begins the job; returns whether it is for this submission, and not for one of somebody else.
+) -> Job:
+    """Begins the job, unless somebody else has; returns the one that is there.
 
     Raises:
         ClusterError: It may not have begun.
     """
+    command = make_command(run.url, submission_id)
+    metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
+    begin = partial(scheduler.begin, submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
     try:
-        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
+        return begin()
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
+        return begin()
     except ClusterError as error:
         raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
-
-
-def _is_begun(
-    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
-) -> bool:
-    metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
-    command = make_command(run.url, submission_id)
-    if scheduler.begin(submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata):
-        return True
-    job = scheduler.read(submission.job)
-    return job is not None and job.metadata.get("submission") == submission_id
 
 
 def _user() -> str:

@@ -8,15 +8,16 @@ took the run, and what it printed.
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError, DescriptionError
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, list_runs
 from cluster.scheduler import ENDED, Job, Scheduler
+from cluster.storage import Store
 from cluster.submissions import Submission
-from launcher.status import LONG_SILENCE_S, NOT_BEGUN, SILENCE_S, about_submission, read_status
+from launcher.status import LONG_SILENCE_S, NOT_BEGUN, SILENCE_S, about_submission, read_status, read_statuses
 
 _STOP_INTERVAL_S = 0.5
 _LOG_LINES = 3
@@ -142,26 +143,26 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
     )
 
 
-def jobs_of(scheduler: Scheduler, warn: Callable[[str], None]) -> list[Job]:
-    """The jobs of a cluster; none, and a warning, if it does not say, for the runs are in their store."""
-    try:
-        return scheduler.jobs()
-    except ClusterError as error:
-        warn(str(error))
-        return []
+def read_statuses_with_jobs(
+    store: Store, scheduler: Scheduler, cluster: str, warn: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The ``--json`` documents of the runs in a store, with what a cluster says of the jobs of those not begun.
 
-
-def with_jobs(documents: Iterable[dict[str, Any]], jobs: Sequence[Job], cluster: str) -> list[dict[str, Any]]:
-    """The documents of some runs, with what a cluster says of the jobs of those that have not begun.
-
-    Jobs that wait there for a run that is not among them follow: nobody has begun what a job waits for.
+    Jobs that wait there for a run that is not in the store follow: nobody has begun what a job waits for.
 
     Args:
-        documents: Of the runs, read after the jobs: what a job has written before it ended is there.
-        jobs: Of the cluster.
+        store: Of the runs.
+        scheduler: The cluster. If it does not answer, that is a warning, for the runs are in their store.
         cluster: What to call it.
+        warn: Says a warning.
     """
+    jobs: list[Job] = []
+    try:
+        jobs = scheduler.jobs()  # before the runs: what a job has written before it ended is there
+    except ClusterError as error:
+        warn(str(error))
     by_id = {job.id: job for job in jobs}
+    documents = read_statuses(list_runs(store))
     told = [_told(document, by_id.get(document.get("job", ""))) for document in documents]
     known = {document["run"] for document in told}
     waiting = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.code_cache import cache_folder, enter_directory, fetch_code
+from cluster.code_cache import cache_folder, enter_copy, fetch_code
 from cluster.own_folders import is_own
 from cluster.run_directory import RunDirectory
 
@@ -22,9 +22,8 @@ class UserCode:
         folders: The import paths that every host has; of a bundle, all is in it.
         sha256: The digest of the bundle; none: there is no bundle.
         unpacked: The folder of the bundle on this host.
-        submitted_from: The working directory of whoever made the bundle, in which relative paths start where there is
-            such a folder.
-        directory: The folder in the bundle in which they start elsewhere; none: it has none.
+        submitted_from: The working directory of whoever made the bundle, for people to know.
+        directory: The folder in the bundle in a copy of which relative paths start; none: they start in an empty one.
         git: The revision of the bundle's source, and the digest of its changes; none: it is in no repository.
         submission_id: Of the submission that brings the bundle, which the run has yet to take; none: no new one does.
     """
@@ -51,9 +50,9 @@ def has_bundle(run: RunDirectory) -> bool:
 def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
     """The code that a run goes on with: a bundle, fetched and verified, or folders of this machine.
 
-    The working directory becomes the one in which relative paths of its description start: that of whoever submitted
-    or began it, if this machine has it; else, of a run with a bundle, one of this process's own, with a copy of what
-    the bundle has of it, which goes with the process.
+    The working directory becomes the one in which relative paths of its description start: of a run with a bundle, a
+    folder of this process's own, which goes with it, with a copy of what the bundle has of the submitter's; else that
+    of whoever began the run, if this machine has it.
 
     Args:
         run: It exists.
@@ -94,7 +93,7 @@ def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
 def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
     assert code.sha256 is not None
     unpacked = fetch_code(run, code.sha256, check_store=True)
-    enter_directory(code.submitted_from, unpacked, code.directory)
+    enter_copy(unpacked, code.directory)
     return replace(code, unpacked=str(unpacked))
 
 

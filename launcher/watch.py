@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.description import parse
+from launcher.patience import read_patiently
 from launcher.progress import Progress
 from launcher.status import LONG_SILENCE_S, read_status
 from launcher.submitted import why_ended
@@ -19,7 +20,7 @@ _JOB_INTERVAL_S = 10.0
 _LAST_WORDS_S = 15.0
 """How long the directory of a run may take to tell of its end after that of the job, or the other way round."""
 _PATIENCE_S = 600.0
-"""How long the store may be out of reach, and the cluster of a run that has not begun."""
+"""How long the cluster of a run that has not begun may be out of reach."""
 _ALIVE = ("submitted", "running")
 
 
@@ -47,20 +48,13 @@ def watch(
     Raises:
         ClusterError: The job has ended, or the cluster does not know it any more, and nobody goes on with the run; or
             the run has not begun, and the cluster is out of reach.
+        StorageError: The store is out of reach, for longer than ``read_patiently`` bears.
     """
-    epochs = _read_epochs(run)
+    epochs = read_patiently(lambda: _read_epochs(run), display.warn, clock, sleep)
     asked = None if job_id is None else _Asked(scheduler, job_id, clock)
-    said, read_at = "", clock()
+    said = ""
     while True:
-        try:
-            document = read_status(run, LONG_SILENCE_S)
-        except StorageError as error:
-            if clock() - read_at > _PATIENCE_S:
-                raise StorageError(f"{error}; the run may go on, look at `launcher status`") from error
-            display.phase(f"the store is out of reach: {error}")
-            sleep(_INTERVAL_S)
-            continue
-        read_at = clock()
+        document = read_patiently(lambda: read_status(run, LONG_SILENCE_S), display.warn, clock, sleep)
         if document["status"] == "failed" and document.get("begun") is False:
             raise _failed_early(run, document, job_id, scheduler, clock, sleep)
         if document["status"] not in _ALIVE:

@@ -84,13 +84,13 @@ class LocalScheduler(Scheduler):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
         assert stop_grace_s > 0
         try:
             (self._jobs / job_id).mkdir()
         except FileExistsError:
-            return False
+            return self._known(job_id)
         hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
         begun = shlex.quote(str(self._jobs / job_id / "begun"))
@@ -115,7 +115,7 @@ class LocalScheduler(Scheduler):
         began = {"pid": process.pid, "started": processes.started(process.pid), "at": time.time(), "of": dict(metadata)}
         (self._jobs / job_id / "new").write_text(json.dumps(began))
         (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
-        return True
+        return self._known(job_id)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -143,6 +143,11 @@ class LocalScheduler(Scheduler):
             exit_code = int((job / "exit_code").read_text())
             status = "failed" if exit_code else "succeeded"
         return Job(id=job_id, status=status, message="", exit_code=exit_code, began_at=began_at, metadata=metadata)
+
+    def _known(self, job_id: str) -> Job:
+        job = self.read(job_id)
+        assert job is not None
+        return job
 
     def jobs(self) -> list[Job]:
         found = [job for path in self._jobs.iterdir() if (job := self.read(path.name)) is not None]

@@ -19,7 +19,7 @@ from cluster.errors import ClusterError
 from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_line
 from cluster.ray_check import COMMAND
 from cluster.ray_jobs import RayJobs
-from cluster.scheduler import ClusterReport, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, Needs, Scheduler
 
 TOKEN = "a" * 64
 
@@ -128,20 +128,20 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
         yield running
 
 
-def begin(jobs: RayJobs, job_id: str = "one", **environment: str) -> bool:
-    return jobs.begin(job_id, "launcher resume s3://b/r", environment, stop_grace_s=60, metadata={"run": "s3://b/r"})
+def begin(jobs: RayJobs, job_id: str = "one", run: str = "s3://b/r", **environment: str) -> Job:
+    return jobs.begin(job_id, "launcher resume s3://b/r", environment, stop_grace_s=60, metadata={"run": run})
 
 
 def test_the_life_of_a_job(head: Head) -> None:
     jobs = RayJobs(f"{head.url}/")
     assert jobs.ray_version() == "2.60.0"
     assert jobs.read("one") is None
-    assert begin(jobs, A="b") is True
+    begun = begin(jobs, A="b")
     assert head.jobs["one"]["entrypoint"] == "launcher resume s3://b/r"
     assert head.jobs["one"]["runtime_env"] == {"env_vars": {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "60"}}
     assert head.jobs["one"]["metadata"] == {"run": "s3://b/r"}
     running = jobs.read("one")
-    assert running is not None
+    assert running == begun
     assert (running.id, running.status, running.exit_code) == ("one", "running", None)
     assert (running.message, running.began_at) == ("Job is currently running.", 1700000000.5)
     assert running.metadata == {"run": "s3://b/r"}
@@ -288,13 +288,28 @@ def test_an_inspection_begins_nothing_where_it_is_not_let_in(head: Head, monkeyp
 
 
 def test_of_many_that_begin_a_job_at_once_one_has_it(head: Head) -> None:
-    began: list[bool] = []
-    threads = [threading.Thread(target=lambda: began.append(begin(RayJobs(head.url)))) for _ in range(8)]
+    runs = [f"s3://b/{number}" for number in range(8)]
+    began: list[Job] = []
+    threads = [threading.Thread(target=lambda run=run: began.append(begin(RayJobs(head.url), run=run))) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(began) == [False] * 7 + [True]
+    assert began == [began[0]] * 8
+    assert began[0].metadata["run"] in runs
+    assert head.jobs["one"]["metadata"] == began[0].metadata
+
+
+def test_an_answer_that_was_lost_is_had_by_asking_again(head: Head) -> None:
+    first = begin(RayJobs(head.url))
+    assert begin(RayJobs(head.url)) == first
+    assert [*head.jobs] == ["one"]
+
+
+def test_a_job_that_is_gone_as_soon_as_it_was_begun(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_begin", lambda request: (200, {"submission_id": request["submission_id"]}))
+    with pytest.raises(ClusterError, match="has begun job one, and knows no such job, and not as the Jobs API does"):
+        begin(RayJobs(head.url))
 
 
 def test_a_job_that_is_not_there_cannot_be_stopped_and_has_no_log(head: Head) -> None:
@@ -377,7 +392,7 @@ def test_a_redirect_begins_nothing(head: Head, status: int) -> None:
 @pytest.mark.parametrize("answer", [[], {}, {"submission_id": "another"}, {"job_id": "one"}, "one"], ids=str)
 def test_an_answer_that_does_not_name_the_job_is_no_success(head: Head, answer: Any) -> None:
     head.says = 200, json.dumps(answer)
-    with pytest.raises(ClusterError, match="does not say that it has begun the job, and not as the Jobs API does; "):
+    with pytest.raises(ClusterError, match="answers with something else, and not as the Jobs API does; "):
         begin(RayJobs(head.url))
 
 

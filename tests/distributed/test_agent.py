@@ -219,24 +219,24 @@ def test_a_stopped_process_dies_with_its_agent(tmp_path: Path) -> None:
 
 
 def tell_where_it_works(link: Link, task: Task) -> None:
-    link.send("working", folder=os.getcwd(), in_copy=task.in_copy, pid=os.getpid())
+    link.send("working", folder=os.getcwd(), told=task.working_directory, pid=os.getpid())
     link.close()  # it is on its way
     threading.Event().wait()
 
 
 def task_with_code(tmp_path: Path) -> Task:
-    """A task whose code is a bundle, for a host without its working directory."""
+    """A task whose code is a bundle, on a host that has a folder by the name of its driver's working directory."""
     made = make_bundle({"data.txt": CodeFile(b"1", False)})
     task = task_of("tell_where_it_works", tmp_path)
     RunDirectory(task.run_url).write_code(made.sha256, made.data)
-    return replace(task, code=made.sha256, code_directory=".", working_directory=str(tmp_path / "missing"))
+    return replace(task, code=made.sha256, code_directory=".", working_directory=str(tmp_path))
 
 
 def folders_of(pid: int | None) -> list[Path]:
     return list(Path(tempfile.gettempdir(), f"launcher-{os.geteuid()}").glob(f"{pid}-*"))
 
 
-def test_a_process_without_the_directory_of_its_run_works_in_a_copy_that_goes_with_it(
+def test_a_process_with_a_bundle_works_in_a_copy_that_goes_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -244,7 +244,8 @@ def test_a_process_without_the_directory_of_its_run_works_in_a_copy_that_goes_wi
     driver = Driver(until="working")
     Agent(driver, task_with_code(tmp_path), {}).run()
     (told,) = heard(driver, "working")
-    assert (told["in_copy"], Path(told["folder"]).name.partition("-")[0]) == (True, str(told["pid"]))
+    assert told["told"] == told["folder"]
+    assert Path(told["folder"]).name.partition("-")[0] == str(told["pid"])
     assert not Path(told["folder"]).exists()
     assert folders_of(os.getpid()) == []
 

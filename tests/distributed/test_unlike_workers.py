@@ -33,7 +33,6 @@ def work(
     task: Task,
     other_gpu: str = "",
     other_python: str = "",
-    in_copy: tuple[bool, ...] = (False, False, False),
     import_paths: tuple[tuple[str, ...], ...] = ((), (), ()),
     **changes: Any,
 ) -> None:
@@ -42,7 +41,7 @@ def work(
     Args:
         link, task: As ``main`` takes them.
         other_gpu, other_python: What rank 1 believes to be its GPU, and the version of its Python.
-        in_copy, import_paths: By rank.
+        import_paths: By rank.
         changes: Of the task.
     """
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # no interface has those nodes' addresses
@@ -54,10 +53,7 @@ def work(
         replaced = worker
         replaced.versions = lambda: versions() | {"python": other_python}
     address = f"10.0.0.{task.rank + 1}"
-    worker.main(
-        link,
-        replace(task, address=address, import_paths=import_paths[task.rank], in_copy=in_copy[task.rank], **changes),
-    )
+    worker.main(link, replace(task, address=address, import_paths=import_paths[task.rank], **changes))
 
 
 def test_other_versions_are_refused_by_all(tmp_path: Path) -> None:
@@ -87,19 +83,6 @@ def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
     (told,) = outcome.environments
     assert told["is_refused"]
     assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
-
-
-def test_a_host_that_lacks_the_directory_of_the_run_is_refused_by_all(tmp_path: Path) -> None:
-    """Else relative paths would lead to other files there, and nobody would know."""
-    outcome = run_processes(work, full_job(tmp_path, "run"), world_size=3, in_copy=(False, True, False))
-
-    assert outcome.failures == dict.fromkeys(
-        range(3),
-        "workers differ: relative paths lead into the run's own directory on node 10.0.0.1 (worker 0), node 10.0.0.3 "
-        "(worker 2), a copy of the code on node 10.0.0.2 (worker 1); give either all nodes that directory or none, or "
-        f"accept other bits with launcher resume {tmp_path}/run --force",
-    )
-    assert outcome.rows == []
 
 
 def test_or_told_if_it_may_be(tmp_path: Path) -> None:

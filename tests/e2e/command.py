@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.faults import fired, release
 from tests import launcher_without_ray
 
 CHECKOUT = Path(__file__).parents[2]
@@ -149,3 +150,22 @@ def checkpointed(run: Path, step: int) -> Callable[[], bool]:
         return any(int(manifest.parent.name.removeprefix("step-")) >= step for manifest in manifests)
 
     return is_committed
+
+
+def interrupt(running: Running, run: Path, plan: Path, *, saved_at: int) -> None:
+    """Presses Ctrl-C while a command's run is held, lets it go, and waits until it has saved and stopped.
+
+    Args:
+        running: With ``--json``.
+        run: The directory of its run.
+        plan: Of faults, whose first holds the run.
+        saved_at: The step of a checkpoint that is waited for before.
+    """
+    running.wait_until(lambda: checkpointed(run, saved_at)() and 0 in fired(plan))
+    running.signal_group(signal.SIGINT)
+    running.wait_until(lambda: len(events(run, "stop_requested")) == 1)
+    release(plan, 0)
+    stopped = running.wait()
+    assert stopped.exit_code == 130, stopped.stderr
+    assert stopped.document["status"] == "stopped"
+    assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import Fault, fired, release
-from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, launcher, rows
+from cluster.faults import Fault, fired
+from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, interrupt, launcher, rows
 from tests.faults.planned import Bits, bits, undisturbed
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "tracking.mode=disabled")
@@ -45,14 +45,7 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path: Path, make_plan, referen
     assert limited.document["step"] == 7
 
     interrupted = Running(["resume", run, "workers.num=3", "--json"], elsewhere)
-    interrupted.wait_until(lambda: checkpointed(run, 10)() and 0 in fired(plan))
-    interrupted.signal_group(signal.SIGINT)
-    interrupted.wait_until(lambda: len(events(run, "stop_requested")) == 1)
-    release(plan, 0)
-    stopped = interrupted.wait()
-    assert stopped.exit_code == 130, stopped.stderr
-    assert stopped.document["status"] == "stopped"
-    assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
+    interrupt(interrupted, run, plan, saved_at=10)
 
     killed = Running(["resume", run, "workers.num=1"], elsewhere)
     killed.wait_until(lambda: checkpointed(run, 30)() and 1 in fired(plan))

@@ -398,7 +398,10 @@ def test_modules_of_the_working_directory_travel_too(laptop, cluster):
     assert zipfile.ZipFile(bundle).namelist() == ["mine.py", "own.yaml"]
 
 
-def test_files_beside_the_job_file_are_found_by_relative_paths_where_there_is_no_such_folder(laptop, cluster):
+@pytest.mark.parametrize("has_such_a_folder", [False, True])
+def test_relative_paths_lead_to_what_was_submitted_and_to_no_folder_of_the_same_name(
+    laptop, cluster, has_such_a_folder
+):
     (laptop / "mine.py").write_text(
         MINE
         + """
@@ -413,7 +416,10 @@ class Listed(Points):
     with cluster.held():
         change = "data.train={_target_: mine.Listed, length: 256, names: offset.txt}"
         ended = submit(laptop, change, "data.loaders=1")
-        hide(laptop)
+        if has_such_a_folder:
+            (laptop / "offset.txt").write_text("of somebody else")
+        else:
+            hide(laptop)
     assert ended.exit_code == 0, ended.stderr
     assert cluster.wait(ended.document["job"]).exit_code == 0, cluster.log(ended.document["job"])
 

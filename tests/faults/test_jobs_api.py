@@ -62,8 +62,11 @@ def wait(ready):
     raise SystemExit(f"{scheduler.read('one')}: {scheduler.log('one')}")
 
 COMMAND = "trap 'sleep 5; echo saved; exit 0' TERM; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
-begin = lambda: scheduler.begin("one", COMMAND, {"GIVEN": "given"}, stop_grace_s=60, metadata={"run": "s3://b/r"})
-told = {"absent": scheduler.read("one"), "begins": [begin(), begin()]}
+
+def begin(run="s3://b/r"):
+    return scheduler.begin("one", COMMAND, {"GIVEN": "given"}, stop_grace_s=60, metadata={"run": run})
+
+told = {"absent": scheduler.read("one"), "begins": [dict(begin().metadata), dict(begin("s3://b/other").metadata)]}
 wait(lambda: "begun given" in scheduler.log("one"))
 told["running"] = scheduler.read("one").status
 scheduler.stop("one")
@@ -125,7 +128,7 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     lived = ask(LIVE)
     assert lived.returncode == 0, lived.stderr
     told = json.loads(lived.stdout)
-    assert (told["absent"], told["begins"], told["running"]) == (None, [True, False], "running")
+    assert (told["absent"], told["begins"], told["running"]) == (None, [{"run": "s3://b/r"}] * 2, "running")
     assert told["status"] == "stopped"
     # Ray writes its own line, of the command, when it comes to it.
     said = [line for line in told["log"].splitlines() if not line.startswith("Running entrypoint")]

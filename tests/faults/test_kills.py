@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import EXIT_CODE, Fault, fired, release
-from tests.e2e.command import JOBS, Running, checkpointed, events, launcher
+from cluster.faults import EXIT_CODE, Fault, fired
+from tests.e2e.command import JOBS, Running, events, interrupt, launcher
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
 pytestmark = pytest.mark.slow
@@ -88,14 +88,7 @@ def test_a_driver_interrupted_then_killed_amid_a_save(tmp_path: Path, make_plan,
     elsewhere.mkdir()
     plan = make_plan(Fault(kind="hold", doing="forward", step=7), name="interrupted.json")
     interrupted = Running(["run", JOBS / "digits.yaml", *OVERRIDES, "workers.num=3"], tmp_path, on_ray=True)
-    interrupted.wait_until(lambda: checkpointed(run, 5)() and 0 in fired(plan))
-    interrupted.signal_group(signal.SIGINT)
-    interrupted.wait_until(lambda: len(events(run, "stop_requested")) == 1)
-    release(plan, 0)
-    stopped = interrupted.wait()
-    assert stopped.exit_code == 130, stopped.stderr
-    assert stopped.document["status"] == "stopped"
-    assert checkpointed(run, stopped.document["step"])(), "it saves before it stops"
+    interrupt(interrupted, run, plan, saved_at=5)
     assert wait_for_end_of(plan, END_TIMEOUT_S) == {}
 
     plan = make_plan(Fault(kind="note", doing="forward", step=17), name="killed.json")

@@ -8,7 +8,7 @@ from cluster.errors import DescriptionError
 from cluster.kinds import JoinedRay
 from cluster.ray_jobs import RayJobs
 from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
-from launcher.clusters import load_cluster, open_cluster, open_scheduler
+from launcher.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
 from launcher.description import load
 from launcher.schema import entries
 
@@ -74,13 +74,13 @@ def test_what_is_no_address(address, write):
 
 def test_what_takes_no_jobs():
     with pytest.raises(DescriptionError) as caught:
-        open_scheduler(LocalClusterSpec())
+        load_jobs_cluster("local", [])
     assert str(caught.value) == (
         "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the Jobs API of "
         "a Ray cluster, such as http://HOST:8265"
     )
     with pytest.raises(DescriptionError) as caught:
-        open_scheduler(RayClusterSpec(address="head:6379"))
+        load_jobs_cluster("head:6379", [])
     assert str(caught.value) == (
         "cluster.address: head:6379 takes drivers, and no jobs; write http://head:8265, or where else the cluster's "
         "dashboard listens"

@@ -21,7 +21,7 @@ import pytest
 
 from cluster import bundle, code_cache
 from cluster.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
-from cluster.code_cache import copy_code, enter_directory, fetch_code
+from cluster.code_cache import copy_code, enter_copy, fetch_code
 from cluster.errors import DescriptionError, StorageError
 from cluster.own_folders import is_own, make_own_folder, sweep_own_folders
 from cluster.run_directory import RunDirectory
@@ -986,50 +986,22 @@ class TestOnAHost:
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         return folder / f"launcher-{os.geteuid()}"
 
-    def test_is_worked_with_in_the_directory_of_the_run(self, tmp_path, temporary, monkeypatch):
+    @pytest.mark.parametrize(
+        ("directory", "names"), [(".", THREE_UNPACKED.keys()), ("deep", {"er/b.py"}), (None, set())]
+    )
+    def test_is_worked_with_in_a_copy(self, temporary, nodes, cache, tmp_path, monkeypatch, directory, names):
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "work").mkdir()
-        assert enter_directory(str(tmp_path / "work"), tmp_path, ".") is False
-        assert Path.cwd() == tmp_path / "work"
-        assert not is_own(os.getcwd())
-        assert lasting_directory("1f") == os.getcwd()
-        assert not temporary.exists()
-
-    @pytest.mark.parametrize("wanted", ["missing", "file", "closed", None])
-    def test_or_in_a_copy_where_that_cannot_be_entered(self, tmp_path, temporary, nodes, cache, monkeypatch, wanted):
-        monkeypatch.chdir(tmp_path)
-        folder = unpack(THREE.data, THREE.sha256, nodes)
-        (tmp_path / "file").touch()
-        (tmp_path / "closed").mkdir()
-        real_open = os.open
-
-        def open_as_another_user(path, *arguments, **options):
-            if path == str(tmp_path / "closed"):
-                raise PermissionError(13, "Permission denied", path)
-            return real_open(path, *arguments, **options)
-
-        monkeypatch.setattr(os, "open", open_as_another_user)
-        assert enter_directory(wanted and str(tmp_path / wanted), folder, ".") is True
+        enter_copy(unpack(THREE.data, THREE.sha256, nodes), directory)
         assert Path.cwd().parent == temporary
         assert temporary.stat().st_mode & 0o777 == Path.cwd().stat().st_mode & 0o777 == 0o700
-        assert tree(Path.cwd()).keys() == THREE_UNPACKED.keys()
+        assert tree(Path.cwd()).keys() == names
         assert is_own(os.getcwd())
         assert lasting_directory("1f") == str(cache.parent / "records/1f"), "what is written here goes with the process"
 
-    @pytest.mark.parametrize("mode", [0o000, 0o100, 0o400])
-    def test_a_directory_of_another_user_is_not_entered(self, mode):
-        if os.geteuid() != 0:
-            pytest.skip("only root can be another user")
-        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-            Path(folder, "theirs").mkdir(mode=mode)
-            Path(folder).chmod(0o755)
-            before = os.getcwd()
-            os.seteuid(65534)
-            try:
-                assert not code_cache._go_to(f"{folder}/theirs")
-            finally:
-                os.seteuid(0)
-            assert os.getcwd() == before
+    def test_what_is_written_elsewhere_lasts(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert not is_own(os.getcwd())
+        assert lasting_directory("1f") == os.getcwd()
 
     def test_what_a_killed_process_has_left_is_removed(self, run, code, temporary, cache):
         ready = "from cluster.own_folders import *; print(make_own_folder(), owner(), flush=True); input()"

@@ -27,7 +27,6 @@ HERE = Environment(
     variables="none",
     code=(("mine", "b" * 64), ("parts.blocks", "b" * 64)),
     data="c" * 64,
-    working_directory="the run's own directory",
 )
 ON_A100 = replace(HERE, gpu="NVIDIA A100")
 EDITED = replace(HERE, code=(("mine", "d" * 64), ("parts.blocks", "b" * 64)))

@@ -65,6 +65,27 @@ def test_a_run_that_is_not_there(run, tmp_path):
         run.read_job()
 
 
+def test_what_belongs_to_a_description_counts_once_that_is_written(run, monkeypatch):
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    told = []
+    for text, code in (("seed: 0\n", "a"), ("seed: 1\n", "b"), ("seed: 0\n", "c")):
+        with monkeypatch.context() as killed:
+            killed.setattr(RunDirectory, "write_job", kill)
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    run.write_description(text, {"code": code})
+        told.append(run.read_environment())
+        run.write_description(text, {"code": code})
+        told.append(run.read_environment())
+    assert told == [{}, {"code": "a"}, {"code": "a"}, {"code": "b"}, {"code": "b"}, {"code": "c"}]
+    run.write_description("seed: 0\n", {"code": "d"})
+    assert run.read_environment() == {"code": "d"}, "of the same description"
+    run.write_job("seed: 2\n")
+    assert run.read_environment() == {"code": "d"}, "a person has changed the description"
+
+
 def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
     run.claim()
     (claim,) = run.store.names("drivers")

@@ -16,7 +16,8 @@ from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from launcher import status
 from launcher.background import HANGS_S
-from launcher.status import SILENCE_S, is_driven, refuse_if_running, stop_run
+from launcher.status import SILENCE_S, is_driven, refuse_if_running
+from launcher.stop import stop_run
 
 CHECKOUT = Path(__file__).parents[2]
 

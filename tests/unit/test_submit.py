@@ -85,22 +85,20 @@ class FakeScheduler(Scheduler):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         assert not environment, "everyone can read it"
         self.grace_periods_s.append(stop_grace_s)
         assert metadata["run"] in command
         assert metadata["submission"] in command
-        if job_id in self.known:
-            return not self._answer()
-        self.known[job_id], self.metadata[job_id] = "pending", metadata
-        self.commands.append(command)
-        return self._answer()
-
-    def _answer(self) -> bool:
+        if job_id not in self.known:
+            self.known[job_id], self.metadata[job_id] = "pending", metadata
+            self.commands.append(command)
         self.breaks -= 1
         if self.breaks >= 0:
             raise ClusterError(f"{URL}: nobody answers")
-        return True
+        job = self.read(job_id)
+        assert job is not None
+        return job
 
     def read(self, job_id: str) -> Job | None:
         if job_id not in self.known:
@@ -406,10 +404,14 @@ class TestTheSameRunAgain:
         second = hand_over(job, folder, FakeScheduler())["job"]
         assert (first[-2:], second[-2:]) == ("-0", "-1")
 
-    def test_when_somebody_else_was_faster(self, job, folder):
+    @pytest.mark.parametrize("breaks", [0, 1])
+    def test_when_somebody_else_was_faster(self, job, folder, monkeypatch, breaks):
+        monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
         said = Said()
         job_id = make_job_id(run_of(job).url, 0)
-        result = hand_over(job, folder, FakeScheduler(known={job_id: "running"}), said)
+        others = {job_id: {"run": run_of(job).url, "submission": "000000-of-somebody-else"}}
+        scheduler = FakeScheduler(known={job_id: "running"}, metadata=dict(others), breaks=breaks)
+        result = hand_over(job, folder, scheduler, said)
         assert result["job"] == job_id
         assert "by somebody else at the same time" in said.messages[0]
         assert run_of(job).submissions.newest() is None, "nothing is left of this one"

@@ -15,7 +15,7 @@ from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.submissions import Submission
-from launcher import clusters, status, submitted
+from launcher import clusters, logs, stop, submitted
 from launcher.cli import main
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB
@@ -59,7 +59,7 @@ class FakeCluster(Scheduler):
         *,
         stop_grace_s: int,
         metadata: Mapping[str, str],
-    ) -> bool:
+    ) -> Job:
         raise NotImplementedError
 
     def read(self, job_id: str) -> Job | None:
@@ -89,7 +89,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake = FakeCluster()
     monkeypatch.setattr(clusters, "open_scheduler", lambda _: fake)
     monkeypatch.setattr(submitted, "_STOP_INTERVAL_S", 0.0)
-    monkeypatch.setattr(status, "_FOLLOW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(logs, "_INTERVAL_S", 0.0)
     return fake
 
 
@@ -314,7 +314,7 @@ class TestStop:
             )
 
         monkeypatch.setattr(RunDirectory, "request_stop", request_stop)
-        monkeypatch.setattr(status, "_STOP_INTERVAL_S", 0.0)
+        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
         told = document("stop", run.url, *ON_CLUSTER)
         assert (told["status"], told["step"], cluster.asked_to_stop) == ("stopped", 7, [])
 

@@ -155,10 +155,21 @@ def test_what_the_driver_wrote_last_before_it_was_killed_is_no_sign_of_somebody_
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(watched):
-    away = StorageError("s3://b/r: nobody answers")
-    assert (
-        watched(Cluster(a_job("running")), *[away] * 100, RUNNING, *[away] * 100, RUNNING | {"status": "stopped"})[1]
-        == 0
-    )
+    away, ended = [StorageError("s3://b/r: nobody answers")] * 100, RUNNING | {"status": "stopped"}
+    _, code, _, said = watched(Cluster(a_job("running")), *away, RUNNING, *away, ended)
+    assert code == 0
+    assert said.warnings == ["s3://b/r: nobody answers; trying again for 10 minutes"] * 2
     with pytest.raises(StorageError, match="nobody answers; the run may go on"):
-        watched(Cluster(a_job("running")), RUNNING, away)
+        watched(Cluster(a_job("running")), RUNNING, away[0])
+
+
+def test_a_store_may_be_away_from_the_first_moment(watched, monkeypatch):
+    read_job, away = RunDirectory.read_job, [StorageError("s3://b/r: nobody answers")] * 3
+
+    def read_job_if_it_answers(run: RunDirectory) -> str:
+        if away:
+            raise away.pop()
+        return read_job(run)
+
+    monkeypatch.setattr(RunDirectory, "read_job", read_job_if_it_answers)
+    assert watched(Cluster(a_job("running")), RUNNING | {"status": "stopped"})[1] == 0

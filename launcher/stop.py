@@ -1,0 +1,48 @@
+"""Stopping a run from anywhere: through its directory, and before it has begun through the job that is to begin it."""
+
+import time
+from typing import Any
+
+from cluster.errors import ClusterError
+from cluster.run_directory import RunDirectory
+from launcher.status import LONG_SILENCE_S, read_status
+from launcher.submitted import SubmittedJob
+
+_INTERVAL_S = 0.5
+
+
+def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = None) -> dict[str, Any]:
+    """Asks a run to save and stop, and waits until it has; one that is not running is left as it is.
+
+    Args:
+        run: Which.
+        timeout_s: How long to wait, in seconds.
+        job: Its job on a cluster, which is stopped if the run has not begun; none: no cluster is asked.
+
+    Returns:
+        The ``--json`` document at the end.
+
+    Raises:
+        ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
+            the request, and no cluster was named, or that does not stop the job.
+    """
+    deadline = time.monotonic() + timeout_s
+    status = read_status(run, LONG_SILENCE_S)
+    if job is not None and job.is_due():  # also of a run that another driver has begun
+        status = job.stopped(deadline)
+    elif status["status"] == "submitted":
+        raise ClusterError(
+            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
+            f"submitted to, {status['cluster']}"
+        )
+    if status["status"] == "running":
+        run.request_stop()
+    while status["status"] == "running":
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{run.url}: still running {timeout_s:.0f} s after it was asked to stop, at step {status['step']}; "
+                "it stops when its step and its save are done: look at `launcher status`, or wait with --timeout"
+            )
+        time.sleep(_INTERVAL_S)
+        status = read_status(run, LONG_SILENCE_S)
+    return status
