@@ -27,6 +27,7 @@ from cluster.storage import Store
 from cluster.store_check import inspect_cluster
 from cluster.submissions import Submission, SubmissionReport
 from cluster.versions import check_ray_version
+from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, differences, parse
 from launcher.nodes import check_nodes, fit, own_versions
@@ -140,7 +141,7 @@ def submit(
     )
     submission_id = _write(run, submission, bundle)
     display.phase(f"beginning {submission.job}")
-    if _begin(run, scheduler, submission, submission_id, place.stop_grace_s):
+    if _begin(run, scheduler, submission, submission_id, place):
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
         run.submissions.withdraw(submission_id)
@@ -171,12 +172,14 @@ def make_job_id(run_url: str, number: int) -> str:
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
 
-def make_command(run_url: str, submission_id: str) -> str:
+def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str:
     """What takes up a submission, as a line for the shell of a host of the cluster; Ray names the cluster there.
 
     The same command again goes on with the run.
     """
-    return f'exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json --cluster "$RAY_ADDRESS"'
+    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.autoscaler_overrides())
+    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json"
+    return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
 
 
 # --- How the run stands ---
@@ -264,10 +267,13 @@ def _fit_there(
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
     report = inspect_cluster(scheduler, store, variables)
+    report = replace(report, capacity=report.capacity.declared(place.node_groups))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)
+    if plan.why_wait:
+        display.message(plan.why_wait)
     return plan
 
 
@@ -278,7 +284,7 @@ def _write(run: RunDirectory, submission: Submission, bundle: Bundle) -> str:
 
 
 def _begin(
-    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
 ) -> bool:
     """Begins the job; returns whether it is for this submission, and not for one of somebody else.
 
@@ -286,21 +292,21 @@ def _begin(
         ClusterError: It may not have begun.
     """
     try:
-        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
+        return _is_begun(run, scheduler, submission, submission_id, place)
     except ClusterError:  # perhaps only the answer was lost
         time.sleep(_ASK_AGAIN_S)
     try:
-        return _is_begun(run, scheduler, submission, submission_id, stop_grace_s)
+        return _is_begun(run, scheduler, submission, submission_id, place)
     except ClusterError as error:
         raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
 
 
 def _is_begun(
-    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
 ) -> bool:
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
-    command = make_command(run.url, submission_id)
-    if scheduler.begin(submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata):
+    command = make_command(run.url, submission_id, place)
+    if scheduler.begin(submission.job, command, {}, stop_grace_s=place.stop_grace_s, metadata=metadata):
         return True
     job = scheduler.read(submission.job)
     return job is not None and job.metadata.get("submission") == submission_id

@@ -46,7 +46,7 @@ def local_group() -> ray_train.WorkerGroup:
     replaced: Any = ray_train
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
-    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, can_grow=False)
+    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), 1, "pack", is_shared=False)
 
 
 def server_of() -> int:
@@ -128,7 +128,7 @@ def steer_two_groups() -> tuple[list[tuple[str, Any]], list[dict[str, Any]]]:
         post=SimpleNamespace(remote=told.extend),
         post_of_controller=SimpleNamespace(remote=told.extend),
     )
-    trainer: Any = object.__new__(steered_trainer(switchboard, can_grow=False))
+    trainer: Any = object.__new__(steered_trainer(switchboard, is_shared=False))
     (census,) = trainer._create_default_callbacks()
     scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
     parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
