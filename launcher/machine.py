@@ -60,11 +60,13 @@ def decide_workers(
             "remove it, or run on a cluster that has such nodes"
         )
     place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
+    is_known = capacity is None or capacity.may_grow
+    more = "" if is_known else "; if its autoscaler may start nodes, write them as cluster.autoscaler"
     gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
     if gpus * workers.least > num_gpus:
         raise DescriptionError(
             f"workers.gpus={gpus} for {workers.least} workers needs {workers.least} GPUs, and {place} has {num_gpus}; "
-            "lower workers.num or set workers.gpus=0"
+            f"lower workers.num or set workers.gpus=0{more}"
         )
     why_cpu = ""
     if workers.gpus == "auto" and not gpus and (num_gpus or capacity is not None):
@@ -83,7 +85,7 @@ def decide_workers(
     if fits < workers.least:
         raise DescriptionError(
             f"workers.num must be at most {fits} on this cluster: so many workers of {worker} fit on {there}, "
-            f"got {workers.least}; add nodes, or lower workers.num"
+            f"got {workers.least}; add nodes, or lower workers.num{more}"
         )
     num_workers = max(workers.least, min(workers.most, capacity.room(worker)))
     return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)

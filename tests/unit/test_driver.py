@@ -860,9 +860,8 @@ class TestRoom:
         script: list[list[Message] | float] = [
             LAG, 5.0, 6.0, 15.0, UNPLACED, LAG, 10.0, hello("b", "b"), both("started", step=0), done(2, 0),
         ]  # fmt: skip
-        document, group = drive(
-            run, script, lambda now: [node("a", 0)], num=(2, 4), is_shared=True, screen=screen, wait_s=100.0
-        )
+        full = [node("a", 0)]
+        document, group = drive(run, script, lambda _: full, num=(2, 4), is_shared=True, screen=screen, wait_s=100.0)
 
         assert (document["status"], group.started) == ("completed", [2, 2])
         assert group.started_at == pytest.approx([11.85, 28.2], abs=1)
