@@ -1,11 +1,12 @@
 """Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from cluster import ray_cluster
-from cluster.capacity import Capacity, Node, WorkerResources
+from cluster.capacity import Capacity, Node, NodeGroup, Placement, WorkerResources
 
 if TYPE_CHECKING:
     from cluster.agent import Task
@@ -47,13 +48,14 @@ class Cluster(ABC):
         """
 
     @abstractmethod
-    def group(self, task: "Task", resources: WorkerResources, most: int) -> "WorkerGroup":
+    def group(self, task: "Task", resources: WorkerResources, most: int, placement: Placement) -> "WorkerGroup":
         """The way to the workers of a run, within ``started``; none is there yet.
 
         Args:
             task: What each worker is told.
             resources: What each reserves.
             most: The most workers there will be.
+            placement: On how few or how many nodes they are to be.
         """
 
     @abstractmethod
@@ -69,10 +71,13 @@ class _OnRay(Cluster):
     def import_ahead(self) -> None:
         ray_cluster.import_ahead(joins=not self.is_this_machine)
 
-    def group(self, task: "Task", resources: WorkerResources, most: int) -> "WorkerGroup":
+    def group(self, task: "Task", resources: WorkerResources, most: int, placement: Placement) -> "WorkerGroup":
         from cluster.ray_train import WorkerGroup  # and with it the stores, of which a wrong description needs none
 
-        return WorkerGroup(task, resources, most, can_grow=not self.is_this_machine)
+        capacity = self.capacity()
+        if capacity is not None and capacity.may_grow:  # an autoscaler brings nothing for what it can never satisfy
+            most = min(most, max(1, capacity.most(resources)))
+        return WorkerGroup(task, resources, most, placement, is_shared=not self.is_this_machine)
 
     def nodes(self) -> list[Node]:
         return ray_cluster.nodes()
@@ -102,15 +107,16 @@ class JoinedRay(_OnRay):
 
     is_this_machine = False
 
-    def __init__(self, address: str) -> None:
-        """``address``: where its head listens, HOST:PORT."""
+    def __init__(self, address: str, groups: Sequence[NodeGroup] = ()) -> None:
+        """``address``: where its head listens, HOST:PORT. ``groups``: what its autoscaler may start."""
         self._address = address
+        self._groups = groups
 
     def joined(self) -> AbstractContextManager[None]:
         return ray_cluster.joined_cluster(self._address)
 
     def capacity(self) -> Capacity:
-        return ray_cluster.capacity()
+        return ray_cluster.capacity().declared(self._groups)
 
     def started(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -110,6 +110,6 @@ def _from_json(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _from_json(other, value, where)
     if hint is float and type(value) in (int, float) and not math.isnan(value):
         return float(value)
-    if hint in (str, bool) and type(value) is hint:
+    if hint in (str, bool, int) and type(value) is hint:
         return value
     raise ValueError(f"{where} is {str(value)[:60]!r}")

@@ -21,7 +21,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, and the driver looks for itself
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then the driver is asked again: what was free may be taken
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then the driver is told: what was free may be taken
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

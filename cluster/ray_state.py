@@ -6,6 +6,7 @@ Those of Ray Train are in ``cluster.ray_private``; they take a second to import,
 from collections.abc import Mapping
 
 from ray._private import state as _ray_state
+from ray._private.accelerators import get_accelerator_manager_for_resource
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
@@ -28,3 +29,12 @@ def largest_resources() -> Mapping[str, float] | None:
     """
     largest: Mapping[str, float] | None = _ray_state.state.get_max_resources_from_cluster_config()
     return largest
+
+
+def accelerator_here() -> str | None:
+    """The type of this machine's GPUs; none: it has none.
+
+    A node that is started here has the resource ``accelerator_type:`` with this name.
+    """
+    manager = get_accelerator_manager_for_resource("GPU")
+    return None if manager is None else manager.get_current_node_accelerator_type()

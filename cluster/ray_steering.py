@@ -4,6 +4,8 @@ Ray Train has no public way to be told; its policies are made for that, and they
 Train's controller and speak with the driver through its switchboard.
 """
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,10 @@ from cluster.errors import one_line
 from cluster.ray_cluster import last_line
 
 _CONTROLLER_WAIT_S = 0.5
+_RENEWAL_INTERVAL_S = 45.0
+"""How often the autoscaler is asked again; a request expires after three minutes."""
 _generation = 0
+_room: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Wanted:
 
     Attributes:
         generation: Another number means other agents, even if they are as many.
-        num_workers: How many.
+        num_workers: How many; 0: none for now, and no room is held.
         without: The nodes, by id, that are to hold none.
         is_over: None any more.
     """
@@ -46,13 +51,32 @@ def be_of_generation(generation: int) -> None:
     _generation = generation
 
 
-def steered_trainer(switchboard: Any, can_grow: bool) -> type:
-    """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver."""
+def hold_room(room: Any) -> None:
+    """In Ray Train's controller, keeps the placement group of the agents; None: there is none any more."""
+    global _room
+    _room = room
+
+
+def let_go_of_room() -> None:
+    """In Ray Train's controller, removes the placement group of the agents, and with it the agents, if there is one."""
+    if _room is not None:
+        _room.shutdown()
+    hold_room(None)
+
+
+def steered_trainer(switchboard: Any, is_shared: bool) -> type:
+    """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver.
+
+    Args:
+        switchboard: The way to the driver.
+        is_shared: Others may use the cluster too, and it may have an autoscaler.
+    """
     import ray
     from ray.exceptions import RayError
 
     from cluster.ray_private import (
         ControllerCallback,
+        ControllerError,
         DataParallelTrainer,
         FailureConfig,
         FailureDecision,
@@ -62,24 +86,36 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
         ResizeDecision,
         WorkerGroupCallback,
         WorkerGroupError,
+        WorkerGroupStartupTimeoutError,
     )
 
     unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
     class Steering(FixedScalingPolicy):
-        """Starts the agents that the driver wants, when it wants others than there are."""
+        """Starts the agents that the driver wants, when it wants others than there are; keeps the autoscaler asked."""
+
+        renewed_at = -math.inf
 
         def after_controller_start(self, train_run_context: Any) -> None:
-            if can_grow:  # a machine alone has no autoscaler, and asking takes a process of its own
+            if is_shared:  # a machine alone has no autoscaler, and asking takes a process of its own
+                self.renewed_at = time.monotonic()
                 super().after_controller_start(train_run_context)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
-            if can_grow:  # a request for room expires after three minutes, and a node may take longer to come: renew it
-                self._maybe_send_resource_request()
+            self._renew_request()
             return self._decide(_CONTROLLER_WAIT_S)
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:  # noqa: ARG002  # by their names
+            # What is asked for is what the whole cluster is to hold, whoever uses it. Without the requests of those
+            # that run, that of a run which waits would be met by the nodes that they use.
+            self._renew_request()
             return self._decide(0.0)
+
+        def _renew_request(self) -> None:
+            # Also one that failed is repeated no sooner: each holds up the controller for five seconds.
+            if is_shared and time.monotonic() - self.renewed_at > _RENEWAL_INTERVAL_S:
+                self.renewed_at = time.monotonic()
+                self._send_resource_request()
 
         def _decide(self, wait_s: float) -> Any:
             wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
@@ -88,26 +124,37 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
             if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()
             be_of_generation(wanted.generation)
-            return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
+            if wanted.num_workers:
+                return ResizeDecision(wanted.num_workers, self.scaling_config._resources_per_worker_not_none)
+            let_go_of_room()  # Ray Train cannot be without agents but after a failure: it finds these dead
+            return NoopDecision()
+
+        async def before_controller_shutdown(self) -> None:
+            if is_shared:
+                await super().before_controller_shutdown()
 
     class Telling(FailurePolicy):
         """Tells the driver which agents were lost, and leaves the rest to it."""
 
         def make_decision(self, training_failed_error: BaseException) -> Any:
-            failures = getattr(training_failed_error, "worker_failures", {})
-            lost = {rank: _reason(error) for rank, error in failures.items()}
-            what = "" if isinstance(training_failed_error, WorkerGroupError) else one_line(training_failed_error)
-            told = {"kind": "agents_lost", "generation": own_generation(), "lost": lost, "what": what}
-            is_over = ray.get(switchboard.post_of_controller.remote([told]))
+            is_over = ray.get(switchboard.post_of_controller.remote([self._told(training_failed_error)]))
             return FailureDecision.RAISE if is_over else FailureDecision.RETRY
+
+        def _told(self, error: BaseException) -> dict[str, Any]:
+            of = {"generation": own_generation()}
+            cause = error.controller_failure if isinstance(error, ControllerError) else error
+            if isinstance(cause, WorkerGroupStartupTimeoutError):
+                return {"kind": "agents_unplaced", **of}
+            failures = getattr(error, "worker_failures", {})
+            lost = {rank: _reason(failure) for rank, failure in failures.items()}
+            what = "" if isinstance(error, WorkerGroupError) else one_line(error)
+            return {"kind": "agents_lost", **of, "lost": lost, "what": what}
 
     class Census(ControllerCallback, WorkerGroupCallback):
         """Tells the driver on which nodes room is held for agents: from before they speak until they are gone.
 
         And it tells Ray on which nodes there is to be none, and each agent its generation.
         """
-
-        room: Any = None
 
         def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
             wanted = ray.get(switchboard.wanted_after.remote(0, 0.0))
@@ -116,8 +163,7 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002  # by its name
             # Ray Train lets go of the other agents' room when it starts new ones, and for them the driver waits for
             # room. Until then Ray would hold a place for a lost agent wherever it finds one.
-            if self.room is not None:
-                self.room.shutdown()
+            let_go_of_room()
             self._tell([])
 
         def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
@@ -136,10 +182,10 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
             return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
-            self.room = worker_group.get_worker_group_state().placement_group_handle
+            hold_room(worker_group.get_worker_group_state().placement_group_handle)
 
         def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002  # by its name
-            self.room = None
+            hold_room(None)
             self._tell([])
 
         def _tell(self, nodes: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
-from cluster.capacity import Node, WorkerResources
+from cluster.capacity import Node, Placement, WorkerResources
 from cluster.errors import ClusterError
 from cluster.ray_cluster import actor_on, last_line
 from cluster.ray_steering import Wanted, own_generation, steered_trainer
@@ -30,19 +30,25 @@ class WorkerGroup:
     Every method is for the driver's thread alone.
     """
 
-    def __init__(self, task: Task, resources: WorkerResources, most: int, *, can_grow: bool) -> None:
+    def __init__(
+        self, task: Task, resources: WorkerResources, most: int, placement: Placement, *, is_shared: bool
+    ) -> None:
         """Starts Ray Train's controller, which waits to be told how many agents to start.
 
         Args:
             task: What each worker is told; rank, world size and fork server are filled in.
             resources: What each reserves.
-            most: The most agents there will be.
-            can_grow: The cluster may have an autoscaler, which is asked for room for so many.
+            most: For how many agents an autoscaler is asked for room.
+            placement: On how few or how many nodes they are to be. Ray places agents all together or not at all, and
+                takes this as a wish: strictly spread agents that have too few nodes would be waited for without end.
+                Nodes that are to hold none are kept free of them by a label, whatever is wished.
+            is_shared: Others may use the cluster too, and it may have an autoscaler.
         """
         import ray
         from ray.train import RunConfig, ScalingConfig
 
         self.resources = resources
+        self.is_shared = is_shared
         self._task = task
         self._hosts: dict[str, Any] = {}
         """By node, so that Ray lets them live as long as this group."""
@@ -54,13 +60,14 @@ class WorkerGroup:
         self._wanted = Wanted()
         self._error: BaseException | None = None
         self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
-        trainer = steered_trainer(self._switchboard, can_grow)(
+        trainer = steered_trainer(self._switchboard, is_shared)(
             _run_agent,
             train_loop_config={"switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(
                 num_workers=most,  # how many there are at a time is told by the steering policy
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=resources.amounts(),
+                placement_strategy=placement.upper(),
             ),
             run_config=RunConfig(name="agents", storage_path=self._bookkeeping.name),
         )
@@ -68,7 +75,7 @@ class WorkerGroup:
         self._fit.start()
 
     def prepare(self, nodes: Sequence[Node]) -> None:
-        """Has nodes import ahead what training processes need; to be told of every node as soon as it is known."""
+        """Has nodes import ahead what training processes need; to be told of every node that can hold an agent."""
         for node in nodes:
             if node.id not in self._hosts and node.id != self._here:
                 name = _host_name(node.id)
@@ -78,7 +85,7 @@ class WorkerGroup:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
 
         Args:
-            num_workers: How many.
+            num_workers: How many; 0: those there are end, and let go of their room.
             without: The nodes, by id, that are to hold none.
 
         Returns:
@@ -101,7 +108,8 @@ class WorkerGroup:
 
         Among them are Ray Train's: ``agents_lost``, with what Ray says of each of those that it lost, by rank; the
         others are there still, until the next ``start``. If it names none, all are lost, or did not start. And
-        ``agents_placed``: the nodes that hold one, by rank. Both name its generation, for they may come late.
+        ``agents_placed``: the nodes that hold one, by rank. And ``agents_unplaced``: there was not room for all of
+        them, and none was started. All name the generation, for they may come late.
 
         Raises:
             ClusterError: Ray Train has given up on the agents.

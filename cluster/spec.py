@@ -1,7 +1,7 @@
 """What a person may write of a cluster, as frozen dataclasses, one for each kind.
 
-Standard library and errors only, as is the job language. The docstring under a field is its reference text, which
-``launcher schema --cluster KIND`` prints. Nothing secret belongs here: a token comes from the environment.
+Imports nothing but the standard library, like the job language. The docstring under a field is its reference text,
+which ``launcher schema --cluster KIND`` prints. Nothing secret belongs here: a token comes from the environment.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from cluster.capacity import NodeGroup, Placement, node_resources
 from cluster.errors import FieldError
 
 _HOST_AND_PORT = re.compile(r"(?:[^\s:/?#\[\]@]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
@@ -30,6 +31,8 @@ class WorkerSpec:
     """GPUs per worker, 0 or 1."""
     accelerator: str | None = None
     """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
+    placement: Placement | None = None
+    """``pack``: on as few nodes as possible; ``spread``: on as many as possible."""
 
     def __post_init__(self) -> None:
         if self.cpus is not None and not 0 < self.cpus < math.inf:
@@ -40,6 +43,32 @@ class WorkerSpec:
     def overrides(self) -> list[str]:
         """The same as changes of a job."""
         return [f"workers.{name}={json.dumps(value)}" for name, value in asdict(self).items() if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeGroupSpec:
+    """Nodes that are alike, which the cluster's autoscaler starts and ends: a worker group of a RayCluster."""
+
+    nodes: int
+    """How many there may be, those that are there now included."""
+    cpus: float
+    """CPU cores of each."""
+    gpus: int = 0
+    """GPUs of each."""
+    accelerator: str | None = None
+    """The accelerator type of each, by Ray's name for it, such as ``H100``."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise FieldError("nodes", f"must be at least 1, got {self.nodes}")
+        if not 0 < self.cpus < math.inf:
+            raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
+        if self.gpus < 0:
+            raise FieldError("gpus", f"must be at least 0, got {self.gpus}")
+
+    def node_group(self) -> NodeGroup:
+        """The same by resource name."""
+        return NodeGroup(most=self.nodes, resources=node_resources(self.cpus, self.gpus, self.accelerator))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +100,10 @@ class RayClusterSpec:
     venv: str | None = None
     """The environment on the cluster's head whose bin/ holds ``launcher``, such as /opt/venv, and which Ray was started
     from; ``launcher submit`` runs it there. Null: it is on the PATH that Ray was started with."""
+    autoscaler: tuple[NodeGroupSpec, ...] = ()
+    """The groups of nodes that the cluster's autoscaler may start; none: it has no autoscaler. Ray does not tell of
+    them, so a run that needs more than there is now is refused unless they are written here; then it waits for them,
+    for up to ``workers.wait_s``. If nodes that are always there hold workers too, write them as one more group."""
     stop_grace_s: int = 300
     """Seconds that a job of ``launcher submit`` has between SIGTERM and SIGKILL when it is stopped on the cluster, to
     finish its step and to save. Ray itself gives 3 s, which is too short for a checkpoint; 300 s are enough to write
@@ -95,6 +128,16 @@ class RayClusterSpec:
             raise FieldError("venv", f"must be the absolute path of a folder on the head, got {self.venv!r}")
         if self.stop_grace_s < 1:
             raise FieldError("stop_grace_s", f"must be at least 1 second, got {self.stop_grace_s}")
+
+    @property
+    def node_groups(self) -> list[NodeGroup]:
+        """What its autoscaler may bring it to."""
+        return [group.node_group() for group in self.autoscaler]
+
+    def autoscaler_overrides(self) -> list[str]:
+        """What makes up for its absence, as changes of a description of the same cluster that has only an address."""
+        groups = [asdict(group) for group in self.autoscaler]
+        return [f"autoscaler={json.dumps(groups)}"] if groups else []
 
     @property
     def takes_jobs(self) -> bool:

@@ -1,6 +1,6 @@
 """The job language: what a person may write, as frozen dataclasses.
 
-Standard library and errors only, so that a mistake is found before torch or Ray is imported. A value that can
+Imports nothing but the standard library, so that a mistake is found before torch or Ray is. A value that can
 be judged alone is judged here; what needs the data, the model or the machine is judged by the plan.
 The docstring under a field is its reference text: ``launcher schema`` prints it.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from cluster.capacity import Placement
 from cluster.errors import FieldError
 
 NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
@@ -281,6 +282,9 @@ class WorkersSpec:
     cluster's autoscaler has yet to start, else 0."""
     accelerator: str | None = None
     """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
+    placement: Placement = "pack"
+    """``pack``: on as few nodes as possible; ``spread``: on as many as possible. Best effort, by the room that there is
+    when the workers start: they neither wait for it, nor move for it later."""
     max_failures: MaxFailuresSpec = field(default_factory=MaxFailuresSpec)
     wait_s: float = 3600.0
     """Seconds to wait for a cluster to have room for the workers, at the start and after nodes are lost, before the

@@ -61,7 +61,7 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
             f"{PREFIX}address: {spec.address} takes jobs, and no drivers; use launcher submit, or give HOST:PORT as "
             "`ray start --head` printed it, on a host of the cluster"
         )
-    return JoinedRay(spec.address)
+    return JoinedRay(spec.address, spec.node_groups)
 
 
 def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayClusterSpec, list[str]]:

@@ -61,6 +61,8 @@ class Crew:
         self._asked_at = -math.inf
         self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
+        self._unplaced = 0
+        """How many agents Ray did not find room for, the last time; 0: it did."""
         self._placed: Sequence[str] = ()
         """The nodes of those that were started last, by rank, as far as that is known."""
         self._proven: set[str] = set()
@@ -77,6 +79,16 @@ class Crew:
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
         """The room while no agents are there, and since when it has been that."""
+
+    @property
+    def num_placed(self) -> int:
+        """Those of them that hold a place: all, or none yet."""
+        return self._held.total() if self.num_workers else 0
+
+    @property
+    def holds_room(self) -> bool:
+        """Agents hold places, also if they are no longer counted on."""
+        return bool(self._held)
 
     @property
     def is_complete(self) -> bool:
@@ -126,6 +138,18 @@ class Crew:
         """The nodes, by id, that hold a place for an agent of this run, by its rank; none: they have let go of them."""
         self._held = Counter(nodes)
         self._placed = nodes or self._placed
+        if nodes:
+            self._unplaced = 0
+
+    def unplaced(self) -> None:
+        """Ray has not found room for all the agents that were to start: none of them is there."""
+        self._unplaced = self.num_workers
+        self.disband()
+
+    @property
+    def is_unplaced(self) -> bool:
+        """The agents that were to start last found no room."""
+        return self._unplaced > 0
 
     def trains(self) -> None:
         """The agents that are there have done a step: their nodes are fit for this run."""
@@ -172,7 +196,7 @@ class Crew:
         self._looked_at, self._room_since, self._seen = -math.inf, math.inf, None
 
     def start(self, num_workers: int, now: float) -> None:
-        """Starts so many agents in place of those there are."""
+        """Starts so many agents in place of those there are; 0: those end."""
         self.disband()
         self.num_workers, self._asked_at = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
@@ -236,6 +260,11 @@ class Crew:
     def shortage(self) -> str:
         """What there is, beside what is needed, where workers have to be waited for."""
         nodes = self._nodes()
+        if self._unplaced and self._fitting(nodes):
+            return (
+                f"Ray finds no room for {self._unplaced} workers of {self.group.resources} each, though there is some "
+                f"for {sum(map(self._room_on, nodes))}"
+            )
         unfit = [node for node in nodes if node.id in self._left_out]
         reasons = "; ".join(dict.fromkeys(self._left_out[node.id] for node in unfit))
         named = _named([node.address for node in unfit])
@@ -252,7 +281,7 @@ class Crew:
             why = f"nodes that joined have not fitted {MOST_MISFITS} times"
             others = (node.id for node in nodes if not self._is_known(node) and node.id not in self._left_out)
             self._left_out |= dict.fromkeys(others, why)
-        self.group.prepare(nodes)
+        self.group.prepare([node for node in nodes if node.most(self.group.resources)])
         return nodes
 
     def _is_known(self, node: Node) -> bool:

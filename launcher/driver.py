@@ -34,6 +34,12 @@ from launcher.saves import Saves
 from launcher.user_code import UserCode
 
 _RATE_WINDOW_S = 20.0
+_ASK_AFTER_S = 10.0
+"""How long there is too little room before Ray is asked for it all the same.
+
+Then the run stands in line for it, and an autoscaler brings nodes for what nobody has room for. What is asked of it
+without that, when Ray Train begins, is met by nodes that others use.
+"""
 _NONE = -1
 """The attempt while there is none."""
 
@@ -147,7 +153,9 @@ class Driver:
         elif kind == "here":
             self._crew.heard(message, self._clock())
         elif kind == "agents_placed":
-            self._crew.placed(message["nodes"])
+            self._on_agents_placed(message["nodes"])
+        elif kind == "agents_unplaced":
+            self._crew.unplaced()
         elif kind == "agents_lost":
             self._on_agents_lost(message)
         elif kind == "warning":
@@ -305,27 +313,51 @@ class Driver:
         room = self._crew.room(now)
         if room is None:
             return
+        waited_s = 0.0 if room and not self._crew.is_unplaced else self._waited_s(now)
         if room:
-            if self._record.state.workers not in (0, room):
-                self._record.event(
-                    "resized", step=self._record.state.step, workers=room, before=self._record.state.workers
-                )
-                self._display.message(f"step {self._record.state.step}: going on with {room} workers")
-            self._display.phase(f"starting {room} worker{'s' * (room > 1)}")
-            self._record.state.workers, self._record.state.waits_for, self._waiting_since = room, None, None
+            if self._waiting_since is None:
+                self._display.phase(_starting(room))
             self._crew.start(room, now)
-            return
-        shortage = self._crew.shortage()
+        elif self._crew.holds_room:
+            # While this run waits for more, others may need what its former agents hold. Two runs that each held what
+            # the other one waits for would wait for ever.
+            self._crew.start(0, now)
+        elif self._crew.group.is_shared and waited_s >= _ASK_AFTER_S:
+            self._crew.start(self._spec.workers.least, now)
+
+    def _waited_s(self, now: float) -> float:
+        """How long room has been waited for by now, which is made known.
+
+        Raises:
+            ClusterError: Longer than that is wanted.
+        """
+        shortage, limit_s = self._crew.shortage(), self._spec.workers.wait_s
         if self._waiting_since is None:
             self._waiting_since = now
             self._record.event("waiting", step=self._record.state.step, reason=shortage)
-            self._display.message(f"waiting for workers: {shortage}")
+            asked = "; an autoscaler, if there is one, is asked for them" if self._crew.group.is_shared else ""
+            self._display.message(f"waiting for workers, for up to {limit_s:g} s: {shortage}{asked}")
         self._record.state.waits_for = shortage
-        if now - self._waiting_since > self._spec.workers.wait_s:
+        waited_s = now - self._waiting_since
+        if waited_s > limit_s:
             raise ClusterError(
-                f"{shortage}, after {self._spec.workers.wait_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
+                f"{shortage}, after {limit_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
                 f"or lower workers.num, then launcher resume {self._run_url}"
             )
+        return waited_s
+
+    def _on_agents_placed(self, nodes: Sequence[str]) -> None:
+        """Ray has room for the agents that were to start, on these nodes by rank; none: the room is let go of."""
+        self._crew.placed(nodes)
+        if not nodes:
+            return
+        state, count = self._record.state, len(nodes)
+        if state.workers not in (0, count):
+            self._record.event("resized", step=state.step, workers=count, before=state.workers)
+            self._display.message(f"step {state.step}: going on with {count} workers")
+        if self._waiting_since is not None:
+            self._display.phase(_starting(count))
+        state.workers, state.waits_for, self._waiting_since = count, None, None
 
     def _regroup(self) -> None:
         """Lets go of the agents; others start as soon as there is room for them, from the newest checkpoint."""
@@ -478,7 +510,7 @@ class Driver:
     def _check_time(self) -> None:
         now = self._clock()
         self._record.tend()
-        self._record.state.worker_hours += self._crew.num_workers * (now - self._checked_at) / 3600
+        self._record.state.worker_hours += self._crew.num_placed * (now - self._checked_at) / 3600
         self._checked_at = now
         self._account(now)
         self._warn_if_overdue(now)
@@ -590,6 +622,10 @@ class Driver:
         self._ledger.ended(now, kept=error is None)
         self._account(now)
         self._record.close(status, error, lambda: self._interrupts > 1)
+
+
+def _starting(num_workers: int) -> str:
+    return f"starting {num_workers} worker{'s' * (num_workers > 1)}"
 
 
 def make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:

@@ -37,7 +37,9 @@ def check_machine(spec: JobSpec) -> None:
         )
 
 
-def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> Decision:
+def decide_workers(
+    spec: JobSpec, capacity: Capacity | None, gpus_here: int, accelerator_here: str | None = None
+) -> Decision:
     """GPUs per worker, and the workers to begin with.
 
     What a cluster does not have yet, but may get, counts: the driver waits for it.
@@ -46,17 +48,25 @@ def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> 
         spec: The description.
         capacity: What the cluster has and may get; none: it is this machine alone.
         gpus_here: The GPUs of this machine.
+        accelerator_here: Their type; none: it has none, or none is written.
 
     Raises:
-        DescriptionError: The cluster could never hold them, or this machine has too few GPUs.
+        DescriptionError: The cluster could never hold them, or this machine has too few GPUs, or others.
     """
     workers = spec.workers
+    if capacity is None and workers.accelerator not in (None, accelerator_here):
+        raise DescriptionError(
+            f"workers.accelerator={workers.accelerator}: this machine has {accelerator_here or 'no accelerator'}; "
+            "remove it, or run on a cluster that has such nodes"
+        )
     place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
+    is_known = capacity is None or capacity.may_grow
+    more = "" if is_known else "; if its autoscaler may start nodes, write them as cluster.autoscaler"
     gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
     if gpus * workers.least > num_gpus:
         raise DescriptionError(
             f"workers.gpus={gpus} for {workers.least} workers needs {workers.least} GPUs, and {place} has {num_gpus}; "
-            "lower workers.num or set workers.gpus=0"
+            f"lower workers.num or set workers.gpus=0{more}"
         )
     why_cpu = ""
     if workers.gpus == "auto" and not gpus and (num_gpus or capacity is not None):
@@ -71,14 +81,34 @@ def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> 
         return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
     worker = WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
     fits, num_nodes = capacity.most(worker), len(capacity.nodes)
-    there = f"its {num_nodes} node{'s' * (num_nodes != 1)}" if capacity.limits is None else "the nodes that it may have"
+    there = "the nodes that it may have" if capacity.may_grow else f"its {num_nodes} node{'s' * (num_nodes != 1)}"
     if fits < workers.least:
         raise DescriptionError(
             f"workers.num must be at most {fits} on this cluster: so many workers of {worker} fit on {there}, "
-            f"got {workers.least}; add nodes, or lower workers.num"
+            f"got {workers.least}; add nodes, or lower workers.num{more}"
         )
-    room = sum(node.room(worker, 0) for node in capacity.nodes)
-    return Decision(gpus=gpus, num_workers=max(workers.least, min(workers.most, room)), why_cpu=why_cpu)
+    num_workers = max(workers.least, min(workers.most, capacity.room(worker)))
+    return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
+
+
+def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
+    """What a run that fits would wait for if it began now; empty: for nothing.
+
+    Args:
+        spec: The description.
+        capacity: As for ``decide_workers``.
+        gpus: Per worker.
+    """
+    workers = spec.workers
+    if capacity is None:
+        return ""
+    room = capacity.room(WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator))
+    if room >= workers.least:
+        return ""
+    return (
+        f"there is room for {room} of {workers.least} worker{'s' * (workers.least > 1)} now; "
+        f"the run waits for more, for up to {workers.wait_s:g} s (workers.wait_s)"
+    )
 
 
 def num_cores() -> int:

@@ -2,10 +2,9 @@
 
 import contextlib
 import importlib.metadata
-import sys
 from collections.abc import Callable, Collection, Mapping
 
-from cluster.capacity import Capacity, WorkerResources
+from cluster.capacity import Capacity, WorkerResources, amounts_text
 from cluster.errors import ClusterError, DescriptionError, listed
 from cluster.scheduler import ClusterReport
 from cluster.storage import Store
@@ -16,7 +15,6 @@ from launcher.machine import decide_workers
 from launcher.plan import Plan, Tried, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
-_ACCELERATOR = "accelerator_type:"
 _DIGITS = 12
 """Of a digest, in a line."""
 
@@ -118,17 +116,7 @@ def fit(description: Description, store: Store, tried: Tried, capacity: Capacity
     try:
         return decide(description, store, tried, capacity)
     except DescriptionError as error:
-        nodes = [f"{node.address} with {_amounts(node.resources)}" for node in capacity.nodes]
-        limits = f"; its autoscaler may bring it to {_amounts(capacity.limits)}" if capacity.limits else ""
-        raise ClusterError(f"{where}: {error}. There is {listed(nodes) or 'no node'}{limits}") from error
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    """What workers ask for of what there is, by Ray's names."""
-    told = []
-    for name, amount in resources.items():
-        if name in ("CPU", "GPU"):
-            told.append(f"{amount:g} {name}" if amount < sys.maxsize else f"any number of {name}")  # Ray's "no limit"
-        elif name.startswith(_ACCELERATOR):
-            told.append(name.removeprefix(_ACCELERATOR))
-    return ", ".join(told) or "nothing"
+        nodes = [f"{node.address} with {amounts_text(node.resources)}" for node in capacity.nodes]
+        grows = [amounts_text(capacity.limits)] if capacity.limits else list(map(str, capacity.groups))
+        may_grow = f"; its autoscaler may bring it to {listed(grows)}" if grows else ""
+        raise ClusterError(f"{where}: {error}. There is {listed(nodes) or 'no node'}{may_grow}") from error

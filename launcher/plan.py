@@ -16,7 +16,7 @@ from cluster.storage import Store
 from jobs.order import StepPlan, shard_block
 from jobs.spec import JobSpec
 from launcher.description import Description, named_errors
-from launcher.machine import check_machine, decide_workers
+from launcher.machine import check_machine, decide_workers, why_wait
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
@@ -65,6 +65,8 @@ class Tried:
     num_val_samples: int
     gpus_here: int
     """GPUs of this machine."""
+    accelerator_here: str | None
+    """Their type, by Ray's name; none: it has none, or the description names none."""
     groups: list[GroupPlan]
     parameters: int
     checkpoint_bytes: int
@@ -98,6 +100,8 @@ class Plan:
     """GPUs per worker."""
     why_cpu: str
     """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
+    why_wait: str
+    """What a run would wait for if it began now; else nothing."""
     groups: tuple[GroupPlan, ...]
     parameters: int
     """Trainable and frozen numbers in the model."""
@@ -162,7 +166,7 @@ def decide(description: Description, store: Store, tried: Tried, capacity: "Capa
     """
     spec = description.spec
     with named_errors(description.source):
-        decision = decide_workers(spec, capacity, tried.gpus_here)
+        decision = decide_workers(spec, capacity, tried.gpus_here, tried.accelerator_here)
     steps, num_workers = tried.steps, decision.num_workers
     blocks = [shard_block(spec.train.shards, num_workers, rank) for rank in range(num_workers)]
     return Plan(
@@ -178,6 +182,7 @@ def decide(description: Description, store: Store, tried: Tried, capacity: "Capa
         shards_by_worker=tuple(map(len, blocks)),
         gpus=decision.gpus,
         why_cpu=decision.why_cpu,
+        why_wait=why_wait(spec, capacity, decision.gpus),
         groups=tuple(tried.groups),
         parameters=tried.parameters,
         checkpoint_bytes=tried.checkpoint_bytes,

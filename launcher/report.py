@@ -67,6 +67,7 @@ def summary(result: Mapping[str, Any]) -> str:
         *((name, _cell(value)) for name, value in _metrics(result).items()),
         ("best", _best(result)),
         ("workers", _counted(result, "workers")),
+        ("waits for", _waits_for(result)),
         ("attempts", _counted(result, "attempts")),
         ("time", _spent(result)),
         ("goodput", _goodput(result)),
@@ -133,6 +134,8 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
         *([("no GPU", plan.why_cpu)] if plan.why_cpu else []),
+        *([("wait", plan.why_wait)] if plan.why_wait else []),
+        *([("placement", "spread over as many nodes as there is room on")] if spec.workers.placement != "pack" else []),
         ("gradients", f"summed in {sum_order}"),
         ("loss", _loss(spec.loss)),
         ("optimizer", spec.optimizer.factory.path),
@@ -302,6 +305,12 @@ def _failure(result: Mapping[str, Any]) -> str | None:
     where = [f"on node {failure['address']}"] if failure["address"] is not None else []  # one that never came has none
     what = f"{' '.join(who + where)}: {failure['message']}" if who else failure["message"]
     return f"{failure['cause']} at step {failure['step']:,}: {what}"
+
+
+def _waits_for(result: Mapping[str, Any]) -> str | None:
+    """What a run waits for that goes on."""
+    reason: str | None = result.get("waits_for") if result["status"] == "running" else None
+    return None if reason is None else f"workers: {reason}"
 
 
 def _job(result: Mapping[str, Any]) -> str | None:

@@ -423,7 +423,7 @@ def _train(
         stack.enter_context(cluster.started())
         worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
         task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
-        return Crew(cluster.group(task, worker, spec.workers.most), spec.workers, cluster.nodes)
+        return Crew(cluster.group(task, worker, spec.workers.most, spec.workers.placement), spec.workers, cluster.nodes)
 
     try:
         display.phase("starting Ray")

@@ -27,6 +27,7 @@ from cluster.storage import Store
 from cluster.store_check import inspect_cluster
 from cluster.submissions import Submission, SubmissionReport
 from cluster.versions import check_ray_version
+from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, differences, parse
 from launcher.nodes import check_nodes, fit, own_versions
@@ -234,7 +235,7 @@ def _submit(
         run.write_code(code.sha256, code.data)
     submission_id = run.submissions.write(submission)  # the run itself stays as it is
     display.phase(f"beginning {submission.job}")
-    job = _begin(run, scheduler, submission, submission_id, place.stop_grace_s)
+    job = _begin(run, scheduler, submission, submission_id, place)
     if job.metadata.get("submission") == submission_id:
         display.message(f"submitted {one_line(description.spec, plan)}")
     else:
@@ -266,12 +267,14 @@ def make_job_id(run_url: str, number: int) -> str:
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
 
-def make_command(run_url: str, submission_id: str) -> str:
+def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str:
     """What takes up a submission, as a line for the shell of a host of the cluster; Ray names the cluster there.
 
     The same command again goes on with the run.
     """
-    return f'exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json --cluster "$RAY_ADDRESS"'
+    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.autoscaler_overrides())
+    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json"
+    return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
 
 
 # --- How the run stands ---
@@ -359,24 +362,27 @@ def _fit_there(
     # What every node must have set: what the cluster's description says, and what the job takes.
     variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
     report = inspect_cluster(scheduler, store, variables)
+    report = replace(report, capacity=report.capacity.declared(place.node_groups))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
         display.warn(plan.why_cpu)
+    if plan.why_wait:
+        display.message(plan.why_wait)
     return plan
 
 
 def _begin(
-    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, stop_grace_s: int
+    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
 ) -> Job:
     """Begins the job, unless somebody else has; returns the one that is there.
 
     Raises:
         ClusterError: It may not have begun.
     """
-    command = make_command(run.url, submission_id)
+    command = make_command(run.url, submission_id, place)
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
-    begin = partial(scheduler.begin, submission.job, command, {}, stop_grace_s=stop_grace_s, metadata=metadata)
+    begin = partial(scheduler.begin, submission.job, command, {}, stop_grace_s=place.stop_grace_s, metadata=metadata)
     try:
         return begin()
     except ClusterError:  # perhaps only the answer was lost

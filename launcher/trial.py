@@ -60,6 +60,7 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
         gpus_here=torch.cuda.device_count(),
+        accelerator_here=_accelerator_here(spec),
         groups=_group_plans(parts),
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         checkpoint_bytes=checkpoint_bytes,
@@ -70,6 +71,14 @@ def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
         rates=parts.schedule.preview(parts.steps),
         init_from=init_from,
     )
+
+
+def _accelerator_here(spec: JobSpec) -> str | None:
+    if spec.workers.accelerator is None or not torch.cuda.is_available():
+        return None
+    from cluster.ray_state import accelerator_here  # and with it Ray, which gives accelerators their names
+
+    return accelerator_here()
 
 
 def _begin_with(spec: InitSpec, parts: Parts) -> InitPlan:

@@ -59,7 +59,12 @@ def watch(
             raise _failed_early(run, document, job_id, scheduler, clock, sleep)
         if document["status"] not in _ALIVE:
             return document, _exit_code(document, job_id, scheduler, clock, sleep)
-        if document["status"] == "running" and "total_steps" in document:
+        if document["status"] == "running" and document.get("waits_for"):
+            text = f"waiting for workers: {document['waits_for']}"
+            if text != said:
+                display.phase(text)
+            said = text
+        elif document["status"] == "running" and "total_steps" in document:
             display.update(
                 epoch=document["epoch"],
                 epochs=epochs,

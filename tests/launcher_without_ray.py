@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
-from cluster.capacity import Node, WorkerResources
+from cluster.capacity import Node, Placement, WorkerResources
 from cluster.kinds import Cluster
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler
 
@@ -72,7 +72,7 @@ class Machine(Cluster):
             )
         ]
 
-    def group(self, task: Task, resources: WorkerResources, most: int) -> Any:  # noqa: ARG002  # as of any cluster
+    def group(self, task: Task, resources: WorkerResources, most: int, placement: Placement) -> Any:  # noqa: ARG002  # as of any cluster
         self._group = ProcessGroup(task, resources)
         return self._group
 
@@ -89,6 +89,8 @@ class _Worker:
 
 class ProcessGroup:
     """Stands in for ``WorkerGroup``: the same methods with the same meaning, and the same messages of lost agents."""
+
+    is_shared = False
 
     def __init__(self, task: Task, resources: WorkerResources) -> None:
         self.resources = resources

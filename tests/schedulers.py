@@ -33,7 +33,7 @@ URL = "http://test-cluster:8265"
 
 def a_node(address: str = ADDRESS, **resources: float) -> Node:
     resources = {"CPU": 16.0, "GPU": 0.0, **resources}
-    return Node(id=address, address=address, resources=resources, free={}, drains_at=None, is_here=False)
+    return Node(id=address, address=address, resources=resources, free=resources, drains_at=None, is_here=False)
 
 
 def a_report(address: str = ADDRESS, **changes: Any) -> NodeReport:

@@ -46,7 +46,7 @@ def local_group() -> ray_train.WorkerGroup:
     replaced: Any = ray_train
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
-    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, can_grow=False)
+    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), 1, "pack", is_shared=False)
 
 
 def server_of() -> int:
@@ -106,46 +106,116 @@ class Worker:
         self.calls.append((name, argument))
 
 
+class Controller:
+    """What Ray Train's controller has of ours, and what the driver is told by that; for a process of its own."""
+
+    def __init__(self, *wanted: Wanted, is_shared: bool = False) -> None:
+        """``wanted``: what the driver answers, one after the other."""
+        import ray
+        from ray.train import ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        on_ray: Any = ray
+        on_ray.get = lambda answer: answer() if callable(answer) else answer
+        trainer_class: Any = DataParallelTrainer
+        trainer_class._create_default_callbacks = lambda _: []
+        trainer_class._initialize_and_run_controller = lambda _, **parts: parts
+        left = list(wanted)
+        self.told: list[dict[str, Any]] = []
+        switchboard = SimpleNamespace(
+            wanted_after=SimpleNamespace(remote=lambda *_: left.pop(0)),
+            post=SimpleNamespace(remote=self.told.extend),
+            post_of_controller=SimpleNamespace(remote=self.told.extend),
+        )
+        trainer: Any = object.__new__(steered_trainer(switchboard, is_shared))
+        (self.census,) = trainer._create_default_callbacks()
+        scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
+        parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
+        self.scaling, self.failing = parts["scaling_policy"], parts["failure_policy"]
+        self.rooms_left = 0
+        """How many placement groups were removed."""
+
+    def decide(self, *, is_running: bool = False) -> int | None:
+        """How many workers the policy starts; None: nothing changes."""
+        if is_running:
+            decision = self.scaling.make_decision_for_running_worker_group(None, None)
+        else:
+            decision = self.scaling.make_decision_for_non_running_worker_group()
+        return getattr(decision, "num_workers", None)
+
+    def started(self) -> None:
+        """The workers of a group have started."""
+        handle = SimpleNamespace(shutdown=self._leave_room)
+        state = SimpleNamespace(placement_group_handle=handle)
+        self.census.after_worker_group_start(SimpleNamespace(get_worker_group_state=lambda: state))
+
+    def failed(self, error: Exception) -> None:
+        """As Ray Train goes about a failure."""
+        self.failing.make_decision(error)
+        self.census.before_controller_execute_failure_decision(None)
+
+    def _leave_room(self) -> None:
+        self.rooms_left += 1
+
+
 def steer_two_groups() -> tuple[list[tuple[str, Any]], list[dict[str, Any]]]:
     """What the workers of two groups are told, and what the driver is told of these: the first is lost.
 
     Beside the worker of the second group there are two that lack what is called.
     """
-    import ray
-    from ray.train import ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    on_ray: Any = ray
-    on_ray.get = lambda answer: answer() if callable(answer) else answer
-    trainer_class: Any = DataParallelTrainer
-    trainer_class._create_default_callbacks = lambda _: []
-    trainer_class._initialize_and_run_controller = lambda _, **parts: parts
-    wanted = [Wanted(1, 2), Wanted(2, 2)]
-    told: list[dict[str, Any]] = []
-    switchboard = SimpleNamespace(
-        wanted_after=SimpleNamespace(remote=lambda *_: wanted.pop(0)),
-        post=SimpleNamespace(remote=told.extend),
-        post_of_controller=SimpleNamespace(remote=told.extend),
-    )
-    trainer: Any = object.__new__(steered_trainer(switchboard, can_grow=False))
-    (census,) = trainer._create_default_callbacks()
-    scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
-    parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
-
+    controller = Controller(Wanted(1, 2), Wanted(2, 2))
     worker, lacking = Worker(), Worker(lacks=True)
-    group = SimpleNamespace(
-        get_worker_group_state=lambda: SimpleNamespace(placement_group_handle=SimpleNamespace(shutdown=lambda: None)),
-    )
-    parts["scaling_policy"].make_decision_for_non_running_worker_group()
-    census.before_init_train_context([worker])
-    census.after_worker_group_start(group)
-    parts["failure_policy"].make_decision(RuntimeError("gone"))
-    parts["scaling_policy"].make_decision_for_non_running_worker_group()
+    controller.decide()
+    controller.census.before_init_train_context([worker])
+    controller.started()
+    controller.failing.make_decision(RuntimeError("gone"))
+    controller.decide()
     with pytest.raises(WorkerGroupError) as refused:
-        census.before_init_train_context([lacking, worker, lacking])
-    parts["failure_policy"].make_decision(refused.value)
-    return worker.calls, told
+        controller.census.before_init_train_context([lacking, worker, lacking])
+    controller.failing.make_decision(refused.value)
+    return worker.calls, controller.told
+
+
+def steer_without_room() -> tuple[list[int | None], list[int], list[dict[str, Any]]]:
+    """What is decided, how many rooms are left by then, and what the driver is told.
+
+    The driver lets go of a group, of which Ray Train then notices that it is dead; the next one finds no room.
+    """
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    none = Wanted(2, 0)
+    controller = Controller(Wanted(1, 2), none, none, none, Wanted(3, 2))
+    decided, rooms = [controller.decide()], list[int]()
+    controller.started()
+    for is_running in (True, True):
+        decided.append(controller.decide(is_running=is_running))
+        rooms.append(controller.rooms_left)
+    controller.failed(WorkerGroupError("dead", {0: RuntimeError("dead")}))
+    rooms.append(controller.rooms_left)
+    decided += [controller.decide(), controller.decide()]
+    controller.failed(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    return decided, rooms, controller.told
+
+
+def ask_for_room(is_shared: bool) -> list[int]:
+    """How often an autoscaler was asked by then."""
+    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+
+    policy: Any = FixedScalingPolicy
+    asked = list[None]()
+    policy._send_resource_request = lambda _: asked.append(None)
+    controller, counts = Controller(*[Wanted(1, 2)] * 5, is_shared=is_shared), list[int]()
+    for is_running in (False, True, True):
+        controller.decide(is_running=is_running)
+        counts.append(len(asked))
+    controller.scaling.renewed_at -= 60.0  # a minute later
+    for is_running in (True, True):
+        controller.decide(is_running=is_running)
+        counts.append(len(asked))
+    return counts
 
 
 def test_the_controller_says_of_which_generation_it_speaks() -> None:
@@ -160,3 +230,20 @@ def test_the_controller_says_of_which_generation_it_speaks() -> None:
     assert (refused["kind"], refused["generation"], refused["what"]) == ("agents_lost", 2, "")
     assert refused["lost"].keys() == {0, 2}
     assert all("No module named 'cluster'" in reason for reason in refused["lost"].values())
+
+
+def test_room_is_let_go_of_when_the_driver_wants_none_and_a_lack_of_it_is_no_loss() -> None:
+    fork_server.start([HERE])
+    decided, rooms, told = fork_server.call(f"{HERE}:steer_without_room")
+
+    assert decided == [2, None, None, None, 2]
+    assert rooms == [1, 1, 1], "once"
+    lost, _, unplaced, _ = told
+    assert (lost["kind"], lost["generation"]) == ("agents_lost", 2)
+    assert unplaced == {"kind": "agents_unplaced", "generation": 3}
+
+
+def test_an_autoscaler_is_asked_again_also_while_workers_run() -> None:
+    fork_server.start([HERE])
+    assert fork_server.call(f"{HERE}:ask_for_room", True) == [1, 1, 1, 2, 2]
+    assert fork_server.call(f"{HERE}:ask_for_room", False) == [0, 0, 0, 0, 0]

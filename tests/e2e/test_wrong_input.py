@@ -49,6 +49,7 @@ WITH_TORCH = {
     "metric that is never measured": (["train.early_stop={metric: val/recall/11, mode: max, patience: 2}", "metrics={recall: {_target_: MulticlassRecall, num_classes: 10, average: none}}"], "train.early_stop.metric must be one number that is measured, got 'val/recall/11' .did you mean 'val/recall/1'"),
     "unknown metric of torchmetrics": (["metrics={f1: F2Score}"], "metrics.f1._target_ names nothing in torchmetrics.*did you mean"),
     "input does not fit the model": (["model.in_channels=3"], r"model: forward on inputs of shape \[16, 1, 32, 32\] raised"),
+    "accelerator that is not here": (["workers.accelerator=H10000"], "workers.accelerator=H10000: this machine has .*; remove it, or run on a cluster"),
     "store cannot be written": (["store=/proc/nowhere"], "store: .*/proc/nowhere"),
     "store of one process": (["store=memory://runs"], "store 'memory://runs' is seen by one process alone"),
     "wrong plan value": (["data.train.length=${plan.total_steps}"], "data.train.length"),

@@ -1,5 +1,6 @@
 """Which cluster is meant, and what it says of workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,21 @@ def test_the_job_says_least_and_the_command_line_last(write):
     assert (spec.workers.cpus, spec.workers.gpus, spec.workers.accelerator, spec.seed) == (2.0, 0, "H100", 5)
 
 
+def test_an_autoscaler_and_a_placement_are_declared(write):
+    groups = "[{nodes: 8, cpus: 8, gpus: 1, accelerator: H100}, {nodes: 2, cpus: 4}]"
+    named = write(f"kind: ray\naddress: head:6379\nautoscaler: {groups}\nworker: {{placement: spread}}\n")
+    spec, changes = load_cluster(named, [])
+    assert isinstance(spec, RayClusterSpec)
+    assert [(group.most, dict(group.resources)) for group in spec.node_groups] == [
+        (8, {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 1.0}),
+        (2, {"CPU": 4.0, "GPU": 0.0}),
+    ]
+    assert load(JOB, changes).spec.workers.placement == "spread"
+    assert load(JOB, [*changes, "workers.placement=pack"]).spec.workers.placement == "pack"
+    again, _ = load_cluster("head:6379", [f"cluster.{change}" for change in spec.autoscaler_overrides()])
+    assert again == replace(spec, worker=WorkerSpec())
+
+
 def test_text_that_looks_like_a_number_stays_text(write):
     named = write('kind: local\nworker: {accelerator: "1e3"}\n')
     assert load(JOB, load_cluster(named, [])[1]).spec.workers.accelerator == "1e3"
@@ -138,6 +154,18 @@ def test_text_that_looks_like_a_number_stays_text(write):
         (
             "kind: ray\naddress: http://h:8265\nstop_grace_s: 2.5",
             "own.yaml: stop_grace_s must be a whole number, got 2.5; write a whole number",
+        ),
+        (
+            "kind: ray\naddress: http://h:8265\nautoscaler: [{nodes: 0, cpus: 1}]",
+            "own.yaml: autoscaler[0].nodes must be at least 1, got 0",
+        ),
+        (
+            "kind: ray\naddress: http://h:8265\nautoscaler: [{nodes: 1}]",
+            "own.yaml: autoscaler[0].cpus is missing; write a number",
+        ),
+        (
+            "kind: local\nworker: {placement: spraed}",
+            "own.yaml: worker.placement must be pack, spread or null, got 'spraed' (did you mean 'spread'?)",
         ),
         ("kind: local\naddress: head:1", "own.yaml: address is not a known key; the keys here are kind, worker"),
         ("kind: local\nworker: {cpu: 1}", "own.yaml: worker.cpu is not a known key (did you mean 'cpus'?)"),

@@ -37,8 +37,9 @@ class Group:
 
     resources = WorkerResources(cpus=1.0, gpus=0, accelerator=None)
 
-    def __init__(self, script: list[list[Message] | float]) -> None:
+    def __init__(self, script: list[list[Message] | float], *, is_shared: bool = False) -> None:
         self.script = list(script)
+        self.is_shared = is_shared
         self.now = 0.0
         self.orders: list[dict[str, Any]] = []
         self.started: list[int] = []
@@ -89,15 +90,16 @@ def drive(
     step: int = 0,
     first_workers: list[dict[str, Any]] | None = None,
     screen: io.StringIO | None = None,
+    is_shared: bool = False,
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run.
 
     ``look`` tells the nodes that there are by then; ``step`` is that of the newest checkpoint of a run that is resumed,
-    ``first_workers`` are those that it began on; a person sees ``screen``.
+    ``first_workers`` are those that it began on; a person sees ``screen``. ``is_shared``: the cluster is.
     """
     spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(**({"num": 2} | workers)))
-    group = Group(script)
+    group = Group(script, is_shared=is_shared)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
     run.claim()
@@ -572,12 +574,13 @@ class TestEnvironments:
 
     @pytest.mark.parametrize("is_there", [True, False], ids=["of itself", "of Ray"])
     def test_so_is_one_that_lacks_a_module(self, run: RunDirectory, is_there: bool) -> None:
-        """Too few are left, so another node is waited for."""
+        """Too few are left, so another node is waited for, and the room of the one that is left is let go of."""
         screen = io.StringIO()
 
         def look(now: float) -> list[Node]:
-            second = [node("b", 1)] if now < 0.2 or now > 20 else []
-            return [node("a", now < 0.2), *second, node("c", now > 0.2)]
+            is_disturbed = 0.2 < now < 20
+            second = [] if is_disturbed else [node("b", 1)]
+            return [node("a", not is_disturbed), *second, node("c", now > 0.2)]
 
         lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
         lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
@@ -590,7 +593,8 @@ class TestEnvironments:
         ]  # fmt: skip
         document, group = drive(run, script, look, screen=screen)
 
-        assert (document["status"], group.without) == ("completed", [set(), set(), {"c"}])
+        assert (document["status"], group.started) == ("completed", [2, 2, 0, 2])
+        assert group.without == [set(), set(), {"c"}, {"c"}]
         (waiting,) = events(run, "waiting")
         assert waiting["reason"] == (
             "there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes, of which node 10.0.0.c cannot be "
@@ -814,6 +818,87 @@ class TestElastic:
         _, group = drive(run, [0.3, 0.3, 0.3, 0.3, hello("a", "b"), done(2, 0)], look, num=(1, 3))
 
         assert group.started == [2]
+
+
+UNPLACED: list[Message] = [{"kind": "agents_unplaced"}]
+"""Ray has waited for room for the agents in vain."""
+
+
+class TestRoom:
+    """A cluster that others use too."""
+
+    def test_room_that_another_run_has_taken_is_waited_for_and_is_no_failure(self, run: RunDirectory) -> None:
+        """Two runs see the same room at the same time, and one gets it."""
+
+        def look(now: float) -> list[Node]:
+            return [node("a", 2 if now < 1 or now > 20 else 0)]
+
+        script: list[list[Message] | float] = [15.0, UNPLACED, LAG, 5.0, HELLO, finished(0)]
+        document, group = drive(run, script, look, max_failures=MaxFailuresSpec(machine=0), max_worker_hours=0.004)
+
+        assert (document["status"], document["waits_for"]) == ("completed", None)
+        assert group.started == [2, 2]
+        assert document["failures"]["machine"] == 0
+        assert events(run, "agents_lost") == []
+        assert len(events(run, "waiting")) == 1
+        assert document["worker_hours"] < 0.001, "of workers that hold a place"
+
+    def test_room_that_ray_does_not_find_is_not_waited_for_for_ever(self, run: RunDirectory) -> None:
+        with pytest.raises(ClusterError) as caught:
+            drive(run, [15.0, UNPLACED, 15.0, UNPLACED, 15.0, UNPLACED], wait_s=30.0)
+
+        assert str(caught.value).startswith(
+            "Ray finds no room for 2 workers of 1 CPU each, though there is some for 2, after 30 s of waiting "
+        )
+        assert events(run, "waiting")[0]["step"] == 0
+
+    def test_in_a_cluster_that_others_use_ray_is_asked_for_the_least_though_there_is_no_room(
+        self, run: RunDirectory
+    ) -> None:
+        """An autoscaler brings nodes for what Ray has no room for, and for nothing else that others might use."""
+        screen = io.StringIO()
+        script: list[list[Message] | float] = [
+            LAG, 5.0, 6.0, 15.0, UNPLACED, LAG, 10.0, hello("b", "b"), both("started", step=0), done(2, 0),
+        ]  # fmt: skip
+        full = [node("a", 0)]
+        document, group = drive(run, script, lambda _: full, num=(2, 4), is_shared=True, screen=screen, wait_s=100.0)
+
+        assert (document["status"], group.started) == ("completed", [2, 2])
+        assert group.started_at == pytest.approx([11.85, 28.2], abs=1)
+        assert document["workers"] == 2, "and not those that were only asked for"
+        assert "an autoscaler, if there is one, is asked for them" in screen.getvalue()
+
+    def test_on_a_machine_alone_it_is_not(self, run: RunDirectory) -> None:
+        document, group = drive(run, [LAG, 50.0, []], lambda _: [node("a", 0)], max_seconds=40.0)
+
+        assert (document["status"], group.started) == ("stopped", [])
+
+    def test_a_run_that_waits_holds_no_room(self, run: RunDirectory) -> None:
+        """Its second node is drained. Another run, which lost a node too, may need what it held."""
+        within = time.time() + 1000.0
+
+        def look(now: float) -> list[Node]:
+            if now < 0.6:
+                return [node("a", 1), node("b", 1)]
+            second = node("b", 0, drains_at=within) if now < 30 else node("c", 1)
+            return [node("a", now > 30), second]
+
+        script: list[list[Message] | float] = [
+            hello("a", "b"), both("started", step=0), 2.0, left(2, 0, 9), LAG, LAG, 30.0, hello("a", "c"),
+            both("started", 1, step=9), done(2, 1),
+        ]  # fmt: skip
+        document, group = drive(run, script, look)
+
+        assert (document["status"], group.started) == ("completed", [2, 0, 2])
+        assert len(events(run, "waiting")) == 1
+
+    def test_what_is_waited_for_is_in_the_run_directory(self, run: RunDirectory) -> None:
+        with pytest.raises(ClusterError):
+            drive(run, [LAG, 10.0, 10.0], lambda _: [node("a", 1)], wait_s=15.0)
+
+        status = run.read_status()
+        assert status is not None
+        assert status["waits_for"] == "there is room for 1 of at least 2 workers of 1 CPU each, on 1 node"
 
 
 class TestStarts:

@@ -1,14 +1,15 @@
 """Who works: GPUs or CPUs, and how many, by what a cluster has and may get."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cluster.capacity import Capacity, Node
+from cluster.capacity import Capacity, Node, NodeGroup, node_resources
 from cluster.errors import DescriptionError
-from jobs.spec import TrainSpec, WorkersSpec
-from launcher.machine import Decision, decide_workers
+from jobs.spec import JobSpec, TrainSpec, WorkersSpec
+from launcher.machine import Decision, decide_workers, why_wait
 from tests.specs import bare_job
 
 
@@ -17,9 +18,12 @@ def node(cpus: float = 8.0, gpus: float = 0.0) -> Node:
     return Node(id="n", address="10.0.0.1", resources=resources, free=resources, drains_at=None, is_here=False)
 
 
+def job(**workers: Any) -> JobSpec:
+    return bare_job(train=TrainSpec(shards=4), workers=WorkersSpec(**{"num": 2, "cpus": 0.01} | workers))
+
+
 def decide(capacity: Capacity | None, gpus_here: int = 0, **workers: Any) -> Decision:
-    spec = bare_job(train=TrainSpec(shards=4), workers=WorkersSpec(**{"num": 2, "cpus": 0.01} | workers))
-    return decide_workers(spec, capacity, gpus_here)
+    return decide_workers(job(**workers), capacity, gpus_here)
 
 
 HEAD = [node()]
@@ -96,3 +100,38 @@ def test_a_kind_of_gpu_that_no_node_group_names_may_not_come() -> None:
         decide(GROWS, accelerator="H100")
     named = {"CPU": 32.0, "GPU": 4.0, "accelerator_type:H100": 2.0}
     assert decide(Capacity(nodes=HEAD, limits=named), accelerator="H100").gpus == 1
+
+
+def test_what_is_declared_of_an_autoscaler_counts_node_by_node() -> None:
+    """Of what a cluster tells only the sum is known."""
+    head, h100s = [node(cpus=0.0)], NodeGroup(most=4, resources=node_resources(8.0, 1, "H100"))
+    grows = Capacity(nodes=head, limits=None, groups=[h100s])
+
+    assert decide(grows, num=4, cpus=8.0, accelerator="H100") == Decision(gpus=1, num_workers=4, why_cpu="")
+    assert decide(grows, num=4, cpus=2.0, gpus=0, accelerator="H100").num_workers == 4
+    for workers in ({"cpus": 9.0}, {"accelerator": "A100"}):
+        with pytest.raises(DescriptionError, match="at most 0 on this cluster: .* fit on the nodes that it may have"):
+            decide(grows, **workers)
+    with pytest.raises(DescriptionError, match=r"at most 0 on this cluster: .* fit on its 1 node, got 2; add nodes"):
+        decide(Capacity(nodes=head, limits=None))
+
+
+def test_what_a_run_would_wait_for_is_told() -> None:
+    full = replace(node(), free={"CPU": 0.01})
+    assert why_wait(job(), Capacity(nodes=[node()], limits=None), gpus=0) == why_wait(job(), None, gpus=0) == ""
+    assert why_wait(job(num=(1, 4)), Capacity(nodes=[full], limits=None), gpus=0) == ""
+    assert why_wait(job(wait_s=60.0), Capacity(nodes=[full], limits=None), gpus=0) == (
+        "there is room for 1 of 2 workers now; the run waits for more, for up to 60 s (workers.wait_s)"
+    )
+    assert why_wait(job(), GROWS, gpus=1).startswith("there is room for 0 of 2 workers now; ")
+
+
+def test_an_accelerator_that_this_machine_lacks() -> None:
+    with pytest.raises(DescriptionError) as caught:
+        decide(None, accelerator="H100")
+    assert str(caught.value) == (
+        "workers.accelerator=H100: this machine has no accelerator; remove it, or run on a cluster that has such nodes"
+    )
+    with pytest.raises(DescriptionError, match="^workers.accelerator=H100: this machine has A100; "):
+        decide_workers(job(accelerator="H100"), None, gpus_here=2, accelerator_here="A100")
+    assert decide_workers(job(accelerator="H100"), None, gpus_here=2, accelerator_here="H100").gpus == 1

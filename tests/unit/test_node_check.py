@@ -13,7 +13,7 @@ import torch
 
 from cluster import node_check, ray_check
 from cluster import versions as version_module
-from cluster.capacity import Capacity, Node
+from cluster.capacity import Capacity, Node, NodeGroup
 from cluster.deadline import OverrunError
 from cluster.node_check import (
     from_json,
@@ -38,7 +38,11 @@ REPORT = NodeReport(
     store_error="",
 )
 CLUSTER = ClusterReport(
-    capacity=Capacity(nodes=(NODE, replace(NODE, id="b2", drains_at=math.inf)), limits={"GPU": float(2**63)}),
+    capacity=Capacity(
+        nodes=(NODE, replace(NODE, id="b2", drains_at=math.inf)),
+        limits={"GPU": float(2**63)},
+        groups=(NodeGroup(most=2, resources={"CPU": 1.0}),),
+    ),
     nodes=(REPORT,),
     silent=("10.0.0.2",),
 )

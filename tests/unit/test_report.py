@@ -3,11 +3,15 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from launcher.report import checkpoints_table, duration, is_headline, number, runs_table, summary, table
+from jobs.spec import WorkersSpec
+from launcher.plan import Plan
+from launcher.report import checkpoints_table, duration, is_headline, number, plan_text, runs_table, summary, table
+from tests.specs import bare_job
 
 RESULT: dict[str, Any] = {
     "run": "s3://bucket/runs/digits",
@@ -152,6 +156,32 @@ class TestSummary:
         text = summary(RESULT | {"metrics": {"val/loss": None, "train/loss": 0.5}, "best": best})
         assert "val/loss" not in text
         assert "  train/loss  0.5000" in text
+
+    def test_what_is_waited_for_is_told_of_a_run_that_goes_on(self) -> None:
+        waits = RESULT | {"status": "running", "waits_for": "there is room for 1 of at least 2 workers of 1 CPU each"}
+        assert "  waits for     workers: there is room for 1 of at least 2 workers of 1 CPU each\n" in summary(waits)
+        assert "waits for" not in summary(waits | {"status": "failed"})
+        assert "waits for" not in summary(waits | {"waits_for": None})
+
+
+class TestPlan:
+    PLAN = Plan(
+        run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
+        total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, shards_by_worker=(2, 2), gpus=0, why_cpu="",
+        why_wait="", groups=(), parameters=10, checkpoint_bytes=100, trial_samples=16, trial_loss=1.0,
+        data_fingerprint="ab", rates=(), init_from=None,
+    )  # fmt: skip
+
+    def test_what_is_the_default_and_what_is_not_waited_for_is_not_told(self) -> None:
+        text = plan_text(bare_job(), self.PLAN)
+        assert "placement" not in text
+        assert "wait" not in text
+
+    def test_how_workers_are_placed_and_what_is_waited_for(self) -> None:
+        spec = bare_job(workers=WorkersSpec(num=2, placement="spread"))
+        lines = plan_text(spec, replace(self.PLAN, why_wait="there is room for 0 of 2 workers now")).splitlines()
+        assert "wait        there is room for 0 of 2 workers now" in lines
+        assert "placement   spread over as many nodes as there is room on" in lines
 
 
 class TestRunsTable:

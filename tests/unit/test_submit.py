@@ -1,6 +1,7 @@
 """What a submission refuses, in one line and before anything is written; and what it writes and begins."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,11 +14,12 @@ from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.spec import RayClusterSpec
+from cluster.spec import NodeGroupSpec, RayClusterSpec
 from cluster.storage import Store
 from jobs.order import StepPlan
 from launcher import submit as submit_module
 from launcher.cli import main
+from launcher.clusters import load_cluster
 from launcher.description import Description, load, parse
 from launcher.nodes import own_versions
 from launcher.plan import Tried
@@ -43,6 +45,7 @@ class Said:
 
     messages: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -51,7 +54,7 @@ class Said:
         self.warnings.append(text)
 
     def phase(self, text: str) -> None:
-        pass
+        self.phases.append(text)
 
     def update(self, **_: Any) -> None:
         pass
@@ -120,6 +123,7 @@ TRIED = Tried(
     steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
     num_val_samples=0,
     gpus_here=0,
+    accelerator_here=None,
     groups=[],
     parameters=10,
     checkpoint_bytes=100,
@@ -223,8 +227,24 @@ REFUSALS: dict[str, tuple[ClusterReport, str]] = {
     "more than there can be": (
         a_cluster(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
         "digits.yaml: workers.num must be at most 1 on this cluster: so many workers of 1 CPU, 1 GPU fit on its 2 "
-        "nodes, got 2; add nodes, or lower workers.num. "
+        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start nodes, write them as "
+        "cluster.autoscaler. "
         "There is 10.0.0.1 with 1 CPU, 2 GPU, H100, 10.0.0.2 with 0 CPU, 0 GPU",
+    ),
+}
+OF_JOBS: dict[str, tuple[str, str]] = {
+    "an accelerator that no node has": (
+        "workers.accelerator=H100",
+        "digits.yaml: workers.num must be at most 0 on this cluster: so many workers of 1 CPU, H100 fit on its 2 "
+        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start nodes, write them as "
+        "cluster.autoscaler. "
+        "There is 10.0.0.1 with 16 CPU, 0 GPU, 10.0.0.2 with 16 CPU, 0 GPU, A100",
+    ),
+    "GPUs where there are none": (
+        "workers.gpus=1",
+        "digits.yaml: workers.gpus=1 for 2 workers needs 2 GPUs, and this cluster has 0; lower workers.num or set "
+        "workers.gpus=0; if its autoscaler may start nodes, write them as cluster.autoscaler. "
+        "There is 10.0.0.1 with 16 CPU, 0 GPU, 10.0.0.2 with 16 CPU, 0 GPU, A100",
     ),
 }
 
@@ -235,6 +255,16 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
     scheduler = FakeScheduler(report)
     with pytest.raises(ClusterError) as caught:
         hand_over(job, folder, scheduler)
+    assert str(caught.value) == f"{URL}: {message}"
+    assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
+
+
+@pytest.mark.parametrize("what", OF_JOBS)
+def test_a_job_that_asks_for_what_no_node_has_is_refused_in_one_line(job, folder, tmp_path, what):
+    change, message = OF_JOBS[what]
+    scheduler = FakeScheduler(a_cluster(FIRST, a_node("10.0.0.2", **{"accelerator_type:A100": 1.0})))
+    with pytest.raises(ClusterError) as caught:
+        hand_over(parse(job.text, "digits.yaml", [change]), folder, scheduler)
     assert str(caught.value) == f"{URL}: {message}"
     assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
 
@@ -260,9 +290,32 @@ def test_what_its_autoscaler_may_bring_counts_and_is_told(job, folder):
     assert hand_over(job, folder, scheduler)["status"] == "submitted"
 
 
+def test_what_is_declared_of_its_autoscaler_counts_and_travels_with_the_job(job, folder):
+    """Ray does not tell of it, neither here nor there."""
+    head, said = a_node(CPU=0.0), Said()
+    with pytest.raises(ClusterError, match="at most 0 on this cluster: .* fit on its 1 node, got 2; add nodes"):
+        hand_over(job, folder, FakeScheduler(a_cluster(head)))
+    small = (NodeGroupSpec(nodes=4, cpus=0.5), NodeGroupSpec(nodes=1, cpus=1.0, gpus=1, accelerator="H100"))
+    with pytest.raises(
+        ClusterError,
+        match="; its autoscaler may bring it to 4 nodes of 0.5 CPU, 0 GPU, 1 node of 1 CPU, 1 GPU, H100$",
+    ):
+        hand_over(job, folder, FakeScheduler(a_cluster(head)), autoscaler=small)
+    scheduler, groups = FakeScheduler(a_cluster(head)), (NodeGroupSpec(nodes=2, cpus=1.0),)
+    assert hand_over(job, folder, scheduler, said, autoscaler=groups)["status"] == "submitted"
+    assert said.messages[0].startswith("there is room for 0 of 2 workers now; the run waits for more, ")
+    words = shlex.split(scheduler.commands[0])
+    cluster, changes = load_cluster("10.0.0.1:6379", words[words.index("$RAY_ADDRESS") + 1 :])
+    assert (cluster, changes) == (RayClusterSpec(address="10.0.0.1:6379", autoscaler=groups), [])
+
+
 def test_room_that_is_not_there_now_is_waited_for_there(job, folder):
+    said = Said()
     scheduler = FakeScheduler(a_cluster(replace(a_node(), free={"CPU": 0.0})))
-    assert hand_over(job, folder, scheduler)["status"] == "submitted"
+    assert hand_over(job, folder, scheduler, said)["status"] == "submitted"
+    assert said.messages[0] == (
+        "there is room for 0 of 2 workers now; the run waits for more, for up to 3600 s (workers.wait_s)"
+    )
 
 
 def test_a_build_of_torch_for_other_devices_is_the_same_torch(job, folder):
@@ -356,7 +409,8 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 
 def test_a_url_is_quoted_for_the_shell():
-    assert "resume '/runs/my run; rm' --submission 0-ab --json" in make_command("/runs/my run; rm", "0-ab")
+    command = make_command("/runs/my run; rm", "0-ab", RayClusterSpec(address=URL))
+    assert "resume '/runs/my run; rm' --submission 0-ab --json" in command
 
 
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):

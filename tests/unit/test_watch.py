@@ -100,6 +100,15 @@ def test_a_job_that_waits_says_why(watched):
     assert waited_s >= 100
 
 
+def test_a_run_that_waits_for_workers_says_for_which_and_then_how_far_it_is(watched):
+    waits = [RUNNING | {"waits_for": f"there is room for {n} of at least 2 workers"} for n in (0, 0, 1)]
+    *_, said = watched(Cluster(a_job("running")), *waits, RUNNING, RUNNING | {"status": "completed"})
+    assert said.phases == [
+        "waiting for workers: there is room for 0 of at least 2 workers",
+        "waiting for workers: there is room for 1 of at least 2 workers",
+    ]
+
+
 @pytest.mark.parametrize(
     ("job", "why"),
     [

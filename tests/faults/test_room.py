@@ -1,0 +1,167 @@
+"""Room on a cluster that is shared, that grows, and that has more of it than is needed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.faults import Fault, fired, release
+from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
+from tests.faults.hosts import NETWORK_INTERFACE, Host, hosts, why_there_can_be_none
+from tests.faults.planned import bits, undisturbed
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "workers.cpus=1", "tracking.mode=disabled")
+HELD_AT = 12
+NODE_CPUS = 2
+FAKE_HEAD = "f" * 51 + "00000"
+"""The id that Ray's fake provider of nodes takes the head to have."""
+ON_CLUSTER = """
+import sys, time, ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+"""
+WAIT_FOR_A_PLACE_IN_LINE = (
+    ON_CLUSTER
+    + """
+while all(group["state"] != "PENDING" for group in ray.util.placement_group_table().values()):
+    time.sleep(0.1)
+"""
+)
+SHOW_NODES = ON_CLUSTER + "\nprint(*[node['NodeID'] for node in ray.nodes() if node['Alive']])\n"
+
+
+@pytest.fixture
+def two() -> Iterator[list[Host]]:
+    if reason := why_there_can_be_none():
+        pytest.skip(reason)
+    with hosts("head", "second") as made:
+        yield made
+
+
+def begin(head: Host, home: Path, name: str, *words: object) -> Running:
+    """A run that a driver on the head begins."""
+    command = ["run", JOBS / "digits.yaml", *SHORT, f"name={name}", *words, "--cluster", head.ray_address, "--json"]
+    return Running(command, home, lambda line: head.command(line, home), on_ray=True)
+
+
+def ask(head: Host, script: str, cwd: Path) -> str:
+    command = head.command([sys.executable, "-c", script, head.ray_address], cwd)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout
+
+
+def assert_undisturbed(ended: Ended, run: Path) -> None:
+    assert bits(ended, run) == undisturbed(SHORT)
+    assert ended.document["failures"] == {"machine": 0, "preemption": 0, "code": 0}
+    assert ended.document["waits_for"] is None
+
+
+def test_two_runs_share_two_places(two: list[Host], tmp_path: Path, make_plan) -> None:
+    head, _ = two
+    plan = make_plan(Fault(kind="hold", doing="forward", step=HELD_AT))
+    head.start_ray(num_cpus=2)
+    head.wait_for_ray()
+    runs = tmp_path / "runs"
+
+    first = begin(head, tmp_path, "first", "workers.num=2")
+    first.wait_until(lambda: 0 in fired(plan))
+    second = begin(head, tmp_path, "second", "workers.num=2")
+    second.wait_until(lambda: len(events(runs / "second", "waiting")) == 1)
+    assert (
+        "waits for   workers: there is room for 0 of at least 2 workers"
+        in launcher("status", runs / "second", cwd=tmp_path).stdout
+    )
+    ask(head, WAIT_FOR_A_PLACE_IN_LINE, tmp_path)
+    release(plan, 0)
+    for name, run in (("first", first), ("second", second)):
+        assert_undisturbed(run.wait(), runs / name)
+
+    both = {name: begin(head, tmp_path, name, "workers.num=[1,2]") for name in ("third", "fourth")}
+    for name, run in both.items():
+        assert_undisturbed(run.wait(), runs / name)
+
+
+def test_an_autoscaler_starts_a_node_because_a_run_asks(two: list[Host], tmp_path: Path) -> None:
+    """Two runs at once, from no node but the head, which holds no worker; there may be one node, with room for one."""
+    head, _ = two
+    start_autoscaler(head, tmp_path)
+    assert ask(head, SHOW_NODES, tmp_path).split() == [FAKE_HEAD]
+    refused = begin(head, tmp_path, "refused").wait()
+    assert refused.exit_code == 2, refused.stderr
+    assert "if its autoscaler may start nodes, write them as cluster.autoscaler" in refused.stderr
+    assert not (tmp_path / "runs/refused").exists()
+
+    grows = f"cluster.autoscaler=[{{nodes: 1, cpus: {NODE_CPUS}}}]"
+    begun = {name: begin(head, tmp_path, name, grows) for name in ("first", "second")}
+    for name, run in begun.items():
+        ended = run.wait()
+        assert_undisturbed(ended, tmp_path / "runs" / name)
+        assert len(events(tmp_path / "runs" / name, "waiting")) == 1, "the node was not there before"
+        assert "an autoscaler, if there is one, is asked for them" in ended.stderr
+        (attempt,) = events(tmp_path / "runs" / name, "attempt_started")
+        assert FAKE_HEAD not in {worker["node"] for worker in attempt["workers"]}
+
+
+def start_autoscaler(head: Host, folder: Path) -> None:
+    """A head of no CPU with Ray's own autoscaler, and its fake provider: nodes are processes of the head's host."""
+    # It asks for the way to the Internet to find its own address.
+    subprocess.run(head.command(["ip", "route", "add", "default", "dev", NETWORK_INTERFACE], folder), check=True)
+    config = {
+        "cluster_name": "fake",
+        "max_workers": 1,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": head.ray_address,
+            "head_node_id": FAKE_HEAD,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": NODE_CPUS, "object_store_memory": 100 * 2**20},
+                "node_config": {},
+                "max_workers": 1,
+            },
+        },
+    }
+    path = folder / "autoscaler.yaml"
+    path.write_text(json.dumps(config))
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    head.start_ray(num_cpus=0, environment=environment, options=(f"--autoscaling-config={path}",))
+    head.wait_for_ray()
+
+
+def test_workers_are_spread_or_packed(two: list[Host], tmp_path: Path) -> None:
+    """Each of two hosts has room for both workers."""
+    for host, of in zip(two, (None, two[0])):
+        host.start_ray(of, num_cpus=2)
+    for host in two:
+        host.wait_for_ray()
+    head = two[0]
+    refused = begin(head, tmp_path, "refused", "workers.accelerator=H100").wait()
+    assert refused.exit_code == 2, refused.stderr
+    assert "so many workers of 1 CPU, H100 fit on its 2 nodes, got 2" in refused.stderr
+
+    addresses = {}
+    for placement in ("spread", "pack"):
+        ended = begin(head, tmp_path, placement, f"workers.placement={placement}").wait()
+        assert_undisturbed(ended, tmp_path / "runs" / placement)
+        (attempt,) = events(tmp_path / "runs" / placement, "attempt_started")
+        addresses[placement] = {worker["address"] for worker in attempt["workers"]}
+    assert addresses["spread"] == {host.address for host in two}
+    assert len(addresses["pack"]) == 1
