@@ -95,7 +95,7 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
 
         def make_decision(self, training_failed_error: BaseException) -> Any:
             failures = getattr(training_failed_error, "worker_failures", {})
-            lost = {rank: _reason(error) for rank, error in failures.items()}
+            lost = {rank: why_lost(error) for rank, error in failures.items()}
             what = "" if isinstance(training_failed_error, WorkerGroupError) else one_line(training_failed_error)
             told = {"kind": "agents_lost", "generation": own_generation(), "lost": lost, "what": what}
             is_over = ray.get(switchboard.post_of_controller.remote([told]))
@@ -163,8 +163,8 @@ def steered_trainer(switchboard: Any, can_grow: bool) -> type:
 _SAID_FIRST = ("running low on memory", "has been hanging")
 
 
-def _reason(error: BaseException) -> str:
-    """What Ray says of an agent that it lost, in a line, without the advice that follows."""
+def why_lost(error: BaseException) -> str:
+    """What Ray says of an actor that it lost, in a line, without the advice that follows."""
     # Ray says the last thing last; but its memory monitor and a worker that does not answer come before much else.
     telling = (line for line in str(error).splitlines() if any(sign in line for sign in _SAID_FIRST))
     line = next(telling, last_line(error))
