@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cluster.capacity import Capacity, WorkerResources
 from cluster.errors import DescriptionError
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, WorkersSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> 
         fits = int(num_cores() / workers.cpus)
         num_workers = min(workers.most, fits, num_gpus if gpus else fits)
         return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
-    worker = WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
+    worker = resources_of(workers, gpus)
     fits, num_nodes = capacity.most(worker), len(capacity.nodes)
     there = f"its {num_nodes} node{'s' * (num_nodes != 1)}" if capacity.limits is None else "the nodes that it may have"
     if fits < workers.least:
@@ -79,6 +79,11 @@ def decide_workers(spec: JobSpec, capacity: Capacity | None, gpus_here: int) -> 
         )
     room = sum(node.room(worker, 0) for node in capacity.nodes)
     return Decision(gpus=gpus, num_workers=max(workers.least, min(workers.most, room)), why_cpu=why_cpu)
+
+
+def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
+    """What each worker reserves; ``gpus``: what was decided of them."""
+    return WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
 
 
 def num_cores() -> int:
