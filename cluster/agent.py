@@ -12,8 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -28,12 +26,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import fork_server
-from cluster.code_cache import enter_copy, fetch_code
 from cluster.errors import ClusterError, LauncherError, StorageError, one_line
 from cluster.link import DOING, Activity, Beat, Link
 from cluster.memory import OomKills, be_taken_first
 from cluster.own_folders import make_own_folder, sweep_own_folders
 from cluster.run_directory import RunDirectory
+from cluster.workplace import fork_from, take_environment, take_place
 
 FAULTS_VARIABLE = "LAUNCHER_FAULTS"
 """The environment variable that names a plan of faults, see ``cluster.faults``."""
@@ -151,11 +149,7 @@ class Agent:
 
     def run(self) -> None:
         """Follows orders until they say that the run is over."""
-        address, modules = self._task.fork_server, modules_of(self._task.entry)
-        if address is not None:
-            fork_server.use(address, modules)
-        else:
-            fork_server.start(modules)
+        fork_from(self._task.fork_server, modules_of(self._task.entry))
         self._channel.post([{"kind": "hello", "rank": self._task.rank, "id": self._id, **self._identity}])
         said_at = time.monotonic()
         news, wake = multiprocessing.Pipe(duplex=False)
@@ -409,16 +403,11 @@ class _TrainingProcess:
 
 
 def _run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
-    """The first lines of a training process: its own log, quiet signals, the user's modules, then the entry.
+    """The first lines of a training process: its own log, quiet signals, its place, then the entry.
 
-    ``environment`` is the agent's, in which Ray says which GPU is whose; the fork server may have another.
+    ``environment`` is the agent's.
     """
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # the fork server may have looked for another
-    address = fork_server.own_address()
-    if address is not None:
-        fork_server.use(address)  # so that loader processes come from it too
+    take_environment(environment)
     fork_server.print_to(log_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it
@@ -431,8 +420,7 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
     )
     link = Link(connection, _make_activity(connection, task))
     try:
-        task = _in_place(task)
-        sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
+        task = take_place(task)
         fork_server.resolve(task.entry)(link, task)
     except Exception as error:  # the last door of the process: whatever is not told here, nobody hears of
         traceback.print_exc()
@@ -440,20 +428,6 @@ def _run_training(connection: Connection, task: Task, log_path: str, environment
         link.close()
         os._exit(1)
     link.close()
-
-
-def _in_place(task: Task) -> Task:
-    """The task once this process is in its working directory, and has the user's code in a folder of this host.
-
-    In the training process, and not in its agent: a store that is slow must not silence that one, and what is wrong
-    with the code is told like everything else that keeps a worker from training.
-    """
-    if task.code is None:
-        os.chdir(task.working_directory)
-        return task
-    folder = fetch_code(RunDirectory(task.run_url), task.code)
-    enter_copy(folder, task.code_directory)
-    return replace(task, import_paths=(str(folder), *task.import_paths), working_directory=os.getcwd())
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:

@@ -78,19 +78,22 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> "Chil
             return _started(target, args, name)
 
 
-def call(function: str, *args: Any) -> Any:
+def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
     """Calls ``module:function`` in a process of its own, and returns or raises what it returns or raises.
 
     What the process prints is dropped, unless it dies of something that is no exception.
 
     Raises:
         ChildProcessError: The process died; the message says how, and ends with what it printed last.
+        TimeoutError: It has not returned in time, and was killed.
     """
     with tempfile.NamedTemporaryFile(prefix="launcher-", suffix=".log") as log:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = fork(_answer, (theirs, log.name, function, args), function)
         theirs.close()
         try:
+            if not ours.poll(timeout_s):
+                raise TimeoutError(f"has not returned within {timeout_s:g} s")
             result, error = ours.recv()
         except EOFError:
             process.join()

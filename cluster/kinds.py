@@ -1,9 +1,9 @@
 """Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster import ray_cluster
 from cluster.capacity import Capacity, Node, NodeGroup, Placement, WorkerResources
@@ -11,6 +11,7 @@ from cluster.capacity import Capacity, Node, NodeGroup, Placement, WorkerResourc
 if TYPE_CHECKING:
     from cluster.agent import Task
     from cluster.ray_train import WorkerGroup
+    from cluster.workplace import Call
 
 
 class Cluster(ABC):
@@ -37,6 +38,25 @@ class Cluster(ABC):
 
         Raises:
             ClusterError: It is gone.
+        """
+
+    @abstractmethod
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
+        """Makes a call in the place of one worker, within ``joined``: it has what a worker has, while no worker has it.
+
+        Args:
+            call: What to call.
+            tell: Takes what is waited for, and where the function runs.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            ChildProcessError: The process died; the message says how.
+            TimeoutError: The function took longer than it may.
+            ClusterError: There was no room in time, the host is not fit for it, or hosts were lost.
+            StorageError: The user's code cannot be had.
+            Exception: What the function raises.
         """
 
     @abstractmethod
@@ -98,6 +118,11 @@ class LocalRay(_OnRay):
     def capacity(self) -> None:
         return None
 
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
+        from cluster.workplace import call_here  # and with it the stores
+
+        return call_here(call)
+
     def started(self) -> AbstractContextManager[None]:
         return ray_cluster.local_cluster(self._num_cpus)
 
@@ -111,12 +136,19 @@ class JoinedRay(_OnRay):
         """``address``: where its head listens, HOST:PORT. ``groups``: what its autoscaler may start."""
         self._address = address
         self._groups = groups
+        self._hosts: dict[str, Any] = {}
+        """What keeps fork servers on nodes that calls were made on: the workers there find them."""
 
     def joined(self) -> AbstractContextManager[None]:
         return ray_cluster.joined_cluster(self._address)
 
     def capacity(self) -> Capacity:
         return ray_cluster.capacity().declared(self._groups)
+
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
+        from cluster.ray_call import call_there  # and with it the stores
+
+        return call_there(call, self._hosts, tell)
 
     def started(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -146,7 +146,7 @@ def steered_trainer(switchboard: Any, is_shared: bool) -> type:
             if isinstance(cause, WorkerGroupStartupTimeoutError):
                 return {"kind": "agents_unplaced", **of}
             failures = getattr(error, "worker_failures", {})
-            lost = {rank: _reason(failure) for rank, failure in failures.items()}
+            lost = {rank: why_lost(failure) for rank, failure in failures.items()}
             what = "" if isinstance(error, WorkerGroupError) else one_line(error)
             return {"kind": "agents_lost", **of, "lost": lost, "what": what}
 
@@ -209,8 +209,8 @@ def steered_trainer(switchboard: Any, is_shared: bool) -> type:
 _SAID_FIRST = ("running low on memory", "has been hanging")
 
 
-def _reason(error: BaseException) -> str:
-    """What Ray says of an agent that it lost, in a line, without the advice that follows."""
+def why_lost(error: BaseException) -> str:
+    """What Ray says of an actor that it lost, in a line, without the advice that follows."""
     # Ray says the last thing last; but its memory monitor and a worker that does not answer come before much else.
     telling = (line for line in str(error).splitlines() if any(sign in line for sign in _SAID_FIRST))
     line = next(telling, last_line(error))

@@ -11,13 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.capacity import Node, Placement, WorkerResources
 from cluster.errors import ClusterError
 from cluster.ray_cluster import actor_on, last_line
+from cluster.ray_hosts import host_on, server_here
 from cluster.ray_steering import Wanted, own_generation, steered_trainer
 
 _ORDERS_WAIT_S = 30.0
@@ -50,10 +51,12 @@ class WorkerGroup:
         self.resources = resources
         self.is_shared = is_shared
         self._task = task
+        self._modules = modules_of(task.entry)
         self._hosts: dict[str, Any] = {}
         """By node, so that Ray lets them live as long as this group."""
         self._here = here = ray.get_runtime_context().get_node_id()
-        self._own_host = _Host(modules_of(task.entry))
+        self._forks_here = False
+        """Agents may live beside the driver, and fork from the server of this process."""
         # Where the driver lives: it must not be lost with a node that only works.
         self._switchboard: Any = actor_on(here, _Switchboard).remote()
         self._orders = Orders()
@@ -75,11 +78,15 @@ class WorkerGroup:
         self._fit.start()
 
     def prepare(self, nodes: Sequence[Node]) -> None:
-        """Has nodes import ahead what training processes need; to be told of every node that can hold an agent."""
+        """Has nodes that can hold agents import ahead what training processes need; to be told of every node."""
         for node in nodes:
-            if node.id not in self._hosts and node.id != self._here:
-                name = _host_name(node.id)
-                self._hosts[node.id] = actor_on(node.id, _Host, name=name).remote(modules_of(self._task.entry))
+            if not node.most(self.resources):
+                continue
+            if node.id != self._here and node.id not in self._hosts:
+                self._hosts[node.id] = host_on(node.id, self._modules)
+            elif node.id == self._here and not self._forks_here:
+                self._forks_here = True
+                fork_server.start(self._modules)
 
     def start(self, num_workers: int, without: frozenset[str]) -> int:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
@@ -98,7 +105,7 @@ class WorkerGroup:
         self._ask(self._switchboard.set_orders, self._orders)
         # Not with the training function: Ray shows what that is given, and a description may have taken secrets
         # from the environment. And not once for all: the server to fork from may be another by now.
-        self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._own_host.address()))
+        self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._server_here()))
         self._wanted = Wanted(self._wanted.generation + 1, num_workers, without)
         self._ask(self._switchboard.set_wanted, self._wanted)
         return self._wanted.generation
@@ -136,6 +143,13 @@ class WorkerGroup:
         self._fit.join(timeout_s)
         self._bookkeeping.cleanup()
 
+    def _server_here(self) -> str | None:
+        """The address of this process's server; None: no agents live here, or others cannot use it."""
+        if not self._forks_here:
+            return None
+        fork_server.start(self._modules)  # another one, if it has died
+        return fork_server.own_address()
+
     def _ask(self, method: Any, argument: Any) -> Any:
         import ray
 
@@ -149,26 +163,6 @@ class WorkerGroup:
             trainer.fit()
         except Exception as error:  # the driver's thread raises it as its own, in one line
             self._error = error
-
-
-def _host_name(node: str) -> str:
-    return f"launcher-host-{node}"
-
-
-class _Host:
-    """Keeps a server on a node from which training processes are forked, imports done.
-
-    An actor on each node but the driver's, where it belongs to the driver's process. It outlives the agents, so that
-    the next ones find the server warm.
-    """
-
-    def __init__(self, modules: list[str]) -> None:
-        self._modules = modules
-        fork_server.start(modules)
-
-    def address(self) -> str | None:
-        fork_server.start(self._modules)  # another one, if it has died
-        return fork_server.own_address()
 
 
 class _Switchboard:
@@ -268,7 +262,8 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         rank=here.get_world_rank(),
         world_size=here.get_world_size(),
         on_gpu=bool(ray.get_gpu_ids()),
-        fork_server=_fork_server(task, worker.get_node_id() == config["driver_node"]),
+        # None on a node that is new, and has no host yet.
+        fork_server=task.fork_server if worker.get_node_id() == config["driver_node"] else server_here(),
     )
     identity = {
         "generation": own_generation(),
@@ -277,16 +272,3 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         "pid": os.getpid(),
     }
     Agent(_RayChannel(config["switchboard"]), task, identity).run()
-
-
-def _fork_server(task: Task, is_with_driver: bool) -> str | None:
-    """The address of the server of this node: the driver's own, or its host actor's; none yet on a node that is new."""
-    import ray
-
-    if is_with_driver:
-        return task.fork_server
-    try:
-        host: Any = ray.get_actor(_host_name(ray.get_runtime_context().get_node_id()))
-    except ValueError:  # there is no such actor
-        return None
-    return cast("str | None", ray.get(host.address.remote()))

@@ -20,7 +20,7 @@ _EXCHANGE_SIGNS = ("gloo/transport/", "caused pair closure", "NCCL error")
 
 def named(error: BaseException, step: int) -> LauncherError:
     """What an exception of a training process comes to; ``step``: the optimizer steps it has completed."""
-    cause = _cause(error)
+    cause = cause_of(error)
     if cause in ("exchange_timeout", "connection_lost"):
         return ClusterError(f"lost the others: {what(error)}", cause=cause, step=step)
     message = f"{type(error).__name__}: {what(error)}".removesuffix(": ")
@@ -45,7 +45,8 @@ def what(error: BaseException) -> str:
     return text.partition("\n")[0]
 
 
-def _cause(error: BaseException) -> Cause:
+def cause_of(error: BaseException) -> Cause:
+    """Why an exception ends a training process, by its type and by what it says."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
         return "gpu_out_of_memory"

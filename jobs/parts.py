@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.errors import DescriptionError
+from cluster.errors import ClusterError, DescriptionError
 from jobs.loader import seed_draws
 from jobs.losses import GlobalLoss, build_loss
 from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
@@ -138,6 +138,26 @@ def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, step
     }
     text = json.dumps(decides, sort_keys=True)
     return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # v2, if the text is ever written in another way
+
+
+def worker_device(*, on_gpu: bool) -> torch.device:
+    """The device of a worker: its GPU, the only one it sees, which becomes this process's current one; or the CPU.
+
+    Raises:
+        ClusterError: torch sees no GPU.
+    """
+    if not on_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"a worker has a GPU here, and torch {torch.__version__} sees none; give this host a driver and a torch "
+            "for it, or write workers.gpus=0",
+            cause="environment",
+            step=0,
+        )
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Parts:

@@ -287,8 +287,8 @@ class WorkersSpec:
     when the workers start: they neither wait for it, nor move for it later."""
     max_failures: MaxFailuresSpec = field(default_factory=MaxFailuresSpec)
     wait_s: float = 3600.0
-    """Seconds to wait for a cluster to have room for the workers, at the start and after nodes are lost, before the
-    run is given up; it can be resumed."""
+    """Seconds to wait for a cluster to have room: for one worker, to try the job out there; then for the workers, at
+    the start and after nodes are lost. After that the run is given up; it can be resumed."""
     max_worker_hours: float | None = None
     """Hours of all workers together, over the whole life of the run, after which it saves and stops; none: no limit."""
     start_timeout_s: float = 300.0
@@ -297,7 +297,8 @@ class WorkersSpec:
     first_step_timeout_s: float | None = 1800.0
     """Seconds from the start of a training process to the end of its first step, after which it counts as hung and is
     replaced: meeting the others, building model and data sets, the first batch, compiling. Reading a checkpoint does
-    not count, ``checkpoint.patience_s`` limits that. None: no limit, then only a person ends a start that hangs."""
+    not count, ``checkpoint.patience_s`` limits that. Trying the job out may take as long. None: no limit, then only a
+    person ends a start that hangs."""
     timeout_s: float = 600.0
     """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
     hang_timeout_s: float = 300.0

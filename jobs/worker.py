@@ -8,7 +8,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
 
@@ -23,7 +22,7 @@ from jobs.beginning import begin
 from jobs.causes import broken_exchange, named, what
 from jobs.environment import differences, grouped, make_environment
 from jobs.loop import Loop, Progress
-from jobs.parts import Parts, build_parts
+from jobs.parts import Parts, build_parts, worker_device
 from jobs.saver import Saver
 from jobs.spec import JobSpec
 from jobs.team import Team
@@ -42,10 +41,8 @@ def main(link: Link, task: Task) -> None:
         CheckpointError, StorageError: The run could not be restored or saved.
     """
     spec: JobSpec = task.content
-    device = torch.device("cuda", 0) if task.on_gpu else torch.device("cpu")
+    device = worker_device(on_gpu=task.on_gpu)
     progress = Progress()
-    if task.on_gpu:
-        torch.cuda.set_device(device)
     try:
         meet(link, task, spec.workers.timeout_s)
     except (OSError, RuntimeError) as error:  # none of the user's code has run

@@ -181,10 +181,11 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
     else:
         cluster, changes = _cluster(cluster_name, overrides)
         description = load(job, changes)
+        from launcher.progress import open_progress
         from launcher.runs import plan_only
 
-        with _joined(cluster):
-            made = plan_only(description, job.parent, cluster)
+        with contextlib.closing(open_progress(sys.stderr)) as display, _joined(cluster):
+            made = plan_only(description, job.parent, cluster, display)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
 
 

@@ -6,10 +6,10 @@ and the moment at which a checkpoint becomes one. Workers send it small messages
 
 import contextlib
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.agent import Task
@@ -630,16 +630,10 @@ def _starting(num_workers: int) -> str:
 
 def make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
     """What every training process of the run is told."""
-    return Task(
-        entry=ENTRY,
-        run_url=run.url,
-        import_paths=code.folders,
-        code=code.sha256,
-        code_directory=code.directory,
-        working_directory=os.getcwd(),
+    return replace(
+        code.task(ENTRY, run.url, spec),
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
         data_fingerprint=data_fingerprint,
         may_differ=may_differ or not spec.train.exact,
-        content=spec,
     )

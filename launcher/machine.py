@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cluster.capacity import Capacity, WorkerResources
 from cluster.errors import DescriptionError
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, WorkersSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ def decide_workers(
         fits = int(num_cores() / workers.cpus)
         num_workers = min(workers.most, fits, num_gpus if gpus else fits)
         return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
-    worker = WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
+    worker = resources_of(workers, gpus)
     fits, num_nodes = capacity.most(worker), len(capacity.nodes)
     there = "the nodes that it may have" if capacity.may_grow else f"its {num_nodes} node{'s' * (num_nodes != 1)}"
     if fits < workers.least:
@@ -102,13 +102,18 @@ def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
     workers = spec.workers
     if capacity is None:
         return ""
-    room = capacity.room(WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator))
+    room = capacity.room(resources_of(workers, gpus))
     if room >= workers.least:
         return ""
     return (
         f"there is room for {room} of {workers.least} worker{'s' * (workers.least > 1)} now; "
         f"the run waits for more, for up to {workers.wait_s:g} s (workers.wait_s)"
     )
+
+
+def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
+    """What each worker reserves; ``gpus``: what was decided of them."""
+    return WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
 
 
 def num_cores() -> int:

@@ -4,14 +4,14 @@ import contextlib
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping
 
-from cluster.capacity import Capacity, WorkerResources, amounts_text
+from cluster.capacity import Capacity, amounts_text
 from cluster.errors import ClusterError, DescriptionError, listed
 from cluster.scheduler import ClusterReport
 from cluster.storage import Store
 from cluster.versions import submission_versions
 from jobs.spec import JobSpec
 from launcher.description import Description
-from launcher.machine import decide_workers
+from launcher.machine import decide_workers, resources_of
 from launcher.plan import Plan, Tried, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
@@ -67,7 +67,7 @@ def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
         gpus = decide_workers(spec, capacity, gpus_here=0).gpus
     except DescriptionError:
         return {node.id for node in capacity.nodes}
-    worker = WorkerResources(cpus=spec.workers.cpus, gpus=gpus, accelerator=spec.workers.accelerator)
+    worker = resources_of(spec.workers, gpus)
     return {node.id for node in capacity.nodes if node.most(worker)}
 
 

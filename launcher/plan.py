@@ -1,25 +1,29 @@
 """Everything that is decided and checked before a worker starts.
 
-Cheap checks come first: the description against itself and the machine, then the store, then, with torch,
-the objects it names and one real micro-batch through model, loss and backward. Nothing is started and
-nothing is left behind.
+Cheap checks come first: the description against itself and the machine or the cluster, then the store, then, with
+torch, the objects it names and one real micro-batch through model, loss and backward, in the place of one worker where
+there is a cluster. No worker is started and nothing is left behind.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import fork_server
-from cluster.agent import modules_of
+from cluster.agent import Task, modules_of
 from cluster.errors import DescriptionError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
+from cluster.workplace import Call, call_here
 from jobs.order import StepPlan, shard_block
 from jobs.spec import JobSpec
 from launcher.description import Description, named_errors
-from launcher.machine import check_machine, decide_workers, why_wait
+from launcher.machine import check_machine, decide_workers, resources_of, why_wait
+from launcher.user_code import UserCode
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
+    from cluster.kinds import Cluster
 
 ENTRY = "jobs.worker:main"
 """What a training process runs."""
@@ -121,41 +125,84 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(description: Description, import_paths: tuple[str, ...], capacity: "Capacity | None" = None) -> Plan:
+def make_plan(
+    description: Description, run_url: str, code: UserCode, cluster: "Cluster", tell: Callable[[str], None]
+) -> Plan:
     """Checks everything and decides everything; takes a few seconds, for torch and the trial.
 
     Args:
         description: What to plan.
-        import_paths: Folders of the user's own modules.
-        capacity: What the cluster to run on has and may get; none: it is this machine alone.
+        run_url: The run whose directory holds the user's code, if it is a bundle.
+        code: Where the user's own modules are.
+        cluster: What to run on; this process has joined it.
+        tell: Takes what is waited for.
 
     Raises:
-        DescriptionError: The description cannot run as written, here.
-        StorageError: The store cannot be written.
+        DescriptionError: The description cannot run as written, there.
+        StorageError: The user's code cannot be had there.
+        ClusterError: There is no room for the trial, or the cluster is not fit for it.
     """
+    spec, capacity = description.spec, cluster.capacity()
     with named_errors(description.source):
         if capacity is None:
-            check_machine(description.spec)
-    store, tried = try_job(description, import_paths)
+            check_machine(spec)
+            gpus, forks_here = 0, True
+        else:
+            gpus = decide_workers(spec, capacity, gpus_here=0).gpus
+            worker = resources_of(spec.workers, gpus)
+            forks_here = any(node.is_here and node.most(worker) for node in capacity.nodes)
+        call = _make_call(spec, code.task(_TRIAL, run_url, spec), gpus)
+        if forks_here:
+            fork_server.start(call.modules)
+        store, tried = _try_out(spec, lambda: cluster.call(call, lambda what: tell(f"trying the job out: {what}")))
     return decide(description, store, tried, capacity)
 
 
 def try_job(description: Description, import_paths: tuple[str, ...]) -> tuple[Store, Tried]:
-    """Checks all of a job that does not depend on where it will train: its store, its parts, and one micro-batch.
+    """Checks all of a job that does not depend on where it will train, on this machine and its CPU.
+
+    That is its store, its parts, and one micro-batch.
 
     Raises:
         DescriptionError: The description cannot run as written.
         StorageError: The store cannot be written.
     """
     spec = description.spec
+    call = _make_call(spec, UserCode(folders=import_paths).task(_TRIAL, "", spec), gpus=0)
     with named_errors(description.source):
-        # The workers will be forked from this server too, so torch is imported once, and not in this process.
-        fork_server.start([*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else [])])
-        store = check_store(spec)
-        try:
-            return store, fork_server.call(_TRIAL, spec, import_paths)
-        except ChildProcessError as error:
-            raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
+        fork_server.start(call.modules)
+        return _try_out(spec, lambda: call_here(call))
+
+
+def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
+    # The workers of a host will be forked from the same server, so torch is imported once, and not in this process.
+    metrics = ["jobs.metrics"] if spec.metrics else []
+    return Call(
+        task=task,
+        modules=(*modules_of(ENTRY), _TRIAL.partition(":")[0], *metrics),
+        resources=resources_of(spec.workers, gpus),
+        wait_s=spec.workers.wait_s,
+        start_timeout_s=spec.workers.start_timeout_s,
+        timeout_s=spec.workers.first_step_timeout_s,
+    )
+
+
+def _try_out(spec: JobSpec, try_out: Callable[[], Tried]) -> tuple[Store, Tried]:
+    """The store, once it is checked, and what the trial told.
+
+    Raises:
+        DescriptionError: The store cannot be written, or the trial failed for what is written.
+    """
+    store = check_store(spec)
+    try:
+        return store, try_out()
+    except ChildProcessError as error:
+        raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
+    except TimeoutError as error:
+        raise DescriptionError(
+            f"model: the process that tried it out {error} (workers.first_step_timeout_s); raise that, or look at "
+            "what model and data wait for"
+        ) from error
 
 
 def decide(description: Description, store: Store, tried: Tried, capacity: "Capacity | None") -> Plan:

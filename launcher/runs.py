@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.capacity import WorkerResources
 from cluster.checkpoints import Manifest
 from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
@@ -34,7 +33,7 @@ from launcher.description import Description, Difference, differences, parse
 from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
 from launcher.history import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
-from launcher.machine import num_cores
+from launcher.machine import num_cores, resources_of
 from launcher.pictures import draw
 from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
@@ -77,7 +76,7 @@ def begin(
             code = find_code(run)
         return _continue(run, stored, description, code, cluster, display, force=False, take_over=take_over)
     cluster.import_ahead()
-    plan = make_plan(description, code.import_paths, cluster.capacity())
+    plan = make_plan(description, run.url, code, cluster, display.phase)
     display.message(one_line(description.spec, plan))
     return _train(run, description, plan, code, cluster, display, may_differ=False)
 
@@ -207,13 +206,15 @@ def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_beg
     return None if newest is None else newest.id
 
 
-def plan_only(description: Description, folder: Path, cluster: Cluster) -> Plan:
-    """Checks and decides everything, and starts nothing.
+def plan_only(description: Description, folder: Path, cluster: Cluster, display: Progress) -> Plan:
+    """Checks and decides everything, and starts no worker.
 
     Raises:
-        DescriptionError: The description cannot run as written, here.
+        DescriptionError: The description cannot run as written, there.
+        ClusterError: There is no room to try it out there, or the cluster is not fit for it.
     """
-    return make_plan(description, make_import_paths(folder), cluster.capacity())
+    code = UserCode(folders=make_import_paths(folder))
+    return make_plan(description, run_directory(description).url, code, cluster, display.phase)
 
 
 def one_line(spec: JobSpec, plan: Plan) -> str:
@@ -265,7 +266,7 @@ def _continue(
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
     placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
-    plan = _plan_to_go_on(run, placed, reached, code, cluster, force=force)
+    plan = _plan_to_go_on(run, placed, reached, code, cluster, display, force=force)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
@@ -317,7 +318,7 @@ def _branch(
         )
     for change in changed:
         display.message(f"changed {change}")
-    plan = _plan_to_go_on(run, wanted, max(steps, default=0), code, cluster, force=force)
+    plan = _plan_to_go_on(run, wanted, max(steps, default=0), code, cluster, display, force=force)
     manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
     return _train(branch, wanted, plan, code, cluster, display, may_differ=force)
@@ -345,16 +346,18 @@ def _plan_to_go_on(
     reached: int,
     code: UserCode,
     cluster: Cluster,
+    display: Progress,
     *,
     force: bool,
 ) -> Plan:
     """The plan of a run that has reached a step.
 
     Raises:
-        DescriptionError: It cannot run as written, here; or what it began with has changed since.
+        DescriptionError: It cannot run as written, there; or what it began with has changed since.
+        ClusterError: There is no room to try it out there, or the cluster is not fit for it.
     """
     cluster.import_ahead()
-    plan = make_plan(left_to_plan(run, wanted, reached, force=force), code.import_paths, cluster.capacity())
+    plan = make_plan(left_to_plan(run, wanted, reached, force=force), run.url, code, cluster, display.phase)
     if not force:
         check_unchanged(run, wanted, plan)
     return plan
@@ -421,7 +424,7 @@ def _train(
 
     def make_crew() -> Crew:
         stack.enter_context(cluster.started())
-        worker = WorkerResources(cpus=spec.workers.cpus, gpus=plan.gpus, accelerator=spec.workers.accelerator)
+        worker = resources_of(spec.workers, plan.gpus)
         task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
         return Crew(cluster.group(task, worker, spec.workers.most, spec.workers.placement), spec.workers, cluster.nodes)
 

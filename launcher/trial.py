@@ -1,7 +1,7 @@
-"""The trial: builds what a description names and puts one real micro-batch through it, on the CPU.
+"""The trial: builds what a description names and puts one real micro-batch through it, on the device of a worker.
 
-It runs in a process of its own: torch and the user's code are imported there, and what they print, leak or
-crash stays there.
+It runs in a process of its own, in the place of a worker: torch and the user's code are imported there, and what they
+print, leak or crash stays there.
 """
 
 import sys
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from cluster.agent import Task
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
+from jobs.causes import cause_of
 from jobs.environment import code_digests
-from jobs.loader import KeyedDataset, seed_draws, shape_of
+from jobs.loader import KeyedDataset, seed_draws, shape_of, to_device
 from jobs.optimizers import set_trainable
 from jobs.order import draw_key
-from jobs.parts import Parts, build_parts
+from jobs.parts import Parts, build_parts, worker_device
 from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.state import lay_out
 from jobs.warm_start import load_weights, match_weights, read_weights
@@ -29,28 +31,43 @@ _MOST_SAMPLES = 32
 """A trial of a large micro-batch on a CPU would cost more than it tells."""
 
 
-def try_out(spec: JobSpec, import_paths: tuple[str, ...]) -> Tried:
-    """Builds every part and trains on one micro-batch of at most 32 samples.
+def try_out(task: Task) -> Tried:
+    """Builds every part and trains on one micro-batch: on a GPU a whole one, on a CPU at most 32 samples of it.
 
     Args:
-        spec: The description.
-        import_paths: Folders of the user's own modules.
+        task: Its content is the description. This process has taken its place.
 
     Raises:
-        DescriptionError: Something cannot be built, does not fit together, or learns nothing.
+        DescriptionError: Something cannot be built, does not fit together or into the GPU, or learns nothing.
+        ClusterError: torch does not see the GPU.
     """
     of_product = set(sys.modules)
-    sys.path[:0] = [path for path in import_paths if path not in sys.path]
-    device = torch.device("cpu")
-    parts = build_parts(spec, device)
+    spec: JobSpec = task.content
+    device = worker_device(on_gpu=task.on_gpu)
+    most = spec.train.micro_batch if task.on_gpu else _MOST_SAMPLES
+    try:
+        return _try_parts(spec, build_parts(spec, device), most, task.import_paths, of_product)
+    except (DescriptionError, RuntimeError) as error:
+        refused = error.__cause__ or error
+        if cause_of(refused) != "gpu_out_of_memory":
+            raise
+        raise DescriptionError(
+            f"train.global_batch: a micro-batch of {spec.train.micro_batch} samples, 1 of {spec.train.shards} shards, "
+            f"does not fit into the GPU: {_in_short(refused)}; lower train.global_batch, raise train.shards, or take "
+            "GPUs with more memory"
+        ) from error
+
+
+def _try_parts(spec: JobSpec, parts: Parts, most: int, import_paths: tuple[str, ...], of_product: set[str]) -> Tried:
+    """What at most so many samples tell of the parts; ``of_product``: the modules that are not the user's."""
     data_fingerprint = parts.data_fingerprint()  # before a sample is read, as workers take theirs
     init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
     # Also what is frozen at first must get gradients when its epoch comes.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
-    numbers = parts.steps.samples(spec.seed, 0, 0)[:_MOST_SAMPLES].tolist()
+    numbers = parts.steps.samples(spec.seed, 0, 0)[:most].tolist()
     loss, measured = _train_on(parts, spec, numbers)
     if parts.val_set is not None:
-        measured |= _forward(parts, spec, "data.val", list(range(min(_MOST_SAMPLES, len(parts.val_set)))))[2]
+        measured |= _forward(parts, spec, "data.val", list(range(min(most, len(parts.val_set)))))[2]
     _check_watched(spec, measured)
     try:
         checkpoint_bytes = lay_out(parts.state()).size
@@ -130,7 +147,8 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> tuple[float, s
             "look at the scale of data.train"
         )
     try:
-        numerator.backward()
+        # Of the mean, as in training: in 16 bits, gradients of a sum over many samples overflow.
+        (numerator / denominator if denominator else numerator).backward()
     except RuntimeError as error:
         raise DescriptionError(f"loss: backward raised RuntimeError: {_in_short(error)}") from error
     without = [name for name, p in parts.model.named_parameters() if p.requires_grad and p.grad is None]
@@ -160,12 +178,12 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
     """Numerator and denominator of the loss over some samples, and the names of what is measured of them."""
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
-    inputs, target = _batch(dataset, numbers, key, spec.seed)
+    inputs, target = to_device(_batch(dataset, numbers, key, spec.seed), parts.device)
     parts.model.train(train)
     seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
     with parts.autocast(), torch.set_grad_enabled(train):
         try:
-            output = parts.model(inputs)
+            output = parts.model(parts.in_memory_order(inputs))
         except Exception as error:  # the model is the user's own code
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise DescriptionError(
@@ -174,8 +192,10 @@ def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple
             ) from error
         check_fit(parts.loss, MicroBatch(key, dataset, numbers, inputs, target, output), parts.model)
         try:
-            numerator, own = parts.loss.numerator(output, target)
             as_written = parts.loss.as_written(output, target)
+            if as_written is not None:
+                as_written = as_written.detach()  # of its graph, for which training needs no memory
+            numerator, own = parts.loss.numerator(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
                 f"loss: {spec.loss.factory.path} of output {shape_of(output)} and target {shape_of(target)} raised "
@@ -221,5 +241,5 @@ def _group_plans(parts: Parts) -> list[GroupPlan]:
     ]
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     return one_line(error)[:_MOST_CHARACTERS]

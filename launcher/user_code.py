@@ -8,7 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from cluster.agent import Task
 from cluster.code_cache import cache_folder, enter_copy, fetch_code
 from cluster.own_folders import is_own
 from cluster.run_directory import RunDirectory
@@ -40,6 +42,24 @@ class UserCode:
     def import_paths(self) -> tuple[str, ...]:
         """On this host, the first to be searched first."""
         return self.folders if self.unpacked is None else (self.unpacked, *self.folders)
+
+    def task(self, entry: str, run_url: str, content: Any) -> Task:
+        """What a process is told that runs with this code, on whatever host.
+
+        Args:
+            entry: ``module:function``.
+            run_url: The run whose directory holds the bundle.
+            content: What the entry is for.
+        """
+        return Task(
+            entry=entry,
+            run_url=run_url,
+            import_paths=self.folders,
+            code=self.sha256,
+            code_directory=self.directory,
+            working_directory=os.getcwd(),
+            content=content,
+        )
 
 
 def has_bundle(run: RunDirectory) -> bool:

@@ -25,6 +25,7 @@ from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.capacity import Node, Placement, WorkerResources
 from cluster.kinds import Cluster
+from cluster.workplace import Call, call_here
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler
 
 _ADDRESS = "127.0.0.1"
@@ -55,6 +56,9 @@ class Machine(Cluster):
 
     def capacity(self) -> None:
         return None
+
+    def call(self, call: Call, tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
+        return call_here(call)
 
     def started(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -1,8 +1,10 @@
-"""A description for tests of what does not train."""
+"""A description for tests of what does not train, and what a trial may tell of one."""
 
 from typing import Any
 
+from jobs.order import StepPlan
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
+from launcher.plan import Tried
 
 
 def bare_job(**sections: Any) -> JobSpec:
@@ -15,3 +17,19 @@ def bare_job(**sections: Any) -> JobSpec:
         optimizer=OptimizerSpec(factory=Target("SGD")),
         **sections,
     )
+
+
+TRIED = Tried(
+    steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
+    num_val_samples=0,
+    gpus_here=0,
+    groups=[],
+    parameters=10,
+    checkpoint_bytes=100,
+    trial_samples=16,
+    trial_loss=1.0,
+    data_fingerprint="ab",
+    modules=(),
+    rates=(),
+    init_from=None,
+)

@@ -16,7 +16,7 @@ import pytest
 
 from cluster import fork_server, ray_train
 from cluster.agent import Task
-from cluster.capacity import WorkerResources
+from cluster.capacity import Node, WorkerResources
 from cluster.ray_steering import Wanted, steered_trainer
 from tests.processes import state, wait_until
 
@@ -45,8 +45,18 @@ def local_group() -> ray_train.WorkerGroup:
     modules["ray.train"] = SimpleNamespace(RunConfig=SimpleNamespace, ScalingConfig=SimpleNamespace)
     replaced: Any = ray_train
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
+    replaced.host_on = lambda node, modules: hosts.append((node, modules))
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
     return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), 1, "pack", is_shared=False)
+
+
+hosts: list[tuple[str, list[str]]] = []
+"""The nodes that were given a fork server, and what it imports."""
+
+
+def node(name: str, cpus: float) -> Node:
+    resources = {"CPU": cpus}
+    return Node(id=name, address=name, resources=resources, free=resources, drains_at=None, is_here=name == "here")
 
 
 def server_of() -> int:
@@ -67,6 +77,7 @@ def kill(pid: int) -> None:
 def lose_server_between_groups() -> tuple[list[int], list[int], list[int]]:
     """Of two groups the generations, the servers of this process, and those that agents find where they are told."""
     group = local_group()
+    group.prepare([node("here", cpus=1.0)])
     generations, own, found = list[int](), list[int](), list[int]()
     for _ in range(2):
         generations.append(group.start(1, frozenset()))
@@ -84,6 +95,24 @@ def test_each_group_has_a_generation_and_a_server_that_lives() -> None:
     assert generations == [1, 2]
     assert own[0] != own[1]
     assert found == own
+
+
+def prepare_nodes() -> tuple[list[tuple[str, list[str]]], str | None]:
+    """The nodes that a group has import ahead, each once; and the server that agents beside the driver are told of."""
+    group = local_group()
+    for _ in range(2):
+        group.prepare([node("here", cpus=0.0), node("a", cpus=2.0), node("small", cpus=0.5)])
+    group.start(1, frozenset())
+    group.close()
+    return hosts, group._switchboard.task.remote().fork_server
+
+
+def test_only_nodes_that_can_hold_agents_import_ahead() -> None:
+    fork_server.start([HERE])
+    prepared, server = fork_server.call(f"{HERE}:prepare_nodes")
+
+    assert prepared == [("a", [HERE, "cluster.agent"])]
+    assert server is None, "none live beside the driver"
 
 
 class Worker:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.ray_steering import _reason
+from cluster.ray_steering import why_lost
 from jobs.spec import MaxFailuresSpec
 from launcher.failures import Failure, Failures, GiveUp, TryAgain
 
@@ -303,6 +303,6 @@ SHORT_OF_MEMORY = (
 )  # fmt: skip
 def test_what_ray_2_60_says(text: str, cause: str, reason: str) -> None:
     """Recorded of nodes and actors that were killed, drained, and short of memory; the last is from its source."""
-    failure = failure_of(lost({1: _reason(RuntimeError(text))}))
+    failure = failure_of(lost({1: why_lost(RuntimeError(text))}))
 
     assert (failure.cause, failure.message) == (cause, reason)

@@ -16,7 +16,6 @@ from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec
 from cluster.storage import Store
-from jobs.order import StepPlan
 from launcher import submit as submit_module
 from launcher.cli import main
 from launcher.clusters import load_cluster
@@ -26,6 +25,7 @@ from launcher.plan import Tried
 from launcher.submit import make_command, make_job_id, submit, submit_again
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
+from tests.specs import TRIED
 
 JOBS = Path(__file__).parents[2] / "jobs"
 JOB = """\
@@ -117,23 +117,6 @@ class FakeScheduler(Scheduler):
 
     def log(self, job_id: str) -> str:
         raise NotImplementedError
-
-
-TRIED = Tried(
-    steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
-    num_val_samples=0,
-    gpus_here=0,
-    accelerator_here=None,
-    groups=[],
-    parameters=10,
-    checkpoint_bytes=100,
-    trial_samples=16,
-    trial_loss=1.0,
-    data_fingerprint="ab",
-    modules=(),
-    rates=(),
-    init_from=None,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,123 @@
+"""The trial: how much of a micro-batch, on which device, and what becomes of one that is too large for it.
+
+Each runs in a process of its own, as in the product, for it sets much of torch. Nobody here has a GPU: the device is
+put in its place.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from cluster import fork_server
+from cluster.agent import Task
+from cluster.errors import ClusterError, DescriptionError
+from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
+from launcher.plan import Tried
+
+HERE = __name__
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+MICRO_BATCH, VAL_SAMPLES = 48, 40
+
+
+class Net(nn.Module):
+    """A line that runs out of a GPU's memory where it is told to."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__()
+        self.line = nn.Linear(2, 2)
+        self.fails = fails
+        self._fail("build")
+
+    def forward(self, x_N2: Tensor) -> Tensor:
+        self._fail("forward")
+        y_N2 = self.line(x_N2)
+        if y_N2.requires_grad:
+            y_N2.register_hook(lambda _: self._fail("backward"))
+        return y_N2
+
+    def _fail(self, where: str) -> None:
+        if self.fails == where:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+
+def points(length: int) -> TensorDataset:
+    x_N2 = torch.rand(length, 2, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x_N2, (x_N2.sum(1) > 1).long())
+
+
+def task_of(*, on_gpu: bool, fails: str = "") -> Task:
+    spec = JobSpec(
+        name="run",
+        model=Target(f"{HERE}.Net", {"fails": fails}),
+        data=DataSpec(
+            train=Target(f"{HERE}.points", {"length": 4 * MICRO_BATCH}),
+            val=Target(f"{HERE}.points", {"length": VAL_SAMPLES}),
+        ),
+        loss=LossSpec(factory=Target("CrossEntropyLoss")),
+        optimizer=OptimizerSpec(factory=Target("SGD", {"lr": 0.1})),
+        train=TrainSpec(global_batch=2 * MICRO_BATCH, shards=2),
+    )
+    return Task(
+        entry="launcher.trial:try_out", run_url="", import_paths=(), working_directory=".", content=spec, on_gpu=on_gpu
+    )
+
+
+def try_with_gpu(task: Task) -> tuple[Tried, list[tuple[str, int]]]:
+    """What the trial tells, and which batches it moved to the device."""
+    from launcher import trial
+
+    device, moved = torch.device("cpu", 0), list[tuple[str, int]]()
+    to_device = trial.to_device
+
+    def move(batch: Any, to: torch.device) -> Any:
+        moved.append((str(to), len(batch[0])))
+        return to_device(batch, to)
+
+    def worker_device(*, on_gpu: bool) -> torch.device:
+        assert on_gpu == task.on_gpu
+        return device
+
+    replaced: Any = trial
+    replaced.to_device, replaced.worker_device = move, worker_device
+    return trial.try_out(task), moved
+
+
+@pytest.fixture(autouse=True)
+def server() -> None:
+    fork_server.start(["launcher.trial", HERE])
+
+
+def test_on_a_cpu_it_is_part_of_a_micro_batch() -> None:
+    tried, moved = fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=False))
+
+    assert tried.trial_samples == 32
+    assert moved == [("cpu:0", 32), ("cpu:0", 32)]
+
+
+def test_on_a_gpu_it_is_a_whole_one() -> None:
+    tried, moved = fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=True))
+
+    assert tried.trial_samples == MICRO_BATCH
+    assert moved == [("cpu:0", MICRO_BATCH), ("cpu:0", VAL_SAMPLES)]
+
+
+@pytest.mark.parametrize("where", ["build", "forward", "backward"])
+def test_one_that_does_not_fit_into_the_gpu_is_one_line(where: str) -> None:
+    with pytest.raises(DescriptionError) as caught:
+        fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=True, fails=where))
+
+    assert str(caught.value) == (
+        f"train.global_batch: a micro-batch of 48 samples, 1 of 2 shards, does not fit into the GPU: {OUT_OF_MEMORY}; "
+        "lower train.global_batch, raise train.shards, or take GPUs with more memory"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_gpu_that_torch_does_not_see_is_the_hosts() -> None:
+    with pytest.raises(ClusterError, match="a worker has a GPU here, and torch .* sees none") as caught:
+        fork_server.call("launcher.trial:try_out", task_of(on_gpu=True))
+
+    assert caught.value.cause == "environment"

@@ -1,0 +1,166 @@
+"""Where a job is tried out, and what its failures there come to."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import fork_server
+from cluster.agent import Task
+from cluster.capacity import Capacity, Node, WorkerResources
+from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
+from cluster.kinds import Cluster
+from cluster.workplace import Call
+from launcher.description import Description, parse
+from launcher.plan import Plan, make_plan
+from launcher.user_code import UserCode
+from tests.specs import TRIED
+
+JOB = """\
+name: digits
+store: {store}
+model: {{_target_: jobs.models.Net}}
+data: {{train: jobs.data.digits}}
+loss: CrossEntropyLoss
+optimizer: SGD
+workers: {{num: 2, cpus: 1, wait_s: 7, start_timeout_s: 8, first_step_timeout_s: 9}}
+"""
+CODE = UserCode(folders=("/code",), sha256="ab", submitted_from="/home/me", directory="job")
+
+
+@dataclass
+class FakeCluster(Cluster):
+    """A cluster that has what a test gives it, and tries nothing out."""
+
+    has: Capacity | None
+    outcome: Any = TRIED
+    calls: list[Call] = field(default_factory=list)
+
+    def capacity(self) -> Capacity | None:
+        return self.has
+
+    def call(self, call: Call, tell: Callable[[str], None]) -> Any:
+        self.calls.append(call)
+        tell("on node 10.0.0.2")
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def joined(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def import_ahead(self) -> None:
+        raise NotImplementedError
+
+    def started(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def group(self, task: Task, resources: WorkerResources, most: int) -> Any:
+        raise NotImplementedError
+
+    def nodes(self) -> list[Node]:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What fork servers of this process were to import."""
+    started: list[Any] = []
+    monkeypatch.setattr(fork_server, "start", started.append)
+    return started
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Description:
+    return parse(JOB.format(store=tmp_path / "store"), "digits.yaml")
+
+
+def node(number: int, *, is_here: bool = False, **resources: float) -> Node:
+    address = f"10.0.0.{number}"
+    return Node(id=address, address=address, resources=resources, free={}, drains_at=None, is_here=is_here)
+
+
+HEAD = node(1, is_here=True, CPU=0.0)
+CPUS, GPUS = node(2, CPU=4.0), node(3, CPU=4.0, GPU=2.0)
+
+
+def plan(job: Description, cluster: Cluster, told: list[str] | None = None) -> Plan:
+    said = [] if told is None else told
+    return make_plan(job, "s3://runs/digits", CODE, cluster, said.append)
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [([HEAD, CPUS], 0), ([HEAD, CPUS, GPUS], 1)], ids=["CPUs", "GPUs"])
+def test_on_a_cluster_it_has_what_a_worker_has(job, servers, nodes, gpus):
+    cluster, told = FakeCluster(Capacity(nodes=nodes, limits=None)), list[str]()
+
+    made = plan(job, cluster, told)
+
+    (call,) = cluster.calls
+    assert call.resources == WorkerResources(cpus=1.0, gpus=gpus, accelerator=None)
+    assert call.task == Task(
+        entry="launcher.trial:try_out", run_url="s3://runs/digits", import_paths=("/code",), code="ab",
+        code_directory="job", working_directory="/home/me", content=job.spec,
+    )  # fmt: skip
+    assert (call.wait_s, call.start_timeout_s, call.timeout_s) == (7, 8, 9)
+    assert {"jobs.worker", "launcher.trial"} <= set(call.modules), "the workers fork from the same server"
+    assert (made.gpus, made.num_workers) == (gpus, 2)
+    assert told == ["trying the job out: on node 10.0.0.2"]
+    assert servers == [], "no worker will live here"
+
+
+def test_a_host_that_holds_workers_imports_meanwhile(job, servers):
+    cluster = FakeCluster(Capacity(nodes=[node(1, is_here=True, CPU=2.0)], limits=None))
+
+    plan(job, cluster)
+
+    assert servers == [cluster.calls[0].modules]
+
+
+def test_on_this_machine_it_has_no_gpu(job, servers):
+    cluster = FakeCluster(None)
+
+    plan(job, cluster)
+
+    assert cluster.calls[0].resources.gpus == 0
+    assert servers == [cluster.calls[0].modules]
+
+
+def test_what_can_never_fit_is_not_tried_out(job):
+    cluster = FakeCluster(Capacity(nodes=[HEAD], limits=None))
+
+    with pytest.raises(DescriptionError, match=r"^digits\.yaml: workers\.num must be at most 0 on this cluster"):
+        plan(job, cluster)
+
+    assert cluster.calls == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "message"),
+    [
+        (
+            ChildProcessError("was killed by SIGKILL"),
+            DescriptionError,
+            "digits.yaml: model: the process that tried it out was killed by SIGKILL; is there enough memory?",
+        ),
+        (
+            TimeoutError("has not returned within 9 s"),
+            DescriptionError,
+            "digits.yaml: model: the process that tried it out has not returned within 9 s "
+            "(workers.first_step_timeout_s); raise that, or look at what model and data wait for",
+        ),
+        (DescriptionError("model: no"), DescriptionError, "digits.yaml: model: no"),
+        (ClusterError("there is no room"), ClusterError, "there is no room"),
+        (StorageError("code: gone"), StorageError, "code: gone"),
+    ],
+    ids=["it died", "it hung", "the description", "the cluster", "the store"],
+)
+def test_what_failed_there_is_one_line(job, outcome: Exception, kind: type[LauncherError], message: str):
+    cluster = FakeCluster(Capacity(nodes=[CPUS], limits=None), outcome)
+
+    with pytest.raises(kind) as caught:
+        plan(job, cluster)
+
+    assert str(caught.value) == message

@@ -1,0 +1,272 @@
+"""One call in the place of a worker: what is reserved for it, for how long, and what becomes of what is lost.
+
+Ray itself does not run: its actors are objects of this process, and it has room when the test says so.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray  # takes a second or two
+from ray import exceptions
+
+from cluster import fork_server, ray_call
+from cluster.agent import Task
+from cluster.capacity import Node, WorkerResources
+from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
+from cluster.ray_call import call_there
+from cluster.workplace import Call
+
+WORKER = WorkerResources(cpus=2.0, gpus=1, accelerator="H100")
+CALL = Call(
+    task=Task(entry="job:try_out", run_url="s3://runs/job", import_paths=(), working_directory="."),
+    modules=("job",),
+    resources=WORKER,
+    wait_s=60.0,
+    start_timeout_s=30.0,
+    timeout_s=1800.0,
+)
+WHERE = "on node 10.0.0.2"
+
+
+class LocalActor:
+    """A handle of an object in this process; calls return a promise that ``Ray.get`` keeps."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._actor, name)
+        return SimpleNamespace(remote=lambda *args: partial(method, *args))
+
+
+class Ray:
+    """Ray, as far as a call needs it."""
+
+    def __init__(self) -> None:
+        self.full_for = 0
+        """How often it still has no room when it is asked."""
+        self.is_late = False
+        """The next process does not start in time."""
+        self.node = "b"
+        """That has room."""
+        self.outcomes: list[Any] = []
+        """What becomes of the function, each time it is called: a result, or an exception."""
+        self.reserved: list[dict[str, float]] = []
+        """What is reserved now."""
+        self.actors: list[tuple[str, dict[str, Any]]] = []
+        """The actors that were started, and with which options."""
+        self.calls: list[tuple[Call, list[dict[str, float]]]] = []
+        """The calls of the function, and what was reserved meanwhile."""
+        self.seconds = 0.0
+
+    def placement_group(self, bundles: list[dict[str, float]]) -> Any:
+        self.reserved += bundles
+        return SimpleNamespace(bundles=bundles, wait=self._wait)
+
+    def _wait(self, timeout_seconds: int) -> bool:
+        if self.full_for:
+            self.full_for -= 1
+            self.seconds += timeout_seconds
+            return False
+        return True
+
+    def remove_placement_group(self, place: Any) -> None:
+        for bundle in place.bundles:
+            self.reserved.remove(bundle)
+
+    def remote(self, **options: Any) -> Callable[[type], Any]:
+        def start(actor: type, *args: Any) -> LocalActor:
+            self.actors.append((actor.__name__, options))
+            return LocalActor(actor(*args))
+
+        return lambda actor: SimpleNamespace(remote=partial(start, actor))
+
+    def get(self, promise: Callable[[], Any], timeout: float | None = None) -> Any:
+        if timeout is not None and self.is_late:
+            self.is_late = False
+            raise exceptions.GetTimeoutError
+        return promise()
+
+    def call_here(self, call: Call) -> Any:
+        self.calls.append((call, [*self.reserved]))
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    fake = Ray()
+    node = partial(Node, resources={}, free={}, drains_at=None)
+    nodes = [node(id="a", address="10.0.0.1", is_here=True), node(id="b", address="10.0.0.2", is_here=False)]
+    for name in ("placement_group", "remove_placement_group"):
+        monkeypatch.setattr(ray.util, name, getattr(fake, name))
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: {"bundles_to_node_id": {0: fake.node}})
+    monkeypatch.setattr(ray, "remote", fake.remote)
+    monkeypatch.setattr(ray, "get", fake.get)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [3])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    monkeypatch.setattr(ray_call, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray_call, "call_here", fake.call_here)
+    for name in ("start", "use"):
+        monkeypatch.setattr(fork_server, name, lambda *_: None)
+    monkeypatch.setattr(fork_server, "own_address", lambda: "/tmp/server")
+    return fake
+
+
+def make_call(cluster: Ray, told: list[str] | None = None, hosts: dict[str, Any] | None = None) -> Any:
+    said, kept = [] if told is None else told, {} if hosts is None else hosts
+    return call_there(CALL, kept, said.append, clock=lambda: cluster.seconds)
+
+
+def lost() -> exceptions.RayError:
+    return exceptions.ActorDiedError()
+
+
+def test_it_has_what_a_worker_has_for_as_long_as_it_takes(cluster: Ray) -> None:
+    cluster.outcomes, told = ["tried"], list[str]()
+
+    assert make_call(cluster, told) == "tried"
+
+    ((call, reserved),) = cluster.calls
+    assert reserved == [WORKER.amounts()]
+    assert (call.task.on_gpu, call.task.run_url, call.timeout_s) == (True, "s3://runs/job", 1800.0)
+    (caller,) = (options for name, options in cluster.actors if name == "_Caller")
+    assert (caller["num_cpus"], caller["num_gpus"]) == (2.0, 1)
+    assert caller["scheduling_strategy"].placement_group.bundles == [WORKER.amounts()]
+    assert told == [WHERE]
+    assert cluster.reserved == []
+
+
+def test_room_is_waited_for_and_that_is_said_once(cluster: Ray) -> None:
+    cluster.outcomes, cluster.full_for, told = ["tried"], 5, list[str]()
+
+    assert make_call(cluster, told) == "tried"
+
+    assert told == ["waiting for room for one worker of 2 CPU, 1 GPU, 0.001 accelerator_type:H100", WHERE]
+
+
+def test_but_not_for_ever(cluster: Ray) -> None:
+    cluster.full_for = 1000
+
+    with pytest.raises(ClusterError) as caught:
+        make_call(cluster)
+
+    assert str(caught.value) == (
+        "there is no room for one worker of 2 CPU, 1 GPU, 0.001 accelerator_type:H100, after 60 s of waiting "
+        "(workers.wait_s); free or add nodes, or lower what a worker reserves"
+    )
+    assert 60 < cluster.seconds < 70
+    assert (cluster.reserved, cluster.actors) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DescriptionError("model: no"), StorageError("code: gone"), ChildProcessError("was killed by SIGKILL")],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_ours_arrive_as_they_are(cluster: Ray, error: Exception) -> None:
+    cluster.outcomes = [error]
+
+    with pytest.raises(type(error)) as caught:
+        make_call(cluster)
+
+    assert caught.value is error
+    assert (len(cluster.calls), cluster.reserved) == (1, [])
+
+
+def test_a_node_that_is_not_fit_is_named(cluster: Ray) -> None:
+    cluster.outcomes = [ClusterError("there is no /home/me", cause="environment")]
+
+    with pytest.raises(ClusterError, match="^node 10.0.0.2: there is no /home/me$") as caught:
+        make_call(cluster)
+
+    assert caught.value.cause == "environment"
+
+
+def test_what_is_no_error_of_ours_is_one_line(cluster: Ray) -> None:
+    cluster.outcomes = [exceptions.RayTaskError("call", "Traceback ...\nKeyError: 'x'", KeyError("x"))]
+
+    with pytest.raises(ClusterError, match="^node 10.0.0.2: KeyError: 'x'$"):
+        make_call(cluster)
+
+    assert (len(cluster.calls), cluster.reserved) == (1, [])
+
+
+def test_what_is_lost_is_tried_again(cluster: Ray) -> None:
+    cluster.outcomes, cluster.is_late, told = [lost(), "tried"], True, list[str]()
+
+    assert make_call(cluster, told) == "tried"
+
+    assert told[0] == told[2] == told[4] == WHERE
+    assert told[1] == "node 10.0.0.2: processes did not start within workers.start_timeout_s; try 2 of 3"
+    assert told[3].startswith("node 10.0.0.2: ")
+    assert told[3].endswith("; try 3 of 3")
+    assert [reserved for _, reserved in cluster.calls] == [[WORKER.amounts()]] * 2, "one at a time"
+    assert cluster.reserved == []
+
+
+def test_but_not_for_ever_either(cluster: Ray) -> None:
+    cluster.outcomes = [lost(), lost(), lost()]
+
+    with pytest.raises(ClusterError) as caught:
+        make_call(cluster)
+
+    assert str(caught.value).startswith("node 10.0.0.2: ")
+    assert str(caught.value).endswith("; that was try 3 of 3, look at the nodes")
+    assert "\n" not in str(caught.value)
+    assert cluster.reserved == []
+
+
+def test_nothing_is_reserved_after_ctrl_c(cluster: Ray) -> None:
+    cluster.outcomes = [KeyboardInterrupt()]
+
+    with pytest.raises(KeyboardInterrupt):
+        make_call(cluster)
+
+    assert cluster.reserved == []
+
+
+def test_ray_that_is_gone_hides_no_error(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove(_: object) -> None:
+        raise exceptions.RaySystemError("gone")
+
+    monkeypatch.setattr(ray.util, "remove_placement_group", remove)
+    cluster.outcomes = [DescriptionError("model: no")]
+
+    with pytest.raises(LauncherError, match="model: no"):
+        make_call(cluster)
+
+
+def test_the_fork_server_of_a_node_is_kept_for_what_comes_later(cluster: Ray) -> None:
+    cluster.outcomes, hosts = ["first", "second"], dict[str, Any]()
+
+    assert [make_call(cluster, hosts=hosts) for _ in range(2)] == ["first", "second"]
+
+    ((_, options),) = (actor for actor in cluster.actors if actor[0] == "_Host")
+    assert (options["num_cpus"], options["label_selector"]) == (0, {"ray.io/node-id": "b"})
+    assert hosts.keys() == {"b"}
+
+
+def test_one_that_is_lost_is_replaced(cluster: Ray) -> None:
+    def die() -> None:
+        raise lost()
+
+    cluster.outcomes, hosts = ["tried"], {"b": LocalActor(SimpleNamespace(address=die))}
+
+    assert make_call(cluster, hosts=hosts) == "tried"
+
+    assert [name for name, _ in cluster.actors] == ["_Caller", "_Caller", "_Host"]
+
+
+def test_beside_the_driver_its_own_is_used(cluster: Ray) -> None:
+    cluster.outcomes, cluster.node, told, hosts = ["tried"], "a", list[str](), dict[str, Any]()
+
+    assert make_call(cluster, told, hosts) == "tried"
+
+    assert [name for name, _ in cluster.actors] == ["_Caller"]
+    assert (told, hosts) == (["on node 10.0.0.1"], {})
