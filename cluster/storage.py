@@ -374,7 +374,7 @@ class Store:
         """
         if name:
             self._plain(name)
-        began, thread, attempt = time.monotonic(), threading.get_ident(), 0
+        began, thread, attempt, is_last = time.monotonic(), threading.get_ident(), 0, False
         try:
             while True:
                 try:
@@ -383,12 +383,15 @@ class Store:
                     raise
                 except Exception as error:  # the border to fsspec: every file system raises its vendor's own errors
                     waited_s = time.monotonic() - began
-                    if _is_permanent(error) or waited_s >= self.patience_s:
+                    if _is_permanent(error) or is_last or waited_s >= self.patience_s:
                         raise self._failure(action, error, waited_s if attempt else 0) from harmless(error, _options())
                     self._troubles[thread] = Trouble(began, _reason(error))
                 pause_s = random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
-                # The last try is made when patience ends, not before.
-                time.sleep(min(pause_s, self.patience_s - waited_s))
+                # The last try is made when patience ends, not before. What is left then may be too little to move a
+                # clock, so the clock is not asked whether it was the last.
+                left_s = self.patience_s - waited_s
+                is_last = pause_s >= left_s
+                time.sleep(min(pause_s, left_s))
                 attempt, started = attempt + 1, None
         finally:
             self._troubles.pop(thread, None)

@@ -845,6 +845,24 @@ def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):
     assert FlakyFileSystem.writes == len(pauses) + 1
 
 
+def test_patience_ends_though_what_is_left_of_it_does_not_move_the_clock(flaky):
+    flaky(itertools.repeat(ConnectionResetError("reset")))
+    now, pauses = [511 + 2**-44], list[float]()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        assert len(pauses) < 10
+        now[0] += seconds
+
+    with (
+        mock.patch.object(storage, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
+        mock.patch.object(storage.random, "uniform", lambda *_: 10 - 2**-44),
+        pytest.raises(StorageError, match="cannot write b: reset"),
+    ):
+        Store("flaky://a", patience_s=10.0).write("b", b"1")
+    assert (pauses, now) == ([10 - 2**-44, 2**-44], [521.0])
+
+
 def test_what_is_below_a_store_shares_its_patience_and_its_trouble(flaky):
     store = Store("flaky://a", patience_s=1.0)
     flaky(itertools.repeat(ConnectionResetError("reset")))

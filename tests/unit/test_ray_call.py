@@ -147,7 +147,7 @@ def test_room_is_waited_for_and_that_is_said_once(cluster: Ray) -> None:
 
     assert make_call(cluster, told) == "tried"
 
-    assert told == ["waiting for room for one worker of 2 CPU, 1 GPU, 0.001 accelerator_type:H100", WHERE]
+    assert told == ["waiting for room for one worker of 2 CPU, 1 GPU, H100", WHERE]
 
 
 def test_but_not_for_ever(cluster: Ray) -> None:
@@ -157,7 +157,7 @@ def test_but_not_for_ever(cluster: Ray) -> None:
         make_call(cluster)
 
     assert str(caught.value) == (
-        "there is no room for one worker of 2 CPU, 1 GPU, 0.001 accelerator_type:H100, after 60 s of waiting "
+        "there is no room for one worker of 2 CPU, 1 GPU, H100, after 60 s of waiting "
         "(workers.wait_s); free or add nodes, or lower what a worker reserves"
     )
     assert 60 < cluster.seconds < 70
