@@ -1,6 +1,9 @@
 """What a run has printed: the logs of its workers, from its directory, and that of its job, from its cluster."""
 
+import codecs
+import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +15,10 @@ from launcher.status import LONG_SILENCE_S, read_status
 from launcher.submitted import SubmittedJob
 
 _INTERVAL_S = 2.0
+_LOGS_INTERVAL_S = 20.0
+"""How often the logs of workers are read: agents write them as often."""
+_TAIL_BYTES = 64 * 2**10
+"""Of the end of a log, by which it is found again in a later one that lacks the beginning."""
 _PATIENCE_S = 600.0
 """How long the cluster of a run that has not begun may tell nothing of its job."""
 _GOES_ON = ("running", "submitted")
@@ -46,8 +53,8 @@ def log_pieces(
     def read(call: Callable[[], T]) -> T:
         return read_patiently(call, warn, time.monotonic, time.sleep) if follow else call()
 
-    shown: dict[str, int] = {}
-    waiting = _Waiting(run, warn)
+    shown: defaultdict[str, _Shown] = defaultdict(_Shown)
+    waiting, workers_read_at = _Waiting(run, warn), -math.inf
     while True:
         is_last = True
         if follow:
@@ -55,17 +62,18 @@ def log_pieces(
             is_last = not _goes_on(document)
             if not is_last:
                 waiting.look_at(document)
-        for name in read(lambda: run.log_names(rank=worker)):
-            text = read(partial(run.read_log, name)).decode(errors="replace")
-            yield from _news(shown, name, text)
+        if is_last or time.monotonic() - workers_read_at >= _LOGS_INTERVAL_S:
+            workers_read_at = time.monotonic()
+            for name in read(lambda: run.log_names(rank=worker)):
+                yield from _news(shown, name, read(partial(run.read_log, name)), is_last=is_last)
         if job is not None and worker is None:
             try:
-                text = job.log()
+                log = job.log().encode(errors="replace")
             except ClusterError:
                 if is_last:
                     raise
             else:
-                yield from _news(shown, f"job {job.id}", text)
+                yield from _news(shown, f"job {job.id}", log, is_last=is_last)
         if is_last:
             return
         time.sleep(_INTERVAL_S)
@@ -132,9 +140,34 @@ class _Waiting:
         return f"{self._run.url}: job {document['job']} is pending{message}"
 
 
-def _news(shown: dict[str, int], name: str, text: str) -> Iterator[tuple[str, str]]:
+class _Shown:
+    """How much of a log has been shown."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        """Of the log as it was read last."""
+        self._tail = b""
+        """The end of that."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a piece may end within a character
+
+    def news(self, log: bytes, *, is_last: bool) -> str:
+        """What a log has grown by.
+
+        Args:
+            log: All of it, or the end of it if it is long; all of that counts as new if the end of what was shown is
+                not in it.
+            is_last: Nothing is added to it any more.
+        """
+        shown = self._bytes
+        if log[max(0, shown - len(self._tail)) : shown] != self._tail:
+            found = log.rfind(self._tail)
+            shown = 0 if found < 0 else found + len(self._tail)
+        new = log[shown:]
+        self._bytes, self._tail = len(log), log[-_TAIL_BYTES:]
+        return self._decoder.decode(new, is_last)
+
+
+def _news(shown: defaultdict[str, _Shown], name: str, log: bytes, *, is_last: bool) -> Iterator[tuple[str, str]]:
     """What a log has grown by since it was shown last, if it has."""
-    new = text[shown.get(name, 0) :]
-    shown[name] = len(text)
-    if new:
+    if new := shown[name].news(log, is_last=is_last):
         yield name, new
