@@ -1,7 +1,8 @@
 """The Jobs API of a Ray cluster: starts jobs on its head and watches them, from anywhere.
 
-This module speaks the HTTP interface that Ray documents and needs no Ray. Ray's own client has no time limits, takes
-its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs packages that a laptop may lack.
+This module speaks the HTTP interface that Ray documents, and imports no Ray. Ray's own client has no time limits, takes
+its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs ``ray[default]``, while a laptop
+has ``ray[train]``.
 
 Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same in 2.55.
 """
