@@ -1,7 +1,8 @@
 """The Jobs API of a Ray cluster: starts jobs on its head and watches them, from anywhere.
 
-This module speaks the HTTP interface that Ray documents and needs no Ray. Ray's own client has no time limits, takes
-its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs packages that a laptop may lack.
+This module speaks the HTTP interface that Ray documents, and imports no Ray. Ray's own client has no time limits, takes
+its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs ``ray[default]``, while a laptop
+has ``ray[train]``.
 
 Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same in 2.55.
 """
@@ -28,6 +29,8 @@ _ANSWER_TIMEOUT_S = 30.0
 """For the first job of a session the head starts a process of its own, which takes seconds."""
 _INSPECT_TIMEOUT_S = 180.0
 """Time limit of an inspection: start a job, join the cluster, and wait for the nodes' answers."""
+_INSPECTION_KEPT_S = 2 * _INSPECT_TIMEOUT_S
+"""How long after the start of an inspection its owner may still ask for it: the time limit, and some slow requests."""
 _POLL_INTERVAL_S = 0.3
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
@@ -100,7 +103,7 @@ class RayJobs(Scheduler):
         return self._decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Starts a job that inspects the nodes, waits for it, and deletes those of earlier inspections.
+        """Starts a job that inspects the nodes, waits for it, and deletes those of inspections that are long over.
 
         Raises:
             ClusterError: As for every method; or the head has no launcher, or another version of it.
@@ -125,7 +128,7 @@ class RayJobs(Scheduler):
                 f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the same "
                 "version of launcher here and on the cluster"
             ) from error
-        self._delete_inspections_before(job_id)
+        self._delete_inspections_before(job)
         return report
 
     def begin(
@@ -194,16 +197,20 @@ class RayJobs(Scheduler):
             raise self._failed(f"does not give the log of job {job_id}", refused) from refused
         return self._decoded(_log, told)
 
-    def _delete_inspections_before(self, job_id: str) -> None:
-        """Deletes the inspections that succeeded, and not the last one.
+    def _delete_inspections_before(self, own: Job) -> None:
+        """Deletes the inspections that succeeded and began so long before this one that nobody waits for them.
 
-        For a moment after the end of a job Ray still watches it, and writes a job that is deleted then down again, as
-        one that failed.
+        Others may inspect the cluster at the same time, and have yet to read the log of their job. And for a moment
+        after the end of a job Ray still watches it, and writes a job that is deleted then down again, as one that
+        failed. The times of both jobs are those of the cluster's clock.
         """
+        if own.began_at is None:
+            return
         with suppress(ClusterError, _Refused):  # they only stand in the way of people who look at the cluster
             for job in self.jobs():
                 is_inspection = job.metadata.get(_INSPECTION[0]) == _INSPECTION[1]
-                if is_inspection and job.status == "succeeded" and job.id != job_id:
+                is_old = job.began_at is not None and own.began_at - job.began_at > _INSPECTION_KEPT_S
+                if is_inspection and job.status == "succeeded" and is_old:
                     self._request("DELETE", f"/api/jobs/{quote(job.id, safe='')}")
 
     def _with_path(self, command: str) -> str:

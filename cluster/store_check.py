@@ -3,12 +3,15 @@
 A local folder exists on every host, and is another one on each. So the submitter writes an object with a secret text;
 each node reads it, and writes it to an object of its own; the submitter reads those. All of them lie in one folder of
 the store, which is deleted at the end. A node writes only where the submitter has written, so it creates no store.
+What stays all the same, of a submitter that was killed or a node that wrote after the end, is deleted by a later check.
 
-The cost is one write, one listing, a read for each node and a deletion for each object here, and five requests on each
+The cost is one write, two listings, a read for each node and a deletion for each object here, and five requests on each
 node.
 """
 
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +23,10 @@ from cluster.scheduler import ClusterReport, Needs, NodeReport, Scheduler
 from cluster.storage import MissingObject, Store
 
 _SUBMITTER = "submitter"
+_FOLDER = re.compile("launcher-check-([0-9]+)-[0-9a-f]{16}")
+"""The folder of a check; its name has the Unix time, in seconds, at which that began."""
+_LEFT_AFTER_S = 24 * 3600.0
+"""A folder that is older than that is of no check that goes on, however much the clocks of submitters differ."""
 
 
 def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ...]) -> ClusterReport:
@@ -80,8 +87,8 @@ def _another_store(store: Store) -> str:
 
 @contextmanager
 def _temporary_folder(store: Store) -> Iterator[str]:
-    """The name of a new folder in a store, deleted at the end with all that is in it."""
-    folder = f"launcher-check-{secrets.token_hex(8)}"
+    """The name of a new folder in a store, deleted at the end with all in it, and with what others have left."""
+    folder = f"launcher-check-{int(time.time())}-{secrets.token_hex(8)}"
     with store.without_traces():
         try:
             yield folder
@@ -90,6 +97,17 @@ def _temporary_folder(store: Store) -> Iterator[str]:
                 _delete(store, folder)
             raise
         _delete(store, folder)
+        _sweep(store)
+
+
+def _sweep(store: Store) -> None:
+    """Deletes the folders of checks that have ended long ago. Never raises: tidiness is no reason to fail."""
+    with suppress(StorageError):
+        for name in store.folders():
+            match = _FOLDER.fullmatch(name)
+            if match and time.time() - int(match[1]) > _LEFT_AFTER_S:
+                with suppress(StorageError):  # it may belong to another user
+                    _delete(store, name)
 
 
 def _delete(store: Store, folder: str) -> None:

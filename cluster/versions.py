@@ -23,15 +23,19 @@ def check_ray_version() -> None:
     """Makes sure that the installed Ray is one of those with which the tests pass; does not import it.
 
     Raises:
-        ClusterError: It is another.
+        ClusterError: It is another, or there is none.
     """
-    installed = importlib.metadata.version("ray")
+    oldest, newest = (".".join(map(str, version)) for version in (_OLDEST_RAY, _NEWEST_RAY))
+    advice = f"pip install 'ray[train]>={oldest},<{_NEWEST_RAY[0]}.{_NEWEST_RAY[1] + 1}'"
+    try:
+        installed = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ClusterError(f"Ray is not installed, and launcher needs it, also to submit; {advice}") from error
     minor = tuple(int(part) for part in installed.split(".")[:2])
     if not _OLDEST_RAY <= minor <= _NEWEST_RAY:
-        oldest, newest = (".".join(map(str, version)) for version in (_OLDEST_RAY, _NEWEST_RAY))
         raise ClusterError(
             f"Ray {installed} is installed, and launcher works with {oldest} to {newest}, whose private parts it uses; "
-            f"pip install 'ray[train]>={oldest},<{_NEWEST_RAY[0]}.{_NEWEST_RAY[1] + 1}'"
+            f"{advice}"
         )
 
 

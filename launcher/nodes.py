@@ -1,6 +1,5 @@
 """Whether the nodes of a cluster have what a run needs: versions, variables, the store, and room that can ever be."""
 
-import contextlib
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping
 
@@ -20,11 +19,8 @@ _DIGITS = 12
 
 
 def own_versions() -> dict[str, str]:
-    """Those of this process, by the names of ``NodeReport``; of Ray only if it is there, for a laptop needs none."""
-    found = submission_versions()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["ray"] = importlib.metadata.version("ray")
-    return found
+    """Those of this process, by the names of ``NodeReport``."""
+    return {**submission_versions(), "ray": importlib.metadata.version("ray")}
 
 
 def check_nodes(
@@ -45,7 +41,7 @@ def check_nodes(
     if report.silent and not report.nodes:
         raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")
     hosts = _ids_of_hosts(spec, report.capacity)
-    unlike = [text for name in _VERSIONS if (text := _unlike(report, hosts, name, own.get(name)))]
+    unlike = [text for name in _VERSIONS if (text := _unlike(report, hosts, name, own[name]))]
     if unlike:
         raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
     lacking = [f"{node.address} lacks {listed(node.missing)}" for node in report.nodes if node.missing]
@@ -71,7 +67,7 @@ def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
     return {node.id for node in capacity.nodes if node.most(worker)}
 
 
-def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str | None) -> str:
+def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str) -> str:
     """In which versions of something the nodes differ among each other or from this machine; empty: in none.
 
     torch is built for a kind of device, ``2.13.0+cpu``. Nodes that could hold a worker must have the same build; a
@@ -81,7 +77,7 @@ def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str |
         report: What the nodes reported.
         hosts: The ids of the nodes that could hold a worker.
         name: What the versions are of.
-        own: The version on this machine; None: it has none, and needs none.
+        own: The version on this machine.
     """
     places: dict[str, list[str]] = {}
     builds = set()
@@ -91,7 +87,7 @@ def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str |
         if node.id in hosts or name != "torch":
             builds.add(version)
     differ = len(builds) > 1 or len({_public(version) for version in places}) > 1
-    if own is not None and places and (differ or _public(own) != _public(next(iter(places)))):
+    if places and (differ or _public(own) != _public(next(iter(places)))):
         differ = True
         places.setdefault(own, []).append("this machine")
     if not differ:

@@ -56,9 +56,11 @@ def watch(
     while True:
         document = read_patiently(lambda: read_status(run, LONG_SILENCE_S), display.warn, clock, sleep)
         if document["status"] == "failed" and document.get("begun") is False:
-            raise _failed_early(run, document, job_id, scheduler, clock, sleep)
+            raise _failed_early(run, document, _wait_for_end(job_id, scheduler, clock, sleep), scheduler)
+        if document["status"] == "completed":
+            return document, 0
         if document["status"] not in _ALIVE:
-            return document, _exit_code(document, job_id, scheduler, clock, sleep)
+            return document, _exit_code(document, _wait_for_end(job_id, scheduler, clock, sleep))
         if document["status"] == "running" and document.get("waits_for"):
             text = f"waiting for workers: {document['waits_for']}"
             if text != said:
@@ -154,53 +156,35 @@ class _Asked:
         return bool(document["status"] == "running" and document.get("updated") != self._updated)
 
 
-def _exit_code(
-    document: dict[str, Any],
-    job_id: str | None,
-    scheduler: Scheduler,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> int:
-    """That of the command which drove the run; it ends a little later than the run."""
+def _exit_code(document: dict[str, Any], ended: Job | None) -> int:
+    """That of the command which drove the run; if the cluster does not tell how its job ended, as the run did."""
     own = int(document["status"] == "failed")
-    deadline = clock() + _LAST_WORDS_S
-    while job_id is not None and document["status"] != "completed" and clock() < deadline:
-        try:
-            job = scheduler.read(job_id)
-        except ClusterError:
-            return own
-        if job is None:
-            return own
-        if job.status in ENDED:
-            # A signal that killed it is no code of ours.
-            return own if job.exit_code is None or job.exit_code < 0 else job.exit_code or own
-        sleep(_INTERVAL_S)
-    return own
+    if ended is None or ended.exit_code is None or ended.exit_code < 0:  # a signal that killed it is no code of ours
+        return own
+    return ended.exit_code or own
 
 
-def _failed_early(
-    run: RunDirectory,
-    document: dict[str, Any],
-    job_id: str | None,
-    scheduler: Scheduler,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> ClusterError:
+def _failed_early(run: RunDirectory, document: dict[str, Any], ended: Job | None, scheduler: Scheduler) -> ClusterError:
     """What ended the job before the run began: as its log tells once it has ended, else as the directory does."""
+    if ended is None:
+        return _error(run, document["error"], document)
+    return _error(run, f"{why_ended(ended, document, scheduler)}; submit the run again to go on", document)
+
+
+def _wait_for_end(
+    job_id: str | None, scheduler: Scheduler, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> Job | None:
+    """The job of a run that has ended, which ends a little later; none: it does not, or the cluster does not say."""
     deadline = clock() + _LAST_WORDS_S
-    why = document["error"]
     while job_id is not None and clock() < deadline:
         try:
             job = scheduler.read(job_id)
         except ClusterError:
-            break
-        if job is None:
-            break
-        if job.status in ENDED:
-            why = f"{why_ended(job, document, scheduler)}; submit the run again to go on"
-            break
+            return None
+        if job is None or job.status in ENDED:
+            return job
         sleep(_INTERVAL_S)
-    return _error(run, why, document)
+    return None
 
 
 def _lost(run: RunDirectory, asked: _Asked, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:

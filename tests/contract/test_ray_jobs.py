@@ -180,9 +180,28 @@ def test_an_inspection(head: Head, venv: str | None) -> None:
     head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n\n{report_to_line(CLUSTER)}\n"
     assert RayJobs(head.url, venv).inspect(NEEDS) == CLUSTER
     (first,) = head.jobs
+    head.jobs[first]["start_time"] -= 1000 * ray_jobs._INSPECTION_KEPT_S + 1000
     assert RayJobs(head.url, venv).inspect(NEEDS) == CLUSTER
     (second,) = head.jobs
     assert first != second, "nobody wants to see many in a list"
+
+
+def test_an_inspection_of_somebody_else_at_the_same_time_keeps_its_log(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.outcome = "SUCCEEDED", 0, f"{report_to_line(CLUSTER)}\n"
+    others: list[ClusterReport] = []
+    wait_until_ended = RayJobs._wait_until_ended
+
+    def wait_while_another_inspects(jobs: RayJobs, job_id: str) -> Job:
+        monkeypatch.setattr(RayJobs, "_wait_until_ended", wait_until_ended)
+        ended = jobs._wait_until_ended(job_id)
+        others.append(RayJobs(head.url).inspect(NEEDS))
+        return ended
+
+    monkeypatch.setattr(RayJobs, "_wait_until_ended", wait_while_another_inspects)
+    assert [RayJobs(head.url).inspect(NEEDS), *others] == [CLUSTER, CLUSTER]
+    assert len(head.jobs) == 2
 
 
 def test_what_an_inspection_runs(head: Head) -> None:

@@ -51,6 +51,11 @@ try:
 except LauncherError as error:
     raise SystemExit(str(error))
 """
+WITHOUT_DELAY = """
+from cluster import ray_jobs
+
+ray_jobs._INSPECTION_KEPT_S = 0.0
+"""
 LIVE = """
 import json
 
@@ -103,8 +108,8 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
         command = laptop.command([*words, *arguments], tmp_path, environment)
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
 
-    def inspect(store: Path) -> ClusterReport:
-        asked = ask(INSPECT, store)
+    def inspect(store: Path, before: str = "") -> ClusterReport:
+        asked = ask(before + INSPECT, store)
         assert asked.returncode == 0, asked.stderr
         return report_from_log(asked.stdout)
 
@@ -142,7 +147,7 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     assert "does not take this token" in refused.stderr
 
     second.cut()  # Ray believes for a minute that it is there
-    report = inspect(tmp_path / "runs")
+    report = inspect(tmp_path / "runs", WITHOUT_DELAY)
     left = ask("\nfor job in scheduler.jobs():\n    print(job.id)").stdout.split()
     assert len([job for job in left if job.startswith("launcher-inspect-")]) == 1, "earlier ones are deleted"
     assert not inspections.keys() & set(left)

@@ -37,6 +37,18 @@ def test_another_is_refused_with_what_to_install(monkeypatch, installed):
     )
 
 
+def test_none_is_refused_in_the_same_way(monkeypatch):
+    def find_none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find_none)
+    with pytest.raises(ClusterError) as caught:
+        check_ray_version()
+    assert str(caught.value) == (
+        f"Ray is not installed, and launcher needs it, also to submit; pip install 'ray[train]>={OLDEST},<{NEXT}'"
+    )
+
+
 def test_private_parts_are_imported_where_they_are_named():
     root = PYPROJECT.parent
     named = {

@@ -1,7 +1,9 @@
 """Whether the nodes of a cluster reach the store of the submitter: told by what each side finds of the other's."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +139,43 @@ def test_a_node_that_answers_too_late_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_submitters_and_late_nodes_have_left_is_deleted_by_a_later_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "all/runs"
+    store = Store(str(runs))
+
+    class Killed(Nodes):
+        def inspect(self, needs: Needs) -> ClusterReport:
+            store.write(f"{needs.check}/late", b"")
+            store.write(f"{needs.check}-of-a-person/x", b"")
+            monkeypatch.setattr(store_check, "_delete", lambda *_: None)
+            return super().inspect(needs)
+
+    now, delete = time.time(), store_check._delete
+    monkeypatch.setattr(store_check, "time", SimpleNamespace(time=lambda: now))
+    assert errors(Killed({"a": runs}), runs) == [""]
+    monkeypatch.setattr(store_check, "_delete", delete)
+    left = store.names()
+    assert len(left) == 4
+    now += 3600.0
+    assert errors(Nodes({"a": runs}), runs) == [""]
+    assert store.names() == left, "it may be going on"
+    now += 24 * 3600.0
+    assert errors(Nodes({"a": runs}), runs) == [""]
+    (kept,) = store.names()
+    assert kept.endswith("-of-a-person/x")
+    assert [path.name for path in runs.iterdir()] == [kept.partition("/")[0]]
+
+
+def test_a_check_does_not_fail_for_what_others_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Store) -> list[str]:
+        raise StorageError("/s: cannot list it: Permission denied; check")
+
+    monkeypatch.setattr(Store, "folders", refuse)
+    assert errors(Nodes({"a": tmp_path / "runs"}), tmp_path / "runs") == [""]
+
+
 def test_requests_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
@@ -148,8 +187,8 @@ def test_requests_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return method
 
     nodes = Nodes({"a": tmp_path, "b": tmp_path})
-    for name in ("read", "write", "delete", "names"):
+    for name in ("read", "write", "delete", "names", "folders"):
         monkeypatch.setattr(Store, name, counted(name, getattr(Store, name)))
     assert errors(nodes, tmp_path) == ["", ""]
     of_a_node = ["read", "write", "read", "delete", "write"]
-    assert calls == ["write", *of_a_node, *of_a_node, "names", "read", "read", "names", "delete"]
+    assert calls == ["write", *of_a_node, *of_a_node, "names", "read", "read", "names", "delete", "folders"]

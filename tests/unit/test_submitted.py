@@ -410,7 +410,81 @@ class TestFollow:
         monkeypatch.setattr(time, "sleep", sleep)
         ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
         assert (ended.exit_code, ended.stdout, looks) == (0, LOG, 4)
-        assert ended.stderr.splitlines() == [f"--- job {JOB_ID}"] * 2
+        assert ended.stderr.splitlines() == [
+            f"warning: {run.url}: job {JOB_ID} is pending",
+            f"--- job {JOB_ID}",
+            f"warning: {URL}: nobody answers there; asking again",
+            f"--- job {JOB_ID}",
+        ]
+
+    @pytest.fixture
+    def now(self, monkeypatch) -> list[float]:
+        """The time, which passes only while the command sleeps; an hour at most."""
+        now = [0.0]
+
+        def sleep(_: float) -> None:
+            now[0] += 2.0
+            assert now[0] < 3600
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+        return now
+
+    @pytest.mark.parametrize(
+        ("error", "why"),
+        [(ClusterError(f"{URL}: nobody answers there"), "nobody answers there"), (None, f"knows no job {JOB_ID}; ")],
+    )
+    def test_a_job_of_which_nothing_is_known_before_the_run_begins_is_not_waited_for_without_end(
+        self, run, cluster, now, error, why
+    ):
+        cluster.error = error
+        ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
+        assert ended.exit_code == 5
+        first, last = ended.stderr.splitlines()
+        assert first.startswith(f"warning: {URL}: {why}")
+        assert first.endswith("; asking again")
+        assert last.startswith(
+            f"error: {run.url}: has not begun, and its cluster has told nothing of job {JOB_ID} for 10 minutes: "
+            f"{URL}: {why}"
+        )
+        assert 600 < now[0] < 610
+
+    def test_a_cluster_that_is_away_does_not_end_the_logs_of_a_run_that_goes_on(self, run, cluster, now, monkeypatch):
+        drive(run, "running")
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        sleep = time.sleep
+
+        def sleep_and_end(seconds: float) -> None:
+            sleep(seconds)
+            if now[0] == 900:
+                cluster.error = None
+                cluster.put("succeeded")
+                cluster.logs[JOB_ID] = LOG
+                drive(run, "completed")
+
+        monkeypatch.setattr(time, "sleep", sleep_and_end)
+        ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
+        assert (ended.exit_code, ended.stdout, now[0]) == (0, LOG, 900)
+        assert ended.stderr.splitlines() == [
+            f"warning: {URL}: nobody answers there; asking again",
+            f"--- job {JOB_ID}",
+        ]
+
+    def test_without_a_cluster_it_says_what_a_run_that_has_not_begun_waits_for(self, run, now, monkeypatch):
+        sleep = time.sleep
+
+        def sleep_and_end(seconds: float) -> None:
+            sleep(seconds)
+            if now[0] == 900:
+                drive(run, "completed")
+
+        monkeypatch.setattr(time, "sleep", sleep_and_end)
+        ended = launcher("logs", run.url, "-f")
+        assert (ended.exit_code, now[0]) == (0, 900)
+        assert ended.stderr == (
+            f"warning: {run.url}: has not begun; it waits as job {JOB_ID} on {URL}: give --cluster that to follow the "
+            "job\n"
+        )
 
     def test_the_last_words_of_the_job_come_after_the_end_of_the_run(self, run, cluster, monkeypatch):
         cluster.put("running")
