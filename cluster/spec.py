@@ -67,7 +67,7 @@ class RayClusterSpec:
     """The environment on the cluster's head whose bin/ holds ``launcher``, such as /opt/venv, and which Ray was started
     from; ``launcher submit`` runs it there. Null: it is on the PATH that Ray was started with."""
     stop_grace_s: int = 300
-    """Seconds that a job of ``launcher submit`` has between SIGTERM and SIGKILL when it is stopped on the cluster, to
+    """Seconds that a job of ``launcher submit`` has between SIGINT and SIGKILL when it is stopped on the cluster, to
     finish its step and to save. Ray itself gives 3 s, which is too short for a checkpoint; 300 s are enough to write
     30 GB at 100 MB/s. Raise it for larger checkpoints or slower stores; a save that is cut off costs the steps
     since the newest checkpoint."""
