@@ -38,6 +38,12 @@ _NOT_FOUND = (126, 127)
 _INSPECTION = ("launcher", "inspect")
 """Metadata by which the jobs of inspections are known."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+_STOP_SIGNAL = {"RAY_JOB_STOP_SIGNAL": "SIGINT"}
+"""How Ray stops a job: it sends the signal to the driver and to all processes that descend from it.
+
+Those are the training processes on the driver's host, too. They leave SIGINT to the driver, as at a terminal; Ray's
+default, SIGTERM, would kill them, and the steps since the newest checkpoint would be lost.
+"""
 _Decoded = TypeVar("_Decoded")
 
 
@@ -141,7 +147,7 @@ class RayJobs(Scheduler):
         metadata: Mapping[str, str],
     ) -> Job:
         """Starts a job on the cluster's head, see ``Scheduler``; refuses values that contain ``$``."""
-        variables = {**environment, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
+        variables = {**environment, **_STOP_SIGNAL, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
         # Ray expands variables in values.
         unsafe = [name for name, value in variables.items() if "$" in value]
         if unsafe:

@@ -119,7 +119,7 @@ class Scheduler(ABC):
             command: A command line for the shell.
             environment: Variables of the command and its child processes. Anyone with access to the cluster can read
                 them, so they must hold no secrets.
-            stop_grace_s: Seconds between SIGTERM and SIGKILL when the job is stopped.
+            stop_grace_s: Seconds between SIGINT and SIGKILL when the job is stopped.
             metadata: Information for people who look at the cluster; something in it that no other call has tells
                 whose job it is.
 
@@ -137,7 +137,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def stop(self, job_id: str) -> None:
-        """Sends a job SIGTERM, and SIGKILL once its grace period is over; returns without waiting for either."""
+        """Sends a job SIGINT, and SIGKILL once its grace period is over; returns without waiting for either."""
 
     @abstractmethod
     def log(self, job_id: str) -> str:

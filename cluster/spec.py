@@ -105,7 +105,7 @@ class RayClusterSpec:
     them, so a run that needs more than there is now is refused unless they are written here; then it waits for them,
     for up to ``workers.wait_s``. If nodes that are always there hold workers too, write them as one more group."""
     stop_grace_s: int = 300
-    """Seconds that a job of ``launcher submit`` has between SIGTERM and SIGKILL when it is stopped on the cluster, to
+    """Seconds that a job of ``launcher submit`` has between SIGINT and SIGKILL when it is stopped on the cluster, to
     finish its step and to save. Ray itself gives 3 s, which is too short for a checkpoint; 300 s are enough to write
     30 GB at 100 MB/s. Raise it for larger checkpoints or slower stores; a save that is cut off costs the steps
     since the newest checkpoint."""

@@ -6,9 +6,9 @@ interrupts the main thread when someone presses Stop on its page; none of that c
 recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (which process it is, where the
 run is, a warning). When the driver is killed it sees the end of its input and still delivers every row it was given.
 
-The recorder is no child of the driver: what stops a job, as Ray does, sends SIGTERM to the driver and to all processes
-that descend from it. The driver then saves and finishes the run, and needs the recorder for that; and wandb's own
-process, which ends at SIGTERM whatever the recorder does.
+The recorder is no child of the driver: what stops a job, as Ray does, sends a signal, SIGTERM by default, to the driver
+and to all processes that descend from it. The driver then saves and finishes the run, and needs the recorder for that;
+and wandb's own process, which ends at SIGTERM whatever the recorder does.
 
 Steps. W&B counts rows in a ``_step`` of its own, renumbers it when records are merged, and drops rows that
 go back in it. So ours is an ordinary column, ``step``, against which all others are drawn, and a row

@@ -155,7 +155,7 @@ class LocalScheduler(Scheduler):
 
     def stop(self, job_id: str) -> None:
         (self._jobs / job_id / "stopped").touch()
-        self.signal(job_id, signal.SIGTERM)
+        self.signal(job_id, signal.SIGINT)
 
     def log(self, job_id: str) -> str:
         if not (self._jobs / job_id).is_dir():

@@ -138,7 +138,8 @@ def test_the_life_of_a_job(head: Head) -> None:
     assert jobs.read("one") is None
     begun = begin(jobs, A="b")
     assert head.jobs["one"]["entrypoint"] == "launcher resume s3://b/r"
-    assert head.jobs["one"]["runtime_env"] == {"env_vars": {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    stop = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert head.jobs["one"]["runtime_env"] == {"env_vars": {"A": "b", **stop}}
     assert head.jobs["one"]["metadata"] == {"run": "s3://b/r"}
     running = jobs.read("one")
     assert running == begun
@@ -213,7 +214,7 @@ def test_what_an_inspection_runs(head: Head) -> None:
     assert job["submission_id"].startswith("launcher-inspect-")
     variables = dict(job["runtime_env"]["env_vars"])
     assert needs_from_text(variables.pop(NEEDS_VARIABLE)) == NEEDS
-    assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": "1"}
+    assert variables == {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "1"}
     assert TOKEN not in json.dumps(job)
 
 

@@ -856,7 +856,7 @@ def test_patience_ends_though_what_is_left_of_it_does_not_move_the_clock(flaky):
 
     with (
         mock.patch.object(storage, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
-        mock.patch.object(storage.random, "uniform", lambda *_: 10 - 2**-44),
+        mock.patch.object(storage.random, "uniform", return_value=10 - 2**-44),
         pytest.raises(StorageError, match="cannot write b: reset"),
     ):
         Store("flaky://a", patience_s=10.0).write("b", b"1")

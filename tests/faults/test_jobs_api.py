@@ -66,7 +66,7 @@ def wait(ready):
         time.sleep(0.1)
     raise SystemExit(f"{scheduler.read('one')}: {scheduler.log('one')}")
 
-COMMAND = "trap 'sleep 5; echo saved; exit 0' TERM; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
+COMMAND = "trap 'sleep 5; echo saved; kill $!; exit 0' INT; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
 
 def begin(run="s3://b/r"):
     return scheduler.begin("one", COMMAND, {"GIVEN": "given"}, stop_grace_s=60, metadata={"run": run})
