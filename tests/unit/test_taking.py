@@ -16,7 +16,7 @@ from launcher import runs
 from launcher.description import Description, parse
 from launcher.plan import Plan, decide
 from launcher.runs import resume
-from launcher.user_code import find_code
+from launcher.user_code import UserCode, find_code
 from tests.launcher_without_ray import Machine
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, TRIED, Said
@@ -41,8 +41,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
     """What is planned, the newest last; a plan needs torch and seconds, and no test here trains."""
     pairs: list[Pair] = []
 
-    def make_plan(description: Description, import_paths: tuple[str, ...], *_: Any) -> Plan:
-        pairs.append((description.text, Path(import_paths[0]).name))
+    def make_plan(description: Description, _: str, code: UserCode, *__: Any) -> Plan:
+        pairs.append((description.text, code.sha256))
         data = str(description.spec.data.train)
         return decide(description, Store("crash://runs"), replace(TRIED, data_fingerprint=data), None)
 
