@@ -75,6 +75,7 @@ def begin(
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         if has_bundle(run):
             code = find_code(run)
+            display.message(f"running with the code that was submitted, not with {folder.resolve()}")
         return _continue(run, seen, stored, description, code, cluster, display, force=False, take_over=take_over)
     _meet_other_driver(run, display, take_over=take_over)  # it has the run, and has not described it yet
     cluster.import_ahead()

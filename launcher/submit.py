@@ -48,7 +48,7 @@ from launcher.user_code import find_code, make_import_paths
 
 _ASK_AGAIN_S = 2.0
 _DIGITS = 12
-"""Of a digest, in the name of a job."""
+"""Of a digest, in the name of a job and in messages."""
 _LONGEST_NAME = 40
 _VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_][A-Za-z0-9_]*)\}")
 """One that a description cannot do without; with a default, it can."""
@@ -64,6 +64,7 @@ class _Snapshot:
         newest: How its newest submission stands; none: it was never submitted.
         submission: What that holds.
         changed: What is to change in its description.
+        code_sha256: The digest of the code that it has; none: that is no bundle, or there is no such run.
         reached: The step of its newest checkpoint.
     """
 
@@ -72,6 +73,7 @@ class _Snapshot:
     newest: SubmissionReport | None
     submission: Submission | None
     changed: list[Difference]
+    code_sha256: str | None
     reached: int
 
     @property
@@ -215,8 +217,11 @@ def _submit(
     if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
         reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
         return _leave_alone(run, before, place, replace(following, why_not=reached), display)
-    for change in _snapshot(run, description).changed:  # again: somebody may have submitted another run by this name
+    now = _snapshot(run, description)  # again: somebody may have submitted another run by this name
+    for change in now.changed:
         display.message(f"changed {change}")
+    if now.code_sha256 not in (None, code.sha256):
+        display.message(f"changed code: {now.code_sha256[:_DIGITS]} -> {code.sha256[:_DIGITS]}")
     submission = Submission(
         number=following.number,
         job=make_job_id(run.url, following.number),
@@ -283,18 +288,21 @@ def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str
 def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
     newest, submission = run.submissions.read_newest() or (None, None)
-    stored, changed = None, list[Difference]()
+    stored, changed, code = None, list[Difference](), None
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         changed, _ = compare(run, stored, wanted)
+        code = run.read_environment().get("code")
     elif submission is not None:  # nothing was trained: it may become another
         changed = differences(parse(submission.description, run.url).spec, wanted.spec)
+        code = submission.code_sha256
     return _Snapshot(
         stored=stored,
         status=run.read_status(),
         newest=newest,
         submission=submission,
         changed=changed,
+        code_sha256=code,
         reached=max(run.checkpoints.steps(), default=0),
     )
 

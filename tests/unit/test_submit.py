@@ -528,6 +528,27 @@ class TestTheSameRunAgain:
         assert run.submissions.read(report.id).description == more.text
         assert not run.exists(), "until its driver has taken the run"
 
+    @pytest.mark.parametrize("has_begun", [False, True])
+    def test_with_other_code(self, job, folder, has_begun):
+        scheduler, said = FakeScheduler(), Said()
+        (folder / "mine.py").write_text("x = 1\n")
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        run = run_of(job)
+        old = run.submissions.read_newest()[1].code_sha256
+        if has_begun:
+            take_newest(run)
+            run.write_description(job.text, {"code": old})
+        (folder / "mine.py").write_text("x = 2\n")
+        second = hand_over(job, folder, scheduler, said)["job"]
+        scheduler.known[second] = "failed"
+        new = run.submissions.read_newest()[1].code_sha256
+        assert f"changed code: {old[:12]} -> {new[:12]}" in said.messages
+        (folder / "mine.py").write_text(f"x = {1 if has_begun else 2}\n")
+        same = Said()
+        hand_over(job, folder, scheduler, same)
+        assert not [message for message in same.messages if "changed" in message]
+
     def test_with_other_data(self, job, folder):
         scheduler = FakeScheduler()
         first = hand_over(job, folder, scheduler)["job"]

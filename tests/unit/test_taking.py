@@ -149,6 +149,16 @@ def test_of_one_that_a_person_changes_by_force(run, planned):
         assert planned[-1][1] == before[1], number
 
 
+def test_a_person_is_told_that_the_code_at_hand_is_not_used(run, planned, tmp_path):
+    submission_id, pair = submit(run, 0)
+    take(run, submission_id)
+    said = Said()
+    with pytest.raises(Training):
+        begin(parse(TEXT, "digits.yaml"), tmp_path / "job", Machine(2), said, take_over=True)
+    assert planned[-1] == pair
+    assert f"running with the code that was submitted, not with {tmp_path}/job" in said.messages
+
+
 class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
     """The plan waits for room, for an hour at most."""
 
