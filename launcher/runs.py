@@ -410,10 +410,10 @@ def _train(
     spec = description.spec
     if plan.why_cpu:
         display.warn(plan.why_cpu)
+    run.clear_stop()  # one that was asked of an earlier driver; one that comes once the run is claimed is for this one
     run.claim()
     if back_to is not None:
         go_back(run, back_to)
-    run.clear_stop()  # one that was asked of an earlier driver
     # With that the run exists: from here on it can be resumed from anywhere.
     run.write_description(description.text, _environment(run, plan, code))
     if code.submission_id is not None:

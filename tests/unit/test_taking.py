@@ -149,6 +149,23 @@ def test_of_one_that_a_person_changes_by_force(run, planned):
         assert planned[-1][1] == before[1], number
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_stop_is_for_the_driver_that_has_the_run_when_it_comes(run, planned, monkeypatch, is_early):
+    submission_id, pair = submit(run, 0)
+    claim = RunDirectory.claim
+
+    def claim_and_be_seen(directory: RunDirectory) -> None:
+        claim(directory)
+        if not is_early:
+            run.request_stop()  # the run is running, for all who look
+
+    monkeypatch.setattr(RunDirectory, "claim", claim_and_be_seen)
+    if is_early:
+        run.request_stop()
+    take(run, submission_id)
+    assert (planned[-1], run.is_stop_requested()) == (pair, not is_early)
+
+
 def test_a_person_is_told_that_the_code_at_hand_is_not_used(run, planned, tmp_path):
     submission_id, pair = submit(run, 0)
     take(run, submission_id)
