@@ -13,6 +13,7 @@ from typing import Literal
 
 from cluster.documents import read_document, write_document
 from cluster.errors import StorageError, one_line
+from cluster.secrets import redacted
 from cluster.storage import Store
 
 SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
@@ -185,7 +186,8 @@ class Submissions:
             raise
 
     def _mark_failed(self, submission_id: str, error: str) -> None:
-        write_document(self._store, f"{submission_id}.failed.json", {"error": error})
+        # The store keeps it for all who may read there, and it may be any exception's.
+        write_document(self._store, f"{submission_id}.failed.json", {"error": redacted(error, {})})
 
     def read_failure(self, submission_id: str) -> str:
         """Why the driver of a submission that failed ended, in a line."""

@@ -99,6 +99,15 @@ class TestAnswered:
         assert submissions.read_failure(submission_id) == "no room: add nodes"
         assert submissions.standing(submission_id) == "due", "a retry of its job may take it yet"
 
+    def test_its_secrets_are_not(self, submissions, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(ValueError, match="no login"), submissions.answered(submission_id):
+            raise ValueError("no login with 0123456789abcdef at https://me:hunter22@host/x")
+        (failure,) = (tmp_path / "run/submissions").glob("*.failed.json")
+        assert "no login with" in failure.read_text()
+        assert not [secret for secret in ("0123456789abcdef", "hunter22") if secret in failure.read_text()]
+
     def test_an_error_afterwards_is_the_runs(self, submissions):
         submission_id = submissions.write(FIRST)
 
