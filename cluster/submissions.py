@@ -6,13 +6,14 @@ submission of the other is never taken.
 """
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from cluster.documents import read_document, write_document
-from cluster.errors import StorageError, one_line
+from cluster.errors import DescriptionError, StorageError, one_line
 from cluster.secrets import redacted
 from cluster.storage import Store
 
@@ -22,6 +23,9 @@ Standing = Literal["due", "taken", "superseded"]
 
 _MARKS: tuple[SubmissionState, ...] = ("taken", "stopped", "failed", "done")
 """Those that a file of its own tells; of several the first counts."""
+_ID = r"([0-9]{6,})-[0-9]{14,}-[0-9a-f]{8}"
+_NAME = re.compile(rf"(?P<id>{_ID})(?:\.(?P<mark>{'|'.join(_MARKS)}))?\.json")
+"""What else lies beside them is none of theirs."""
 _UNKNOWN = "it does not say why"
 _UNTOLD: Mapping[type[BaseException], str] = dict.fromkeys(
     (KeyboardInterrupt, SystemExit), "it was stopped before the run began"
@@ -111,16 +115,15 @@ class Submissions:
 
     def reports(self) -> list[SubmissionReport]:
         """All of them: by number, of one number those that were taken last, and else by time. One listing."""
-        parts = [name.split(".") for name in self._store.names() if name.endswith(".json")]
-        marks = {(submission_id, mark) for submission_id, *marked in parts for mark in marked[:-1]}
+        found = {(match["id"], match["mark"]) for match in map(_NAME.fullmatch, self._store.names()) if match}
 
         def state(submission_id: str) -> SubmissionState:
-            return next((mark for mark in _MARKS if (submission_id, mark) in marks), "waiting")
+            return next((mark for mark in _MARKS if (submission_id, mark) in found), "waiting")
 
         reports = [
             SubmissionReport(id=submission_id, number=_number(submission_id), state=state(submission_id))
-            for submission_id, *marked in parts
-            if len(marked) == 1
+            for submission_id, mark in found
+            if mark is None
         ]
         return sorted(reports, key=lambda report: (report.number, report.state == "taken", report.id))
 
@@ -151,6 +154,9 @@ class Submissions:
         Returns:
             ``due``: to take it; ``taken``: to go on with the run, since an earlier process of the job has taken it;
             ``superseded``: nothing, since another one was taken that is not older.
+
+        Raises:
+            DescriptionError: That is no id.
         """
         taken = {report.id for report in self.reports() if report.state == "taken"}
         if any(_number(other) > _number(submission_id) for other in taken):
@@ -173,7 +179,12 @@ class Submissions:
 
         Args:
             submission_id: None: the driver was begun for none.
+
+        Raises:
+            DescriptionError: That is no id.
         """
+        if submission_id is not None:
+            _number(submission_id)
         try:
             yield
             if submission_id is not None and self.standing(submission_id) == "due":  # there was nothing to do
@@ -199,4 +210,7 @@ class Submissions:
 
 
 def _number(submission_id: str) -> int:
-    return int(submission_id.partition("-")[0])
+    match = re.fullmatch(_ID, submission_id)
+    if match is None:
+        raise DescriptionError(f"--submission {submission_id}: is no submission; leave it out to go on with the run")
+    return int(match[1])

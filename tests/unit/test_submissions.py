@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError, DescriptionError, StorageError
 from cluster.storage import Store
 from cluster.submissions import Submission, SubmissionReport, Submissions
 
@@ -39,7 +39,7 @@ def newest(submissions: Submissions) -> SubmissionReport:
 
 def test_none_was_written(submissions):
     assert submissions.newest() is None
-    assert submissions.standing("000000-ab") == "due"
+    assert submissions.standing("000000-00000000001500-1f3ac0de") == "due"
     assert submissions.read_newest() is None
 
 
@@ -88,6 +88,22 @@ def test_one_that_is_withdrawn_while_it_is_read(submissions, monkeypatch):
 def test_numbers_are_not_compared_as_text(submissions):
     ids = [submissions.write(replace(FIRST, number=number)) for number in (9, 10, 1_000_000)]
     assert newest(submissions).id == ids[-1]
+
+
+@pytest.mark.parametrize("name", ["notes.json", "old/000001-00000000001500-1f3ac0de.json", "000001-copy.json"])
+def test_other_files_beside_them_are_passed_over(submissions, name):
+    submission_id = submissions.write(FIRST)
+    submissions.mark_taken(submission_id)
+    submissions._store.write(name, b"{}")
+    assert submissions.reports() == [SubmissionReport(id=submission_id, number=0, state="taken")]
+
+
+def test_what_is_no_submission(submissions):
+    submissions.mark_taken(submissions.write(FIRST))
+    with pytest.raises(DescriptionError, match="--submission x: is no submission; leave it out"):
+        submissions.standing("x")
+    with pytest.raises(DescriptionError, match="--submission x: is no submission"), submissions.answered("x"):
+        raise AssertionError("nothing is begun")
 
 
 class TestAnswered:
