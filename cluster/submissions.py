@@ -9,7 +9,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Literal
 
 from cluster.documents import read_document, write_document
@@ -82,6 +82,10 @@ class SubmissionReport:
     state: SubmissionState
 
 
+class UnreadableSubmissionError(StorageError):
+    """A submission is missing, torn, or of a launcher that wrote less; its name tells its number and its state."""
+
+
 class Submissions:
     """Those of one run.
 
@@ -103,15 +107,19 @@ class Submissions:
         """The submission with an id.
 
         Raises:
-            StorageError: There is none, or it is torn: it was being written when its writer was killed.
+            UnreadableSubmissionError: There is none; or it is torn: it was being written when its writer was killed;
+                or it lacks what this launcher needs to know.
         """
         where = f"{self._store.url}/{submission_id}.json"
         document = read_document(self._store, f"{submission_id}.json")
         if document is None:
-            raise StorageError(f"{where}: is missing or torn; submit the run again")
-        if missing := [field.name for field in fields(Submission) if field.name not in document]:
-            raise StorageError(f"{where}: has no {', '.join(missing)}; submit the run again with one launcher")
-        return Submission(**{field.name: document[field.name] for field in fields(Submission)})
+            raise UnreadableSubmissionError(f"{where}: is missing or torn; submit the run again")
+        lacks = [field for field in fields(Submission) if field.name not in document]
+        if missing := [field.name for field in lacks if field.default is MISSING]:
+            raise UnreadableSubmissionError(
+                f"{where}: has no {', '.join(missing)}; submit the run again with one launcher"
+            )
+        return Submission(**{field.name: document[field.name] for field in fields(Submission) if field not in lacks})
 
     def reports(self) -> list[SubmissionReport]:
         """All of them: by number, of one number those that were taken last, and else by time. One listing."""
@@ -136,17 +144,23 @@ class Submissions:
         """The last of ``reports``, and what it holds; none: the run was never submitted.
 
         Raises:
-            StorageError: It is torn.
+            UnreadableSubmissionError: It cannot be read.
         """
         report = self.newest()
         while report is not None:
             try:
                 return report, self.read(report.id)
-            except StorageError:
+            except UnreadableSubmissionError:
                 listed, report = report, self.newest()
                 if report == listed:  # and was not just withdrawn
                     raise
         return None
+
+    def readable(self) -> Iterator[tuple[SubmissionReport, Submission]]:
+        """Those that can be read, with what they hold; the last of ``reports`` first, read one by one."""
+        for report in reversed(self.reports()):
+            with contextlib.suppress(UnreadableSubmissionError):
+                yield report, self.read(report.id)
 
     def standing(self, submission_id: str) -> Standing:
         """What a job has to do that was begun for a submission.

@@ -25,7 +25,7 @@ from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
-from cluster.submissions import Submission, SubmissionReport
+from cluster.submissions import Submission, SubmissionReport, UnreadableSubmissionError
 from cluster.versions import check_ray_version
 from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
@@ -62,7 +62,7 @@ class _Snapshot:
         stored: Its description; none: there is no such run.
         status: What its last driver wrote; none: it never had one.
         newest: How its newest submission stands; none: it was never submitted.
-        submission: What that holds.
+        submission: What that holds; none: it was never submitted, or that cannot be read.
         changed: What is to change in its description.
         code_sha256: The digest of the code that it has; none: that is no bundle, or there is no such run.
         reached: The step of its newest checkpoint.
@@ -204,6 +204,8 @@ def _submit(
     """
     check_ray_version()  # the nodes have the same, as they are asked below
     before = _snapshot(run, description)
+    if before.newest is not None and before.submission is None:
+        display.warn(f"{run.url}: submission {before.newest.id} cannot be read, and is passed over")
     following = _what_is_next(run, before, scheduler, place)
     if following.why_not:
         return _leave_alone(run, before, place, following, display)
@@ -287,7 +289,10 @@ def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str
 
 def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
-    newest, submission = run.submissions.read_newest() or (None, None)
+    try:
+        newest, submission = run.submissions.read_newest() or (None, None)
+    except UnreadableSubmissionError:  # its name has the number, and the next one takes its place
+        newest, submission = run.submissions.newest(), None
     stored, changed, code = None, list[Difference](), None
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")

@@ -1,14 +1,14 @@
 """Submissions change nothing in a run until one is taken, whatever becomes of those who wrote them."""
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError, StorageError
+from cluster.errors import ClusterError, DescriptionError
 from cluster.storage import Store
-from cluster.submissions import Submission, SubmissionReport, Submissions
+from cluster.submissions import Submission, SubmissionReport, Submissions, UnreadableSubmissionError
 
 FIRST = Submission(
     number=0,
@@ -175,5 +175,17 @@ class TestAnswered:
 def test_one_that_cannot_be_read(submissions, tmp_path, text, said):
     submission_id = submissions.write(FIRST)
     (tmp_path / f"run/submissions/{submission_id}.json").write_text(text)
-    with pytest.raises(StorageError, match=f"{submission_id}.json: {said}"):
+    with pytest.raises(UnreadableSubmissionError, match=f"{submission_id}.json: {said}"):
         submissions.read(submission_id)
+    older = submissions.write(replace(FIRST, time=0.5))
+    assert [(report.id, found) for report, found in submissions.readable()] == [(older, replace(FIRST, time=0.5))]
+    with pytest.raises(UnreadableSubmissionError, match=said):
+        submissions.read_newest()
+
+
+def test_one_of_a_launcher_that_wrote_only_what_is_required(submissions, tmp_path):
+    submission_id = submissions.write(FIRST)
+    path = tmp_path / f"run/submissions/{submission_id}.json"
+    required = {field.name for field in fields(Submission) if field.default is MISSING}
+    path.write_text(json.dumps({name: value for name, value in asdict(FIRST).items() if name in required}))
+    assert submissions.read(submission_id) == FIRST
