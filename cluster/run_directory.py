@@ -147,9 +147,18 @@ class RunDirectory:
     def read_environment(self) -> dict[str, Any]:
         """What belongs to the description that is there, see ``write_description``; empty if nothing does.
 
-        Empty too if the writer was killed on a store that cannot rename.
+        Raises:
+            StorageError: It is torn, as a kill leaves it on a store that cannot rename, and the description is there.
         """
-        environment = read_document(self.store, _ENVIRONMENT) or {}
+        environment = read_document(self.store, _ENVIRONMENT)
+        if environment is None and self.exists():
+            environment = read_document(self.store, _ENVIRONMENT)  # it is written before a first description
+            if environment is None and self.store.exists(_ENVIRONMENT):
+                raise StorageError(
+                    f"{self.url}/{_ENVIRONMENT}: is torn, and nothing else tells the code and the data that the run "
+                    "began with; restore it, or delete it and submit the run again with the same code"
+                )
+        environment = environment or {}
         before = environment.pop(_BEFORE, None)
         if before is not None and before["job_sha256"] == _digest(self._job()):  # its description was never written
             return dict(before["environment"])

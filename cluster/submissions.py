@@ -6,13 +6,15 @@ submission of the other is never taken.
 """
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Literal
 
 from cluster.documents import read_document, write_document
-from cluster.errors import StorageError, one_line
+from cluster.errors import DescriptionError, StorageError, one_line
+from cluster.secrets import redacted
 from cluster.storage import Store
 
 SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
@@ -21,6 +23,9 @@ Standing = Literal["due", "taken", "superseded"]
 
 _MARKS: tuple[SubmissionState, ...] = ("taken", "stopped", "failed", "done")
 """Those that a file of its own tells; of several the first counts."""
+_ID = r"([0-9]{6,})-[0-9]{14,}-[0-9a-f]{8}"
+_NAME = re.compile(rf"(?P<id>{_ID})(?:\.(?P<mark>{'|'.join(_MARKS)}))?\.json")
+"""What else lies beside them is none of theirs."""
 _UNKNOWN = "it does not say why"
 _UNTOLD: Mapping[type[BaseException], str] = dict.fromkeys(
     (KeyboardInterrupt, SystemExit), "it was stopped before the run began"
@@ -77,6 +82,10 @@ class SubmissionReport:
     state: SubmissionState
 
 
+class UnreadableSubmissionError(StorageError):
+    """A submission is missing, torn, or of a launcher that wrote less; its name tells its number and its state."""
+
+
 class Submissions:
     """Those of one run.
 
@@ -98,28 +107,31 @@ class Submissions:
         """The submission with an id.
 
         Raises:
-            StorageError: There is none, or it is torn: it was being written when its writer was killed.
+            UnreadableSubmissionError: There is none; or it is torn: it was being written when its writer was killed;
+                or it lacks what this launcher needs to know.
         """
         where = f"{self._store.url}/{submission_id}.json"
         document = read_document(self._store, f"{submission_id}.json")
         if document is None:
-            raise StorageError(f"{where}: is missing or torn; submit the run again")
-        if missing := [field.name for field in fields(Submission) if field.name not in document]:
-            raise StorageError(f"{where}: has no {', '.join(missing)}; submit the run again with one launcher")
-        return Submission(**{field.name: document[field.name] for field in fields(Submission)})
+            raise UnreadableSubmissionError(f"{where}: is missing or torn; submit the run again")
+        lacks = [field for field in fields(Submission) if field.name not in document]
+        if missing := [field.name for field in lacks if field.default is MISSING]:
+            raise UnreadableSubmissionError(
+                f"{where}: has no {', '.join(missing)}; submit the run again with one launcher"
+            )
+        return Submission(**{field.name: document[field.name] for field in fields(Submission) if field not in lacks})
 
     def reports(self) -> list[SubmissionReport]:
         """All of them: by number, of one number those that were taken last, and else by time. One listing."""
-        parts = [name.split(".") for name in self._store.names() if name.endswith(".json")]
-        marks = {(submission_id, mark) for submission_id, *marked in parts for mark in marked[:-1]}
+        found = {(match["id"], match["mark"]) for match in map(_NAME.fullmatch, self._store.names()) if match}
 
         def state(submission_id: str) -> SubmissionState:
-            return next((mark for mark in _MARKS if (submission_id, mark) in marks), "waiting")
+            return next((mark for mark in _MARKS if (submission_id, mark) in found), "waiting")
 
         reports = [
             SubmissionReport(id=submission_id, number=_number(submission_id), state=state(submission_id))
-            for submission_id, *marked in parts
-            if len(marked) == 1
+            for submission_id, mark in found
+            if mark is None
         ]
         return sorted(reports, key=lambda report: (report.number, report.state == "taken", report.id))
 
@@ -132,17 +144,23 @@ class Submissions:
         """The last of ``reports``, and what it holds; none: the run was never submitted.
 
         Raises:
-            StorageError: It is torn.
+            UnreadableSubmissionError: It cannot be read.
         """
         report = self.newest()
         while report is not None:
             try:
                 return report, self.read(report.id)
-            except StorageError:
+            except UnreadableSubmissionError:
                 listed, report = report, self.newest()
                 if report == listed:  # and was not just withdrawn
                     raise
         return None
+
+    def readable(self) -> Iterator[tuple[SubmissionReport, Submission]]:
+        """Those that can be read, with what they hold; the last of ``reports`` first, read one by one."""
+        for report in reversed(self.reports()):
+            with contextlib.suppress(UnreadableSubmissionError):
+                yield report, self.read(report.id)
 
     def standing(self, submission_id: str) -> Standing:
         """What a job has to do that was begun for a submission.
@@ -150,6 +168,9 @@ class Submissions:
         Returns:
             ``due``: to take it; ``taken``: to go on with the run, since an earlier process of the job has taken it;
             ``superseded``: nothing, since another one was taken that is not older.
+
+        Raises:
+            DescriptionError: That is no id.
         """
         taken = {report.id for report in self.reports() if report.state == "taken"}
         if any(_number(other) > _number(submission_id) for other in taken):
@@ -172,7 +193,12 @@ class Submissions:
 
         Args:
             submission_id: None: the driver was begun for none.
+
+        Raises:
+            DescriptionError: That is no id.
         """
+        if submission_id is not None:
+            _number(submission_id)
         try:
             yield
             if submission_id is not None and self.standing(submission_id) == "due":  # there was nothing to do
@@ -185,7 +211,8 @@ class Submissions:
             raise
 
     def _mark_failed(self, submission_id: str, error: str) -> None:
-        write_document(self._store, f"{submission_id}.failed.json", {"error": error})
+        # The store keeps it for all who may read there, and it may be any exception's.
+        write_document(self._store, f"{submission_id}.failed.json", {"error": redacted(error, {})})
 
     def read_failure(self, submission_id: str) -> str:
         """Why the driver of a submission that failed ended, in a line."""
@@ -197,4 +224,7 @@ class Submissions:
 
 
 def _number(submission_id: str) -> int:
-    return int(submission_id.partition("-")[0])
+    match = re.fullmatch(_ID, submission_id)
+    if match is None:
+        raise DescriptionError(f"--submission {submission_id}: is no submission; leave it out to go on with the run")
+    return int(match[1])

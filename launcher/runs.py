@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Manifest
-from cluster.claims import SupersededError
+from cluster.claims import DRIVER_KEYS, SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds import Cluster
 from cluster.run_directory import RunDirectory
@@ -70,14 +70,18 @@ def begin(
     """
     code = UserCode(folders=make_import_paths(folder))
     run = run_directory(description)
+    seen = _look(run)
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         if has_bundle(run):
             code = find_code(run)
-        return _continue(run, stored, description, code, cluster, display, force=False, take_over=take_over)
+            display.message(f"running with the code that was submitted, not with {folder.resolve()}")
+        return _continue(run, seen, stored, description, code, cluster, display, force=False, take_over=take_over)
+    _meet_other_driver(run, display, take_over=take_over)  # it has the run, and has not described it yet
     cluster.import_ahead()
     plan = make_plan(description, run.url, code, cluster, display.phase)
     display.message(one_line(description.spec, plan))
+    _check_since(run, seen, take_over=take_over)
     return _train(run, description, plan, code, cluster, display, may_differ=False)
 
 
@@ -110,6 +114,7 @@ def resume(
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
+    seen = _look(run)
     found = find_description(run, submission_id)
     stored = found.stored
     branch = None if new is None else branch_directory(run, new)
@@ -124,7 +129,7 @@ def resume(
         overrides = [*overrides, *_place_of(branch, stored, overrides)]
     wanted = found.changed(overrides) if submission_id else found.continued(overrides, reached)
     if branch is None:
-        return _continue(run, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
+        return _continue(run, seen, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
     return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
@@ -242,6 +247,7 @@ def run_directory(description: Description) -> RunDirectory:
 
 def _continue(
     run: RunDirectory,
+    seen: "_Seen",
     stored: Description,
     wanted: Description,
     code: UserCode,
@@ -274,6 +280,7 @@ def _continue(
         display.message(f"resuming {run.url}")
     else:
         display.message(f"going back to step {at} of {run.url}")
+    _check_since(run, seen, take_over=take_over)
     return _train(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
 
 
@@ -403,10 +410,10 @@ def _train(
     spec = description.spec
     if plan.why_cpu:
         display.warn(plan.why_cpu)
+    run.clear_stop()  # one that was asked of an earlier driver; one that comes once the run is claimed is for this one
     run.claim()
     if back_to is not None:
         go_back(run, back_to)
-    run.clear_stop()  # one that was asked of an earlier driver
     # With that the run exists: from here on it can be resumed from anywhere.
     run.write_description(description.text, _environment(run, plan, code))
     if code.submission_id is not None:
@@ -476,6 +483,62 @@ def _meet_other_driver(run: RunDirectory, display: Progress, *, take_over: bool)
         )
     else:
         display.message(f"{driver} ran {run.url} and is gone: going on in its place")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """How a run stood when this process looked at it.
+
+    Attributes:
+        status: What its last driver wrote; none: it never had one.
+        text: Its description; none: it has not begun.
+        code: The digest of the bundle that it has; none: it has none.
+    """
+
+    status: dict[str, Any] | None
+    text: str | None
+    code: str | None
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Who had the run last, and what with."""
+        return *((self.status or {}).get(key) for key in DRIVER_KEYS), self.text, self.code
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its last driver has not said that it ended."""
+        return self.status is not None and self.status["status"] == "running"
+
+
+def _look(run: RunDirectory) -> _Seen:
+    status, text = run.read_status(), None  # the status first: a driver claims the run before it describes it
+    with contextlib.suppress(MissingObject):
+        text = run.read_job()
+    return _Seen(status=status, text=text, code=run.read_environment().get("code"))
+
+
+def _check_since(run: RunDirectory, seen: _Seen, *, take_over: bool) -> None:
+    """Makes sure, just before a run is claimed, that it is as it was when this process decided what to do with it.
+
+    That may be long ago, for the plan waits until there is room to try the job out.
+
+    Args:
+        run: Which.
+        seen: How it stood before anything else of it was read.
+        take_over: Whether the driver that was seen may be alive.
+
+    Raises:
+        ClusterError: Somebody else drives it, or has driven it since.
+    """
+    now = _look(run)
+    has_written = seen.is_running and now.status != seen.status  # then the driver that seemed to be gone lives
+    if now.content == seen.content and (take_over or not has_written):
+        return
+    who = "somebody" if now.status is None else f"process {now.status['pid']} on {now.status['host']}"
+    raise ClusterError(
+        f"{run.url}: {who} has driven it since this process looked at it; nothing was changed here: look at "
+        f"`launcher status {run.url}`, then give the command again"
+    )
 
 
 def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence[Mapping[str, Any]]) -> RunState:

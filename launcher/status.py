@@ -9,7 +9,7 @@ from cluster.checkpoints import CONCURRENT_REQUESTS, Survey
 from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, is_alive
 from cluster.errors import CheckpointError, ClusterError
 from cluster.run_directory import RunDirectory
-from cluster.submissions import Submission, SubmissionReport
+from cluster.submissions import Submission, SubmissionReport, UnreadableSubmissionError
 from launcher.background import HANGS_S
 
 SILENCE_S = 3 * HANGS_S + 10.0
@@ -104,9 +104,17 @@ def without_driver(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
-    """The ``--json`` documents of some runs."""
+    """The ``--json`` documents of some runs; of one whose newest submission cannot be read, the error is in its own."""
+
+    def document(run: RunDirectory) -> dict[str, Any]:
+        try:
+            return read_status(run)
+        except UnreadableSubmissionError as error:
+            about = {"run": run.url, "status": "failed", "error": str(error)}
+            return NOT_BEGUN | without_driver(run.read_status() or {}) | about
+
     with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="status") as pool:
-        return list(pool.map(read_status, runs))
+        return list(pool.map(document, runs))
 
 
 def checkpoint_documents(run: RunDirectory, survey: Survey, *, verify: bool = False) -> list[dict[str, Any]]:

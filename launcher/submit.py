@@ -25,7 +25,7 @@ from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
-from cluster.submissions import Submission, SubmissionReport
+from cluster.submissions import Submission, SubmissionReport, UnreadableSubmissionError
 from cluster.versions import check_ray_version
 from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
@@ -48,7 +48,7 @@ from launcher.user_code import find_code, make_import_paths
 
 _ASK_AGAIN_S = 2.0
 _DIGITS = 12
-"""Of a digest, in the name of a job."""
+"""Of a digest, in the name of a job and in messages."""
 _LONGEST_NAME = 40
 _VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_][A-Za-z0-9_]*)\}")
 """One that a description cannot do without; with a default, it can."""
@@ -62,8 +62,9 @@ class _Snapshot:
         stored: Its description; none: there is no such run.
         status: What its last driver wrote; none: it never had one.
         newest: How its newest submission stands; none: it was never submitted.
-        submission: What that holds.
+        submission: What that holds; none: it was never submitted, or that cannot be read.
         changed: What is to change in its description.
+        code_sha256: The digest of the code that it has; none: that is no bundle, or there is no such run.
         reached: The step of its newest checkpoint.
     """
 
@@ -72,6 +73,7 @@ class _Snapshot:
     newest: SubmissionReport | None
     submission: Submission | None
     changed: list[Difference]
+    code_sha256: str | None
     reached: int
 
     @property
@@ -202,6 +204,8 @@ def _submit(
     """
     check_ray_version()  # the nodes have the same, as they are asked below
     before = _snapshot(run, description)
+    if before.newest is not None and before.submission is None:
+        display.warn(f"{run.url}: submission {before.newest.id} cannot be read, and is passed over")
     following = _what_is_next(run, before, scheduler, place)
     if following.why_not:
         return _leave_alone(run, before, place, following, display)
@@ -215,8 +219,11 @@ def _submit(
     if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
         reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
         return _leave_alone(run, before, place, replace(following, why_not=reached), display)
-    for change in _snapshot(run, description).changed:  # again: somebody may have submitted another run by this name
+    now = _snapshot(run, description)  # again: somebody may have submitted another run by this name
+    for change in now.changed:
         display.message(f"changed {change}")
+    if now.code_sha256 not in (None, code.sha256):
+        display.message(f"changed code: {now.code_sha256[:_DIGITS]} -> {code.sha256[:_DIGITS]}")
     submission = Submission(
         number=following.number,
         job=make_job_id(run.url, following.number),
@@ -282,19 +289,25 @@ def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str
 
 def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
-    newest, submission = run.submissions.read_newest() or (None, None)
-    stored, changed = None, list[Difference]()
+    try:
+        newest, submission = run.submissions.read_newest() or (None, None)
+    except UnreadableSubmissionError:  # its name has the number, and the next one takes its place
+        newest, submission = run.submissions.newest(), None
+    stored, changed, code = None, list[Difference](), None
     if run.exists():
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         changed, _ = compare(run, stored, wanted)
+        code = run.read_environment().get("code")
     elif submission is not None:  # nothing was trained: it may become another
         changed = differences(parse(submission.description, run.url).spec, wanted.spec)
+        code = submission.code_sha256
     return _Snapshot(
         stored=stored,
         status=run.read_status(),
         newest=newest,
         submission=submission,
         changed=changed,
+        code_sha256=code,
         reached=max(run.checkpoints.steps(), default=0),
     )
 

@@ -127,17 +127,15 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
     Raises:
         DescriptionError: The run was never submitted.
     """
-    reports = run.submissions.reports()
-    if not reports:
+    there = (each for each in run.submissions.readable() if each[1].cluster == cluster)
+    found = next(there, None) or run.submissions.read_newest()  # the cluster may be known by several addresses
+    if found is None:
         raise DescriptionError(f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster")
-    submissions = {report.id: run.submissions.read(report.id) for report in reports}
-    newest = reports[-1].id
-    there = [submission_id for submission_id, each in submissions.items() if each.cluster == cluster]
-    submission_id = there[-1] if there else newest  # the cluster may be known by several addresses
+    report, submission = found
     return SubmittedJob(
         run=run,
-        submission_id=submission_id,
-        submission=submissions[submission_id],
+        submission_id=report.id,
+        submission=submission,
         scheduler=scheduler,
         cluster=cluster,
     )

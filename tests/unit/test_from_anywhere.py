@@ -104,7 +104,8 @@ class TestWhatItCosts:
             assert ended.exit_code == 0, ended.output
             calls.append(Counter(CountingFileSystem.calls))
         assert calls[0] == calls[1]
-        assert 0 < calls[0].total() <= 12
+        # To go on, a process keeps how the run stands, for it must not have changed by the time it is claimed.
+        assert 0 < calls[0].total() <= (15 if verb == "resume" else 12)
 
     def test_checkpoints_are_two_listings_and_the_manifests_several_at_a_time(self):
         run = make_run("digits", [*range(1, 61)])

@@ -109,6 +109,29 @@ def test_a_document_that_stays_torn_is_not_known(run, pauses):
     assert sum(pauses) < 1
 
 
+def test_what_a_run_began_with_is_not_forgotten_because_it_is_torn(run, pauses):
+    run.write_description("seed: 0\n", {"code": "a"})
+    run.store.write("environment.json", b'{"co')
+    with pytest.raises(StorageError, match=r"/environment.json: is torn, .*; restore it, or delete it and submit"):
+        run.read_environment()
+    with pytest.raises(StorageError, match="is torn"):
+        run.write_description("seed: 1\n", {"code": "b"})
+    run.store.delete(["environment.json"])
+    assert run.read_environment() == {}, "a person has decided"
+    assert sum(pauses) < 2
+
+
+def test_a_first_description_that_is_written_while_it_is_looked_for(run, monkeypatch):
+    reader = RunDirectory(run.url)
+
+    def write_first() -> bool:
+        run.write_description("seed: 0\n", {"code": "a"})
+        return run.exists()
+
+    monkeypatch.setattr(reader, "exists", write_first)
+    assert reader.read_environment() == {"code": "a"}
+
+
 def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
     for number in range(3):
         run.claim()

@@ -1,14 +1,14 @@
 """Submissions change nothing in a run until one is taken, whatever becomes of those who wrote them."""
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError, DescriptionError
 from cluster.storage import Store
-from cluster.submissions import Submission, SubmissionReport, Submissions
+from cluster.submissions import Submission, SubmissionReport, Submissions, UnreadableSubmissionError
 
 FIRST = Submission(
     number=0,
@@ -39,7 +39,7 @@ def newest(submissions: Submissions) -> SubmissionReport:
 
 def test_none_was_written(submissions):
     assert submissions.newest() is None
-    assert submissions.standing("000000-ab") == "due"
+    assert submissions.standing("000000-00000000001500-1f3ac0de") == "due"
     assert submissions.read_newest() is None
 
 
@@ -90,6 +90,22 @@ def test_numbers_are_not_compared_as_text(submissions):
     assert newest(submissions).id == ids[-1]
 
 
+@pytest.mark.parametrize("name", ["notes.json", "old/000001-00000000001500-1f3ac0de.json", "000001-copy.json"])
+def test_other_files_beside_them_are_passed_over(submissions, name):
+    submission_id = submissions.write(FIRST)
+    submissions.mark_taken(submission_id)
+    submissions._store.write(name, b"{}")
+    assert submissions.reports() == [SubmissionReport(id=submission_id, number=0, state="taken")]
+
+
+def test_what_is_no_submission(submissions):
+    submissions.mark_taken(submissions.write(FIRST))
+    with pytest.raises(DescriptionError, match="--submission x: is no submission; leave it out"):
+        submissions.standing("x")
+    with pytest.raises(DescriptionError, match="--submission x: is no submission"), submissions.answered("x"):
+        raise AssertionError("nothing is begun")
+
+
 class TestAnswered:
     def test_an_error_before_it_is_taken_is_told(self, submissions):
         submission_id = submissions.write(FIRST)
@@ -98,6 +114,15 @@ class TestAnswered:
         assert newest(submissions).state == "failed"
         assert submissions.read_failure(submission_id) == "no room: add nodes"
         assert submissions.standing(submission_id) == "due", "a retry of its job may take it yet"
+
+    def test_its_secrets_are_not(self, submissions, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+        submission_id = submissions.write(FIRST)
+        with pytest.raises(ValueError, match="no login"), submissions.answered(submission_id):
+            raise ValueError("no login with 0123456789abcdef at https://me:hunter22@host/x")
+        (failure,) = (tmp_path / "run/submissions").glob("*.failed.json")
+        assert "no login with" in failure.read_text()
+        assert not [secret for secret in ("0123456789abcdef", "hunter22") if secret in failure.read_text()]
 
     def test_an_error_afterwards_is_the_runs(self, submissions):
         submission_id = submissions.write(FIRST)
@@ -150,5 +175,17 @@ class TestAnswered:
 def test_one_that_cannot_be_read(submissions, tmp_path, text, said):
     submission_id = submissions.write(FIRST)
     (tmp_path / f"run/submissions/{submission_id}.json").write_text(text)
-    with pytest.raises(StorageError, match=f"{submission_id}.json: {said}"):
+    with pytest.raises(UnreadableSubmissionError, match=f"{submission_id}.json: {said}"):
         submissions.read(submission_id)
+    older = submissions.write(replace(FIRST, time=0.5))
+    assert [(report.id, found) for report, found in submissions.readable()] == [(older, replace(FIRST, time=0.5))]
+    with pytest.raises(UnreadableSubmissionError, match=said):
+        submissions.read_newest()
+
+
+def test_one_of_a_launcher_that_wrote_only_what_is_required(submissions, tmp_path):
+    submission_id = submissions.write(FIRST)
+    path = tmp_path / f"run/submissions/{submission_id}.json"
+    required = {field.name for field in fields(Submission) if field.default is MISSING}
+    path.write_text(json.dumps({name: value for name, value in asdict(FIRST).items() if name in required}))
+    assert submissions.read(submission_id) == FIRST

@@ -16,6 +16,7 @@ from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec
 from cluster.storage import Store
+from cluster.submissions import Submission, SubmissionReport
 from launcher import submit as submit_module
 from launcher.cli import main
 from launcher.clusters import load_cluster
@@ -149,6 +150,12 @@ def hand_over(
 
 def run_of(job: Description) -> RunDirectory:
     return RunDirectory(Store(job.spec.store).at(job.spec.name))
+
+
+def newest_of(run: RunDirectory) -> tuple[SubmissionReport, Submission]:
+    newest = run.submissions.read_newest()
+    assert newest is not None
+    return newest
 
 
 def take_newest(run: RunDirectory) -> None:
@@ -515,6 +522,17 @@ class TestTheSameRunAgain:
         submissions.mark_taken(newest.id)
         assert (submissions.standing(first.id), submissions.standing(newest.id)) == ("superseded", "taken")
 
+    def test_whose_newest_submission_cannot_be_read(self, job, folder):
+        scheduler, said = FakeScheduler(), Said()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        run = run_of(job)
+        report, _ = newest_of(run)
+        run.store.write(f"submissions/{report.id}.json", b'{"numb')
+        assert hand_over(job, folder, scheduler, said)["job"] == make_job_id(run.url, 1)
+        assert said.warnings[0] == f"{run.url}: submission {report.id} cannot be read, and is passed over"
+        assert newest_of(run)[1].number == 1
+
     def test_with_more_workers(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
         first = hand_over(job, folder, scheduler)["job"]
@@ -527,6 +545,27 @@ class TestTheSameRunAgain:
         assert report is not None
         assert run.submissions.read(report.id).description == more.text
         assert not run.exists(), "until its driver has taken the run"
+
+    @pytest.mark.parametrize("has_begun", [False, True])
+    def test_with_other_code(self, job, folder, has_begun):
+        scheduler, said = FakeScheduler(), Said()
+        (folder / "mine.py").write_text("x = 1\n")
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = "failed"
+        run = run_of(job)
+        old = newest_of(run)[1].code_sha256
+        if has_begun:
+            take_newest(run)
+            run.write_description(job.text, {"code": old})
+        (folder / "mine.py").write_text("x = 2\n")
+        second = hand_over(job, folder, scheduler, said)["job"]
+        scheduler.known[second] = "failed"
+        new = newest_of(run)[1].code_sha256
+        assert f"changed code: {old[:12]} -> {new[:12]}" in said.messages
+        (folder / "mine.py").write_text(f"x = {1 if has_begun else 2}\n")
+        same = Said()
+        hand_over(job, folder, scheduler, same)
+        assert not [message for message in same.messages if "changed" in message]
 
     def test_with_other_data(self, job, folder):
         scheduler = FakeScheduler()

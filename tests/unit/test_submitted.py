@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.submissions import Submission
+from cluster.submissions import Submission, Submissions
 from launcher import clusters, logs, stop, submitted
 from launcher.cli import main
 from tests.schedulers import URL
@@ -223,6 +223,18 @@ class TestStatus:
 
         monkeypatch.setattr(cluster, "read", read_and_end)
         assert document("status", run.url, *ON_CLUSTER)["status"] == "completed"
+
+    def test_one_that_is_withdrawn_while_they_are_read(self, run, cluster, monkeypatch):
+        withdrawn, read = submit(run, 1), Submissions.read
+
+        def read_late(submissions: Submissions, submission_id: str) -> Submission:
+            if submission_id == withdrawn:
+                submissions.withdraw(withdrawn)
+            return read(submissions, submission_id)
+
+        cluster.put("pending")
+        monkeypatch.setattr(Submissions, "read", read_late)
+        assert document("status", run.url, *ON_CLUSTER)["job"] == JOB_ID
 
     def test_a_driver_that_failed_before_it_took_the_run_says_why_in_the_directory(self, run, cluster):
         newest = run.submissions.newest()
@@ -511,6 +523,14 @@ class TestList:
         assert (told[run.url]["status"], told[run.url]["error"]) == ("failed", "no such node")
         assert told[other.url]["status"] == "running"
         assert [each["status"] for each in document("list", tmp_path / "store")] == ["submitted", "running"]
+
+    def test_one_that_is_torn_hides_no_other_run(self, run, tmp_path):
+        drive(run, "stopped")
+        run.store.write(f"submissions/{submit(run, 1)}.json", b'{"numb')
+        submit(RunDirectory(str(tmp_path / "store/other")))
+        torn, other = document("list", tmp_path / "store")
+        assert (torn["status"], torn["step"], other["status"]) == ("failed", 7, "submitted")
+        assert torn["error"].endswith(".json: is missing or torn; submit the run again")
 
     def test_jobs_that_wait_for_runs_of_other_stores(self, run, cluster, tmp_path):
         cluster.put("pending", message="no room", run=run.url, user="ann", host="laptop")

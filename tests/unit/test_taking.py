@@ -1,6 +1,6 @@
-"""A driver is killed while it takes a run for a submission: whoever comes next has a description and its own code."""
+"""A driver takes a run: killed on the way, it leaves a description with its own code; a rival's run it leaves alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ import pytest
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
 from cluster.bundle import CodeFile, make_bundle
+from cluster.claims import SupersededError
+from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
 from cluster.submissions import Submission
 from launcher import runs
 from launcher.description import Description, parse
 from launcher.plan import Plan, decide
-from launcher.runs import resume
-from launcher.user_code import find_code
+from launcher.runs import begin, resume
+from launcher.user_code import UserCode, find_code
 from tests.launcher_without_ray import Machine
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, TRIED, Said
@@ -41,8 +43,8 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
     """What is planned, the newest last; a plan needs torch and seconds, and no test here trains."""
     pairs: list[Pair] = []
 
-    def make_plan(description: Description, import_paths: tuple[str, ...], *_: Any) -> Plan:
-        pairs.append((description.text, Path(import_paths[0]).name))
+    def make_plan(description: Description, _: str, code: UserCode, *__: Any) -> Plan:
+        pairs.append((description.text, code.sha256))
         data = str(description.spec.data.train)
         return decide(description, Store("crash://runs"), replace(TRIED, data_fingerprint=data), None)
 
@@ -145,3 +147,107 @@ def test_of_one_that_a_person_changes_by_force(run, planned):
     for number in kills(run, None, "data.train=mine.other"):
         take(run)  # else it is refused: its data would have changed
         assert planned[-1][1] == before[1], number
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_stop_is_for_the_driver_that_has_the_run_when_it_comes(run, planned, monkeypatch, is_early):
+    submission_id, pair = submit(run, 0)
+    claim = RunDirectory.claim
+
+    def claim_and_be_seen(directory: RunDirectory) -> None:
+        claim(directory)
+        if not is_early:
+            run.request_stop()  # the run is running, for all who look
+
+    monkeypatch.setattr(RunDirectory, "claim", claim_and_be_seen)
+    if is_early:
+        run.request_stop()
+    take(run, submission_id)
+    assert (planned[-1], run.is_stop_requested()) == (pair, not is_early)
+
+
+def test_a_person_is_told_that_the_code_at_hand_is_not_used(run, planned, tmp_path):
+    submission_id, pair = submit(run, 0)
+    take(run, submission_id)
+    said = Said()
+    with pytest.raises(Training):
+        begin(parse(TEXT, "digits.yaml"), tmp_path / "job", Machine(2), said, take_over=True)
+    assert planned[-1] == pair
+    assert f"running with the code that was submitted, not with {tmp_path}/job" in said.messages
+
+
+class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
+    """The plan waits for room, for an hour at most."""
+
+    @pytest.fixture
+    def meanwhile(self, planned, monkeypatch) -> list[Callable[[], object]]:  # noqa: ARG002  # it plans before this
+        """What others do before the plan is made."""
+        others: list[Callable[[], object]] = []
+        make_plan = runs.make_plan
+
+        def plan_late(*arguments: Any) -> Plan:
+            while others:
+                others.pop()()
+            return make_plan(*arguments)
+
+        monkeypatch.setattr(runs, "make_plan", plan_late)
+        return others
+
+    def rival(self, run: RunDirectory, *overrides: str) -> RunDirectory:
+        """The run as another process drives it."""
+        other = RunDirectory(run.url)
+        other.claim()
+        other.write_description(parse(TEXT, "digits.yaml", overrides).text, {"attempts": [{}]})
+        return other
+
+    def is_left_alone(self, drive: Callable[[], object]) -> None:
+        with pytest.raises(ClusterError) as caught:
+            drive()
+        assert "has driven it since this process looked at it; nothing was changed here: look at" in str(caught.value)
+
+    def test_a_job_leaves_it_to_the_person_at_home(self, run, meanwhile):
+        submission_id, _ = submit(run, 0, "train.max_steps=5")
+        meanwhile.append(lambda: self.rival(run))
+        self.is_left_alone(lambda: resume(run, (), Machine(2), Said(), submission_id=submission_id))
+        assert run.read_job() == parse(TEXT, "digits.yaml").text
+        assert run.submissions.standing(submission_id) == "due"
+
+    def test_a_job_leaves_it_to_one_on_another_cluster(self, run, meanwhile):
+        """That has ended, and is of the same description: it may have gone on to other weights."""
+        first, _ = submit(run, 0)
+        second, _ = submit(run, 1)
+
+        def take_and_end() -> None:
+            take(run, first)
+            run.write_status({"status": "stopped", "step": 3})
+
+        meanwhile.append(take_and_end)
+        self.is_left_alone(lambda: resume(run, (), Machine(2), Said(), submission_id=second))
+        assert run.read_status()["status"] == "stopped"
+
+    @pytest.mark.parametrize("take_over", [False, True])
+    def test_a_person_at_home_leaves_it_to_a_job(self, run, meanwhile, tmp_path, take_over):
+        meanwhile.append(lambda: self.rival(run, "train.max_steps=5"))
+        description = parse(TEXT, "digits.yaml")
+        self.is_left_alone(lambda: begin(description, tmp_path, Machine(2), Said(), take_over=take_over))
+        assert run.read_job() == parse(TEXT, "digits.yaml", ["train.max_steps=5"]).text
+
+    def test_a_driver_that_has_not_described_it_yet(self, run, planned, tmp_path):
+        RunDirectory(run.url).claim()
+        with pytest.raises(ClusterError, match="is running it; stop it with"):
+            begin(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said())
+        assert planned == []
+
+    def test_a_driver_that_seemed_to_be_gone_writes_again(self, run, meanwhile, monkeypatch):
+        other = self.rival(run)
+        monkeypatch.setattr(runs, "is_driven", lambda *_: False)
+        meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
+        self.is_left_alone(lambda: resume(run, (), Machine(2), Said()))
+        other.check_claim()
+
+    def test_a_driver_that_is_taken_over_from_may_write_on(self, run, meanwhile):
+        other = self.rival(run)
+        meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
+        take(run)
+        with pytest.raises(SupersededError):
+            other.check_claim()
