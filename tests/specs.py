@@ -23,6 +23,7 @@ TRIED = Tried(
     steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
     num_val_samples=0,
     gpus_here=0,
+    accelerator_here=None,
     groups=[],
     parameters=10,
     checkpoint_bytes=100,
