@@ -50,8 +50,6 @@ _ASK_AGAIN_S = 2.0
 _DIGITS = 12
 """Of a digest, in the name of a job."""
 _LONGEST_NAME = 40
-_VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_][A-Za-z0-9_]*)\}")
-"""One that a description cannot do without; with a default, it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,8 +357,9 @@ def _fit_there(
     description: Description, store: Store, tried: Tried, scheduler: Scheduler, place: RayClusterSpec, display: Progress
 ) -> Plan:
     """The plan on the cluster, whose nodes are fit for it."""
-    # What every node must have set: what the cluster's description says, and what the job takes.
-    variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
+    # What every node must have set: what the cluster's description says, and what the job takes. A variable with a
+    # default is asked for if it is set here: without it, the nodes would train with another value than is planned.
+    variables = tuple(dict.fromkeys([*place.env, *description.variables()]))
     report = inspect_cluster(scheduler, store, variables)
     report = replace(report, capacity=report.capacity.declared(place.node_groups))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)

@@ -337,15 +337,27 @@ def test_a_node_that_is_silent_is_told_of(job, folder):
     assert said.warnings[:1] == [f"{URL}: no answer from 10.0.0.2; workers may be placed there all the same"]
 
 
-def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("BATCH", "64")
-    text = JOB.format(store=tmp_path / "store") + (
-        "train: {global_batch: '${oc.decode:${oc.env:BATCH}}', epochs: '${oc.decode:${oc.env:EPOCHS,1}}'}\n"
-    )
+@pytest.mark.parametrize(
+    ("seed", "asked"),
+    [
+        ("'7'", ()),
+        ("${oc.env:SEED}", ("SEED",)),
+        ("${oc.env: SEED }", ("SEED",)),
+        ("${oc.env:SEED,1}", ("SEED",)),
+        ("${oc.env:UNSET_SEED,1}", ()),
+        ("${oc.env:UNSET_SEED,${oc.env:SEED}}", ("SEED",)),
+        ("${oc.env:${oc.env:NAMED}}", ("NAMED", "SEED")),
+    ],
+)
+def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch, seed, asked):
+    """All that the plan is made with: a node that lacks a variable would train with its default, or not at all."""
+    monkeypatch.setenv("SEED", "64")
+    monkeypatch.setenv("NAMED", "SEED")
+    text = JOB.format(store=tmp_path / "store") + f'seed: "${{oc.decode:{seed}}}"\n'
     scheduler = FakeScheduler()
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
     (needs,) = scheduler.asked
-    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"), check=needs.check)
+    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", *asked), check=needs.check)
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
