@@ -231,14 +231,19 @@ def _submit(
     )
     if code.data is not None:
         run.write_code(code.sha256, code.data)
-    submission_id = run.submissions.write(submission)  # the run itself stays as it is
-    display.phase(f"beginning {submission.job}")
-    job = _begin(run, scheduler, submission, submission_id, place)
-    if job.metadata.get("submission") == submission_id:
-        display.message(f"submitted {one_line(description.spec, plan)}")
-    else:
+    while True:
+        submission_id = run.submissions.write(submission)  # the run itself stays as it is
+        display.phase(f"beginning {submission.job}")
+        job = _begin(run, scheduler, submission, submission_id, place)
+        if job.metadata.get("submission") == submission_id:
+            display.message(f"submitted {one_line(description.spec, plan)}")
+            break
         run.submissions.withdraw(submission_id)
-        display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
+        if job.status not in ENDED:
+            display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
+            break
+        number = submission.number + 1
+        submission = replace(submission, number=number, job=make_job_id(run.url, number))
     return _result(run, submission.job, place)
 
 
@@ -301,18 +306,27 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
     """What a submission of a run has to do.
 
     A job that the cluster does not know, though it was submitted there, is begun now by the same name: whoever
-    submitted it may not have come that far, or just be about to.
+    submitted it may not have come that far, or just be about to. The cluster may know jobs that the run directory does
+    not, if that was deleted: the number of a job that has ended is not used again.
+
+    Raises:
+        ClusterError: The cluster does not answer; or a job of the run lives there, and the run directory was deleted.
     """
     status, stop = before.status, f"stop it with `launcher stop {shlex.quote(run.url)}`"
     if status is not None and status["status"] == "completed":
         return _Next(number=0, why_not=f"{run.url} is complete; nothing to do (another name starts another run)")
-    number, newest = 0, before.newest
-    while newest is not None:
-        number = max(number, newest.number)
+    newest = before.newest
+    number = 0 if newest is None else newest.number
+    while True:
         job = scheduler.read(make_job_id(run.url, number))
-        if job is None and (number > newest.number or before.waits_on == place.address):
+        if job is None and (newest is None or number > newest.number or before.waits_on == place.address):
             break
         if job is not None and job.status not in ENDED:
+            if run.submissions.newest() is None:
+                raise ClusterError(
+                    f"{place.address}: job {job.id} is {job.status}, and {run.url} holds no submission any more; stop "
+                    "that job on the cluster, and submit the run again"
+                )
             why = f"{run.url} is there already, job {job.id} is {job.status}; {stop}"
             return _Next(number=number, job_id=job.id, why_not=why)
         number += 1

@@ -158,6 +158,17 @@ def take_newest(run: RunDirectory) -> None:
     run.submissions.mark_taken(report.id)
 
 
+def begun_meanwhile(monkeypatch: pytest.MonkeyPatch, scheduler: FakeScheduler, job_id: str, status: JobStatus) -> None:
+    """Somebody else begins a job while this submitter inspects the nodes."""
+    inspect = scheduler.inspect
+
+    def inspect_and_begin(needs: Needs) -> ClusterReport:
+        scheduler.known[job_id], scheduler.metadata[job_id] = status, {"submission": "000000-of-somebody-else"}
+        return inspect(needs)
+
+    monkeypatch.setattr(scheduler, "inspect", inspect_and_begin)
+
+
 def of_versions(**versions: str) -> Mapping[str, str]:
     return own_versions() | versions
 
@@ -458,12 +469,48 @@ class TestTheSameRunAgain:
         monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
         said = Said()
         job_id = make_job_id(run_of(job).url, 0)
-        others = {job_id: {"run": run_of(job).url, "submission": "000000-of-somebody-else"}}
-        scheduler = FakeScheduler(known={job_id: "running"}, metadata=dict(others), breaks=breaks)
+        scheduler = FakeScheduler(breaks=breaks)
+        begun_meanwhile(monkeypatch, scheduler, job_id, "running")
         result = hand_over(job, folder, scheduler, said)
         assert result["job"] == job_id
         assert "by somebody else at the same time" in said.messages[0]
         assert run_of(job).submissions.newest() is None, "nothing is left of this one"
+
+    def test_when_the_job_of_somebody_else_has_ended_already(self, job, folder, monkeypatch):
+        scheduler = FakeScheduler()
+        begun_meanwhile(monkeypatch, scheduler, make_job_id(run_of(job).url, 0), "failed")
+        assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 1)
+        (report,) = run_of(job).submissions.reports()
+        assert report.number == 1
+        assert report.id in scheduler.commands[0]
+
+    @pytest.mark.parametrize("ended", ["failed", "stopped", "succeeded"])
+    def test_after_its_directory_was_deleted(self, job, folder, ended):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = ended
+        shutil.rmtree(run_of(job).url)
+        said = Said()
+        assert hand_over(job, folder, scheduler, said)["job"] == make_job_id(run_of(job).url, 1)
+        assert said.messages[0].startswith("submitted digits: ")
+
+    def test_after_its_directory_was_deleted_while_its_job_lives(self, job, folder):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        shutil.rmtree(run_of(job).url)
+        with pytest.raises(ClusterError, match=f"job {first} is pending, and .* holds no submission any more; stop "):
+            hand_over(job, folder, scheduler)
+        assert run_of(job).submissions.newest() is None
+
+    def test_a_cluster_that_is_away_is_told_before_the_job_is_tried_out(self, job, folder, monkeypatch):
+        def read(_: FakeScheduler, job_id: str) -> Job | None:
+            raise ClusterError(f"{URL}: nobody answers there, {job_id}")
+
+        monkeypatch.setattr(FakeScheduler, "read", read)
+        said = Said()
+        with pytest.raises(ClusterError, match="nobody answers there"):
+            hand_over(job, folder, FakeScheduler(), said)
+        assert said.phases == []
 
     def test_while_somebody_drives_it_elsewhere(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
