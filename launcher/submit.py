@@ -217,7 +217,7 @@ def _submit(
         display.message(f"changed {change}")
     submission = Submission(
         number=following.number,
-        job=make_job_id(run.url, following.number),
+        job=_job_id(run, before, following.number),
         cluster=place.address,
         description=description.text,
         code_sha256=code.sha256,
@@ -243,7 +243,7 @@ def _submit(
             display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
             break
         number = submission.number + 1
-        submission = replace(submission, number=number, job=make_job_id(run.url, number))
+        submission = replace(submission, number=number, job=_job_id(run, before, number))
     return _result(run, submission.job, place)
 
 
@@ -265,7 +265,10 @@ def plan_there(
 
 
 def make_job_id(run_url: str, number: int) -> str:
-    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0; the same everywhere."""
+    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0.
+
+    The same everywhere for one spelling of the URL, so that of two who submit a new run at once one job begins.
+    """
     name = re.sub("[^A-Za-z0-9_-]", "-", run_url.rstrip("/").rpartition("/")[2])[:_LONGEST_NAME]
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
@@ -318,7 +321,7 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
     newest = before.newest
     number = 0 if newest is None else newest.number
     while True:
-        job = scheduler.read(make_job_id(run.url, number))
+        job = scheduler.read(_job_id(run, before, number))
         if job is None and (newest is None or number > newest.number or before.waits_on == place.address):
             break
         if job is not None and job.status not in ENDED:
@@ -334,6 +337,13 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
         why = f"{run.url}: process {status['pid']} on {status['host']} is running it; {stop}"
         return _Next(number=number, why_not=why)
     return _Next(number=number)
+
+
+def _job_id(run: RunDirectory, before: _Snapshot, number: int) -> str:
+    """What a run is called on a cluster, as in its newest submission: a URL can be spelled in several ways."""
+    if before.submission is None:
+        return make_job_id(run.url, number)
+    return f"{before.submission.job.rpartition('-')[0]}-{number}"
 
 
 def _leave_alone(

@@ -454,6 +454,17 @@ class TestTheSameRunAgain:
         second = hand_over(job, folder, scheduler)["job"]
         assert (first[-2:], second[-2:], len(scheduler.commands)) == ("-0", "-1", 2)
 
+    def test_under_another_spelling_of_its_url(self, job, folder, tmp_path):
+        (tmp_path / "other").symlink_to(tmp_path / "store")
+        respelled = parse(JOB.format(store=tmp_path / "other"), "digits.yaml")
+        assert run_of(respelled).url != run_of(job).url
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        assert hand_over(respelled, folder, scheduler)["job"] == first
+        assert len(scheduler.commands) == 1
+        scheduler.known[first] = "failed"
+        assert hand_over(respelled, folder, scheduler)["job"] == f"{first[:-1]}1"
+
     def test_on_a_cluster_that_knows_of_none(self, job, folder):
         first = hand_over(job, folder, FakeScheduler())["job"]
         assert hand_over(job, folder, FakeScheduler())["job"] == first
