@@ -44,6 +44,8 @@ class Submission:
         time: When, in Unix time.
         versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.
         git: The revision of the working directory there, and the digest of its changes; none: it is in no repository.
+        claimed: When the newest driver of the run had claimed it, by the clock of that driver's host: with another one
+            in the status, a driver has come since. None: the run had no driver.
     """
 
     number: int
@@ -58,6 +60,7 @@ class Submission:
     time: float
     versions: Mapping[str, str]
     git: Mapping[str, str | None] | None
+    claimed: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

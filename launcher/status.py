@@ -69,9 +69,6 @@ def _unanswered_submission(
 ) -> tuple[SubmissionReport, Submission] | None:
     """The newest submission of a run, if no driver has taken it, nor gone on with the run without it since.
 
-    That a driver came later is told by two clocks, which may differ a little: then it is told wrongly until its job
-    ends.
-
     Args:
         run: Which.
         status: How the run stands; none: it never had a driver.
@@ -80,7 +77,7 @@ def _unanswered_submission(
     if report is None or report.state in ("taken", "done"):
         return None
     newest = run.submissions.read_newest()
-    if newest is None or (status is not None and status.get("claimed", 0.0) > newest[1].time):
+    if newest is None or (status is not None and status.get("claimed") != newest[1].claimed):
         return None
     return newest
 

@@ -213,7 +213,8 @@ def _submit(
     if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
         reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
         return _leave_alone(run, before, place, replace(following, why_not=reached), display)
-    for change in _snapshot(run, description).changed:  # again: somebody may have submitted another run by this name
+    now = _snapshot(run, description)  # again: somebody may have submitted another run by this name
+    for change in now.changed:
         display.message(f"changed {change}")
     submission = Submission(
         number=following.number,
@@ -228,6 +229,7 @@ def _submit(
         time=round(time.time(), 3),
         versions=own_versions(),
         git=code.git,
+        claimed=None if now.status is None else now.status.get("claimed"),
     )
     if code.data is not None:
         run.write_code(code.sha256, code.data)

@@ -22,6 +22,7 @@ from launcher.clusters import load_cluster
 from launcher.description import Description, load, parse
 from launcher.nodes import own_versions
 from launcher.plan import Tried
+from launcher.status import read_status
 from launcher.submit import make_command, make_job_id, submit, submit_again
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
@@ -548,6 +549,20 @@ class TestTheSameRunAgain:
         is_over = status == "completed"
         assert result["status"] == ("completed" if is_over else "submitted")
         assert len(scheduler.commands) == (1 if is_over else 2)
+
+    def test_after_it_ended_with_a_clock_that_is_behind_that_of_its_host(self, job, folder, monkeypatch):
+        """The status tells of the submission, and not of the driver before it."""
+        run = run_of(job)
+        run.write_job(job.text)
+        run.claim()
+        run.write_status({"status": "stopped", "step": 3})
+        with monkeypatch.context() as clock:
+            clock.setattr(submit_module.time, "time", lambda: 1_000.0)
+            hand_over(job, folder, FakeScheduler())
+        assert read_status(run)["status"] == "submitted"
+        run.claim()
+        run.write_status({"status": "stopped", "step": 4})
+        assert read_status(run)["status"] == "stopped", "a person has gone on with the run"
 
     def test_with_another_description(self, job, folder):
         scheduler = FakeScheduler()

@@ -105,12 +105,12 @@ def run(tmp_path: Path) -> RunDirectory:
 SUBMITTED_AT = 1_700_000_000.0
 
 
-def submit(run: RunDirectory, number: int = 0, at: float = SUBMITTED_AT) -> str:
+def submit(run: RunDirectory, number: int = 0) -> str:
     return run.submissions.write(
         Submission(
             number=number, job=f"{JOB_ID[:-1]}{number}", cluster=URL, description="x", code_sha256="0" * 64,
-            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=at, versions={},
-            git=None,
+            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=SUBMITTED_AT,
+            versions={}, git=None, claimed=(run.read_status() or {}).get("claimed"),
         )
     )  # fmt: skip
 
@@ -293,7 +293,7 @@ class TestStop:
         drive(run, "running")
         assert document("status", run.url)["status"] == "running"
         drive(run, "failed")
-        submit(run, 1, at=time.time() + 1.0)
+        submit(run, 1)
         assert document("status", run.url)["status"] == "submitted"
 
     @pytest.mark.parametrize("ended", ["failed", "succeeded"])
