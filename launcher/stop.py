@@ -24,13 +24,13 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
 
     Raises:
         ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
-            the request, and no cluster was named, or that does not stop the job.
+            the request, and the cluster that was named is none, or another one, or does not stop the job.
     """
     deadline = time.monotonic() + timeout_s
     status = read_status(run, LONG_SILENCE_S)
     if job is not None and job.is_due():  # also of a run that another driver has begun
         status = job.stopped(deadline)
-    elif status["status"] == "submitted":
+    if status["status"] == "submitted":  # for another cluster, or again
         raise ClusterError(
             f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
             f"submitted to, {status['cluster']}"

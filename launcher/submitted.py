@@ -77,13 +77,20 @@ class SubmittedJob:
 
         ``job_status`` is none if the cluster does not say; then ``job_message`` tells why.
         """
-        about = about_submission(self.submission)
+        job, unknown = None, ""
         try:
             job = self.read()  # before the directory: what the job has written there before it ended is seen
         except ClusterError as error:
-            about |= {"job_status": None, "job_message": str(error)}
-            return read_status(self.run, silence_s) | about
-        document = read_status(self.run, silence_s) | about
+            unknown = str(error)
+        document = read_status(self.run, silence_s)
+        newest = document.get("cluster", self.submission.cluster)
+        if newest != self.submission.cluster:  # the job that is asked for tells nothing of that one
+            status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
+            unknown = f"{status}; the run was submitted to {newest} since: give --cluster that"
+            return document | {"job_status": None, "job_message": unknown}
+        document |= about_submission(self.submission)
+        if job is None:
+            return document | {"job_status": None, "job_message": unknown}
         if not _ended_before(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)

@@ -102,13 +102,14 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
+OTHER = "http://other:8265"
 SUBMITTED_AT = 1_700_000_000.0
 
 
-def submit(run: RunDirectory, number: int = 0) -> str:
+def submit(run: RunDirectory, number: int = 0, cluster: str = URL) -> str:
     return run.submissions.write(
         Submission(
-            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=URL, description="x", code_sha256="0" * 64,
+            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=cluster, description="x", code_sha256="0" * 64,
             code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=SUBMITTED_AT,
             versions={}, git=None, claimed=(run.read_status() or {}).get("claimed"),
         )
@@ -204,6 +205,18 @@ class TestStatus:
             f"{URL}: knows no job {JOB_ID}; {run.url} was submitted to {URL}: give --cluster that, or submit the run "
             "again"
         )
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_job_that_ended_tells_nothing_of_one_on_another_cluster(self, run, cluster, known):
+        submit(run, 1, OTHER)
+        if known:
+            cluster.put("failed", exit_code=4)
+        told = document("status", run.url, *ON_CLUSTER)
+        assert {name: told[name] for name in ("status", "error", "job", "cluster", "job_status")} == {
+            "status": "submitted", "error": None, "job": f"{JOB_ID[:-1]}1", "cluster": OTHER, "job_status": None,
+        }  # fmt: skip
+        assert told["job_message"].startswith(f"{URL}: job {JOB_ID} is failed; " if known else f"{URL}: knows no job ")
+        assert told["job_message"].endswith(f"; the run was submitted to {OTHER} since: give --cluster that")
 
     @pytest.mark.parametrize("status", ["running", "completed", "stopped", "failed"])
     def test_of_a_run_that_has_begun_the_directory_has_the_word(self, run, cluster, status):
@@ -339,15 +352,26 @@ class TestStop:
         assert error.startswith(f"{URL}: job {JOB_ID} is pending, and has not ended since it was asked to stop; ")
         assert document("status", run.url)["status"] == "submitted"
 
-    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster):
+    @pytest.mark.parametrize("where", [URL, OTHER])
+    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster, where):
         def submit_again() -> JobStatus:
-            submit(run, 1)
+            submit(run, 1, where)
             return "stopped"
 
         cluster.put("pending")
         cluster.at_stop = submit_again
-        told = document("stop", run.url, *ON_CLUSTER)
-        assert (told["status"], told["job"]) == ("submitted", f"{JOB_ID[:-1]}1")
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert error.startswith(f"{run.url}: has not begun yet; to stop its job, {JOB_ID[:-1]}1, give --cluster ")
+        assert error.endswith(f" submitted to, {where}")
+
+    @pytest.mark.parametrize("ended", ["failed", "succeeded", "stopped"])
+    def test_one_that_waits_on_another_cluster_too_is_not_stopped(self, run, cluster, ended):
+        submit(run, 1, OTHER)
+        cluster.put(ended)
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert error.endswith(
+            f"to stop its job, {JOB_ID[:-1]}1, give --cluster the cluster that it was submitted to, {OTHER}"
+        )
 
     @pytest.mark.parametrize("status", ["failed", "stopped"])
     def test_what_goes_on_with_the_run_has_the_word(self, run, status):
