@@ -290,6 +290,18 @@ class TestStop:
         )
         assert not run.is_stop_requested()
 
+    def test_one_that_was_submitted_after_its_driver_died_is_not_stopped(self, run, monkeypatch):
+        drive(run, "running", updated=time.time() - 600.0)
+        submit(run, 1)
+        now = [0.0]
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert "has not begun yet; to stop its job," in one_error(launcher("stop", run.url), 5)
+
     @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
     def test_the_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
         cluster.put(before)
