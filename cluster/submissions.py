@@ -184,10 +184,11 @@ class Submissions:
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # the job's own output has the error too
                     if self.standing(submission_id) == "due":
-                        self._mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
+                        self.mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
             raise
 
-    def _mark_failed(self, submission_id: str, error: str) -> None:
+    def mark_failed(self, submission_id: str, error: str) -> None:
+        """Says why the job of a submission ended before a driver took it."""
         write_document(self._store, f"{submission_id}.failed.json", {"error": error})
 
     def read_failure(self, submission_id: str) -> str:

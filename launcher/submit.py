@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, Interrupted
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
@@ -126,8 +126,9 @@ def submit(
 
     Raises:
         DescriptionError: The description cannot run as written, or the run exists with another one.
-        ClusterError: The cluster is not fit for it.
-        LauncherError: Else; nothing has begun.
+        ClusterError: The cluster is not fit for it, or does not begin the job.
+        Interrupted: By Ctrl-C, when the job may have begun.
+        LauncherError: Else; nothing has begun, unless the message says that a job may have.
     """
 
     def pack(modules: Collection[str]) -> _Code:
@@ -163,8 +164,9 @@ def submit_again(
 
     Raises:
         DescriptionError: It cannot go on with these changes; or it was begun in place, so that its code is not there.
-        ClusterError: The cluster is not fit for it.
-        LauncherError: Else; nothing has begun.
+        ClusterError: The cluster is not fit for it, or does not begin the job.
+        Interrupted: By Ctrl-C, when the job may have begun.
+        LauncherError: Else; nothing has begun, unless the message says that a job may have.
     """
     found = find_description(run)
     wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
@@ -233,20 +235,13 @@ def _submit(
     )
     if code.data is not None:
         run.write_code(code.sha256, code.data)
-    while True:
-        submission_id = run.submissions.write(submission)  # the run itself stays as it is
-        display.phase(f"beginning {submission.job}")
-        job = _begin(run, scheduler, submission, submission_id, place)
-        if job.metadata.get("submission") == submission_id:
-            display.message(f"submitted {one_line(description.spec, plan)}")
-            break
-        run.submissions.withdraw(submission_id)
-        if job.status not in ENDED:
-            display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
-            break
-        number = submission.number + 1
-        submission = replace(submission, number=number, job=_job_id(run, before, number))
-    return _result(run, submission.job, place)
+    try:
+        return _hand_over(run, submission, one_line(description.spec, plan), scheduler, place, display)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted while a job of {run.url} was begun, which may run now; stop it with `launcher stop "
+            f"{shlex.quote(run.url)} --cluster {shlex.quote(place.address)}`"
+        ) from error
 
 
 def plan_there(
@@ -343,9 +338,12 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
 
 def _job_id(run: RunDirectory, before: _Snapshot, number: int) -> str:
     """What a run is called on a cluster, as in its newest submission: a URL can be spelled in several ways."""
-    if before.submission is None:
-        return make_job_id(run.url, number)
-    return f"{before.submission.job.rpartition('-')[0]}-{number}"
+    return make_job_id(run.url, number) if before.submission is None else _numbered(before.submission, number)
+
+
+def _numbered(submission: Submission, number: int) -> str:
+    """What the job of a submission would be called if it had another number."""
+    return f"{submission.job.rpartition('-')[0]}-{number}"
 
 
 def _leave_alone(
@@ -397,13 +395,34 @@ def _fit_there(
     return plan
 
 
+def _hand_over(
+    run: RunDirectory, submission: Submission, what: str, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+) -> dict[str, Any]:
+    """Writes a submission and begins its job, unless somebody else does at the same time; ``what`` it is, in a line."""
+    while True:
+        submission_id = run.submissions.write(submission)  # the run itself stays as it is
+        display.phase(f"beginning {submission.job}")
+        job = _begin(run, scheduler, submission, submission_id, place)
+        if job.metadata.get("submission") == submission_id:
+            display.message(f"submitted {what}")
+            break
+        run.submissions.withdraw(submission_id)
+        if job.status not in ENDED:
+            display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
+            break
+        number = submission.number + 1
+        submission = replace(submission, number=number, job=_numbered(submission, number))
+    return _result(run, submission.job, place)
+
+
 def _begin(
     run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
 ) -> Job:
     """Begins the job, unless somebody else has; returns the one that is there.
 
     Raises:
-        ClusterError: It may not have begun.
+        ClusterError: It may not have begun. If the cluster answers that it has not, the submission is withdrawn, so
+            that a job which comes late ends.
     """
     command = make_command(run.url, submission_id, place)
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
@@ -415,7 +434,18 @@ def _begin(
     try:
         return begin()
     except ClusterError as error:
+        if _knows_no(scheduler, submission.job):
+            run.submissions.withdraw(submission_id)
+            raise ClusterError(f"{error}; no job has begun, submit the run again") from error
         raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
+
+
+def _knows_no(scheduler: Scheduler, job_id: str) -> bool:
+    """Whether a cluster answers that it has no such job."""
+    try:
+        return scheduler.read(job_id) is None
+    except ClusterError:
+        return False
 
 
 def _user() -> str:

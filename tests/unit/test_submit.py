@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.capacity import Capacity
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, Interrupted
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec
@@ -434,6 +434,43 @@ def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypat
     with pytest.raises(ClusterError, match="nobody answers; job .* may have begun, submit the run again to see$"):
         hand_over(job, folder, scheduler)
     assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_cluster_that_refuses_to_begin_a_job_leaves_nothing(job, folder, monkeypatch, knows):
+    """Unless it does not tell that it knows of none: then it may begin it yet."""
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    scheduler, refused = FakeScheduler(), []
+
+    def begin(*_: Any, **__: Any) -> Job:
+        refused.append(1)
+        raise ClusterError(f"{URL}: does not begin a job: No available agent")
+
+    def read(_: str) -> Job | None:
+        if refused and not knows:
+            raise ClusterError(f"{URL}: nobody answers there")
+        return None
+
+    monkeypatch.setattr(scheduler, "begin", begin)
+    monkeypatch.setattr(scheduler, "read", read)
+    what = "no job has begun, submit the run again$" if knows else "may have begun, submit the run again to see$"
+    with pytest.raises(ClusterError, match=f"No available agent; .*{what}"):
+        hand_over(job, folder, scheduler)
+    assert (run_of(job).submissions.newest() is None) == knows
+
+
+@pytest.mark.parametrize("at", ["begin", "read_status"])
+def test_ctrl_c_while_a_job_is_begun_says_that_it_may_run(job, folder, monkeypatch, at):
+    scheduler = FakeScheduler()
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler if at == "begin" else submit_module, at, interrupt)
+    with pytest.raises(Interrupted, match="which may run now; stop it with `launcher stop ") as caught:
+        hand_over(job, folder, scheduler)
+    assert f"{run_of(job).url} --cluster {URL}`" in str(caught.value)
+    assert run_of(job).submissions.newest() is not None
 
 
 class TestTheSameRunAgain:

@@ -324,8 +324,29 @@ class TestStop:
     @pytest.mark.parametrize("ended", ["failed", "succeeded"])
     def test_one_whose_job_has_failed_is_left_as_it_is(self, run, cluster, ended):
         cluster.put(ended)
+        cluster.logs[JOB_ID] = LOG
         assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
-        assert (cluster.asked_to_stop, document("status", run.url)["status"]) == ([], "submitted")
+        told = document("status", run.url)
+        assert (cluster.asked_to_stop, told["status"]) == ([], "failed")
+        assert told["error"] == f"job {JOB_ID} ended before the run began: {LOG.splitlines()[1]}; submit the run again"
+
+    def test_what_its_driver_said_of_its_failure_stays(self, run, cluster):
+        with pytest.raises(ClusterError), run.submissions.answered(run.submissions.newest().id):
+            raise ClusterError("no GPU there")
+        cluster.put("failed")
+        document("stop", run.url, *ON_CLUSTER)
+        assert "no GPU there" in document("status", run.url)["error"]
+        cluster.known.clear()
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
+
+    def test_one_whose_job_its_cluster_does_not_know_is_stopped(self, run, cluster):
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert (cluster.asked_to_stop, document("status", run.url)["status"]) == ([], "stopped")
+
+    def test_one_whose_job_another_cluster_does_not_know_is_left_as_it_is(self, run, cluster):
+        del cluster
+        assert f"{OTHER}: knows no job {JOB_ID}; " in one_error(launcher("stop", run.url, "--cluster", OTHER), 5)
+        assert document("status", run.url)["status"] == "submitted"
 
     def test_one_that_is_driven_is_asked_through_its_directory(self, run, cluster, monkeypatch):
         cluster.put("running")
