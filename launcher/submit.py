@@ -13,13 +13,14 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted
+from cluster.errors import ClusterError, DescriptionError, Interrupted, LauncherError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
@@ -142,7 +143,8 @@ def submit(
         )
 
     run = run_directory(description)
-    return _submit(run, description, make_import_paths(folder), pack, scheduler, place, display)
+    with _named_in_errors(run, place):
+        return _submit(run, description, make_import_paths(folder), pack, scheduler, place, display)
 
 
 def submit_again(
@@ -168,16 +170,29 @@ def submit_again(
         Interrupted: By Ctrl-C, when the job may have begun.
         LauncherError: Else; nothing has begun, unless the message says that a job may have.
     """
-    found = find_description(run)
-    wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
-    code = find_code(run, found.submission_id)
-    if code.sha256 is None:
-        raise DescriptionError(
-            f"{run.url}: was begun by launcher run, so that its directory does not hold the user's code; launcher "
-            "submit its job file, which goes on with it"
+    with _named_in_errors(run, place):
+        found = find_description(run)
+        wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
+        code = find_code(run, found.submission_id)
+        if code.sha256 is None:
+            raise DescriptionError(
+                f"{run.url}: was begun by launcher run, so that its directory does not hold the user's code; launcher "
+                "submit its job file, which goes on with it"
+            )
+        packed = _Code(
+            sha256=code.sha256, directory=code.directory, working_directory=code.submitted_from, git=code.git
         )
-    packed = _Code(sha256=code.sha256, directory=code.directory, working_directory=code.submitted_from, git=code.git)
-    return _submit(run, wanted, code.import_paths, lambda _: packed, scheduler, place, display)
+        return _submit(run, wanted, code.import_paths, lambda _: packed, scheduler, place, display)
+
+
+@contextmanager
+def _named_in_errors(run: RunDirectory, place: RayClusterSpec) -> Iterator[None]:
+    """Within it, an error knows which run was to be submitted and where to, for ``--json``."""
+    try:
+        yield
+    except LauncherError as error:
+        error.document = {"run": run.url, "job": None, "cluster": place.address} | (error.document or {})
+        raise
 
 
 def _submit(
@@ -237,11 +252,13 @@ def _submit(
         run.write_code(code.sha256, code.data)
     try:
         return _hand_over(run, submission, one_line(description.spec, plan), scheduler, place, display)
-    except KeyboardInterrupt as error:
-        raise Interrupted(
+    except KeyboardInterrupt as interrupt:
+        error = Interrupted(
             f"interrupted while a job of {run.url} was begun, which may run now; stop it with `launcher stop "
             f"{shlex.quote(run.url)} --cluster {shlex.quote(place.address)}`"
-        ) from error
+        )
+        error.document = {"job": submission.job}
+        raise error from interrupt
 
 
 def plan_there(
@@ -437,7 +454,9 @@ def _begin(
         if _knows_no(scheduler, submission.job):
             run.submissions.withdraw(submission_id)
             raise ClusterError(f"{error}; no job has begun, submit the run again") from error
-        raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
+        unsure = ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see")
+        unsure.document = {"job": submission.job}
+        raise unsure from error
 
 
 def _knows_no(scheduler: Scheduler, job_id: str) -> bool:

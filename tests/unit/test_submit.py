@@ -436,6 +436,17 @@ def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypat
     assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
 
 
+def test_an_error_knows_the_run_its_job_and_the_cluster(job, folder, monkeypatch):
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    run, job_id = run_of(job).url, make_job_id(run_of(job).url, 0)
+    with pytest.raises(ClusterError) as refused:
+        hand_over(job, folder, FakeScheduler(REFUSALS["nodes of another Python"][0]))
+    assert refused.value.document == {"run": run, "job": None, "cluster": URL}
+    with pytest.raises(ClusterError) as unsure:
+        hand_over(job, folder, FakeScheduler(breaks=2))
+    assert unsure.value.document == {"run": run, "job": job_id, "cluster": URL}
+
+
 @pytest.mark.parametrize("knows", [True, False])
 def test_a_cluster_that_refuses_to_begin_a_job_leaves_nothing(job, folder, monkeypatch, knows):
     """Unless it does not tell that it knows of none: then it may begin it yet."""
@@ -470,6 +481,9 @@ def test_ctrl_c_while_a_job_is_begun_says_that_it_may_run(job, folder, monkeypat
     with pytest.raises(Interrupted, match="which may run now; stop it with `launcher stop ") as caught:
         hand_over(job, folder, scheduler)
     assert f"{run_of(job).url} --cluster {URL}`" in str(caught.value)
+    assert caught.value.document == {
+        "run": run_of(job).url, "job": make_job_id(run_of(job).url, 0), "cluster": URL,
+    }  # fmt: skip
     assert run_of(job).submissions.newest() is not None
 
 

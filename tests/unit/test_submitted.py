@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.submissions import Submission
-from launcher import clusters, logs, stop, submitted
+from launcher import cli, clusters, logs, stop, submitted
 from launcher.cli import main
 from tests.schedulers import URL
-from tests.unit.test_submit import JOB
+from tests.unit.test_submit import JOB, Said
 
 ON_CLUSTER = ("--cluster", URL)
 JOB_ID = "digits-0123456789ab-0"
@@ -280,6 +280,38 @@ def test_a_run_that_was_never_submitted_is_no_job(tmp_path, cluster, verb):
 )
 def test_a_cluster_that_takes_no_jobs_is_a_mistake(run, verb, named, error):
     assert re.match(error, one_error(launcher(verb, run.url, "--cluster", named), 2))
+
+
+def test_only_what_is_submitted_is_waited_for(run):
+    error = one_error(launcher("resume", run.url, "--wait"), 2)
+    assert error.startswith("--wait: is for a run that is submitted, ")
+
+
+def test_the_file_of_a_cluster_is_read_once(run, tmp_path, monkeypatch):
+    read, reads = clusters.read_text, []
+
+    def read_text(path: Path) -> str:
+        reads.append(path)
+        return read(path)
+
+    (tmp_path / "lab.yaml").write_text(f"kind: ray\naddress: {URL}\n")
+    monkeypatch.setattr(clusters, "read_text", read_text)
+    launcher("resume", run.url, "--cluster", tmp_path / "lab.yaml", "--force")
+    launcher("plan", tmp_path / "no.yaml", "--cluster", tmp_path / "lab.yaml")
+    assert reads == [tmp_path / "lab.yaml"] * 2
+
+
+def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fail(_: RunDirectory) -> Any:
+        raise StorageError("nobody answers")
+
+    monkeypatch.setattr("launcher.watch.watch", interrupt)
+    monkeypatch.setattr(RunDirectory, "read_status", fail)
+    handed_over = {"run": run.url, "job": JOB_ID, "cluster": URL, "status": "submitted"}
+    assert cli._watched(handed_over, FakeCluster(), Said()) == (handed_over, 130)
 
 
 class TestStop:
