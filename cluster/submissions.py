@@ -49,6 +49,8 @@ class Submission:
         time: When, in Unix time.
         versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.
         git: The revision of the working directory there, and the digest of its changes; none: it is in no repository.
+        claimed: When the newest driver of the run had claimed it, by the clock of that driver's host: with another one
+            in the status, a driver has come since. None: the run had no driver.
     """
 
     number: int
@@ -63,6 +65,7 @@ class Submission:
     time: float
     versions: Mapping[str, str]
     git: Mapping[str, str | None] | None
+    claimed: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,10 +210,11 @@ class Submissions:
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # the job's own output has the error too
                     if self.standing(submission_id) == "due":
-                        self._mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
+                        self.mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
             raise
 
-    def _mark_failed(self, submission_id: str, error: str) -> None:
+    def mark_failed(self, submission_id: str, error: str) -> None:
+        """Says why the job of a submission ended before a driver took it."""
         # The store keeps it for all who may read there, and it may be any exception's.
         write_document(self._store, f"{submission_id}.failed.json", {"error": redacted(error, {})})
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError
+from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError, StorageError
 
 if TYPE_CHECKING:
     from cluster.kinds import Cluster
@@ -134,21 +134,30 @@ def resume(
     If jobs are submitted to the cluster that is named, the run is, and this returns.
     """
     run_directory = _existing_run(run_url)
-    if submission_id is None and _takes_jobs(cluster_name, overrides):
-        if at is not None or new is not None or force or take_over:
-            raise DescriptionError(
-                f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force and "
-                "--take-over give HOST:PORT of its Ray head, on one of its hosts"
-            )
-        scheduler, place, changes = _scheduler(cluster_name, overrides)
-        from launcher.submit import submit_again
-
-        def hand_over(display: "Progress") -> dict[str, Any]:
-            return submit_again(run_directory, changes, scheduler, place, display)
-
-        return _show_submitted(hand_over, scheduler, wait=wait, as_json=as_json)
     with run_directory.submissions.answered(submission_id):
-        cluster, changes = _cluster(cluster_name, overrides)
+        from launcher.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
+
+        spec, changes = load_cluster(cluster_name, overrides)
+        if submission_id is None and spec.takes_jobs:
+            if at is not None or new is not None or force or take_over:
+                raise DescriptionError(
+                    f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force "
+                    "and --take-over give HOST:PORT of its Ray head, on one of its hosts"
+                )
+            place = jobs_cluster(spec)
+            scheduler = open_scheduler(place)
+            from launcher.submit import submit_again
+
+            def hand_over(display: "Progress") -> dict[str, Any]:
+                return submit_again(run_directory, changes, scheduler, place, display)
+
+            return _show_submitted(hand_over, scheduler, wait=wait, as_json=as_json)
+        if wait:
+            raise DescriptionError(
+                "--wait: is for a run that is submitted, and this one goes on here, shown to its end; leave it out, or "
+                "give --cluster the Jobs API of a cluster"
+            )
+        cluster = open_cluster(spec)
         from launcher.runs import resume as resume_run
 
         def work(display: "Progress") -> dict[str, Any]:
@@ -167,21 +176,22 @@ def resume(
 @_json_option
 def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
+    from launcher.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
     from launcher.description import load
+    from launcher.progress import open_progress
     from launcher.report import plan_text
 
-    if _takes_jobs(cluster_name, overrides):
-        scheduler, spec, changes = _scheduler(cluster_name, overrides)
+    spec, changes = load_cluster(cluster_name, overrides)
+    if spec.takes_jobs:
+        place = jobs_cluster(spec)
         description = load(job, changes)
-        from launcher.progress import open_progress
         from launcher.submit import plan_there
 
         with contextlib.closing(open_progress(sys.stderr)) as display:
-            made = plan_there(description, job.parent, scheduler, spec, display)
+            made = plan_there(description, job.parent, open_scheduler(place), place, display)
     else:
-        cluster, changes = _cluster(cluster_name, overrides)
+        cluster = open_cluster(spec)
         description = load(job, changes)
-        from launcher.progress import open_progress
         from launcher.runs import plan_only
 
         with contextlib.closing(open_progress(sys.stderr)) as display, _joined(cluster):
@@ -368,13 +378,6 @@ def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple["Cluster", 
     return open_cluster(spec), changes
 
 
-def _takes_jobs(named: str | None, overrides: tuple[str, ...]) -> bool:
-    """Whether the cluster that is meant runs commands for a process anywhere."""
-    from launcher.clusters import load_cluster
-
-    return load_cluster(named, overrides)[0].takes_jobs
-
-
 def _scheduler(named: str | None, overrides: tuple[str, ...] = ()) -> tuple["Scheduler", "RayClusterSpec", list[str]]:
     """What begins runs on the cluster that is meant, its description, and what is left to change in the job."""
     from launcher.clusters import load_jobs_cluster, open_scheduler
@@ -434,7 +437,9 @@ def _watched(submitted: dict[str, Any], scheduler: "Scheduler", display: "Progre
     except KeyboardInterrupt:
         url = shlex.quote(submitted["run"])
         display.message(f"{submitted['run']} goes on without this terminal; stop it with `launcher stop {url}`")
-        document, exit_code = read_status(run_directory), Interrupted.exit_code
+        document, exit_code = submitted, Interrupted.exit_code
+        with contextlib.suppress(StorageError):  # what was submitted is known without the store
+            document = read_status(run_directory)
     return document | {"job": submitted["job"], "cluster": submitted["cluster"]}, exit_code
 
 

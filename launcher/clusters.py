@@ -71,6 +71,15 @@ def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayC
         DescriptionError: It takes none; or there is a mistake in its description.
     """
     spec, changes = load_cluster(named, overrides)
+    return jobs_cluster(spec), changes
+
+
+def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
+    """The same cluster, which takes jobs.
+
+    Raises:
+        DescriptionError: It takes none.
+    """
     if isinstance(spec, LocalClusterSpec):
         raise DescriptionError(
             f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
@@ -82,7 +91,7 @@ def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayC
             f"{PREFIX}address: {spec.address} takes drivers, and no jobs; write http://{host}:8265, or where else the "
             "cluster's dashboard listens"
         )
-    return spec, changes
+    return spec
 
 
 def open_scheduler(spec: RayClusterSpec) -> Scheduler:

@@ -7,10 +7,12 @@ at once.
 """
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from keyword import iskeyword
@@ -27,6 +29,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     UnsupportedInterpolationType,
 )
+from omegaconf.resolvers import oc
 
 from cluster.errors import DescriptionError, FieldError, nearest
 from jobs.spec import NUMBER_FROM_TEXT, JobSpec, PlanValue, Target
@@ -63,6 +66,16 @@ class Description:
     def document(self) -> dict[str, Any]:
         """``text`` as plain values, its interpolations kept: fit to be shown anywhere."""
         return yaml.safe_load(self.text)
+
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that ``spec`` has values of; one that is not set, but has a default, is none."""
+        names: dict[str, None] = {}
+        token = _VARIABLES.set(names)
+        try:
+            _resolved(self.document)
+        finally:
+            _VARIABLES.reset(token)
+        return tuple(names)
 
 
 class _Missing:
@@ -394,6 +407,18 @@ def _plan_steps(epochs: Any) -> PlanValue:
     return PlanValue("steps", epochs)
 
 
+_VARIABLES: ContextVar[dict[str, None]] = ContextVar("variables")
+"""Collects the names of the environment variables that are read while a job is resolved, if somebody asks."""
+
+
+def _environment_variable(name: str, *default: Any) -> str | None:
+    """``oc.env``, which notes the names of the variables that it reads."""
+    if name in os.environ:
+        _VARIABLES.get({})[name] = None
+    return oc.env(name, *default)
+
+
+OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
 OmegaConf.register_resolver("plan.named", _plan_named, replace=True)  # replace: a module may be imported anew
 OmegaConf.register_resolver("plan.steps", _plan_steps, replace=True)
 

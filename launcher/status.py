@@ -1,7 +1,8 @@
 """What a run directory says of its run, for someone who has nothing else."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,8 @@ LONG_SILENCE_S = 120.0
 """After this long it counts as gone for those who act on it, or wait for it: its store, or its clock, may be at fault,
 and a wrong word in a table is mended by the next look."""
 _WATCH_S = 2 * STATUS_INTERVAL_S + 2.0
+_CLOCK_ERROR_S = 3600.0
+"""By how much the clocks of two machines may differ: stores refuse requests long before."""
 _LOOK_INTERVAL_S = 0.5
 NOT_BEGUN: dict[str, Any] = {
     "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
@@ -69,9 +72,6 @@ def _unanswered_submission(
 ) -> tuple[SubmissionReport, Submission] | None:
     """The newest submission of a run, if no driver has taken it, nor gone on with the run without it since.
 
-    That a driver came later is told by two clocks, which may differ a little: then it is told wrongly until its job
-    ends.
-
     Args:
         run: Which.
         status: How the run stands; none: it never had a driver.
@@ -80,7 +80,7 @@ def _unanswered_submission(
     if report is None or report.state in ("taken", "done"):
         return None
     newest = run.submissions.read_newest()
-    if newest is None or (status is not None and status.get("claimed", 0.0) > newest[1].time):
+    if newest is None or (status is not None and status.get("claimed") != newest[1].claimed):
         return None
     return newest
 
@@ -170,7 +170,7 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     wrote at two moments is compared, for its clock need not agree with ours.
     """
     alive = is_alive(status)
-    if alive is not None or _is_gone(status, LONG_SILENCE_S):
+    if alive is not None or _is_gone(status, _CLOCK_ERROR_S):
         return bool(alive)
     deadline = time.monotonic() + _WATCH_S
     while time.monotonic() < deadline:
@@ -181,14 +181,43 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
     return False
 
 
+class Lookout:
+    """Looks at a run again and again, and tells when a driver elsewhere counts as gone.
+
+    The clock of its host need not agree with ours: what it writes while it is watched shows that it lives.
+
+    Args:
+        read: Such as ``read_status`` of the run: how it stands, if a driver may have been silent for some seconds.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, read: Callable[[float], dict[str, Any]], clock: Callable[[], float]) -> None:
+        self._read, self._clock = read, clock
+        self._seen: float | None = None
+        self._changed_at = self._looked_at = clock()
+
+    def look(self) -> dict[str, Any]:
+        """The ``--json`` document of the run."""
+        document, now = self._read(_CLOCK_ERROR_S), self._clock()
+        was_away = now - self._looked_at > HANGS_S  # the store, so that what the driver wrote was not seen
+        if document["status"] != "running" or document.get("updated") != self._seen or was_away:
+            self._seen, self._changed_at = document.get("updated"), now
+        self._looked_at = now
+        unchanged_s = now - self._changed_at
+        if unchanged_s <= _WATCH_S:
+            return document
+        return self._read(LONG_SILENCE_S if unchanged_s <= LONG_SILENCE_S else -math.inf)
+
+
 def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
     """Raises if somebody drives the run, here or anywhere; else tells how it stands, to see whether that changes.
 
     Raises:
         ClusterError: The run is going on.
     """
-    status = read_status(run, LONG_SILENCE_S)
-    if status["status"] == "running":
+    status, written = read_status(run, LONG_SILENCE_S), run.read_status()
+    is_running = written is not None and written["status"] == "running"
+    if status["status"] == "running" or (is_running and is_driven(run, dict(written or {}))):
         raise ClusterError(f"{run.url}: is running, at step {status['step']}; stop it first, nothing was changed")
     return {name: status[name] for name in ("status", "step", "attempts")}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
-from launcher.status import LONG_SILENCE_S, read_status
+from launcher.status import Lookout, read_status
 from launcher.submitted import SubmittedJob
 
 _INTERVAL_S = 0.5
@@ -24,17 +24,13 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
 
     Raises:
         ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
-            the request, and no cluster was named, or that does not stop the job.
+            the request, and the cluster that was named is none, or another one, or does not stop the job.
     """
     deadline = time.monotonic() + timeout_s
-    status = read_status(run, LONG_SILENCE_S)
+    lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
+    status = lookout.look()
     if job is not None and job.is_due():  # also of a run that another driver has begun
         status = job.stopped(deadline)
-    elif status["status"] == "submitted":
-        raise ClusterError(
-            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
-            f"submitted to, {status['cluster']}"
-        )
     if status["status"] == "running":
         run.request_stop()
     while status["status"] == "running":
@@ -44,5 +40,10 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
                 "it stops when its step and its save are done: look at `launcher status`, or wait with --timeout"
             )
         time.sleep(_INTERVAL_S)
-        status = read_status(run, LONG_SILENCE_S)
+        status = lookout.look()
+    if status["status"] == "submitted":  # for another cluster, or again
+        raise ClusterError(
+            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
+            f"submitted to, {status['cluster']}"
+        )
     return status

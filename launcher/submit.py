@@ -13,13 +13,14 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, Interrupted, LauncherError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec import RayClusterSpec
@@ -50,8 +51,6 @@ _ASK_AGAIN_S = 2.0
 _DIGITS = 12
 """Of a digest, in the name of a job and in messages."""
 _LONGEST_NAME = 40
-_VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_][A-Za-z0-9_]*)\}")
-"""One that a description cannot do without; with a default, it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,8 +129,9 @@ def submit(
 
     Raises:
         DescriptionError: The description cannot run as written, or the run exists with another one.
-        ClusterError: The cluster is not fit for it.
-        LauncherError: Else; nothing has begun.
+        ClusterError: The cluster is not fit for it, or does not begin the job.
+        Interrupted: By Ctrl-C, when the job may have begun.
+        LauncherError: Else; nothing has begun, unless the message says that a job may have.
     """
 
     def pack(modules: Collection[str]) -> _Code:
@@ -145,7 +145,8 @@ def submit(
         )
 
     run = run_directory(description)
-    return _submit(run, description, make_import_paths(folder), pack, scheduler, place, display)
+    with _named_in_errors(run, place):
+        return _submit(run, description, make_import_paths(folder), pack, scheduler, place, display)
 
 
 def submit_again(
@@ -167,19 +168,33 @@ def submit_again(
 
     Raises:
         DescriptionError: It cannot go on with these changes; or it was begun in place, so that its code is not there.
-        ClusterError: The cluster is not fit for it.
-        LauncherError: Else; nothing has begun.
+        ClusterError: The cluster is not fit for it, or does not begin the job.
+        Interrupted: By Ctrl-C, when the job may have begun.
+        LauncherError: Else; nothing has begun, unless the message says that a job may have.
     """
-    found = find_description(run)
-    wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
-    code = find_code(run, found.submission_id)
-    if code.sha256 is None:
-        raise DescriptionError(
-            f"{run.url}: was begun by launcher run, so that its directory does not hold the user's code; launcher "
-            "submit its job file, which goes on with it"
+    with _named_in_errors(run, place):
+        found = find_description(run)
+        wanted = found.continued(overrides, max(run.checkpoints.steps(), default=0))
+        code = find_code(run, found.submission_id)
+        if code.sha256 is None:
+            raise DescriptionError(
+                f"{run.url}: was begun by launcher run, so that its directory does not hold the user's code; launcher "
+                "submit its job file, which goes on with it"
+            )
+        packed = _Code(
+            sha256=code.sha256, directory=code.directory, working_directory=code.submitted_from, git=code.git
         )
-    packed = _Code(sha256=code.sha256, directory=code.directory, working_directory=code.submitted_from, git=code.git)
-    return _submit(run, wanted, code.import_paths, lambda _: packed, scheduler, place, display)
+        return _submit(run, wanted, code.import_paths, lambda _: packed, scheduler, place, display)
+
+
+@contextmanager
+def _named_in_errors(run: RunDirectory, place: RayClusterSpec) -> Iterator[None]:
+    """Within it, an error knows which run was to be submitted and where to, for ``--json``."""
+    try:
+        yield
+    except LauncherError as error:
+        error.document = {"run": run.url, "job": None, "cluster": place.address} | (error.document or {})
+        raise
 
 
 def _submit(
@@ -226,7 +241,7 @@ def _submit(
         display.message(f"changed code: {now.code_sha256[:_DIGITS]} -> {code.sha256[:_DIGITS]}")
     submission = Submission(
         number=following.number,
-        job=make_job_id(run.url, following.number),
+        job=_job_id(run, before, following.number),
         cluster=place.address,
         description=description.text,
         code_sha256=code.sha256,
@@ -237,18 +252,19 @@ def _submit(
         time=round(time.time(), 3),
         versions=own_versions(),
         git=code.git,
+        claimed=None if now.status is None else now.status.get("claimed"),
     )
     if code.data is not None:
         run.write_code(code.sha256, code.data)
-    submission_id = run.submissions.write(submission)  # the run itself stays as it is
-    display.phase(f"beginning {submission.job}")
-    job = _begin(run, scheduler, submission, submission_id, place)
-    if job.metadata.get("submission") == submission_id:
-        display.message(f"submitted {one_line(description.spec, plan)}")
-    else:
-        run.submissions.withdraw(submission_id)
-        display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
-    return _result(run, submission.job, place)
+    try:
+        return _hand_over(run, submission, one_line(description.spec, plan), scheduler, place, display)
+    except KeyboardInterrupt as interrupt:
+        error = Interrupted(
+            f"interrupted while a job of {run.url} was begun, which may run now; stop it with `launcher stop "
+            f"{shlex.quote(run.url)} --cluster {shlex.quote(place.address)}`"
+        )
+        error.document = {"job": submission.job}
+        raise error from interrupt
 
 
 def plan_there(
@@ -269,7 +285,10 @@ def plan_there(
 
 
 def make_job_id(run_url: str, number: int) -> str:
-    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0; the same everywhere."""
+    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0.
+
+    The same everywhere for one spelling of the URL, so that of two who submit a new run at once one job begins.
+    """
     name = re.sub("[^A-Za-z0-9_-]", "-", run_url.rstrip("/").rpartition("/")[2])[:_LONGEST_NAME]
     return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
 
@@ -316,18 +335,27 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
     """What a submission of a run has to do.
 
     A job that the cluster does not know, though it was submitted there, is begun now by the same name: whoever
-    submitted it may not have come that far, or just be about to.
+    submitted it may not have come that far, or just be about to. The cluster may know jobs that the run directory does
+    not, if that was deleted: the number of a job that has ended is not used again.
+
+    Raises:
+        ClusterError: The cluster does not answer; or a job of the run lives there, and the run directory was deleted.
     """
     status, stop = before.status, f"stop it with `launcher stop {shlex.quote(run.url)}`"
     if status is not None and status["status"] == "completed":
         return _Next(number=0, why_not=f"{run.url} is complete; nothing to do (another name starts another run)")
-    number, newest = 0, before.newest
-    while newest is not None:
-        number = max(number, newest.number)
-        job = scheduler.read(make_job_id(run.url, number))
-        if job is None and (number > newest.number or before.waits_on == place.address):
+    newest = before.newest
+    number = 0 if newest is None else newest.number
+    while True:
+        job = scheduler.read(_job_id(run, before, number))
+        if job is None and (newest is None or number > newest.number or before.waits_on == place.address):
             break
         if job is not None and job.status not in ENDED:
+            if run.submissions.newest() is None:
+                raise ClusterError(
+                    f"{place.address}: job {job.id} is {job.status}, and {run.url} holds no submission any more; stop "
+                    "that job on the cluster, and submit the run again"
+                )
             why = f"{run.url} is there already, job {job.id} is {job.status}; {stop}"
             return _Next(number=number, job_id=job.id, why_not=why)
         number += 1
@@ -335,6 +363,16 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
         why = f"{run.url}: process {status['pid']} on {status['host']} is running it; {stop}"
         return _Next(number=number, why_not=why)
     return _Next(number=number)
+
+
+def _job_id(run: RunDirectory, before: _Snapshot, number: int) -> str:
+    """What a run is called on a cluster, as in its newest submission: a URL can be spelled in several ways."""
+    return make_job_id(run.url, number) if before.submission is None else _numbered(before.submission, number)
+
+
+def _numbered(submission: Submission, number: int) -> str:
+    """What the job of a submission would be called if it had another number."""
+    return f"{submission.job.rpartition('-')[0]}-{number}"
 
 
 def _leave_alone(
@@ -372,8 +410,9 @@ def _fit_there(
     description: Description, store: Store, tried: Tried, scheduler: Scheduler, place: RayClusterSpec, display: Progress
 ) -> Plan:
     """The plan on the cluster, whose nodes are fit for it."""
-    # What every node must have set: what the cluster's description says, and what the job takes.
-    variables = tuple(dict.fromkeys([*place.env, *_VARIABLE.findall(description.text)]))
+    # What every node must have set: what the cluster's description says, and what the job takes. A variable with a
+    # default is asked for if it is set here: without it, the nodes would train with another value than is planned.
+    variables = tuple(dict.fromkeys([*place.env, *description.variables()]))
     report = inspect_cluster(scheduler, store, variables)
     report = replace(report, capacity=report.capacity.declared(place.node_groups))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
@@ -385,13 +424,34 @@ def _fit_there(
     return plan
 
 
+def _hand_over(
+    run: RunDirectory, submission: Submission, what: str, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+) -> dict[str, Any]:
+    """Writes a submission and begins its job, unless somebody else does at the same time; ``what`` it is, in a line."""
+    while True:
+        submission_id = run.submissions.write(submission)  # the run itself stays as it is
+        display.phase(f"beginning {submission.job}")
+        job = _begin(run, scheduler, submission, submission_id, place)
+        if job.metadata.get("submission") == submission_id:
+            display.message(f"submitted {what}")
+            break
+        run.submissions.withdraw(submission_id)
+        if job.status not in ENDED:
+            display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
+            break
+        number = submission.number + 1
+        submission = replace(submission, number=number, job=_numbered(submission, number))
+    return _result(run, submission.job, place)
+
+
 def _begin(
     run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
 ) -> Job:
     """Begins the job, unless somebody else has; returns the one that is there.
 
     Raises:
-        ClusterError: It may not have begun.
+        ClusterError: It may not have begun. If the cluster answers that it has not, the submission is withdrawn, so
+            that a job which comes late ends.
     """
     command = make_command(run.url, submission_id, place)
     metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
@@ -403,7 +463,20 @@ def _begin(
     try:
         return begin()
     except ClusterError as error:
-        raise ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see") from error
+        if _knows_no(scheduler, submission.job):
+            run.submissions.withdraw(submission_id)
+            raise ClusterError(f"{error}; no job has begun, submit the run again") from error
+        unsure = ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see")
+        unsure.document = {"job": submission.job}
+        raise unsure from error
+
+
+def _knows_no(scheduler: Scheduler, job_id: str) -> bool:
+    """Whether a cluster answers that it has no such job."""
+    try:
+        return scheduler.read(job_id) is None
+    except ClusterError:
+        return False
 
 
 def _user() -> str:

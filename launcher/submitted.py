@@ -77,13 +77,20 @@ class SubmittedJob:
 
         ``job_status`` is none if the cluster does not say; then ``job_message`` tells why.
         """
-        about = about_submission(self.submission)
+        job, unknown = None, ""
         try:
             job = self.read()  # before the directory: what the job has written there before it ended is seen
         except ClusterError as error:
-            about |= {"job_status": None, "job_message": str(error)}
-            return read_status(self.run, silence_s) | about
-        document = read_status(self.run, silence_s) | about
+            unknown = str(error)
+        document = read_status(self.run, silence_s)
+        newest = document.get("cluster", self.submission.cluster)
+        if newest != self.submission.cluster:  # the job that is asked for tells nothing of that one
+            status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
+            unknown = f"{status}; the run was submitted to {newest} since: give --cluster that"
+            return document | {"job_status": None, "job_message": unknown}
+        document |= about_submission(self.submission)
+        if job is None:
+            return document | {"job_status": None, "job_message": unknown}
         if not _ended_before(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
@@ -93,7 +100,8 @@ class SubmittedJob:
     def stopped(self, deadline: float) -> dict[str, Any]:
         """Stops the job of a run that has not begun, and waits for its end; then the run is stopped.
 
-        A job that has failed is left as it is.
+        A job that has failed is left as it is. The submission is answered then, for those who ask no cluster; so is one
+        whose job its own cluster does not know.
 
         Args:
             deadline: Until when to wait, by ``time.monotonic``.
@@ -102,11 +110,19 @@ class SubmittedJob:
             The ``--json`` document of the run.
 
         Raises:
-            ClusterError: The cluster does not stop it in time.
+            ClusterError: The cluster does not stop it in time; or it knows of no such job, and is not its own.
         """
-        job = self.read()
+        is_own = self.cluster == self.submission.cluster
+        job = self.scheduler.read(self.id) if is_own else self.read()
+        if job is None:
+            if self._is_unanswered():
+                self.run.submissions.mark_stopped(self.submission_id)
+            return read_status(self.run, LONG_SILENCE_S)
         if job.status in ("succeeded", "failed"):
-            return self.document(LONG_SILENCE_S)
+            document = self.document(LONG_SILENCE_S)
+            if self._is_unanswered():
+                self.run.submissions.mark_failed(self.submission_id, _last_words(job, self.scheduler))
+            return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
         while (job := self.read()).status not in ENDED:
@@ -119,6 +135,11 @@ class SubmittedJob:
         if self.is_due():  # no driver took it meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
         return read_status(self.run, LONG_SILENCE_S)
+
+    def _is_unanswered(self) -> bool:
+        """Whether the run directory does not tell how the job ended."""
+        states = {report.id: report.state for report in self.run.submissions.reports()}
+        return states.get(self.submission_id) == "waiting"
 
 
 def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> SubmittedJob:
@@ -176,14 +197,19 @@ def why_ended(job: Job, document: Mapping[str, Any], scheduler: Scheduler) -> st
         scheduler: Has the log.
     """
     when = f"at step {document['step']}" if _has_begun(document) else "before the run began"
+    ended = "was stopped" if job.status == "stopped" else "ended"
+    code = "" if job.exit_code is None else f", with exit code {job.exit_code}"
+    return f"job {job.id} {ended} {when}{code}: {_last_words(job, scheduler)}"
+
+
+def _last_words(job: Job, scheduler: Scheduler) -> str:
+    """Why a job ended: the end of its log, or what the cluster says if there is none."""
     why = [job.message] if job.message else []
     with contextlib.suppress(ClusterError):  # it may be lost with its host
         lines = [line.strip() for line in scheduler.log(job.id).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         why = (errors or lines)[-_LOG_LINES:] or why
-    ended = "was stopped" if job.status == "stopped" else "ended"
-    code = "" if job.exit_code is None else f", with exit code {job.exit_code}"
-    return f"job {job.id} {ended} {when}{code}: {' | '.join(why) or 'the cluster does not say why'}"
+    return " | ".join(why) or "the cluster does not say why"
 
 
 def _told(document: dict[str, Any], job: Job | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.description import parse
 from launcher.patience import read_patiently
 from launcher.progress import Progress
-from launcher.status import LONG_SILENCE_S, read_status
+from launcher.status import Lookout, read_status
 from launcher.submitted import why_ended
 
 _INTERVAL_S = 2.0
@@ -52,9 +52,9 @@ def watch(
     """
     epochs = read_patiently(lambda: _read_epochs(run), display.warn, clock, sleep)
     asked = None if job_id is None else _Asked(scheduler, job_id, clock)
-    said = ""
+    said, lookout = "", Lookout(lambda silence_s: read_status(run, silence_s), clock)
     while True:
-        document = read_patiently(lambda: read_status(run, LONG_SILENCE_S), display.warn, clock, sleep)
+        document = read_patiently(lookout.look, display.warn, clock, sleep)
         if document["status"] == "failed" and document.get("begun") is False:
             raise _failed_early(run, document, _wait_for_end(job_id, scheduler, clock, sleep), scheduler)
         if document["status"] == "completed":

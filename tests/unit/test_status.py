@@ -59,9 +59,21 @@ def seen(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         (-3600.0, None, False, 12.0),
         (60.0, {"step": 5}, True, 6.5),
         (60.0, {"status": "completed"}, False, 6.5),
-        (600.0, {"updated": 1.0}, False, 0.0),
+        (600.0, {"updated": 1.0}, True, 6.5),
+        (600.0, None, False, 12.0),
+        (7200.0, {"updated": 1.0}, False, 0.0),
     ],
-    ids=["writes", "silent", "writes, fast clock", "silent, fast clock", "writes, slow clock", "ends", "long gone"],
+    ids=[
+        "writes",
+        "silent",
+        "writes, fast clock",
+        "silent, fast clock",
+        "writes, slow clock",
+        "ends",
+        "writes, slower clock",
+        "silent, slower clock",
+        "long gone",
+    ],  # fmt: skip
 )
 def test_a_driver_elsewhere_lives_if_it_writes(seen, ago_s, change, expected, watched_s) -> None:
     assert seen(ago_s, change) == (expected, watched_s)
@@ -136,16 +148,55 @@ def test_the_clocks_of_two_machines_may_differ_a_little() -> None:
 @pytest.mark.parametrize(("ago_s", "is_refused"), [(60.0, True), (600.0, False)])
 def test_who_acts_on_it_waits_longer(run: RunDirectory, ago_s, is_refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver whose store is away for a minute must not lose its checkpoints, nor miss a stop."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
     die_elsewhere(run, ago_s)
-    asked: list[str] = []
-    monkeypatch.setattr(RunDirectory, "request_stop", lambda directory: asked.append(directory.url))
     if is_refused:
         with pytest.raises(ClusterError, match="is running, at step 4; stop it first"):
             refuse_if_running(run)
         with pytest.raises(ClusterError, match="still running 0 s after it was asked to stop"):
             stop_run(run, 0.0)
-        assert asked == [run.url]
     else:
         assert refuse_if_running(run)["status"] == "failed"
-        assert stop_run(run, 0.0)["status"] == "failed"
-        assert asked == []
+        assert stop_run(run, 300.0)["status"] == "failed"
+        assert now[0] < 40.0
+    assert run.is_stop_requested(), "its clock may be at fault"
+
+
+def test_a_driver_whose_clock_is_behind_is_left_its_checkpoints_and_is_stopped(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, begun_at = [0.0], time.time()
+
+    def sleep(seconds: float) -> None:
+        """It gives a sign of life, ten minutes ago by its clock; once it is asked to, it stops after half a minute."""
+        now[0] += seconds
+        die_elsewhere(run, time.time() - begun_at + 600.0 - now[0])
+        if run.is_stop_requested() and now[0] > 30.0:
+            (name,) = run.store.names("drivers")
+            run.store.write(name, json.dumps((run.read_status() or {}) | {"status": "stopped"}).encode())
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    die_elsewhere(run, 600.0)
+    with pytest.raises(ClusterError, match="is running, at step 4; stop it first"):
+        refuse_if_running(run)
+    assert stop_run(run, 300.0)["status"] == "stopped"
+    assert now[0] > 30.0
+
+
+def test_a_driver_whose_clock_is_ahead_is_gone_once_it_has_written_nothing_for_long(run: RunDirectory) -> None:
+    now = [0]
+    lookout = status.Lookout(lambda silence_s: status.read_status(run, silence_s), lambda: now[0])
+    die_elsewhere(run, -3600.0)
+    for now[0] in range(0, 121, 10):
+        assert lookout.look()["status"] == "running"
+    now[0] += 1
+    assert lookout.look()["status"] == "failed"
+    die_elsewhere(run, -3601.0)
+    assert lookout.look()["status"] == "running"

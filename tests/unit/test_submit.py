@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.capacity import Capacity
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, Interrupted
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec
@@ -23,6 +23,7 @@ from launcher.clusters import load_cluster
 from launcher.description import Description, load, parse
 from launcher.nodes import own_versions
 from launcher.plan import Tried
+from launcher.status import read_status
 from launcher.submit import make_command, make_job_id, submit, submit_again
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
@@ -163,6 +164,17 @@ def take_newest(run: RunDirectory) -> None:
     report = run.submissions.newest()
     assert report is not None
     run.submissions.mark_taken(report.id)
+
+
+def begun_meanwhile(monkeypatch: pytest.MonkeyPatch, scheduler: FakeScheduler, job_id: str, status: JobStatus) -> None:
+    """Somebody else begins a job while this submitter inspects the nodes."""
+    inspect = scheduler.inspect
+
+    def inspect_and_begin(needs: Needs) -> ClusterReport:
+        scheduler.known[job_id], scheduler.metadata[job_id] = status, {"submission": "000000-of-somebody-else"}
+        return inspect(needs)
+
+    monkeypatch.setattr(scheduler, "inspect", inspect_and_begin)
 
 
 def of_versions(**versions: str) -> Mapping[str, str]:
@@ -344,15 +356,27 @@ def test_a_node_that_is_silent_is_told_of(job, folder):
     assert said.warnings[:1] == [f"{URL}: no answer from 10.0.0.2; workers may be placed there all the same"]
 
 
-def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("BATCH", "64")
-    text = JOB.format(store=tmp_path / "store") + (
-        "train: {global_batch: '${oc.decode:${oc.env:BATCH}}', epochs: '${oc.decode:${oc.env:EPOCHS,1}}'}\n"
-    )
+@pytest.mark.parametrize(
+    ("seed", "asked"),
+    [
+        ("'7'", ()),
+        ("${oc.env:SEED}", ("SEED",)),
+        ("${oc.env: SEED }", ("SEED",)),
+        ("${oc.env:SEED,1}", ("SEED",)),
+        ("${oc.env:UNSET_SEED,1}", ()),
+        ("${oc.env:UNSET_SEED,${oc.env:SEED}}", ("SEED",)),
+        ("${oc.env:${oc.env:NAMED}}", ("NAMED", "SEED")),
+    ],
+)
+def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch, seed, asked):
+    """All that the plan is made with: a node that lacks a variable would train with its default, or not at all."""
+    monkeypatch.setenv("SEED", "64")
+    monkeypatch.setenv("NAMED", "SEED")
+    text = JOB.format(store=tmp_path / "store") + f'seed: "${{oc.decode:{seed}}}"\n'
     scheduler = FakeScheduler()
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
     (needs,) = scheduler.asked
-    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", "BATCH"), check=needs.check)
+    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", *asked), check=needs.check)
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
@@ -419,6 +443,57 @@ def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypat
     assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
 
 
+def test_an_error_knows_the_run_its_job_and_the_cluster(job, folder, monkeypatch):
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    run, job_id = run_of(job).url, make_job_id(run_of(job).url, 0)
+    with pytest.raises(ClusterError) as refused:
+        hand_over(job, folder, FakeScheduler(REFUSALS["nodes of another Python"][0]))
+    assert refused.value.document == {"run": run, "job": None, "cluster": URL}
+    with pytest.raises(ClusterError) as unsure:
+        hand_over(job, folder, FakeScheduler(breaks=2))
+    assert unsure.value.document == {"run": run, "job": job_id, "cluster": URL}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_cluster_that_refuses_to_begin_a_job_leaves_nothing(job, folder, monkeypatch, knows):
+    """Unless it does not tell that it knows of none: then it may begin it yet."""
+    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    scheduler, refused = FakeScheduler(), []
+
+    def begin(*_: Any, **__: Any) -> Job:
+        refused.append(1)
+        raise ClusterError(f"{URL}: does not begin a job: No available agent")
+
+    def read(_: str) -> Job | None:
+        if refused and not knows:
+            raise ClusterError(f"{URL}: nobody answers there")
+        return None
+
+    monkeypatch.setattr(scheduler, "begin", begin)
+    monkeypatch.setattr(scheduler, "read", read)
+    what = "no job has begun, submit the run again$" if knows else "may have begun, submit the run again to see$"
+    with pytest.raises(ClusterError, match=f"No available agent; .*{what}"):
+        hand_over(job, folder, scheduler)
+    assert (run_of(job).submissions.newest() is None) == knows
+
+
+@pytest.mark.parametrize("at", ["begin", "read_status"])
+def test_ctrl_c_while_a_job_is_begun_says_that_it_may_run(job, folder, monkeypatch, at):
+    scheduler = FakeScheduler()
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler if at == "begin" else submit_module, at, interrupt)
+    with pytest.raises(Interrupted, match="which may run now; stop it with `launcher stop ") as caught:
+        hand_over(job, folder, scheduler)
+    assert f"{run_of(job).url} --cluster {URL}`" in str(caught.value)
+    assert caught.value.document == {
+        "run": run_of(job).url, "job": make_job_id(run_of(job).url, 0), "cluster": URL,
+    }  # fmt: skip
+    assert run_of(job).submissions.newest() is not None
+
+
 class TestTheSameRunAgain:
     def test_while_its_job_lives(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
@@ -438,6 +513,17 @@ class TestTheSameRunAgain:
         second = hand_over(job, folder, scheduler)["job"]
         assert (first[-2:], second[-2:], len(scheduler.commands)) == ("-0", "-1", 2)
 
+    def test_under_another_spelling_of_its_url(self, job, folder, tmp_path):
+        (tmp_path / "other").symlink_to(tmp_path / "store")
+        respelled = parse(JOB.format(store=tmp_path / "other"), "digits.yaml")
+        assert run_of(respelled).url != run_of(job).url
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        assert hand_over(respelled, folder, scheduler)["job"] == first
+        assert len(scheduler.commands) == 1
+        scheduler.known[first] = "failed"
+        assert hand_over(respelled, folder, scheduler)["job"] == f"{first[:-1]}1"
+
     def test_on_a_cluster_that_knows_of_none(self, job, folder):
         first = hand_over(job, folder, FakeScheduler())["job"]
         assert hand_over(job, folder, FakeScheduler())["job"] == first
@@ -453,12 +539,48 @@ class TestTheSameRunAgain:
         monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
         said = Said()
         job_id = make_job_id(run_of(job).url, 0)
-        others = {job_id: {"run": run_of(job).url, "submission": "000000-of-somebody-else"}}
-        scheduler = FakeScheduler(known={job_id: "running"}, metadata=dict(others), breaks=breaks)
+        scheduler = FakeScheduler(breaks=breaks)
+        begun_meanwhile(monkeypatch, scheduler, job_id, "running")
         result = hand_over(job, folder, scheduler, said)
         assert result["job"] == job_id
         assert "by somebody else at the same time" in said.messages[0]
         assert run_of(job).submissions.newest() is None, "nothing is left of this one"
+
+    def test_when_the_job_of_somebody_else_has_ended_already(self, job, folder, monkeypatch):
+        scheduler = FakeScheduler()
+        begun_meanwhile(monkeypatch, scheduler, make_job_id(run_of(job).url, 0), "failed")
+        assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 1)
+        (report,) = run_of(job).submissions.reports()
+        assert report.number == 1
+        assert report.id in scheduler.commands[0]
+
+    @pytest.mark.parametrize("ended", ["failed", "stopped", "succeeded"])
+    def test_after_its_directory_was_deleted(self, job, folder, ended):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[first] = ended
+        shutil.rmtree(run_of(job).url)
+        said = Said()
+        assert hand_over(job, folder, scheduler, said)["job"] == make_job_id(run_of(job).url, 1)
+        assert said.messages[0].startswith("submitted digits: ")
+
+    def test_after_its_directory_was_deleted_while_its_job_lives(self, job, folder):
+        scheduler = FakeScheduler()
+        first = hand_over(job, folder, scheduler)["job"]
+        shutil.rmtree(run_of(job).url)
+        with pytest.raises(ClusterError, match=f"job {first} is pending, and .* holds no submission any more; stop "):
+            hand_over(job, folder, scheduler)
+        assert run_of(job).submissions.newest() is None
+
+    def test_a_cluster_that_is_away_is_told_before_the_job_is_tried_out(self, job, folder, monkeypatch):
+        def read(_: FakeScheduler, job_id: str) -> Job | None:
+            raise ClusterError(f"{URL}: nobody answers there, {job_id}")
+
+        monkeypatch.setattr(FakeScheduler, "read", read)
+        said = Said()
+        with pytest.raises(ClusterError, match="nobody answers there"):
+            hand_over(job, folder, FakeScheduler(), said)
+        assert said.phases == []
 
     def test_while_somebody_drives_it_elsewhere(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
@@ -485,6 +607,20 @@ class TestTheSameRunAgain:
         is_over = status == "completed"
         assert result["status"] == ("completed" if is_over else "submitted")
         assert len(scheduler.commands) == (1 if is_over else 2)
+
+    def test_after_it_ended_with_a_clock_that_is_behind_that_of_its_host(self, job, folder, monkeypatch):
+        """The status tells of the submission, and not of the driver before it."""
+        run = run_of(job)
+        run.write_job(job.text)
+        run.claim()
+        run.write_status({"status": "stopped", "step": 3})
+        with monkeypatch.context() as clock:
+            clock.setattr(submit_module.time, "time", lambda: 1_000.0)
+            hand_over(job, folder, FakeScheduler())
+        assert read_status(run)["status"] == "submitted"
+        run.claim()
+        run.write_status({"status": "stopped", "step": 4})
+        assert read_status(run)["status"] == "stopped", "a person has gone on with the run"
 
     def test_with_another_description(self, job, folder):
         scheduler = FakeScheduler()

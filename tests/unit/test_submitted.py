@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.submissions import Submission, Submissions
-from launcher import clusters, logs, stop, submitted
+from launcher import cli, clusters, logs, stop, submitted
 from launcher.cli import main
 from tests.schedulers import URL
-from tests.unit.test_submit import JOB
+from tests.unit.test_submit import JOB, Said
 
 ON_CLUSTER = ("--cluster", URL)
 JOB_ID = "digits-0123456789ab-0"
@@ -102,15 +102,16 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
+OTHER = "http://other:8265"
 SUBMITTED_AT = 1_700_000_000.0
 
 
-def submit(run: RunDirectory, number: int = 0, at: float = SUBMITTED_AT) -> str:
+def submit(run: RunDirectory, number: int = 0, cluster: str = URL) -> str:
     return run.submissions.write(
         Submission(
-            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=URL, description="x", code_sha256="0" * 64,
-            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=at, versions={},
-            git=None,
+            number=number, job=f"{JOB_ID[:-1]}{number}", cluster=cluster, description="x", code_sha256="0" * 64,
+            code_directory=None, working_directory="/home/ann", user="ann", host="laptop", time=SUBMITTED_AT,
+            versions={}, git=None, claimed=(run.read_status() or {}).get("claimed"),
         )
     )  # fmt: skip
 
@@ -205,6 +206,18 @@ class TestStatus:
             "again"
         )
 
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_job_that_ended_tells_nothing_of_one_on_another_cluster(self, run, cluster, known):
+        submit(run, 1, OTHER)
+        if known:
+            cluster.put("failed", exit_code=4)
+        told = document("status", run.url, *ON_CLUSTER)
+        assert {name: told[name] for name in ("status", "error", "job", "cluster", "job_status")} == {
+            "status": "submitted", "error": None, "job": f"{JOB_ID[:-1]}1", "cluster": OTHER, "job_status": None,
+        }  # fmt: skip
+        assert told["job_message"].startswith(f"{URL}: job {JOB_ID} is failed; " if known else f"{URL}: knows no job ")
+        assert told["job_message"].endswith(f"; the run was submitted to {OTHER} since: give --cluster that")
+
     @pytest.mark.parametrize("status", ["running", "completed", "stopped", "failed"])
     def test_of_a_run_that_has_begun_the_directory_has_the_word(self, run, cluster, status):
         drive(run, status)
@@ -281,6 +294,38 @@ def test_a_cluster_that_takes_no_jobs_is_a_mistake(run, verb, named, error):
     assert re.match(error, one_error(launcher(verb, run.url, "--cluster", named), 2))
 
 
+def test_only_what_is_submitted_is_waited_for(run):
+    error = one_error(launcher("resume", run.url, "--wait"), 2)
+    assert error.startswith("--wait: is for a run that is submitted, ")
+
+
+def test_the_file_of_a_cluster_is_read_once(run, tmp_path, monkeypatch):
+    read, reads = clusters.read_text, []
+
+    def read_text(path: Path) -> str:
+        reads.append(path)
+        return read(path)
+
+    (tmp_path / "lab.yaml").write_text(f"kind: ray\naddress: {URL}\n")
+    monkeypatch.setattr(clusters, "read_text", read_text)
+    launcher("resume", run.url, "--cluster", tmp_path / "lab.yaml", "--force")
+    launcher("plan", tmp_path / "no.yaml", "--cluster", tmp_path / "lab.yaml")
+    assert reads == [tmp_path / "lab.yaml"] * 2
+
+
+def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def fail(_: RunDirectory) -> Any:
+        raise StorageError("nobody answers")
+
+    monkeypatch.setattr("launcher.watch.watch", interrupt)
+    monkeypatch.setattr(RunDirectory, "read_status", fail)
+    handed_over = {"run": run.url, "job": JOB_ID, "cluster": URL, "status": "submitted"}
+    assert cli._watched(handed_over, FakeCluster(), Said()) == (handed_over, 130)
+
+
 class TestStop:
     def test_one_that_waits_needs_its_cluster(self, run):
         assert one_error(launcher("stop", run.url), 5) == (
@@ -288,6 +333,18 @@ class TestStop:
             f"submitted to, {URL}"
         )
         assert not run.is_stop_requested()
+
+    def test_one_that_was_submitted_after_its_driver_died_is_not_stopped(self, run, monkeypatch):
+        drive(run, "running", updated=time.time() - 600.0)
+        submit(run, 1)
+        now = [0.0]
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert "has not begun yet; to stop its job," in one_error(launcher("stop", run.url), 5)
 
     @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
     def test_the_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
@@ -305,14 +362,35 @@ class TestStop:
         drive(run, "running")
         assert document("status", run.url)["status"] == "running"
         drive(run, "failed")
-        submit(run, 1, at=time.time() + 1.0)
+        submit(run, 1)
         assert document("status", run.url)["status"] == "submitted"
 
     @pytest.mark.parametrize("ended", ["failed", "succeeded"])
     def test_one_whose_job_has_failed_is_left_as_it_is(self, run, cluster, ended):
         cluster.put(ended)
+        cluster.logs[JOB_ID] = LOG
         assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
-        assert (cluster.asked_to_stop, document("status", run.url)["status"]) == ([], "submitted")
+        told = document("status", run.url)
+        assert (cluster.asked_to_stop, told["status"]) == ([], "failed")
+        assert told["error"] == f"job {JOB_ID} ended before the run began: {LOG.splitlines()[1]}; submit the run again"
+
+    def test_what_its_driver_said_of_its_failure_stays(self, run, cluster):
+        with pytest.raises(ClusterError), run.submissions.answered(run.submissions.newest().id):
+            raise ClusterError("no GPU there")
+        cluster.put("failed")
+        document("stop", run.url, *ON_CLUSTER)
+        assert "no GPU there" in document("status", run.url)["error"]
+        cluster.known.clear()
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
+
+    def test_one_whose_job_its_cluster_does_not_know_is_stopped(self, run, cluster):
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert (cluster.asked_to_stop, document("status", run.url)["status"]) == ([], "stopped")
+
+    def test_one_whose_job_another_cluster_does_not_know_is_left_as_it_is(self, run, cluster):
+        del cluster
+        assert f"{OTHER}: knows no job {JOB_ID}; " in one_error(launcher("stop", run.url, "--cluster", OTHER), 5)
+        assert document("status", run.url)["status"] == "submitted"
 
     def test_one_that_is_driven_is_asked_through_its_directory(self, run, cluster, monkeypatch):
         cluster.put("running")
@@ -351,15 +429,26 @@ class TestStop:
         assert error.startswith(f"{URL}: job {JOB_ID} is pending, and has not ended since it was asked to stop; ")
         assert document("status", run.url)["status"] == "submitted"
 
-    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster):
+    @pytest.mark.parametrize("where", [URL, OTHER])
+    def test_a_submission_that_came_meanwhile_is_not_stopped(self, run, cluster, where):
         def submit_again() -> JobStatus:
-            submit(run, 1)
+            submit(run, 1, where)
             return "stopped"
 
         cluster.put("pending")
         cluster.at_stop = submit_again
-        told = document("stop", run.url, *ON_CLUSTER)
-        assert (told["status"], told["job"]) == ("submitted", f"{JOB_ID[:-1]}1")
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert error.startswith(f"{run.url}: has not begun yet; to stop its job, {JOB_ID[:-1]}1, give --cluster ")
+        assert error.endswith(f" submitted to, {where}")
+
+    @pytest.mark.parametrize("ended", ["failed", "succeeded", "stopped"])
+    def test_one_that_waits_on_another_cluster_too_is_not_stopped(self, run, cluster, ended):
+        submit(run, 1, OTHER)
+        cluster.put(ended)
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert error.endswith(
+            f"to stop its job, {JOB_ID[:-1]}1, give --cluster the cluster that it was submitted to, {OTHER}"
+        )
 
     @pytest.mark.parametrize("status", ["failed", "stopped"])
     def test_what_goes_on_with_the_run_has_the_word(self, run, status):

@@ -1,5 +1,7 @@
 """Watching a run that was submitted, with a clock of its own."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,26 @@ def test_a_job_that_is_killed_on_a_host_far_away_is_told_within_half_a_minute(wa
 )
 def test_the_exit_code_is_that_of_the_command_which_drove_the_run(watched, status, job, code):
     assert watched(Cluster(job), RUNNING, RUNNING | {"status": status})[1] == code
+
+
+def test_a_driver_whose_clock_is_behind_is_watched_to_its_end(tmp_path):
+    run, now = RunDirectory(str(tmp_path / "run")), [0.0]
+    run.write_job(JOB.format(store=tmp_path))
+    run.claim()
+
+    def write(status: str) -> None:
+        (name,) = run.store.names("drivers")
+        elsewhere = {"place": "elsewhere", "status": status, "step": 7, "updated": time.time() - 600.0 + now[0]}
+        run.store.write(name, json.dumps((run.read_status() or {}) | elsewhere).encode())
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        write("stopped" if now[0] > 60.0 else "running")
+
+    write("running")
+    cluster: Any = Cluster(a_job("running"))
+    document, code = watch(run, "own-0", cluster, Said(), clock=lambda: now[0], sleep=sleep)
+    assert (document["status"], code) == ("stopped", 0)
 
 
 def test_a_job_that_waits_says_why(watched):
