@@ -7,8 +7,8 @@ which ``launcher schema --cluster KIND`` prints. Nothing secret belongs here: a 
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from cluster.capacity import NodeGroup, Placement, node_resources
@@ -23,7 +23,8 @@ _FOLDER = re.compile(r"/[^\x00-\x1f\x7f:]*[^\x00-\x1f\x7f:/]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What each worker gets on this cluster, in place of what the job file says; the command line has the last word."""
+    """What each worker gets on this cluster, in place of what the job file says; the command line has the last word.
+    A run keeps it only as long as it is there: elsewhere the job file, or that cluster, decides."""
 
     cpus: float | None = None
     """CPU cores that each worker reserves."""
@@ -40,9 +41,14 @@ class WorkerSpec:
         if self.gpus not in (None, 0, 1):
             raise FieldError("gpus", f"must be 0 or 1, got {self.gpus}; a worker drives one GPU, raise workers.num")
 
-    def overrides(self) -> list[str]:
-        """The same as changes of a job."""
-        return [f"workers.{name}={json.dumps(value)}" for name, value in asdict(self).items() if value is not None]
+    def overrides(self, section: str = "workers") -> list[str]:
+        """The same as changes of a section of a description, by default that of a job."""
+        return [f"{section}.{name}={json.dumps(value)}" for name, value in asdict(self).items() if value is not None]
+
+    def keeping(self, overrides: Collection[str]) -> "WorkerSpec":
+        """What of it is among these of its ``overrides``."""
+        names = {override.partition("=")[0].removeprefix("workers.") for override in overrides}
+        return replace(self, **{name: None for name in asdict(self) if name not in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +140,10 @@ class RayClusterSpec:
         """What its autoscaler may bring it to."""
         return [group.node_group() for group in self.autoscaler]
 
-    def autoscaler_overrides(self) -> list[str]:
-        """What makes up for its absence, as changes of a description of the same cluster that has only an address."""
+    def driver_overrides(self) -> list[str]:
+        """What a driver on it has to be told, as changes of a description of this cluster that has only an address."""
         groups = [asdict(group) for group in self.autoscaler]
-        return [f"autoscaler={json.dumps(groups)}"] if groups else []
+        return [*self.worker.overrides("worker"), *([f"autoscaler={json.dumps(groups)}"] if groups else [])]
 
     @property
     def takes_jobs(self) -> bool:

@@ -16,7 +16,7 @@ from cluster.kinds import Cluster, JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec, RayClusterSpec
 from cluster.versions import check_ray_version
-from launcher.description import Language, read, read_text
+from launcher.description import Language, OfCluster, read, read_text
 from launcher.machine import num_cores
 
 PREFIX = "cluster."
@@ -43,7 +43,7 @@ def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSp
     if named is None and of_cluster:
         raise DescriptionError(f"command line: {PREFIX}{of_cluster[0]} changes a cluster; name it with --cluster")
     spec = LocalClusterSpec() if named is None else _read(named, of_cluster)
-    return spec, [*spec.worker.overrides(), *of_job]
+    return spec, [*map(OfCluster, spec.worker.overrides()), *of_job]
 
 
 def open_cluster(spec: ClusterSpec) -> Cluster:

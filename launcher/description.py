@@ -58,9 +58,12 @@ class Description:
     spec: JobSpec
     """Everything resolved."""
     text: str
-    """YAML of the defaults, the file and the overrides, its interpolations kept, so that no secret is written."""
+    """YAML of the defaults, the file and the overrides, its interpolations kept, so that no secret is written; without
+    what the cluster says of workers, which holds there alone."""
     source: str
     """What to call it in errors, such as ``digits.yaml``."""
+    of_cluster: tuple["OfCluster", ...] = ()
+    """What the cluster says of workers, as far as nobody has overridden it."""
 
     @property
     def document(self) -> dict[str, Any]:
@@ -76,6 +79,12 @@ class Description:
         finally:
             _VARIABLES.reset(token)
         return tuple(names)
+
+
+class OfCluster(str):
+    """An override that comes from the description of a cluster: a run keeps it only for as long as it is there."""
+
+    __slots__ = ()
 
 
 class _Missing:
@@ -137,7 +146,12 @@ def parse(text: str, source: str, overrides: Sequence[str] = (), default_name: s
     """
     defaults = {} if default_name is None else {"name": default_name}
     spec, written = read(JOBS, text, source, overrides, defaults)
-    return Description(spec, written, source)
+    of_cluster = [change for change in overrides if isinstance(change, OfCluster)]
+    if of_cluster:
+        own = [change for change in overrides if not isinstance(change, OfCluster)]
+        written = read(JOBS, text, source, own, defaults)[1]
+        of_cluster = [change for change in of_cluster if not any(_is_within(_key(change), _key(each)) for each in own)]
+    return Description(spec, written, source, tuple(of_cluster))
 
 
 def read(
@@ -297,6 +311,10 @@ def _syntax_problem(error: yaml.YAMLError, text: str) -> str:
 
 
 # --- Overrides ---
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _override(job: dict[str, Any], override: str) -> str:

@@ -284,6 +284,11 @@ def _continue(
     return _train(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
 
 
+def changes_of(stored: str, wanted: Description) -> list[Difference]:
+    """What of a description that is stored is to change; what the cluster says of workers is no change of it."""
+    return differences(parse(stored, wanted.source, wanted.of_cluster).spec, wanted.spec)
+
+
 def compare(
     run: RunDirectory, stored: Description, wanted: Description, *, force: bool = False
 ) -> tuple[list[Difference], bool]:
@@ -292,7 +297,7 @@ def compare(
     Raises:
         DescriptionError: They do not, and that is not forced.
     """
-    changed = differences(stored.spec, wanted.spec)
+    changed = changes_of(stored.text, wanted)
     unsafe = [change for change in changed if not _is_safe(change.key)]
     if unsafe and not force:
         listed = "; ".join(map(str, unsafe))
@@ -316,7 +321,7 @@ def _branch(
     force: bool,
 ) -> dict[str, Any]:
     """Goes on in a new run from the newest good one of some checkpoints."""
-    changed = differences(stored.spec, wanted.spec)
+    changed = changes_of(stored.text, wanted)
     unsafe = [change for change in changed if not _is_safe(change.key)]
     if unsafe and not force:
         raise DescriptionError(

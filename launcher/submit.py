@@ -30,11 +30,12 @@ from cluster.submissions import Submission, SubmissionReport, UnreadableSubmissi
 from cluster.versions import check_ray_version
 from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
-from launcher.description import Description, Difference, differences, parse
+from launcher.description import Description, Difference, parse
 from launcher.nodes import check_nodes, fit, own_versions
 from launcher.plan import Plan, Tried, try_job
 from launcher.progress import Progress
 from launcher.runs import (
+    changes_of,
     check_unchanged,
     compare,
     find_description,
@@ -256,6 +257,7 @@ def _submit(
     )
     if code.data is not None:
         run.write_code(code.sha256, code.data)
+    place = replace(place, worker=place.worker.keeping(description.of_cluster))  # the job has the rest in its text
     try:
         return _hand_over(run, submission, one_line(description.spec, plan), scheduler, place, display)
     except KeyboardInterrupt as interrupt:
@@ -298,7 +300,7 @@ def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str
 
     The same command again goes on with the run.
     """
-    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.autoscaler_overrides())
+    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.driver_overrides())
     resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json"
     return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
 
@@ -318,7 +320,7 @@ def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
         changed, _ = compare(run, stored, wanted)
         code = run.read_environment().get("code")
     elif submission is not None:  # nothing was trained: it may become another
-        changed = differences(parse(submission.description, run.url).spec, wanted.spec)
+        changed = changes_of(submission.description, wanted)
         code = submission.code_sha256
     return _Snapshot(
         stored=stored,

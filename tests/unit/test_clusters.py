@@ -1,6 +1,5 @@
 """Which cluster is meant, and what it says of workers."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from cluster.kinds import JoinedRay
 from cluster.ray_jobs import RayJobs
 from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
 from launcher.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
-from launcher.description import load
+from launcher.description import load, parse
+from launcher.runs import changes_of
 from launcher.schema import entries
 
 SHIPPED = Path(__file__).parents[2] / "cluster"
@@ -102,6 +102,18 @@ def test_the_job_says_least_and_the_command_line_last(write):
     assert (spec.workers.cpus, spec.workers.gpus, spec.workers.accelerator, spec.seed) == (2.0, 0, "H100", 5)
 
 
+def test_what_a_cluster_says_of_workers_holds_there_alone(write):
+    named = write("kind: ray\naddress: head:6379\nworker: {cpus: 8, accelerator: H100}\n")
+    description = load(JOB, load_cluster(named, ["workers.cpus=2"])[1])
+    assert (description.spec.workers.cpus, description.spec.workers.accelerator) == (2.0, "H100")
+    assert description.of_cluster == ('workers.accelerator="H100"',)
+    stored = parse(description.text, "job.yaml").spec.workers
+    assert (stored.cpus, stored.accelerator) == (2.0, None)
+    assert changes_of(description.text, description) == []
+    whole = load(JOB, load_cluster(named, ["workers={num: 2}"])[1])
+    assert (whole.of_cluster, whole.spec.workers.accelerator) == ((), None)
+
+
 def test_an_autoscaler_and_a_placement_are_declared(write):
     groups = "[{nodes: 8, cpus: 8, gpus: 1, accelerator: H100}, {nodes: 2, cpus: 4}]"
     named = write(f"kind: ray\naddress: head:6379\nautoscaler: {groups}\nworker: {{placement: spread}}\n")
@@ -113,8 +125,8 @@ def test_an_autoscaler_and_a_placement_are_declared(write):
     ]
     assert load(JOB, changes).spec.workers.placement == "spread"
     assert load(JOB, [*changes, "workers.placement=pack"]).spec.workers.placement == "pack"
-    again, _ = load_cluster("head:6379", [f"cluster.{change}" for change in spec.autoscaler_overrides()])
-    assert again == replace(spec, worker=WorkerSpec())
+    again, _ = load_cluster("head:6379", [f"cluster.{change}" for change in spec.driver_overrides()])
+    assert again == spec
 
 
 def test_text_that_looks_like_a_number_stays_text(write):

@@ -14,13 +14,13 @@ from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, Interrupted
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.spec import NodeGroupSpec, RayClusterSpec
+from cluster.spec import NodeGroupSpec, RayClusterSpec, WorkerSpec
 from cluster.storage import Store
 from cluster.submissions import Submission, SubmissionReport
 from launcher import submit as submit_module
 from launcher.cli import main
 from launcher.clusters import load_cluster
-from launcher.description import Description, load, parse
+from launcher.description import Description, OfCluster, load, parse
 from launcher.nodes import own_versions
 from launcher.plan import Tried
 from launcher.status import read_status
@@ -309,6 +309,18 @@ def test_what_is_declared_of_its_autoscaler_counts_and_travels_with_the_job(job,
     words = shlex.split(scheduler.commands[0])
     cluster, changes = load_cluster("10.0.0.1:6379", words[words.index("$RAY_ADDRESS") + 1 :])
     assert (cluster, changes) == (RayClusterSpec(address="10.0.0.1:6379", autoscaler=groups), [])
+
+
+def test_what_a_cluster_says_of_workers_goes_with_the_job_and_not_with_the_run(job, folder):
+    place, scheduler = RayClusterSpec(address=URL, worker=WorkerSpec(cpus=2.0, placement="spread")), FakeScheduler()
+    wanted = parse(job.text, "digits.yaml", [*map(OfCluster, place.worker.overrides()), "workers.cpus=1.5"])
+    submit(wanted, folder, scheduler, place, Said())
+    submitted = run_of(job).submissions.read_newest()[1].description
+    words = shlex.split(scheduler.commands[0])
+    _, there = load_cluster("10.0.0.1:6379", words[words.index("$RAY_ADDRESS") + 1 :])
+    on_it, elsewhere = (parse(submitted, "job.yaml", changes).spec.workers for changes in (there, ()))
+    assert (on_it.cpus, on_it.placement) == (1.5, "spread")
+    assert (elsewhere.cpus, elsewhere.placement) == (1.5, "pack")
 
 
 def test_room_that_is_not_there_now_is_waited_for_there(job, folder):
