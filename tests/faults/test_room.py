@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.faults import Fault, fired, release
+from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
 from tests.faults.hosts import NETWORK_INTERFACE, Host, hosts, why_there_can_be_none
 from tests.faults.planned import bits, undisturbed
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "workers.cpus=1", "tracking.mode=disabled")
 HELD_AT = 12
-NODE_CPUS = 2
+MOST_NODES = 2
+"""That the autoscaler may start, each with room for one worker."""
 FAKE_HEAD = "f" * 51 + "00000"
 """The id that Ray's fake provider of nodes takes the head to have."""
 ON_CLUSTER = """
@@ -60,33 +62,32 @@ def assert_undisturbed(ended: Ended, run: Path) -> None:
     assert ended.document["waits_for"] is None
 
 
-def test_two_runs_share_two_places(two: list[Host], tmp_path: Path, make_plan) -> None:
+def test_two_runs_share_a_cluster(two: list[Host], tmp_path: Path, make_plan) -> None:
+    """Of three places one is left for the second run, to try its job out in; then it waits for two, and holds none."""
     head, _ = two
     plan = make_plan(Fault(kind="hold", doing="forward", step=HELD_AT))
-    head.start_ray(num_cpus=2)
+    head.start_ray(num_cpus=3)
     head.wait_for_ray()
     runs = tmp_path / "runs"
 
     first = begin(head, tmp_path, "first", "workers.num=2")
     first.wait_until(lambda: 0 in fired(plan))
     second = begin(head, tmp_path, "second", "workers.num=2")
-    second.wait_until(lambda: len(events(runs / "second", "waiting")) == 1)
-    assert (
-        "waits for   workers: there is room for 0 of at least 2 workers"
-        in launcher("status", runs / "second", cwd=tmp_path).stdout
-    )
+    second.wait_until(lambda: (RunDirectory(str(runs / "second")).read_status() or {}).get("waits_for") is not None)
+    told = launcher("status", runs / "second", cwd=tmp_path).stdout
+    assert "  waits for  workers: there is room for 1 of at least 2 workers of 1 CPU each, on 1 node\n" in told
     ask(head, WAIT_FOR_A_PLACE_IN_LINE, tmp_path)
     release(plan, 0)
     for name, run in (("first", first), ("second", second)):
         assert_undisturbed(run.wait(), runs / name)
 
-    both = {name: begin(head, tmp_path, name, "workers.num=[1,2]") for name in ("third", "fourth")}
+    both = {name: begin(head, tmp_path, name, "workers.num=[2,3]") for name in ("third", "fourth")}
     for name, run in both.items():
         assert_undisturbed(run.wait(), runs / name)
 
 
-def test_an_autoscaler_starts_a_node_because_a_run_asks(two: list[Host], tmp_path: Path) -> None:
-    """Two runs at once, from no node but the head, which holds no worker; there may be one node, with room for one."""
+def test_an_autoscaler_starts_nodes_because_runs_ask(two: list[Host], tmp_path: Path) -> None:
+    """From no node but the head, which holds no worker: one to try the job out on, then as many as the run needs."""
     head, _ = two
     start_autoscaler(head, tmp_path)
     assert ask(head, SHOW_NODES, tmp_path).split() == [FAKE_HEAD]
@@ -95,24 +96,31 @@ def test_an_autoscaler_starts_a_node_because_a_run_asks(two: list[Host], tmp_pat
     assert "if its autoscaler may start nodes, write them as cluster.autoscaler" in refused.stderr
     assert not (tmp_path / "runs/refused").exists()
 
-    grows = f"cluster.autoscaler=[{{nodes: 1, cpus: {NODE_CPUS}}}]"
-    begun = {name: begin(head, tmp_path, name, grows) for name in ("first", "second")}
-    for name, run in begun.items():
-        ended = run.wait()
-        assert_undisturbed(ended, tmp_path / "runs" / name)
-        assert len(events(tmp_path / "runs" / name, "waiting")) == 1, "the node was not there before"
-        assert "an autoscaler, if there is one, is asked for them" in ended.stderr
-        (attempt,) = events(tmp_path / "runs" / name, "attempt_started")
+    grows = f"cluster.autoscaler=[{{nodes: {MOST_NODES}, cpus: 1}}]"
+    first, second = (tmp_path / "runs" / name for name in ("first", "second"))
+    begun = {first: begin(head, tmp_path, "first", f"workers.num={MOST_NODES}", grows)}
+    begun[first].wait_until(lambda: len(events(first, "waiting")) == 1)
+    begun[second] = begin(head, tmp_path, "second", f"workers.num={MOST_NODES}", grows)
+    for run, running in begun.items():
+        ended = running.wait()
+        assert_undisturbed(ended, run)
+        (attempt,) = events(run, "attempt_started")
         assert FAKE_HEAD not in {worker["node"] for worker in attempt["workers"]}
+        if run == first:
+            assert "waiting for room for one worker of 1 CPU" in ended.stderr
+            assert "an autoscaler, if there is one, is asked for them" in ended.stderr
 
 
 def start_autoscaler(head: Host, folder: Path) -> None:
     """A head of no CPU with Ray's own autoscaler, and its fake provider: nodes are processes of the head's host."""
     # It asks for the way to the Internet to find its own address.
     subprocess.run(head.command(["ip", "route", "add", "default", "dev", NETWORK_INTERFACE], folder), check=True)
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     config = {
+        **{f"{name}_commands": [] for name in commands},
+        "cluster_synced_files": [],
         "cluster_name": "fake",
-        "max_workers": 1,
+        "max_workers": MOST_NODES,
         "idle_timeout_minutes": 5,
         "provider": {
             "type": "external",
@@ -128,9 +136,9 @@ def start_autoscaler(head: Host, folder: Path) -> None:
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
-                "resources": {"CPU": NODE_CPUS, "object_store_memory": 100 * 2**20},
+                "resources": {"CPU": 1, "object_store_memory": 100 * 2**20},
                 "node_config": {},
-                "max_workers": 1,
+                "max_workers": MOST_NODES,
             },
         },
     }

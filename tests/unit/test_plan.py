@@ -1,5 +1,6 @@
 """Where a job is tried out, and what its failures there come to."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def test_on_a_cluster_it_has_what_a_worker_has(job, servers, nodes, gpus):
     assert call.resources == WorkerResources(cpus=1.0, gpus=gpus, accelerator=None)
     assert call.task == Task(
         entry="launcher.trial:try_out", run_url="s3://runs/digits", import_paths=("/code",), code="ab",
-        code_directory="job", working_directory="/home/me", content=job.spec,
+        code_directory="job", working_directory=os.getcwd(), content=job.spec,
     )  # fmt: skip
     assert (call.wait_s, call.start_timeout_s, call.timeout_s) == (7, 8, 9)
     assert {"jobs.worker", "launcher.trial"} <= set(call.modules), "the workers fork from the same server"
