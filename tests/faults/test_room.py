@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.faults import Fault, fired, release
+from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
 from tests.faults.hosts import NETWORK_INTERFACE, Host, hosts, why_there_can_be_none
 from tests.faults.planned import bits, undisturbed
@@ -70,11 +71,9 @@ def test_two_runs_share_two_places(two: list[Host], tmp_path: Path, make_plan) -
     first = begin(head, tmp_path, "first", "workers.num=2")
     first.wait_until(lambda: 0 in fired(plan))
     second = begin(head, tmp_path, "second", "workers.num=2")
-    second.wait_until(lambda: len(events(runs / "second", "waiting")) == 1)
-    assert (
-        "waits for   workers: there is room for 0 of at least 2 workers"
-        in launcher("status", runs / "second", cwd=tmp_path).stdout
-    )
+    second.wait_until(lambda: (RunDirectory(str(runs / "second")).read_status() or {}).get("waits_for") is not None)
+    told = launcher("status", runs / "second", cwd=tmp_path).stdout
+    assert "  waits for  workers: there is room for 0 of at least 2 workers of 1 CPU each, on 1 node\n" in told
     ask(head, WAIT_FOR_A_PLACE_IN_LINE, tmp_path)
     release(plan, 0)
     for name, run in (("first", first), ("second", second)):
@@ -110,7 +109,10 @@ def start_autoscaler(head: Host, folder: Path) -> None:
     """A head of no CPU with Ray's own autoscaler, and its fake provider: nodes are processes of the head's host."""
     # It asks for the way to the Internet to find its own address.
     subprocess.run(head.command(["ip", "route", "add", "default", "dev", NETWORK_INTERFACE], folder), check=True)
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     config = {
+        **{f"{name}_commands": [] for name in commands},
+        "cluster_synced_files": [],
         "cluster_name": "fake",
         "max_workers": 1,
         "idle_timeout_minutes": 5,
