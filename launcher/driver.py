@@ -332,12 +332,13 @@ class Driver:
             ClusterError: Longer than that is wanted.
         """
         shortage, limit_s = self._crew.shortage(), self._spec.workers.wait_s
+        self._record.state.waits_for = shortage
         if self._waiting_since is None:
             self._waiting_since = now
+            self._record.flush()
             self._record.event("waiting", step=self._record.state.step, reason=shortage)
             asked = "; an autoscaler, if there is one, is asked for them" if self._crew.group.is_shared else ""
             self._display.message(f"waiting for workers, for up to {limit_s:g} s: {shortage}{asked}")
-        self._record.state.waits_for = shortage
         waited_s = now - self._waiting_since
         if waited_s > limit_s:
             raise ClusterError(

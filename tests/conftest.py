@@ -25,6 +25,7 @@ _FORKED_NEEDS = (
 """What the server that processes are forked from imports, whichever test starts it."""
 _SLOW_FIRST = (
     "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage", "test_kills",
+    "test_room",
 )  # fmt: skip
 """Of the slow tier: beside hosts with a Ray node each runs what takes little memory.
 

@@ -81,10 +81,6 @@ def test_two_runs_share_a_cluster(two: list[Host], tmp_path: Path, make_plan) ->
     for name, run in (("first", first), ("second", second)):
         assert_undisturbed(run.wait(), runs / name)
 
-    both = {name: begin(head, tmp_path, name, "workers.num=[2,3]") for name in ("third", "fourth")}
-    for name, run in both.items():
-        assert_undisturbed(run.wait(), runs / name)
-
 
 def test_an_autoscaler_starts_nodes_because_runs_ask(two: list[Host], tmp_path: Path) -> None:
     """From no node but the head, which holds no worker: one to try the job out on, then as many as the run needs."""
