@@ -14,6 +14,8 @@ from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError, one_line
 from cluster.ray_token import find_token
 
+PLACEMENT_TIMEOUT_S = 15.0
+"""How long Ray Train waits for room for a group of agents, before it says that there is none."""
 # Set before Ray is imported, for it reads them then. Ray Train passes its own on to its actors.
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -21,7 +23,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, and the driver looks for itself
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then the driver is told: what was free may be taken
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_TIMEOUT_S:g}",  # what was free may be taken meanwhile
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.agent import HERE_INTERVAL_S
 from cluster.capacity import Node
 from cluster.errors import listed
+from cluster.ray_cluster import PLACEMENT_TIMEOUT_S
 from cluster.ray_train import WorkerGroup
 from jobs.spec import WorkersSpec
 
@@ -21,6 +22,8 @@ _SETTLE_S = 5.0
 """How long there must be room for more workers before they are taken: each change costs a few seconds."""
 _LAG_S = 0.5
 """How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
+_PLACEMENT_S = 2 * PLACEMENT_TIMEOUT_S
+"""How long Ray may take to say whether it has room for agents, with the start or the change of its controller."""
 _LOOPBACK = "127.0.0.1"
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
 MOST_MISFITS = 10
@@ -58,7 +61,8 @@ class Crew:
         """What each said when it came, by rank."""
         self._workers = workers
         self._look = look
-        self._asked_at = -math.inf
+        self._starting_since = -math.inf
+        """When the agents were asked for; once they hold places, when those were told of."""
         self._heard_at: dict[int, float] = {}
         self._held: Counter[str] = Counter()
         self._unplaced = 0
@@ -134,12 +138,12 @@ class Crew:
             if now - self._heard_at[rank] > limit_s
         }
 
-    def placed(self, nodes: Sequence[str]) -> None:
+    def placed(self, nodes: Sequence[str], now: float) -> None:
         """The nodes, by id, that hold a place for an agent of this run, by its rank; none: they have let go of them."""
         self._held = Counter(nodes)
         self._placed = nodes or self._placed
         if nodes:
-            self._unplaced = 0
+            self._unplaced, self._starting_since = 0, now
 
     def unplaced(self) -> None:
         """Ray has not found room for all the agents that were to start: none of them is there."""
@@ -198,16 +202,25 @@ class Crew:
     def start(self, num_workers: int, now: float) -> None:
         """Starts so many agents in place of those there are; 0: those end."""
         self.disband()
-        self.num_workers, self._asked_at = num_workers, now
+        self.num_workers, self._starting_since = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
         self._placed = ()
         self.generation = self.group.start(num_workers, frozenset(self._left_out))
 
     def late(self, now: float) -> str:
-        """What to say of agents that have not started in time, and of their nodes; nothing if there are none."""
+        """What to say of agents that have not started in time, and of their nodes; nothing if there are none.
+
+        Their time begins when they hold places. Until Ray tells of those, they have the time that it may take to find
+        them in addition.
+        """
         limit_s = self._workers.start_timeout_s
-        if self.is_complete or now - self._asked_at <= limit_s:
+        if self.is_complete or now - self._starting_since <= limit_s + (0.0 if self._held else _PLACEMENT_S):
             return ""
+        if not self._held:
+            return (
+                f"Ray has placed none of {self.num_workers} agents after {limit_s + _PLACEMENT_S:g} s "
+                f"(workers.start_timeout_s and {_PLACEMENT_S:g} s to find room)"
+            )
         missing = self._held - Counter(agent["node"] for agent in self.agents.values())
         addresses = [node.address for node in self._look() if missing[node.id]]
         where = f"; late: {_named(addresses)}" if addresses else ""

@@ -349,7 +349,7 @@ class Driver:
 
     def _on_agents_placed(self, nodes: Sequence[str]) -> None:
         """Ray has room for the agents that were to start, on these nodes by rank; none: the room is let go of."""
-        self._crew.placed(nodes)
+        self._crew.placed(nodes, self._clock())
         if not nodes:
             return
         state, count = self._record.state, len(nodes)

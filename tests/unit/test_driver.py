@@ -953,21 +953,40 @@ class TestStarts:
         assert [event["step"] for event in events(run, "training")] == [0, 5]
 
     def test_how_long_they_may_take_is_written(self, run: RunDirectory) -> None:
-        _, group = drive(run, [1000.0, HELLO, finished(0)], start_timeout_s=2000.0)
+        _, group = drive(run, [HELLO[:1], 1000.0, HELLO, finished(0)], start_timeout_s=2000.0)
 
         assert group.started == [2]
+
+    @pytest.mark.parametrize("until_ray_answers", [[14.0, HELLO[:1]], [15.0, UNPLACED, LAG, 14.0, HELLO[:1]]])
+    def test_they_have_it_once_there_is_room_for_them(
+        self, run: RunDirectory, until_ray_answers: list[list[Message] | float]
+    ) -> None:
+        script = [*until_ray_answers, 9.0, HELLO[1:], finished(0)]
+        document, _ = drive(run, script, start_timeout_s=10.0, max_failures=MaxFailuresSpec(machine=0))
+
+        assert (document["status"], document["failures"]["machine"]) == ("completed", 0)
+
+    def test_agents_of_which_ray_says_nothing_at_all_are_not_waited_for_for_ever(self, run: RunDirectory) -> None:
+        """Their processes do not come up, before which Ray does not tell where they are."""
+        document, group = drive(run, [39.0, 2.0, 1.0, HELLO, finished(0)], start_timeout_s=10.0)
+
+        assert (document["failures"]["machine"], group.started) == (1, [2, 2])
+        (lost,) = events(run, "agents_lost")
+        assert lost["reason"] == (
+            "Ray has placed none of 2 agents after 40 s (workers.start_timeout_s and 30 s to find room)"
+        )
 
     def test_a_late_word_of_a_group_before_changes_nothing(self, run: RunDirectory) -> None:
         """Ray replaces the agents a moment after the driver has asked for it, and tells of it late."""
 
         def look(now: float) -> list[Node]:
-            return [node("a", 2, drains_at=math.inf if now > 303.0 else None), node("b", 2)]
+            return [node("a", 2, drains_at=math.inf if now > 333.0 else None), node("b", 2)]
 
         lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
         late = [message | {"generation": 1} for message in [*hello("a", "a"), lost]]
         there = [message | {"generation": 2} for message in hello("b", "b")]
         script: list[list[Message] | float] = [
-            301.0, 0.1, 1.0, late, there[:2], late, there[2:], late, both("started", step=0), late, 2.0, done(2, 0),
+            331.0, 0.1, 1.0, late, there[:2], late, there[2:], late, both("started", step=0), late, 2.0, done(2, 0),
         ]  # fmt: skip
         document, group = drive(run, script, look)
 
