@@ -22,6 +22,8 @@ _SETTLE_S = 5.0
 """How long there must be room for more workers before they are taken: each change costs a few seconds."""
 _LAG_S = 0.5
 """How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
+_UNSTEADY_S = 5.0
+"""How long room that does not stay the same is looked at, before the least of it is believed."""
 _PLACEMENT_S = 2 * PLACEMENT_TIMEOUT_S
 """How long Ray may take to say whether it has room for agents, with the start or the change of its controller."""
 _LOOPBACK = "127.0.0.1"
@@ -83,6 +85,8 @@ class Crew:
         self._room_since = math.inf
         self._seen: tuple[int, float] | None = None
         """The room while no agents are there, and since when it has been that."""
+        self._least: tuple[int, float] | None = None
+        """The least room of the looks that have not told it yet, and the time of the first of them."""
 
     @property
     def num_placed(self) -> int:
@@ -197,7 +201,8 @@ class Crew:
     def disband(self) -> None:
         """The agents are no longer counted on; others will be started as soon as there is room."""
         self.num_workers, self.agents = 0, {}
-        self._looked_at, self._room_since, self._seen = -math.inf, math.inf, None
+        self._looked_at, self._room_since = -math.inf, math.inf
+        self._seen = self._least = None
 
     def start(self, num_workers: int, now: float) -> None:
         """Starts so many agents in place of those there are; 0: those end."""
@@ -234,13 +239,23 @@ class Crew:
 
         None: it is too early to tell, for what former agents have held may become free yet.
 
+        Room that others take and free all the time never stays the same. Of that the least is told, every few seconds.
+
         Args:
             now: Seconds that only grow.
         """
         room = self._fitting(self._nodes())
         if self._seen is None or self._seen[0] != room:
             self._seen = room, now
-        return room if room == self._workers.most or now - self._seen[1] >= _LAG_S else None
+        least, since = self._least or (room, now)
+        least = min(least, room)
+        self._least = None
+        if room == self._workers.most or now - self._seen[1] >= _LAG_S:
+            return room
+        if now - since >= _UNSTEADY_S:
+            return least
+        self._least = least, since
+        return None
 
     def change(self, now: float) -> Change | None:
         """What should change about workers that are all there; looks at the cluster every second.

@@ -819,6 +819,25 @@ class TestElastic:
 
         assert group.started == [2]
 
+    def test_of_room_that_never_stays_the_same_the_least_is_taken(self, run: RunDirectory) -> None:
+        """As others run short tasks on a cluster, of a core or less each."""
+        looks = [0.3] * 17  # 5.1 s
+        _, group = drive(run, [*looks, hello("a", "a"), done(2, 0)], unsteady(2, 4), num=(1, 64))
+
+        assert group.started == [2]
+
+    def test_and_if_that_is_too_little_it_is_not_waited_for_for_ever(self, run: RunDirectory) -> None:
+        looks = [0.3] * 71  # four times 5.1 s, and 0.3 s between two of them
+        with pytest.raises(ClusterError, match=r"workers of 1 CPU each, on 1 node, after 15 s of waiting"):
+            drive(run, looks, unsteady(1, 4), num=(2, 64), wait_s=15.0)
+
+        assert len(events(run, "waiting")) == 1
+
+
+def unsteady(*free: float) -> Callable[[float], list[Node]]:
+    """A node that has as much free now, and as much 0.3 s later, and so on."""
+    return lambda now: [node("a", free[round(now / 0.3) % len(free)])]
+
 
 UNPLACED: list[Message] = [{"kind": "agents_unplaced"}]
 """Ray has waited for room for the agents in vain."""
