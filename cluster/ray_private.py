@@ -21,7 +21,9 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision as Noop
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision as ResizeDecision
 
 # It asks the autoscaler for room for ``num_workers`` in ``after_controller_start`` and in ``_send_resource_request``,
-# and takes that back in ``before_controller_shutdown``. A request expires after AUTOSCALING_REQUESTS_EXPIRE_TIME_S.
+# and takes that back in ``before_controller_shutdown`` and in ``_cancel_resource_request``, also if it is asked of it
+# twice. In Ray 2.55 an error of a policy ends the controller without a shutdown. A request expires after
+# AUTOSCALING_REQUESTS_EXPIRE_TIME_S.
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy as FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig as FailureConfig
 

@@ -120,6 +120,8 @@ def steered_trainer(switchboard: Any, is_shared: bool) -> type:
         def _decide(self, wait_s: float) -> Any:
             wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
             if wanted.is_over and wait_s:
+                if is_shared:  # in Ray 2.55 the error ends the controller without before_controller_shutdown
+                    self._cancel_resource_request()
                 raise RuntimeError("the run is over, and no agents are there to end with it")
             if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()

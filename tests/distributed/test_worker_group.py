@@ -247,6 +247,20 @@ def ask_for_room(is_shared: bool) -> list[int]:
     return counts
 
 
+def end_while_waiting(is_shared: bool) -> int:
+    """How often what was asked of an autoscaler has been taken back, when a run ends before it has workers."""
+    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+
+    policy: Any = FixedScalingPolicy
+    taken_back = list[None]()
+    policy._send_resource_request = lambda _: None
+    policy._cancel_resource_request = lambda _: taken_back.append(None)
+    controller = Controller(Wanted(is_over=True), is_shared=is_shared)
+    with pytest.raises(RuntimeError, match="the run is over"):
+        controller.decide()
+    return len(taken_back)
+
+
 def test_the_controller_says_of_which_generation_it_speaks() -> None:
     fork_server.start([HERE])
     calls, told = fork_server.call(f"{HERE}:steer_two_groups")
@@ -276,3 +290,10 @@ def test_an_autoscaler_is_asked_again_also_while_workers_run() -> None:
     fork_server.start([HERE])
     assert fork_server.call(f"{HERE}:ask_for_room", True) == [1, 1, 1, 2, 2]
     assert fork_server.call(f"{HERE}:ask_for_room", False) == [0, 0, 0, 0, 0]
+
+
+def test_a_run_that_ends_while_it_waits_leaves_an_autoscaler_no_request() -> None:
+    """Ray Train 2.55 does not shut its controller down after that, and a request lives for three minutes."""
+    fork_server.start([HERE])
+    assert fork_server.call(f"{HERE}:end_while_waiting", True) == 1
+    assert fork_server.call(f"{HERE}:end_while_waiting", False) == 0
