@@ -60,8 +60,9 @@ def decide_workers(
             "remove it, or run on a cluster that has such nodes"
         )
     place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
-    is_known = capacity is None or capacity.may_grow
-    more = "" if is_known else "; if its autoscaler may start nodes, write them as cluster.autoscaler"
+    # Also if the cluster tells what its autoscaler may bring it to: of the kinds of accelerators it need not tell.
+    is_declared = capacity is None or capacity.groups
+    more = "" if is_declared else "; if its autoscaler may start such nodes, write them as cluster.autoscaler"
     gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
     if gpus * workers.least > num_gpus:
         raise DescriptionError(

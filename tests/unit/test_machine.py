@@ -95,9 +95,18 @@ def test_workers_that_do_not_fit_yet_are_waited_for_if_there_may_be_room() -> No
         decide(Capacity(nodes=small, limits={"CPU": 7.0}), gpus=0, num=4, cpus=2.0)
 
 
-def test_a_kind_of_gpu_that_no_node_group_names_may_not_come() -> None:
-    with pytest.raises(DescriptionError, match="at most 0 on this cluster"):
+def test_a_kind_of_gpu_that_no_node_group_names_may_not_come_unless_it_is_declared() -> None:
+    with pytest.raises(DescriptionError) as caught:
         decide(GROWS, accelerator="H100")
+    assert str(caught.value) == (
+        "workers.num must be at most 0 on this cluster: so many workers of 0.01 CPU, 1 GPU, H100 fit on the nodes that "
+        "it may have, got 2; add nodes, or lower workers.num; if its autoscaler may start such nodes, write them as "
+        "cluster.autoscaler"
+    )
+    h100s = NodeGroup(most=2, resources=node_resources(8.0, 1, "H100"))
+    assert decide(GROWS.declared([h100s]), accelerator="H100").gpus == 1
+    with pytest.raises(DescriptionError, match=r"at most 2 on this cluster: .* got 4; .* lower workers.num$"):
+        decide(GROWS.declared([h100s]), num=4, accelerator="H100")
     named = {"CPU": 32.0, "GPU": 4.0, "accelerator_type:H100": 2.0}
     assert decide(Capacity(nodes=HEAD, limits=named), accelerator="H100").gpus == 1
 
