@@ -16,7 +16,9 @@ from launcher.submitted import SubmittedJob
 
 _INTERVAL_S = 2.0
 _LOGS_INTERVAL_S = 20.0
-"""How often the logs of workers are read: agents write them as often."""
+"""How often the logs of workers are read: agents write them as often. A long log of a job is, too."""
+_LONG_LOG_BYTES = 10**6
+"""A cluster gives the log of a job only whole."""
 _TAIL_BYTES = 64 * 2**10
 """Of the end of a log, by which it is found again in a later one that lacks the beginning."""
 _PATIENCE_S = 600.0
@@ -54,7 +56,7 @@ def log_pieces(
         return read_patiently(call, warn, time.monotonic, time.sleep) if follow else call()
 
     shown: defaultdict[str, _Shown] = defaultdict(_Shown)
-    waiting, workers_read_at = _Waiting(run, warn), -math.inf
+    waiting, workers_read_at, job_due_at = _Waiting(run, warn), -math.inf, -math.inf
     while True:
         is_last = True
         if follow:
@@ -66,13 +68,15 @@ def log_pieces(
             workers_read_at = time.monotonic()
             for name in read(lambda: run.log_names(rank=worker)):
                 yield from _news(shown, name, read(partial(run.read_log, name)), is_last=is_last)
-        if job is not None and worker is None:
+        if job is not None and worker is None and (is_last or time.monotonic() >= job_due_at):
             try:
                 log = job.log().encode(errors="replace")
             except ClusterError:
                 if is_last:
                     raise
             else:
+                if len(log) > _LONG_LOG_BYTES:
+                    job_due_at = time.monotonic() + _LOGS_INTERVAL_S
                 yield from _news(shown, f"job {job.id}", log, is_last=is_last)
         if is_last:
             return

@@ -571,6 +571,32 @@ class TestFollow:
             f"--- job {JOB_ID}",
         ]
 
+    def test_a_long_log_of_a_job_is_asked_for_more_rarely(self, run, cluster, now, monkeypatch):
+        """A cluster gives it only whole."""
+        drive(run, "running")
+        cluster.put("running")
+        cluster.logs[JOB_ID] = "loading\n"
+        asked_at, log, sleep = [], cluster.log, time.sleep
+
+        def log_and_note(job_id: str) -> str:
+            asked_at.append(now[0])
+            return log(job_id)
+
+        def sleep_and_print(seconds: float) -> None:
+            sleep(seconds)
+            if now[0] == 6:
+                cluster.logs[JOB_ID] += f"{'x' * 99}\n" * 10_000
+            if now[0] == 60:
+                cluster.logs[JOB_ID] += "bye\n"
+                cluster.put("succeeded")
+                drive(run, "completed")
+
+        monkeypatch.setattr(cluster, "log", log_and_note)
+        monkeypatch.setattr(time, "sleep", sleep_and_print)
+        ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
+        assert (ended.exit_code, ended.stdout) == (0, cluster.logs[JOB_ID])
+        assert asked_at == [0, 2, 4, 6, 26, 46, 60]
+
     def test_without_a_cluster_it_says_what_a_run_that_has_not_begun_waits_for(self, run, now, monkeypatch):
         sleep = time.sleep
 
