@@ -79,7 +79,7 @@ def begin(
         return _continue(run, seen, stored, description, code, cluster, display, force=False, take_over=take_over)
     _meet_other_driver(run, display, take_over=take_over)  # it has the run, and has not described it yet
     cluster.import_ahead()
-    plan = make_plan(description, run.url, code, cluster, display.phase)
+    plan = make_plan(description, run.url, code, cluster, display.phase, may_wait=not take_over)
     display.message(one_line(description.spec, plan))
     _check_since(run, seen, take_over=take_over)
     return _train(run, description, plan, code, cluster, display, may_differ=False)
@@ -216,10 +216,10 @@ def plan_only(description: Description, folder: Path, cluster: Cluster, display:
 
     Raises:
         DescriptionError: The description cannot run as written, there.
-        ClusterError: There is no room to try it out there, or the cluster is not fit for it.
+        ClusterError: The cluster is not fit for it.
     """
     code = UserCode(folders=make_import_paths(folder))
-    return make_plan(description, run_directory(description).url, code, cluster, display.phase)
+    return make_plan(description, run_directory(description).url, code, cluster, display.phase, may_wait=False)
 
 
 def one_line(spec: JobSpec, plan: Plan) -> str:
@@ -272,7 +272,8 @@ def _continue(
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
     placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
-    plan = _plan_to_go_on(run, placed, reached, code, cluster, display, force=force)
+    # A driver that is alive has the very room that its successor would wait for.
+    plan = _plan_to_go_on(run, placed, reached, code, cluster, display, force=force, may_wait=not take_over)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
@@ -330,7 +331,8 @@ def _branch(
         )
     for change in changed:
         display.message(f"changed {change}")
-    plan = _plan_to_go_on(run, wanted, max(steps, default=0), code, cluster, display, force=force)
+    reached = max(steps, default=0)
+    plan = _plan_to_go_on(run, wanted, reached, code, cluster, display, force=force, may_wait=True)
     manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
     return _train(branch, wanted, plan, code, cluster, display, may_differ=force)
@@ -361,15 +363,17 @@ def _plan_to_go_on(
     display: Progress,
     *,
     force: bool,
+    may_wait: bool,
 ) -> Plan:
-    """The plan of a run that has reached a step.
+    """The plan of a run that has reached a step; see ``make_plan``.
 
     Raises:
         DescriptionError: It cannot run as written, there; or what it began with has changed since.
         ClusterError: There is no room to try it out there, or the cluster is not fit for it.
     """
     cluster.import_ahead()
-    plan = make_plan(left_to_plan(run, wanted, reached, force=force), run.url, code, cluster, display.phase)
+    left = left_to_plan(run, wanted, reached, force=force)
+    plan = make_plan(left, run.url, code, cluster, display.phase, may_wait=may_wait)
     if not force:
         check_unchanged(run, wanted, plan)
     return plan
