@@ -71,11 +71,18 @@ def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], c
             server = _server_on(node, call, hosts)
             ray.get(caller.started.remote(), timeout=call.start_timeout_s)
             answer, error = ray.get(caller.call.remote(call, server))
-    if isinstance(error, ClusterError):
-        raise ClusterError(f"node {address}: {error}", cause=error.cause) from error
     if error is not None:
-        raise error
+        raise _located(error, address)
     return answer
+
+
+def _located(error: Exception, address: str) -> Exception:
+    """An error of a call, of the class it had, that says on which node it was."""
+    if isinstance(error, LauncherError):
+        error.args = (f"node {address}: {error}",)
+        return error
+    kind = ChildProcessError if isinstance(error, ChildProcessError) else TimeoutError
+    return kind(f"on node {address} {error}")  # they continue a sentence about the process
 
 
 @contextmanager
