@@ -77,7 +77,9 @@ def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], c
 
 
 def _located(error: Exception, address: str) -> Exception:
-    """An error of a call, of the class it had, that says on which node it was."""
+    """An error of a call, of the class it had, that says on which node it was; a lost fork server is a loss there."""
+    if isinstance(error, fork_server.ServerLostError):
+        return _LostError(f"node {address}: the process of the call {error}")
     if isinstance(error, LauncherError):
         error.args = (f"node {address}: {error}",)
         return error

@@ -208,6 +208,16 @@ def test_what_is_lost_is_tried_again(cluster: Ray) -> None:
     assert cluster.reserved == []
 
 
+def test_so_is_a_process_that_is_lost_with_its_fork_server(cluster: Ray) -> None:
+    cluster.outcomes, told = [fork_server.ServerLostError("was lost with its fork server"), "tried"], list[str]()
+
+    assert make_call(cluster, told) == "tried"
+
+    lost_there = "node 10.0.0.2: the process of the call was lost with its fork server; try 2 of 3"
+    assert told == [WHERE, lost_there, WHERE]
+    assert cluster.reserved == []
+
+
 def test_but_not_for_ever_either(cluster: Ray) -> None:
     cluster.outcomes = [lost(), lost(), lost()]
 
