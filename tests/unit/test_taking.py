@@ -13,13 +13,14 @@ from cluster.claims import SupersededError
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
-from cluster.submissions import Submission
+from cluster.submissions import SignOfLife, Submission
 from launcher import runs
 from launcher.description import Description, parse
 from launcher.plan import Plan, decide
 from launcher.runs import begin, resume
 from launcher.user_code import UserCode, find_code
 from tests.launcher_without_ray import Machine
+from tests.processes import wait_until
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, TRIED, Said
 
@@ -193,6 +194,29 @@ def test_who_takes_a_run_over_waits_for_no_room(run, planned, monkeypatch, tmp_p
     with pytest.raises(Training):
         begin(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said(), take_over=take_over)
     assert may_wait == [not take_over]
+
+
+@pytest.mark.parametrize("who", ["its job", "a person"])
+def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeypatch, who):  # noqa: ARG001
+    """A person who takes the submission at home says nothing for the job, which lives or not."""
+    submission_id, _ = submit(run, 0)
+    make_plan, said, signs = runs.make_plan, Said(), list[SignOfLife | None]()
+    is_job = who == "its job"
+
+    def plan(*arguments: Any, **options: Any) -> Plan:
+        arguments[4]("waiting for room")
+        wait_until(lambda: not is_job or run.submissions.read_sign(submission_id) is not None)
+        signs.append(run.submissions.read_sign(submission_id))
+        return make_plan(*arguments, **options)
+
+    monkeypatch.setattr(runs, "make_plan", plan)
+    if not is_job:
+        monkeypatch.delattr(runs, "Background")
+    with pytest.raises(Training):
+        resume(run, (), Machine(2), said, submission_id=submission_id if is_job else None)
+    assert [sign and sign.doing for sign in signs] == ["waiting for room" if is_job else None]
+    assert "waiting for room" in said.phases
+    assert run.submissions.read_sign(submission_id) is None, "it has taken the run"
 
 
 def test_nor_does_a_plan_alone(planned, monkeypatch, tmp_path):  # noqa: ARG001
