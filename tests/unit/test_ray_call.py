@@ -48,6 +48,8 @@ class Ray:
     def __init__(self) -> None:
         self.full_for = 0
         """How often it still has no room when it is asked."""
+        self.full_again_for: list[int] = []
+        """The same, from the next tries on."""
         self.is_late = False
         """The next process does not start in time."""
         self.node = "b"
@@ -64,6 +66,8 @@ class Ray:
 
     def placement_group(self, bundles: list[dict[str, float]]) -> Any:
         self.reserved += bundles
+        if self.calls and self.full_again_for:
+            self.full_for = self.full_again_for.pop(0)
         return SimpleNamespace(bundles=bundles, wait=self._wait)
 
     def _wait(self, timeout_seconds: int) -> bool:
@@ -162,6 +166,15 @@ def test_but_not_for_ever(cluster: Ray) -> None:
     )
     assert 60 < cluster.seconds < 70
     assert (cluster.reserved, cluster.actors) == ([], [])
+
+
+def test_all_tries_of_a_call_wait_no_longer_together_than_one_may(cluster: Ray) -> None:
+    cluster.full_for, cluster.full_again_for, cluster.outcomes = 30, [30, 1], [lost(), lost(), "tried"]
+
+    with pytest.raises(ClusterError, match="after 60 s of waiting"):
+        make_call(cluster)
+
+    assert (len(cluster.calls), cluster.seconds, cluster.reserved) == (2, 61, [])
 
 
 @pytest.mark.parametrize(
