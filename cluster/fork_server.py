@@ -33,6 +33,10 @@ _own: Any = multiprocessing.forkserver._forkserver
 """The server that this process starts, if it starts one."""
 
 
+class ServerLostError(ChildProcessError):
+    """The server died, and with it what it knows of a process that was forked from it, such as how that ended."""
+
+
 def start(modules: Sequence[str]) -> None:
     """Starts this process's own server, unless it runs, and forks from it from now on.
 
@@ -84,6 +88,7 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
     What the process prints is dropped, unless it dies of something that is no exception.
 
     Raises:
+        ServerLostError: The server died, and the process was killed.
         ChildProcessError: The process died; the message says how, and ends with what it printed last.
         TimeoutError: It has not returned in time, and was killed.
     """
@@ -98,7 +103,8 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
         except EOFError:
             process.join()
             printed = log.read().decode(errors="replace").strip().splitlines()
-            raise ChildProcessError(f"{_end_of(process)}{': ' + printed[-1] if printed else ''}") from None
+            kind = ServerLostError if process.is_server_lost else ChildProcessError
+            raise kind(f"{_end_of(process)}{': ' + printed[-1] if printed else ''}") from None
         finally:
             process.kill()
             process.join()

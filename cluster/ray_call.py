@@ -44,22 +44,23 @@ def call_there(
         ChildProcessError, TimeoutError, StorageError, Exception: See ``call_here``.
         ClusterError: There was no room in time, the node is not fit for it, or it was lost too often.
     """
+    room = _Room(call, tell, clock)
     for number in range(1, _MOST_TRIES):
         try:
-            return _call_once(call, hosts, tell, clock)
+            return _call_once(call, hosts, tell, room)
         except _LostError as lost:
             tell(f"{lost}; try {number + 1} of {_MOST_TRIES}")
     try:
-        return _call_once(call, hosts, tell, clock)
+        return _call_once(call, hosts, tell, room)
     except _LostError as lost:
         raise ClusterError(f"{lost}; that was try {_MOST_TRIES} of {_MOST_TRIES}, look at the nodes") from lost
 
 
-def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], clock: Callable[[], float]) -> Any:
+def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], room: "_Room") -> Any:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    with _reserved(call, tell, clock) as (place, node, address):
+    with _reserved(call, room) as (place, node, address):
         tell(f"on node {address}")
         options: dict[str, Any] = {
             "num_cpus": call.resources.cpus,
@@ -71,15 +72,24 @@ def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], c
             server = _server_on(node, call, hosts)
             ray.get(caller.started.remote(), timeout=call.start_timeout_s)
             answer, error = ray.get(caller.call.remote(call, server))
-    if isinstance(error, ClusterError):
-        raise ClusterError(f"node {address}: {error}", cause=error.cause) from error
     if error is not None:
-        raise error
+        raise _located(error, address)
     return answer
 
 
+def _located(error: Exception, address: str) -> Exception:
+    """An error of a call, of the class it had, that says on which node it was; a lost fork server is a loss there."""
+    if isinstance(error, fork_server.ServerLostError):
+        return _LostError(f"node {address}: the process of the call {error}")
+    if isinstance(error, LauncherError):
+        error.args = (f"node {address}: {error}",)
+        return error
+    kind = ChildProcessError if isinstance(error, ChildProcessError) else TimeoutError
+    return kind(f"on node {address} {error}")  # they continue a sentence about the process
+
+
 @contextmanager
-def _reserved(call: Call, tell: Callable[[str], None], clock: Callable[[], float]) -> Iterator[tuple[Any, str, str]]:
+def _reserved(call: Call, room: "_Room") -> Iterator[tuple[Any, str, str]]:
     """The placement group that holds what one worker reserves, and the id and the address of its node."""
     import ray
     from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -88,7 +98,7 @@ def _reserved(call: Call, tell: Callable[[str], None], clock: Callable[[], float
         place = placement_group([call.resources.amounts()])
     try:
         with _named_errors("the reservation of one worker"):
-            _wait_for_room(place, call, tell, clock)
+            room.wait(place)
             node = placement_group_table(place)["bundles_to_node_id"][0]
             addresses = {each.id: each.address for each in nodes()}
         yield place, node, addresses.get(node, node)  # one that has just died has no address
@@ -97,17 +107,33 @@ def _reserved(call: Call, tell: Callable[[str], None], clock: Callable[[], float
             remove_placement_group(place)
 
 
-def _wait_for_room(place: Any, call: Call, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
-    began_at, is_told = clock(), False
-    while not place.wait(timeout_seconds=_LOOK_INTERVAL_S):
-        if not is_told:
-            tell(f"waiting for room for one worker of {call.resources}")
-            is_told = True
-        if clock() - began_at > call.wait_s:
-            raise ClusterError(
-                f"there is no room for one worker of {call.resources}, after {call.wait_s:.0f} s of waiting "
-                "(workers.wait_s); free or add nodes, or lower what a worker reserves"
-            )
+class _Room:
+    """Waits for room, in all tries of a call together no longer than it may.
+
+    Args:
+        call: For which.
+        tell: Takes what is waited for.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, call: Call, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._call, self._tell, self._clock = call, tell, clock
+        self._waited_s = 0.0
+
+    def wait(self, place: Any) -> None:
+        """Returns once a placement group is there."""
+        call, looked_at, is_told = self._call, self._clock(), False
+        while not place.wait(timeout_seconds=_LOOK_INTERVAL_S):
+            if not is_told:
+                self._tell(f"waiting for room for one worker of {call.resources}")
+                is_told = True
+            now = self._clock()
+            self._waited_s, looked_at = self._waited_s + now - looked_at, now
+            if self._waited_s > call.wait_s:
+                raise ClusterError(
+                    f"there is no room for one worker of {call.resources}, after {call.wait_s:.0f} s of waiting "
+                    "(workers.wait_s); free or add nodes, or lower what a worker reserves"
+                )
 
 
 def _server_on(node: str, call: Call, hosts: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ submission of the other is never taken.
 import contextlib
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Literal
@@ -83,6 +84,19 @@ class SubmissionReport:
     id: str
     number: int
     state: SubmissionState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignOfLife:
+    """What the job of a submission is at that has begun and has not taken the run yet.
+
+    Attributes:
+        doing: What, for people.
+        time: When it said so, in Unix time by the clock of its host.
+    """
+
+    doing: str
+    time: float
 
 
 class UnreadableSubmissionError(StorageError):
@@ -221,6 +235,20 @@ class Submissions:
     def read_failure(self, submission_id: str) -> str:
         """Why the driver of a submission that failed ended, in a line."""
         return str((read_document(self._store, f"{submission_id}.failed.json") or {}).get("error", _UNKNOWN))
+
+    def write_sign(self, submission_id: str, doing: str) -> None:
+        """Says what the job of a submission is at before it takes the run, and that it lives."""
+        sign = SignOfLife(doing=doing, time=round(time.time(), 3))
+        write_document(self._store, f"{submission_id}.sign.json", asdict(sign))
+
+    def read_sign(self, submission_id: str) -> SignOfLife | None:
+        """The last sign of the job of a submission; none: it has given none, or is done with what it was at."""
+        document = read_document(self._store, f"{submission_id}.sign.json")
+        return None if document is None else SignOfLife(doing=document["doing"], time=document["time"])
+
+    def delete_sign(self, submission_id: str) -> None:
+        """Says that the job of a submission gives no more signs."""
+        self._store.delete([f"{submission_id}.sign.json"])
 
     def withdraw(self, submission_id: str) -> None:
         """Deletes a submission for which no job was begun."""

@@ -31,7 +31,7 @@ class Call:
         modules: What the fork server imports ahead: what the function needs, and what the training processes need that
             are forked from the same server later.
         resources: What one worker reserves; the call reserves the same where others could take it.
-        wait_s: The longest wait for a node with room.
+        wait_s: The longest wait for a node with room, however often what was found is lost.
         start_timeout_s: The longest wait for processes to start on the node.
         timeout_s: The longest that the function may take; none: no limit.
     """

@@ -126,7 +126,13 @@ class Plan:
 
 
 def make_plan(
-    description: Description, run_url: str, code: UserCode, cluster: "Cluster", tell: Callable[[str], None]
+    description: Description,
+    run_url: str,
+    code: UserCode,
+    cluster: "Cluster",
+    tell: Callable[[str], None],
+    *,
+    may_wait: bool,
 ) -> Plan:
     """Checks everything and decides everything; takes a few seconds, for torch and the trial.
 
@@ -136,6 +142,7 @@ def make_plan(
         code: Where the user's own modules are.
         cluster: What to run on; this process has joined it.
         tell: Takes what is waited for.
+        may_wait: Wait for room where the cluster has none. Else the job is then tried out on this host and its CPU.
 
     Raises:
         DescriptionError: The description cannot run as written, there.
@@ -146,15 +153,23 @@ def make_plan(
     with named_errors(description.source):
         if capacity is None:
             check_machine(spec)
-            gpus, forks_here = 0, True
+            gpus, forks_here, tries_here = 0, True, False
         else:
             gpus = decide_workers(spec, capacity, gpus_here=0).gpus
             worker = resources_of(spec.workers, gpus)
-            forks_here = any(node.is_here and node.most(worker) for node in capacity.nodes)
+            tries_here = not may_wait and not capacity.room(worker)
+            forks_here = tries_here or any(node.is_here and node.most(worker) for node in capacity.nodes)
         call = _make_call(spec, code.task(_TRIAL, run_url, spec), gpus)
         if forks_here:
             fork_server.start(call.modules)
-        store, tried = _try_out(spec, lambda: cluster.call(call, lambda what: tell(f"trying the job out: {what}")))
+
+        def try_out() -> Any:
+            if not tries_here:
+                return cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
+            tell(f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}")
+            return call_here(call)
+
+        store, tried = _try_out(spec, try_out)
     return decide(description, store, tried, capacity)
 
 

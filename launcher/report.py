@@ -308,9 +308,9 @@ def _failure(result: Mapping[str, Any]) -> str | None:
 
 
 def _waits_for(result: Mapping[str, Any]) -> str | None:
-    """What a run waits for that goes on."""
-    reason: str | None = result.get("waits_for") if result["status"] == "running" else None
-    return None if reason is None else f"workers: {reason}"
+    """What a run waits for that goes on, or whose job has yet to begin it."""
+    reason: str | None = result.get("waits_for") if result["status"] in ("running", "submitted") else None
+    return f"workers: {reason}" if reason and result["status"] == "running" else reason
 
 
 def _job(result: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import secrets
@@ -15,19 +16,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Manifest
-from cluster.claims import DRIVER_KEYS, SupersededError
+from cluster.claims import DRIVER_KEYS, STATUS_INTERVAL_S, SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds import Cluster
 from cluster.run_directory import RunDirectory
 from cluster.storage import MissingObject, Store
 from cluster.tracking import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
+from launcher.background import Background
 from launcher.crew import Crew
 from launcher.description import Description, Difference, differences, parse
 from launcher.driver import Driver, make_task
@@ -79,7 +81,7 @@ def begin(
         return _continue(run, seen, stored, description, code, cluster, display, force=False, take_over=take_over)
     _meet_other_driver(run, display, take_over=take_over)  # it has the run, and has not described it yet
     cluster.import_ahead()
-    plan = make_plan(description, run.url, code, cluster, display.phase)
+    plan = make_plan(description, run.url, code, cluster, display.phase, may_wait=not take_over)
     display.message(one_line(description.spec, plan))
     _check_since(run, seen, take_over=take_over)
     return _train(run, description, plan, code, cluster, display, may_differ=False)
@@ -129,7 +131,10 @@ def resume(
         overrides = [*overrides, *_place_of(branch, stored, overrides)]
     wanted = found.changed(overrides) if submission_id else found.continued(overrides, reached)
     if branch is None:
-        return _continue(run, seen, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at)
+        return _continue(
+            run, seen, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at,
+            taking=found.submission_id if submission_id else None,
+        )  # fmt: skip
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
     return _branch(run, branch, steps, stored, wanted, code, cluster, display, force=force)
@@ -216,10 +221,10 @@ def plan_only(description: Description, folder: Path, cluster: Cluster, display:
 
     Raises:
         DescriptionError: The description cannot run as written, there.
-        ClusterError: There is no room to try it out there, or the cluster is not fit for it.
+        ClusterError: The cluster is not fit for it.
     """
     code = UserCode(folders=make_import_paths(folder))
-    return make_plan(description, run_directory(description).url, code, cluster, display.phase)
+    return make_plan(description, run_directory(description).url, code, cluster, display.phase, may_wait=False)
 
 
 def one_line(spec: JobSpec, plan: Plan) -> str:
@@ -257,8 +262,15 @@ def _continue(
     force: bool,
     take_over: bool,
     at: int | None = None,
+    taking: str | None = None,
 ) -> dict[str, Any]:
-    """Goes on with a run that exists, if what is wanted is that run; from the step ``at``, if it is to go back."""
+    """Goes on with a run that exists, if what is wanted is that run.
+
+    Args:
+        at: The step to go back to; none: it goes on from the newest good one.
+        taking: The submission for which this process was begun, if it has yet to take it.
+        run, seen, stored, wanted, code, cluster, display, force, take_over: See ``resume``.
+    """
     changed, is_same = compare(run, stored, wanted, force=force)
     _meet_other_driver(run, display, take_over=take_over)
     status = run.read_status()
@@ -272,7 +284,9 @@ def _continue(
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
     placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
-    plan = _plan_to_go_on(run, placed, reached, code, cluster, display, force=force)
+    # A driver that is alive has the very room that its successor would wait for.
+    with _telling_elsewhere(run, taking, display.phase) as tell:
+        plan = _plan_to_go_on(run, placed, reached, code, cluster, tell, force=force, may_wait=not take_over)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
         return without_driver(status)
@@ -330,7 +344,8 @@ def _branch(
         )
     for change in changed:
         display.message(f"changed {change}")
-    plan = _plan_to_go_on(run, wanted, max(steps, default=0), code, cluster, display, force=force)
+    reached = max(steps, default=0)
+    plan = _plan_to_go_on(run, wanted, reached, code, cluster, display.phase, force=force, may_wait=True)
     manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
     display.message(f"branching from step {manifest.step} of {run.url}")
     return _train(branch, wanted, plan, code, cluster, display, may_differ=force)
@@ -358,21 +373,58 @@ def _plan_to_go_on(
     reached: int,
     code: UserCode,
     cluster: Cluster,
-    display: Progress,
+    tell: Callable[[str], None],
     *,
     force: bool,
+    may_wait: bool,
 ) -> Plan:
-    """The plan of a run that has reached a step.
+    """The plan of a run that has reached a step; see ``make_plan``.
 
     Raises:
         DescriptionError: It cannot run as written, there; or what it began with has changed since.
         ClusterError: There is no room to try it out there, or the cluster is not fit for it.
     """
     cluster.import_ahead()
-    plan = make_plan(left_to_plan(run, wanted, reached, force=force), run.url, code, cluster, display.phase)
+    left = left_to_plan(run, wanted, reached, force=force)
+    plan = make_plan(left, run.url, code, cluster, tell, may_wait=may_wait)
     if not force:
         check_unchanged(run, wanted, plan)
     return plan
+
+
+@contextlib.contextmanager
+def _telling_elsewhere(
+    run: RunDirectory, submission_id: str | None, tell: Callable[[str], None]
+) -> Iterator[Callable[[str], None]]:
+    """Within it, a job that has yet to take its run says in the run directory what it is at, and that it lives.
+
+    Args:
+        run: Which.
+        submission_id: That the job has yet to take; none: this process was begun for none, and writes nothing.
+        tell: Takes the same on this host.
+
+    Yields:
+        Takes what the job is at.
+    """
+    if submission_id is None:
+        yield tell
+        return
+    doing = "planning"
+
+    def write() -> Iterator[None]:
+        run.submissions.write_sign(submission_id, doing)
+        yield
+
+    def tell_both(what: str) -> None:
+        nonlocal doing
+        tell(what)
+        doing = what
+        signs.ask()
+
+    with Background(write, STATUS_INTERVAL_S, patience_s=math.inf) as signs:  # without a sign, the job goes on
+        yield tell_both
+    signs.check()
+    run.submissions.delete_sign(submission_id)  # the run's own status follows; of an error, the submission tells
 
 
 def left_to_plan(run: RunDirectory, wanted: Description, reached: int, *, force: bool = False) -> Description:

@@ -48,7 +48,7 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
     if status is None or is_gone or status["status"] not in ("running", "completed"):
         unanswered = _unanswered_submission(run, status)
         if unanswered is not None:
-            return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered)
+            return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered, silence_s)
     if status is None:
         return NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
     document = NOT_BEGUN | without_driver(status) | {"run": run.url}
@@ -85,17 +85,25 @@ def _unanswered_submission(
     return newest
 
 
-def _submitted_document(run: RunDirectory, report: SubmissionReport, submission: Submission) -> dict[str, Any]:
+def _submitted_document(
+    run: RunDirectory, report: SubmissionReport, submission: Submission, silence_s: float
+) -> dict[str, Any]:
     """What there is to say of a submission that no driver has taken; ``begun`` is false in no other document."""
-    status, error = "submitted", None
+    status, error, waits_for = "submitted", None, None
     if report.state == "stopped":
         status = "stopped"
     elif report.state == "failed":
         failure = run.submissions.read_failure(report.id)
         status = "failed"
         error = f"job {submission.job} ended before the run began: {failure}; submit the run again"
+    elif (sign := run.submissions.read_sign(report.id)) is not None:
+        silent_s, waits_for = time.time() - sign.time, sign.doing
+        if silent_s > silence_s:
+            status, waits_for = "failed", None
+            said = f"has said nothing for {silent_s:.0f} s, before the run began ({sign.doing})"
+            error = f"job {submission.job} {said}; submit the run again"
     about = {"run": run.url, "status": status, "error": error, "begun": False, "updated": submission.time}
-    return about | about_submission(submission)
+    return about | {"waits_for": waits_for} | about_submission(submission)
 
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def watch(
                 raise _lost(run, asked, document, scheduler)
             elif asked.job is not None and document["status"] == "submitted":
                 text = f"job {asked.job_id} is {asked.job.status}"
-                text += f": {asked.job.message}" if asked.job.message else ""
+                why = document.get("waits_for") or asked.job.message
+                text += f": {why}" if why else ""
                 if text != said:
                     display.phase(text)
                 said = text

@@ -154,7 +154,7 @@ def with_own_server(function: str) -> Any:
 
 def test_a_call_outlives_its_server() -> None:
     fork_server.call(f"{HERE}:with_own_server", "kill_server")
-    with pytest.raises(ChildProcessError, match="was lost with its fork server"):
+    with pytest.raises(fork_server.ServerLostError, match="was lost with its fork server"):
         fork_server.call(f"{HERE}:with_own_server", "die_with_server")
 
 

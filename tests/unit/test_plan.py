@@ -79,18 +79,18 @@ def job(tmp_path: Path) -> Description:
     return parse(JOB.format(store=tmp_path / "store"), "digits.yaml")
 
 
-def node(number: int, *, is_here: bool = False, **resources: float) -> Node:
-    address = f"10.0.0.{number}"
-    return Node(id=address, address=address, resources=resources, free={}, drains_at=None, is_here=is_here)
+def node(number: int, *, is_here: bool = False, is_free: bool = False, **resources: float) -> Node:
+    address, free = f"10.0.0.{number}", resources if is_free else {}
+    return Node(id=address, address=address, resources=resources, free=free, drains_at=None, is_here=is_here)
 
 
 HEAD = node(1, is_here=True, CPU=0.0)
 CPUS, GPUS = node(2, CPU=4.0), node(3, CPU=4.0, GPU=2.0)
 
 
-def plan(job: Description, cluster: Cluster, told: list[str] | None = None) -> Plan:
+def plan(job: Description, cluster: Cluster, told: list[str] | None = None, *, may_wait: bool = True) -> Plan:
     said = [] if told is None else told
-    return make_plan(job, "s3://runs/digits", CODE, cluster, said.append)
+    return make_plan(job, "s3://runs/digits", CODE, cluster, said.append, may_wait=may_wait)
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [([HEAD, CPUS], 0), ([HEAD, CPUS, GPUS], 1)], ids=["CPUs", "GPUs"])
@@ -127,6 +127,31 @@ def test_on_this_machine_it_has_no_gpu(job, servers):
 
     assert cluster.calls[0].resources.gpus == 0
     assert servers == [cluster.calls[0].modules]
+
+
+@pytest.mark.parametrize("limits", [None, {"CPU": 40.0, "GPU": 20.0}], ids=["busy", "with an autoscaler"])
+def test_a_plan_that_may_not_wait_reserves_nothing_where_there_is_no_room(job, servers, limits, monkeypatch):
+    here: list[Call] = []
+    monkeypatch.setattr("launcher.plan.call_here", lambda call: here.append(call) or TRIED)
+    cluster, told = FakeCluster(Capacity(nodes=[HEAD, GPUS], limits=limits)), list[str]()
+
+    made = plan(job, cluster, told, may_wait=False)
+
+    assert cluster.calls == []
+    (call,) = here
+    assert (call.task.on_gpu, servers) == (False, [call.modules])
+    assert made.gpus == 1, "the workers have what was written"
+    assert made.why_wait.startswith("there is room for 0 of 2 workers now; ")
+    assert told == ["trying the job out: on this host's CPU, since there is no room for one worker of 1 CPU, 1 GPU"]
+
+
+def test_it_has_the_place_of_a_worker_where_there_is_room_for_one(job):
+    room = node(2, is_free=True, CPU=1.0)
+    cluster = FakeCluster(Capacity(nodes=[HEAD, CPUS, room], limits=None))
+
+    plan(job, cluster, may_wait=False)
+
+    assert len(cluster.calls) == 1
 
 
 def test_what_can_never_fit_is_not_tried_out(job):

@@ -162,6 +162,8 @@ class TestSummary:
         assert "  waits for     workers: there is room for 1 of at least 2 workers of 1 CPU each\n" in summary(waits)
         assert "waits for" not in summary(waits | {"status": "failed"})
         assert "waits for" not in summary(waits | {"waits_for": None})
+        at_trial = {"run": "runs/a", "status": "submitted", "waits_for": "trying the job out: waiting for room"}
+        assert "  waits for  trying the job out: waiting for room\n" in summary(at_trial)
 
 
 class TestPlan:

@@ -1,6 +1,7 @@
 """Submissions change nothing in a run until one is taken, whatever becomes of those who wrote them."""
 
 import json
+import time
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from cluster.errors import ClusterError, DescriptionError
 from cluster.storage import Store
-from cluster.submissions import Submission, SubmissionReport, Submissions, UnreadableSubmissionError
+from cluster.submissions import SignOfLife, Submission, SubmissionReport, Submissions, UnreadableSubmissionError
 
 FIRST = Submission(
     number=0,
@@ -69,6 +70,17 @@ def test_of_one_number_the_one_that_was_taken_counts_and_else_the_later(submissi
     submissions.mark_taken(early)
     assert (newest(submissions).id, newest(submissions).state) == (early, "taken")
     assert submissions.standing(late) == "superseded"
+
+
+def test_a_sign_of_life_answers_nothing(submissions, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 7.0)
+    submission_id = submissions.write(FIRST)
+    assert submissions.read_sign(submission_id) is None
+    submissions.write_sign(submission_id, "waiting for room")
+    assert submissions.read_sign(submission_id) == SignOfLife(doing="waiting for room", time=7.0)
+    assert submissions.reports() == [SubmissionReport(id=submission_id, number=0, state="waiting")]
+    submissions.delete_sign(submission_id)
+    assert submissions.read_sign(submission_id) is None
 
 
 def test_one_that_is_withdrawn_while_it_is_read(submissions, monkeypatch):

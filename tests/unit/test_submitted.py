@@ -17,6 +17,7 @@ from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.submissions import Submission, Submissions
 from launcher import cli, clusters, logs, stop, submitted
 from launcher.cli import main
+from launcher.status import LONG_SILENCE_S, SILENCE_S, read_status
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, Said
 
@@ -189,6 +190,27 @@ class TestStatus:
             f"job {JOB_ID} {error}; `launcher logs {run.url} --cluster {URL}` shows its log; submit the run again"
         )
         assert document("status", run.url)["status"] == "submitted", "the directory alone cannot know"
+
+    def test_a_job_that_has_begun_says_what_it_is_at_for_as_long_as_it_lives(self, run, monkeypatch):
+        newest, now, doing = run.submissions.newest(), [SUBMITTED_AT], "trying the job out: waiting for room"
+        monkeypatch.setattr(time, "time", lambda: now[0])
+        assert document("status", run.url)["waits_for"] is None
+        run.submissions.write_sign(newest.id, doing)
+        now[0] += SILENCE_S
+        told = document("status", run.url)
+        assert (told["status"], told["waits_for"], told["error"]) == ("submitted", doing, None)
+        now[0] += 1
+        told = document("status", run.url)
+        assert (told["status"], told["waits_for"]) == ("failed", None)
+        assert told["error"] == (
+            f"job {JOB_ID} has said nothing for {SILENCE_S + 1:.0f} s, before the run began ({doing}); "
+            "submit the run again"
+        )
+        assert read_status(run, LONG_SILENCE_S)["status"] == "submitted"
+        run.submissions.mark_failed(newest.id, "no room")
+        assert document("status", run.url)["error"] == (
+            f"job {JOB_ID} ended before the run began: no room; submit the run again"
+        )
 
     def test_a_cluster_that_is_gone_takes_nothing_from_what_is_known(self, run, cluster):
         cluster.error = ClusterError(f"{URL}: nobody answers there")

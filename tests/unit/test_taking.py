@@ -13,13 +13,14 @@ from cluster.claims import SupersededError
 from cluster.errors import ClusterError
 from cluster.run_directory import RunDirectory
 from cluster.storage import Store
-from cluster.submissions import Submission
+from cluster.submissions import SignOfLife, Submission
 from launcher import runs
 from launcher.description import Description, parse
 from launcher.plan import Plan, decide
 from launcher.runs import begin, resume
 from launcher.user_code import UserCode, find_code
 from tests.launcher_without_ray import Machine
+from tests.processes import wait_until
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, TRIED, Said
 
@@ -43,7 +44,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
     """What is planned, the newest last; a plan needs torch and seconds, and no test here trains."""
     pairs: list[Pair] = []
 
-    def make_plan(description: Description, _: str, code: UserCode, *__: Any) -> Plan:
+    def make_plan(description: Description, _: str, code: UserCode, *__: Any, may_wait: bool) -> Plan:  # noqa: ARG001
         pairs.append((description.text, code.sha256))
         data = str(description.spec.data.train)
         return decide(description, Store("crash://runs"), replace(TRIED, data_fingerprint=data), None)
@@ -176,6 +177,55 @@ def test_a_person_is_told_that_the_code_at_hand_is_not_used(run, planned, tmp_pa
     assert f"running with the code that was submitted, not with {tmp_path}/job" in said.messages
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+@pytest.mark.parametrize("take_over", [True, False])
+def test_who_takes_a_run_over_waits_for_no_room(run, planned, monkeypatch, tmp_path, take_over, has_begun):  # noqa: ARG001
+    """The driver that is to be replaced has it."""
+    may_wait, make_plan = list[bool](), runs.make_plan
+
+    def plan(*arguments: Any, **options: Any) -> Plan:
+        may_wait.append(options["may_wait"])
+        return make_plan(*arguments, **options)
+
+    if has_begun:
+        take(run, submit(run, 0)[0])
+        run.write_status({"status": "stopped", "step": 0})
+    monkeypatch.setattr(runs, "make_plan", plan)
+    with pytest.raises(Training):
+        begin(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said(), take_over=take_over)
+    assert may_wait == [not take_over]
+
+
+@pytest.mark.parametrize("who", ["its job", "a person"])
+def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeypatch, who):  # noqa: ARG001
+    """A person who takes the submission at home says nothing for the job, which lives or not."""
+    submission_id, _ = submit(run, 0)
+    make_plan, said, signs = runs.make_plan, Said(), list[SignOfLife | None]()
+    is_job = who == "its job"
+
+    def plan(*arguments: Any, **options: Any) -> Plan:
+        arguments[4]("waiting for room")
+        wait_until(lambda: not is_job or run.submissions.read_sign(submission_id) is not None)
+        signs.append(run.submissions.read_sign(submission_id))
+        return make_plan(*arguments, **options)
+
+    monkeypatch.setattr(runs, "make_plan", plan)
+    if not is_job:
+        monkeypatch.delattr(runs, "Background")
+    with pytest.raises(Training):
+        resume(run, (), Machine(2), said, submission_id=submission_id if is_job else None)
+    assert [sign and sign.doing for sign in signs] == ["waiting for room" if is_job else None]
+    assert "waiting for room" in said.phases
+    assert run.submissions.read_sign(submission_id) is None, "it has taken the run"
+
+
+def test_nor_does_a_plan_alone(planned, monkeypatch, tmp_path):  # noqa: ARG001
+    may_wait: list[bool] = []
+    monkeypatch.setattr(runs, "make_plan", lambda *_, **options: may_wait.append(options["may_wait"]))
+    runs.plan_only(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said())
+    assert may_wait == [False]
+
+
 class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
     """The plan waits for room, for an hour at most."""
 
@@ -185,10 +235,10 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
         others: list[Callable[[], object]] = []
         make_plan = runs.make_plan
 
-        def plan_late(*arguments: Any) -> Plan:
+        def plan_late(*arguments: Any, may_wait: bool) -> Plan:
             while others:
                 others.pop()()
-            return make_plan(*arguments)
+            return make_plan(*arguments, may_wait=may_wait)
 
         monkeypatch.setattr(runs, "make_plan", plan_late)
         return others

@@ -122,6 +122,12 @@ def test_a_job_that_waits_says_why(watched):
     assert waited_s >= 100
 
 
+def test_a_job_that_runs_and_has_not_begun_the_run_says_what_it_is_at(watched):
+    submitted = {"status": "submitted", "step": 0, "waits_for": "trying the job out: waiting for room"}
+    *_, said = watched(Cluster(a_job("running")), *[submitted] * 3, RUNNING | {"status": "completed"})
+    assert said.phases == ["job own-0 is running: trying the job out: waiting for room"]
+
+
 def test_a_run_that_waits_for_workers_says_for_which_and_then_how_far_it_is(watched):
     waits = [RUNNING | {"waits_for": f"there is room for {n} of at least 2 workers"} for n in (0, 0, 1)]
     *_, said = watched(Cluster(a_job("running")), *waits, RUNNING, RUNNING | {"status": "completed"})
