@@ -163,7 +163,7 @@ def make_plan(
         if forks_here:
             fork_server.start(call.modules)
 
-        def try_out() -> Any:
+        def try_out() -> Tried:
             if not tries_here:
                 return cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
             tell(f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}")
