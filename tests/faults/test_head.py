@@ -91,22 +91,25 @@ def test_a_head_that_only_drives(two: list[Host], tmp_path: Path) -> None:
 
     # One holds the only place until Ctrl-C; another one waits for it, a third one not for long.
     held = tmp_path / "held"
-    holds = begin("plan", f"model={{_target_: mine.Net, waits: {held}}}")
+    holds = begin("run", "name=holds", f"model={{_target_: mine.Net, waits: {held}}}")
     holds.wait_until(lambda: held.exists() and held.read_text() != "")
     pid = held.read_text()
     assert is_alive(pid)
-    refused = begin("plan", "workers.wait_s=1").wait()
+    refused = begin("run", "name=refused", "workers.wait_s=1").wait()
     assert refused.exit_code == 5
     assert refused.stderr.splitlines()[-1].startswith("error: there is no room for one worker of 1 CPU, after 1 s")
-    waits = begin("plan")
+    waits = begin("run")
     waits.wait_until(lambda: "trying the job out: waiting for room for one worker of 1 CPU" in waits.stderr)
     (driver,) = [process.pid for process in descendants(holds.pid) if process.parent == holds.pid]
     os.kill(driver, signal.SIGINT)
     assert holds.wait().exit_code == 130
-    planned = waits.wait()
-    assert planned.exit_code == 0, planned.stderr
-    assert planned.stderr.splitlines()[-1] == there
     wait_until(lambda: not is_alive(pid))
+    ended = waits.wait()
+    assert ended.exit_code == 0, ended.stderr
+    assert (ended.document["status"], ended.document["step"]) == ("completed", 4)
+    assert there in ended.stderr
+    (started,) = events(tmp_path / "runs/own", "attempt_started")
+    assert [worker["address"] for worker in started["workers"]] == [second.address]
 
     raised = begin("plan", "model.fails=true").wait()
     assert raised.exit_code == 2
@@ -115,13 +118,6 @@ def test_a_head_that_only_drives(two: list[Host], tmp_path: Path) -> None:
         "error: own.yaml: model: forward on inputs of shape [8, 2] raised ValueError: there is no such layer; make "
         "model and data.train fit",
     ]
-
-    ended = begin("run").wait()
-    assert ended.exit_code == 0, ended.stderr
-    assert (ended.document["status"], ended.document["step"]) == ("completed", 4)
-    assert there in ended.stderr
-    (started,) = events(tmp_path / "runs/own", "attempt_started")
-    assert [worker["address"] for worker in started["workers"]] == [second.address]
 
     def free_cpus() -> list[float]:
         command = head.command([sys.executable, "-c", FREE_CPUS, head.ray_address], tmp_path)

@@ -62,24 +62,38 @@ def assert_undisturbed(ended: Ended, run: Path) -> None:
     assert ended.document["waits_for"] is None
 
 
-def test_two_runs_share_a_cluster(two: list[Host], tmp_path: Path, make_plan) -> None:
-    """Of three places one is left for the second run, to try its job out in; then it waits for two, and holds none."""
-    head, _ = two
+def test_a_cluster_that_is_shared(two: list[Host], tmp_path: Path, make_plan) -> None:
+    """Each of two hosts has two places."""
+    head, runs = two[0], tmp_path / "runs"
     plan = make_plan(Fault(kind="hold", doing="forward", step=HELD_AT))
-    head.start_ray(num_cpus=3)
-    head.wait_for_ray()
-    runs = tmp_path / "runs"
+    for host, of in zip(two, (None, head)):
+        host.start_ray(of, num_cpus=2)
+    for host in two:
+        host.wait_for_ray()
+    refused = begin(head, tmp_path, "refused", "workers.accelerator=H100").wait()
+    assert refused.exit_code == 2, refused.stderr
+    assert "so many workers of 1 CPU, H100 fit on its 2 nodes, got 2" in refused.stderr
 
-    first = begin(head, tmp_path, "first", "workers.num=2")
+    # Of four places one is left for the second run, to try its job out in; then it waits for two, and holds none.
+    first = begin(head, tmp_path, "first", "workers.num=3")
     first.wait_until(lambda: 0 in fired(plan))
     second = begin(head, tmp_path, "second", "workers.num=2")
     second.wait_until(lambda: (RunDirectory(str(runs / "second")).read_status() or {}).get("waits_for") is not None)
     told = launcher("status", runs / "second", cwd=tmp_path).stdout
-    assert "  waits for  workers: there is room for 1 of at least 2 workers of 1 CPU each, on 1 node\n" in told
+    assert "  waits for  workers: there is room for 1 of at least 2 workers of 1 CPU each, on 2 nodes\n" in told
     ask(head, WAIT_FOR_A_PLACE_IN_LINE, tmp_path)
     release(plan, 0)
     for name, run in (("first", first), ("second", second)):
         assert_undisturbed(run.wait(), runs / name)
+
+    addresses = {}
+    for placement in ("spread", "pack"):
+        ended = begin(head, tmp_path, placement, f"workers.placement={placement}").wait()
+        assert_undisturbed(ended, runs / placement)
+        (attempt,) = events(runs / placement, "attempt_started")
+        addresses[placement] = {worker["address"] for worker in attempt["workers"]}
+    assert addresses["spread"] == {host.address for host in two}
+    assert len(addresses["pack"]) == 1
 
 
 def test_an_autoscaler_starts_nodes_because_runs_ask(two: list[Host], tmp_path: Path) -> None:
@@ -148,24 +162,3 @@ def start_autoscaler(head: Host, folder: Path) -> None:
     }
     head.start_ray(num_cpus=0, environment=environment, options=(f"--autoscaling-config={path}",))
     head.wait_for_ray()
-
-
-def test_workers_are_spread_or_packed(two: list[Host], tmp_path: Path) -> None:
-    """Each of two hosts has room for both workers."""
-    for host, of in zip(two, (None, two[0])):
-        host.start_ray(of, num_cpus=2)
-    for host in two:
-        host.wait_for_ray()
-    head = two[0]
-    refused = begin(head, tmp_path, "refused", "workers.accelerator=H100").wait()
-    assert refused.exit_code == 2, refused.stderr
-    assert "so many workers of 1 CPU, H100 fit on its 2 nodes, got 2" in refused.stderr
-
-    addresses = {}
-    for placement in ("spread", "pack"):
-        ended = begin(head, tmp_path, placement, f"workers.placement={placement}").wait()
-        assert_undisturbed(ended, tmp_path / "runs" / placement)
-        (attempt,) = events(tmp_path / "runs" / placement, "attempt_started")
-        addresses[placement] = {worker["address"] for worker in attempt["workers"]}
-    assert addresses["spread"] == {host.address for host in two}
-    assert len(addresses["pack"]) == 1
