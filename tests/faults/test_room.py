@@ -103,7 +103,7 @@ def test_an_autoscaler_starts_nodes_because_runs_ask(two: list[Host], tmp_path: 
     assert ask(head, SHOW_NODES, tmp_path).split() == [FAKE_HEAD]
     refused = begin(head, tmp_path, "refused").wait()
     assert refused.exit_code == 2, refused.stderr
-    assert "if its autoscaler may start nodes, write them as cluster.autoscaler" in refused.stderr
+    assert "if its autoscaler may start such nodes, write them as cluster.autoscaler" in refused.stderr
     assert not (tmp_path / "runs/refused").exists()
 
     grows = f"cluster.autoscaler=[{{nodes: {MOST_NODES}, cpus: 1}}]"

@@ -822,14 +822,14 @@ class TestElastic:
     def test_of_room_that_never_stays_the_same_the_least_is_taken(self, run: RunDirectory) -> None:
         """As others run short tasks on a cluster, of a core or less each."""
         looks = [0.3] * 17  # 5.1 s
-        _, group = drive(run, [*looks, hello("a", "a"), done(2, 0)], unsteady(2, 4), num=(1, 64))
+        _, group = drive(run, [*looks, hello("a", "a"), done(2, 0)], unsteady(2, 3), num=(1, 4))
 
         assert group.started == [2]
 
     def test_and_if_that_is_too_little_it_is_not_waited_for_for_ever(self, run: RunDirectory) -> None:
         looks = [0.3] * 71  # four times 5.1 s, and 0.3 s between two of them
         with pytest.raises(ClusterError, match=r"workers of 1 CPU each, on 1 node, after 15 s of waiting"):
-            drive(run, looks, unsteady(1, 4), num=(2, 64), wait_s=15.0)
+            drive(run, looks, unsteady(1, 3), num=(2, 4), wait_s=15.0)
 
         assert len(events(run, "waiting")) == 1
 
@@ -987,7 +987,7 @@ class TestStarts:
 
     def test_agents_of_which_ray_says_nothing_at_all_are_not_waited_for_for_ever(self, run: RunDirectory) -> None:
         """Their processes do not come up, before which Ray does not tell where they are."""
-        document, group = drive(run, [39.0, 2.0, 1.0, HELLO, finished(0)], start_timeout_s=10.0)
+        document, group = drive(run, [39.0, 2.0, 1.0, 1.0, HELLO, finished(0)], start_timeout_s=10.0)
 
         assert (document["failures"]["machine"], group.started) == (1, [2, 2])
         (lost,) = events(run, "agents_lost")

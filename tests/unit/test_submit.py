@@ -229,7 +229,7 @@ REFUSALS: dict[str, tuple[ClusterReport, str]] = {
     "more than there can be": (
         a_cluster(a_node("10.0.0.1", CPU=1.0, GPU=2.0, **{"accelerator_type:H100": 1.0}), a_node("10.0.0.2", CPU=0.0)),
         "digits.yaml: workers.num must be at most 1 on this cluster: so many workers of 1 CPU, 1 GPU fit on its 2 "
-        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start nodes, write them as "
+        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start such nodes, write them as "
         "cluster.autoscaler. "
         "There is 10.0.0.1 with 1 CPU, 2 GPU, H100, 10.0.0.2 with 0 CPU, 0 GPU",
     ),
@@ -238,14 +238,14 @@ OF_JOBS: dict[str, tuple[str, str]] = {
     "an accelerator that no node has": (
         "workers.accelerator=H100",
         "digits.yaml: workers.num must be at most 0 on this cluster: so many workers of 1 CPU, H100 fit on its 2 "
-        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start nodes, write them as "
+        "nodes, got 2; add nodes, or lower workers.num; if its autoscaler may start such nodes, write them as "
         "cluster.autoscaler. "
         "There is 10.0.0.1 with 16 CPU, 0 GPU, 10.0.0.2 with 16 CPU, 0 GPU, A100",
     ),
     "GPUs where there are none": (
         "workers.gpus=1",
         "digits.yaml: workers.gpus=1 for 2 workers needs 2 GPUs, and this cluster has 0; lower workers.num or set "
-        "workers.gpus=0; if its autoscaler may start nodes, write them as cluster.autoscaler. "
+        "workers.gpus=0; if its autoscaler may start such nodes, write them as cluster.autoscaler. "
         "There is 10.0.0.1 with 16 CPU, 0 GPU, 10.0.0.2 with 16 CPU, 0 GPU, A100",
     ),
 }

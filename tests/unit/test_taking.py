@@ -33,6 +33,26 @@ class Training(BaseException):
     """The run would be trained now."""
 
 
+class AtOnce:
+    """What ``Background`` does, in the thread that asks for it: a kill there is one of this process."""
+
+    def __init__(self, work: Callable[[], Iterator[None]], *_: Any, **__: Any) -> None:
+        self._work = work
+
+    def __enter__(self) -> "AtOnce":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.ask()
+
+    def ask(self) -> None:
+        list(self._work())
+
+    def check(self) -> None:
+        pass
+
+
 @pytest.fixture
 def run() -> RunDirectory:
     fresh_faults()
@@ -54,6 +74,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
 
     monkeypatch.setattr(runs, "make_plan", make_plan)
     monkeypatch.setattr(runs, "_open_tracker", train)
+    monkeypatch.setattr(runs, "Background", AtOnce)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return pairs
