@@ -142,7 +142,7 @@ def make_plan(
         code: Where the user's own modules are.
         cluster: What to run on; this process has joined it.
         tell: Takes what is waited for.
-        may_wait: Wait for room where the cluster has none. Else the job is then tried out on this host and its CPU.
+        may_wait: Wait for room where the cluster has none. If False, try the job out on this host's CPU instead.
 
     Raises:
         DescriptionError: The description cannot run as written, there.

@@ -115,8 +115,8 @@ def test_a_head_that_only_drives(two: list[Host], tmp_path: Path) -> None:
     assert raised.exit_code == 2
     assert raised.stderr.splitlines() == [
         there,
-        "error: own.yaml: model: forward on inputs of shape [8, 2] raised ValueError: there is no such layer; make "
-        "model and data.train fit",
+        f"error: own.yaml: node {second.address}: model: forward on inputs of shape [8, 2] raised ValueError: there is "
+        "no such layer; make model and data.train fit",
     ]
 
     def free_cpus() -> list[float]:
