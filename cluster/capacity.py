@@ -36,6 +36,18 @@ class WorkerResources:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """The places that the workers of a run may have."""
+
+    resources: WorkerResources
+    """What each reserves."""
+    most: int
+    """For how many there will be places at most."""
+    placement: Placement
+    """On how few or how many nodes they are to be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
     """A node of the cluster that is alive."""
 

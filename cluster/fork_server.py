@@ -54,6 +54,14 @@ def start(modules: Sequence[str]) -> None:
     _fork_from(_own)
 
 
+def stop() -> None:
+    """Ends this process's own server, if it runs, at once; what was forked from it goes on."""
+    if _own._forkserver_pid is not None:  # it may be about to die, and pass for one that runs
+        os.kill(_own._forkserver_pid, signal.SIGKILL)
+        with suppress(FileNotFoundError):  # its socket was removed
+            _own._stop()
+
+
 def use(address: str, modules: Sequence[str] = ()) -> None:
     """From now on this process forks from the server at ``address``.
 
@@ -258,10 +266,7 @@ def _fork_from(server: ForkServer) -> None:
 
 def _replace_server() -> None:
     """Starts a server of this process's own in place of the one that does not answer."""
-    if _own._forkserver_pid is not None:  # it may be about to die, and pass for one that runs
-        os.kill(_own._forkserver_pid, signal.SIGKILL)
-        with suppress(FileNotFoundError):  # its socket was removed
-            _own._stop()
+    stop()
     start(_own._preload_modules)
 
 

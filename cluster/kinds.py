@@ -1,16 +1,19 @@
 """Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster import ray_cluster
-from cluster.capacity import Capacity, Node, NodeGroup, Placement, WorkerResources
+from cluster.capacity import Capacity, Node, NodeGroup, Places
+from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from cluster.agent import Task
     from cluster.ray_train import WorkerGroup
+    from cluster.scheduler import ClusterReport, Needs
     from cluster.workplace import Call
 
 
@@ -41,6 +44,14 @@ class Cluster(ABC):
         """
 
     @abstractmethod
+    def inspect(self, needs: "Needs") -> "ClusterReport":
+        """Has each node inspect itself, within ``joined``.
+
+        Raises:
+            ClusterError: It is gone; or it is no cluster that jobs are submitted to.
+        """
+
+    @abstractmethod
     def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
         """Makes a call in the place of one worker, within ``joined``: it has what a worker has, while no worker has it.
 
@@ -68,14 +79,21 @@ class Cluster(ABC):
         """
 
     @abstractmethod
-    def group(self, task: "Task", resources: WorkerResources, most: int, placement: Placement) -> "WorkerGroup":
+    def prepare_group(self, entry: str, places: Places) -> None:
+        """Begins to start what ``group`` with the same arguments needs, within ``joined``; holds no place.
+
+        Args:
+            entry: What each worker will run, see ``Task``.
+            places: What the workers may have.
+        """
+
+    @abstractmethod
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
         """The way to the workers of a run, within ``started``; none is there yet.
 
         Args:
             task: What each worker is told.
-            resources: What each reserves.
-            most: The most workers there will be.
-            placement: On how few or how many nodes they are to be.
+            places: What they may have.
         """
 
     @abstractmethod
@@ -90,14 +108,6 @@ class Cluster(ABC):
 class _OnRay(Cluster):
     def import_ahead(self) -> None:
         ray_cluster.import_ahead(joins=not self.is_this_machine)
-
-    def group(self, task: "Task", resources: WorkerResources, most: int, placement: Placement) -> "WorkerGroup":
-        from cluster.ray_train import WorkerGroup  # and with it the stores, of which a wrong description needs none
-
-        capacity = self.capacity()
-        if capacity is not None and capacity.may_grow:  # an autoscaler brings nothing for what it can never satisfy
-            most = min(most, max(1, capacity.most(resources)))
-        return WorkerGroup(task, resources, most, placement, is_shared=not self.is_this_machine)
 
     def nodes(self) -> list[Node]:
         return ray_cluster.nodes()
@@ -118,6 +128,9 @@ class LocalRay(_OnRay):
     def capacity(self) -> None:
         return None
 
+    def inspect(self, needs: "Needs") -> "ClusterReport":  # noqa: ARG002  # nobody submits to it
+        raise ClusterError("this machine takes no jobs; give --cluster the HOST:PORT of a Ray head")
+
     def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
         from cluster.workplace import call_here  # and with it the stores
 
@@ -125,6 +138,16 @@ class LocalRay(_OnRay):
 
     def started(self) -> AbstractContextManager[None]:
         return ray_cluster.local_cluster(self._num_cpus)
+
+    def prepare_group(self, entry: str, places: Places) -> None:
+        pass  # Ray is not started yet
+
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
+        from cluster.ray_train import WorkerGroup  # and with it the stores, of which a wrong description needs none
+
+        group = WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
+        group.assign(task)
+        return group
 
 
 class JoinedRay(_OnRay):
@@ -137,13 +160,25 @@ class JoinedRay(_OnRay):
         self._address = address
         self._groups = groups
         self._hosts: dict[str, Any] = {}
-        """What keeps fork servers on nodes that calls were made on: the workers there find them."""
+        """What keeps fork servers on nodes: that of a call is kept for workers there."""
+        self._prepared: tuple[tuple[str, Places], WorkerGroup] | None = None
+        """A group that nobody has yet, and what it was prepared for."""
 
-    def joined(self) -> AbstractContextManager[None]:
-        return ray_cluster.joined_cluster(self._address)
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        with ray_cluster.joined_cluster(self._address):
+            try:
+                yield
+            finally:
+                self._leave_prepared()
 
     def capacity(self) -> Capacity:
         return ray_cluster.capacity().declared(self._groups)
+
+    def inspect(self, needs: "Needs") -> "ClusterReport":
+        from cluster.ray_check import inspect_nodes  # and with it the stores
+
+        return inspect_nodes(needs)
 
     def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
         from cluster.ray_call import call_there  # and with it the stores
@@ -152,3 +187,27 @@ class JoinedRay(_OnRay):
 
     def started(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def prepare_group(self, entry: str, places: Places) -> None:
+        from cluster.ray_train import WorkerGroup  # and with it the stores
+
+        capacity = self.capacity()
+        allowed = places
+        if capacity.may_grow:  # an autoscaler brings nothing for what it can never satisfy
+            allowed = replace(places, most=min(places.most, max(1, capacity.most(places.resources))))
+        group = WorkerGroup(entry, allowed, self._hosts, is_shared=True, may_grow=capacity.may_grow)
+        self._prepared = (entry, places), group
+
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
+        if self._prepared is None or self._prepared[0] != (task.entry, places):
+            self._leave_prepared()
+            self.prepare_group(task.entry, places)
+        assert self._prepared is not None
+        group, self._prepared = self._prepared[1], None
+        group.assign(task)
+        return group
+
+    def _leave_prepared(self) -> None:
+        if self._prepared is not None:
+            self._prepared[1].close()
+        self._prepared = None

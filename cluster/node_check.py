@@ -7,6 +7,7 @@ nothing. This module knows no kind of cluster and needs only what every process 
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -14,7 +15,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 from cluster.deadline import OverrunError, result_within, start
-from cluster.errors import StorageError, one_line
+from cluster.errors import ClusterError, StorageError, one_line
 from cluster.scheduler import ClusterReport, Needs
 from cluster.storage import Store
 from cluster.store_check import answer
@@ -65,21 +66,46 @@ def needs_from_text(text: str) -> Needs:
     return from_json(Needs, json.loads(text))
 
 
-def report_to_line(report: ClusterReport) -> str:
-    """Encodes a report as one marked line."""
-    return _MARK + json.dumps(asdict(report))
-
-
-def report_from_log(log: str) -> ClusterReport:
-    """Finds and decodes the report in the log of the job that made it.
+def needs_of_environment() -> Needs:
+    """The needs that this process was started with.
 
     Raises:
-        ValueError: The log holds no report or several, or the line was not made by ``report_to_line``.
+        ClusterError: There are none, or those of another version of the launcher.
     """
-    lines = [line.removeprefix(_MARK) for line in log.splitlines() if line.startswith(_MARK)]
-    if len(lines) != 1:
+    text = os.environ.get(NEEDS_VARIABLE)
+    if text is None:
+        raise ClusterError(f"{NEEDS_VARIABLE} is not set; launcher submit sets it, begin this as a job of Ray")
+    try:
+        return needs_from_text(text)
+    except ValueError as error:
+        raise ClusterError(
+            f"{NEEDS_VARIABLE}: {error}; install the same version of launcher here and on the cluster"
+        ) from error
+
+
+def report_to_text(report: ClusterReport) -> str:
+    """Encodes a report as one marked line, to be written at once: other output in the log must not split it."""
+    return f"\n{_MARK}{json.dumps(asdict(report))}\n"
+
+
+def report_from_log(log: str) -> ClusterReport | None:
+    """Finds and decodes the report in the log of the job that makes it; none: the log does not hold it, or not whole.
+
+    Raises:
+        ValueError: The log holds several, or the line was not made by ``report_to_text``.
+    """
+    whole = log[: log.rfind("\n") + 1]  # the job may be writing the last line
+    lines = [line.removeprefix(_MARK) for line in whole.splitlines() if line.startswith(_MARK)]
+    if not lines:
+        return None
+    if len(lines) > 1:
         raise ValueError(f"there are {len(lines)} results")
     return from_json(ClusterReport, json.loads(lines[0]))
+
+
+def without_report(log: str) -> str:
+    """The log of a job for people, who have no use for the report."""
+    return re.sub(rf"\n{_MARK}.*\n", "", log)
 
 
 def from_json(hint: type[T], value: Any, where: str = "") -> T:

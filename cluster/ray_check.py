@@ -49,57 +49,47 @@ class NodeCheck:
         return json.dumps(found)
 
 
-def inspect_cluster(address: str, needs: Needs) -> ClusterReport:
-    """Inspects the cluster whose head listens at ``address``, HOST:PORT.
+def inspect_nodes(needs: Needs) -> ClusterReport:
+    """Inspects the nodes of the cluster that this process has joined.
 
     Raises:
-        ClusterError: It cannot be joined, or is gone.
+        ClusterError: It is gone.
     """
-    with ray_cluster.joined_cluster(address):
-        import ray
-        from ray import cloudpickle
+    import ray
+    from ray import cloudpickle
 
-        cloudpickle.register_pickle_by_value(sys.modules[NodeCheck.__module__])
-        capacity = ray_cluster.capacity()
-        text = node_check.needs_to_text(needs)
-        # An actor lives only as long as something refers to it.
-        actors = [ray_cluster.actor_on(node.id, NodeCheck).remote() for node in capacity.nodes]
-        asked = {actor.inspect.remote(text, node.id): node for actor, node in zip(actors, capacity.nodes)}
-        answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)[0])
-        reports, silent = [], []
-        for reference, node in asked.items():
-            try:
-                if reference not in answered:
-                    raise ValueError(f"no answer within {_ANSWER_TIMEOUT_S:g} s")
-                answer = {"id": node.id, "address": node.address, **json.loads(ray.get(reference))}
-                reports.append(node_check.from_json(NodeReport, answer))
-            except (ray.exceptions.RayError, ValueError) as error:
-                print(f"node {node.address}: {ray_cluster.last_line(error)}", file=sys.stderr)
-                silent.append(node.address)
+    cloudpickle.register_pickle_by_value(sys.modules[NodeCheck.__module__])
+    capacity = ray_cluster.capacity()
+    text = node_check.needs_to_text(needs)
+    # An actor lives only as long as something refers to it.
+    actors = [ray_cluster.actor_on(node.id, NodeCheck).remote() for node in capacity.nodes]
+    asked = {actor.inspect.remote(text, node.id): node for actor, node in zip(actors, capacity.nodes)}
+    answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)[0])
+    reports, silent = [], []
+    for reference, node in asked.items():
+        try:
+            if reference not in answered:
+                raise ValueError(f"no answer within {_ANSWER_TIMEOUT_S:g} s")
+            answer = {"id": node.id, "address": node.address, **json.loads(ray.get(reference))}
+            reports.append(node_check.from_json(NodeReport, answer))
+        except (ray.exceptions.RayError, ValueError) as error:
+            print(f"node {node.address}: {ray_cluster.last_line(error)}", file=sys.stderr)
+            silent.append(node.address)
     return ClusterReport(capacity=capacity, nodes=reports, silent=silent)
-
-
-def _parsed(needs: str) -> Needs:
-    try:
-        return node_check.needs_from_text(needs)
-    except ValueError as error:  # of another version of the launcher
-        raise ClusterError(
-            f"{node_check.NEEDS_VARIABLE}: {error}; install the same version of launcher here and on the cluster"
-        ) from error
 
 
 def main() -> int:
     """Prints the report, or why there is none; returns the exit code."""
     try:
-        address, needs = os.environ.get("RAY_ADDRESS"), os.environ.get(node_check.NEEDS_VARIABLE)
-        if address is None or needs is None:
-            raise ClusterError(f"RAY_ADDRESS or {node_check.NEEDS_VARIABLE} is not set; begin this as a job of Ray")
-        line = node_check.report_to_line(inspect_cluster(address, _parsed(needs)))
+        needs, address = node_check.needs_of_environment(), os.environ.get("RAY_ADDRESS")
+        if address is None:
+            raise ClusterError("RAY_ADDRESS is not set; begin this as a job of Ray")
+        with ray_cluster.joined_cluster(address):
+            report = inspect_nodes(needs)
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    # One write, on a line of its own, so that other output in the log cannot split it.
-    sys.stdout.write(f"\n{line}\n")
+    sys.stdout.write(node_check.report_to_text(report))
     sys.stdout.flush()
     return 0
 

@@ -32,9 +32,14 @@ _INSPECT_TIMEOUT_S = 180.0
 _INSPECTION_KEPT_S = 2 * _INSPECT_TIMEOUT_S
 """How long after the start of an inspection its owner may still ask for it: the time limit, and some slow requests."""
 _POLL_INTERVAL_S = 0.3
+_PATIENCE_S = 10.0
+"""How long requests for a report may fail."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _NOT_FOUND = (126, 127)
 """Exit codes of a shell that cannot find a command, or may not execute it."""
+_OTHER_LAUNCHER = ("No module named", "No such option")
+_ERROR = "error: "
+"""How the line begins in which the launcher says why it ends."""
 _INSPECTION = ("launcher", "inspect")
 """Metadata by which the jobs of inspections are known."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -109,7 +114,7 @@ class RayJobs(Scheduler):
         return self._decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Starts a job that inspects the nodes, waits for it, and deletes those of inspections that are long over.
+        """Starts a job that inspects the nodes, waits for its report, and deletes those that are long over.
 
         Raises:
             ClusterError: As for every method; or the head has no launcher, or another version of it.
@@ -118,24 +123,52 @@ class RayJobs(Scheduler):
         job_id = f"launcher-inspect-{uuid.uuid4().hex[:12]}"
         environment = {node_check.NEEDS_VARIABLE: node_check.needs_to_text(needs)}
         try:
-            self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
-            job = self._wait_until_ended(job_id)
-            log = self.log(job_id)
+            job = self.begin(job_id, ray_check.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
+            report = self.report(job_id)
         except BaseException:  # also Ctrl-C
             with suppress(ClusterError):
                 self.stop(job_id)
             raise
-        if job.status != "succeeded":
-            raise self._inspect_failed(job, log)
-        try:
-            report = node_check.report_from_log(log)
-        except ValueError as error:
-            raise ClusterError(
-                f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the same "
-                "version of launcher here and on the cluster"
-            ) from error
         self._delete_inspections_before(job)
         return report
+
+    def report(self, job_id: str) -> ClusterReport:
+        """Polls the log of a job until the report is there.
+
+        Raises:
+            ClusterError: As for every method; or the job ends without it, or does not print it in time.
+        """
+        answered_at = time.monotonic()
+        deadline = answered_at + _INSPECT_TIMEOUT_S
+        while True:
+            try:
+                job = self.read(job_id)  # before its log: what it printed before it ended is seen
+                log = "" if job is None else self.log(job_id)
+            except ClusterError:
+                if time.monotonic() - answered_at > _PATIENCE_S:
+                    raise
+                time.sleep(_POLL_INTERVAL_S)
+                continue
+            answered_at = time.monotonic()
+            if job is None:
+                raise ClusterError(f"{self._url}: knows no more of job {job_id}, which was begun there; try again")
+            try:
+                report = node_check.report_from_log(log)
+            except ValueError as error:
+                raise ClusterError(
+                    f"{self._url}: cannot read what job {job_id} has found out: {one_line(error)[:200]}; install the "
+                    "same version of launcher here and on the cluster"
+                ) from error
+            if report is not None:
+                return report
+            if job.status in ENDED:
+                raise self._inspect_failed(job, log)
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"{self._url}: job {job_id}, which inspects the nodes, is {job.status} after "
+                    f"{_INSPECT_TIMEOUT_S:g} s: {job.message[:200] or 'no reason given'}; see its dashboard"
+                )
+            time.sleep(_POLL_INTERVAL_S)
 
     def begin(
         self,
@@ -223,36 +256,17 @@ class RayJobs(Scheduler):
         """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
         return command if self._venv is None else f'export PATH={shlex.quote(self._venv)}/bin:"$PATH"; {command}'
 
-    def _wait_until_ended(self, job_id: str) -> Job:
-        """Polls a job until it has ended.
-
-        Raises:
-            ClusterError: It does not end in time, or the cluster does not report its state.
-        """
-        deadline = time.monotonic() + _INSPECT_TIMEOUT_S
-        while True:
-            job = self.read(job_id)
-            if job is None:
-                raise ClusterError(f"{self._url}: knows no more of job {job_id}, which was begun there; try again")
-            if job.status in ENDED:
-                return job
-            if time.monotonic() >= deadline:
-                raise ClusterError(
-                    f"{self._url}: job {job_id}, which inspects the nodes, is {job.status} after "
-                    f"{_INSPECT_TIMEOUT_S:g} s: {job.message[:200] or 'no reason given'}; see its dashboard"
-                )
-            time.sleep(_POLL_INTERVAL_S)
-
     def _inspect_failed(self, job: Job, log: str) -> ClusterError:
         lines = [line.strip() for line in log.splitlines() if line.strip()]
-        last = lines[-1][:300] if lines else "nothing in its log"
+        errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+        last = (errors or lines or ["nothing in its log"])[-1][:300]
         if job.exit_code in _NOT_FOUND:
             where = "the PATH of Ray on its head" if self._venv is None else f"{self._venv}/bin on its head"
             return ClusterError(
                 f"{self._url}: there is no launcher, or no python, in {where}; install launcher there, or give the "
                 "folder that it is in as venv of the cluster's description"
             )
-        if job.exit_code is not None and "No module named" in last:
+        if job.exit_code is not None and any(sign in last for sign in _OTHER_LAUNCHER):
             return ClusterError(
                 f"{self._url}: python on its head does not have this launcher: {last}; install the same version of "
                 "launcher there, or give the folder that it is in as venv of the cluster's description"

@@ -27,12 +27,14 @@ class Wanted:
         generation: Another number means other agents, even if they are as many.
         num_workers: How many; 0: none for now, and no room is held.
         without: The nodes, by id, that are to hold none.
+        is_asked_for: An autoscaler is to be asked for room for as many as there may be.
         is_over: None any more.
     """
 
     generation: int = 0
     num_workers: int = 0
     without: frozenset[str] = frozenset()
+    is_asked_for: bool = False
     is_over: bool = False
 
 
@@ -64,12 +66,11 @@ def let_go_of_room() -> None:
     hold_room(None)
 
 
-def steered_trainer(switchboard: Any, is_shared: bool) -> type:
+def steered_trainer(switchboard: Any) -> type:
     """Ray Train's trainer without torch and without helpers that we have no use for, its policies asking the driver.
 
     Args:
         switchboard: The way to the driver.
-        is_shared: Others may use the cluster too, and it may have an autoscaler.
     """
     import ray
     from ray.exceptions import RayError
@@ -94,35 +95,44 @@ def steered_trainer(switchboard: Any, is_shared: bool) -> type:
     class Steering(FixedScalingPolicy):
         """Starts the agents that the driver wants, when it wants others than there are; keeps the autoscaler asked."""
 
-        renewed_at = -math.inf
+        context: Any = None
+        asked_at = -math.inf
+        """When the autoscaler was asked last."""
 
         def after_controller_start(self, train_run_context: Any) -> None:
-            if is_shared:  # a machine alone has no autoscaler, and asking takes a process of its own
-                self.renewed_at = time.monotonic()
-                super().after_controller_start(train_run_context)
+            self.context = train_run_context  # Ray Train would ask the autoscaler now
 
         def make_decision_for_non_running_worker_group(self) -> Any:
-            self._renew_request()
             return self._decide(_CONTROLLER_WAIT_S)
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:  # noqa: ARG002  # by their names
             # What is asked for is what the whole cluster is to hold, whoever uses it. Without the requests of those
             # that run, that of a run which waits would be met by the nodes that they use.
-            self._renew_request()
             return self._decide(0.0)
 
-        def _renew_request(self) -> None:
-            # Also one that failed is repeated no sooner: each holds up the controller for five seconds.
-            if is_shared and time.monotonic() - self.renewed_at > _RENEWAL_INTERVAL_S:
-                self.renewed_at = time.monotonic()
+        def _ask_autoscaler(self) -> None:
+            # Also a request that failed is repeated no sooner: each holds up the controller for five seconds.
+            if time.monotonic() - self.asked_at <= _RENEWAL_INTERVAL_S:
+                return
+            is_first = not self._has_asked
+            self.asked_at = time.monotonic()
+            if is_first:
+                super().after_controller_start(self.context)
+            else:
                 self._send_resource_request()
+
+        @property
+        def _has_asked(self) -> bool:
+            return self.asked_at > -math.inf
 
         def _decide(self, wait_s: float) -> Any:
             wanted = ray.get(switchboard.wanted_after.remote(own_generation(), wait_s))
             if wanted.is_over and wait_s:
-                if is_shared:  # in Ray 2.55 the error ends the controller without before_controller_shutdown
+                if self._has_asked:  # in Ray 2.55 the error ends the controller without before_controller_shutdown
                     self._cancel_resource_request()
                 raise RuntimeError("the run is over, and no agents are there to end with it")
+            if wanted.is_asked_for:
+                self._ask_autoscaler()
             if wanted.is_over or wanted.generation == own_generation():
                 return NoopDecision()
             be_of_generation(wanted.generation)
@@ -132,7 +142,7 @@ def steered_trainer(switchboard: Any, is_shared: bool) -> type:
             return NoopDecision()
 
         async def before_controller_shutdown(self) -> None:
-            if is_shared:
+            if self._has_asked:
                 await super().before_controller_shutdown()
 
     class Telling(FailurePolicy):

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
-from cluster.capacity import Node, Placement, WorkerResources
+from cluster.capacity import Node, Places
 from cluster.errors import ClusterError
 from cluster.ray_cluster import actor_on, last_line
 from cluster.ray_hosts import host_on, server_here
@@ -31,29 +31,27 @@ class WorkerGroup:
     Every method is for the driver's thread alone.
     """
 
-    def __init__(
-        self, task: Task, resources: WorkerResources, most: int, placement: Placement, *, is_shared: bool
-    ) -> None:
+    def __init__(self, entry: str, places: Places, hosts: dict[str, Any], *, is_shared: bool, may_grow: bool) -> None:
         """Starts Ray Train's controller, which waits to be told how many agents to start.
 
         Args:
-            task: What each worker is told; rank, world size and fork server are filled in.
-            resources: What each reserves.
-            most: For how many agents an autoscaler is asked for room.
-            placement: On how few or how many nodes they are to be. Ray places agents all together or not at all, and
-                takes this as a wish: strictly spread agents that have too few nodes would be waited for without end.
-                Nodes that are to hold none are kept free of them by a label, whatever is wished.
+            entry: What each worker will run, see ``Task``.
+            places: What they may have. Ray places agents all together or not at all, and takes the placement as a wish:
+                strictly spread agents that have too few nodes would be waited for without end. Nodes that are to hold
+                none are kept free of them by a label, whatever is wished.
+            hosts: What keeps fork servers on nodes, by their ids: they live as long as it is in there.
             is_shared: Others may use the cluster too, and it may have an autoscaler.
+            may_grow: It is known to have one.
         """
         import ray
         from ray.train import RunConfig, ScalingConfig
 
-        self.resources = resources
+        self.resources = places.resources
         self.is_shared = is_shared
-        self._task = task
-        self._modules = modules_of(task.entry)
-        self._hosts: dict[str, Any] = {}
-        """By node, so that Ray lets them live as long as this group."""
+        self.may_grow = may_grow
+        self._task: Task
+        self._modules = modules_of(entry)
+        self._hosts = hosts
         self._here = here = ray.get_runtime_context().get_node_id()
         self._forks_here = False
         """Agents may live beside the driver, and fork from the server of this process."""
@@ -62,23 +60,40 @@ class WorkerGroup:
         self._orders = Orders()
         self._wanted = Wanted()
         self._error: BaseException | None = None
-        self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-")
-        trainer = steered_trainer(self._switchboard, is_shared)(
+        self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-", ignore_cleanup_errors=True)
+        trainer = steered_trainer(self._switchboard)(
             _run_agent,
             train_loop_config={"switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(
-                num_workers=most,  # how many there are at a time is told by the steering policy
-                use_gpu=resources.gpus > 0,
-                resources_per_worker=resources.amounts(),
-                placement_strategy=placement.upper(),
+                num_workers=places.most,  # how many there are at a time is told by the steering policy
+                use_gpu=places.resources.gpus > 0,
+                resources_per_worker=places.resources.amounts(),
+                placement_strategy=places.placement.upper(),
             ),
             run_config=RunConfig(name="agents", storage_path=self._bookkeeping.name),
         )
         self._fit = threading.Thread(target=self._run_fit, args=(trainer,), name="ray-train", daemon=True)
         self._fit.start()
 
+    def assign(self, task: Task) -> None:
+        """Says what each agent is told; from now on an autoscaler is asked for room. Must be called before ``start``.
+
+        Args:
+            task: Rank, world size and fork server are filled in.
+
+        Raises:
+            ClusterError: Ray is gone.
+        """
+        self._task = task
+        if self.is_shared:
+            self._wanted = replace(self._wanted, is_asked_for=True)
+            self._ask(self._switchboard.set_wanted, self._wanted)
+
     def prepare(self, nodes: Sequence[Node]) -> None:
-        """Has nodes that can hold agents import ahead what training processes need; to be told of every node."""
+        """Has nodes import ahead what training processes need; to be told of a node as soon as it may hold an agent.
+
+        No autoscaler takes such a node away, until the run ends or the node is released.
+        """
         for node in nodes:
             if not node.most(self.resources):
                 continue
@@ -87,6 +102,12 @@ class WorkerGroup:
             elif node.id == self._here and not self._forks_here:
                 self._forks_here = True
                 fork_server.start(self._modules)
+
+    def release(self, others_than: frozenset[str]) -> None:
+        """Keeps nothing on nodes that an autoscaler may take away, other than these, by id."""
+        if self.may_grow:
+            for node in self._hosts.keys() - others_than:
+                del self._hosts[node]
 
     def start(self, num_workers: int, without: frozenset[str]) -> int:
         """Starts so many agents in place of those there are; they say ``hello`` when they are there.
@@ -106,7 +127,8 @@ class WorkerGroup:
         # Not with the training function: Ray shows what that is given, and a description may have taken secrets
         # from the environment. And not once for all: the server to fork from may be another by now.
         self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._server_here()))
-        self._wanted = Wanted(self._wanted.generation + 1, num_workers, without)
+        generation = self._wanted.generation + 1
+        self._wanted = replace(self._wanted, generation=generation, num_workers=num_workers, without=without)
         self._ask(self._switchboard.set_wanted, self._wanted)
         return self._wanted.generation
 

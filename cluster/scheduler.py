@@ -46,11 +46,13 @@ class Needs:
         variables: The names of environment variables that must be set.
         check: The folder in the store in which the node proves that it uses this very store, see
             ``cluster/store_check.py``.
+        modules: What processes import that train or try the run out; for a job that stands by.
     """
 
     store: str
     variables: tuple[str, ...]
     check: str
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,13 @@ class Scheduler(ABC):
     @abstractmethod
     def inspect(self, needs: Needs) -> ClusterReport:
         """Has each node inspect itself; takes seconds, and no resources that workers reserve."""
+
+    @abstractmethod
+    def report(self, job_id: str) -> ClusterReport:
+        """What a job has found that was started to inspect the nodes first, see ``cluster/node_check.py``.
+
+        Waits for the job to print it; a ClusterError says that it has not, in time or before it ended.
+        """
 
     @abstractmethod
     def begin(

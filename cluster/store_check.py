@@ -5,7 +5,7 @@ each node reads it, and writes it to an object of its own; the submitter reads t
 the store, which is deleted at the end. A node writes only where the submitter has written, so it creates no store.
 What stays all the same, of a submitter that was killed or a node that wrote after the end, is deleted by a later check.
 
-The cost is one write, two listings, a read for each node and a deletion for each object here, and five requests on each
+The cost is one write, two listings, a read for each node and a deletion for each object here, and six requests on each
 node.
 """
 
@@ -41,14 +41,60 @@ def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ..
         ClusterError: As ``Scheduler.inspect``.
         StorageError: This process cannot use the store.
     """
+    with open_check(store) as check:
+        return check.completed(scheduler.inspect(check.needs(variables)))
+
+
+class StoreCheck:
+    """A check that goes on, on the side of the submitter.
+
+    Args:
+        store: Where the run will lie.
+        folder: Of the check, in the store.
+        text: What the submitter has written there.
+    """
+
+    def __init__(self, store: Store, folder: str, text: str) -> None:
+        self._store, self._folder, self._text = store, folder, text
+
+    def needs(self, variables: tuple[str, ...], modules: tuple[str, ...] = ()) -> Needs:
+        """What the nodes are to be inspected for: the store, and these environment variables; see ``Needs``."""
+        return Needs(store=self._store.url, variables=variables, check=self._folder, modules=modules)
+
+    def completed(self, report: ClusterReport) -> ClusterReport:
+        """A report of the nodes, with what only both sides together can tell."""
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="store-check") as pool:
+            errors = list(pool.map(self._answer_error, report.nodes))
+        nodes = [replace(node, store_error=error) for node, error in zip(report.nodes, errors)]
+        return replace(report, nodes=nodes)
+
+    def _answer_error(self, node: NodeReport) -> str:
+        """Why a node cannot use this store, or has not proved that it does, in one line; empty if it has."""
+        if node.store_error:
+            return node.store_error
+        try:
+            found = self._store.read(f"{self._folder}/{node.id}")
+        except MissingObject:
+            return _another_store(self._store)
+        except StorageError as error:
+            return one_line(error)
+        return "" if found == self._text.encode() else _another_store(self._store)
+
+
+@contextmanager
+def open_check(store: Store) -> Iterator[StoreCheck]:
+    """A check that the nodes of a cluster take part in, as long as the context lasts; nothing of it stays.
+
+    Args:
+        store: Where the run will lie.
+
+    Raises:
+        StorageError: This process cannot use the store.
+    """
     text = secrets.token_hex(16)
     with _temporary_folder(store) as folder:
         store.write(f"{folder}/{_SUBMITTER}", text.encode())
-        report = scheduler.inspect(Needs(store=store.url, variables=variables, check=folder))
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="store-check") as pool:
-            errors = list(pool.map(lambda node: _answer_error(store, folder, node, text), report.nodes))
-    nodes = [replace(node, store_error=error) for node, error in zip(report.nodes, errors)]
-    return replace(report, nodes=nodes)
+        yield StoreCheck(store, folder, text)
 
 
 def answer(store: Store, folder: str, node_id: str) -> None:
@@ -63,19 +109,8 @@ def answer(store: Store, folder: str, node_id: str) -> None:
         raise StorageError(_another_store(store)) from None
     store.at(folder).probe()
     store.write(f"{folder}/{node_id}", text)
-
-
-def _answer_error(store: Store, folder: str, node: NodeReport, text: str) -> str:
-    """Why a node cannot use this store, or has not proved that it does, in one line; empty if it has."""
-    if node.store_error:
-        return node.store_error
-    try:
-        found = store.read(f"{folder}/{node.id}")
-    except MissingObject:
-        return _another_store(store)
-    except StorageError as error:
-        return one_line(error)
-    return "" if found == text.encode() else _another_store(store)
+    if not store.exists(f"{folder}/{_SUBMITTER}"):  # the check has ended meanwhile, and nobody sweeps any more
+        store.delete([f"{folder}/{node_id}"])
 
 
 def _another_store(store: Store) -> str:

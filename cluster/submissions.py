@@ -1,8 +1,8 @@
 """The submissions of a run: what somebody handed to a cluster, which changes nothing until its job takes it.
 
 A submission names the description and the code that its job is to run with. The files of the run itself stay as they
-are until a driver has claimed the run for it: of two people who submit at once, the cluster begins one job, and the
-submission of the other is never taken.
+are until a driver has claimed the run for it: of two people who submit at once, one finds the submission of the other,
+or the job of one does, and takes back its own.
 """
 
 import contextlib
@@ -113,12 +113,21 @@ class Submissions:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def write(self, submission: Submission) -> str:
-        """Writes a submission; returns its id, which no other has."""
-        milliseconds = int(submission.time * 1000)
-        submission_id = f"{submission.number:06d}-{milliseconds:014d}-{secrets.token_hex(4)}"
+    def write(self, submission: Submission, submission_id: str | None = None) -> str:
+        """Writes a submission, by an id that was made for it; returns the id."""
+        submission_id = submission_id or make_id(submission.number, submission.time)
         write_document(self._store, f"{submission_id}.json", asdict(submission))
         return submission_id
+
+    def is_there(self, submission_id: str) -> bool:
+        """Whether a submission was written."""
+        return self._store.exists(f"{submission_id}.json")
+
+    def is_answered(self, submission_id: str) -> bool:
+        """Whether its job has told that it has found a submission, or what became of that."""
+        if self._store.exists(f"{submission_id}.sign.json"):
+            return True
+        return any(report.id == submission_id and report.state != "waiting" for report in self.reports())
 
     def read(self, submission_id: str) -> Submission:
         """The submission with an id.
@@ -215,7 +224,7 @@ class Submissions:
             DescriptionError: That is no id.
         """
         if submission_id is not None:
-            _number(submission_id)
+            check_id(submission_id)
         try:
             yield
             if submission_id is not None and self.standing(submission_id) == "due":  # there was nothing to do
@@ -251,8 +260,27 @@ class Submissions:
         self._store.delete([f"{submission_id}.sign.json"])
 
     def withdraw(self, submission_id: str) -> None:
-        """Deletes a submission for which no job was begun."""
+        """Deletes a submission that no job is to take."""
         self._store.delete([f"{submission_id}.json"])
+
+
+def make_id(number: int, at: float) -> str:
+    """An id that no other submission has.
+
+    Args:
+        number: How many jobs of the run were begun before.
+        at: Now, in Unix time.
+    """
+    return f"{number:06d}-{int(at * 1000):014d}-{secrets.token_hex(4)}"
+
+
+def check_id(submission_id: str) -> None:
+    """Makes sure that a text is the id of a submission, which may yet be written.
+
+    Raises:
+        DescriptionError: It is not.
+    """
+    _number(submission_id)
 
 
 def _number(submission_id: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster.errors import ClusterError
 
-_OLDEST_RAY, _NEWEST_RAY = (2, 60), (2, 60)
+_OLDEST_RAY, _NEWEST_RAY = (2, 58), (2, 60)
 """Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray_private``."""
 _TRAINING = ("jobs", "cluster")
 _ALL = (*_TRAINING, "launcher")

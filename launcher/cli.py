@@ -113,6 +113,9 @@ def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: st
 @click.option("--as", "new", metavar="NEW", help="Go on in a new run, by its name or URL; RUN stays as it is.")
 @click.option("--force", is_flag=True, help="Go on even with another description, other data, or workers that differ.")
 @click.option("--submission", "submission_id", metavar="ID", help="The submission to take up; jobs of submit have it.")
+@click.option(
+    "--standby", is_flag=True, help="First report how the nodes are, and wait for the submission, as jobs of submit do."
+)
 @_take_over_option
 @_cluster_option
 @_wait_option
@@ -124,6 +127,7 @@ def resume(
     new: str | None,
     force: bool,
     submission_id: str | None,
+    standby: bool,
     take_over: bool,
     cluster_name: str | None,
     wait: bool,
@@ -133,6 +137,12 @@ def resume(
 
     If jobs are submitted to the cluster that is named, the run is, and this returns.
     """
+    if standby:
+        if at is not None or new is not None or force or take_over or wait:
+            raise DescriptionError(
+                "--standby: is for jobs of submit; leave out --at, --as, --force, --take-over, --wait"
+            )
+        return _resume_from_standby(run_url, overrides, submission_id, cluster_name, as_json)
     run_directory = _existing_run(run_url)
     with run_directory.submissions.answered(submission_id):
         from launcher.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
@@ -167,6 +177,27 @@ def resume(
             )  # fmt: skip
 
         return _show_result(work, cluster, as_json)
+
+
+def _resume_from_standby(
+    run_url: str, overrides: tuple[str, ...], submission_id: str | None, cluster_name: str | None, as_json: bool
+) -> None:
+    """Goes on with a run that is about to be submitted."""
+    if submission_id is None:
+        raise DescriptionError("--standby: waits for a submission; name it with --submission")
+    cluster, changes = _cluster(cluster_name, overrides)
+    from cluster.run_directory import RunDirectory
+    from launcher.runs import resume as resume_run
+    from launcher.standby import stand_by
+
+    run_directory = RunDirectory(run_url)
+
+    def work(display: "Progress") -> dict[str, Any]:
+        stand_by(run_directory, submission_id, cluster, display.phase)
+        with run_directory.submissions.answered(submission_id):
+            return resume_run(run_directory, changes, cluster, display, submission_id=submission_id)
+
+    _show_result(work, cluster, as_json)
 
 
 @main.command()

@@ -148,6 +148,7 @@ class Crew:
         self._placed = nodes or self._placed
         if nodes:
             self._unplaced, self._starting_since = 0, now
+            self.group.release(frozenset(nodes))
 
     def unplaced(self) -> None:
         """Ray has not found room for all the agents that were to start: none of them is there."""
@@ -210,6 +211,8 @@ class Crew:
         self.num_workers, self._starting_since = num_workers, now
         self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
         self._placed = ()
+        if num_workers:
+            self._nodes()  # where they may come to be
         self.generation = self.group.start(num_workers, frozenset(self._left_out))
 
     def late(self, now: float) -> str:
@@ -309,8 +312,15 @@ class Crew:
             why = f"nodes that joined have not fitted {MOST_MISFITS} times"
             others = (node.id for node in nodes if not self._is_known(node) and node.id not in self._left_out)
             self._left_out |= dict.fromkeys(others, why)
-        self.group.prepare([node for node in nodes if node.most(self.group.resources)])
+        self.group.prepare([node for node in nodes if self._is_prepared(node)])
         return nodes
+
+    def _is_prepared(self, node: Node) -> bool:
+        """Where an autoscaler takes idle nodes away, none is kept from it by what is prepared there for nobody."""
+        if node.is_here or self._held[node.id] or not self.group.may_grow:
+            return True
+        is_starting = self.num_workers > 0 and not self._held
+        return is_starting and self._room_on(node) > 0
 
     def _is_known(self, node: Node) -> bool:
         """Whether workers of this run have trained on its host; where Ray is started anew, the node is another."""

@@ -37,8 +37,8 @@ _RATE_WINDOW_S = 20.0
 _ASK_AFTER_S = 10.0
 """How long there is too little room before Ray is asked for it all the same.
 
-Then the run stands in line for it, and an autoscaler brings nodes for what nobody has room for. What is asked of it
-without that, when Ray Train begins, is met by nodes that others use.
+Then the run stands in line, and an autoscaler brings nodes for what Ray has no room for. What Ray Train asks of an
+autoscaler is not enough: nodes that others use meet it, and more than there may be, with what others ask, brings none.
 """
 _NONE = -1
 """The attempt while there is none."""
@@ -313,7 +313,7 @@ class Driver:
         room = self._crew.room(now)
         if room is None:
             return
-        waited_s = 0.0 if room and not self._crew.is_unplaced else self._waited_s(now)
+        waited_s = 0.0 if room and not self._crew.is_unplaced else self._note_wait(now)
         if room:
             if self._waiting_since is None:
                 self._display.phase(_starting(room))
@@ -325,8 +325,8 @@ class Driver:
         elif self._crew.group.is_shared and waited_s >= _ASK_AFTER_S:
             self._crew.start(self._spec.workers.least, now)
 
-    def _waited_s(self, now: float) -> float:
-        """How long room has been waited for by now, which is made known.
+    def _note_wait(self, now: float) -> float:
+        """Makes known that room is waited for, and for what; returns for how many seconds by now.
 
         Raises:
             ClusterError: Longer than that is wanted.

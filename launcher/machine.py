@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from cluster.capacity import Capacity, WorkerResources
+from cluster.capacity import Capacity, Places, WorkerResources
 from cluster.errors import DescriptionError
 from jobs.spec import JobSpec, WorkersSpec
 
@@ -115,6 +115,11 @@ def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
 def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
     """What each worker reserves; ``gpus``: what was decided of them."""
     return WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
+
+
+def places_of(workers: WorkersSpec, gpus: int) -> Places:
+    """The places that all workers may have; ``gpus``: what was decided of them."""
+    return Places(resources=resources_of(workers, gpus), most=workers.most, placement=workers.placement)
 
 
 def num_cores() -> int:

@@ -18,7 +18,7 @@ from cluster.workplace import Call, call_here
 from jobs.order import StepPlan, shard_block
 from jobs.spec import JobSpec
 from launcher.description import Description, named_errors
-from launcher.machine import check_machine, decide_workers, resources_of, why_wait
+from launcher.machine import check_machine, decide_workers, places_of, resources_of, why_wait
 from launcher.user_code import UserCode
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def make_plan(
         code: Where the user's own modules are.
         cluster: What to run on; this process has joined it.
         tell: Takes what is waited for.
-        may_wait: Wait for room where the cluster has none. If False, try the job out on this host's CPU instead.
+        may_wait: The run is to begin, so wait for room where the cluster has none. If False, try the job out on this
+            host's CPU instead.
 
     Raises:
         DescriptionError: The description cannot run as written, there.
@@ -162,6 +163,10 @@ def make_plan(
         call = _make_call(spec, code.task(_TRIAL, run_url, spec), gpus)
         if forks_here:
             fork_server.start(call.modules)
+        else:
+            fork_server.stop()  # one that was started before it was known where workers can be
+        if capacity is not None and may_wait:
+            cluster.prepare_group(ENTRY, places_of(spec.workers, gpus))
 
         def try_out() -> Tried:
             if not tries_here:
@@ -169,32 +174,54 @@ def make_plan(
             tell(f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}")
             return call_here(call)
 
-        store, tried = _try_out(spec, try_out)
+        store = check_store(spec)
+        tried = _tried(try_out)
     return decide(description, store, tried, capacity)
 
 
-def try_job(description: Description, import_paths: tuple[str, ...]) -> tuple[Store, Tried]:
-    """Checks all of a job that does not depend on where it will train, on this machine and its CPU.
+def try_job(description: Description, import_paths: tuple[str, ...]) -> Tried:
+    """Checks all of a job but its store that does not depend on where it will train, on this machine and its CPU.
 
-    That is its store, its parts, and one micro-batch.
+    That is its parts, and one micro-batch.
 
     Raises:
         DescriptionError: The description cannot run as written.
-        StorageError: The store cannot be written.
     """
     spec = description.spec
     call = _make_call(spec, UserCode(folders=import_paths).task(_TRIAL, "", spec), gpus=0)
     with named_errors(description.source):
         fork_server.start(call.modules)
-        return _try_out(spec, lambda: call_here(call))
+        return _tried(lambda: call_here(call))
+
+
+def import_ahead(cluster: "Cluster", modules: tuple[str, ...]) -> None:
+    """Begins to import what a driver needs, and what processes do that train or try a job out if one may live here.
+
+    Args:
+        cluster: This process has joined it.
+        modules: See ``modules_for``.
+
+    Raises:
+        ClusterError: It is gone.
+    """
+    cluster.import_ahead()
+    capacity = cluster.capacity()
+    if capacity is not None and any(node.is_here and node.resources.get("CPU") for node in capacity.nodes):
+        fork_server.start(modules)
+
+
+def modules_for(spec: JobSpec) -> tuple[str, ...]:
+    """What processes import that train or try a job out, as far as it is the product's own.
+
+    The workers of a host will be forked from the same server, so torch is imported once, and not in this process.
+    """
+    return (*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.metrics"] if spec.metrics else []))
 
 
 def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
-    # The workers of a host will be forked from the same server, so torch is imported once, and not in this process.
-    metrics = ["jobs.metrics"] if spec.metrics else []
     return Call(
         task=task,
-        modules=(*modules_of(ENTRY), _TRIAL.partition(":")[0], *metrics),
+        modules=modules_for(spec),
         resources=resources_of(spec.workers, gpus),
         wait_s=spec.workers.wait_s,
         start_timeout_s=spec.workers.start_timeout_s,
@@ -202,15 +229,14 @@ def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
     )
 
 
-def _try_out(spec: JobSpec, try_out: Callable[[], Tried]) -> tuple[Store, Tried]:
-    """The store, once it is checked, and what the trial told.
+def _tried(try_out: Callable[[], Tried]) -> Tried:
+    """What a trial told.
 
     Raises:
-        DescriptionError: The store cannot be written, or the trial failed for what is written.
+        DescriptionError: It failed for what is written.
     """
-    store = check_store(spec)
     try:
-        return store, try_out()
+        return try_out()
     except ChildProcessError as error:
         raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
     except TimeoutError as error:
@@ -254,6 +280,16 @@ def decide(description: Description, store: Store, tried: Tried, capacity: "Capa
         rates=tried.rates,
         init_from=tried.init_from,
     )
+
+
+def checked_store(description: Description) -> Store:
+    """The store of a description, in which one object was written, read and deleted.
+
+    Raises:
+        DescriptionError: It cannot be used.
+    """
+    with named_errors(description.source):
+        return check_store(description.spec)
 
 
 def check_store(spec: JobSpec) -> Store:

@@ -35,7 +35,7 @@ from launcher.description import Description, Difference, differences, parse
 from launcher.driver import Driver, make_task
 from launcher.goodput import taken_over
 from launcher.history import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
-from launcher.machine import num_cores, resources_of
+from launcher.machine import num_cores, places_of
 from launcher.pictures import draw
 from launcher.plan import Plan, Tried, make_plan
 from launcher.progress import Progress
@@ -295,6 +295,8 @@ def _continue(
     else:
         display.message(f"going back to step {at} of {run.url}")
     _check_since(run, seen, take_over=take_over)
+    if taking is not None and not run.submissions.is_there(taking):
+        raise ClusterError(f"{run.url}: submission {taking} was withdrawn; nothing is left to do for this job")
     return _train(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
 
 
@@ -488,9 +490,8 @@ def _train(
 
     def make_crew() -> Crew:
         stack.enter_context(cluster.started())
-        worker = resources_of(spec.workers, plan.gpus)
         task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
-        return Crew(cluster.group(task, worker, spec.workers.most, spec.workers.placement), spec.workers, cluster.nodes)
+        return Crew(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
     try:
         display.phase("starting Ray")

@@ -1,38 +1,34 @@
-"""Submitting a run: it is checked here and on the cluster, then its directory is written, then a job begins.
+"""Submitting a run: it is checked here and on the cluster, then its submission is written, which its job takes up.
 
 The job is ``launcher resume RUN_URL``, so what is submitted is a run directory and nothing else. What is refused is
-refused before the first object is written. Many may submit the same run at once: the name of its job follows from the
-run's URL and from how often it was begun, the cluster begins a job of one name once, and its driver takes the
-submission of whoever began it.
+refused before the first object is written. The job is begun first and stands by, see ``launcher.standby``, so that it
+is ready when all is checked. Many may submit the same run at once: the name of a job follows from the run's URL and
+from how often it was begun, the cluster begins a job of one name once, and each job takes the submission that it was
+begun for. Of several submissions the first that is written has the run, and the others find that out.
 """
 
-import getpass
-import hashlib
 import os
-import re
 import shlex
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted, LauncherError
+from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.run_directory import RunDirectory
-from cluster.scheduler import ENDED, Job, Scheduler
+from cluster.scheduler import ENDED, ClusterReport, Job, Scheduler
 from cluster.spec import RayClusterSpec
 from cluster.storage import Store
-from cluster.store_check import inspect_cluster
+from cluster.store_check import inspect_cluster, open_check
 from cluster.submissions import Submission, SubmissionReport, UnreadableSubmissionError
 from cluster.versions import check_ray_version
-from launcher.clusters import PREFIX
 from launcher.code import directory_in_code, pack_job
 from launcher.description import Description, Difference, parse
+from launcher.hand_over import STANDBY, HandOver, OvertakenError, Standby, make_job_id, numbered, submitter
 from launcher.nodes import check_nodes, fit, own_versions
-from launcher.plan import Plan, Tried, try_job
+from launcher.plan import Plan, Tried, checked_store, modules_for, try_job
 from launcher.progress import Progress
 from launcher.runs import (
     changes_of,
@@ -45,13 +41,12 @@ from launcher.runs import (
     placed_at,
     run_directory,
 )
+from launcher.standby import WAIT_S
 from launcher.status import is_driven, read_status
 from launcher.user_code import find_code, make_import_paths
 
-_ASK_AGAIN_S = 2.0
 _DIGITS = 12
-"""Of a digest, in the name of a job and in messages."""
-_LONGEST_NAME = 40
+"""Of a digest, in messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +56,7 @@ class _Snapshot:
     Attributes:
         stored: Its description; none: there is no such run.
         status: What its last driver wrote; none: it never had one.
+        known: The ids of its submissions.
         newest: How its newest submission stands; none: it was never submitted.
         submission: What that holds; none: it was never submitted, or that cannot be read.
         changed: What is to change in its description.
@@ -70,6 +66,7 @@ class _Snapshot:
 
     stored: Description | None
     status: Mapping[str, Any] | None
+    known: frozenset[str]
     newest: SubmissionReport | None
     submission: Submission | None
     changed: list[Difference]
@@ -227,46 +224,41 @@ def _submit(
         return _leave_alone(run, before, place, following, display)
     if before.waits_on not in (None, place.address):
         display.warn(f"{run.url} waits on {before.waits_on}, too; the job that begins first has it, the other one ends")
-    display.phase("trying the job out")
-    to_plan, store, tried = _try_here(run, before, description, import_paths)
-    code = pack(tried.modules)
-    display.phase(f"inspecting the nodes of {place.address}")
-    plan = _fit_there(to_plan, store, tried, scheduler, place, display)
-    if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
-        reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
-        return _leave_alone(run, before, place, replace(following, why_not=reached), display)
-    now = _snapshot(run, description)  # again: somebody may have submitted another run by this name
-    for change in now.changed:
-        display.message(f"changed {change}")
-    if now.code_sha256 not in (None, code.sha256):
-        display.message(f"changed code: {now.code_sha256[:_DIGITS]} -> {code.sha256[:_DIGITS]}")
-    submission = Submission(
-        number=following.number,
-        job=_job_id(run, before, following.number),
-        cluster=place.address,
-        description=description.text,
-        code_sha256=code.sha256,
-        code_directory=code.directory,
-        working_directory=code.working_directory,
-        user=_user(),
-        host=socket.gethostname(),
-        time=round(time.time(), 3),
-        versions=own_versions(),
-        git=code.git,
-        claimed=None if now.status is None else now.status.get("claimed"),
-    )
-    if code.data is not None:
-        run.write_code(code.sha256, code.data)
+    to_plan = _left_to_plan(run, before, description)
+    store = checked_store(to_plan)
     place = replace(place, worker=place.worker.keeping(description.of_cluster))  # the job has the rest in its text
+    hand_over = HandOver(run, before.known, scheduler, place, display.phase)
     try:
-        return _hand_over(run, submission, one_line(description.spec, plan), scheduler, place, display)
-    except KeyboardInterrupt as interrupt:
-        error = Interrupted(
-            f"interrupted while a job of {run.url} was begun, which may run now; stop it with `launcher stop "
-            f"{shlex.quote(run.url)} --cluster {shlex.quote(place.address)}`"
-        )
-        error.document = {"job": submission.job}
-        raise error from interrupt
+        with ExitStack() as checking:
+            check = checking.enter_context(open_check(store))
+            needs = check.needs(_variables(to_plan, place), modules_for(to_plan.spec))
+            with hand_over.standby(_job_id(run, before, 0), following.number, needs) as standby:
+                display.phase("trying the job out")
+                tried = try_job(to_plan, import_paths)
+                if before.stored is not None:
+                    check_unchanged(run, description, tried)
+                code = pack(tried.modules)
+                display.phase(f"inspecting the nodes of {place.address}")
+                report = check.completed(scheduler.report(standby.job_id))
+                checking.close()
+                plan = _fit_there(to_plan, store, tried, report, place, display)
+                if before.status is not None and before.reached >= plan.end_step < plan.total_steps:
+                    reached = f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on"
+                    return _leave_alone(run, before, place, replace(following, why_not=reached), display)
+                now = _snapshot(run, description)  # again: somebody may have submitted another run by this name
+                for change in now.changed:
+                    display.message(f"changed {change}")
+                if now.code_sha256 not in (None, code.sha256):
+                    display.message(f"changed code: {now.code_sha256[:_DIGITS]} -> {code.sha256[:_DIGITS]}")
+                if code.data is not None:
+                    run.write_code(code.sha256, code.data)
+                job_id = hand_over.submit(_submission(standby, place, description, code, now), standby)
+                with hand_over.may_run(job_id):
+                    display.message(f"submitted {one_line(description.spec, plan)}")
+                    return _result(run, job_id, place)
+    except OvertakenError as overtaken:
+        display.message(str(overtaken))
+        return _result(run, overtaken.job_id, place)
 
 
 def plan_there(
@@ -279,30 +271,13 @@ def plan_there(
         ClusterError: The cluster is not fit for it.
     """
     check_ray_version()
+    store = checked_store(description)
     display.phase("trying the job out")
-    store, tried = try_job(description, make_import_paths(folder))
+    tried = try_job(description, make_import_paths(folder))
     pack_job(folder, tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
-    return _fit_there(description, store, tried, scheduler, place, display)
-
-
-def make_job_id(run_url: str, number: int) -> str:
-    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0.
-
-    The same everywhere for one spelling of the URL, so that of two who submit a new run at once one job begins.
-    """
-    name = re.sub("[^A-Za-z0-9_-]", "-", run_url.rstrip("/").rpartition("/")[2])[:_LONGEST_NAME]
-    return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
-
-
-def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str:
-    """What takes up a submission, as a line for the shell of a host of the cluster; Ray names the cluster there.
-
-    The same command again goes on with the run.
-    """
-    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.driver_overrides())
-    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id} --json"
-    return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
+    report = inspect_cluster(scheduler, store, _variables(description, place))
+    return _fit_there(description, store, tried, report, place, display)
 
 
 # --- How the run stands ---
@@ -310,6 +285,7 @@ def make_command(run_url: str, submission_id: str, place: RayClusterSpec) -> str
 
 def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
+    known = frozenset(report.id for report in run.submissions.reports())
     try:
         newest, submission = run.submissions.read_newest() or (None, None)
     except UnreadableSubmissionError:  # its name has the number, and the next one takes its place
@@ -325,6 +301,7 @@ def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     return _Snapshot(
         stored=stored,
         status=run.read_status(),
+        known=known,
         newest=newest,
         submission=submission,
         changed=changed,
@@ -336,9 +313,9 @@ def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
 def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, place: RayClusterSpec) -> _Next:
     """What a submission of a run has to do.
 
-    A job that the cluster does not know, though it was submitted there, is begun now by the same name: whoever
-    submitted it may not have come that far, or just be about to. The cluster may know jobs that the run directory does
-    not, if that was deleted: the number of a job that has ended is not used again.
+    A job that the cluster does not know, though it was submitted there, is begun now by the same name. The cluster may
+    know jobs that the run directory does not: one that stands by for somebody who may yet be refused, and those of a
+    directory that was deleted. The number of a job is not used again.
 
     Raises:
         ClusterError: The cluster does not answer; or a job of the run lives there, and the run directory was deleted.
@@ -353,7 +330,11 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
         if job is None and (newest is None or number > newest.number or before.waits_on == place.address):
             break
         if job is not None and job.status not in ENDED:
-            if run.submissions.newest() is None:
+            reports = run.submissions.reports()
+            if _may_stand_by(job) and job.metadata.get("submission") not in {report.id for report in reports}:
+                number += 1
+                continue
+            if not reports:
                 raise ClusterError(
                     f"{place.address}: job {job.id} is {job.status}, and {run.url} holds no submission any more; stop "
                     "that job on the cluster, and submit the run again"
@@ -367,14 +348,14 @@ def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, pl
     return _Next(number=number)
 
 
+def _may_stand_by(job: Job) -> bool:
+    """Whether a job may stand by: it began so, and is young. Twice as long, for its cluster may have another clock."""
+    return STANDBY in job.metadata and (job.began_at is None or time.time() - job.began_at < 2 * WAIT_S)
+
+
 def _job_id(run: RunDirectory, before: _Snapshot, number: int) -> str:
     """What a run is called on a cluster, as in its newest submission: a URL can be spelled in several ways."""
-    return make_job_id(run.url, number) if before.submission is None else _numbered(before.submission, number)
-
-
-def _numbered(submission: Submission, number: int) -> str:
-    """What the job of a submission would be called if it had another number."""
-    return f"{submission.job.rpartition('-')[0]}-{number}"
+    return make_job_id(run.url, number) if before.submission is None else numbered(before.submission.job, number)
 
 
 def _leave_alone(
@@ -394,28 +375,51 @@ def _result(run: RunDirectory, job_id: str | None, place: RayClusterSpec) -> dic
 # --- The steps ---
 
 
-def _try_here(
-    run: RunDirectory, before: _Snapshot, description: Description, import_paths: tuple[str, ...]
-) -> tuple[Description, Store, Tried]:
-    """What is left to plan, its store, and what trying it out on this machine told."""
+def _left_to_plan(run: RunDirectory, before: _Snapshot, description: Description) -> Description:
+    """What is left to plan of a run that may have begun."""
     is_in_place = before.stored is None or description.spec.store == before.stored.spec.store
     to_plan = placed_at(run, description) if is_in_place else description
-    if before.stored is not None:
-        to_plan = left_to_plan(run, to_plan, before.reached)
-    store, tried = try_job(to_plan, import_paths)
-    if before.stored is not None:
-        check_unchanged(run, description, tried)
-    return to_plan, store, tried
+    return to_plan if before.stored is None else left_to_plan(run, to_plan, before.reached)
+
+
+def _submission(
+    standby: Standby, place: RayClusterSpec, description: Description, code: _Code, now: _Snapshot
+) -> Submission:
+    """What the job that stands by is to take."""
+    return Submission(
+        number=standby.number,
+        job=standby.job_id,
+        cluster=place.address,
+        description=description.text,
+        code_sha256=code.sha256,
+        code_directory=code.directory,
+        working_directory=code.working_directory,
+        **submitter(),
+        time=round(time.time(), 3),
+        versions=own_versions(),
+        git=code.git,
+        claimed=None if now.status is None else now.status.get("claimed"),
+    )
+
+
+def _variables(description: Description, place: RayClusterSpec) -> tuple[str, ...]:
+    """The environment variables that every node must have: those of the cluster's description, and those of the job.
+
+    A variable with a default is asked for if it is set here: without it, the nodes would train with another value than
+    is planned.
+    """
+    return tuple(dict.fromkeys([*place.env, *description.variables()]))
 
 
 def _fit_there(
-    description: Description, store: Store, tried: Tried, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+    description: Description,
+    store: Store,
+    tried: Tried,
+    report: ClusterReport,
+    place: RayClusterSpec,
+    display: Progress,
 ) -> Plan:
     """The plan on the cluster, whose nodes are fit for it."""
-    # What every node must have set: what the cluster's description says, and what the job takes. A variable with a
-    # default is asked for if it is set here: without it, the nodes would train with another value than is planned.
-    variables = tuple(dict.fromkeys([*place.env, *description.variables()]))
-    report = inspect_cluster(scheduler, store, variables)
     report = replace(report, capacity=report.capacity.declared(place.node_groups))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
@@ -424,65 +428,3 @@ def _fit_there(
     if plan.why_wait:
         display.message(plan.why_wait)
     return plan
-
-
-def _hand_over(
-    run: RunDirectory, submission: Submission, what: str, scheduler: Scheduler, place: RayClusterSpec, display: Progress
-) -> dict[str, Any]:
-    """Writes a submission and begins its job, unless somebody else does at the same time; ``what`` it is, in a line."""
-    while True:
-        submission_id = run.submissions.write(submission)  # the run itself stays as it is
-        display.phase(f"beginning {submission.job}")
-        job = _begin(run, scheduler, submission, submission_id, place)
-        if job.metadata.get("submission") == submission_id:
-            display.message(f"submitted {what}")
-            break
-        run.submissions.withdraw(submission_id)
-        if job.status not in ENDED:
-            display.message(f"{run.url} was submitted by somebody else at the same time, as job {submission.job}")
-            break
-        number = submission.number + 1
-        submission = replace(submission, number=number, job=_numbered(submission, number))
-    return _result(run, submission.job, place)
-
-
-def _begin(
-    run: RunDirectory, scheduler: Scheduler, submission: Submission, submission_id: str, place: RayClusterSpec
-) -> Job:
-    """Begins the job, unless somebody else has; returns the one that is there.
-
-    Raises:
-        ClusterError: It may not have begun. If the cluster answers that it has not, the submission is withdrawn, so
-            that a job which comes late ends.
-    """
-    command = make_command(run.url, submission_id, place)
-    metadata = {"run": run.url, "submission": submission_id, "user": submission.user, "host": submission.host}
-    begin = partial(scheduler.begin, submission.job, command, {}, stop_grace_s=place.stop_grace_s, metadata=metadata)
-    try:
-        return begin()
-    except ClusterError:  # perhaps only the answer was lost
-        time.sleep(_ASK_AGAIN_S)
-    try:
-        return begin()
-    except ClusterError as error:
-        if _knows_no(scheduler, submission.job):
-            run.submissions.withdraw(submission_id)
-            raise ClusterError(f"{error}; no job has begun, submit the run again") from error
-        unsure = ClusterError(f"{error}; job {submission.job} may have begun, submit the run again to see")
-        unsure.document = {"job": submission.job}
-        raise unsure from error
-
-
-def _knows_no(scheduler: Scheduler, job_id: str) -> bool:
-    """Whether a cluster answers that it has no such job."""
-    try:
-        return scheduler.read(job_id) is None
-    except ClusterError:
-        return False
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
-        return str(os.getuid())

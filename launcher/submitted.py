@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, StorageError
+from cluster.node_check import without_report
 from cluster.run_directory import RunDirectory, list_runs
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage import Store
@@ -66,7 +67,7 @@ class SubmittedJob:
         Raises:
             ClusterError: The cluster does not give it, or knows of no such job.
         """
-        return self.scheduler.log(self.id)
+        return without_report(self.scheduler.log(self.id))
 
     def is_due(self) -> bool:
         """Whether the job has yet to take the run."""
@@ -184,7 +185,8 @@ def read_statuses_with_jobs(
     documents = read_statuses(list_runs(store))
     told = [_told(document, by_id.get(document.get("job", ""))) for document in documents]
     known = {document["run"] for document in told}
-    waiting = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]
+    pending = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]
+    waiting = [job for job in pending if _is_submitted(job)]
     return [*told, *(_queued(job, cluster) for job in waiting)]
 
 
@@ -206,7 +208,7 @@ def _last_words(job: Job, scheduler: Scheduler) -> str:
     """Why a job ended: the end of its log, or what the cluster says if there is none."""
     why = [job.message] if job.message else []
     with contextlib.suppress(ClusterError):  # it may be lost with its host
-        lines = [line.strip() for line in scheduler.log(job.id).splitlines() if line.strip()]
+        lines = [line.strip() for line in without_report(scheduler.log(job.id)).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         why = (errors or lines)[-_LOG_LINES:] or why
     return " | ".join(why) or "the cluster does not say why"
@@ -227,6 +229,14 @@ def _ended_before(document: Mapping[str, Any], job: Job) -> bool:
 
 def _has_begun(document: Mapping[str, Any]) -> bool:
     return bool(document.get("begun", document["status"] != "submitted"))
+
+
+def _is_submitted(job: Job) -> bool:
+    """Whether the submission of a job is written, as far as its store says: until then the run may yet be refused."""
+    try:
+        return RunDirectory(job.metadata["run"]).submissions.is_there(job.metadata["submission"])
+    except (StorageError, KeyError):  # a store that is not for everybody; a job of an older launcher
+        return True
 
 
 def _outcome(job: Job) -> str:

@@ -23,10 +23,12 @@ from typing import Any
 
 from cluster import fork_server
 from cluster.agent import Agent, Orders, Task, modules_of
-from cluster.capacity import Node, Placement, WorkerResources
+from cluster.capacity import Node, Places, WorkerResources
+from cluster.errors import StorageError
 from cluster.kinds import Cluster
+from cluster.scheduler import ClusterReport, Needs
 from cluster.workplace import Call, call_here
-from tests.schedulers import FOLDER_VARIABLE, LocalScheduler
+from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, a_cluster, answered
 
 _ADDRESS = "127.0.0.1"
 _SERVER = "LAUNCHER_TEST_FORK_SERVER"
@@ -57,6 +59,11 @@ class Machine(Cluster):
     def capacity(self) -> None:
         return None
 
+    def inspect(self, needs: Needs) -> ClusterReport:
+        with suppress(StorageError):  # of a job that was held, whose submitter waits for no report
+            answered(a_cluster(), needs)
+        return a_cluster()
+
     def call(self, call: Call, tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
         return call_here(call)
 
@@ -76,8 +83,11 @@ class Machine(Cluster):
             )
         ]
 
-    def group(self, task: Task, resources: WorkerResources, most: int, placement: Placement) -> Any:  # noqa: ARG002  # as of any cluster
-        self._group = ProcessGroup(task, resources)
+    def prepare_group(self, entry: str, places: Places) -> None:
+        pass
+
+    def group(self, task: Task, places: Places) -> Any:
+        self._group = ProcessGroup(task, places.resources)
         return self._group
 
 
@@ -94,7 +104,7 @@ class _Worker:
 class ProcessGroup:
     """Stands in for ``WorkerGroup``: the same methods with the same meaning, and the same messages of lost agents."""
 
-    is_shared = False
+    is_shared = may_grow = False
 
     def __init__(self, task: Task, resources: WorkerResources) -> None:
         self.resources = resources
@@ -109,6 +119,9 @@ class ProcessGroup:
 
     def prepare(self, nodes: Sequence[Node]) -> None:
         """The only node is the driver's, whose fork server is the driver's own."""
+
+    def release(self, others_than: frozenset[str]) -> None:
+        """No node is taken away."""
 
     def start(self, num_workers: int, without: frozenset[str]) -> int:  # noqa: ARG002  # as WorkerGroup
         self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
@@ -231,12 +244,16 @@ def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
     sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
-    from launcher import cli, clusters, runs
+    from launcher import cli, clusters, hand_over, runs
 
     replaced: Any = clusters
     replaced.LocalRay = Machine
     if FOLDER_VARIABLE in os.environ:
-        replaced.open_scheduler = lambda _: LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
+        scheduler = LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
+        replaced.open_scheduler = lambda _: scheduler
+        if scheduler.is_held:  # then no job tells that it has found its submission
+            replaced = hand_over
+            replaced._TAKE_UP_S = 0.0
     replaced = runs
     replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
     cli.main()

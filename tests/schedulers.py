@@ -20,7 +20,8 @@ from typing import Any
 from cluster import processes
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
+from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_from_log
+from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
 from cluster.storage import Store
 from cluster.store_check import answer
 from launcher.nodes import own_versions
@@ -29,6 +30,7 @@ FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
 """The environment variable that names the folder of the cluster that ``launcher submit`` means in tests."""
 ADDRESS = "10.0.0.1"
 URL = "http://test-cluster:8265"
+_REPORT_LIMIT_S = 120.0
 
 
 def a_node(address: str = ADDRESS, **resources: float) -> Node:
@@ -76,6 +78,18 @@ class LocalScheduler(Scheduler):
     def inspect(self, needs: Needs) -> ClusterReport:
         return answered(a_cluster(), needs)
 
+    def report(self, job_id: str) -> ClusterReport:
+        deadline = time.monotonic() + _REPORT_LIMIT_S
+        while True:
+            job = self._known(job_id)
+            if job.status == "pending":  # what it would report if it was not held
+                return answered(a_cluster(), needs_from_text((self._jobs / job_id / "needs").read_text()))
+            if (found := report_from_log(self.log(job_id))) is not None:
+                return found
+            assert job.status not in ENDED, f"{job.status} without a report\n{self.log(job_id)}"
+            assert time.monotonic() < deadline, f"no report within {_REPORT_LIMIT_S:.0f} s\n{self.log(job_id)}"
+            time.sleep(0.05)
+
     def begin(
         self,
         job_id: str,
@@ -91,6 +105,7 @@ class LocalScheduler(Scheduler):
             (self._jobs / job_id).mkdir()
         except FileExistsError:
             return self._known(job_id)
+        (self._jobs / job_id / "needs").write_text(environment.get(NEEDS_VARIABLE, ""))
         hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
         begun = shlex.quote(str(self._jobs / job_id / "begun"))
@@ -126,6 +141,11 @@ class LocalScheduler(Scheduler):
         finally:
             (self.folder / "hold").unlink()
 
+    @property
+    def is_held(self) -> bool:
+        """Jobs that are begun now wait for their command."""
+        return (self.folder / "hold").exists()
+
     def read(self, job_id: str) -> Job | None:
         job = self._jobs / job_id
         if not job.is_dir():
@@ -136,7 +156,7 @@ class LocalScheduler(Scheduler):
             process = json.loads((job / "process").read_text())
             began_at, metadata = process["at"], process["of"]
             is_alive = processes.started(process["pid"]) == process["started"]
-            is_held = (self.folder / "hold").exists() and not (job / "begun").exists()
+            is_held = self.is_held and not (job / "begun").exists()
             ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"
             status = ("pending" if is_held else "running") if is_alive else ended
         with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ import pytest
 from cluster import ray_jobs
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_line
+from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_text
 from cluster.ray_check import COMMAND
 from cluster.ray_jobs import RayJobs
 from cluster.scheduler import ClusterReport, Job, Needs, Scheduler
@@ -124,6 +124,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 0.0)
     with Head().running() as running:
         yield running
 
@@ -178,7 +179,7 @@ CLUSTER = ClusterReport(
 
 @pytest.mark.parametrize("venv", [None, "/opt/venv"])
 def test_an_inspection(head: Head, venv: str | None) -> None:
-    head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n\n{report_to_line(CLUSTER)}\n"
+    head.outcome = "SUCCEEDED", 0, f"Running entrypoint for job ...\nINFO\n{report_to_text(CLUSTER)}"
     assert RayJobs(head.url, venv).inspect(NEEDS) == CLUSTER
     (first,) = head.jobs
     head.jobs[first]["start_time"] -= 1000 * ray_jobs._INSPECTION_KEPT_S + 1000
@@ -190,19 +191,41 @@ def test_an_inspection(head: Head, venv: str | None) -> None:
 def test_an_inspection_of_somebody_else_at_the_same_time_keeps_its_log(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head.outcome = "SUCCEEDED", 0, f"{report_to_line(CLUSTER)}\n"
+    head.outcome = "SUCCEEDED", 0, report_to_text(CLUSTER)
     others: list[ClusterReport] = []
-    wait_until_ended = RayJobs._wait_until_ended
+    report = RayJobs.report
 
-    def wait_while_another_inspects(jobs: RayJobs, job_id: str) -> Job:
-        monkeypatch.setattr(RayJobs, "_wait_until_ended", wait_until_ended)
-        ended = jobs._wait_until_ended(job_id)
+    def report_while_another_inspects(jobs: RayJobs, job_id: str) -> ClusterReport:
+        monkeypatch.setattr(RayJobs, "report", report)
+        found = jobs.report(job_id)
         others.append(RayJobs(head.url).inspect(NEEDS))
-        return ended
+        return found
 
-    monkeypatch.setattr(RayJobs, "_wait_until_ended", wait_while_another_inspects)
+    monkeypatch.setattr(RayJobs, "report", report_while_another_inspects)
     assert [RayJobs(head.url).inspect(NEEDS), *others] == [CLUSTER, CLUSTER]
     assert len(head.jobs) == 2
+
+
+def test_a_report_that_a_request_fails_for_is_asked_for_again(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    head.outcome = "RUNNING", None, report_to_text(CLUSTER)
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 600.0)
+    monkeypatch.setattr(ray_jobs, "_POLL_INTERVAL_S", 0.0)
+    jobs, log, fails = RayJobs(head.url), RayJobs.log, ["reset", "away"]
+    begin(jobs)
+
+    def log_at_last(jobs: RayJobs, job_id: str) -> str:
+        if fails:
+            raise ClusterError(fails.pop())
+        return log(jobs, job_id)
+
+    monkeypatch.setattr(RayJobs, "log", log_at_last)
+    assert jobs.report("one") == CLUSTER
+    assert not fails
+
+
+def test_a_report_of_a_job_that_is_gone(head: Head) -> None:
+    with pytest.raises(ClusterError, match="knows no more of job one, which was begun there; try again$"):
+        RayJobs(head.url).report("one")
 
 
 def test_what_an_inspection_runs(head: Head) -> None:
@@ -257,11 +280,19 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
         ),
         (
             ("SUCCEEDED", 0, "nothing\n"),
-            "cannot read what job JOB has found out: there are 0 results; install the same version of launcher here "
-            "and on the cluster",
+            "job JOB, which inspects the nodes, ended with exit code 0: nothing; its log on the dashboard has more",
         ),
         (
-            ("SUCCEEDED", 0, report_to_line(CLUSTER).replace("silent", "silence")),
+            ("FAILED", 5, 'error: Ray is gone\n{"status": "failed"}\n'),
+            "job JOB, which inspects the nodes, ended with exit code 5: Ray is gone; its log on the dashboard has more",
+        ),
+        (
+            ("FAILED", 2, "Usage: launcher resume\n\nError: No such option: --standby\n"),
+            "python on its head does not have this launcher: Error: No such option: --standby; install the same "
+            "version of launcher there, or give the folder that it is in as venv of the cluster's description",
+        ),
+        (
+            ("SUCCEEDED", 0, report_to_text(CLUSTER).replace("silent", "silence")),
             "cannot read what job JOB has found out: it has other fields: silence, silent; install the same version of "
             "launcher here and on the cluster",
         ),
@@ -454,6 +485,7 @@ def test_something_else_than_a_ray_cluster(head: Head, says: tuple[int, str]) ->
 ASKS: dict[str, Callable[[RayJobs], Any]] = {
     "ray_version": RayJobs.ray_version,
     "inspect": lambda jobs: jobs.inspect(NEEDS),
+    "report": lambda jobs: jobs.report("one"),
     "begin": lambda jobs: begin(jobs, "two"),
     "read": lambda jobs: jobs.read("one"),
     "jobs": RayJobs.jobs,

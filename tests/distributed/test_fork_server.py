@@ -176,6 +176,20 @@ def test_a_dead_server_is_replaced(how: str) -> None:
     wait_until(lambda: state(after) == "")
 
 
+def stop_own_server() -> tuple[int, int, int]:
+    fork_server.stop()
+    before = with_own_server("server_of")
+    fork_server.stop()
+    assert not Path(f"/proc/{before}").exists(), "it has been waited for"
+    fork_server.stop()
+    return before, fork_server.call(f"{HERE}:server_of"), with_own_server("server_of")
+
+
+def test_a_server_that_is_stopped_and_starts_again() -> None:
+    before, after, same = fork_server.call(f"{HERE}:stop_own_server")
+    assert before != after == same
+
+
 def fork_from(address: str) -> int:
     fork_server.use(address)
     return fork_server.call(f"{HERE}:answer", 1)[0]

@@ -16,7 +16,7 @@ import pytest
 
 from cluster import fork_server, ray_train
 from cluster.agent import Task
-from cluster.capacity import Node, WorkerResources
+from cluster.capacity import Node, Places, WorkerResources
 from cluster.ray_steering import Wanted, steered_trainer
 from tests.processes import state, wait_until
 
@@ -47,7 +47,10 @@ def local_group() -> ray_train.WorkerGroup:
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     replaced.host_on = lambda node, modules: hosts.append((node, modules))
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
-    return ray_train.WorkerGroup(task, WorkerResources(cpus=1.0, gpus=0, accelerator=None), 1, "pack", is_shared=False)
+    places = Places(resources=WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, placement="pack")
+    group = ray_train.WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
+    group.assign(task)
+    return group
 
 
 hosts: list[tuple[str, list[str]]] = []
@@ -138,7 +141,7 @@ class Worker:
 class Controller:
     """What Ray Train's controller has of ours, and what the driver is told by that; for a process of its own."""
 
-    def __init__(self, *wanted: Wanted, is_shared: bool = False) -> None:
+    def __init__(self, *wanted: Wanted) -> None:
         """``wanted``: what the driver answers, one after the other."""
         import ray
         from ray.train import ScalingConfig
@@ -156,7 +159,7 @@ class Controller:
             post=SimpleNamespace(remote=self.told.extend),
             post_of_controller=SimpleNamespace(remote=self.told.extend),
         )
-        trainer: Any = object.__new__(steered_trainer(switchboard, is_shared))
+        trainer: Any = object.__new__(steered_trainer(switchboard))
         (self.census,) = trainer._create_default_callbacks()
         scaling = SimpleNamespace(scaling_config=ScalingConfig(num_workers=2))
         parts = trainer._initialize_and_run_controller(scaling_policy=scaling, failure_policy=None)
@@ -229,25 +232,27 @@ def steer_without_room() -> tuple[list[int | None], list[int], list[dict[str, An
     return decided, rooms, controller.told
 
 
-def ask_for_room(is_shared: bool) -> list[int]:
+def ask_for_room(is_asked_for: bool) -> list[int]:
     """How often an autoscaler was asked by then."""
     from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
     policy: Any = FixedScalingPolicy
     asked = list[None]()
     policy._send_resource_request = lambda _: asked.append(None)
-    controller, counts = Controller(*[Wanted(1, 2)] * 5, is_shared=is_shared), list[int]()
+    controller, counts = Controller(*[Wanted(1, 2, is_asked_for=is_asked_for)] * 5), list[int]()
+    controller.scaling.after_controller_start(SimpleNamespace(run_id="one"))
+    assert not asked, "the run may yet be refused"
     for is_running in (False, True, True):
         controller.decide(is_running=is_running)
         counts.append(len(asked))
-    controller.scaling.renewed_at -= 60.0  # a minute later
+    controller.scaling.asked_at -= 60.0  # a minute later
     for is_running in (True, True):
         controller.decide(is_running=is_running)
         counts.append(len(asked))
     return counts
 
 
-def end_while_waiting(is_shared: bool) -> int:
+def end_while_waiting(is_asked_for: bool) -> int:
     """How often what was asked of an autoscaler has been taken back, when a run ends before it has workers."""
     from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
@@ -255,7 +260,9 @@ def end_while_waiting(is_shared: bool) -> int:
     taken_back = list[None]()
     policy._send_resource_request = lambda _: None
     policy._cancel_resource_request = lambda _: taken_back.append(None)
-    controller = Controller(Wanted(is_over=True), is_shared=is_shared)
+    controller = Controller(Wanted(is_asked_for=is_asked_for), Wanted(is_over=True))
+    controller.scaling.after_controller_start(SimpleNamespace(run_id="one"))
+    controller.decide()
     with pytest.raises(RuntimeError, match="the run is over"):
         controller.decide()
     return len(taken_back)

@@ -18,7 +18,7 @@ import pytest
 from cluster.agent import FAULTS_VARIABLE
 from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, launcher, rows
-from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, RAY, Host, hosts, wait_for_jobs_api, why_there_can_be_none
+from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, RAY, Host, wait_for_jobs_api
 
 pytestmark = pytest.mark.slow
 
@@ -57,16 +57,10 @@ def store_on(host: Host, folder: Path) -> Iterator[dict[str, str]]:
             server.communicate()  # it ends when its stdin does
 
 
-@pytest.fixture
-def seven() -> Iterator[list[Host]]:
-    if reason := why_there_can_be_none():
-        pytest.skip(reason)
-    with hosts("head", "second", "third", "fourth", "fifth", "laptop", "store") as made:
-        yield made
-
-
-def test_from_a_laptop(seven: list[Host], tmp_path: Path, make_plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, second, third, fourth, fifth, laptop, store = seven
+def test_from_a_laptop(make_hosts, tmp_path: Path, make_plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, second, third, fourth, fifth, laptop, store = make_hosts(
+        "head", "second", "third", "fourth", "fifth", "laptop", "store"
+    )
     folder, away = tmp_path / "job", tmp_path / "away"
     folder.mkdir()
     away.mkdir()

@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.command import Running, events
-from tests.faults.hosts import Host, hosts, why_there_can_be_none
 from tests.processes import descendants, wait_until
 
 pytestmark = pytest.mark.slow
@@ -63,19 +61,11 @@ with joined_cluster(sys.argv[1]):
 """
 
 
-@pytest.fixture
-def two() -> Iterator[list[Host]]:
-    if reason := why_there_can_be_none():
-        pytest.skip(reason)
-    with hosts("head", "second") as made:
-        yield made
-
-
-def test_a_head_that_only_drives(two: list[Host], tmp_path: Path) -> None:
-    head, second = two
+def test_a_head_that_only_drives(make_hosts, tmp_path: Path) -> None:
+    head, second = make_hosts("head", "second")
     head.start_ray(num_cpus=0)
     second.start_ray(head, environment={"HAS_THE_DATA": "1"})
-    for host in two:
+    for host in (head, second):
         host.wait_for_ray()
     (tmp_path / "own.yaml").write_text(JOB)
     (tmp_path / "mine.py").write_text(MINE)

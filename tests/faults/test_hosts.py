@@ -3,14 +3,13 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, checkpointed, events
-from tests.faults.hosts import HEAD_SETTINGS, RAY, Host, hosts, start_ray, why_there_can_be_none
+from tests.faults.hosts import HEAD_SETTINGS, RAY, Host, start_ray
 from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow
@@ -21,17 +20,9 @@ HELD_AT = (12, 22, 32, 42)
 """The steps at which one attempt after the other waits for what is done to its hosts."""
 
 
-@pytest.fixture
-def three() -> Iterator[list[Host]]:
-    if reason := why_there_can_be_none():
-        pytest.skip(reason)
-    with hosts("head", "second", "third") as made:
-        yield made
-
-
-def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
+def test_what_a_host_is(make_hosts, tmp_path: Path) -> None:
     """The tests and benchmarks of lost hosts rest on this."""
-    server, client, _ = three
+    server, client = make_hosts("server", "client")
 
     def serve() -> subprocess.Popen[bytes]:
         process = subprocess.Popen(server.command([sys.executable, "-m", "http.server", "80"], tmp_path))
@@ -61,13 +52,13 @@ def test_what_a_host_is(three: list[Host], tmp_path: Path) -> None:
     second.wait(timeout=60)
 
 
-def test_power_and_cables(three: list[Host], tmp_path: Path, make_plan) -> None:
+def test_power_and_cables(make_hosts, tmp_path: Path, make_plan) -> None:
     """The third of three hosts loses its power, the second is cut off. Both come back, the second set up in another
     way; the third is drained.
     """
-    head, second, third = three
+    head, second, third = make_hosts("head", "second", "third")
     plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in HELD_AT))
-    start_ray(*three, head_settings=HEAD_SETTINGS)
+    start_ray(head, second, third, head_settings=HEAD_SETTINGS)
     home, run = tmp_path / "disturbed", tmp_path / "disturbed/runs/digits"
     home.mkdir()
 

@@ -7,7 +7,6 @@ answers so, and that its nodes inspect themselves.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from cluster.node_check import report_from_log
 from cluster.scheduler import ClusterReport
 from cluster.versions import submission_versions
-from tests.faults.hosts import JOBS_API, Host, hosts, why_there_can_be_none
+from tests.faults.hosts import JOBS_API
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +41,12 @@ else:
 """
 INSPECT = """
 from cluster.errors import LauncherError
-from cluster.node_check import report_to_line
+from cluster.node_check import report_to_text
 from cluster.storage import Store
 from cluster.store_check import inspect_cluster
 
 try:
-    print(report_to_line(inspect_cluster(scheduler, Store(sys.argv[3]), ("ON_EACH", "ON_HEAD"))))
+    print(report_to_text(inspect_cluster(scheduler, Store(sys.argv[3]), ("ON_EACH", "ON_HEAD"))))
 except LauncherError as error:
     raise SystemExit(str(error))
 """
@@ -88,16 +87,8 @@ print(job.status, job.exit_code)
 """
 
 
-@pytest.fixture
-def three() -> Iterator[list[Host]]:
-    if reason := why_there_can_be_none():
-        pytest.skip(reason)
-    with hosts("head", "second", "laptop") as made:
-        yield made
-
-
-def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
-    head, second, laptop = three
+def test_a_cluster_from_afar(make_hosts, tmp_path: Path) -> None:
+    head, second, laptop = make_hosts("head", "second", "laptop")
     head.start_ray(environment={"ON_EACH": "1", "ON_HEAD": "1"}, options=JOBS_API)
     second.start_ray(head, environment={"ON_EACH": "1"})
     for host in (head, second):
@@ -111,7 +102,9 @@ def test_a_cluster_from_afar(three: list[Host], tmp_path: Path) -> None:
     def inspect(store: Path, before: str = "") -> ClusterReport:
         asked = ask(before + INSPECT, store)
         assert asked.returncode == 0, asked.stderr
-        return report_from_log(asked.stdout)
+        found = report_from_log(asked.stdout)
+        assert found is not None, asked.stdout
+        return found
 
     import ray
 

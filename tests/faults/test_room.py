@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from cluster.faults import Fault, fired, release
 from cluster.run_directory import RunDirectory
 from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
-from tests.faults.hosts import NETWORK_INTERFACE, Host, hosts, why_there_can_be_none
+from tests.faults.hosts import NETWORK_INTERFACE, Host
 from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow
@@ -37,14 +36,6 @@ while all(group["state"] != "PENDING" for group in ray.util.placement_group_tabl
 SHOW_NODES = ON_CLUSTER + "\nprint(*[node['NodeID'] for node in ray.nodes() if node['Alive']])\n"
 
 
-@pytest.fixture
-def two() -> Iterator[list[Host]]:
-    if reason := why_there_can_be_none():
-        pytest.skip(reason)
-    with hosts("head", "second") as made:
-        yield made
-
-
 def begin(head: Host, home: Path, name: str, *words: object) -> Running:
     """A run that a driver on the head begins."""
     command = ["run", JOBS / "digits.yaml", *SHORT, f"name={name}", *words, "--cluster", head.ray_address, "--json"]
@@ -62,8 +53,9 @@ def assert_undisturbed(ended: Ended, run: Path) -> None:
     assert ended.document["waits_for"] is None
 
 
-def test_a_cluster_that_is_shared(two: list[Host], tmp_path: Path, make_plan) -> None:
+def test_a_cluster_that_is_shared(make_hosts, tmp_path: Path, make_plan) -> None:
     """Each of two hosts has two places."""
+    two = make_hosts("head", "second")
     head, runs = two[0], tmp_path / "runs"
     plan = make_plan(Fault(kind="hold", doing="forward", step=HELD_AT))
     for host, of in zip(two, (None, head)):
@@ -96,9 +88,9 @@ def test_a_cluster_that_is_shared(two: list[Host], tmp_path: Path, make_plan) ->
     assert len(addresses["pack"]) == 1
 
 
-def test_an_autoscaler_starts_nodes_because_runs_ask(two: list[Host], tmp_path: Path) -> None:
+def test_an_autoscaler_starts_nodes_because_runs_ask(make_hosts, tmp_path: Path) -> None:
     """From no node but the head, which holds no worker: one to try the job out on, then as many as the run needs."""
-    head, _ = two
+    (head,) = make_hosts("head")
     start_autoscaler(head, tmp_path)
     assert ask(head, SHOW_NODES, tmp_path).split() == [FAKE_HEAD]
     refused = begin(head, tmp_path, "refused").wait()

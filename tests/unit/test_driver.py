@@ -39,7 +39,9 @@ class Group:
 
     def __init__(self, script: list[list[Message] | float], *, is_shared: bool = False) -> None:
         self.script = list(script)
-        self.is_shared = is_shared
+        self.is_shared = self.may_grow = is_shared
+        self.prepared: list[set[str]] = []
+        self.released: list[set[str]] = []
         self.now = 0.0
         self.orders: list[dict[str, Any]] = []
         self.started: list[int] = []
@@ -58,7 +60,10 @@ class Group:
         return said if isinstance(said, list) else []
 
     def prepare(self, nodes: list[Node]) -> None:
-        pass
+        self.prepared.append({node.id for node in nodes})
+
+    def release(self, others_than: frozenset[str]) -> None:
+        self.released.append(set(others_than))
 
     def start(self, num_workers: int, without: frozenset[str]) -> int:
         self.started.append(num_workers)
@@ -96,7 +101,7 @@ def drive(
     """Drives a run through a script, which ends with the run.
 
     ``look`` tells the nodes that there are by then; ``step`` is that of the newest checkpoint of a run that is resumed,
-    ``first_workers`` are those that it began on; a person sees ``screen``. ``is_shared``: the cluster is.
+    ``first_workers`` are those that it began on; a person sees ``screen``. ``is_shared``: the cluster is, and it grows.
     """
     spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(**({"num": 2} | workers)))
     group = Group(script, is_shared=is_shared)
@@ -886,6 +891,21 @@ class TestRoom:
         assert group.started_at == pytest.approx([11.85, 28.2], abs=1)
         assert document["workers"] == 2, "and not those that were only asked for"
         assert "an autoscaler, if there is one, is asked for them" in screen.getvalue()
+
+    def test_nodes_that_it_does_not_need_may_be_taken_away_by_an_autoscaler(self, run: RunDirectory) -> None:
+        """What is kept there for a start of workers would keep them."""
+
+        def look(_: float) -> list[Node]:
+            here = Node(id="s", address="s", resources={"CPU": 0.5}, free={}, drains_at=None, is_here=True)
+            return [here, *(node(id, 1) for id in "abc")]
+
+        script: list[list[Message] | float] = [hello("a", "b"), both("started", step=0), 2.0, done(2, 0)]
+        _, fixed = drive(run, script, look)
+        assert fixed.prepared[0] == fixed.prepared[-1] == {"s", "a", "b", "c"}
+        _, grows = drive(run, script, look, is_shared=True)
+        assert (grows.prepared[0], grows.prepared[-1]) == ({"s"}, {"s", "a", "b"})
+        assert {"s", "a", "b", "c"} in grows.prepared, "wherever they may come to be"
+        assert grows.released == [{"a", "b"}]
 
     def test_on_a_machine_alone_it_is_not(self, run: RunDirectory) -> None:
         document, group = drive(run, [LAG, 50.0, []], lambda _: [node("a", 0)], max_seconds=40.0)

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import node_check, ray_check
+from cluster import node_check, ray_check, ray_cluster
 from cluster import versions as version_module
 from cluster.capacity import Capacity, Node, NodeGroup
 from cluster.deadline import OverrunError
@@ -21,7 +22,8 @@ from cluster.node_check import (
     needs_from_text,
     needs_to_text,
     report_from_log,
-    report_to_line,
+    report_to_text,
+    without_report,
 )
 from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage import Store
@@ -48,25 +50,36 @@ CLUSTER = ClusterReport(
 )
 
 
+TEXT = report_to_text(CLUSTER)
+
+
 def test_a_line_is_read_as_it_was_written() -> None:
     for report in (CLUSTER, replace(CLUSTER, capacity=Capacity(nodes=(), limits=None), nodes=(), silent=())):
-        assert report_from_log(f"Running entrypoint for job x\n2026 INFO\n{report_to_line(report)}\nmore\n") == report
-    assert "\n" not in report_to_line(CLUSTER)
+        assert report_from_log(f"Running entrypoint for job x\n2026 INFO{report_to_text(report)}more\n") == report
+    assert report_to_text(CLUSTER).count("\n") == 2
+
+
+def test_people_do_not_see_it() -> None:
+    assert without_report(f"job x\n2026 INFO{TEXT}more\n\n") == "job x\n2026 INFOmore\n\n"
+
+
+@pytest.mark.parametrize("log", ["", "Running entrypoint for job x\n", f"x {TEXT.strip()}\n", TEXT[:-1], TEXT[:9]])
+def test_a_line_that_is_not_there_yet(log: str) -> None:
+    assert report_from_log(log) is None
 
 
 def changed(change: Any) -> str:
-    found = json.loads(report_to_line(CLUSTER).partition(": ")[2])
-    change(found)
-    return f"{report_to_line(CLUSTER).partition(': ')[0]}: {json.dumps(found)}"
+    mark, _, found = TEXT.partition(": ")
+    document = json.loads(found)
+    change(document)
+    return f"{mark}: {json.dumps(document)}\n"
 
 
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        ("", "there are 0 results"),
-        (f"x {report_to_line(CLUSTER)}", "there are 0 results"),
-        (f"{report_to_line(CLUSTER)}\n{report_to_line(CLUSTER)}", "there are 2 results"),
-        (report_to_line(CLUSTER)[:-1], "Expecting"),
+        (TEXT + TEXT, "there are 2 results"),
+        (f"{TEXT[:-2]}\n", "Expecting"),
         (changed(lambda found: found.pop("silent")), "it has other fields: silent"),
         (changed(lambda found: found["nodes"][0].update(more=1)), r"it\.nodes\[0\] has other fields: more"),
         (changed(lambda found: found["nodes"][0].update(missing="KEY")), r"it\.nodes\[0\]\.missing is 'KEY'"),
@@ -88,7 +101,7 @@ def test_needs_hold_nothing_that_ray_replaces() -> None:
     needs = Needs(store="s3://b/$HOME/${X}", variables=("A", "B"), check="$c")
     assert "$" not in needs_to_text(needs)
     assert needs_from_text(needs_to_text(needs)) == needs
-    with pytest.raises(ValueError, match="it has other fields: check, store"):
+    with pytest.raises(ValueError, match="it has other fields: check, modules, store"):
         needs_from_text('{"variables": []}')
 
 
@@ -201,14 +214,15 @@ def test_needs_of_another_version_are_one_line(
     monkeypatch.setenv(node_check.NEEDS_VARIABLE, '{"store": "/s"}')
     assert ray_check.main() == 5
     assert capsys.readouterr().err == (
-        "LAUNCHER_NODE_NEEDS: it has other fields: check, variables; install the same version of launcher here and on "
-        "the cluster\n"
+        "LAUNCHER_NODE_NEEDS: it has other fields: check, modules, variables; install the same version of launcher "
+        "here and on the cluster\n"
     )
 
 
 def test_what_the_job_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
-    monkeypatch.setattr(ray_check, "inspect_cluster", lambda *_: CLUSTER)
+    monkeypatch.setattr(ray_cluster, "joined_cluster", lambda _: nullcontext())
+    monkeypatch.setattr(ray_check, "inspect_nodes", lambda _: CLUSTER)
     assert ray_check.main() == 0
     assert report_from_log(capsys.readouterr().out) == CLUSTER

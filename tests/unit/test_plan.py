@@ -11,9 +11,10 @@ import pytest
 
 from cluster import fork_server
 from cluster.agent import Task
-from cluster.capacity import Capacity, Node, WorkerResources
+from cluster.capacity import Capacity, Node, Places, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds import Cluster
+from cluster.scheduler import ClusterReport, Needs
 from cluster.workplace import Call
 from launcher.description import Description, parse
 from launcher.plan import Plan, make_plan
@@ -39,9 +40,13 @@ class FakeCluster(Cluster):
     has: Capacity | None
     outcome: Any = TRIED
     calls: list[Call] = field(default_factory=list)
+    prepared: list[tuple[str, Places]] = field(default_factory=list)
 
     def capacity(self) -> Capacity | None:
         return self.has
+
+    def inspect(self, needs: Needs) -> ClusterReport:
+        raise NotImplementedError
 
     def call(self, call: Call, tell: Callable[[str], None]) -> Any:
         self.calls.append(call)
@@ -59,7 +64,10 @@ class FakeCluster(Cluster):
     def started(self) -> AbstractContextManager[None]:
         raise NotImplementedError
 
-    def group(self, task: Task, resources: WorkerResources, most: int) -> Any:
+    def prepare_group(self, entry: str, places: Places) -> None:
+        self.prepared.append((entry, places))
+
+    def group(self, task: Task, places: Places) -> Any:
         raise NotImplementedError
 
     def nodes(self) -> list[Node]:
@@ -71,6 +79,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What fork servers of this process were to import."""
     started: list[Any] = []
     monkeypatch.setattr(fork_server, "start", started.append)
+    monkeypatch.setattr(fork_server, "stop", lambda: None)
     return started
 
 
@@ -106,6 +115,7 @@ def test_on_a_cluster_it_has_what_a_worker_has(job, servers, nodes, gpus):
         code_directory="job", working_directory=os.getcwd(), content=job.spec,
     )  # fmt: skip
     assert (call.wait_s, call.start_timeout_s, call.timeout_s) == (7, 8, 9)
+    assert cluster.prepared == [("jobs.worker:main", Places(resources=call.resources, most=2, placement="pack"))]
     assert {"jobs.worker", "launcher.trial"} <= set(call.modules), "the workers fork from the same server"
     assert (made.gpus, made.num_workers) == (gpus, 2)
     assert told == ["trying the job out: on node 10.0.0.2"]
@@ -137,7 +147,7 @@ def test_a_plan_that_may_not_wait_reserves_nothing_where_there_is_no_room(job, s
 
     made = plan(job, cluster, told, may_wait=False)
 
-    assert cluster.calls == []
+    assert (cluster.calls, cluster.prepared) == ([], [])
     (call,) = here
     assert (call.task.on_gpu, servers) == (False, [call.modules])
     assert made.gpus == 1, "the workers have what was written"
@@ -160,7 +170,7 @@ def test_what_can_never_fit_is_not_tried_out(job):
     with pytest.raises(DescriptionError, match=r"^digits\.yaml: workers\.num must be at most 0 on this cluster"):
         plan(job, cluster)
 
-    assert cluster.calls == []
+    assert (cluster.calls, cluster.prepared) == ([], [])
 
 
 @pytest.mark.parametrize(

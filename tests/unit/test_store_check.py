@@ -37,6 +37,9 @@ class Nodes(Scheduler):
         self.seen = Store(needs.store).names()
         return ClusterReport(capacity=Capacity(nodes=(), limits=None), nodes=reports, silent=self.silent)
 
+    def report(self, job_id: str) -> ClusterReport:
+        raise NotImplementedError
+
     def begin(self, *_: Any, **__: Any) -> bool:
         raise NotImplementedError
 

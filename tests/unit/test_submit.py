@@ -1,9 +1,11 @@
 """What a submission refuses, in one line and before anything is written; and what it writes and begins."""
 
+import math
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,23 @@ from typing import Any
 import pytest
 
 from cluster.capacity import Capacity
-from cluster.errors import ClusterError, DescriptionError, Interrupted
+from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError
+from cluster.node_check import NEEDS_VARIABLE, needs_from_text
 from cluster.run_directory import RunDirectory
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec, WorkerSpec
 from cluster.storage import Store
-from cluster.submissions import Submission, SubmissionReport
+from cluster.submissions import Submission, SubmissionReport, Submissions, make_id
+from launcher import hand_over as hand_over_module
 from launcher import submit as submit_module
 from launcher.cli import main
 from launcher.clusters import load_cluster
 from launcher.description import Description, OfCluster, load, parse
+from launcher.hand_over import STANDBY, make_command, make_job_id
 from launcher.nodes import own_versions
-from launcher.plan import Tried
+from launcher.standby import WAIT_S
 from launcher.status import read_status
-from launcher.submit import make_command, make_job_id, submit, submit_again
+from launcher.submit import submit, submit_again
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
 from tests.specs import TRIED
@@ -67,20 +72,24 @@ class Said:
 
 @dataclass
 class FakeScheduler(Scheduler):
-    """A cluster that has what a test gives it, and begins nothing."""
+    """A cluster that has what a test gives it, and begins nothing: its jobs stand by for ever."""
 
     has: ClusterReport = field(default_factory=a_cluster)
     known: dict[str, JobStatus] = field(default_factory=dict)
     metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     grace_periods_s: list[int] = field(default_factory=list)
-    asked: list[Needs] = field(default_factory=list)
+    asked: dict[str, Needs] = field(default_factory=dict)
     breaks: int = 0
     """How many answers to come are lost."""
+    began_at: float | None = None
+    """When all of its jobs began."""
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        self.asked.append(needs)
-        return answered(self.has, needs)
+        raise NotImplementedError
+
+    def report(self, job_id: str) -> ClusterReport:
+        return answered(self.has, self.asked[job_id])
 
     def begin(
         self,
@@ -91,13 +100,15 @@ class FakeScheduler(Scheduler):
         stop_grace_s: int,
         metadata: Mapping[str, str],
     ) -> Job:
-        assert not environment, "everyone can read it"
+        assert environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
         self.grace_periods_s.append(stop_grace_s)
         assert metadata["run"] in command
         assert metadata["submission"] in command
         if job_id not in self.known:
             self.known[job_id], self.metadata[job_id] = "pending", metadata
             self.commands.append(command)
+            if environment:
+                self.asked[job_id] = needs_from_text(environment[NEEDS_VARIABLE])
         self.breaks -= 1
         if self.breaks >= 0:
             raise ClusterError(f"{URL}: nobody answers")
@@ -109,13 +120,15 @@ class FakeScheduler(Scheduler):
         if job_id not in self.known:
             return None
         metadata = self.metadata.get(job_id, {})
-        return Job(id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=None, metadata=metadata)
+        return Job(
+            id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=self.began_at, metadata=metadata
+        )
 
     def jobs(self) -> list[Job]:
         raise NotImplementedError
 
     def stop(self, job_id: str) -> None:
-        raise NotImplementedError
+        self.known[job_id] = "stopped"
 
     def log(self, job_id: str) -> str:
         raise NotImplementedError
@@ -123,12 +136,10 @@ class FakeScheduler(Scheduler):
 
 @pytest.fixture(autouse=True)
 def _tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial needs torch and seconds, and is not what these tests are about."""
+    """The trial needs torch and seconds, and is not what these tests are about; jobs that stand by tell nothing."""
+    monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", -1.0)
 
-    def try_job(description: Description, _: tuple[str, ...]) -> tuple[Store, Tried]:
-        return Store(description.spec.store), TRIED
-
-    monkeypatch.setattr(submit_module, "try_job", try_job)
+    monkeypatch.setattr(submit_module, "try_job", lambda *_: TRIED)
 
 
 @pytest.fixture
@@ -166,15 +177,19 @@ def take_newest(run: RunDirectory) -> None:
     run.submissions.mark_taken(report.id)
 
 
-def begun_meanwhile(monkeypatch: pytest.MonkeyPatch, scheduler: FakeScheduler, job_id: str, status: JobStatus) -> None:
-    """Somebody else begins a job while this submitter inspects the nodes."""
-    inspect = scheduler.inspect
+def submitted_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, scheduler: FakeScheduler, job: Description, folder: Path, status: JobStatus
+) -> None:
+    """Somebody else submits the same run while this submitter waits for the report of the nodes."""
+    report = scheduler.report
 
-    def inspect_and_begin(needs: Needs) -> ClusterReport:
-        scheduler.known[job_id], scheduler.metadata[job_id] = status, {"submission": "000000-of-somebody-else"}
-        return inspect(needs)
+    def submit_and_report(job_id: str) -> ClusterReport:
+        monkeypatch.setattr(scheduler, "report", report)
+        other = hand_over(job, folder, scheduler)["job"]
+        scheduler.known[other] = status
+        return report(job_id)
 
-    monkeypatch.setattr(scheduler, "inspect", inspect_and_begin)
+    monkeypatch.setattr(scheduler, "report", submit_and_report)
 
 
 def of_versions(**versions: str) -> Mapping[str, str]:
@@ -258,7 +273,7 @@ def test_refused_in_one_line_and_nothing_is_written(job, folder, tmp_path, what)
     with pytest.raises(ClusterError) as caught:
         hand_over(job, folder, scheduler)
     assert str(caught.value) == f"{URL}: {message}"
-    assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
+    assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
 
 
 @pytest.mark.parametrize("what", OF_JOBS)
@@ -268,7 +283,7 @@ def test_a_job_that_asks_for_what_no_node_has_is_refused_in_one_line(job, folder
     with pytest.raises(ClusterError) as caught:
         hand_over(parse(job.text, "digits.yaml", [change]), folder, scheduler)
     assert str(caught.value) == f"{URL}: {message}"
-    assert (scheduler.commands, (tmp_path / "store").exists()) == ([], False)
+    assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
 
 
 def test_a_folder_that_each_node_has_for_itself_is_refused(job, folder, tmp_path, monkeypatch):
@@ -387,8 +402,9 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch, seed, asked):
     text = JOB.format(store=tmp_path / "store") + f'seed: "${{oc.decode:{seed}}}"\n'
     scheduler = FakeScheduler()
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
-    (needs,) = scheduler.asked
-    assert needs == Needs(store=str(tmp_path / "store"), variables=("TOKEN", *asked), check=needs.check)
+    (needs,) = scheduler.asked.values()
+    assert (needs.store, needs.variables) == (str(tmp_path / "store"), ("TOKEN", *asked))
+    assert {"jobs.worker", "launcher.trial"} <= set(needs.modules), "what its host imports while it stands by"
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):
@@ -409,7 +425,7 @@ def test_what_is_written(job, folder):
     assert report is not None
     assert (report.number, report.state) == (0, "waiting")
     assert scheduler.commands == [
-        f'exec launcher resume {run.url} --submission {report.id} --json --cluster "$RAY_ADDRESS"'
+        f'exec launcher resume {run.url} --submission {report.id} --standby --json --cluster "$RAY_ADDRESS"'
     ]
     submission = run.submissions.read(report.id)
     assert (submission.job, submission.cluster, submission.description) == (result["job"], URL, job.text)
@@ -435,68 +451,196 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 
 def test_a_url_is_quoted_for_the_shell():
-    command = make_command("/runs/my run; rm", "0-ab", RayClusterSpec(address=URL))
+    command = make_command("/runs/my run; rm", "0-ab", RayClusterSpec(address=URL), stands_by=False)
     assert "resume '/runs/my run; rm' --submission 0-ab --json" in command
 
 
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, monkeypatch):
-    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(hand_over_module, "_ASK_AGAIN_S", 0.0)
     scheduler, said = FakeScheduler(breaks=1), Said()
     assert hand_over(job, folder, scheduler, said)["status"] == "submitted"
     assert len(scheduler.commands) == 1
     assert said.messages[0].startswith("submitted digits: ")
 
 
-def test_a_cluster_that_goes_away_is_told_with_what_to_do(job, folder, monkeypatch):
-    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
+def test_a_cluster_that_goes_away_before_anything_is_written(job, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hand_over_module, "_ASK_AGAIN_S", 0.0)
     scheduler = FakeScheduler(breaks=2)
-    with pytest.raises(ClusterError, match="nobody answers; job .* may have begun, submit the run again to see$"):
+    with pytest.raises(ClusterError, match="nobody answers$") as caught:
         hand_over(job, folder, scheduler)
-    assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 0)
+    assert caught.value.document == {"run": run_of(job).url, "job": None, "cluster": URL}
+    assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
+    assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 1)
 
 
-def test_an_error_knows_the_run_its_job_and_the_cluster(job, folder, monkeypatch):
-    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
-    run, job_id = run_of(job).url, make_job_id(run_of(job).url, 0)
+def once_written(
+    monkeypatch: pytest.MonkeyPatch, scheduler: FakeScheduler, answers: Callable[[str], Job | None]
+) -> None:
+    """What the cluster says of jobs once a submission is written."""
+    write = Submissions.write
+
+    def write_then(*args: Any) -> str:
+        monkeypatch.setattr(scheduler, "read", answers)
+        return write(*args)
+
+    monkeypatch.setattr(Submissions, "write", write_then)
+
+
+def away(job_id: str) -> Job | None:
+    raise ClusterError(f"{URL}: nobody answers there, {job_id}")
+
+
+def test_a_cluster_that_goes_away_once_the_submission_is_written(job, folder, monkeypatch):
+    monkeypatch.setattr(hand_over_module, "_ASK_AGAIN_S", 0.0)
+    scheduler, job_id = FakeScheduler(), make_job_id(run_of(job).url, 0)
+    with monkeypatch.context() as while_away:
+        once_written(while_away, scheduler, away)
+        with pytest.raises(ClusterError, match="; job .* may have begun, submit the run again to see$") as unsure:
+            hand_over(job, folder, scheduler)
+    assert unsure.value.document == {"run": run_of(job).url, "job": job_id, "cluster": URL}
+    assert scheduler.known == {job_id: "pending"}
+    assert hand_over(job, folder, scheduler)["job"] == job_id
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_store_that_fails_as_the_submission_is_written_leaves_its_job(job, folder, monkeypatch, is_there):
+    """It takes it up if it finds it, or ends by itself."""
+    scheduler, write = FakeScheduler(), Submissions.write
+
+    def write_and_fail(*args: Any) -> None:
+        if is_there:
+            write(*args)
+        raise StorageError("s3://b/r: nobody answers")
+
+    monkeypatch.setattr(Submissions, "write", write_and_fail)
+    with pytest.raises(StorageError, match="; job .* may have begun, submit the run again to see$") as unsure:
+        hand_over(job, folder, scheduler)
+    job_id = make_job_id(run_of(job).url, 0)
+    assert unsure.value.document == {"run": run_of(job).url, "job": job_id, "cluster": URL}
+    assert scheduler.known == {job_id: "pending"}
+
+
+class TestAJobThatDoesNotStandByAnyMore:
+    """Another one is begun, for the submission that is written."""
+
+    def is_begun(self, job: Description, scheduler: FakeScheduler, first: JobStatus) -> None:
+        run, (standby, begun) = run_of(job), scheduler.commands
+        report, submission = newest_of(run)
+        assert [*scheduler.known.items()] == [(make_job_id(run.url, 0), first), (submission.job, "pending")]
+        assert (submission.job, submission.number) == (make_job_id(run.url, 1), 1)
+        assert (" --standby " in standby, " --standby " in begun, report.id in begun) == (True, False, True)
+        assert [each.id for each in run.submissions.reports()] == [report.id]
+
+    def test_since_it_was_stopped(self, job, folder, monkeypatch):
+        scheduler = FakeScheduler()
+        report = scheduler.report
+
+        def stop_and_report(job_id: str) -> ClusterReport:
+            scheduler.known[job_id] = "stopped"
+            return report(job_id)
+
+        monkeypatch.setattr(scheduler, "report", stop_and_report)
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+        self.is_begun(job, scheduler, "stopped")
+
+    def test_since_the_trial_took_too_long(self, job, folder, monkeypatch):
+        monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 0.0)
+        scheduler = FakeScheduler()
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+        self.is_begun(job, scheduler, "stopped")
+
+    def test_since_it_ends_just_then(self, job, folder, monkeypatch):
+        """It is said to run until all of its processes have ended."""
+        monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", 60.0)
+        monkeypatch.setattr(hand_over_module, "_LOOK_INTERVAL_S", 0.0)
+        scheduler, read, states = FakeScheduler(), FakeScheduler.read, ["running"] * 5 + ["failed"]
+
+        def ends(job_id: str) -> Job | None:
+            if states and job_id in scheduler.known:
+                scheduler.known[job_id] = states.pop(0)
+            return read(scheduler, job_id)
+
+        once_written(monkeypatch, scheduler, ends)
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+        self.is_begun(job, scheduler, "failed")
+
+    def test_and_one_that_says_that_it_has_found_it_is_waited_for_no_longer(self, job, folder, monkeypatch):
+        monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", math.inf)
+        monkeypatch.setattr(hand_over_module, "_LOOK_INTERVAL_S", 0.0)
+        scheduler, read, looks = FakeScheduler(), FakeScheduler.read, list[str]()
+
+        def finds(job_id: str) -> Job | None:
+            looks.append(job_id)
+            if len(looks) == 5:
+                run_of(job).submissions.write_sign(run_of(job).submissions.newest().id, "planning")
+            return read(scheduler, job_id)
+
+        once_written(monkeypatch, scheduler, finds)
+        assert hand_over(job, folder, scheduler)["status"] == "submitted"
+        assert (len(looks), len(scheduler.commands)) == (5, 1)
+
+    def test_and_one_that_has_taken_it_and_ended_is_no_such_job(self, job, folder, monkeypatch):
+        scheduler = FakeScheduler()
+
+        def ended(job_id: str) -> Job:
+            report = run_of(job).submissions.newest()
+            run_of(job).submissions.mark_failed(report.id, "there is no such class")
+            return Job(id=job_id, status="failed", message="", exit_code=2, began_at=None, metadata={})
+
+        once_written(monkeypatch, scheduler, ended)
+        assert hand_over(job, folder, scheduler)["status"] == "failed"
+        assert len(scheduler.commands) == 1
+
+    @pytest.mark.parametrize("knows", [True, False])
+    def test_on_a_cluster_that_refuses_to_begin_another_leaves_nothing(self, job, folder, monkeypatch, knows):
+        """Unless it does not tell that it knows of none: then it may begin it yet."""
+        monkeypatch.setattr(hand_over_module, "_ASK_AGAIN_S", 0.0)
+        monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 0.0)
+        scheduler = FakeScheduler()
+        once_written(monkeypatch, scheduler, (lambda _: None) if knows else away)
+        begin = scheduler.begin
+
+        def begin_one(*args: Any, **named: Any) -> Job:
+            if scheduler.commands:
+                raise ClusterError(f"{URL}: does not begin a job: No available agent")
+            return begin(*args, **named)
+
+        monkeypatch.setattr(scheduler, "begin", begin_one)
+        what = "no job has begun, submit the run again$" if knows else "may have begun, submit the run again to see$"
+        with pytest.raises(ClusterError, match=f"No available agent; .*{what}"):
+            hand_over(job, folder, scheduler)
+        assert (run_of(job).submissions.newest() is None) == knows
+
+
+def test_an_error_knows_the_run_and_the_cluster(job, folder):
     with pytest.raises(ClusterError) as refused:
         hand_over(job, folder, FakeScheduler(REFUSALS["nodes of another Python"][0]))
-    assert refused.value.document == {"run": run, "job": None, "cluster": URL}
-    with pytest.raises(ClusterError) as unsure:
-        hand_over(job, folder, FakeScheduler(breaks=2))
-    assert unsure.value.document == {"run": run, "job": job_id, "cluster": URL}
+    assert refused.value.document == {"run": run_of(job).url, "job": None, "cluster": URL}
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_a_cluster_that_refuses_to_begin_a_job_leaves_nothing(job, folder, monkeypatch, knows):
-    """Unless it does not tell that it knows of none: then it may begin it yet."""
-    monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
-    scheduler, refused = FakeScheduler(), []
-
-    def begin(*_: Any, **__: Any) -> Job:
-        refused.append(1)
-        raise ClusterError(f"{URL}: does not begin a job: No available agent")
-
-    def read(_: str) -> Job | None:
-        if refused and not knows:
-            raise ClusterError(f"{URL}: nobody answers there")
-        return None
-
-    monkeypatch.setattr(scheduler, "begin", begin)
-    monkeypatch.setattr(scheduler, "read", read)
-    what = "no job has begun, submit the run again$" if knows else "may have begun, submit the run again to see$"
-    with pytest.raises(ClusterError, match=f"No available agent; .*{what}"):
-        hand_over(job, folder, scheduler)
-    assert (run_of(job).submissions.newest() is None) == knows
+def interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", ["begin", "read_status"])
-def test_ctrl_c_while_a_job_is_begun_says_that_it_may_run(job, folder, monkeypatch, at):
+@pytest.mark.parametrize("at", ["try_job", "pack_job", "check_nodes"])
+def test_ctrl_c_while_a_job_stands_by_stops_it(job, folder, tmp_path, monkeypatch, at):
     scheduler = FakeScheduler()
+    monkeypatch.setattr(submit_module, at, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hand_over(job, folder, scheduler)
+    assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
 
-    def interrupt(*_: Any, **__: Any) -> Any:
+
+@pytest.mark.parametrize("at", ["write", "is_answered", "read_status"])
+def test_ctrl_c_once_the_submission_is_written_says_that_its_job_may_run(job, folder, monkeypatch, at):
+    scheduler, write = FakeScheduler(), Submissions.write
+
+    def write_and_interrupt(*args: Any) -> None:
+        write(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scheduler if at == "begin" else submit_module, at, interrupt)
+    of: Any = submit_module if at == "read_status" else Submissions
+    monkeypatch.setattr(of, at, write_and_interrupt if at == "write" else interrupt)
     with pytest.raises(Interrupted, match="which may run now; stop it with `launcher stop ") as caught:
         hand_over(job, folder, scheduler)
     assert f"{run_of(job).url} --cluster {URL}`" in str(caught.value)
@@ -504,6 +648,7 @@ def test_ctrl_c_while_a_job_is_begun_says_that_it_may_run(job, folder, monkeypat
         "run": run_of(job).url, "job": make_job_id(run_of(job).url, 0), "cluster": URL,
     }  # fmt: skip
     assert run_of(job).submissions.newest() is not None
+    assert [*scheduler.known.values()] == ["pending"]
 
 
 class TestTheSameRunAgain:
@@ -546,25 +691,96 @@ class TestTheSameRunAgain:
         second = hand_over(job, folder, FakeScheduler())["job"]
         assert (first[-2:], second[-2:]) == ("-0", "-1")
 
-    @pytest.mark.parametrize("breaks", [0, 1])
-    def test_when_somebody_else_was_faster(self, job, folder, monkeypatch, breaks):
-        monkeypatch.setattr(submit_module, "_ASK_AGAIN_S", 0.0)
-        said = Said()
-        job_id = make_job_id(run_of(job).url, 0)
-        scheduler = FakeScheduler(breaks=breaks)
-        begun_meanwhile(monkeypatch, scheduler, job_id, "running")
+    def test_when_somebody_else_was_faster(self, job, folder, monkeypatch):
+        said, scheduler = Said(), FakeScheduler()
+        submitted_meanwhile(monkeypatch, scheduler, job, folder, "running")
         result = hand_over(job, folder, scheduler, said)
-        assert result["job"] == job_id
-        assert "by somebody else at the same time" in said.messages[0]
-        assert run_of(job).submissions.newest() is None, "nothing is left of this one"
+        mine, other = make_job_id(run_of(job).url, 0), make_job_id(run_of(job).url, 1)
+        assert result["job"] == other
+        assert said.messages == [f"the run was submitted by somebody else at the same time, as job {other}"]
+        assert scheduler.known == {mine: "stopped", other: "running"}
+        assert [report.number for report in run_of(job).submissions.reports()] == [1], "nothing is left of this one"
 
     def test_when_the_job_of_somebody_else_has_ended_already(self, job, folder, monkeypatch):
         scheduler = FakeScheduler()
-        begun_meanwhile(monkeypatch, scheduler, make_job_id(run_of(job).url, 0), "failed")
+        submitted_meanwhile(monkeypatch, scheduler, job, folder, "failed")
+        assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 2)
+        assert [report.number for report in run_of(job).submissions.reports()] == [1, 2]
+        assert [*scheduler.known.values()] == ["stopped", "failed", "pending"]
+
+    def test_while_a_job_stands_by_for_somebody_who_may_be_refused(self, job, folder):
+        """Nobody waits for that, nor does its number count twice."""
+        scheduler, first = FakeScheduler(), make_job_id(run_of(job).url, 0)
+        scheduler.known[first], scheduler.metadata[first] = "running", {"submission": "000000-0", STANDBY: "1"}
         assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 1)
-        (report,) = run_of(job).submissions.reports()
-        assert report.number == 1
-        assert report.id in scheduler.commands[0]
+        assert scheduler.known[first] == "running"
+
+    def test_when_the_submission_of_somebody_else_names_ones_own_job(self, job, folder, monkeypatch):
+        """Before whoever wrote it has asked the cluster, and found that there is another of that name."""
+        scheduler, write = FakeScheduler(), Submissions.write
+        own = make_job_id(run_of(job).url, 0)
+
+        def report(job_id: str) -> ClusterReport:
+            other = Submission(
+                number=0, job=own, cluster=URL, description=job.text, code_sha256="ab", code_directory=None,
+                working_directory=None, user="ann", host="other", time=7.0, versions={}, git=None,
+            )  # fmt: skip
+            write(run_of(job).submissions, other)
+            return answered(scheduler.has, scheduler.asked[job_id])
+
+        monkeypatch.setattr(scheduler, "report", report)
+        assert hand_over(job, folder, scheduler)["job"] == own
+        assert scheduler.known == {own: "pending"}
+
+    def test_when_the_job_of_an_earlier_submit_comes_late(self, job, folder, monkeypatch):
+        """Its answer was lost, so that nobody knew of it."""
+        scheduler, said = FakeScheduler(), Said()
+        first = hand_over(job, folder, scheduler)["job"]
+        came, begin = scheduler.known.pop(first), scheduler.begin
+
+        def begin_late(*args: Any, **named: Any) -> Job:
+            scheduler.known[first] = came
+            return begin(*args, **named)
+
+        monkeypatch.setattr(scheduler, "begin", begin_late)
+        assert hand_over(job, folder, scheduler, said)["job"] == first
+        assert said.messages == [f"the run was submitted by somebody else at the same time, as job {first}"]
+        assert len(scheduler.commands) == 1
+
+    def test_when_somebody_else_begins_a_job_of_the_same_name(self, job, folder, monkeypatch):
+        scheduler, first = FakeScheduler(), make_job_id(run_of(job).url, 0)
+        begin = scheduler.begin
+
+        def begin_later(*args: Any, **named: Any) -> Job:
+            scheduler.known.setdefault(first, "running")
+            scheduler.metadata.setdefault(first, {"submission": "000000-of-somebody-else"})
+            return begin(*args, **named)
+
+        monkeypatch.setattr(scheduler, "begin", begin_later)
+        assert hand_over(job, folder, scheduler)["job"] == make_job_id(run_of(job).url, 1)
+        assert [*scheduler.known.values()] == ["running", "pending"], "that of somebody else is left alone"
+
+    @pytest.mark.parametrize("is_lower", [True, False])
+    def test_when_somebody_else_writes_a_submission_at_the_same_moment(self, job, folder, monkeypatch, is_lower):
+        """Of the two, the one with the higher number takes its own back."""
+        scheduler, said, url = FakeScheduler(), Said(), run_of(job).url
+        mine, other = make_job_id(url, int(is_lower)), make_job_id(url, int(not is_lower))
+        write, others = Submissions.write, make_id(int(not is_lower), 7.0)
+        scheduler.known[other], scheduler.metadata[other] = "running", {"submission": others, STANDBY: "1"}
+
+        def write_both(submissions: Submissions, submission: Submission, submission_id: str) -> str:
+            write(submissions, replace(submission, job=other, number=int(not is_lower)), others)
+            return write(submissions, submission, submission_id)
+
+        monkeypatch.setattr(Submissions, "write", write_both)
+        assert hand_over(job, folder, scheduler, said)["job"] == (other if is_lower else mine)
+        numbers = [report.number for report in run_of(job).submissions.reports()]
+        if is_lower:
+            assert said.messages == [f"the run was submitted by somebody else at the same time, as job {other}"]
+            assert (numbers, scheduler.known) == ([0], {other: "running", mine: "stopped"})
+        else:
+            assert said.messages[0].startswith("submitted digits: ")
+            assert (numbers, scheduler.known) == ([0, 1], {other: "running", mine: "pending"})
 
     @pytest.mark.parametrize("ended", ["failed", "stopped", "succeeded"])
     def test_after_its_directory_was_deleted(self, job, folder, ended):
@@ -577,7 +793,7 @@ class TestTheSameRunAgain:
         assert said.messages[0].startswith("submitted digits: ")
 
     def test_after_its_directory_was_deleted_while_its_job_lives(self, job, folder):
-        scheduler = FakeScheduler()
+        scheduler = FakeScheduler(began_at=time.time() - 2 * WAIT_S)
         first = hand_over(job, folder, scheduler)["job"]
         shutil.rmtree(run_of(job).url)
         with pytest.raises(ClusterError, match=f"job {first} is pending, and .* holds no submission any more; stop "):
@@ -603,7 +819,7 @@ class TestTheSameRunAgain:
             "run": run.url, "job": None, "cluster": URL, "status": "running",
         }  # fmt: skip
         assert "is running it; stop it with" in said.messages[0]
-        assert (scheduler.commands, scheduler.asked) == ([], [])
+        assert scheduler.commands == []
 
     @pytest.mark.parametrize("status", ["stopped", "failed", "completed"])
     def test_after_it_ended(self, job, folder, status):
@@ -739,7 +955,7 @@ class TestTheSameRunAgain:
         assert hand_over(limited, folder, scheduler, said)["status"] == "stopped"
         assert said.messages == [f"{run.url} has reached train.max_steps=5; raise it to go on"]
         hand_over(parse(job.text, "digits.yaml", ["train.max_steps=8"]), folder, scheduler)
-        assert len(scheduler.commands) == 2
+        assert [*scheduler.known.values()] == ["succeeded", "stopped", "pending"]
 
 
 class TestFromItsDirectoryAlone:

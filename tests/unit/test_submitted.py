@@ -52,6 +52,9 @@ class FakeCluster(Scheduler):
     def inspect(self, needs: Needs) -> ClusterReport:
         raise NotImplementedError
 
+    def report(self, job_id: str) -> ClusterReport:
+        raise NotImplementedError
+
     def begin(
         self,
         job_id: str,
@@ -684,6 +687,14 @@ class TestList:
         assert re.match(rf"digits +submitted +0 .*  {JOB_ID} on {URL}: pending: no room$", line)
         (own,) = document("list", tmp_path / "store", *ON_CLUSTER)
         assert (own["run"], own["job_status"]) == (run.url, "pending")
+
+    def test_a_job_whose_submission_is_not_written_yet_is_no_run(self, run, cluster, tmp_path):
+        (tmp_path / "empty").mkdir()
+        submission_id = submit(run)
+        cluster.put("pending", run=run.url, submission=submission_id)
+        cluster.put("pending", "standby-0", run=str(tmp_path / "store/refused"), submission=submission_id)
+        (waiting,) = document("list", tmp_path / "empty", *ON_CLUSTER)
+        assert waiting["run"] == run.url
 
     def test_a_cluster_that_is_away_is_a_warning(self, run, cluster, tmp_path):
         cluster.error = ClusterError(f"{URL}: nobody answers there")

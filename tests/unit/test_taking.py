@@ -322,3 +322,20 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
         take(run)
         with pytest.raises(SupersededError):
             other.check_claim()
+
+
+def test_a_submission_that_is_withdrawn_while_its_job_plans(
+    run: RunDirectory, planned: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its submitter has found that somebody else was faster."""
+    submission_id, pair = submit(run, 0)
+    make_plan: Any = runs.make_plan
+
+    def make_plan_and_withdraw(*args: Any, **named: Any) -> Plan:
+        run.submissions.withdraw(submission_id)
+        return make_plan(*args, **named)
+
+    monkeypatch.setattr(runs, "make_plan", make_plan_and_withdraw)
+    with pytest.raises(ClusterError, match="was withdrawn; nothing is left to do for this job$"):
+        resume(run, (), Machine(2), Said(), submission_id=submission_id)
+    assert (planned, run.read_status(), run.exists()) == ([pair], None, False)
