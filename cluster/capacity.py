@@ -3,6 +3,7 @@
 Amounts go by resource name. The names are those of Ray: ``CPU``, ``GPU``, ``memory``, ``accelerator_type:H100``.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,3 +146,8 @@ def amounts_text(resources: Mapping[str, float]) -> str:
 def _fitting(worker: WorkerResources, resources: Mapping[str, float]) -> int:
     need = worker.amounts()
     return int(min(max(0.0, resources.get(name, 0.0)) / each for name, each in need.items()) + _ROUNDING)
+
+
+def num_cores() -> int:
+    """The cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -45,7 +45,7 @@ class Needs:
         store: The URL of the store, which each node must be able to write to and read from.
         variables: The names of environment variables that must be set.
         check: The folder in the store in which the node proves that it uses this very store, see
-            ``cluster/store_check.py``.
+            ``cluster/inspection/store.py``.
         modules: What processes import that train or try the run out; for a job that stands by.
     """
 
@@ -103,7 +103,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def report(self, job_id: str) -> ClusterReport:
-        """What a job has found that was started to inspect the nodes first, see ``cluster/node_check.py``.
+        """What a job has found that was started to inspect the nodes first, see ``cluster/inspection/nodes.py``.
 
         Waits for the job to print it; a ClusterError says that it has not, in time or before it ended.
         """

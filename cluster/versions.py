@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.errors import ClusterError
 
 _OLDEST_RAY, _NEWEST_RAY = (2, 58), (2, 60)
-"""Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray_private``."""
+"""Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray.private_train``."""
 _TRAINING = ("jobs", "cluster")
 _ALL = (*_TRAINING, "launcher")
 

@@ -18,7 +18,7 @@ from cluster.errors import listed
 from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
-    from jobs.parts import Parts
+    from jobs.build.components import Parts
 
 _NONE = "none"
 OWN_PACKAGES = ("jobs", "cluster", "launcher")

@@ -20,13 +20,13 @@ import click
 from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError, StorageError
 
 if TYPE_CHECKING:
-    from cluster.kinds import Cluster
-    from cluster.run_directory import RunDirectory
+    from cluster.kinds.ray import Cluster
+    from cluster.run.run_directory import RunDirectory
     from cluster.scheduler import Scheduler
     from cluster.spec import RayClusterSpec
-    from launcher.description import Description
-    from launcher.progress import Progress
-    from launcher.submitted import SubmittedJob
+    from launcher.config.description import Description
+    from launcher.display.progress import Progress
+    from launcher.watching.submitted_job import SubmittedJob
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, as_json: bool) -> bool:
@@ -92,13 +92,13 @@ def main() -> None:
 @_json_option
 def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
     """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
-    from launcher.description import load
+    from launcher.config.description import load
 
     cluster, changes = _cluster(cluster_name, overrides)
     description = load(job, changes)
     if cluster.is_this_machine:
         _cheap_checks(description)
-    from launcher.runs import begin
+    from launcher.runs.start import begin
 
     def work(display: "Progress") -> dict[str, Any]:
         return begin(description, job.parent, cluster, display, take_over=take_over)
@@ -145,7 +145,7 @@ def resume(
         return _resume_from_standby(run_url, overrides, submission_id, cluster_name, as_json)
     run_directory = _existing_run(run_url)
     with run_directory.submissions.answered(submission_id):
-        from launcher.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
+        from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
 
         spec, changes = load_cluster(cluster_name, overrides)
         if submission_id is None and spec.takes_jobs:
@@ -156,7 +156,7 @@ def resume(
                 )
             place = jobs_cluster(spec)
             scheduler = open_scheduler(place)
-            from launcher.submit import submit_again
+            from launcher.submission.submit import submit_again
 
             def hand_over(display: "Progress") -> dict[str, Any]:
                 return submit_again(run_directory, changes, scheduler, place, display)
@@ -168,7 +168,7 @@ def resume(
                 "give --cluster the Jobs API of a cluster"
             )
         cluster = open_cluster(spec)
-        from launcher.runs import resume as resume_run
+        from launcher.runs.start import resume as resume_run
 
         def work(display: "Progress") -> dict[str, Any]:
             return resume_run(
@@ -186,9 +186,9 @@ def _resume_from_standby(
     if submission_id is None:
         raise DescriptionError("--standby: waits for a submission; name it with --submission")
     cluster, changes = _cluster(cluster_name, overrides)
-    from cluster.run_directory import RunDirectory
-    from launcher.runs import resume as resume_run
-    from launcher.standby import stand_by
+    from cluster.run.run_directory import RunDirectory
+    from launcher.runs.start import resume as resume_run
+    from launcher.submission.standby import stand_by
 
     run_directory = RunDirectory(run_url)
 
@@ -207,23 +207,23 @@ def _resume_from_standby(
 @_json_option
 def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
     """Check JOB.yaml and show everything that follows from it; start nothing."""
-    from launcher.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
-    from launcher.description import load
-    from launcher.progress import open_progress
-    from launcher.report import plan_text
+    from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
+    from launcher.config.description import load
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import plan_text
 
     spec, changes = load_cluster(cluster_name, overrides)
     if spec.takes_jobs:
         place = jobs_cluster(spec)
         description = load(job, changes)
-        from launcher.submit import plan_there
+        from launcher.submission.submit import plan_there
 
         with contextlib.closing(open_progress(sys.stderr)) as display:
             made = plan_there(description, job.parent, open_scheduler(place), place, display)
     else:
         cluster = open_cluster(spec)
         description = load(job, changes)
-        from launcher.runs import plan_only
+        from launcher.runs.start import plan_only
 
         with contextlib.closing(open_progress(sys.stderr)) as display, _joined(cluster):
             made = plan_only(description, job.parent, cluster, display)
@@ -244,11 +244,11 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
 @_json_option
 def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
     """Check JOB.yaml here and on a cluster, hand it over, and return; a run that ended goes on."""
-    from launcher.description import load
+    from launcher.config.description import load
 
     scheduler, place, changes = _scheduler(cluster_name, overrides)
     description = load(job, changes)
-    from launcher.submit import submit as submit_run
+    from launcher.submission.submit import submit as submit_run
 
     def work(display: "Progress") -> dict[str, Any]:
         return submit_run(description, job.parent, scheduler, place, display)
@@ -262,8 +262,8 @@ def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool,
 @_json_option
 def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
     """Show how far RUN is, from its directory; and how its job is, if its cluster is named."""
-    from launcher.report import summary
-    from launcher.status import read_status
+    from launcher.display.tables import summary
+    from launcher.watching.status import read_status
 
     run_directory = _existing_run(run_url)
     job = _job(run_directory, cluster_name)
@@ -278,8 +278,8 @@ def status(run_url: str, cluster_name: str | None, as_json: bool) -> None:
 @_json_option
 def stop(run_url: str, timeout_s: float, cluster_name: str | None, as_json: bool) -> None:
     """Ask RUN, wherever it runs, to save and stop; wait until it has. One that waits on a cluster needs --cluster."""
-    from launcher.report import summary
-    from launcher.stop import stop_run
+    from launcher.display.tables import summary
+    from launcher.watching.stop import stop_run
 
     run_directory = _existing_run(run_url)
     document = stop_run(run_directory, timeout_s, _job(run_directory, cluster_name))
@@ -292,11 +292,11 @@ def stop(run_url: str, timeout_s: float, cluster_name: str | None, as_json: bool
 @_json_option
 def list_(store: str, cluster_name: str | None, as_json: bool) -> None:
     """List the runs in STORE; and the jobs that wait on a cluster, if one is named."""
-    from cluster.run_directory import list_runs
-    from cluster.storage import Store
-    from launcher.report import runs_table
-    from launcher.status import read_statuses
-    from launcher.submitted import read_statuses_with_jobs
+    from cluster.run.run_directory import list_runs
+    from cluster.storage.store import Store
+    from launcher.display.tables import runs_table
+    from launcher.watching.status import read_statuses
+    from launcher.watching.submitted_job import read_statuses_with_jobs
 
     if cluster_name is None:
         documents = read_statuses(list_runs(Store(store)))
@@ -313,8 +313,8 @@ def list_(store: str, cluster_name: str | None, as_json: bool) -> None:
 @_json_option
 def checkpoints(run_url: str, verify: bool, repair: bool, as_json: bool) -> None:
     """List RUN's checkpoints by their manifests, or verify them; exit code 3 if one is bad."""
-    from launcher.report import checkpoints_table, repair_text
-    from launcher.status import checkpoint_documents, remove_orphans
+    from launcher.display.tables import checkpoints_table, repair_text
+    from launcher.watching.status import checkpoint_documents, remove_orphans
 
     run_directory = _existing_run(run_url)
     survey = remove_orphans(run_directory) if repair else run_directory.checkpoints.survey()
@@ -338,7 +338,7 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
 
     If its cluster is named, what its driver printed there comes last.
     """
-    from launcher.logs import log_pieces
+    from launcher.watching.logs import log_pieces
 
     run_directory = _existing_run(run_url)
     job = _job(run_directory, cluster_name)
@@ -352,7 +352,7 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
 @_json_option
 def plot(run_url: str, as_json: bool) -> None:
     """Draw RUN's curves.png from its metrics, and a picture of every matrix, such as val-confusion.png."""
-    from launcher.pictures import draw
+    from launcher.display.plots import draw
 
     run_directory = _existing_run(run_url)
     rows = run_directory.metrics().read()
@@ -372,8 +372,8 @@ def plot(run_url: str, as_json: bool) -> None:
 def export(run_url: str, at: int | None, weights: Any, to: str | None, force: bool, as_json: bool) -> None:
     """Write the weights of one of RUN's checkpoints to a file, and check it by reading it back."""
     run_directory = _existing_run(run_url)
-    from launcher.export import export as export_weights
-    from launcher.report import export_text
+    from launcher.display.tables import export_text
+    from launcher.runs.export import export as export_weights
 
     document = export_weights(run_directory, to=to, at=at, which=weights, force=force)
     _show(document, export_text(document), as_json)
@@ -385,8 +385,8 @@ def export(run_url: str, at: int | None, weights: Any, to: str | None, force: bo
 def schema(kind: str | None, as_json: bool) -> None:
     """Print the job language: every key, its type, its default and what it means."""
     from jobs.spec import JobSpec
-    from launcher.clusters import language_of
-    from launcher.schema import describe, describe_json
+    from launcher.config.clusters import language_of
+    from launcher.config.reference import describe, describe_json
 
     language = JobSpec if kind is None else language_of(kind)
     _show(describe_json(language) if as_json else None, "" if as_json else describe(language), as_json)
@@ -394,8 +394,8 @@ def schema(kind: str | None, as_json: bool) -> None:
 
 def _cheap_checks(description: "Description") -> None:
     """What needs neither torch nor Ray is said before either is imported."""
-    from launcher.description import named_errors
-    from launcher.machine import check_machine
+    from launcher.config.description import named_errors
+    from launcher.planning.placement import check_machine
 
     with named_errors(description.source):
         check_machine(description.spec)
@@ -403,7 +403,7 @@ def _cheap_checks(description: "Description") -> None:
 
 def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple["Cluster", list[str]]:
     """The cluster that is meant, for a driver on one of its hosts, and what is left to change in the job."""
-    from launcher.clusters import load_cluster, open_cluster
+    from launcher.config.clusters import load_cluster, open_cluster
 
     spec, changes = load_cluster(named, overrides)
     return open_cluster(spec), changes
@@ -411,7 +411,7 @@ def _cluster(named: str | None, overrides: tuple[str, ...]) -> tuple["Cluster", 
 
 def _scheduler(named: str | None, overrides: tuple[str, ...] = ()) -> tuple["Scheduler", "RayClusterSpec", list[str]]:
     """What begins runs on the cluster that is meant, its description, and what is left to change in the job."""
-    from launcher.clusters import load_jobs_cluster, open_scheduler
+    from launcher.config.clusters import load_jobs_cluster, open_scheduler
 
     place, changes = load_jobs_cluster(named, overrides)
     return open_scheduler(place), place, changes
@@ -421,7 +421,7 @@ def _job(run_directory: "RunDirectory", cluster_name: str | None) -> "SubmittedJ
     """The job of a run on the cluster that is meant; none: no cluster is named."""
     if cluster_name is None:
         return None
-    from launcher.submitted import submitted_job
+    from launcher.watching.submitted_job import submitted_job
 
     scheduler, place, _ = _scheduler(cluster_name)
     return submitted_job(run_directory, scheduler, place.address)
@@ -442,8 +442,8 @@ def _show_submitted(
     work: Callable[["Progress"], dict[str, Any]], scheduler: "Scheduler", *, wait: bool, as_json: bool
 ) -> None:
     """Hands a run over with a display on stderr; then prints what became of it, and exits."""
-    from launcher.progress import open_progress
-    from launcher.report import summary
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import summary
 
     display, exit_code = open_progress(sys.stderr), 0
     try:
@@ -458,9 +458,9 @@ def _show_submitted(
 
 def _watched(submitted: dict[str, Any], scheduler: "Scheduler", display: "Progress") -> tuple[dict[str, Any], int]:
     """What was submitted, watched to its end or until Ctrl-C, and the exit code."""
-    from cluster.run_directory import RunDirectory
-    from launcher.status import read_status
-    from launcher.watch import watch
+    from cluster.run.run_directory import RunDirectory
+    from launcher.watching.status import read_status
+    from launcher.watching.watch import watch
 
     run_directory = RunDirectory(submitted["run"])
     try:
@@ -475,7 +475,7 @@ def _watched(submitted: dict[str, Any], scheduler: "Scheduler", display: "Progre
 
 
 def _existing_run(url: str) -> "RunDirectory":
-    from cluster.run_directory import RunDirectory
+    from cluster.run.run_directory import RunDirectory
 
     run_directory = RunDirectory(url)
     if not run_directory.is_known():
@@ -487,8 +487,8 @@ def _existing_run(url: str) -> "RunDirectory":
 
 def _show_result(work: Callable[["Progress"], dict[str, Any]], cluster: "Cluster", as_json: bool) -> None:
     """Runs with a display on stderr, then prints the result and exits as it ended."""
-    from launcher.progress import open_progress
-    from launcher.report import summary
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import summary
 
     display = open_progress(sys.stderr)
     try:

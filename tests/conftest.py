@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
-from cluster import fork_server, storage
-from cluster.agent import FAULTS_VARIABLE
-from cluster.deadline import Started
-from cluster.faults import Fault, write_plan
+from cluster.process import fork_server
+from cluster.process.agent import FAULTS_VARIABLE
+from cluster.process.faults import Fault, write_plan
+from cluster.storage import store
+from cluster.storage.deadline import Started
 from tests.e2e.command import end_all
 from tests.janitor import Janitor
 from tests.stores import S3Server, SSHServer, disk_in_memory, s3_server, ssh_server
 
 _JANITOR = pytest.StashKey[Janitor]()
 _FORKED_NEEDS = (
-    "jobs.worker", "jobs.metrics", "launcher.trial", "launcher.pictures", "matplotlib.backends.backend_agg",
-    "matplotlib.figure", "tests.launcher_without_ray",
+    "jobs.training.worker", "jobs.build.metrics", "launcher.planning.dry_run", "launcher.display.plots",
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "tests.launcher_without_ray",
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
 _SLOW_FIRST = (
@@ -98,7 +99,7 @@ def calls_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
             started.set_exception(error)
         return started
 
-    monkeypatch.setattr(storage, "start", start)
+    monkeypatch.setattr(store, "start", start)
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from cluster import fork_server
-from cluster.agent import Agent, Orders, Task, modules_of
 from cluster.capacity import Node, Places, WorkerResources
 from cluster.errors import StorageError
-from cluster.kinds import Cluster
+from cluster.kinds.ray import Cluster
+from cluster.process import fork_server
+from cluster.process.agent import Agent, Orders, Task, modules_of
+from cluster.process.workplace import Call, call_here
 from cluster.scheduler import ClusterReport, Needs
-from cluster.workplace import Call, call_here
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, a_cluster, answered
 
 _ADDRESS = "127.0.0.1"
@@ -244,7 +244,10 @@ def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
     sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
-    from launcher import cli, clusters, hand_over, runs
+    from launcher import cli
+    from launcher.config import clusters
+    from launcher.runs import start
+    from launcher.submission import handover
 
     replaced: Any = clusters
     replaced.LocalRay = Machine
@@ -252,10 +255,10 @@ def main() -> None:
         scheduler = LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
         replaced.open_scheduler = lambda _: scheduler
         if scheduler.is_held:  # then no job tells that it has found its submission
-            replaced = hand_over
+            replaced = handover
             replaced._TAKE_UP_S = 0.0
-    replaced = runs
-    replaced.draw = partial(fork_server.call, "launcher.pictures:draw")
+    replaced = start
+    replaced.draw = partial(fork_server.call, "launcher.display.plots:draw")
     cli.main()
 
 

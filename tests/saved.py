@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from cluster.checkpoints import Checkpoints, FileEntry, Manifest, digest_of_files
-from cluster.storage import Store
+from cluster.run.checkpoints import Checkpoints, FileEntry, Manifest, digest_of_files
+from cluster.storage.store import Store
 
 
 def write_files(checkpoints: Checkpoints, step: int, files: Mapping[str, bytes]) -> dict[str, FileEntry]:

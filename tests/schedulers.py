@@ -17,14 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster import processes
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_from_log
+from cluster.host import identity
+from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_from_log
+from cluster.inspection.store import answer
 from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
-from cluster.storage import Store
-from cluster.store_check import answer
-from launcher.nodes import own_versions
+from cluster.storage.store import Store
+from launcher.planning.nodes import own_versions
 
 FOLDER_VARIABLE = "LAUNCHER_TEST_CLUSTER"
 """The environment variable that names the folder of the cluster that ``launcher submit`` means in tests."""
@@ -127,7 +127,7 @@ class LocalScheduler(Scheduler):
                 stderr=log,
                 start_new_session=True,
             )
-        began = {"pid": process.pid, "started": processes.started(process.pid), "at": time.time(), "of": dict(metadata)}
+        began = {"pid": process.pid, "started": identity.started(process.pid), "at": time.time(), "of": dict(metadata)}
         (self._jobs / job_id / "new").write_text(json.dumps(began))
         (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
         return self._known(job_id)
@@ -155,7 +155,7 @@ class LocalScheduler(Scheduler):
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
             began_at, metadata = process["at"], process["of"]
-            is_alive = processes.started(process["pid"]) == process["started"]
+            is_alive = identity.started(process["pid"]) == process["started"]
             is_held = self.is_held and not (job / "begun").exists()
             ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"
             status = ("pending" if is_held else "running") if is_alive else ended

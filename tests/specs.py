@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jobs.order import StepPlan
+from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
-from launcher.plan import Tried
+from launcher.planning.plan import Tried
 
 
 def bare_job(**sections: Any) -> JobSpec:

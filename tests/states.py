@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from cluster.checkpoints import FileEntry, Part, digest_of_files
-from jobs.state import STATE_FILES, Layout, lay_out, memory_of
+from cluster.run.checkpoints import FileEntry, Part, digest_of_files
+from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
 
 
 def encode(state: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a state; ``jobs.state.decode`` takes them."""
+    """The files of a state; ``jobs.checkpoint.layout.decode`` takes them."""
     layout = lay_out(state)
     return {name: b"".join(parts) for name, parts in _parts(layout).items()}
 

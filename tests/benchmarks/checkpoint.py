@@ -4,14 +4,14 @@ Two things are measured, with the same 100 MB of state (a ResNet-18 with 3,300 c
 workers, and a local folder as the store.
 
 *Blocked*: how long the loop stands still for one checkpoint. In the launched loop it is the time inside of
-``jobs.saver.Saver.save``, on the slowest worker. Beside it a stock ``TorchTrainer``, as Ray's documentation has it:
-rank 0 writes the state with ``torch.save`` into a temporary folder and calls ``ray.train.report`` with it, the others
-call it without; the time is that of both calls, on rank 0, its settings the defaults.
+``jobs.checkpoint.saver.Saver.save``, on the slowest worker. Beside it a stock ``TorchTrainer``, as Ray's documentation
+has it: rank 0 writes the state with ``torch.save`` into a temporary folder and calls ``ray.train.report`` with it, the
+others call it without; the time is that of both calls, on rank 0, its settings the defaults.
 
 *Overhead*: how much longer training takes with a checkpoint every five seconds. Every worker process holds three arms
-of the product's ``jobs.loop.Loop`` that take turns in blocks of five seconds: one that saves once in each block, early
-enough for everything behind the loop's back to fall into the same block; one that never does; and that one once more
-(A/A), which shows what of a difference is noise.
+of the product's ``jobs.training.loop.Loop`` that take turns in blocks of five seconds: one that saves once in each
+block, early enough for everything behind the loop's back to fall into the same block; one that never does; and that one
+once more (A/A), which shows what of a difference is noise.
 
 Reported: medians with quartiles, and n; ratios are of blocks of the same round. The last line is JSON.
 """
@@ -96,7 +96,7 @@ class _Settings:
     rounds: int
 
     def job(self, steps: int, every_steps: int) -> Any:
-        from launcher.description import parse
+        from launcher.config.description import parse
 
         text = _JOB.format(store=self.store, length=16 * steps, every_steps=every_steps)
         return parse(text, "checkpoint.yaml").spec
@@ -153,21 +153,22 @@ def _work(settings: _Settings, rank: int, folder: str, results: Connection, mess
 def _arm(
     settings: _Settings, messages: Connection, steps: int, every_steps: int, blocked: list[float]
 ) -> tuple[Gate, Callable[[], None]]:
-    """A launched loop, put together as ``jobs.worker.train`` does; and a function that waits for its saves."""
+    """A launched loop, put together as ``jobs.training.worker.train`` does; and a function that waits for its saves."""
     import torch
 
-    from cluster.link import Activity, Link
-    from cluster.run_directory import RunDirectory
-    from jobs.loop import Loop, Progress
-    from jobs.parts import build_parts
-    from jobs.saver import Saver
-    from jobs.team import Team
+    from cluster.process.link import Activity, Link
+    from cluster.run.run_directory import RunDirectory
+    from jobs.build.components import build_parts
+    from jobs.checkpoint.loop_state import LoopState
+    from jobs.checkpoint.saver import Saver
+    from jobs.parallel.team import Team
+    from jobs.training.loop import Loop
 
     spec, device = settings.job(steps, every_steps), torch.device("cpu")
     import torch.distributed as dist
 
     team = Team(rank=dist.get_rank(), world_size=_WORKERS, shards=spec.train.shards, exact=True, device=device)
-    parts, progress, link = build_parts(spec, device), Progress(), Link(messages, Activity())
+    parts, progress, link = build_parts(spec, device), LoopState(), Link(messages, Activity())
     saver = Saver(parts, progress, RunDirectory(f"{settings.store}/run").checkpoints, link, team, None)
 
     def save(metrics: dict[str, float], *, is_needed: bool) -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 from tests.benchmarks.twins import LAUNCHER_RUN, NUM_WORKERS, Step, Twin, launcher, running, stock
 
 _SAVE_INTERVAL_S = 5.0

@@ -1,10 +1,10 @@
 """The step time of the launched loop against a hand-written DDP loop: ``python -m tests.benchmarks.step``.
 
-Every worker process holds four arms: the product's ``jobs.loop.Loop`` with ``train.exact`` on and off, a bare DDP loop
-as one would write it by hand, and that bare loop once more (A/A), which shows what of a difference is noise. The arms
-take turns in short blocks of steps, in another order in every round, so that a machine whose speed drifts hurts all
-alike. All see the same samples in the same micro-batches, through a torch ``DataLoader`` of their own over the same
-dataset, and start from the same weights.
+Every worker process holds four arms: the product's ``jobs.training.loop.Loop`` with ``train.exact`` on and off, a bare
+DDP loop as one would write it by hand, and that bare loop once more (A/A), which shows what of a difference is noise.
+The arms take turns in short blocks of steps, in another order in every round, so that a machine whose speed drifts
+hurts all alike. All see the same samples in the same micro-batches, through a torch ``DataLoader`` of their own over
+the same dataset, and start from the same weights.
 
 How single steps are timed without touching the product: ``Loop`` asks ``stop_wanted()`` exactly once in every step,
 and the bare loop calls the same function at the end of its own. So each arm runs in a thread of its own, and that
@@ -67,7 +67,7 @@ class _Settings:
 
     def job(self, exact: bool) -> Any:
         """The description that the product's arms run, parsed."""
-        from launcher.description import parse
+        from launcher.config.description import parse
 
         global_batch = _PER_WORKER * self.workers
         text = _JOB.format(
@@ -108,13 +108,14 @@ def _work(settings: _Settings, rank: int, folder: str, results: Connection, mess
 
 
 def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bool) -> Callable[[Gate], None]:
-    """The product's loop, put together as ``jobs.worker.train`` does."""
+    """The product's loop, put together as ``jobs.training.worker.train`` does."""
     import torch
 
-    from cluster.link import Activity, Link
-    from jobs.loop import Loop, Progress
-    from jobs.parts import build_parts
-    from jobs.team import Team
+    from cluster.process.link import Activity, Link
+    from jobs.build.components import build_parts
+    from jobs.checkpoint.loop_state import LoopState
+    from jobs.parallel.team import Team
+    from jobs.training.loop import Loop
 
     spec, device = settings.job(exact), torch.device("cpu")
     team = Team(rank=rank, world_size=settings.workers, shards=spec.train.shards, exact=exact, device=device)
@@ -127,7 +128,7 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
 
     def train(gate: Gate) -> None:
         loop = Loop(
-            spec, parts, Progress(), team,
+            spec, parts, LoopState(), team,
             metrics={}, tell=tell, save=lambda _, **__: None, stop_wanted=gate,
         )  # fmt: skip
         loop.run()
@@ -142,7 +143,7 @@ def _bare(settings: _Settings, rank: int) -> Callable[[Gate], None]:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
 
-    from jobs.parts import build_parts
+    from jobs.build.components import build_parts
 
     parts = build_parts(settings.job(exact=True), torch.device("cpu"))  # the same weights, and the same data
     torch.set_num_threads(1)

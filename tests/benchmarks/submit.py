@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 from tests.benchmarks.startup import JOB, SCRIPT
 from tests.benchmarks.twins import NUM_WORKERS, stamps_in, stock, write_optimizer
 from tests.e2e.command import events

@@ -5,11 +5,11 @@ goes up is one state of 100 MB, a ResNet-18 with 3,300 classes under SGD with mo
 On few cores the server is the bottleneck: it wants a second of processor time for 100 MB, whoever sends them. So all is
 done a second time through connections that carry 20 MB/s each, as those to a store far away carry less than the host.
 
-*launcher*: two worker processes, each with a ``jobs.saver.Saver``, save at the same moment, as in a run. The clock runs
-from the first one's call of ``save`` to the manifest, which this process commits as the driver does, once it has heard
-of both shares: copying, hashing, uploading, and the messages in between. All tensors and small files change between two
-saves, so that each writes all of its bytes, which is checked. *frozen*: the same save after only the last layer has
-changed, which leaves the rest where it is.
+*launcher*: two worker processes, each with a ``jobs.checkpoint.saver.Saver``, save at the same moment, as in a run. The
+clock runs from the first one's call of ``save`` to the manifest, which this process commits as the driver does, once it
+has heard of both shares: copying, hashing, uploading, and the messages in between. All tensors and small files change
+between two saves, so that each writes all of its bytes, which is checked. *frozen*: the same save after only the last
+layer has changed, which leaves the rest where it is.
 
 *stock*: Ray Train's copy path, in one process, for Ray uploads what rank 0 reports. ``ray.train.report`` calls
 ``StorageContext.persist_current_checkpoint`` with the checkpoint's local folder, and so does this benchmark, without a
@@ -59,8 +59,8 @@ def _parts() -> Any:
     """What a worker trains with, after one step: the optimizer has its state too."""
     import torch
 
-    from jobs.parts import build_parts
-    from launcher.description import parse
+    from jobs.build.components import build_parts
+    from launcher.config.description import parse
 
     torch.set_num_threads(1)
     parts = build_parts(parse(_JOB, "upload.yaml").spec, torch.device("cpu"))
@@ -74,15 +74,15 @@ def _work(rank: int, folder: str, url: str, orders: Connection, messages: Connec
     """One worker: for each order, a step number and which tensors change before it, a save of the real kind."""
     import torch
 
-    from cluster.link import Activity, Link
-    from cluster.run_directory import RunDirectory
-    from jobs.loop import Progress
-    from jobs.saver import Saver
-    from jobs.team import Team
+    from cluster.process.link import Activity, Link
+    from cluster.run.run_directory import RunDirectory
+    from jobs.checkpoint.loop_state import LoopState
+    from jobs.checkpoint.saver import Saver
+    from jobs.parallel.team import Team
 
     join_team(rank, _WORKERS, folder)
     team = Team(rank=rank, world_size=_WORKERS, shards=_WORKERS, exact=True, device=torch.device("cpu"))
-    parts, progress, link = _parts(), Progress(), Link(messages, Activity())
+    parts, progress, link = _parts(), LoopState(), Link(messages, Activity())
     saver = Saver(parts, progress, RunDirectory(url).checkpoints, link, team, None)
     for progress.step, prefix in iter(orders.recv, None):
         parts.optimizer.param_groups[0]["lr"] = 1 / progress.step
@@ -106,8 +106,8 @@ def _saver(folder: str, url: str) -> Iterator[Callable[[str], float]]:
 
     Its argument is what the names of the tensors begin with that change before.
     """
-    from cluster.checkpoints import join
-    from cluster.run_directory import RunDirectory
+    from cluster.run.checkpoints import join
+    from cluster.run.run_directory import RunDirectory
 
     context, checkpoints, step = multiprocessing.get_context("spawn"), RunDirectory(url).checkpoints, 0
     workers, orders, messages = [], [], []

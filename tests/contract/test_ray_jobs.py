@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from cluster import ray_jobs
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
-from cluster.node_check import NEEDS_VARIABLE, needs_from_text, report_to_text
-from cluster.ray_check import COMMAND
-from cluster.ray_jobs import RayJobs
+from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_to_text
+from cluster.kinds import ray_jobs
+from cluster.kinds.ray_jobs import RayJobs
+from cluster.ray.inspection import COMMAND
 from cluster.scheduler import ClusterReport, Job, Needs, Scheduler
 
 TOKEN = "a" * 64
@@ -233,7 +233,7 @@ def test_what_an_inspection_runs(head: Head) -> None:
     with pytest.raises(ClusterError):
         RayJobs(head.url).inspect(NEEDS)
     (job,) = head.jobs.values()
-    assert job["entrypoint"].endswith("exec python -P -m cluster.ray_check")
+    assert job["entrypoint"].endswith("exec python -P -m cluster.ray.inspection")
     assert job["submission_id"].startswith("launcher-inspect-")
     variables = dict(job["runtime_env"]["env_vars"])
     assert needs_from_text(variables.pop(NEEDS_VARIABLE)) == NEEDS
@@ -248,7 +248,7 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
         (tmp_path / name).chmod(0o755)
     ended = subprocess.run(["/bin/sh", "-c", COMMAND], env={"PATH": str(tmp_path)}, capture_output=True)
-    assert (ended.returncode, ended.stdout) == (7, b"-P -m cluster.ray_check\n")
+    assert (ended.returncode, ended.stdout) == (7, b"-P -m cluster.ray.inspection\n")
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
             "folder that it is in as venv of the cluster's description",
         ),
         (
-            ("FAILED", 1, "x\n/usr/bin/python: No module named cluster.ray_check\n"),
-            "python on its head does not have this launcher: /usr/bin/python: No module named cluster.ray_check; "
+            ("FAILED", 1, "x\n/usr/bin/python: No module named cluster.ray.inspection\n"),
+            "python on its head does not have this launcher: /usr/bin/python: No module named cluster.ray.inspection; "
             "install the same version of launcher there, or give the folder that it is in as venv of the cluster's "
             "description",
         ),

@@ -27,9 +27,9 @@ import paramiko
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster import storage
 from cluster.errors import StorageError
-from cluster.storage import MissingObject, Store
+from cluster.storage import store as storage
+from cluster.storage.store import MissingObject, Store
 from tests.stores import Proxy, SSHServer
 
 
@@ -717,7 +717,7 @@ class TestFullDisk:
     @pytest.mark.parametrize("size", [1_200_000, 5_000_000])
     def test_it_is_said_in_one_line_and_leaves_nothing_torn(self, store, size):
         store.write("small", b"1" * 100_000)
-        with pytest.raises(StorageError, match=r"cannot write large: .*(No space left|disk may be full).*, tried for"):
+        with pytest.raises(StorageError, match=r"cannot write large: .*(No space left|disk may be full)"):
             store.write("large", b"2" * size)
         assert store.names() == ["small"]
         assert store.read("small") == b"1" * 100_000

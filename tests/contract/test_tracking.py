@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cluster import tracking
-from cluster.tracking import MemoryTracker, Row, Tracker, TrackerSettings, open_tracker
+from cluster.tracking import tracker as tracking
+from cluster.tracking.tracker import MemoryTracker, Row, Tracker, TrackerSettings, open_tracker
 from tests.processes import descendants
 from tests.wandb_server import RecordedRun, WandbServer
 
@@ -238,7 +238,7 @@ class TestOnline(WandbContract):
     def test_a_killed_driver_loses_no_row(self) -> None:
         script = f"""
             import time
-            from cluster.tracking import TrackerSettings, open_tracker
+            from cluster.tracking.tracker import TrackerSettings, open_tracker
             tracker = open_tracker({self.driver.settings!r}, print)
             for step in range(1, 101):
                 tracker.log({{"step": step, "train/loss": 1.0}})
@@ -277,7 +277,7 @@ class TestOffline(WandbContract):
         settings = replace(self.driver.settings, mode="offline")
         script = f"""
             import signal, sys, time
-            from cluster.tracking import TrackerSettings, open_tracker
+            from cluster.tracking.tracker import TrackerSettings, open_tracker
             stopped = []
             signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
             tracker = open_tracker({settings!r}, print)
@@ -475,5 +475,5 @@ def test_a_folder_that_cannot_be_written(driver: Driver, tmp_path: Path) -> None
 
 
 def test_wandb_is_imported_by_the_recorder_only() -> None:
-    check = "import sys, cluster.tracking; sys.exit('wandb' in sys.modules)"
+    check = "import sys, cluster.tracking.tracker; sys.exit('wandb' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

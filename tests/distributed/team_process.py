@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from cluster import fork_server
-from cluster.agent import Task
-from cluster.checkpoints import Share, join
 from cluster.errors import LauncherError
-from cluster.link import Activity, Beat, Link
-from cluster.run_directory import RunDirectory
-from jobs.loop import Progress
-from jobs.parts import build_parts
+from cluster.process import fork_server
+from cluster.process.agent import Task
+from cluster.process.link import Activity, Beat, Link
+from cluster.run.checkpoints import Share, join
+from cluster.run.run_directory import RunDirectory
+from jobs.build.components import build_parts
+from jobs.checkpoint.layout import decode
+from jobs.checkpoint.loop_state import LoopState
+from jobs.parallel.team import Team
 from jobs.spec import JobSpec
-from jobs.state import decode
-from jobs.team import Team
-from jobs.worker import compare_environments, meet, train
+from jobs.training.worker import compare_environments, meet, train
 from tests.states import digest
 
 TIMEOUT_S = 600.0
@@ -80,7 +80,7 @@ def run_job(spec: JobSpec, world_size: int, *, stop_after: int | None = None) ->
 
 
 def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
-    """``jobs.worker.main`` taken apart, for a look at the state that this rank ends with."""
+    """``jobs.training.worker.main`` taken apart, for a look at the state that this rank ends with."""
     spec: JobSpec = task.content
     device = torch.device("cpu")
     meet(link, task, TIMEOUT_S)
@@ -95,7 +95,7 @@ def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
     parts = build_parts(spec, device)
     compare_environments(link, task, parts, team)
     stopping_link: Any = _StoppingLink(link, stop_after)
-    train(stopping_link, RunDirectory(task.run_url), spec, parts, Progress(), team)
+    train(stopping_link, RunDirectory(task.run_url), spec, parts, LoopState(), team)
     return digest(parts.state())
 
 

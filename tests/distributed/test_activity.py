@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.agent import Task
-from cluster.link import Link
+from cluster.process.agent import Task
+from cluster.process.link import Link
 from jobs.spec import CheckpointSpec, DataSpec, LossSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, Images, plain_job
 from tests.distributed.team_process import run_processes, train_job

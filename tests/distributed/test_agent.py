@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from cluster import fork_server
-from cluster.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
-from cluster.bundle import CodeFile, make_bundle
 from cluster.errors import ClusterError, StorageError
-from cluster.faults import Fault, fired, write_plan
-from cluster.link import Beat, Link
-from cluster.run_directory import RunDirectory
+from cluster.process import fork_server
+from cluster.process.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
+from cluster.process.faults import Fault, fired, write_plan
+from cluster.process.link import Beat, Link
+from cluster.run.bundle import CodeFile, make_bundle
+from cluster.run.run_directory import RunDirectory
 from tests.processes import state, wait_until
 
 HANG_TIMEOUT_S = 2.0

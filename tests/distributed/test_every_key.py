@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from jobs.loader import seed_draws, seed_host_draws
-from jobs.order import StepPlan, draw_key
+from jobs.data.loader import seed_draws, seed_host_draws
+from jobs.sampling import StepPlan, draw_key
 from jobs.spec import GroupSpec, JobSpec, LossSpec, OptimizerSpec, Target
 from tests.distributed.small_job import SAMPLES, Images, OddNet, full_job, images, target
 from tests.distributed.team_process import newest_state, run_job

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster import fork_server
 from cluster.errors import DescriptionError
+from cluster.process import fork_server
 from tests.processes import state, wait_until
 
 HERE = __name__

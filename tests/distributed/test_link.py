@@ -4,8 +4,8 @@ import multiprocessing
 import threading
 from multiprocessing.connection import Connection
 
-from cluster import fork_server, link
-from cluster.link import Activity, Beat, Link
+from cluster.process import fork_server, link
+from cluster.process.link import Activity, Beat, Link
 
 
 def two_steps(connection: Connection) -> None:

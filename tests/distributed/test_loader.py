@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import fork_server
-from jobs.loader import validation_batches
+from cluster.process import fork_server
+from jobs.data.loader import validation_batches
 from tests.processes import state, wait_until
 
 

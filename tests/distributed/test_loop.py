@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.loader import seed_host_draws
-from jobs.order import StepPlan, draw_key
+from jobs.data.loader import seed_host_draws
+from jobs.sampling import StepPlan, draw_key
 from jobs.spec import CheckpointSpec, EarlyStopSpec, JobSpec, LossSpec, OptimizerSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, STEPS_PER_EPOCH, Net, full_job, images, plain_job
 from tests.distributed.team_process import Outcome, newest_state, run_job

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from jobs.order import StepPlan
+from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, LossSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, VAL_SAMPLES, Images, images, plain_job
 from tests.distributed.team_process import newest_state, run_job

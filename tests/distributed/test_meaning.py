@@ -13,12 +13,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.agent import Task
-from cluster.link import Link
-from jobs.loader import seed_host_draws
-from jobs.order import StepPlan, draw_key
+from cluster.process.agent import Task
+from cluster.process.link import Link
+from jobs.data.loader import seed_host_draws
+from jobs.sampling import StepPlan, draw_key
 from jobs.spec import JobSpec, LossSpec, Target
-from jobs.worker import meet
+from jobs.training.worker import meet
 from tests.distributed.small_job import SAMPLES, VAL_SAMPLES, Images, Net, images, plain_job
 from tests.distributed.team_process import TIMEOUT_S, Outcome, newest_state, run_job, run_processes, train_job
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.agent import Task
-from cluster.link import Link
-from cluster.local_files import SyncedLocalFileSystem
-from cluster.run_directory import RunDirectory
-from jobs.loop import Loop, Progress
-from jobs.parts import build_parts
-from jobs.saver import Saver
-from jobs.team import Team
-from jobs.worker import meet
+from cluster.process.agent import Task
+from cluster.process.link import Link
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.local import SyncedLocalFileSystem
+from jobs.build.components import build_parts
+from jobs.checkpoint.loop_state import LoopState
+from jobs.checkpoint.saver import Saver
+from jobs.parallel.team import Team
+from jobs.training.loop import Loop
+from jobs.training.worker import meet
 from tests.distributed.small_job import full_job, plain_job
 from tests.distributed.team_process import TIMEOUT_S, run_directory, run_processes
 
@@ -127,7 +128,7 @@ def save_every_step(link: Link, task: Task, case: Case, *, tends: bool = False) 
     """Saves at each step a state that has changed as a whole."""
     meet(link, task, TIMEOUT_S)
     team = Team(rank=task.rank, world_size=task.world_size, shards=4, exact=True, device=CPU)
-    parts, progress = build_parts(task.content, CPU), Progress()
+    parts, progress = build_parts(task.content, CPU), LoopState()
     uploads = Uploads({upload for rank, upload in case.slow if rank == team.rank}, case.held_for)
     checkpoints = RunDirectory(task.run_url).checkpoints
     saver = Saver(parts, progress, checkpoints, link, team, None, clock=uploads.clock)
@@ -174,7 +175,7 @@ def pauses(link: Link, task: Task) -> list[tuple[str, int]]:
     """What the loop asks for between steps."""
     meet(link, task, TIMEOUT_S)
     team = Team(rank=task.rank, world_size=task.world_size, shards=4, exact=True, device=CPU)
-    progress = Progress()
+    progress = LoopState()
     asked: list[tuple[str, int]] = []
     Loop(
         task.content,

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cluster.agent import Task
 from cluster.errors import LauncherError
-from cluster.link import Link
-from jobs.causes import named
-from jobs.team import Team
-from jobs.worker import meet
+from cluster.process.agent import Task
+from cluster.process.link import Link
+from jobs.parallel.team import Team
+from jobs.training.failure_causes import named
+from jobs.training.worker import meet
 from tests.distributed.small_job import full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from cluster import fork_server
-from cluster.agent import Task
 from cluster.errors import ClusterError, DescriptionError
+from cluster.process import fork_server
+from cluster.process.agent import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
-from launcher.plan import Tried
+from launcher.planning.plan import Tried
 
 HERE = __name__
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -61,16 +61,21 @@ def task_of(*, on_gpu: bool, fails: str = "") -> Task:
         train=TrainSpec(global_batch=2 * MICRO_BATCH, shards=2),
     )
     return Task(
-        entry="launcher.trial:try_out", run_url="", import_paths=(), working_directory=".", content=spec, on_gpu=on_gpu
+        entry="launcher.planning.dry_run:try_out",
+        run_url="",
+        import_paths=(),
+        working_directory=".",
+        content=spec,
+        on_gpu=on_gpu,
     )
 
 
 def try_with_gpu(task: Task) -> tuple[Tried, list[tuple[str, int]]]:
     """What the trial tells, and which batches it moved to the device."""
-    from launcher import trial
+    from launcher.planning import dry_run
 
     device, moved = torch.device("cpu", 0), list[tuple[str, int]]()
-    to_device = trial.to_device
+    to_device = dry_run.to_device
 
     def move(batch: Any, to: torch.device) -> Any:
         moved.append((str(to), len(batch[0])))
@@ -80,14 +85,14 @@ def try_with_gpu(task: Task) -> tuple[Tried, list[tuple[str, int]]]:
         assert on_gpu == task.on_gpu
         return device
 
-    replaced: Any = trial
+    replaced: Any = dry_run
     replaced.to_device, replaced.worker_device = move, worker_device
-    return trial.try_out(task), moved
+    return dry_run.try_out(task), moved
 
 
 @pytest.fixture(autouse=True)
 def server() -> None:
-    fork_server.start(["launcher.trial", HERE])
+    fork_server.start(["launcher.planning.dry_run", HERE])
 
 
 def test_on_a_cpu_it_is_part_of_a_micro_batch() -> None:
@@ -118,6 +123,6 @@ def test_one_that_does_not_fit_into_the_gpu_is_one_line(where: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_a_gpu_that_torch_does_not_see_is_the_hosts() -> None:
     with pytest.raises(ClusterError, match="a worker has a GPU here, and torch .* sees none") as caught:
-        fork_server.call("launcher.trial:try_out", task_of(on_gpu=True))
+        fork_server.call("launcher.planning.dry_run:try_out", task_of(on_gpu=True))
 
     assert caught.value.cause == "environment"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.agent import Task
-from cluster.link import Link
+from cluster.process.agent import Task
+from cluster.process.link import Link
 from cluster.versions import versions
-from jobs import worker
 from jobs.environment import make_environment
 from jobs.spec import DataSpec, Target
+from jobs.training import worker
 from tests.distributed.small_job import full_job, plain_job
 from tests.distributed.team_process import run_processes
 
@@ -36,7 +36,7 @@ def work(
     import_paths: tuple[tuple[str, ...], ...] = ((), (), ()),
     **changes: Any,
 ) -> None:
-    """``jobs.worker.main`` as if each rank were on a node of its own.
+    """``jobs.training.worker.main`` as if each rank were on a node of its own.
 
     Args:
         link, task: As ``main`` takes them.

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
-from cluster.agent import Task
-from cluster.link import Link
-from jobs.loader import validation_batches
-from jobs.losses import build_loss
-from jobs.measured import Measured
-from jobs.metrics import build_metrics
+from cluster.process.agent import Task
+from cluster.process.link import Link
+from jobs.build.losses import build_loss
+from jobs.build.metric_values import Measured
+from jobs.build.metrics import build_metrics
+from jobs.build.targets import Builder
+from jobs.data.loader import validation_batches
+from jobs.parallel.team import Team
 from jobs.spec import LossSpec, Target
-from jobs.targets import Builder
-from jobs.team import Team
-from jobs.validation import evaluate
-from jobs.worker import meet
+from jobs.training.evaluation import evaluate
+from jobs.training.worker import meet
 from tests.distributed.small_job import CLASSES, Images, full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from cluster import fork_server, ray_train
-from cluster.agent import Task
 from cluster.capacity import Node, Places, WorkerResources
-from cluster.ray_steering import Wanted, steered_trainer
+from cluster.process import fork_server
+from cluster.process.agent import Task
+from cluster.ray import worker_group
+from cluster.ray.policies import Wanted, steered_trainer
 from tests.processes import state, wait_until
 
 HERE = __name__
@@ -34,7 +35,7 @@ class LocalActor:
         return SimpleNamespace(remote=lambda *args: asyncio.run(method(*args)))
 
 
-def local_group() -> ray_train.WorkerGroup:
+def local_group() -> worker_group.WorkerGroup:
     """The product's own, in a process that gets no Ray any more."""
     modules: Any = sys.modules
     modules["ray"] = SimpleNamespace(
@@ -43,12 +44,12 @@ def local_group() -> ray_train.WorkerGroup:
         remote=lambda **_: lambda actor: SimpleNamespace(remote=lambda: LocalActor(actor())),
     )
     modules["ray.train"] = SimpleNamespace(RunConfig=SimpleNamespace, ScalingConfig=SimpleNamespace)
-    replaced: Any = ray_train
+    replaced: Any = worker_group
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     replaced.host_on = lambda node, modules: hosts.append((node, modules))
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
     places = Places(resources=WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, placement="pack")
-    group = ray_train.WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
+    group = worker_group.WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
     group.assign(task)
     return group
 
@@ -114,7 +115,7 @@ def test_only_nodes_that_can_hold_agents_import_ahead() -> None:
     fork_server.start([HERE])
     prepared, server = fork_server.call(f"{HERE}:prepare_nodes")
 
-    assert prepared == [("a", [HERE, "cluster.agent"])]
+    assert prepared == [("a", [HERE, "cluster.process.agent"])]
     assert server is None, "none live beside the driver"
 
 

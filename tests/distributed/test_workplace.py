@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import fork_server
-from cluster.agent import Task
 from cluster.capacity import WorkerResources
 from cluster.errors import ClusterError
-from cluster.workplace import Call, call_here
+from cluster.process import fork_server
+from cluster.process.agent import Task
+from cluster.process.workplace import Call, call_here
 
 HERE = __name__
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.faults import fired, release
+from cluster.process.faults import fired, release
 from tests import launcher_without_ray
 
 CHECKOUT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def rows(run: Path) -> bytes:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind, from the parts of a live run too."""
-    from cluster.run_directory import RunDirectory
+    from cluster.run.run_directory import RunDirectory
 
     return [event for event in RunDirectory(str(run)).events().read() if event["kind"] == kind]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, events, launcher, rows
 
 SHORT = ("train.epochs=1", "checkpoint.every_steps=10", "checkpoint.keep=9", "tracking.mode=disabled", "--json")

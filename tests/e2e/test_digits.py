@@ -8,7 +8,7 @@ import safetensors.torch
 import yaml
 from torch import Tensor
 
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, events, launcher
 
 FINETUNE = JOBS / "finetune.yaml"

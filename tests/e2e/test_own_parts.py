@@ -96,7 +96,7 @@ def test_an_exception_of_theirs_is_told_once(home: Path) -> None:
     assert ended.stderr.count("OSError: disk of sample 100 is on fire") == 3, "warning, message and traceback"
     assert ended.stderr.count("Traceback (most recent call last)") == 1
     assert 'mine.py", line' in ended.stderr
-    assert "/jobs/loop.py" not in ended.stderr
+    assert "/jobs/training/loop.py" not in ended.stderr
     assert "worker" in ended.stderr
     assert "step" in ended.stderr
     started = events(home / "work/runs/own", "attempt_started")

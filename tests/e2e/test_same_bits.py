@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import Fault, fired
+from cluster.process.faults import Fault, fired
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, interrupt, launcher, rows
 from tests.faults.planned import Bits, bits, undisturbed
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cluster.node_check import without_report
-from cluster.run_directory import RunDirectory
+from cluster.inspection.nodes import without_report
+from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
 from tests.schedulers import FOLDER_VARIABLE, URL, LocalScheduler, local_scheduler

@@ -19,8 +19,9 @@ from unittest import mock
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster import checkpoints, documents
-from cluster.storage import Store
+from cluster.run import checkpoints
+from cluster.storage import documents
+from cluster.storage.store import Store
 from tests.crashing import KINDS, Call, Faults, Killed, Kind, crashing
 
 Content = Mapping[str, bytes]

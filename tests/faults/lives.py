@@ -13,15 +13,15 @@ from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from cluster.checkpoints import Checkpoints, Manifest, Part, PartKey, Share, divide, join
 from cluster.errors import LauncherError
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
-from cluster.tracking import NoTracker
+from cluster.run.checkpoints import Checkpoints, Manifest, Part, PartKey, Share, divide, join
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.store import Store
+from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
-from launcher.history import go_back
-from launcher.progress import open_progress
-from launcher.record import Record, RunState
+from launcher.display.progress import open_progress
+from launcher.driver.run_log import Record, RunState
+from launcher.runs.rewind import go_back
 from tests.crashing import Faults, crashing
 from tests.faults.enumeration import Act, Begun, Content, MixedError, parsed
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.agent import FAULTS_VARIABLE
-from cluster.run_directory import RunDirectory
-from launcher.description import load
+from cluster.process.agent import FAULTS_VARIABLE
+from cluster.run.run_directory import RunDirectory
+from launcher.config.description import load
 from tests.distributed.team_process import run_job
 from tests.e2e.command import JOBS, Ended, rows
 from tests.processes import descendants

@@ -5,8 +5,8 @@
 
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
-training processes is a plan of ``cluster.faults``. What happens to others is done from here, when a ``note`` or a
-``hold`` of the plan says that its moment has come: the run is ended, its driver is paused until another one has it,
+training processes is a plan of ``cluster.process.faults``. What happens to others is done from here, when a ``note`` or
+a ``hold`` of the plan says that its moment has come: the run is ended, its driver is paused until another one has it,
 its disk is full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and
 come back.
 """
@@ -30,9 +30,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.agent import FAULTS_VARIABLE
-from cluster.faults import Fault, Kind, fired, write_plan
-from cluster.run_directory import RunDirectory
+from cluster.process.agent import FAULTS_VARIABLE
+from cluster.process.faults import Fault, Kind, fired, write_plan
+from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, processes_of, undisturbed, wait_for_end_of

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from cluster.storage import Store
+from cluster.storage.store import Store
 from tests.crashing import Faults, crashing
 from tests.faults.enumeration import Act, Begun, Content, MixedError, parsed
 

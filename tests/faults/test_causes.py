@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import Fault, fired, release
+from cluster.process.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, events, launcher
 from tests.faults.planned import bits, undisturbed
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from cluster.agent import FAULTS_VARIABLE
-from cluster.faults import Fault, fired, release
+from cluster.process.agent import FAULTS_VARIABLE
+from cluster.process.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Ended, Running, launcher, rows
 from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, RAY, Host, wait_for_jobs_api
 
@@ -38,7 +38,7 @@ class Loss(torch.nn.CrossEntropyLoss):
 """
 READ_RUN = """
 import json, sys
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 
 run = RunDirectory(sys.argv[1])
 print(json.dumps({"rows": run.metrics().read(), "events": run.events().read()}))

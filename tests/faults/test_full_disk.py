@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from cluster.errors import StorageError
-from cluster.local_files import SyncedLocalFileSystem
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
-from cluster.tracking import NoTracker
-from launcher.progress import open_progress
-from launcher.record import Record, RunState
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.local import SyncedLocalFileSystem
+from cluster.storage.store import Store
+from cluster.tracking.tracker import NoTracker
+from launcher.display.progress import open_progress
+from launcher.driver.run_log import Record, RunState
 from tests.faults.lives import save
 from tests.specs import bare_job
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import Fault, fired
+from cluster.process.faults import Fault, fired
 from tests.e2e.command import JOBS, Ended, events, launcher
 from tests.faults import planned
 from tests.faults.planned import Bits, bits

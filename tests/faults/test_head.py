@@ -54,7 +54,7 @@ tracking: {mode: disabled}
 """
 FREE_CPUS = """
 import json, sys
-from cluster.ray_cluster import joined_cluster, nodes
+from cluster.ray.cluster import joined_cluster, nodes
 
 with joined_cluster(sys.argv[1]):
     print(json.dumps([node.free.get("CPU", 0.0) for node in nodes()]))

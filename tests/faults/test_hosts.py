@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.faults import Fault, fired, release
+from cluster.process.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, checkpointed, events
 from tests.faults.hosts import HEAD_SETTINGS, RAY, Host, start_ray
 from tests.faults.planned import bits, undisturbed

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.node_check import report_from_log
+from cluster.inspection.nodes import report_from_log
 from cluster.scheduler import ClusterReport
 from cluster.versions import submission_versions
 from tests.faults.hosts import JOBS_API
@@ -24,7 +24,7 @@ BEGIN = """\
 import sys, time
 from cluster.errors import ClusterError
 from cluster.scheduler import ENDED
-from launcher.clusters import load_cluster, open_scheduler
+from launcher.config.clusters import load_cluster, open_scheduler
 
 scheduler = open_scheduler(load_cluster(sys.argv[1], [f"cluster.venv={sys.argv[2]}"])[0])
 """
@@ -41,9 +41,9 @@ else:
 """
 INSPECT = """
 from cluster.errors import LauncherError
-from cluster.node_check import report_to_text
-from cluster.storage import Store
-from cluster.store_check import inspect_cluster
+from cluster.inspection.nodes import report_to_text
+from cluster.storage.store import Store
+from cluster.inspection.store import inspect_cluster
 
 try:
     print(report_to_text(inspect_cluster(scheduler, Store(sys.argv[3]), ("ON_EACH", "ON_HEAD"))))
@@ -51,7 +51,7 @@ except LauncherError as error:
     raise SystemExit(str(error))
 """
 WITHOUT_DELAY = """
-from cluster import ray_jobs
+from cluster.kinds import ray_jobs
 
 ray_jobs._INSPECTION_KEPT_S = 0.0
 """

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from cluster import storage
-from cluster.faults import Fault, fired, release
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
+from cluster.process.faults import Fault, fired, release
+from cluster.run.run_directory import RunDirectory
+from cluster.storage import store as storage
+from cluster.storage.store import Store
 from tests.e2e.command import JOBS, Running, launcher
 from tests.faults.planned import Bits, undisturbed
 from tests.processes import descendants, memory

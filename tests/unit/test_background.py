@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.errors import StorageError
-from launcher import background
-from launcher.background import Background
+from launcher.driver import background_writer
+from launcher.driver.background_writer import Background
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(background_writer, "_LONGEST_PAUSE_S", 0.01)
 
 
 class Work:
@@ -79,8 +79,8 @@ def test_it_ends_when_patience_does() -> None:
 
 def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the pause between two tries would be."""
-    monkeypatch.setattr(background, "_FIRST_PAUSE_S", 900.0)
-    monkeypatch.setattr(background, "_LONGEST_PAUSE_S", 900.0)
+    monkeypatch.setattr(background_writer, "_FIRST_PAUSE_S", 900.0)
+    monkeypatch.setattr(background_writer, "_LONGEST_PAUSE_S", 900.0)
     work = Work()
 
     def fail_once() -> Iterator[str]:
@@ -93,8 +93,8 @@ def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.Mon
 
 
 def test_a_call_that_does_not_come_back_is_a_failing_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "HANGS_S", 0.02)
-    monkeypatch.setattr(background, "_LEFT_S", 0.05)
+    monkeypatch.setattr(background_writer, "HANGS_S", 0.02)
+    monkeypatch.setattr(background_writer, "_LEFT_S", 0.05)
     for_ever = threading.Event()
 
     def hang() -> Iterator[str]:
@@ -198,7 +198,7 @@ def test_work_that_gets_on_between_failures_goes_on_for_longer_than_patience() -
 
 
 def test_who_abandons_a_run_waits_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_LEFT_S", 0.05)
+    monkeypatch.setattr(background_writer, "_LEFT_S", 0.05)
     work = Work()
     work.is_away = True
     with Background(work, interval_s=60.0, patience_s=60.0) as tried, pytest.raises(StorageError, match="given up"):

@@ -11,9 +11,9 @@ import pytest
 from counting_file_system import CountingFileSystem, start_counting
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
-from cluster.checkpoints import Checkpoints, FileEntry, Part, Share, digest_of_files, divide, join
 from cluster.errors import CheckpointError, StorageError
-from cluster.storage import Store
+from cluster.run.checkpoints import Checkpoints, FileEntry, Part, Share, digest_of_files, divide, join
+from cluster.storage.store import Store
 from tests import saved
 
 MODEL = "model.safetensors"
@@ -34,7 +34,7 @@ def store(faults) -> Store:
 @pytest.fixture(autouse=True)
 def _one_call_at_a_time(monkeypatch) -> None:
     """What is killed at one call makes no other."""
-    monkeypatch.setattr("cluster.checkpoints.CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr("cluster.run.checkpoints.CONCURRENT_REQUESTS", 1)
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ def test_retention_keeps_the_newest_and_the_best(checkpoints, store):
 
 def test_retention_may_be_left_off_anywhere(checkpoints, store, monkeypatch):
     """Each of four checkpoints to remove has a part in the folder of the first; all that are left are whole."""
-    monkeypatch.setattr("cluster.checkpoints._DELETED_AT_A_STRETCH", 1)
+    monkeypatch.setattr("cluster.run.checkpoints._DELETED_AT_A_STRETCH", 1)
     trunk = {"trunk": FileEntry((checkpoints.write_part(1, ("trunk", 0), b"trunk"),))}
     for step in range(1, 5):
         files = {"head": b"%d" % step, "tail": b"t" * step}
@@ -511,7 +511,7 @@ def test_retention_yields_nothing_before_the_store_has_answered(checkpoints, mon
 
 
 def test_a_manifest_is_deleted_first_and_alone_and_then_several_parts_at_a_time(checkpoints, faults, monkeypatch):
-    monkeypatch.setattr("cluster.checkpoints.CONCURRENT_REQUESTS", 8)
+    monkeypatch.setattr("cluster.run.checkpoints.CONCURRENT_REQUESTS", 8)
     many = {f"{number:02}.bin": b"1" for number in range(40)}
     for step in (5, 6):
         saved.save(checkpoints, step, many)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DescriptionError
-from cluster.kinds import JoinedRay
-from cluster.ray_jobs import RayJobs
+from cluster.kinds.ray import JoinedRay
+from cluster.kinds.ray_jobs import RayJobs
 from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
-from launcher.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
-from launcher.description import load, parse
-from launcher.runs import changes_of
-from launcher.schema import entries
+from launcher.config.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
+from launcher.config.description import load, parse
+from launcher.config.reference import entries
+from launcher.runs.start import changes_of
 
 SHIPPED = Path(__file__).parents[2] / "cluster"
 JOB = Path(__file__).parents[2] / "jobs/digits.yaml"

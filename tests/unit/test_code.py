@@ -19,15 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import bundle, code_cache
-from cluster.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
-from cluster.code_cache import copy_code, enter_copy, fetch_code
 from cluster.errors import DescriptionError, StorageError
-from cluster.own_folders import is_own, make_own_folder, sweep_own_folders
-from cluster.run_directory import RunDirectory
-from launcher import code
-from launcher.code import directory_in_code, pack, pack_job
-from launcher.user_code import lasting_directory
+from cluster.host.scratch import is_own, make_own_folder, sweep_own_folders
+from cluster.process import code_cache
+from cluster.process.code_cache import copy_code, enter_copy, fetch_code
+from cluster.run import bundle
+from cluster.run.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
+from cluster.run.run_directory import RunDirectory
+from launcher.code import packing as code
+from launcher.code.packing import directory_in_code, pack, pack_job
+from launcher.code.user_code import lasting_directory
 
 MIB = 1 << 20
 
@@ -1004,7 +1005,7 @@ class TestOnAHost:
         assert lasting_directory("1f") == os.getcwd()
 
     def test_what_a_killed_process_has_left_is_removed(self, run, code, temporary, cache):
-        ready = "from cluster.own_folders import *; print(make_own_folder(), owner(), flush=True); input()"
+        ready = "from cluster.host.scratch import *; print(make_own_folder(), owner(), flush=True); input()"
         command = [sys.executable, "-c", f"import tempfile; tempfile.tempdir = {str(temporary.parent)!r}; {ready}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             folder, owner = process.stdout.readline().split()
@@ -1020,7 +1021,7 @@ class TestOnAHost:
         assert (os.listdir(temporary), os.listdir(cache)) == ([], [code.sha256])
 
     def test_what_a_process_makes_goes_with_it(self, temporary):
-        script = f"import tempfile; tempfile.tempdir = {str(temporary.parent)!r}; import cluster.own_folders as own"
+        script = f"import tempfile; tempfile.tempdir = {str(temporary.parent)!r}; import cluster.host.scratch as own"
         subprocess.run([sys.executable, "-c", f"{script}; own.make_own_folder()"], check=True)
         assert os.listdir(temporary) == []
 
@@ -1076,7 +1077,9 @@ class TestOnAHost:
         code_cache._sweep(cache, lock.parent)
         assert folder.exists()
         places = [str(cache), str(lock.parent)]
-        script = f"from cluster import code_cache as c; from pathlib import Path; c._sweep(*map(Path, {places}))"
+        script = (
+            f"from cluster.process import code_cache as c; from pathlib import Path; c._sweep(*map(Path, {places}))"
+        )
         subprocess.run([sys.executable, "-c", script], check=True)
         assert folder.exists()
         os.close(code_cache._held.pop(lock))

@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import jobs
+from jobs.build.targets import Builder
 from jobs.data import LabelledImages, digits, image_folder, read_image, synthetic_images
-from jobs.targets import Builder
-from launcher.description import load
+from launcher.config.description import load
 from tests.images import make_image_folder
 
 JOBS = Path(jobs.__file__).parent

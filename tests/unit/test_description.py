@@ -23,8 +23,8 @@ from jobs.spec import (
     Target,
     TrainSpec,
 )
-from launcher import schema
-from launcher.description import MISSING, Description, Difference, differences, flatten, load, parse
+from launcher.config import reference as schema
+from launcher.config.description import MISSING, Description, Difference, differences, flatten, load, parse
 
 BASE = """\
 model: {_target_: jobs.models.Net, width: 8}
@@ -470,7 +470,8 @@ def test_load_names_the_run_after_the_file(tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_told_without_torch_or_ray() -> None:
-    program = "import sys, launcher.description, launcher.schema; print({'torch', 'ray'} & set(sys.modules))"
+    imports = "import sys, launcher.config.description, launcher.config.reference"
+    program = f"{imports}; print({{'torch', 'ray'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
 

@@ -14,16 +14,16 @@ import fsspec
 import pytest
 
 from cluster.capacity import Node, WorkerResources
-from cluster.checkpoints import Part, Share
 from cluster.errors import ClusterError, TrainingError
-from cluster.link import DOING
-from cluster.run_directory import RunDirectory
-from cluster.tracking import NoTracker
+from cluster.process.link import DOING
+from cluster.run.checkpoints import Part, Share
+from cluster.run.run_directory import RunDirectory
+from cluster.tracking.tracker import NoTracker
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
-from launcher.crew import MOST_MISFITS, Crew
-from launcher.driver import Driver
-from launcher.progress import open_progress
-from launcher.record import Record, RunState
+from launcher.display.progress import open_progress
+from launcher.driver.driver import Driver
+from launcher.driver.membership import MOST_MISFITS, Crew
+from launcher.driver.run_log import Record, RunState
 from tests.specs import bare_job
 
 Message = dict[str, Any]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from jobs import environment
+from jobs.build.components import Parts
 from jobs.environment import Environment, changes, code_digests, make_environment, unlike
-from jobs.parts import Parts
 
 HERE = Environment(
     python="3.11",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ClusterError, LauncherError, TrainingError
-from jobs.causes import named
+from jobs.training.failure_causes import named
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:27538"
 GLOO_IN_BACKWARD = f"Unable to cast {GLOO}. This is typically caused by a remote worker crashing. Check the logs"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.ray_steering import why_lost
+from cluster.ray.policies import why_lost
 from jobs.spec import MaxFailuresSpec
-from launcher.failures import Failure, Failures, GiveUp, TryAgain
+from launcher.driver.failures import Failure, Failures, GiveUp, TryAgain
 
 Message = dict[str, Any]
 STACK = """\

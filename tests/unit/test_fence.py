@@ -16,16 +16,16 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster import claims
-from cluster.checkpoints import Checkpoints, FileEntry, Manifest
-from cluster.claims import SupersededError
 from cluster.errors import StorageError
-from cluster.run_directory import RunDirectory
-from cluster.tracking import NoTracker
+from cluster.run import lease
+from cluster.run.checkpoints import Checkpoints, FileEntry, Manifest
+from cluster.run.lease import SupersededError
+from cluster.run.run_directory import RunDirectory
+from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
-from launcher.history import go_back
-from launcher.progress import open_progress
-from launcher.record import Record, RunState
+from launcher.display.progress import open_progress
+from launcher.driver.run_log import Record, RunState
+from launcher.runs.rewind import go_back
 from tests.specs import bare_job
 
 URL = "watched://run"
@@ -77,7 +77,7 @@ def _empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
 def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ascending, so that every run of a scenario is the same."""
     numbers = itertools.count(1)
-    monkeypatch.setattr(claims.secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}")
+    monkeypatch.setattr(lease.secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}")
 
 
 def watching(watch: Watch) -> None:

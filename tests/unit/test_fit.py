@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.losses import GlobalLoss, build_loss
-from jobs.parts import listed_targets
+from jobs.build.components import listed_targets
+from jobs.build.losses import GlobalLoss, build_loss
+from jobs.build.targets import Builder
 from jobs.spec import LossSpec, Target
-from jobs.targets import Builder
-from launcher.fit import MicroBatch, check_fit, check_mean
+from launcher.planning.loss_checks import MicroBatch, check_fit, check_mean
 
 SAMPLES, CLASSES = 6, 4
 LABELS = [0, 1, 2, 3, 0, 1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.exchange import Fold, complete_subtrees
-from jobs.order import shard_block
+from cluster.collectives.exchange import Fold, complete_subtrees
+from jobs.sampling import shard_block
 
 
 def leaves(shards: int) -> list[Tensor]:

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner, Result
 from counting_file_system import CountingFileSystem, start_counting
 
-from cluster import processes
-from cluster.run_directory import RunDirectory
+from cluster.host import identity
+from cluster.run.run_directory import RunDirectory
 from launcher.cli import main
 from tests import saved
 
@@ -240,7 +240,7 @@ class TestBadInputCostsNothing:
     @pytest.mark.parametrize("option", [[], ["--take-over"]])
     def test_back_while_it_runs(self, run, option):
         with subprocess.Popen(["sleep", "60"]) as driver:
-            drive(run, status="running", pid=driver.pid, started=processes.started(driver.pid))
+            drive(run, status="running", pid=driver.pid, started=identity.started(driver.pid))
             before = everything()
             ended = launcher("resume", run.url, "--at", 10, *option)
             driver.kill()

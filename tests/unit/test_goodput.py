@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from cluster.link import DOING, Activity
-from launcher.goodput import PARTS, Ledger, goodput, taken_over
+from cluster.process.link import DOING, Activity
+from launcher.driver.goodput import PARTS, Ledger, goodput, taken_over
 
 
 def spent(**seconds: float) -> dict[str, float]:

@@ -4,13 +4,13 @@ import fsspec
 import pytest
 from crashing_file_system import CrashingFileSystem, Killed, copy_of_store, fresh_faults, restore
 
-from cluster.checkpoints import Survey
-from cluster.claims import SupersededError
 from cluster.errors import CheckpointError, DescriptionError
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
-from launcher.history import branch_directory, copy_run, first_workers, go_back, good_checkpoint_at
-from launcher.record import event_row
+from cluster.run.checkpoints import Survey
+from cluster.run.lease import SupersededError
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.store import Store
+from launcher.driver.run_log import event_row
+from launcher.runs.rewind import branch_directory, copy_run, first_workers, go_back, good_checkpoint_at
 from tests import saved
 
 STEPS = [5, 10, 15]

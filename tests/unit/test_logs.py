@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 from counting_file_system import CountingFileSystem
 
-from cluster.run_directory import RunDirectory
-from launcher import logs
+from cluster.run.run_directory import RunDirectory
 from launcher.cli import main
+from launcher.watching import logs
 from tests.unit.test_submit import JOB
 
 AWAY_FROM_S = 10.0

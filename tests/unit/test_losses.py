@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: N812  # as torch's own documentation ha
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.losses import GlobalLoss, build_loss
+from jobs.build.losses import GlobalLoss, build_loss
+from jobs.build.targets import Builder
 from jobs.spec import LossSpec, Target
-from jobs.targets import Builder
 
 FEATURES, WIDTH, CLASSES = 7, 30, 5
 WEIGHT = [0.2, 3.0, 1.0, 0.5, 2.0]

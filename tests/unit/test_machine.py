@@ -9,7 +9,7 @@ import pytest
 from cluster.capacity import Capacity, Node, NodeGroup, node_resources
 from cluster.errors import DescriptionError
 from jobs.spec import JobSpec, TrainSpec, WorkersSpec
-from launcher.machine import Decision, decide_workers, why_wait
+from launcher.planning.placement import Decision, decide_workers, why_wait
 from tests.specs import bare_job
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import memory
-from cluster.memory import OomKills
+from cluster.host import oom
+from cluster.host.oom import OomKills
 
 EVENTS = "low 0\nhigh 0\nmax 7\noom 1\noom_kill {}\noom_group_kill 0\n"
 
@@ -14,7 +14,7 @@ EVENTS = "low 0\nhigh 0\nmax 7\noom 1\noom_kill {}\noom_group_kill 0\n"
 @pytest.fixture
 def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that counts for this process's cgroup."""
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(oom, "_CGROUPS", tmp_path)
     (tmp_path / "memory.events").write_text(EVENTS.format(2))
     return tmp_path / "memory.events"
 
@@ -31,7 +31,7 @@ def test_a_kill_counts_from_the_start_of_the_process(counts: Path) -> None:
 def test_what_is_long_past_is_no_evidence(counts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = OomKills(os.getpid())
     counts.write_text(EVENTS.format(3))
-    monkeypatch.setattr(memory, "_LATELY_S", 0.0)
+    monkeypatch.setattr(oom, "_LATELY_S", 0.0)
     kills.look()
     assert kills.any_lately(), "it may have been just before the look"
     kills.look()
@@ -44,7 +44,7 @@ def test_where_no_cgroup_tells_the_host_does(
 ) -> None:
     host = tmp_path / "vmstat"
     host.write_text("pgfault 9\noom_kill 4\n")
-    monkeypatch.setattr(memory, "_HOST_COUNTS", host)
+    monkeypatch.setattr(oom, "_HOST_COUNTS", host)
     counts.unlink() if own is None else counts.write_text(own)
     kills = OomKills(os.getpid())
     host.write_text("pgfault 9\noom_kill 5\n")

@@ -10,10 +10,10 @@ import torchmetrics
 from torch import Tensor
 
 from cluster.errors import DescriptionError
-from jobs.measured import Matrix, Measured
-from jobs.metrics import MetricSet, build_metrics, class_names
+from jobs.build.metric_values import Matrix, Measured
+from jobs.build.metrics import MetricSet, build_metrics, class_names
+from jobs.build.targets import Builder
 from jobs.spec import Target
-from jobs.targets import Builder
 
 SAMPLES, BATCH, CLASSES = 45, 6, 5
 """The last of 8 batches has 3 samples; of 3 workers, two have 3 batches and one has 2."""

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from cluster.network import interface_of
-from jobs.worker import choose_interface
+from cluster.host.interfaces import interface_of
+from jobs.training.worker import choose_interface
 
 
 def test_loopback_has_its_address() -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import node_check, ray_check, ray_cluster
 from cluster import versions as version_module
 from cluster.capacity import Capacity, Node, NodeGroup
-from cluster.deadline import OverrunError
-from cluster.node_check import (
+from cluster.inspection import nodes
+from cluster.inspection.nodes import (
     from_json,
     inspect_node,
     needs_from_text,
@@ -25,8 +24,10 @@ from cluster.node_check import (
     report_to_text,
     without_report,
 )
+from cluster.ray import cluster, inspection
 from cluster.scheduler import ClusterReport, Needs, NodeReport
-from cluster.storage import Store
+from cluster.storage.deadline import OverrunError
+from cluster.storage.store import Store
 from cluster.versions import launcher_digest, submission_versions, torch_version, versions
 
 NODE = Node(
@@ -123,7 +124,7 @@ def test_a_store_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("memory://runs", "is another store there than here"),
         ("s4://bucket", "unknown protocol 's4'"),
     ):
-        error = node_check.store_error(Needs(store=url, variables=(), check="check"), "a1")
+        error = nodes.store_error(Needs(store=url, variables=(), check="check"), "a1")
         assert error.startswith(url)
         assert message in error
         assert "\n" not in error
@@ -133,7 +134,7 @@ def test_a_store_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OverrunError("no answer within 30 s")
 
     monkeypatch.setattr(Store, "read", hang)
-    assert node_check.store_error(Needs(store="/s", variables=(), check="check"), "a1") == (
+    assert nodes.store_error(Needs(store="/s", variables=(), check="check"), "a1") == (
         "/s: no answer within 30 s; check the URL, and whether this host may reach it"
     )
 
@@ -178,11 +179,11 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
 
     needs = needs_to_text(Needs(store=str(tmp_path), variables=(), check="check"))
     Store(str(tmp_path)).write("check/submitter", b"text")
-    cloudpickle.register_pickle_by_value(ray_check)
+    cloudpickle.register_pickle_by_value(inspection)
     try:
-        carried = cloudpickle.dumps(ray_check.NodeCheck)
+        carried = cloudpickle.dumps(inspection.NodeCheck)
     finally:
-        cloudpickle.unregister_pickle_by_value(ray_check)
+        cloudpickle.unregister_pickle_by_value(inspection)
     there = json.loads(pickle.loads(carried)().inspect(needs, "a1"))  # noqa: S301  # made above
     assert there["store_error"] == ""
     assert set(there["versions"]) == {"python", "ray", "torch", "launcher"}
@@ -196,12 +197,12 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
     assert without["store_error"].endswith("; install it on every node")
 
 
-@pytest.mark.parametrize("missing", ["RAY_ADDRESS", node_check.NEEDS_VARIABLE])
+@pytest.mark.parametrize("missing", ["RAY_ADDRESS", nodes.NEEDS_VARIABLE])
 def test_outside_of_a_job(missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
+    monkeypatch.setenv(nodes.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
     monkeypatch.delenv(missing)
-    assert ray_check.main() == 5
+    assert inspection.main() == 5
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.endswith("begin this as a job of Ray\n")
@@ -211,8 +212,8 @@ def test_needs_of_another_version_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, '{"store": "/s"}')
-    assert ray_check.main() == 5
+    monkeypatch.setenv(nodes.NEEDS_VARIABLE, '{"store": "/s"}')
+    assert inspection.main() == 5
     assert capsys.readouterr().err == (
         "LAUNCHER_NODE_NEEDS: it has other fields: check, modules, variables; install the same version of launcher "
         "here and on the cluster\n"
@@ -221,8 +222,8 @@ def test_needs_of_another_version_are_one_line(
 
 def test_what_the_job_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv(node_check.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
-    monkeypatch.setattr(ray_cluster, "joined_cluster", lambda _: nullcontext())
-    monkeypatch.setattr(ray_check, "inspect_nodes", lambda _: CLUSTER)
-    assert ray_check.main() == 0
+    monkeypatch.setenv(nodes.NEEDS_VARIABLE, needs_to_text(Needs(store="/s", variables=(), check="c")))
+    monkeypatch.setattr(cluster, "joined_cluster", lambda _: nullcontext())
+    monkeypatch.setattr(inspection, "inspect_nodes", lambda _: CLUSTER)
+    assert inspection.main() == 0
     assert report_from_log(capsys.readouterr().out) == CLUSTER

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError
-from jobs.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.build.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.build.targets import Builder, resolve
+from jobs.checkpoint.layout import decode
 from jobs.spec import GroupSpec, OptimizerSpec, Target
-from jobs.state import decode
-from jobs.targets import Builder, resolve
 from tests.states import encode
 
 STEPS_PER_EPOCH = 10

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jobs.order import StepPlan, draw_key, permute, shard_block
+from jobs.sampling import StepPlan, draw_key, permute, shard_block
 
 
 def positions(length: int) -> np.ndarray:

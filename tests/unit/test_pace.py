@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.link import DOING
-from launcher.pace import Pace
+from cluster.process.link import DOING
+from launcher.driver.stragglers import Pace
 
 Window = Sequence[tuple[float, ...]]
 """The mean step of each worker, by rank: milliseconds of data, of computing and, where there is one, of a save."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from launcher import pictures
-from launcher.pictures import draw, draw_curves, draw_matrix
+from launcher.display import plots
+from launcher.display.plots import draw, draw_curves, draw_matrix
 
 
 def rows_of(steps: int, *, val_every: int = 0, accuracy: bool = True) -> list[dict[str, Any]]:
@@ -39,13 +39,13 @@ def rows_of(steps: int, *, val_every: int = 0, accuracy: bool = True) -> list[di
 def figure_of(rows: list[dict[str, Any]]) -> Figure:
     """The figure itself, for what a PNG does not tell."""
     figure = Figure()
-    pictures._draw_panels(figure, rows)
+    plots._draw_panels(figure, rows)
     return figure
 
 
 def matrix_figure(values: list[list[int]], classes: list[str]) -> Figure:
     figure = Figure()
-    pictures._draw_table(figure, values, classes, "val-confusion")
+    plots._draw_table(figure, values, classes, "val-confusion")
     return figure
 
 
@@ -151,23 +151,23 @@ class TestCurves:
         assert epochs.get_xlim() == pytest.approx((low / 22, high / 22))
 
     def test_a_long_run_keeps_its_spikes(self) -> None:
-        points: pictures.Points = [(step, 1.0) for step in range(100_000)]
+        points: plots.Points = [(step, 1.0) for step in range(100_000)]
         points[51_234] = (51_234, 9.0)
         points[51_235] = (51_235, -9.0)
-        thinned = pictures._thin(points)
+        thinned = plots._thin(points)
         assert len(thinned) <= 2000
         assert thinned == sorted(thinned)
         assert {(51_234, 9.0), (51_235, -9.0)} <= set(thinned)
 
     def test_thinning_keeps_gaps(self) -> None:
-        points: pictures.Points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
-        thinned = pictures._thin(points)
+        points: plots.Points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
+        thinned = plots._thin(points)
         assert all(math.isnan(value) == (step >= 5000) for step, value in thinned)
         assert thinned[-1][0] > 9900
 
     def test_smoothing_neither_lags_nor_hides_the_start(self) -> None:
-        line: pictures.Points = [(step, 3.0 * step) for step in range(400)]
-        smoothed = pictures._smooth(line)
+        line: plots.Points = [(step, 3.0 * step) for step in range(400)]
+        smoothed = plots._smooth(line)
         assert smoothed[0] == line[0]
         assert smoothed[200] == pytest.approx(line[200])
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from cluster import fork_server
-from cluster.agent import Task
 from cluster.capacity import Capacity, Node, Places, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.kinds import Cluster
+from cluster.kinds.ray import Cluster
+from cluster.process import fork_server
+from cluster.process.agent import Task
+from cluster.process.workplace import Call
 from cluster.scheduler import ClusterReport, Needs
-from cluster.workplace import Call
-from launcher.description import Description, parse
-from launcher.plan import Plan, make_plan
-from launcher.user_code import UserCode
+from launcher.code.user_code import UserCode
+from launcher.config.description import Description, parse
+from launcher.planning.plan import Plan, make_plan
 from tests.specs import TRIED
 
 JOB = """\
@@ -111,12 +111,14 @@ def test_on_a_cluster_it_has_what_a_worker_has(job, servers, nodes, gpus):
     (call,) = cluster.calls
     assert call.resources == WorkerResources(cpus=1.0, gpus=gpus, accelerator=None)
     assert call.task == Task(
-        entry="launcher.trial:try_out", run_url="s3://runs/digits", import_paths=("/code",), code="ab",
+        entry="launcher.planning.dry_run:try_out", run_url="s3://runs/digits", import_paths=("/code",), code="ab",
         code_directory="job", working_directory=os.getcwd(), content=job.spec,
     )  # fmt: skip
     assert (call.wait_s, call.start_timeout_s, call.timeout_s) == (7, 8, 9)
-    assert cluster.prepared == [("jobs.worker:main", Places(resources=call.resources, most=2, placement="pack"))]
-    assert {"jobs.worker", "launcher.trial"} <= set(call.modules), "the workers fork from the same server"
+    places = Places(resources=call.resources, most=2, placement="pack")
+    assert cluster.prepared == [("jobs.training.worker:main", places)]
+    forked = {"jobs.training.worker", "launcher.planning.dry_run"}
+    assert forked <= set(call.modules), "the workers fork from the same server"
     assert (made.gpus, made.num_workers) == (gpus, 2)
     assert told == ["trying the job out: on node 10.0.0.2"]
     assert servers == [], "no worker will live here"
@@ -142,7 +144,7 @@ def test_on_this_machine_it_has_no_gpu(job, servers):
 @pytest.mark.parametrize("limits", [None, {"CPU": 40.0, "GPU": 20.0}], ids=["busy", "with an autoscaler"])
 def test_a_plan_that_may_not_wait_reserves_nothing_where_there_is_no_room(job, servers, limits, monkeypatch):
     here: list[Call] = []
-    monkeypatch.setattr("launcher.plan.call_here", lambda call: here.append(call) or TRIED)
+    monkeypatch.setattr("launcher.planning.plan.call_here", lambda call: here.append(call) or TRIED)
     cluster, told = FakeCluster(Capacity(nodes=[HEAD, GPUS], limits=limits)), list[str]()
 
     made = plan(job, cluster, told, may_wait=False)

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 
 import pytest
 
-import launcher.progress
-from launcher.progress import Progress, open_progress
+import launcher.display.progress
+from launcher.display.progress import Progress, open_progress
 
 
 class Clock:
@@ -224,7 +224,7 @@ class TestLive:
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setenv("COLUMNS", "100")
         # Only the drawing that closing makes, so that no test depends on when a thread wakes.
-        monkeypatch.setattr(launcher.progress, "_REFRESHES_PER_S", 0.001)
+        monkeypatch.setattr(launcher.display.progress, "_REFRESHES_PER_S", 0.001)
         terminal = Terminal()
         yield terminal
         if not terminal.stream.closed:
@@ -291,7 +291,7 @@ class TestLive:
 
     def test_clean_when_nobody_closes(self, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
         at_exit: list[Any] = []
-        monkeypatch.setattr(launcher.progress.atexit, "register", at_exit.append)
+        monkeypatch.setattr(launcher.display.progress.atexit, "register", at_exit.append)
         update(open_progress(terminal.stream), 1)
         [close] = at_exit
         close()
@@ -315,7 +315,7 @@ class TestLive:
         assert screen_after(terminal.hang_up()) == ["training", "a library warns", ""]
 
     def test_a_thread_redraws(self, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launcher.progress, "_REFRESHES_PER_S", 1000.0)
+        monkeypatch.setattr(launcher.display.progress, "_REFRESHES_PER_S", 1000.0)
         drawn = threading.Event()
 
         def clock() -> float:

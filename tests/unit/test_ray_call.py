@@ -12,12 +12,13 @@ import pytest
 import ray  # takes a second or two
 from ray import exceptions
 
-from cluster import fork_server, ray_call
-from cluster.agent import Task
 from cluster.capacity import Node, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.ray_call import call_there
-from cluster.workplace import Call
+from cluster.process import fork_server
+from cluster.process.agent import Task
+from cluster.process.workplace import Call
+from cluster.ray import remote_call
+from cluster.ray.remote_call import call_there
 
 WORKER = WorkerResources(cpus=2.0, gpus=1, accelerator="H100")
 CALL = Call(
@@ -114,8 +115,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Ray:
     monkeypatch.setattr(ray, "get", fake.get)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [3])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
-    monkeypatch.setattr(ray_call, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray_call, "call_here", fake.call_here)
+    monkeypatch.setattr(remote_call, "nodes", lambda: nodes)
+    monkeypatch.setattr(remote_call, "call_here", fake.call_here)
     for name in ("start", "use"):
         monkeypatch.setattr(fork_server, name, lambda *_: None)
     monkeypatch.setattr(fork_server, "own_address", lambda: "/tmp/server")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ray_cluster
 from cluster.errors import ClusterError
-from cluster.ray_token import find_token, known_tokens, token_files
+from cluster.ray import cluster
+from cluster.ray.token import find_token, known_tokens, token_files
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_the_mode(environment: dict[str, str], joins: bool, has_token: bool, own
         environment["RAY_AUTH_TOKEN"] = "a" * 64
     if own is not None:
         environment["RAY_AUTH_MODE"] = own
-    ray_cluster._set_environment(joins=joins)
+    cluster._set_environment(joins=joins)
     assert environment.get("RAY_AUTH_MODE") == mode
     assert environment["RAY_TRAIN_V2_ENABLED"] == "1"
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cluster import ray_train
-from cluster.agent import Orders
+from cluster.process.agent import Orders
+from cluster.ray import worker_group
 
 
 def test_orders_are_asked_for_again_when_their_connection_was_reset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +21,6 @@ def test_orders_are_asked_for_again_when_their_connection_was_reset(monkeypatch:
         return answer
 
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray_train, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(worker_group, "_RETRY_INTERVAL_S", 0.0)
     switchboard = SimpleNamespace(orders_after=SimpleNamespace(remote=lambda *_: None))
-    assert ray_train._RayChannel(switchboard).orders_after(3) == Orders(version=4)
+    assert worker_group._RayChannel(switchboard).orders_after(3) == Orders(version=4)

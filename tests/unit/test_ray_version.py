@@ -57,4 +57,4 @@ def test_private_parts_are_imported_where_they_are_named():
         for path in root.glob(f"{package}/**/*.py")
         if re.search(r"^\s*(from|import) ray\.(_private|train\.v2|.*_internal)", path.read_text(), re.M)
     }
-    assert named == {"ray_private.py", "ray_state.py"}
+    assert named == {"private_train.py", "private_core.py"}

@@ -8,8 +8,8 @@ import pytest
 from cluster.errors import LauncherError
 from cluster.spec import RayClusterSpec
 from launcher.cli import main
-from launcher.clusters import load_cluster, open_scheduler
-from launcher.description import parse
+from launcher.config.clusters import load_cluster, open_scheduler
+from launcher.config.description import parse
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 DECLARED = re.findall(r"^\| [^|]+ \| `([a-z_]+: .+)` \|$", README, flags=re.MULTILINE)

@@ -13,15 +13,15 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster.claims import STATUS_INTERVAL_S
 from cluster.errors import StorageError
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
-from cluster.tracking import NoTracker
+from cluster.run.lease import STATUS_INTERVAL_S
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.store import Store
+from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
-from launcher.progress import open_progress
-from launcher.record import Record, RunState
-from launcher.status import SILENCE_S
+from launcher.display.progress import open_progress
+from launcher.driver.run_log import Record, RunState
+from launcher.watching.status import SILENCE_S
 from tests import saved
 from tests.specs import bare_job
 

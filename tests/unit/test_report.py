@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 
 from jobs.spec import WorkersSpec
-from launcher.plan import Plan
-from launcher.report import checkpoints_table, duration, is_headline, number, plan_text, runs_table, summary, table
+from launcher.display.tables import (
+    checkpoints_table,
+    duration,
+    is_headline,
+    number,
+    plan_text,
+    runs_table,
+    summary,
+    table,
+)
+from launcher.planning.plan import Plan
 from tests.specs import bare_job
 
 RESULT: dict[str, Any] = {
@@ -81,7 +90,7 @@ def test_headlines(name: str, shown: bool) -> None:
 
 
 def test_texts_need_no_matplotlib() -> None:
-    script = "import sys, launcher.report; sys.exit('matplotlib' in sys.modules)"
+    script = "import sys, launcher.display.tables; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

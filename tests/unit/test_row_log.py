@@ -6,10 +6,10 @@ import json
 import pytest
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
-from cluster import row_log
 from cluster.errors import StorageError
-from cluster.row_log import RowLog
-from cluster.storage import Store
+from cluster.run import row_log
+from cluster.run.row_log import RowLog
+from cluster.storage.store import Store
 
 
 @pytest.fixture

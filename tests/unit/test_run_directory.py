@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.claims import SupersededError
 from cluster.errors import StorageError
-from cluster.run_directory import RunDirectory, list_runs
-from cluster.storage import MissingObject, Store
+from cluster.run.lease import SupersededError
+from cluster.run.run_directory import RunDirectory, list_runs
+from cluster.storage.store import MissingObject, Store
 from tests import saved
 
 

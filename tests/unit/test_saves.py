@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from cluster.checkpoints import Part, PartKey, Share
-from launcher.saves import Overdue, Saves
+from cluster.run.checkpoints import Part, PartKey, Share
+from launcher.driver.pending_checkpoints import Overdue, Saves
 
 INTERVAL = 10
 

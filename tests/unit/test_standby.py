@@ -7,15 +7,15 @@ import pytest
 from click.testing import CliRunner
 
 from cluster.errors import ClusterError, DescriptionError, StorageError
-from cluster.node_check import NEEDS_VARIABLE, needs_to_text, report_from_log
-from cluster.run_directory import RunDirectory
+from cluster.inspection.nodes import NEEDS_VARIABLE, needs_to_text, report_from_log
+from cluster.run.run_directory import RunDirectory
+from cluster.run.submissions import Submission, make_id
 from cluster.scheduler import ClusterReport, Needs
-from cluster.storage import Store
-from cluster.submissions import Submission, make_id
-from launcher import standby as standby_module
+from cluster.storage.store import Store
 from launcher.cli import main
-from launcher.hand_over import HAND_OVER_S
-from launcher.standby import WAIT_S, stand_by
+from launcher.submission import standby as standby_module
+from launcher.submission.handover import HAND_OVER_S
+from launcher.submission.standby import WAIT_S, stand_by
 from tests.schedulers import URL, a_cluster
 
 NEEDS = Needs(store="s3://b/runs", variables=("TOKEN",), check="check")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from cluster.errors import CheckpointError
-from jobs.state import MODEL_FILE, PART_BYTES, STATE_FILES, decode, lay_out
+from jobs.checkpoint.layout import MODEL_FILE, PART_BYTES, STATE_FILES, decode, lay_out
 from tests.states import digest, encode
 
 

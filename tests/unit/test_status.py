@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from cluster import claims
 from cluster.errors import ClusterError
-from cluster.run_directory import RunDirectory
-from launcher import status
-from launcher.background import HANGS_S
-from launcher.status import SILENCE_S, is_driven, refuse_if_running
-from launcher.stop import stop_run
+from cluster.run import lease
+from cluster.run.run_directory import RunDirectory
+from launcher.driver.background_writer import HANGS_S
+from launcher.watching import status
+from launcher.watching.status import SILENCE_S, is_driven, refuse_if_running
+from launcher.watching.stop import stop_run
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_a_driver_elsewhere_lives_if_it_writes(seen, ago_s, change, expected, wa
 
 CLAIM = """\
 import sys
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 RunDirectory(sys.argv[1]).claim()
 print(flush=True)
 input()
@@ -110,15 +110,15 @@ def test_a_driver_of_this_machine_lives_if_its_process_does(run: RunDirectory, i
 def test_a_process_of_the_same_number_and_host_elsewhere_is_no_proof(run: RunDirectory, change) -> None:
     """As of a pod that was started again, or of the host that was booted again."""
     own = run.read_status()
-    assert claims.is_alive(own)
-    assert claims.is_alive(own | change) is None
-    assert claims.is_alive(own | {"started": "1"}) is False, "another process has its number by now"
+    assert lease.is_alive(own)
+    assert lease.is_alive(own | change) is None
+    assert lease.is_alive(own | {"started": "1"}) is False, "another process has its number by now"
 
 
 def test_a_run_that_was_claimed_and_has_not_begun_is_running(run: RunDirectory) -> None:
     document = status.read_status(run)
     assert (document["status"], document["step"], document["run"]) == ("running", 0, run.url)
-    assert not set(claims.DRIVER_KEYS) & document.keys()
+    assert not set(lease.DRIVER_KEYS) & document.keys()
 
 
 def die_elsewhere(run: RunDirectory, ago_s: float) -> None:
@@ -130,7 +130,7 @@ def die_elsewhere(run: RunDirectory, ago_s: float) -> None:
 
 @pytest.mark.parametrize(
     ("ago_s", "expected"),
-    [(claims.STATUS_INTERVAL_S, "running"), (3 * HANGS_S, "running"), (60.0, "failed"), (3600.0, "failed")],
+    [(lease.STATUS_INTERVAL_S, "running"), (3 * HANGS_S, "running"), (60.0, "failed"), (3600.0, "failed")],
 )
 def test_a_node_that_died_is_told_within_a_minute_and_a_slow_store_is_no_death(run: RunDirectory, ago_s, expected):
     die_elsewhere(run, ago_s)
@@ -142,7 +142,7 @@ def test_a_node_that_died_is_told_within_a_minute_and_a_slow_store_is_no_death(r
 
 
 def test_the_clocks_of_two_machines_may_differ_a_little() -> None:
-    assert 3 * HANGS_S + 5.0 <= SILENCE_S <= 60.0 - claims.STATUS_INTERVAL_S
+    assert 3 * HANGS_S + 5.0 <= SILENCE_S <= 60.0 - lease.STATUS_INTERVAL_S
 
 
 @pytest.mark.parametrize(("ago_s", "is_refused"), [(60.0, True), (600.0, False)])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cluster import store_check
 from cluster.capacity import Capacity
 from cluster.errors import ClusterError, StorageError
-from cluster.node_check import store_error
+from cluster.inspection import store as store_check
+from cluster.inspection.nodes import store_error
+from cluster.inspection.store import inspect_cluster
 from cluster.scheduler import ClusterReport, Job, Needs, NodeReport, Scheduler
-from cluster.storage import Store
-from cluster.store_check import inspect_cluster
+from cluster.storage.store import Store
 
 
 class Nodes(Scheduler):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ClusterError, DescriptionError
-from cluster.storage import Store
-from cluster.submissions import SignOfLife, Submission, SubmissionReport, Submissions, UnreadableSubmissionError
+from cluster.run.submissions import SignOfLife, Submission, SubmissionReport, Submissions, UnreadableSubmissionError
+from cluster.storage.store import Store
 
 FIRST = Submission(
     number=0,

@@ -14,22 +14,22 @@ import pytest
 
 from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError
-from cluster.node_check import NEEDS_VARIABLE, needs_from_text
-from cluster.run_directory import RunDirectory
+from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text
+from cluster.run.run_directory import RunDirectory
+from cluster.run.submissions import Submission, SubmissionReport, Submissions, make_id
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from cluster.spec import NodeGroupSpec, RayClusterSpec, WorkerSpec
-from cluster.storage import Store
-from cluster.submissions import Submission, SubmissionReport, Submissions, make_id
-from launcher import hand_over as hand_over_module
-from launcher import submit as submit_module
+from cluster.storage.store import Store
 from launcher.cli import main
-from launcher.clusters import load_cluster
-from launcher.description import Description, OfCluster, load, parse
-from launcher.hand_over import STANDBY, make_command, make_job_id
-from launcher.nodes import own_versions
-from launcher.standby import WAIT_S
-from launcher.status import read_status
-from launcher.submit import submit, submit_again
+from launcher.config.clusters import load_cluster
+from launcher.config.description import Description, OfCluster, load, parse
+from launcher.planning.nodes import own_versions
+from launcher.submission import handover as hand_over_module
+from launcher.submission import submit as submit_module
+from launcher.submission.handover import STANDBY, make_command, make_job_id
+from launcher.submission.standby import WAIT_S
+from launcher.submission.submit import submit, submit_again
+from launcher.watching.status import read_status
 from tests import saved
 from tests.schedulers import URL, a_cluster, a_node, a_report, answered
 from tests.specs import TRIED
@@ -404,7 +404,8 @@ def test_what_is_asked_of_each_node(folder, tmp_path, monkeypatch, seed, asked):
     hand_over(parse(text, "digits.yaml"), folder, scheduler, env=("TOKEN",))
     (needs,) = scheduler.asked.values()
     assert (needs.store, needs.variables) == (str(tmp_path / "store"), ("TOKEN", *asked))
-    assert {"jobs.worker", "launcher.trial"} <= set(needs.modules), "what its host imports while it stands by"
+    imported = {"jobs.training.worker", "launcher.planning.dry_run"}
+    assert imported <= set(needs.modules), "what its host imports while it stands by"
 
 
 def test_a_laptop_plans_for_eight_gpus(folder, tmp_path):

@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cluster.errors import ClusterError, StorageError
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
+from cluster.run.submissions import Submission, Submissions
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.submissions import Submission, Submissions
-from launcher import cli, clusters, logs, stop, submitted
+from launcher import cli
 from launcher.cli import main
-from launcher.status import LONG_SILENCE_S, SILENCE_S, read_status
+from launcher.config import clusters
+from launcher.watching import logs, stop, submitted_job
+from launcher.watching.status import LONG_SILENCE_S, SILENCE_S, read_status
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, Said
 
@@ -92,7 +94,7 @@ class FakeCluster(Scheduler):
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake = FakeCluster()
     monkeypatch.setattr(clusters, "open_scheduler", lambda _: fake)
-    monkeypatch.setattr(submitted, "_STOP_INTERVAL_S", 0.0)
+    monkeypatch.setattr(submitted_job, "_STOP_INTERVAL_S", 0.0)
     monkeypatch.setattr(logs, "_INTERVAL_S", 0.0)
     return fake
 
@@ -345,7 +347,7 @@ def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
     def fail(_: RunDirectory) -> Any:
         raise StorageError("nobody answers")
 
-    monkeypatch.setattr("launcher.watch.watch", interrupt)
+    monkeypatch.setattr("launcher.watching.watch.watch", interrupt)
     monkeypatch.setattr(RunDirectory, "read_status", fail)
     handed_over = {"run": run.url, "job": JOB_ID, "cluster": URL, "status": "submitted"}
     assert cli._watched(handed_over, FakeCluster(), Said()) == (handed_over, 130)

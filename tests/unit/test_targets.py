@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError
+from jobs.build.targets import Builder, resolve
 from jobs.spec import PlanValue, Target
-from jobs.targets import Builder, resolve
 
 HERE = __name__
 

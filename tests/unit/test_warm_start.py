@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.checkpoints import Checkpoints
 from cluster.errors import CheckpointError, DescriptionError, LauncherError, StorageError
-from cluster.run_directory import RunDirectory
-from cluster.storage import Store
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.store import Store
+from jobs.checkpoint.warm_start import LoadReport, Source, Weights, load_weights, match_weights, read_weights
 from jobs.spec import InitSpec
-from jobs.warm_start import LoadReport, Source, Weights, load_weights, match_weights, read_weights
 from tests import saved
 from tests.states import encode
 

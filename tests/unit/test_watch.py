@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import ClusterError, StorageError
-from cluster.run_directory import RunDirectory
+from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import Job
-from launcher import watch as watch_module
-from launcher.watch import watch
+from launcher.watching import watch as watch_module
+from launcher.watching.watch import watch
 from tests.unit.test_submit import JOB, Said
 
 RUNNING = {"status": "running", "step": 7, "epoch": 0, "metrics": {}, "workers": 2, "total_steps": 10}

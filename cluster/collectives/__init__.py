@@ -1,0 +1,1 @@
+"""What workers tell each other in a step: gradients, summed along one tree."""

@@ -1,0 +1,1 @@
+"""Whether the nodes of a cluster are fit for a run."""

@@ -1,0 +1,215 @@
+"""Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cluster.capacity import Capacity, Node, NodeGroup, Places
+from cluster.errors import ClusterError
+from cluster.ray import cluster
+
+if TYPE_CHECKING:
+    from cluster.process.agent import Task
+    from cluster.process.workplace import Call
+    from cluster.ray.worker_group import WorkerGroup
+    from cluster.scheduler import ClusterReport, Needs
+
+
+class Cluster(ABC):
+    """A cluster as a command and its driver see it. To make one costs nothing and reaches nobody."""
+
+    is_this_machine: bool
+    """It is this machine alone."""
+
+    @abstractmethod
+    def joined(self) -> AbstractContextManager[None]:
+        """Entered by a command for as long as it plans and trains.
+
+        Raises:
+            ClusterError: There is no such cluster, or it does not let this process in.
+        """
+
+    @abstractmethod
+    def import_ahead(self) -> None:
+        """Begins to import what ``started`` and ``group`` need, for a process that has something else to wait for."""
+
+    @abstractmethod
+    def capacity(self) -> Capacity | None:
+        """What a cluster that is joined has, and may get; none: it is this machine, of which the plan knows.
+
+        Raises:
+            ClusterError: It is gone.
+        """
+
+    @abstractmethod
+    def inspect(self, needs: "Needs") -> "ClusterReport":
+        """Has each node inspect itself, within ``joined``.
+
+        Raises:
+            ClusterError: It is gone; or it is no cluster that jobs are submitted to.
+        """
+
+    @abstractmethod
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
+        """Makes a call in the place of one worker, within ``joined``: it has what a worker has, while no worker has it.
+
+        Args:
+            call: What to call.
+            tell: Takes what is waited for, and where the function runs.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            ChildProcessError: The process died; the message says how.
+            TimeoutError: The function took longer than it may.
+            ClusterError: There was no room in time, the host is not fit for it, or hosts were lost.
+            StorageError: The user's code cannot be had.
+            Exception: What the function raises.
+        """
+
+    @abstractmethod
+    def started(self) -> AbstractContextManager[None]:
+        """Entered by a driver, within ``joined``, for as long as it has workers.
+
+        Raises:
+            ClusterError: It does not start.
+        """
+
+    @abstractmethod
+    def prepare_group(self, entry: str, places: Places) -> None:
+        """Begins to start what ``group`` with the same arguments needs, within ``joined``; holds no place.
+
+        Args:
+            entry: What each worker will run, see ``Task``.
+            places: What the workers may have.
+        """
+
+    @abstractmethod
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
+        """The way to the workers of a run, within ``started``; none is there yet.
+
+        Args:
+            task: What each worker is told.
+            places: What they may have.
+        """
+
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive, within ``started``.
+
+        Raises:
+            ClusterError: It is gone.
+        """
+
+
+class _OnRay(Cluster):
+    def import_ahead(self) -> None:
+        cluster.import_ahead(joins=not self.is_this_machine)
+
+    def nodes(self) -> list[Node]:
+        return cluster.nodes()
+
+
+class LocalRay(_OnRay):
+    """Ray on this machine alone, which a driver starts and ends."""
+
+    is_this_machine = True
+
+    def __init__(self, num_cpus: int) -> None:
+        """``num_cpus``: the cores that all workers together may reserve."""
+        self._num_cpus = num_cpus
+
+    def joined(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def capacity(self) -> None:
+        return None
+
+    def inspect(self, needs: "Needs") -> "ClusterReport":  # noqa: ARG002  # nobody submits to it
+        raise ClusterError("this machine takes no jobs; give --cluster the HOST:PORT of a Ray head")
+
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
+        from cluster.process.workplace import call_here  # and with it the stores
+
+        return call_here(call)
+
+    def started(self) -> AbstractContextManager[None]:
+        return cluster.local_cluster(self._num_cpus)
+
+    def prepare_group(self, entry: str, places: Places) -> None:
+        pass  # Ray is not started yet
+
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
+        from cluster.ray.worker_group import (
+            WorkerGroup,  # and with it the stores, of which a wrong description needs none
+        )
+
+        group = WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
+        group.assign(task)
+        return group
+
+
+class JoinedRay(_OnRay):
+    """A Ray cluster that is up, and that this host is a node of."""
+
+    is_this_machine = False
+
+    def __init__(self, address: str, groups: Sequence[NodeGroup] = ()) -> None:
+        """``address``: where its head listens, HOST:PORT. ``groups``: what its autoscaler may start."""
+        self._address = address
+        self._groups = groups
+        self._hosts: dict[str, Any] = {}
+        """What keeps fork servers on nodes: that of a call is kept for workers there."""
+        self._prepared: tuple[tuple[str, Places], WorkerGroup] | None = None
+        """A group that nobody has yet, and what it was prepared for."""
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        with cluster.joined_cluster(self._address):
+            try:
+                yield
+            finally:
+                self._leave_prepared()
+
+    def capacity(self) -> Capacity:
+        return cluster.capacity().declared(self._groups)
+
+    def inspect(self, needs: "Needs") -> "ClusterReport":
+        from cluster.ray.inspection import inspect_nodes  # and with it the stores
+
+        return inspect_nodes(needs)
+
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
+        from cluster.ray.remote_call import call_there  # and with it the stores
+
+        return call_there(call, self._hosts, tell)
+
+    def started(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare_group(self, entry: str, places: Places) -> None:
+        from cluster.ray.worker_group import WorkerGroup  # and with it the stores
+
+        capacity = self.capacity()
+        allowed = places
+        if capacity.may_grow:  # an autoscaler brings nothing for what it can never satisfy
+            allowed = replace(places, most=min(places.most, max(1, capacity.most(places.resources))))
+        group = WorkerGroup(entry, allowed, self._hosts, is_shared=True, may_grow=capacity.may_grow)
+        self._prepared = (entry, places), group
+
+    def group(self, task: "Task", places: Places) -> "WorkerGroup":
+        if self._prepared is None or self._prepared[0] != (task.entry, places):
+            self._leave_prepared()
+            self.prepare_group(task.entry, places)
+        assert self._prepared is not None
+        group, self._prepared = self._prepared[1], None
+        group.assign(task)
+        return group
+
+    def _leave_prepared(self) -> None:
+        if self._prepared is not None:
+            self._prepared[1].close()
+        self._prepared = None

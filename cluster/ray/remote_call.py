@@ -1,0 +1,186 @@
+"""One call in the place of a worker on a Ray cluster: what a worker reserves is reserved for as long as it takes.
+
+The reservation is a placement group of one bundle, as Ray Train's are of several: it says exactly when there is room,
+an autoscaler hears of it while there is none, and with it end the processes that live in it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from cluster.errors import ClusterError, LauncherError
+from cluster.process import fork_server
+from cluster.process.workplace import Call, call_here, fork_from
+from cluster.ray.cluster import last_line, nodes
+from cluster.ray.fork_servers import host_on
+from cluster.ray.policies import why_lost
+
+_MOST_TRIES = 3
+_LOOK_INTERVAL_S = 1
+"""How long Ray is asked at a time whether there is room; meanwhile Ctrl-C is not heard. Ray takes whole seconds."""
+
+
+class _LostError(Exception):
+    """What one try needs of the cluster was lost."""
+
+
+def call_there(
+    call: Call, hosts: dict[str, Any], tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Any:
+    """Makes a call on a node that has room for one worker; once more, if that is lost.
+
+    Args:
+        call: What to call.
+        hosts: Takes the actors that keep fork servers on the nodes, by id: the servers live as long as these.
+        tell: Takes what is waited for, and where the function runs.
+        clock: Seconds that only grow.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ChildProcessError, TimeoutError, StorageError, Exception: See ``call_here``.
+        ClusterError: There was no room in time, the node is not fit for it, or it was lost too often.
+    """
+    room = _Room(call, tell, clock)
+    for number in range(1, _MOST_TRIES):
+        try:
+            return _call_once(call, hosts, tell, room)
+        except _LostError as lost:
+            tell(f"{lost}; try {number + 1} of {_MOST_TRIES}")
+    try:
+        return _call_once(call, hosts, tell, room)
+    except _LostError as lost:
+        raise ClusterError(f"{lost}; that was try {_MOST_TRIES} of {_MOST_TRIES}, look at the nodes") from lost
+
+
+def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], room: "_Room") -> Any:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    with _reserved(call, room) as (place, node, address):
+        tell(f"on node {address}")
+        options: dict[str, Any] = {
+            "num_cpus": call.resources.cpus,
+            "num_gpus": call.resources.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(place),
+        }
+        with _named_errors(f"node {address}"):
+            caller: Any = ray.remote(**options)(_Caller).remote()
+            server = _server_on(node, call, hosts)
+            ray.get(caller.started.remote(), timeout=call.start_timeout_s)
+            answer, error = ray.get(caller.call.remote(call, server))
+    if error is not None:
+        raise _located(error, address)
+    return answer
+
+
+def _located(error: Exception, address: str) -> Exception:
+    """An error of a call, of the class it had, that says on which node it was; a lost fork server is a loss there."""
+    if isinstance(error, fork_server.ServerLostError):
+        return _LostError(f"node {address}: the process of the call {error}")
+    if isinstance(error, LauncherError):
+        error.args = (f"node {address}: {error}",)
+        return error
+    kind = ChildProcessError if isinstance(error, ChildProcessError) else TimeoutError
+    return kind(f"on node {address} {error}")  # they continue a sentence about the process
+
+
+@contextmanager
+def _reserved(call: Call, room: "_Room") -> Iterator[tuple[Any, str, str]]:
+    """The placement group that holds what one worker reserves, and the id and the address of its node."""
+    import ray
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    with _named_errors("the reservation of one worker"):
+        place = placement_group([call.resources.amounts()])
+    try:
+        with _named_errors("the reservation of one worker"):
+            room.wait(place)
+            node = placement_group_table(place)["bundles_to_node_id"][0]
+            addresses = {each.id: each.address for each in nodes()}
+        yield place, node, addresses.get(node, node)  # one that has just died has no address
+    finally:
+        with suppress(ray.exceptions.RayError):  # then it ends with Ray
+            remove_placement_group(place)
+
+
+class _Room:
+    """Waits for room, in all tries of a call together no longer than it may.
+
+    Args:
+        call: For which.
+        tell: Takes what is waited for.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, call: Call, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._call, self._tell, self._clock = call, tell, clock
+        self._waited_s = 0.0
+
+    def wait(self, place: Any) -> None:
+        """Returns once a placement group is there."""
+        call, looked_at, is_told = self._call, self._clock(), False
+        while not place.wait(timeout_seconds=_LOOK_INTERVAL_S):
+            if not is_told:
+                self._tell(f"waiting for room for one worker of {call.resources}")
+                is_told = True
+            now = self._clock()
+            self._waited_s, looked_at = self._waited_s + now - looked_at, now
+            if self._waited_s > call.wait_s:
+                raise ClusterError(
+                    f"there is no room for one worker of {call.resources}, after {call.wait_s:.0f} s of waiting "
+                    "(workers.wait_s); free or add nodes, or lower what a worker reserves"
+                )
+
+
+def _server_on(node: str, call: Call, hosts: dict[str, Any]) -> str | None:
+    """The address of a fork server on a node, in which the workers there find their imports done later."""
+    import ray
+
+    if node == ray.get_runtime_context().get_node_id():
+        fork_server.start(call.modules)
+        return fork_server.own_address()
+    if node not in hosts:
+        hosts[node] = host_on(node, call.modules)
+    try:
+        server: str | None = ray.get(hosts[node].address.remote(), timeout=call.start_timeout_s)
+    except ray.exceptions.RayError:
+        del hosts[node]  # the next try starts another one
+        raise
+    return server
+
+
+@contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    """Ray's errors as ours: what may go better elsewhere or later is a loss."""
+    from ray import exceptions
+
+    try:
+        yield
+    except exceptions.GetTimeoutError as error:
+        raise _LostError(f"{where}: processes did not start within workers.start_timeout_s") from error
+    except exceptions.RayTaskError as error:
+        raise ClusterError(f"{where}: {last_line(error)}") from error
+    except exceptions.RayError as error:
+        raise _LostError(f"{where}: {why_lost(error)}") from error
+
+
+class _Caller:
+    """Has what a worker has; the process that it forks for a call inherits that. An actor."""
+
+    def started(self) -> None:
+        """Returns once the actor has started."""
+
+    def call(self, call: Call, server: str | None) -> tuple[Any, Exception | None]:
+        """What the function returns, or raises if it is one of our own errors; others are Ray's to tell."""
+        import ray
+
+        fork_from(server, call.modules)
+        task = replace(call.task, on_gpu=bool(ray.get_gpu_ids()))
+        try:
+            return call_here(replace(call, task=task)), None
+        except (LauncherError, ChildProcessError, TimeoutError) as error:
+            return None, error

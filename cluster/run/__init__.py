@@ -1,0 +1,1 @@
+"""The run directory: its checkpoints, row logs, lease and submissions."""

@@ -1,0 +1,304 @@
+"""The directory of one run: every name in it, and how each thing there is written and read.
+
+Nothing else in the program knows a path below a run's URL. What the documents hold is their writers' business.
+"""
+
+import contextlib
+import hashlib
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.errors import StorageError
+from cluster.run.bundle import check_digest
+from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
+from cluster.run.lease import Claim, newest_status
+from cluster.run.row_log import RowLog
+from cluster.run.submissions import Submissions
+from cluster.storage.documents import read_document, write_document
+from cluster.storage.store import MissingObject, Store
+
+_JOB = "job.yaml"
+_ENVIRONMENT = "environment.json"
+_BEFORE = "before"
+"""In the environment, the digest of the description that was there when it was written, and what belonged to that."""
+_SUBMISSIONS = "submissions"
+_CODE = "code"
+_UNCLAIMED_STATUS = "status.json"
+"""Where the status lay before it lay with the claim of its driver."""
+_TRACKER = "tracker.json"
+_STOP = "stop.json"
+_CHECKPOINTS = "checkpoints"
+_LOGS = "logs"
+_MATRICES = "matrices"
+_METRICS = "metrics"
+_EVENTS = "events"
+
+
+class RunDirectory:
+    """One run in a store; it need not exist yet.
+
+    Args:
+        place: Its URL, or its store.
+    """
+
+    def __init__(self, place: str | Store) -> None:
+        self.store = place if isinstance(place, Store) else Store(place)
+        self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS))
+        self.submissions = Submissions(self.store.at(_SUBMISSIONS))
+        self._claim: Claim | None = None
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        """Where the run lies."""
+        return self.store.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def exists(self) -> bool:
+        """Whether a run was ever begun here."""
+        return self.store.exists(_JOB)
+
+    def is_known(self) -> bool:
+        """Whether a run was ever begun here, or submitted."""
+        return self.exists() or self.submissions.newest() is not None
+
+    def claim(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
+
+        What an earlier driver writes beyond that checkpoint later on counts no more.
+
+        Args:
+            clock: Seconds that only grow.
+
+        Raises:
+            SupersededError: Another process has taken it at the same moment.
+        """
+        with contextlib.suppress(StorageError):  # it only makes room; whoever needs that will say so
+            self.store.sweep()
+        self._claim = Claim(self.store, self.read_status(), self._newest_writer, clock)
+        self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
+        # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
+        # removes older ones. And before the logs are taken over: then they have the rows up to this step.
+        self.checkpoints.fence(max(self.checkpoints.steps(), default=0))
+
+    def check_claim(self) -> None:
+        """Makes sure that the run is still this process's, which a write of any kind asks for; one listing as a rule.
+
+        Raises:
+            SupersededError: Another driver holds it.
+        """
+        self._held().check()
+
+    def metrics(self) -> RowLog:
+        """The metrics: one row per logged step. The driver keeps the one it got."""
+        return self._log(_METRICS, key="step")
+
+    def events(self) -> RowLog:
+        """What happened to the run, in order. The driver keeps the one it got."""
+        return self._log(_EVENTS, key="seq")
+
+    def write_description(self, text: str, environment: Mapping[str, Any]) -> None:
+        """Writes the resolved description, and what belongs to it: with that the run exists.
+
+        The description decides, and is written last. A kill before that leaves the run with the one before, and with
+        what belongs to that.
+
+        Args:
+            text: The description.
+            environment: Such as the code that it is to run with.
+        """
+        before = self._job()
+        if before != text.encode():
+            pair = {"job_sha256": _digest(before), "environment": self.read_environment()}
+            environment = {**environment, _BEFORE: pair}
+        self.write_environment(environment)
+        self.write_job(text)
+
+    def write_job(self, text: str) -> None:
+        """Writes the resolved description, if it is another than there is."""
+        if self._job() != text.encode():
+            self.store.write(_JOB, text.encode())
+
+    def read_job(self) -> str:
+        """The resolved description.
+
+        Raises:
+            MissingObject: There is no run here.
+        """
+        try:
+            return self.store.read(_JOB).decode()
+        except MissingObject as error:
+            parent = self.url.rpartition("/")[0]
+            raise MissingObject(f"{self.url}: is no run, it has no {_JOB}; see `launcher list {parent}`") from error
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Writes versions, hardware and whatever else may explain the bits."""
+        write_document(self.store, _ENVIRONMENT, environment)
+
+    def read_environment(self) -> dict[str, Any]:
+        """What belongs to the description that is there, see ``write_description``; empty if nothing does.
+
+        Raises:
+            StorageError: It is torn, as a kill leaves it on a store that cannot rename, and the description is there.
+        """
+        environment = read_document(self.store, _ENVIRONMENT)
+        if environment is None and self.exists():
+            environment = read_document(self.store, _ENVIRONMENT)  # it is written before a first description
+            if environment is None and self.store.exists(_ENVIRONMENT):
+                raise StorageError(
+                    f"{self.url}/{_ENVIRONMENT}: is torn, and nothing else tells the code and the data that the run "
+                    "began with; restore it, or delete it and submit the run again with the same code"
+                )
+        environment = environment or {}
+        before = environment.pop(_BEFORE, None)
+        if before is not None and before["job_sha256"] == _digest(self._job()):  # its description was never written
+            return dict(before["environment"])
+        return environment
+
+    def write_code(self, sha256: str, bundle: bytes) -> None:
+        """Writes the user's code, unless it is there whole: a store without renames may hold a torn object.
+
+        A bundle is named by its digest, so the bytes under a name never change.
+        """
+        with contextlib.suppress(MissingObject):
+            if hashlib.sha256(self.store.read(_code_object(sha256))).hexdigest() == sha256:
+                return
+        self.store.write(_code_object(sha256), bundle)
+
+    def read_code(self, sha256: str) -> bytes:
+        """The zip file of the user's code with this digest.
+
+        Raises:
+            StorageError: It is missing, or holds other bytes.
+        """
+        try:
+            data = self.store.read(_code_object(sha256))
+        except MissingObject as error:
+            raise StorageError(
+                f"{self.url}: {_code_object(sha256)}, the code of the run, is missing; restore it, or submit the run "
+                "again"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(
+                f"{self.url}: {_code_object(sha256)}, the code of the run, is damaged; submit the run again, which "
+                "mends it"
+            )
+        return data
+
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        """Overwrites how the run stands; also the sign that its driver lives."""
+        self._held().write(status)
+
+    def stay_alive(self) -> None:
+        """Shows that the driver lives, unless it just has: for work that takes long between two writes of the status.
+
+        Repeats what was written, so that nothing is told before it is so.
+        """
+        self._held().renew()
+
+    def read_status(self) -> dict[str, Any] | None:
+        """How the run stood last; none if that is not known. Just claimed for the first time, it has no step yet."""
+        return newest_status(self.store) or read_document(self.store, _UNCLAIMED_STATUS)
+
+    def request_stop(self) -> None:
+        """Asks whoever drives the run to save and stop; from anywhere that reaches the store."""
+        write_document(self.store, _STOP, {"time": round(time.time(), 3)})
+
+    def is_stop_requested(self) -> bool:
+        """Whether somebody asked for a stop that has not been answered."""
+        return self.store.exists(_STOP)
+
+    def clear_stop(self) -> None:
+        """Answers the request to stop; no harm if there is none."""
+        self.store.delete([_STOP])
+
+    def write_tracker_id(self, tracker_id: str) -> None:
+        """Writes by which name the tracker knows the run, for later attempts to go on with."""
+        write_document(self.store, _TRACKER, {"id": tracker_id})
+
+    def read_tracker_id(self) -> str | None:
+        """The tracker's name of the run; none before its first attempt."""
+        tracker_id = (read_document(self.store, _TRACKER) or {}).get("id")
+        return tracker_id if isinstance(tracker_id, str) else None
+
+    def write_picture(self, name: str, png: bytes) -> str:
+        """Writes a picture; returns its URL."""
+        self.store.write(f"{name}.png", png)
+        return f"{self.url}/{name}.png"
+
+    def write_matrix(self, name: str, matrix: Mapping[str, Any]) -> None:
+        """Overwrites what a validation came to in a table, such as a confusion matrix."""
+        write_document(self.store, f"{_MATRICES}/{name}.json", matrix, indent=None)
+
+    def read_matrices(self) -> dict[str, dict[str, Any]]:
+        """The newest of each matrix, by name; one that is torn, on a store that cannot rename, is not there."""
+        names = [name.removeprefix(f"{_MATRICES}/") for name in self.store.names(_MATRICES) if name.endswith(".json")]
+        found = {name.removesuffix(".json"): read_document(self.store, f"{_MATRICES}/{name}") for name in sorted(names)}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+    def write_log(self, attempt: int, rank: int, data: bytes) -> str:
+        """Writes a worker's log; returns its name, for ``read_log``."""
+        name = f"attempt-{attempt:03d}-worker-{rank:03d}.log"
+        self.store.write(f"{_LOGS}/{name}", data)
+        return name
+
+    def log_names(self, attempt: int | None = None, rank: int | None = None) -> list[str]:
+        """The names of the logs, oldest attempt first: all, or those of one attempt or one worker."""
+        found = []
+        for name in self.store.names(_LOGS):
+            match = re.fullmatch(rf"{_LOGS}/(attempt-(\d+)-worker-(\d+)\.log)", name)
+            if match and attempt in (None, int(match[2])) and rank in (None, int(match[3])):
+                found.append((int(match[2]), int(match[3]), match[1]))
+        return [name for _, _, name in sorted(found)]
+
+    def read_log(self, name: str) -> bytes:
+        """A log by its name."""
+        return self.store.read(f"{_LOGS}/{name}")
+
+    def _job(self) -> bytes | None:
+        """The description as it is stored; none: there is no run here."""
+        try:
+            return self.store.read(_JOB)
+        except MissingObject:
+            return None
+
+    def _newest_writer(self) -> str:
+        """The latest claim in the name of anything but a claim; empty if there is none."""
+        return max(self.events().newest_writer(), self.checkpoints.newest_claim())
+
+    def _held(self) -> Claim:
+        assert self._claim is not None, "only the driver that has claimed a run writes here"
+        return self._claim
+
+    def _log(self, name: str, key: str) -> RowLog:
+        return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
+
+
+def _digest(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _code_object(sha256: str) -> str:
+    check_digest(sha256)
+    return f"{_CODE}/{sha256}.zip"
+
+
+def is_run(names: Collection[str]) -> bool:
+    """Whether a folder with these entries is the directory of a run; a ``job.yaml`` alone may be a user's own."""
+    return {_JOB, _ENVIRONMENT} <= {*names} or {_SUBMISSIONS, _CODE} <= {*names}
+
+
+def list_runs(store: Store) -> list[RunDirectory]:
+    """The runs directly in a store, begun or submitted, by name."""
+    runs = [RunDirectory(store.at(folder)) for folder in store.folders()]
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="list") as pool:
+        return [run for run, is_known in zip(runs, pool.map(RunDirectory.is_known, runs)) if is_known]

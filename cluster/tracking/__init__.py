@@ -1,0 +1,1 @@
+"""One tracker per run: none, memory, or Weights & Biases."""

@@ -1,0 +1,262 @@
+"""Everything that a description names, built: what the plan tries out and what a worker trains with."""
+
+import hashlib
+import json
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cluster.errors import ClusterError, DescriptionError
+from jobs.data.loader import seed_draws
+from jobs.build.losses import GlobalLoss, build_loss
+from jobs.build.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.sampling import StepPlan, draw_key
+from jobs.build.schedules import Schedule, build_schedule, plan_value
+from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
+from jobs.build.targets import Builder
+
+if TYPE_CHECKING:
+    from jobs.build.metrics import MetricSet
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The objects of a training run, on their device."""
+
+    spec: JobSpec
+    device: torch.device
+    model: nn.Module
+    ema: AveragedModel | None
+    loss: GlobalLoss
+    metrics: "MetricSet | None"
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    schedule: Schedule
+    train_set: Any
+    val_set: Any | None
+    steps: StepPlan
+
+    @property
+    def validated_model(self) -> nn.Module:
+        """The model that validation is made with: the averaged one, if there is an average."""
+        return self.model if self.ema is None else self.ema.module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of a forward pass."""
+        dtype = _AUTOCAST.get(self.spec.train.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def in_memory_order(self, inputs: Any) -> Any:
+        """Inputs as the convolutions want them in memory."""
+        if self.spec.train.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the parts; the tensors are the live ones."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "described": self._described(),
+        }
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Puts the state after ``step`` steps back.
+
+        Rates and other arguments are the description's: if they were changed since, the optimizer goes on with its
+        moments and the new arguments, and the schedule from where the new one would stand by now.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: The state belongs to another model, optimizer or schedule.
+        """
+        was, now = state["described"], self._described()
+        for key, what in (("optimizer", "optimizer._target_"), ("parameters", "the parameters of optimizer.groups")):
+            if was[key] != now[key]:
+                raise ValueError(f"{what} changed, and moments belong to the old; begin a new run with init_from")
+        self.model.load_state_dict(state["model"])
+        if was == now:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["scheduler"])
+        else:
+            arguments = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": arguments})
+            self.schedule.play_to(step, self.steps)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def data_fingerprint(self) -> str:
+        """A digest of what the datasets say of themselves without reading a sample."""
+        sha256 = hashlib.sha256()
+        for dataset in (self.train_set, self.val_set):
+            if dataset is not None:
+                targets, classes = listed_targets(dataset), getattr(dataset, "classes", None)
+                # Other objects may print their address, which is another in every process.
+                has_names = isinstance(classes, (list, tuple)) and all(isinstance(each, (str, int)) for each in classes)
+                sha256.update(f"{len(dataset)}:{classes if has_names else None}:".encode())
+                sha256.update(b"" if targets is None else targets.cpu().numpy().tobytes())
+        return sha256.hexdigest()
+
+    def _described(self) -> dict[str, Any]:
+        """What the description says of optimizer and schedule, to know whether it still does."""
+        return {
+            "optimizer": self.spec.optimizer.factory.path,
+            "parameters": [name for group in self.groups for name in group.names],
+            "rates": rates_digest(self.spec.optimizer, self.spec.scheduler, self.steps),
+        }
+
+
+def listed_targets(dataset: Any) -> Tensor | None:
+    """All targets, if the dataset lists them in ``targets`` as torchvision's do."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        return None
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # not a list of numbers: targets of another kind
+
+
+def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
+    """What decides the learning rates, as a digest that no version of Python or torch changes."""
+    decides = {
+        "optimizer": asdict(optimizer),
+        "scheduler": None if scheduler is None else asdict(scheduler),
+        "steps": asdict(steps),
+    }
+    text = json.dumps(decides, sort_keys=True)
+    return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # v2, if the text is ever written in another way
+
+
+def worker_device(*, on_gpu: bool) -> torch.device:
+    """The device of a worker: its GPU, the only one it sees, which becomes this process's current one; or the CPU.
+
+    Raises:
+        ClusterError: torch sees no GPU.
+    """
+    if not on_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"a worker has a GPU here, and torch {torch.__version__} sees none; give this host a driver and a torch "
+            "for it, or write workers.gpus=0",
+            cause="environment",
+            step=0,
+        )
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_parts(spec: JobSpec, device: torch.device) -> Parts:
+    """Builds all parts; the initial weights are a function of the seed.
+
+    Raises:
+        DescriptionError: Something cannot be built as written.
+    """
+    numerics(spec, device)
+    seed_draws(draw_key("data", spec.seed), device)
+    train_set = _dataset(spec.data.train, "data.train")
+    val_set = None if spec.data.val is None else _dataset(spec.data.val, "data.val")
+    steps = StepPlan(len(train_set), spec.train.global_batch, spec.train.shards, spec.train.epochs)
+    if steps.steps_per_epoch == 0:
+        raise DescriptionError(
+            f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "
+            f"got {spec.train.global_batch}; lower it"
+        )
+    if val_set is not None and len(val_set) == 0:
+        raise DescriptionError("data.val has no samples; point it at some, or leave data.val out")
+    builder = Builder(lambda value: plan_value(steps, value))
+    seed_draws(draw_key("model", spec.seed), device)
+    model = builder.build(spec.model, "model")
+    if not isinstance(model, nn.Module):
+        raise DescriptionError(f"model must be a torch.nn.Module, got {type(model).__name__} from {spec.model.path}")
+    model.to(device)
+    if spec.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    loss = build_loss(spec.loss, builder).to(device, number_type(model))
+    metrics = None
+    if spec.metrics:
+        from jobs.build.metrics import build_metrics, class_names  # imports torchmetrics, which takes a second or two
+
+        metrics = build_metrics(spec.metrics, builder, class_names(val_set)).to(device)
+    groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)
+    if not groups:
+        raise DescriptionError(f"model has no parameters to train, got {spec.model.path}; check its requires_grad")
+    optimizer = build_optimizer(spec.optimizer, model, groups, builder)
+    declared_rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = build_schedule(spec.scheduler, optimizer, builder, steps)
+    _check_rates(groups, optimizer, declared_rates)
+    set_trainable(model, groups, step=0)
+    if all(group.from_step > 0 for group in groups):
+        raise DescriptionError("optimizer.groups freeze every parameter at first; let one group train from the start")
+    ema = None
+    if spec.train.ema_decay is not None:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))
+    return Parts(
+        spec=spec,
+        device=device,
+        model=model,
+        ema=ema,
+        loss=loss,
+        metrics=metrics,
+        groups=groups,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type) if spec.train.precision == "fp16" else None,
+        schedule=schedule,
+        train_set=train_set,
+        val_set=val_set,
+        steps=steps,
+    )
+
+
+def _check_rates(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, declared: list[float]) -> None:
+    """Refuses a rate of a group that the schedule has put its own in place of."""
+    for number, (group, rate, of_torch) in enumerate(zip(groups, declared, optimizer.param_groups)):
+        key = "lr_scale" if group.lr_scale is not None else "lr" if "lr" in group.args else None
+        if key is not None and of_torch.get("initial_lr", rate) != rate:
+            raise DescriptionError(
+                f"optimizer.groups[{number}].{key} has no effect, for the schedule sets its own rate in every group; "
+                "remove it, and write the schedule's rates as a list, one for each group"
+            )
+
+
+def number_type(model: nn.Module) -> torch.dtype:
+    """The type of the model's first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def numerics(spec: JobSpec, device: torch.device) -> None:
+    """Sets what may change a kernel's result, from the description alone."""
+    torch.set_num_threads(spec.train.threads)
+    torch.use_deterministic_algorithms(spec.train.deterministic)
+    # A debugging aid that comes along with the above, and writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        if spec.train.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it first computes
+        torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = spec.train.tf32
+        torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark
+        torch.backends.cudnn.deterministic = spec.train.deterministic
+
+
+def _dataset(target: Target, key: str) -> Any:
+    dataset = Builder().build(target, key)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise DescriptionError(
+            f"{key} must be a map-style dataset, with __getitem__ and __len__, got {type(dataset).__name__}"
+        )
+    return dataset

@@ -1,0 +1,301 @@
+"""A loss as numerator and denominator, so that its mean can be taken over the global batch.
+
+The mean of the shards' means is not the mean of the batch as soon as samples carry weights or are
+ignored. So a loss here gives the sum over its micro-batch and what that sum has to be divided by, and the
+division uses the denominators of all shards. What a loss of torch.nn takes of output and target, and how it
+is called, is known here; whether a given output and target suit it, the plan finds out.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import DescriptionError
+from jobs.spec import LossSpec, Target
+from jobs.build.targets import Builder, check_arguments, resolve
+
+CLASS_NUMBER_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+"""Losses whose targets are numbers of classes."""
+_IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
+"""Of these, those that ignore a class number, and divide by the class weights of the others."""
+_UNSAID_IGNORE_INDEX = -100
+"""What torch ignores by default. Most data has no such label, and need not pay for an exchange in every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a loss is called, if not with the one output and the target."""
+
+    num_outputs: int
+    """Tensors that it takes from the model."""
+    arguments: Callable[[Any, Any], tuple[Any, ...]]
+    """Its arguments, from output and target."""
+    class_dim: int = 1
+
+
+_PLAIN = Call(1, lambda output, target: (output, target))
+_CALLS: dict[type, Call] = {
+    nn.CosineEmbeddingLoss: Call(2, lambda output, target: (*output, target)),
+    nn.MarginRankingLoss: Call(2, lambda output, target: (*output, target)),
+    nn.TripletMarginLoss: Call(3, lambda output, _: tuple(output)),
+    nn.TripletMarginWithDistanceLoss: Call(3, lambda output, _: tuple(output)),
+    nn.GaussianNLLLoss: Call(2, lambda output, target: (output[0], target, output[1])),
+    # log_probs_TNC; the target is (targets, input_lengths, target_lengths)
+    nn.CTCLoss: Call(1, lambda output, target: (output, *target), class_dim=2),
+}
+
+
+class GlobalLoss:
+    """A loss over a global batch that is spread over shards.
+
+    Attributes:
+        spec: What the description says of it.
+        function: The loss itself; if it has a ``reduction``, that is ``none`` here.
+        call: How it is called.
+        weighs_targets: The denominator depends on the targets, and so has to be summed over the shards
+            before the backward pass; otherwise it is the same for every micro-batch.
+        takes_class_numbers: Targets are numbers of classes, if they are integers.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], spec: LossSpec) -> None:
+        """Takes over a loss.
+
+        Raises:
+            DescriptionError: It has weights to train, or a reduction that is none of torch's.
+        """
+        self.spec = spec
+        self.function = function
+        self.call = next((call for base, call in _CALLS.items() if isinstance(function, base)), _PLAIN)
+        self.takes_class_numbers = spec.target in ("index", "one_hot") or (
+            spec.target is None and isinstance(function, CLASS_NUMBER_LOSSES)
+        )
+        self.weighs_targets = False
+        self._ignore_index: int | None = None
+        self._reduction: str | None = None
+        if isinstance(function, nn.Module) and any(parameter.requires_grad for parameter in function.parameters()):
+            raise DescriptionError(
+                f"loss._target_ {spec.factory.path} has weights of its own, which no optimizer trains; make it the "
+                "model's last layer, with a loss of your own that passes its value on"
+            )
+        if isinstance(getattr(function, "reduction", None), str):
+            self._reduction = _known_reduction(function)
+            self._reduce("none")
+        if isinstance(function, _IGNORING) and spec.target in (None, "index"):
+            self._ignore_index = function.ignore_index
+            ignores = "ignore_index" in spec.factory.args or function.ignore_index != _UNSAID_IGNORE_INDEX
+            self.weighs_targets = self._reduction == "mean" and (function.weight is not None or ignores)
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "GlobalLoss":
+        """Moves class weights and other buffers of the loss, and gives them the type of the model's numbers."""
+        if isinstance(self.function, nn.Module):
+            self.function.to(device, dtype)
+        elif isinstance(self.function, functools.partial):
+            arguments = self.function.keywords
+            movable = {name: value for name, value in arguments.items() if isinstance(value, (Tensor, nn.Module))}
+            moved = {name: value.to(device, dtype) for name, value in movable.items()}
+            self.function = functools.partial(self.function, **moved)
+        return self
+
+    def sees(self, output: Any, target: Any) -> tuple[Any, Any]:
+        """What the loss sees of the model's output and of the dataset's target."""
+        if self.spec.output == "sigmoid":
+            output = output.sigmoid()
+        elif self.spec.output == "softmax":
+            output = output.softmax(self.call.class_dim)
+        elif self.spec.output == "log_softmax":
+            output = output.log_softmax(self.call.class_dim)
+        if self.spec.target == "index":
+            target = target.long()
+        elif self.spec.target == "one_hot":
+            target = torch.zeros_like(output, dtype=number_type(output)).scatter_(1, target.long().unsqueeze(1), 1)
+        elif self.spec.target == "float":
+            like = first(output)
+            target = target.to(number_type(like))
+            target = target.reshape(like.shape) if fits_into(target.shape, like.shape) else target
+        return output, target
+
+    def measured(self, output: Any, target: Any) -> tuple[Any, Any]:
+        """What a metric compares: as the loss sees it, but class numbers as class numbers."""
+        output, seen_target = self.sees(output, target)
+        return output, target if self.spec.target == "one_hot" else seen_target
+
+    def numerator(self, output: Any, target: Any) -> tuple[Tensor, float]:
+        """The loss summed over a micro-batch, and the denominator where the targets do not decide it.
+
+        Shapes: a scalar that can be differentiated.
+        """
+        loss = self._terms(output, target)
+        if loss.dim() == 0 and self._reduction != "sum":
+            # A loss of one's own: a scalar is the mean over the micro-batch, anything else one value per term.
+            samples = next(_lengths([target, output]), 1)
+            return loss * samples, samples
+        if isinstance(self.function, nn.CTCLoss) and self._reduction == "mean":
+            loss = loss / target[2].clamp(min=1).to(loss)
+        # bfloat16 would keep three digits of a sum.
+        total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
+        return total, len(loss) if self._reduction == "batchmean" else loss.numel()
+
+    def weight(self, target: Any, numerator: Tensor, own: float) -> Tensor:
+        """What a micro-batch adds to the denominator of a dataset, given what ``numerator`` gave.
+
+        Shapes: a float64 scalar on the device of the loss.
+        """
+        if self.weighs_targets:
+            return self.target_weight(target)
+        return torch.tensor(own, dtype=torch.float64, device=numerator.device)
+
+    def denominator(self, own: float, shards: int = 1) -> float:
+        """What the sum of all numerators is divided by: of ``shards`` equal micro-batches, or of one or a dataset."""
+        return 1.0 if self._reduction == "sum" else own * shards
+
+    def as_written(self, output: Any, target: Any) -> Tensor | None:
+        """The loss of a micro-batch alone, as the loss itself reduces it; None if it knows no reductions."""
+        if self._reduction is None:
+            return None
+        self._reduce(self._reduction)
+        try:
+            return self._terms(output, target)
+        finally:
+            self._reduce("none")
+
+    def ignores_unsaid(self, counted: float, targets: float) -> bool:
+        """Whether the loss ignores some targets, though the description does not say that any are ignored."""
+        means_over_all = self._reduction == "mean" and not self.weighs_targets
+        return self._ignore_index is not None and means_over_all and 0 < counted < targets
+
+    def target_weight(self, target: Tensor) -> Tensor:
+        """What a micro-batch adds to the denominator where the targets decide it.
+
+        Shapes: a float64 scalar.
+        """
+        counted = self.counted(target)
+        if counted is None:  # class probabilities: torch divides by the number of them, whatever the class weights
+            return torch.tensor(target.numel() / target.shape[1], dtype=torch.float64, device=target.device)
+        assert isinstance(self.function, _IGNORING), "no other loss weighs targets"
+        if self.function.weight is None:
+            return counted.sum(dtype=torch.float64)
+        return self.function.weight[target[counted].long()].sum(dtype=torch.float64)
+
+    def counted(self, target: Any) -> Tensor | None:
+        """Which targets are class numbers that count, or None if targets are no class numbers."""
+        if self.spec.target == "float" or not isinstance(target, Tensor) or not is_integral(target):
+            return None
+        if self._ignore_index is None:
+            return torch.ones_like(target, dtype=torch.bool)
+        return target != self._ignore_index
+
+    def tally(self, output: Any, target: Any, numerator: Tensor) -> Tensor:
+        """What a micro-batch adds to the metrics: loss sum, correct, counted.
+
+        Shapes: float64 [3] on the device of the loss.
+        """
+        correct = count = torch.zeros((), dtype=torch.float64, device=numerator.device)
+        counted = self.counted(target)
+        if counted is not None and isinstance(output, Tensor) and has_classes(output, target):
+            correct = ((output.detach().argmax(1) == target) & counted).sum(dtype=torch.float64)
+            count = counted.sum(dtype=torch.float64)
+        return torch.stack([numerator.detach().double(), correct, count])
+
+    def _reduce(self, reduction: str) -> None:
+        self.function.reduction = reduction  # type: ignore[attr-defined]  # asked for only where it has one
+
+    def _terms(self, output: Any, target: Any) -> Tensor:
+        return self.function(*self.call.arguments(*self.sees(output, target)))
+
+
+def build_loss(spec: LossSpec, builder: Builder) -> GlobalLoss:
+    """A bare name is looked up in ``torch.nn``. A function is taken as it is, a class is built.
+
+    Lists of numbers for ``weight`` and ``pos_weight`` become tensors. With ``reduction: none`` the mean of all
+    terms is trained on, as ``loss(output, target).mean()`` gives it.
+
+    Raises:
+        DescriptionError: The name, an argument or its value is wrong, or the loss has weights of its own.
+    """
+    path = spec.factory.path
+    args = {
+        name: _weights(value, f"loss.{name}") if name in ("weight", "pos_weight") else value
+        for name, value in spec.factory.args.items()
+    }
+    function = resolve(path, "loss", [nn])
+    is_class = inspect.isclass(function)
+    if not is_class:
+        check_arguments(function, list(args), "loss", given=2)
+    loss = builder.build(Target(path, args, partial=not is_class), "loss", bare_names=[nn])
+    if not callable(loss):
+        raise DescriptionError(
+            f"loss._target_ must be a loss that can be called with (output, target), got {path}; give it __call__"
+        )
+    return GlobalLoss(loss, spec)
+
+
+def first(output: Any) -> Any:
+    """The tensor that a target is compared with, where a model gives several."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def is_integral(tensor: Tensor) -> bool:
+    """Whether its numbers can be numbers of classes."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def has_classes(output: Tensor, target: Tensor) -> bool:
+    """Whether an output has values for several classes, in dimension 1, where a target has one number."""
+    classes = output.shape[1] if output.dim() > 1 else 1
+    return classes > 1 and (*output.shape[:1], *output.shape[2:]) == target.shape
+
+
+def fits_into(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether one shape can be read as the other without mixing samples or exchanging axes."""
+    lengths, others = ([length for length in axes if length != 1] for axes in (shape, other))
+    same_samples = bool(shape) and bool(other) and shape[0] == other[0]
+    exchanged = len(lengths) == len(others) and lengths != others
+    return same_samples and shape.numel() == other.numel() and not exchanged
+
+
+def number_type(output: Tensor) -> torch.dtype:
+    """The type in which a loss computes: the output's, except that autocast takes no loss in 16 bits."""
+    return torch.float32 if torch.is_autocast_enabled(output.device.type) else output.dtype
+
+
+def _known_reduction(function: Any) -> str:
+    reduction: str = function.reduction
+    has_batchmean = isinstance(function, nn.KLDivLoss) or not type(function).__module__.startswith("torch.")
+    known = ["mean", "sum", "none", *(["batchmean"] if has_batchmean else [])]
+    if reduction not in known:
+        raise DescriptionError(
+            f"loss.reduction must be one of {', '.join(known)}, got {reduction!r}; write one of them"
+        )
+    return reduction
+
+
+def _weights(value: Any, key: str) -> Any:
+    """A tensor of a list of numbers; anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    try:
+        weights = torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError):
+        weights = torch.tensor(math.nan)
+    if not weights.isfinite().all():
+        raise DescriptionError(f"{key} must be a list of finite numbers, got {value}; write one number per class")
+    return weights
+
+
+def _lengths(batch: Any) -> Iterator[int]:
+    """How many samples each part of a batch holds, which may be a structure of tensors and of lists of text."""
+    if isinstance(batch, Tensor):
+        yield from batch.shape[:1]
+    elif isinstance(batch, Mapping):
+        yield from _lengths(list(batch.values()))
+    elif isinstance(batch, (tuple, list)):
+        if batch and isinstance(batch[0], (str, bytes)):
+            yield len(batch)
+        for part in batch:
+            yield from _lengths(part)

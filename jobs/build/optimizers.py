@@ -1,0 +1,144 @@
+"""From ``optimizer`` and its groups to a torch optimizer over the model's parameters."""
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.errors import DescriptionError, nearest
+from jobs.spec import GroupSpec, OptimizerSpec
+from jobs.build.targets import Builder, check_arguments, resolve
+
+_TYPE_PREFIX = "type:"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that train alike.
+
+    Attributes:
+        pattern: The pattern that chose them; ``(rest)`` for those that no pattern matched.
+        names: The parameters' names, in the model's order.
+        args: Arguments of the optimizer for this group alone.
+        lr_scale: Multiplies the optimizer's rate.
+        from_step: The step, counted from 0, from which they train; before it they are frozen.
+    """
+
+    pattern: str
+    names: tuple[str, ...]
+    args: Mapping[str, Any]
+    lr_scale: float | None = None
+    from_step: int = 0
+
+
+def group_parameters(model: nn.Module, groups: tuple[GroupSpec, ...], steps_per_epoch: int) -> list[ParameterGroup]:
+    """Sorts the trainable parameters into groups; the first pattern that matches a parameter has it.
+
+    Raises:
+        DescriptionError: A pattern matches no parameter, or only ones that an earlier pattern has or the model
+            itself freezes; or a tensor has two names that fall into different groups.
+    """
+    matching = [_matching(model, group.match) for group in groups]
+    of_group: list[list[str]] = [[] for _ in range(len(groups) + 1)]  # the last one for the rest
+    for names in _trainable(model):
+        first, *others = [
+            next((number for number, matched in enumerate(matching) if name in matched), len(groups)) for name in names
+        ]
+        if any(other != first for other in others):
+            raise DescriptionError(
+                f"optimizer.groups put one tensor in two groups, got {' and '.join(names)}, which are tied; "
+                "write a pattern for both"
+            )
+        of_group[first].append(names[0])
+    found = []
+    for number, group in enumerate(groups):
+        if not of_group[number]:
+            key = f"optimizer.groups[{number}].match"
+            raise DescriptionError(_why_empty(model, key, group.match, matching[number]))
+        from_step = group.from_step if group.from_epoch is None else group.from_epoch * steps_per_epoch
+        found.append(ParameterGroup(group.match, tuple(of_group[number]), group.args, group.lr_scale, from_step or 0))
+    return [*found, ParameterGroup("(rest)", tuple(of_group[-1]), {})] if of_group[-1] else found
+
+
+def _trainable(model: nn.Module) -> list[list[str]]:
+    """The names of each trainable tensor; a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(parameter, []).append(name)
+    return list(names.values())
+
+
+def _why_empty(model: nn.Module, key: str, pattern: str, matched: set[str]) -> str:
+    known = [name for name, _ in model.named_parameters()]
+    if not matched:
+        return (
+            f"{key} matches no parameter, got {pattern!r}{nearest(pattern, known)}; "
+            f"the model has {', '.join(known[:4])}{' ...' if len(known) > 4 else ''}"
+        )
+    if not any(name in matched for names in _trainable(model) for name in names):
+        return f"{key} {pattern!r} matches only parameters that the model freezes itself; drop it, or let them train"
+    return f"{key} {pattern!r} matches only parameters that an earlier group has; move it up or drop it"
+
+
+def _matching(model: nn.Module, pattern: str) -> set[str]:
+    if not pattern.startswith(_TYPE_PREFIX):
+        names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+        return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+    kind = pattern.removeprefix(_TYPE_PREFIX)
+    return {
+        f"{module_name}.{name}" if module_name else name
+        for module_name, module in model.named_modules(remove_duplicate=False)
+        if any(fnmatch.fnmatchcase(base.__name__, kind) for base in type(module).__mro__)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def build_optimizer(
+    spec: OptimizerSpec, model: nn.Module, groups: list[ParameterGroup], builder: Builder
+) -> torch.optim.Optimizer:
+    """The optimizer over all groups; a frozen group is in it from the start, and is passed over without gradients.
+
+    Raises:
+        DescriptionError: The name, an argument or its value is wrong.
+    """
+    function = resolve(spec.factory.path, "optimizer", [torch.optim])
+    if function is torch.optim.LBFGS:
+        raise DescriptionError(
+            "optimizer._target_ LBFGS evaluates the model several times in a step, which the loop does not offer; "
+            "use a first-order optimizer"
+        )
+    parameters = dict(model.named_parameters())
+    torch_groups = []
+    for number, group in enumerate(groups):
+        key = f"optimizer.groups[{number}]"
+        if group.pattern != "(rest)":
+            check_arguments(function, sorted({*group.args, *spec.factory.args}), key, given=1)
+        scaled = {} if group.lr_scale is None else {"lr": group.lr_scale * _base_rate(spec, function, key)}
+        torch_groups.append({"params": [parameters[name] for name in group.names], **group.args, **scaled})
+    return builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])
+
+
+def _base_rate(spec: OptimizerSpec, function: Callable[..., Any], key: str) -> float:
+    """The optimizer's rate, as written or by default."""
+    default = inspect.signature(function).parameters.get("lr")
+    rate = spec.factory.args.get("lr", default.default if default else None)
+    if not isinstance(rate, (int, float)):
+        raise DescriptionError(f"{key}.lr_scale needs an lr to scale; write optimizer.lr")
+    return rate
+
+
+def set_trainable(model: nn.Module, groups: Sequence[ParameterGroup], step: int) -> bool:
+    """Freezes the groups whose step has not come; whether that changed any parameter."""
+    parameters = dict(model.named_parameters())
+    changed = False
+    for group in groups:
+        for name in group.names:
+            trains = step >= group.from_step
+            changed |= parameters[name].requires_grad != trains
+            parameters[name].requires_grad_(trains)
+    return changed

@@ -1,0 +1,278 @@
+"""From ``scheduler`` to a torch learning-rate schedule: when it advances, whether it lasts, and what rates it gives."""
+
+import functools
+import inspect
+import math
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from cluster.errors import DescriptionError, one_line
+from jobs.sampling import StepPlan
+from jobs.spec import PlanValue, SchedulerSpec, Target
+from jobs.build.targets import Builder, check_arguments, resolve
+
+_FUNCTIONS = ("lr_lambda", "scale_fn")
+"""Arguments that are functions of one number: text in them is an import path, in any other argument it is text."""
+_MOST_PLAYED = 500_000
+"""Rates that a preview plays through, over all groups: at most a few seconds."""
+_ROUNDING = 1e-9
+"""In parts of a group's first rate, how far below 0 a rate is still 0: torch's LinearLR may miss it by 1e-16."""
+
+_Keys = dict[LRScheduler, str]
+"""Where in the description each schedule is written."""
+
+
+def plan_value(steps: StepPlan, value: PlanValue) -> int:
+    """The number behind ``${plan.total_steps}``, ``${plan.steps_per_epoch}`` and ``${plan.steps:EPOCHS}``."""
+    if value.name == "total_steps":
+        return steps.total_steps
+    if value.name == "steps_per_epoch":
+        return steps.steps_per_epoch
+    assert value.epochs is not None, value
+    return round(value.epochs * steps.steps_per_epoch)
+
+
+class Schedule:
+    """A learning-rate schedule, or none, advanced at the end of steps.
+
+    Collective: every rank advances it alike; a monitored metric is the same number on every rank.
+    """
+
+    def __init__(self, spec: SchedulerSpec | None, scheduler: LRScheduler | None) -> None:
+        self._spec = spec
+        self._scheduler = scheduler
+
+    def step_done(self) -> None:
+        """After every optimizer step, also one that was skipped."""
+        if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
+            return
+        if self._spec.interval == "step":
+            self._scheduler.step()
+
+    def measured(self, metrics: Mapping[str, float], *, ends_epoch: bool) -> None:
+        """At every pause, with what was measured at this very step.
+
+        Args:
+            metrics: Validation metrics, if there was a validation, and the step's own at an epoch's end.
+            ends_epoch: Whether the step ends an epoch.
+        """
+        if self._spec is None or self._scheduler is None:
+            return
+        by_epoch = self._spec.interval == "epoch"
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            assert self._spec.monitor is not None, "build_schedule asks for it"
+            if self._spec.monitor in metrics and (ends_epoch or not by_epoch):
+                self._scheduler.step(metrics[self._spec.monitor])
+        elif by_epoch and ends_epoch:
+            self._scheduler.step()
+
+    def play_to(self, step: int, steps: StepPlan) -> None:
+        """Advances a fresh schedule to where it stands after ``step`` steps; one that follows a metric stays."""
+        if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
+            return
+        _, per_tick = _ticks(self._spec, steps)
+        for _ in range(step // per_tick):
+            self._scheduler.step()
+
+    def preview(self, steps: StepPlan) -> tuple[tuple[int, float], ...]:
+        """Plays the schedule through the run without training, which uses it up: for a process that is thrown away.
+
+        A very long run is played as far as a few seconds go; a schedule that follows a metric is not played.
+
+        Returns:
+            A few steps, counted from 1, and the rates that they use, in the last parameter group: every change of the
+            rate if there are few, else the first, the highest, one halfway and the last.
+
+        Raises:
+            DescriptionError: The schedule raises, or gives a rate that is no number, not finite or below 0.
+        """
+        if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
+            return ()
+        groups = self._scheduler.optimizer.param_groups
+        first_rates = [group["lr"] for group in groups]
+        ticks, per_tick = _ticks(self._spec, steps)
+        rates = array("d")
+        for tick in range(min(ticks, _MOST_PLAYED // len(groups))):
+            step = tick * per_tick + 1
+            for number, (group, first) in enumerate(zip(groups, first_rates)):
+                rate = group["lr"]
+                if not (isinstance(rate, (int, float)) and -_ROUNDING * first <= rate < math.inf):
+                    raise DescriptionError(
+                        f"scheduler: the rate of group {number} must be a finite number and at least 0, "
+                        f"got {rate} at step {step}; look at {self._spec.factory.path} and its arguments"
+                    )
+            rates.append(groups[-1]["lr"])
+            try:
+                self._scheduler.step()
+            except Exception as error:  # the schedule, or a function in it, may be the user's own
+                raise DescriptionError(
+                    f"scheduler: {self._spec.factory.path} raised {type(error).__name__} "
+                    f"after step {step + per_tick - 1}: {one_line(error) or 'it cannot go on from there'}"
+                ) from error
+        return tuple((position * per_tick + 1, rates[position]) for position in _landmarks(rates))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._scheduler is None else self._scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state)
+
+
+def build_schedule(
+    spec: SchedulerSpec | None, optimizer: torch.optim.Optimizer, builder: Builder, steps: StepPlan
+) -> Schedule:
+    """Builds the schedule and those nested in it, each over the same optimizer.
+
+    Raises:
+        DescriptionError: The name, an argument or its value is wrong, ``monitor`` does not fit, or the run is longer
+            than the schedule.
+    """
+    if spec is None:
+        return Schedule(None, None)
+    # Torch warns of a rate that no step used. It is the rate of a skipped step, or nothing is trained, in a preview.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
+    keys: _Keys = {}
+
+    def build(target: Target, key: str) -> Any:
+        arguments = {
+            name: _function(value, f"{key}.{name}", builder) if name in _FUNCTIONS else value
+            for name, value in target.args.items()
+        }
+        positional = (optimizer,) if _takes_optimizer(resolve(target.path, key, [lr_scheduler])) else ()
+        built = builder.build(
+            replace(target, args=arguments), key, *positional, bare_names=[lr_scheduler], nested=build
+        )
+        if isinstance(built, LRScheduler):
+            keys[built] = key
+        return built
+
+    scheduler = build(spec.factory, "scheduler")
+    if not isinstance(scheduler, LRScheduler):
+        raise DescriptionError(
+            f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {type(scheduler).__name__} "
+            f"from {spec.factory.path}; name a subclass of it, or a function that returns one"
+        )
+    _check_monitor(spec, scheduler)
+    _check_lengths(spec, scheduler, steps, keys)
+    return Schedule(spec, scheduler)
+
+
+def _ticks(spec: SchedulerSpec, steps: StepPlan) -> tuple[int, int]:
+    """How often the schedule advances in the whole run, and the steps between."""
+    return (steps.total_steps, 1) if spec.interval == "step" else (steps.epochs, steps.steps_per_epoch)
+
+
+def _takes_optimizer(function: Callable[..., Any]) -> bool:
+    """Whether it is a schedule, or a function that makes one, as against an argument of a schedule."""
+    if inspect.isclass(function) and issubclass(function, LRScheduler):
+        return not issubclass(function, ChainedScheduler)  # it finds the optimizer in the schedules it chains
+    try:
+        return next(iter(inspect.signature(function).parameters), None) == "optimizer"
+    except (TypeError, ValueError):
+        return False  # some C functions tell nothing, and none of them makes a schedule
+
+
+def _function(value: Any, key: str, builder: Builder) -> Any:
+    """The function that an argument names: a path, one with arguments bound, what makes one, or one for each group."""
+    if isinstance(value, (list, tuple)):
+        return [_function(item, f"{key}[{number}]", builder) for number, item in enumerate(value)]
+    if value is None:
+        return None
+    if isinstance(value, str):
+        function = resolve(value, key)
+        check_arguments(function, [], key, given=1)
+        # Torch keeps the __dict__ of what is no plain function, and a built-in function has none.
+        return function if hasattr(function, "__dict__") else functools.partial(function)
+    if not isinstance(value, Target):
+        raise DescriptionError(f"{key} must be a function, got {value!r}; write its import path")
+    if value.partial:
+        check_arguments(resolve(value.path, key), list(value.args), key, given=1)
+    function = builder.build(value, key)
+    if not callable(function):
+        raise DescriptionError(
+            f"{key} must be a function, got {type(function).__name__} from {value.path}; "
+            "with _partial_: true the arguments are bound and the function itself is passed on"
+        )
+    return function
+
+
+def _check_monitor(spec: SchedulerSpec, scheduler: LRScheduler) -> None:
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        if spec.monitor is not None:
+            raise DescriptionError(
+                f"scheduler.monitor is read by ReduceLROnPlateau alone, got {spec.monitor!r}; remove it"
+            )
+    elif spec.monitor is None:
+        raise DescriptionError(
+            "scheduler.monitor is missing: ReduceLROnPlateau needs a metric to watch; write for example val/loss"
+        )
+    elif spec.interval == "step" and not spec.monitor.startswith("val/"):
+        raise DescriptionError(
+            f"scheduler.monitor must be a validation metric where scheduler.interval is step, got {spec.monitor!r}, "
+            "which arrives steps later; write interval: epoch"
+        )
+
+
+_LENGTHS: tuple[tuple[type[LRScheduler], str, str, str], ...] = (
+    (OneCycleLR, "total_steps", "after which there is no rate", ""),
+    (CosineAnnealingLR, "T_max", "after which the rate rises again", ", or take CosineAnnealingWarmRestarts"),
+    (PolynomialLR, "total_iters", "after which the rate stays 0", ""),
+)
+"""Schedules that end: the attribute that says when, what comes of it, and what else to do."""
+
+
+def _check_lengths(spec: SchedulerSpec, scheduler: LRScheduler, steps: StepPlan, keys: _Keys) -> None:
+    """Raises if the schedule, or one nested in it, ends before its time in the run does."""
+    run, _ = _ticks(spec, steps)
+    for part, key, ticks in _lives(scheduler, "scheduler", run, keys):
+        for kind, name, consequence, alternative in _LENGTHS:
+            if isinstance(part, kind):
+                length = getattr(part, name)
+                if not (isinstance(length, (int, float)) and length >= ticks):
+                    of_run = "${plan.total_steps}" if spec.interval == "step" else "${train.epochs}"
+                    raise DescriptionError(
+                        f"{key}.{name} must be at least {ticks}, the {spec.interval}s that it runs for, got "
+                        f"{length!r}, {consequence}; write {of_run if ticks == run else ticks}{alternative}"
+                    )
+
+
+def _lives(scheduler: LRScheduler, key: str, ticks: int, keys: _Keys) -> Iterator[tuple[LRScheduler, str, int]]:
+    """The schedule and those nested in it, where each is written, and how often each advances: if never, 0 or less."""
+    yield scheduler, key, ticks
+    if isinstance(scheduler, ChainedScheduler):
+        for child in scheduler._schedulers:
+            yield from _lives(child, keys.get(child, key), ticks, keys)
+    elif isinstance(scheduler, SequentialLR):
+        begins = [0, *scheduler._milestones]
+        if any(type(begin) is not int for begin in begins) or begins != sorted(begins):
+            raise DescriptionError(
+                f"{key}.milestones must be whole numbers in rising order, got {begins[1:]}; write for example [5, 10]"
+            )
+        for child, begin, end in zip(scheduler._schedulers, begins, [*begins[1:], ticks]):
+            yield from _lives(child, keys.get(child, key), min(end, ticks) - begin, keys)
+
+
+def _landmarks(rates: Sequence[float]) -> list[int]:
+    """Positions that tell the course of the rates."""
+    last = len(rates) - 1
+    changes = [position for position in range(1, last + 1) if rates[position] != rates[position - 1]]
+    if len(changes) <= 4:
+        return [0, *changes]
+    highest = max(range(last + 1), key=rates.__getitem__)
+    return sorted({0, highest, last // 2, last})

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, how it is saved, and how weights of another run are read."""

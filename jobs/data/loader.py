@@ -1,0 +1,116 @@
+"""From positions in the order to micro-batches on the device, through torch's DataLoader.
+
+The loader is told which samples to fetch, in which order, for the whole of the run that lies ahead, so it
+never pauses between epochs, and every sample is fetched with its random generators seeded for it alone.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cluster.process import fork_server
+from jobs.sampling import StepPlan, draw_key
+
+SampleKey = tuple[int, int]
+"""(epoch, sample number): what a sample's random draws are keyed by."""
+
+
+class KeyedDataset(Dataset[Any]):
+    """A map-style dataset whose random transforms are functions of (seed, epoch, sample)."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        epoch, number = key
+        seed_host_draws(draw_key("sample", self._seed, epoch, number))
+        return self._dataset[number]
+
+
+def seed_host_draws(key: int) -> None:
+    """Seeds the generators that transforms and modules draw from on the CPU."""
+    # torch.manual_seed would also queue a seeding of every CUDA device, with a stack trace, on each call.
+    torch.default_generator.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+
+
+def seed_draws(key: int, device: torch.device) -> None:
+    """Seeds the generators that a forward pass on ``device`` draws from."""
+    seed_host_draws(key)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+
+
+def training_batches(
+    dataset: Any, *, steps: StepPlan, seed: int, block: range, start: int, end: int, loaders: int, device: torch.device
+) -> Iterator[list[Any]]:
+    """The micro-batches of one worker, a list of one per shard of its block for every step in [start, end)."""
+    keys = _TrainingKeys(steps, seed, block, start, end)
+    batches = iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, device))
+    for _ in range(start, end):
+        yield [to_device(next(batches), device) for _ in block]
+
+
+def validation_batches(
+    dataset: Any, *, batch_size: int, seed: int, rank: int, world_size: int, loaders: int, device: torch.device
+) -> Iterator[Any]:
+    """Every ``world_size``-th batch of the validation data, beginning with number ``rank``.
+
+    The batches are the same for any number of workers; the last one may be smaller.
+    """
+    keys = [
+        [(0, number) for number in range(first, min(first + batch_size, len(dataset)))]
+        for first in range(rank * batch_size, len(dataset), world_size * batch_size)
+    ]
+    for batch in _data_loader(KeyedDataset(dataset, draw_key("validation", seed)), keys, loaders, device):
+        yield to_device(batch, device)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Moves the tensors of a batch, whatever its structure; does not wait for the copy."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)([to_device(value, device) for value in batch])
+    return batch
+
+
+def shape_of(part: Any) -> str:
+    """What a part of a batch, or what a model made of it, is; for errors."""
+    return f"{list(part.shape)} {part.dtype}" if isinstance(part, torch.Tensor) else type(part).__name__
+
+
+class _TrainingKeys:
+    """The batch sampler: sample keys of a worker's micro-batches, shard by shard, step by step."""
+
+    def __init__(self, steps: StepPlan, seed: int, block: range, start: int, end: int) -> None:
+        self._steps, self._seed, self._block, self._start, self._end = steps, seed, block, start, end
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for batch in range(self._start, self._end):
+            epoch = self._steps.epoch_of(batch)
+            for shard in self._block:
+                yield [(epoch, number) for number in self._steps.samples(self._seed, batch, shard).tolist()]
+
+
+def _data_loader(
+    dataset: KeyedDataset, keys: _TrainingKeys | Sequence[Sequence[SampleKey]], loaders: int, device: torch.device
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=keys,  # type: ignore[arg-type]  # torch asks for a Sampler, and uses an iterable
+        num_workers=loaders,
+        # A worker has threads by now, which a fork would tear; the fork server it came from has torch imported.
+        multiprocessing_context=fork_server.CONTEXT if loaders else None,
+        pin_memory=device.type == "cuda",
+    )

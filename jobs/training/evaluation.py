@@ -1,0 +1,80 @@
+"""Metrics over a whole dataset, exact for any number of workers.
+
+A validation is whole or done again: it begins and ends between two steps, so none ever spans a checkpoint, and what
+is lost with a worker in the middle of one is measured anew from the same weights.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cluster.errors import TrainingError
+from jobs.build.losses import GlobalLoss
+from jobs.build.metric_values import Measured
+from jobs.data.loader import seed_draws, seed_host_draws
+from jobs.parallel.step_report import exact_sum
+from jobs.parallel.team import Team
+from jobs.sampling import draw_key
+
+if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
+    from jobs.build.metrics import MetricSet
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
+) -> Measured:
+    """Loss, accuracy and the declared metrics over every batch of every worker, each sample once.
+
+    Returns:
+        ``val/loss``, as one process with the whole dataset would compute it, ``val/accuracy`` if targets are class
+        numbers, and what the metrics come to; the same on every rank. A value that is not finite is left out, so
+        that rows stay JSON, and whoever watches it sees no measurement.
+
+    Raises:
+        TrainingError: The loss ignores all targets.
+
+    Collective: every rank, with the batches ``rank``, ``rank`` + W, ...
+    """
+    was_training = model.training
+    model.eval()
+    sums = []
+    for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
+        seed_draws(draw_key("evaluation", seed, number), team.device)
+        output = model(inputs)
+        numerator, own = loss.numerator(output, target)
+        weight = loss.weight(target, numerator, own)
+        sums.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+        if metrics is not None:
+            metrics.update(*loss.measured(output, target))
+    model.train(was_training)
+    tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
+    total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
+    if weight_sum == 0:
+        raise TrainingError("every target of data.val is ignored; give it some that count")
+    numbers = {"val/loss": total / loss.denominator(weight_sum)}
+    if counted:
+        numbers["val/accuracy"] = correct / counted
+    measured = Measured({name: value for name, value in numbers.items() if math.isfinite(value)})
+    return measured if metrics is None else measured | _measure(metrics, team, seed)
+
+
+def _measure(metrics: "MetricSet", team: Team, seed: int) -> Measured:
+    """Rank 0, which always has a batch, computes from the shares of all and tells the others.
+
+    Collective: every rank.
+    """
+    shares: list[Any] | None = [None] * team.world_size if team.rank == 0 else None
+    dist.gather_object(metrics.share(), shares, dst=0, group=team.cpu_group)
+
+    def compute() -> Measured:
+        assert shares is not None, "called on rank 0"
+        seed_host_draws(draw_key("metrics", seed))  # some compute from random subsets
+        return metrics.compute(shares)
+
+    return team.from_rank_0(compute)

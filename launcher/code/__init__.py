@@ -1,0 +1,1 @@
+"""The user's code: which files belong to a run, and where they are found."""

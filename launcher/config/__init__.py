@@ -1,0 +1,1 @@
+"""From YAML and ``key=value`` to a frozen spec, of a job or a cluster."""

@@ -1,0 +1,1 @@
+"""The driver: who works, what failures come to, what is written down."""

@@ -1,0 +1,362 @@
+"""From what workers say of their ends to what is to be done: the cause, whose fault it was, whether to try again.
+
+One failure has many messages: workers that lose a peer fail too, and those that wait for a hung one make no progress
+either. Here they become one verdict. Nothing here starts, stops or writes anything; the time comes in as a number.
+"""
+
+import signal
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cluster.errors import (
+    Cause,
+    CheckpointError,
+    ClusterError,
+    LauncherError,
+    StorageError,
+    TrainingError,
+    listed,
+)
+from cluster.process.link import DOING
+from jobs.spec import MaxFailuresSpec
+
+Message = dict[str, Any]
+Kind = Literal["machine", "preemption", "code"]
+"""Whose doing a failure was; each has a budget of its own."""
+
+_LONGEST_BACK_OFF_S = 60
+"""Between starts of agents that fail one after the other; the first is tried again after a second, then it doubles."""
+_LAST_WORDS_S = 5.0
+"""How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
+_CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
+"""What workers die of when another one is gone or hung: the cause only if that is all that anyone says."""
+_ERRORS: dict[str, type[LauncherError]] = {
+    error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
+}
+_SMALLER = "begin anew with smaller micro-batches: a lower train.global_batch or more train.shards"
+_ADVICE: dict[Cause, str] = {
+    "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
+    "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",
+    "killed": "find out who killed it, then resume",
+    "hung": "see where it stood; if it was at work, raise {limit}; then resume",
+    "node_lost": "resume on other nodes",
+    "fork_server_lost": "find out who killed it, then resume",
+    "preempted": "resume on other nodes",
+    "exchange_timeout": "see why the workers do not reach each other, or raise workers.timeout_s; then resume",
+    "connection_lost": "see why the workers do not reach each other, then resume",
+    "not_started": "see /tmp/ray/session_latest/logs there, or raise workers.start_timeout_s; then resume",
+    "environment": "give every node the same modules, files and versions, then resume",
+}
+"""What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
+_IN_FIRST_STEP = {
+    "start": "meeting the others or building model and data sets",
+    "restore": "reading the checkpoint",
+    "data": "reading the first batch",
+    "forward": "in the first forward pass, where torch.compile compiles",
+    "backward": "in the first backward pass, where torch.compile compiles",
+    "exchange": "waiting for the others",
+}
+"""What a process is at that has not done its first step, by its mark."""
+_EXCHANGING = ("backward", "exchange")
+"""Marks at which workers give each other what they have."""
+_SIGNS_OF_LOSS: dict[str, Cause] = {
+    "running low on memory": "out_of_memory",  # its memory monitor
+    "node was preempted": "preempted",
+    "by node preemption": "preempted",
+    "node was terminated expectedly": "preempted",
+    "node was terminated": "node_lost",
+    "node has died": "node_lost",
+    "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
+    "No module named": "environment",
+    "cannot import name": "environment",
+    "Can't get attribute": "environment",  # of a module that is another version's
+    "has said nothing": "hung",  # stopped or cut off, and Ray has not noticed
+    "has been hanging": "hung",  # by Ray Train's own health check
+}
+"""What is said of an agent that is lost, the most telling first; of any other Ray says that its process died."""
+_KINDS_OF_LOSS: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
+"""All others are the machine's doing."""
+_FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
+"""Exit codes of processes that ended themselves, by a fault of their own."""
+_NCCL = "ProcessGroupNCCL"
+"""Names itself in the log of a process that it aborts, for another worker is gone or silent."""
+_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
+"""What a worker may die of because its node is being drained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What is known of a failure: of the worker that failed first, for the others follow from it.
+
+    Attributes:
+        cause: Why it failed.
+        message: What happened to it, in a line, for people; not where and when.
+        kind: Whose doing it was; None: trying again does not help.
+        rank: The worker; None: it is the same for all.
+        ranks: All workers of which the same is said, if there are several.
+        step: The optimizer steps it had completed; None: it did not say.
+        error: What the run ends with, if it does.
+        place: The step and line at which the code failed.
+        traceback: Of the user's code.
+        log_tail: What a process printed last that could not say why it ended.
+        hang: What is known of where it stands, if it hung.
+        limit: The key of the limit that it exceeded, if it hung.
+    """
+
+    cause: Cause
+    message: str
+    kind: Kind | None = "machine"
+    rank: int | None
+    step: int | None = None
+    error: type[LauncherError] = ClusterError
+    ranks: frozenset[int] = frozenset()
+    place: str = ""
+    traceback: str = ""
+    log_tail: str = ""
+    hang: Message | None = None
+    limit: str = "workers.hang_timeout_s"
+
+
+@dataclass(frozen=True, slots=True)
+class TryAgain:
+    """All training processes are to be started anew.
+
+    Attributes:
+        failure: Why.
+        needs_agents: The agents too, for some were lost.
+        wait_s: Seconds to wait before that: more and more where agents do not start.
+    """
+
+    failure: Failure
+    needs_agents: bool
+    wait_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The run is to end.
+
+    Attributes:
+        failure: Of what.
+        why: Why it is not tried again, such as ``and workers.max_failures.code=3 is used up``; or nothing.
+    """
+
+    failure: Failure
+    why: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, if it can be said."""
+        return _ADVICE.get(self.failure.cause, "").format(limit=self.failure.limit)
+
+
+class Failures:
+    """What the workers of the present attempt have said, and the failures of all attempts before it."""
+
+    def __init__(self, max_failures: MaxFailuresSpec) -> None:
+        self._max_failures = max_failures
+        self.counts: dict[Kind, int] = {"machine": 0, "preemption": 0, "code": 0}
+        """The failures so far, by whose doing they were."""
+        self._places: set[str] = set()
+        self._failed_starts = 0
+        """Of agents, one after the other."""
+        self.attempt_started(0)
+
+    def attempt_started(self, num_workers: int) -> None:
+        """What was said before is of processes that are gone; there are so many now, 0 while agents start."""
+        self._num_workers = num_workers
+        if num_workers:
+            self._failed_starts = 0
+        self._fatal: Message | None = None
+        self._broken: dict[int, Message] = {}
+        self._exits: dict[int, Message] = {}
+        self._lost: dict[int, str] = {}
+        self._all_lost = ""
+        self._hung: dict[int, Message] = {}
+        self._finished: set[int] = set()
+        self._draining: set[int] = set()
+        self._waits_since: float | None = None
+
+    def failed(self, message: Message) -> None:
+        """A worker says why it ends. Of a lost peer that is a consequence; the cause is on its way."""
+        if message["cause"] in _CONSEQUENCES:
+            self._broken[message["rank"]] = message
+        elif self._fatal is None:
+            self._fatal, self._waits_since = message, None
+
+    def exited(self, message: Message) -> None:
+        """An agent says how its training process ended."""
+        self._exits[message["rank"]] = message
+        if message["exit_code"] is None:  # what else it said follows from that, such as that its loaders are gone
+            self._broken.pop(message["rank"], None)
+            if self._fatal is not None and self._fatal["rank"] == message["rank"]:
+                self._fatal = None
+        elif message["exit_code"] == -signal.SIGABRT and _NCCL in message["log_tail"]:
+            cause = "exchange_timeout" if "operation timeout" in message["log_tail"] else "connection_lost"
+            self._broken[message["rank"]] = message | {"cause": cause, "message": "NCCL aborted it"}
+
+    def hung(self, message: Message) -> None:
+        """A worker makes no progress; nor do the others, which wait for it."""
+        self._hung[message["rank"]] = message
+
+    def goes_on(self, message: Message) -> None:
+        """A worker that made no progress does again."""
+        self._hung.pop(message["rank"], None)
+
+    def finished(self, message: Message) -> None:
+        """A worker has done its work: however its process ends, it is no failure any more."""
+        self._finished.add(message["rank"])
+
+    def lost(self, message: Message) -> None:
+        """Agents are lost, and their training processes with them; if none is named, all are, or did not start."""
+        self._lost |= message["lost"]
+        if not message["lost"]:
+            self._all_lost = message["what"] or "Ray does not say why"
+
+    def draining(self, ranks: Collection[int]) -> None:
+        """The nodes of these workers are being taken away; whatever takes the workers with them is that."""
+        self._draining.update(ranks)
+
+    def verdict(self, now: float) -> TryAgain | GiveUp | None:
+        """What is to be done by now; None while nothing is, or last words are waited for."""
+        failure = self._first_failure(now)
+        if failure is None:
+            return None
+        if failure.rank in self._draining and failure.cause in _TAKEN_AWAY:
+            message = f"its node was being drained: {failure.message}"
+            failure = replace(failure, cause="preempted", kind="preemption", message=message, place="")
+        if failure.kind is None:
+            return GiveUp(failure)
+        self.counts[failure.kind] += 1
+        if failure.place in self._places:
+            return GiveUp(failure, "for the second time")
+        limit: int | None = getattr(self._max_failures, failure.kind)
+        if limit is not None and self.counts[failure.kind] > limit:
+            return GiveUp(failure, f"and workers.max_failures.{failure.kind}={limit} is used up")
+        if failure.place:
+            self._places.add(failure.place)
+        needs_agents, wait_s = bool(self._lost or self._all_lost), 0
+        if needs_agents and not self._num_workers:
+            wait_s = min(2**self._failed_starts, _LONGEST_BACK_OFF_S)
+            self._failed_starts += 1
+        return TryAgain(failure, needs_agents, wait_s)
+
+    def _first_failure(self, now: float) -> Failure | None:
+        if self._waits_since is None and (self._fatal or self._broken):
+            self._waits_since = now
+        has_waited = self._waits_since is not None and now - self._waits_since > _LAST_WORDS_S
+        if self._fatal is not None:
+            all_ended = len(self._exits.keys() | self._lost.keys()) == self._num_workers
+            return self._of_exception(self._fatal) if all_ended or has_waited else None
+        if self._lost:
+            return self._of_agents()
+        if self._all_lost:
+            return self._of_all_agents(self._all_lost)
+        for message in self._exits.values():
+            if message["rank"] not in self._finished | self._broken.keys():
+                return _of_exit(message)
+        if any(message["is_silent"] for message in self._hung.values()) or 0 < self._num_workers == len(self._hung):
+            return self._of_hang()  # one that has not said so works, and the others wait for it
+        return self._of_exchange() if self._broken and has_waited else None
+
+    def _of_exception(self, message: Message) -> Failure:
+        """What a worker says of itself; of one alone, a second time at the same step and line is the code's fault."""
+        rank, cause, step = message["rank"], message["cause"], message["step"]
+        kind: Kind | None = "code" if message["place"] else None
+        if cause == "crash" and rank in self._exits and self._exits[rank]["oom_kill"]:
+            cause, kind = "out_of_memory", "machine"  # of a loader process
+        return Failure(
+            cause=cause,
+            message=message["message"],
+            kind=kind,
+            rank=None if step is None else rank,
+            step=step,
+            error=_ERRORS[message["error"]],
+            place=message["place"] if kind == "code" else "",
+            traceback=message["traceback"],
+        )
+
+    def _of_agents(self) -> Failure:
+        """The agent of whose loss most is said."""
+        otherwise: Cause = "killed" if self._num_workers else "not_started"
+        causes = {rank: _cause_of_loss(reason, otherwise) for rank, reason in self._lost.items()}
+        telling = [*_SIGNS_OF_LOSS.values(), otherwise]
+        rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
+        kind = _KINDS_OF_LOSS.get(causes[rank], "machine")
+        ranks = frozenset(other for other, cause in causes.items() if cause == causes[rank])
+        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank, ranks=ranks)
+
+    def _of_all_agents(self, reason: str) -> Failure:
+        """Agents that did not start, or that Ray has given up together."""
+        cause = _cause_of_loss(reason, "killed" if self._num_workers else "not_started")
+        what = "the workers were lost" if self._num_workers else "the workers did not start"
+        return Failure(cause=cause, message=f"{what}: {reason}", kind=_KINDS_OF_LOSS.get(cause, "machine"), rank=None)
+
+    def _of_hang(self) -> Failure:
+        """The worker that the others wait for: one that is silent, or else one that is behind them."""
+        hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
+        silent = [message for message in hung if message["is_silent"]]
+        found = (silent or hung)[0]
+        step, doing, line = found["step"], found["doing"], _innermost(found["stack"])
+        is_first_step, for_s = found["is_first_step"], found["for_s"]
+        what = f"no progress for {for_s:.0f} s in {doing}"
+        if is_first_step:
+            what = f"has not done its first step after {for_s:.0f} s, {_IN_FIRST_STEP.get(doing, doing)}"
+        are_alike = not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1
+        is_stuck = are_alike and doing in _EXCHANGING and not is_first_step
+        if line:
+            what += f", {line}"
+        if are_alike:
+            what += ", and so for all" + ": what they exchange is stuck" * is_stuck
+        hang = {name: found[name] for name in ("rank", "step", "doing", "is_first_step", "for_s", "stack")}
+        return Failure(
+            cause="exchange_timeout" if is_stuck else "hung",
+            message=what,
+            rank=found["rank"],
+            step=step,
+            # If it stands at the same line again, it is neither slow nor has it had bad luck.
+            place=f"first step after {step}, {doing}, {line}" if is_first_step and line and not silent else "",
+            limit="workers.first_step_timeout_s" if is_first_step else "workers.hang_timeout_s",
+            hang=hang | {"waiting": sorted(self._hung.keys() - {found["rank"]})},
+        )
+
+    def _of_exchange(self) -> Failure:
+        """Exchanges broke, and nobody says why. If all others waited in vain for one that is silent, it hangs."""
+        first, *_ = self._broken.values()
+        silent = sorted(set(range(self._num_workers)) - self._broken.keys() - self._exits.keys())
+        if silent and all(message["cause"] == "exchange_timeout" for message in self._broken.values()):
+            others = f"worker{'s' * (len(self._broken) > 1)} {listed(sorted(self._broken))}"
+            what = f"says nothing, and {others} waited for it in vain: {first['message']}"
+            return Failure(cause="hung", message=what, rank=silent[0], step=first["step"], limit="workers.timeout_s")
+        what = f"no worker says more than: {first['message']}"
+        return Failure(cause=first["cause"], message=what, rank=first["rank"], step=first["step"])
+
+
+def _of_exit(message: Message) -> Failure:
+    """How a process ended that did not say why."""
+    step, code, log_tail = message["step"], message["exit_code"], message["log_tail"]
+    known = {"rank": message["rank"], "step": step, "log_tail": log_tail}
+    if code is None:
+        return Failure(cause="fork_server_lost", message="its fork server died", **known)
+    if code >= 0:
+        what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
+        return Failure(cause="crash", message=what, kind=None, error=TrainingError, **known)
+    name = signal.Signals(-code).name
+    if code in _FAULTS:
+        line = _innermost(log_tail.partition("Fatal Python error")[2])
+        what, place = f"crashed with {name}" + (f", {line}" if line else ""), f"step {step}, {line}, {name}"
+        return Failure(cause="crash", message=what, kind="code", error=TrainingError, place=place, **known)
+    if code == -signal.SIGKILL and message["oom_kill"]:
+        return Failure(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})", **known)
+    return Failure(cause="killed", message=f"killed by {name}", **known)
+
+
+def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:
+    return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), otherwise)
+
+
+def _innermost(stack: str) -> str:
+    """The innermost call of a stack as ``faulthandler`` prints it, or what else is known."""
+    lines = [line.strip() for line in stack.splitlines()]
+    return next((line for line in lines if line.startswith(("File ", "State"))), "")

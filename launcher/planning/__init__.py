@@ -1,0 +1,1 @@
+"""What is decided and checked before a worker starts."""

@@ -1,0 +1,118 @@
+"""Whether the nodes of a cluster have what a run needs: versions, variables, the store, and room that can ever be."""
+
+import importlib.metadata
+from collections.abc import Callable, Collection, Mapping
+
+from cluster.capacity import Capacity, amounts_text
+from cluster.errors import ClusterError, DescriptionError, listed
+from cluster.scheduler import ClusterReport
+from cluster.storage.store import Store
+from cluster.versions import submission_versions
+from jobs.spec import JobSpec
+from launcher.config.description import Description
+from launcher.planning.placement import decide_workers, resources_of
+from launcher.planning.plan import Plan, Tried, decide
+
+_VERSIONS = ("ray", "python", "torch", "launcher")
+_DIGITS = 12
+"""Of a digest, in a line."""
+
+
+def own_versions() -> dict[str, str]:
+    """Those of this process, by the names of ``NodeReport``."""
+    return {**submission_versions(), "ray": importlib.metadata.version("ray")}
+
+
+def check_nodes(
+    report: ClusterReport, spec: JobSpec, where: str, own: Mapping[str, str], warn: Callable[[str], None]
+) -> None:
+    """Makes sure that the nodes have what a run needs.
+
+    Args:
+        report: What the nodes reported.
+        spec: The job, which tells the nodes that could hold a worker from the others.
+        where: What to call the cluster.
+        own: The versions of this process.
+        warn: Told of nodes of which nothing is known.
+
+    Raises:
+        ClusterError: They do not have it.
+    """
+    if report.silent and not report.nodes:
+        raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")
+    hosts = _ids_of_hosts(spec, report.capacity)
+    unlike = [text for name in _VERSIONS if (text := _unlike(report, hosts, name, own[name]))]
+    if unlike:
+        raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
+    lacking = [f"{node.address} lacks {listed(node.missing)}" for node in report.nodes if node.missing]
+    if lacking:
+        raise ClusterError(f"{where}: environment variables: {'; '.join(lacking)}; set them where its nodes start")
+    away = [f"{node.address}: {node.store_error}" for node in report.nodes if node.store_error]
+    if away:
+        raise ClusterError(
+            f"{where}: the store cannot be used from {listed(away, most=3)}; "
+            "use one that every node reaches, such as s3://bucket/runs"
+        )
+    if report.silent:
+        warn(f"{where}: no answer from {listed(report.silent)}; workers may be placed there all the same")
+
+
+def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
+    """The nodes that could hold a worker; all of them if no plan fits, which is told elsewhere."""
+    try:
+        gpus = decide_workers(spec, capacity, gpus_here=0).gpus
+    except DescriptionError:
+        return {node.id for node in capacity.nodes}
+    worker = resources_of(spec.workers, gpus)
+    return {node.id for node in capacity.nodes if node.most(worker)}
+
+
+def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str) -> str:
+    """In which versions of something the nodes differ among each other or from this machine; empty: in none.
+
+    torch is built for a kind of device, ``2.13.0+cpu``. Nodes that could hold a worker must have the same build; a
+    laptop, or a head that only drives, may have another one of the same version.
+
+    Args:
+        report: What the nodes reported.
+        hosts: The ids of the nodes that could hold a worker.
+        name: What the versions are of.
+        own: The version on this machine.
+    """
+    places: dict[str, list[str]] = {}
+    builds = set()
+    for node in report.nodes:
+        version = node.versions.get(name, "none")
+        places.setdefault(version, []).append(node.address)
+        if node.id in hosts or name != "torch":
+            builds.add(version)
+    differ = len(builds) > 1 or len({_public(version) for version in places}) > 1
+    if places and (differ or _public(own) != _public(next(iter(places)))):
+        differ = True
+        places.setdefault(own, []).append("this machine")
+    if not differ:
+        return ""
+    return f"{name} " + ", ".join(f"{_short(name, version)} on {listed(there)}" for version, there in places.items())
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
+
+
+def _short(name: str, version: str) -> str:
+    return version[:_DIGITS] if name == "launcher" else version
+
+
+def fit(description: Description, store: Store, tried: Tried, capacity: Capacity, where: str) -> Plan:
+    """The plan on a cluster.
+
+    Raises:
+        ClusterError: The cluster can never hold the workers.
+    """
+    try:
+        return decide(description, store, tried, capacity)
+    except DescriptionError as error:
+        nodes = [f"{node.address} with {amounts_text(node.resources)}" for node in capacity.nodes]
+        grows = [amounts_text(capacity.limits)] if capacity.limits else list(map(str, capacity.groups))
+        may_grow = f"; its autoscaler may bring it to {listed(grows)}" if grows else ""
+        raise ClusterError(f"{where}: {error}. There is {listed(nodes) or 'no node'}{may_grow}") from error

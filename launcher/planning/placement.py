@@ -1,0 +1,121 @@
+"""What there is to run on, this machine or a cluster, and whether a job can ever fit there."""
+
+from dataclasses import dataclass
+
+from cluster.capacity import Capacity, Places, WorkerResources, num_cores
+from cluster.errors import DescriptionError
+from jobs.spec import JobSpec, WorkersSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Who works."""
+
+    gpus: int
+    """Per worker."""
+    num_workers: int
+    """To begin with."""
+    why_cpu: str
+    """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
+
+
+def check_machine(spec: JobSpec) -> None:
+    """Refuses more workers than this machine's cores can ever hold.
+
+    Raises:
+        DescriptionError: They do not fit.
+    """
+    cores, workers = num_cores(), spec.workers
+    fits = int(cores / workers.cpus)
+    if fits < 1:
+        raise DescriptionError(f"workers.cpus must be at most {cores}, the cores of this machine, got {workers.cpus:g}")
+    if workers.least > fits:
+        raise DescriptionError(
+            f"workers.num must be at most {fits} on this machine, which has {cores} cores for workers of "
+            f"{workers.cpus:g} each, got {workers.least}; lower workers.num or workers.cpus"
+        )
+
+
+def decide_workers(
+    spec: JobSpec, capacity: Capacity | None, gpus_here: int, accelerator_here: str | None = None
+) -> Decision:
+    """GPUs per worker, and the workers to begin with.
+
+    What a cluster does not have yet, but may get, counts: the driver waits for it.
+
+    Args:
+        spec: The description.
+        capacity: What the cluster has and may get; none: it is this machine alone.
+        gpus_here: The GPUs of this machine.
+        accelerator_here: Their type; none: it has none, or none is written.
+
+    Raises:
+        DescriptionError: The cluster could never hold them, or this machine has too few GPUs, or others.
+    """
+    workers = spec.workers
+    if capacity is None and workers.accelerator not in (None, accelerator_here):
+        raise DescriptionError(
+            f"workers.accelerator={workers.accelerator}: this machine has {accelerator_here or 'no accelerator'}; "
+            "remove it, or run on a cluster that has such nodes"
+        )
+    place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
+    # Also if the cluster tells what its autoscaler may bring it to: of the kinds of accelerators it need not tell.
+    is_declared = capacity is None or capacity.groups
+    more = "" if is_declared else "; if its autoscaler may start such nodes, write them as cluster.autoscaler"
+    gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
+    if gpus * workers.least > num_gpus:
+        raise DescriptionError(
+            f"workers.gpus={gpus} for {workers.least} workers needs {workers.least} GPUs, and {place} has {num_gpus}; "
+            f"lower workers.num or set workers.gpus=0{more}"
+        )
+    why_cpu = ""
+    if workers.gpus == "auto" and not gpus and (num_gpus or capacity is not None):
+        why_cpu = (
+            f"{place} has {num_gpus or 'no'} GPU{'s' * (num_gpus > 1)} for {workers.least} "
+            f"worker{'s' * (workers.least > 1)}: workers.gpus=auto means CPU; "
+            "write workers.gpus=1 to insist on GPUs, or 0 if CPUs are meant"
+        )
+    if capacity is None:
+        fits = int(num_cores() / workers.cpus)
+        num_workers = min(workers.most, fits, num_gpus if gpus else fits)
+        return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
+    worker = resources_of(workers, gpus)
+    fits, num_nodes = capacity.most(worker), len(capacity.nodes)
+    there = "the nodes that it may have" if capacity.may_grow else f"its {num_nodes} node{'s' * (num_nodes != 1)}"
+    if fits < workers.least:
+        raise DescriptionError(
+            f"workers.num must be at most {fits} on this cluster: so many workers of {worker} fit on {there}, "
+            f"got {workers.least}; add nodes, or lower workers.num{more}"
+        )
+    num_workers = max(workers.least, min(workers.most, capacity.room(worker)))
+    return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
+
+
+def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
+    """What a run that fits would wait for if it began now; empty: for nothing.
+
+    Args:
+        spec: The description.
+        capacity: As for ``decide_workers``.
+        gpus: Per worker.
+    """
+    workers = spec.workers
+    if capacity is None:
+        return ""
+    room = capacity.room(resources_of(workers, gpus))
+    if room >= workers.least:
+        return ""
+    return (
+        f"there is room for {room} of {workers.least} worker{'s' * (workers.least > 1)} now; "
+        f"the run waits for more, for up to {workers.wait_s:g} s (workers.wait_s)"
+    )
+
+
+def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
+    """What each worker reserves; ``gpus``: what was decided of them."""
+    return WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
+
+
+def places_of(workers: WorkersSpec, gpus: int) -> Places:
+    """The places that all workers may have; ``gpus``: what was decided of them."""
+    return Places(resources=resources_of(workers, gpus), most=workers.most, placement=workers.placement)

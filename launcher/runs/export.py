@@ -1,0 +1,236 @@
+"""The weights of a checkpoint, in a file that others read: safetensors, or ONNX with the model itself.
+
+What was written is read back and checked before it counts as written. Imports torch.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from cluster.run.checkpoints import Manifest
+from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
+from cluster.run.run_directory import RunDirectory
+from cluster.storage.store import Store
+from jobs.data.loader import KeyedDataset
+from jobs.build.components import build_parts
+from jobs.spec import JobSpec
+from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights
+from launcher.config.description import named_errors, parse
+from launcher.runs.rewind import checkpoint_at
+from launcher.code.user_code import find_code
+
+Which = Literal["model", "ema"]
+
+_SAMPLES = 3
+"""An ONNX model is made from two samples and checked with three: the size of a batch must not be a part of it."""
+_TOLERANCE = 1e-4
+"""Between torch and onnxruntime, as a share of the largest output: their kernels add in other orders, so float32
+rounding (6e-8 a sum) differs and adds up over the layers; 1e-4 leaves room for a hundred of these, and is far below
+what a wrong weight, layer or input would do."""
+_TOLERANCE_16_BIT = 2e-2
+"""The same where outputs have 8 or 11 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights and where they are from."""
+
+    run: RunDirectory
+    manifest: Manifest
+    which: Which
+    tensors: Mapping[str, Tensor]
+    """By their names in the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file to be."""
+
+    folder: Store
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Where it lies, or will."""
+        return f"{self.folder.url.rstrip('/')}/{self.name}"
+
+
+def export(run: RunDirectory, *, to: str | None, at: int | None, which: Which, force: bool) -> dict[str, Any]:
+    """Writes the weights of a checkpoint to a file.
+
+    Args:
+        run: Whose checkpoint it is.
+        to: A path or URL that ends in ``.safetensors`` or ``.onnx``; by default a file here, named like the run.
+        at: The step of the checkpoint; by default the newest good one.
+        which: The weights that were trained, or their average.
+        force: Overwrite a file.
+
+    Returns:
+        What was written, for ``--json``.
+
+    Raises:
+        DescriptionError: The file exists or is of another kind, the run keeps no average, or its model has no ONNX.
+        CheckpointError: There is no such checkpoint, it is bad, or it does not fit the description.
+        StorageError: What was written is not what is read.
+    """
+    target = _target(to or f"{run.name}.safetensors", force)
+    is_onnx = target.name.endswith(".onnx")
+    if is_onnx:
+        _require_onnx()
+    source = _read(run, at, which)
+    about = {
+        "run": run.url,
+        "step": source.manifest.step,
+        "weights": which,
+        "state_sha256": source.manifest.state_sha256,
+    }
+    if is_onnx:
+        data, checked = _to_onnx(source, about)
+    else:
+        metadata = {name: str(value) for name, value in about.items()} | {"format": "pt"}
+        data, checked = safetensors.torch.save(dict(source.tensors), metadata), {}
+    target.folder.write(target.name, data)
+    back = target.folder.read(target.name)
+    if not (back == data if is_onnx else _equal(source.tensors, safetensors.torch.load(back))):
+        raise StorageError(f"{target.url}: holds other bytes than were written; write it elsewhere")
+    return about | {"to": target.url, "bytes": len(data), "tensors": len(source.tensors), **checked}
+
+
+def _target(to: str, force: bool) -> Target:
+    folder, slash, name = to.rpartition("/")
+    if not name.endswith((".safetensors", ".onnx")):
+        raise DescriptionError(f"--to must end in .safetensors or .onnx, got {to!r}; name the file so")
+    target = Target(Store(folder or slash or "."), name)
+    if not force and target.folder.exists(name):
+        raise DescriptionError(f"--to {target.url} exists; give another name, or overwrite it with --force")
+    return target
+
+
+def _read(run: RunDirectory, at: int | None, which: Which) -> Source:
+    """Reads the one file that is needed."""
+    checkpoints, file = run.checkpoints, WEIGHTS_FILES[which]
+    if at is not None:
+        manifest = checkpoint_at(run, at, checkpoints.steps())
+        files = checkpoints.read_files(manifest, [file])
+    else:
+        defects: list[str] = []
+        newest = checkpoints.newest_good(lambda _, error: defects.append(str(error)), [file])
+        if newest is None:
+            why = f"no checkpoint is good; the newest, {defects[0]}" if defects else "has no checkpoint; train it first"
+            raise CheckpointError(f"{run.url}: {why}")
+        manifest, files = newest
+    if file not in files:
+        raise DescriptionError(
+            f"--weights {which}: the checkpoint of step {manifest.step} keeps no averaged weights; "
+            "write model, or train with train.ema_decay"
+        )
+    try:
+        tensors = decode_weights(files[file], which)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoints.url(manifest.step)}: {file} {error}") from error
+    return Source(run, manifest, which, tensors)
+
+
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same bits; NaN is equal to itself here."""
+    return left.keys() == right.keys() and all(_bits(left[name]) == _bits(right[name]) for name in left)
+
+
+def _bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# --- ONNX ---
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DescriptionError(
+            f"--to: an .onnx file needs {' and '.join(missing)}, not installed here; pip install 'launcher[onnx]'"
+        )
+
+
+def _to_onnx(source: Source, about: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The model with these weights, and how far onnxruntime's outputs of it are from torch's."""
+    with contextlib.redirect_stdout(sys.stderr):  # the exporter tells of its progress, and the user's code may print
+        model, inputs = _model_and_inputs(source)
+        try:
+            # Two samples: of one, the exporter would take the size of the batch for a constant.
+            program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            exported = torch.onnx.export(program, input_names=["input"], output_names=["output"], verbose=False)
+            assert exported is not None
+            proto = exported.model_proto
+            for name, value in about.items():
+                proto.metadata_props.add(key=name, value=str(value))
+            data = proto.SerializeToString()
+        except Exception as error:  # the model is the user's own code, and the exporter raises of many kinds
+            raise DescriptionError(
+                f"model: has no ONNX, torch.onnx.export raised {type(error).__name__}: {one_line(error)[:300]}; "
+                "export .safetensors"
+            ) from error
+        return data, {"largest_difference": _check_onnx(data, model, inputs)}
+
+
+def _model_and_inputs(source: Source) -> tuple[nn.Module, Tensor]:
+    """The model of the run's description with the weights, and some samples as it is validated with."""
+    description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
+    code = find_code(source.run)
+    sys.path[:0] = [path for path in code.import_paths if path not in sys.path]
+    with named_errors(description.source):
+        parts = build_parts(description.spec, torch.device("cpu"))
+        inputs = _inputs(parts.train_set if parts.val_set is None else parts.val_set, description.spec)
+    try:
+        parts.model.load_state_dict(source.tensors)
+    except RuntimeError as error:
+        url = source.run.checkpoints.url(source.manifest.step)
+        raise CheckpointError(f"{url}: does not fit the model of the description: {one_line(error)}") from error
+    return parts.model.eval(), inputs
+
+
+def _inputs(dataset: Any, spec: JobSpec) -> Tensor:
+    keyed = KeyedDataset(dataset, spec.seed)
+    inputs = default_collate([keyed[0, number % len(dataset)][0] for number in range(_SAMPLES)])
+    if not isinstance(inputs, Tensor):
+        raise DescriptionError(
+            f"data: an .onnx file is made for inputs that are one tensor, got {type(inputs).__name__}; "
+            "export .safetensors"
+        )
+    return inputs
+
+
+def _check_onnx(data: bytes, model: nn.Module, inputs: Tensor) -> float:
+    """The largest difference of outputs, as a share of the largest output.
+
+    Raises:
+        DescriptionError: It is more than rounding explains, or the outputs are not one tensor.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(inputs)
+    if not isinstance(expected, Tensor):
+        raise DescriptionError(
+            f"model: an .onnx file is made for an output that is one tensor, got {type(expected).__name__}; "
+            "export .safetensors"
+        )
+    got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+    difference = (got.double() - expected.double()).abs().max().item() / max(
+        expected.double().abs().max().item(), 1e-30
+    )
+    tolerance = _TOLERANCE_16_BIT if expected.dtype.itemsize == 2 else _TOLERANCE
+    if not difference <= tolerance:
+        raise DescriptionError(
+            f"model: onnxruntime's outputs differ from torch's by {difference:.2g} of the largest, "
+            f"more than {tolerance:g}: an operator is exported wrongly; export .safetensors"
+        )
+    return difference

@@ -1,0 +1,1 @@
+"""A run handed over to a cluster."""

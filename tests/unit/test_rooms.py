@@ -1,0 +1,48 @@
+"""Which room may import which."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FLOORS = ("cluster", "jobs", "launcher")
+"""Each may import itself and those before it."""
+FILES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The modules of ours that a file imports, also inside of functions and for types alone."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in FLOORS:
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                is_module = (ROOT / full.replace(".", "/")).with_suffix(".py").exists()
+                yield full if is_module else node.module
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.partition(".")[0] in FLOORS)
+
+
+def test_imports_run_one_way_between_floors() -> None:
+    upward = [
+        f"{file} imports {module}"
+        for file in FILES
+        for module in imports_of(file)
+        if FLOORS.index(module.partition(".")[0]) > FLOORS.index(file.parts[0])
+    ]
+    assert upward == []
+
+
+def test_rooms_import_each_other_without_a_circle() -> None:
+    imported = defaultdict[str, set[str]](set)
+    for file in FILES:
+        room = room_of(".".join(file.with_suffix("").parts))
+        imported[room] |= {room_of(module) for module in imports_of(file)} - {room, *FLOORS}
+    while free := {room for room, others in imported.items() if not others & imported.keys()}:
+        for room in free:
+            del imported[room]
+    assert dict(imported) == {}
