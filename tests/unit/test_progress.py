@@ -6,7 +6,9 @@ import math
 import os
 import pty
 import re
+import select
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -63,7 +65,7 @@ class TestLines:
         assert stream.getvalue().splitlines() == [
             "epoch 1/10  step 1/220  loss 0.412  accuracy 0.903  1,240 img/s",
             "epoch 3/10  step 66/220  loss 0.412  accuracy 0.903  val/loss 0.310  val/accuracy 0.940  1,240 img/s"
-            "  ETA 0:15",
+            "  ETA 0:16",
         ]
 
     def test_lines_are_throttled(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
@@ -108,15 +110,15 @@ class TestLines:
     def test_eta_forgets_what_is_long_past(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
         for step in range(1, 11):  # 50 s a step at first
             clock.now += 50
-            update(display, step)
-        for step in range(11, 121):  # then 1 s a step
+            update(display, step, total_steps=520)
+        for step in range(11, 322):  # then 1 s a step
             clock.now += 1
-            update(display, step)
-        assert "step 10/220" in stream.getvalue()
-        assert "ETA 2:55:00" in stream.getvalue().splitlines()[9]
+            update(display, step, total_steps=520)
+        assert "step 10/520" in stream.getvalue()
+        assert "ETA 7:05:00" in stream.getvalue().splitlines()[9]
         clock.now += 1
-        update(display, 121, metrics={"val/loss": 1.0})
-        assert "ETA 1:39" in stream.getvalue().splitlines()[-1]
+        update(display, 322, total_steps=520, metrics={"val/loss": 1.0})
+        assert "ETA 3:18" in stream.getvalue().splitlines()[-1]
 
     def test_eta_starts_anew_when_steps_are_done_again(
         self, display: Progress, stream: io.StringIO, clock: Clock
@@ -131,6 +133,22 @@ class TestLines:
         assert "ETA 3:20" in second
         assert len(replayed) == 2
         assert not any("ETA" in line for line in replayed)
+
+    def test_nothing_is_cut_off_or_drawn_for_a_narrow_file(
+        self, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"COLUMNS": "40", "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://bucket/{'folder/' * 10}run [bold]"
+        with contextlib.closing(open_progress(stream)) as display:
+            display.phase(f"reading {url}")
+            update(display, 1, metrics={"val/accuracy": 0.94})
+            display.warn(f"{url} is away")
+        assert stream.getvalue().splitlines() == [
+            f"reading {url}",
+            "epoch 1/10  step 1/220  val/accuracy 0.940  1,240 img/s",
+            f"warning: {url} is away",
+        ]
 
     @pytest.mark.parametrize("failure", [BrokenPipeError(), OSError(5, "the terminal is gone"), ValueError("closed")])
     def test_a_broken_stream_does_not_reach_the_run(self, failure: Exception) -> None:
@@ -151,7 +169,8 @@ class TestLines:
 
     def test_what_an_encoding_lacks_is_escaped(self) -> None:
         raw = io.BytesIO()
-        display = open_progress(io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+        stderr = io.TextIOWrapper(raw, encoding="ascii", errors=sys.__stderr__.errors, write_through=True)
+        display = open_progress(stderr)
         display.message("läuft ✓")
         assert raw.getvalue() == b"l\\xe4uft \\u2713\n"
 
@@ -243,7 +262,7 @@ class TestLive:
         assert "starting Ray  0:00" in output
         assert "━" in output
         drawn = re.sub(r"\x1b\[[\d;]*m", "", output)
-        assert re.search(r"epoch 3/10  [━╸╺]+ *  step 66/220", drawn)
+        assert re.search(r"epoch 3/10 [━╸╺]+ +step 66/220", drawn)
         assert "loss 0.412  accuracy 0.903  1,240 img/s  2 workers" in drawn
         assert screen_after(output) == ["plan: 220 steps", "warning: worker 1 is lost: [killed] by SIGKILL", ""]
         assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is back
@@ -264,20 +283,22 @@ class TestLive:
         before_close = output[: output.rindex("\x1b[?25h")].removesuffix("\r\n")
         message, bar, details = [line for line in screen_after(before_close) if line]
         assert message == "checkpoint at step 66"
-        assert re.fullmatch(r"epoch 3/10  [━╸╺]+ +step 66/220  ETA 5:08", bar)
+        assert re.fullmatch(r"epoch 3/10 [━╸╺]+ +step 66/220  ETA 5:08", bar)
         assert len(bar) <= 100
         assert details == "validating  0:03  loss 0.412  accuracy 0.903  val/loss 0.310  1,240 img/s  2 workers"
 
-    @pytest.mark.parametrize("columns", [1, 12, 20, 30, 45, 60, 300])
+    @pytest.mark.parametrize("columns", [1, 12, 20, 30, 40, 60, 300])
     def test_any_width(self, terminal: Terminal, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", str(columns))
         with contextlib.closing(open_progress(terminal.stream)) as display:
             update(display, 66, metrics={"train/loss": 0.4, "val/loss": 0.3})
             display.phase("validating")
         output = terminal.hang_up()
-        assert all(len(line) <= columns for line in screen_after(output[: output.rindex("\x1b[?25h")]))
+        block = screen_after(output[: output.rindex("\x1b[?25h")])
+        assert all(len(line) <= columns for line in block)
+        assert "".join("".join(block).split()).endswith("validating0:00loss0.400val/loss0.3001,240img/s2workers")
         assert screen_after(output) == [""]
-        assert "…" not in output or columns < 20  # parts are left out whole
+        assert "…" not in output or columns < 40
 
     def test_clean_after_an_exception(self, terminal: Terminal) -> None:
         def fail() -> None:
@@ -326,6 +347,30 @@ class TestLive:
         with contextlib.closing(open_progress(terminal.stream, clock=clock)) as display:
             display.phase("starting Ray")
             assert drawn.wait(timeout=10)
+
+    def test_a_terminal_that_stands_still_holds_up_no_step(
+        self, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launcher.display.progress, "_REFRESHES_PER_S", 1000.0)
+        drawn = threading.Event()
+
+        def clock() -> float:
+            if threading.current_thread() is not threading.main_thread():
+                drawn.set()
+            return 0.0
+
+        with contextlib.closing(open_progress(terminal.stream, clock=clock)) as display:
+            termios.tcflow(terminal.stream, termios.TCOOFF)  # as Ctrl-S does
+            display.phase("starting Ray")
+            try:
+                assert drawn.wait(timeout=10)
+                for step in (1, 2, 1):
+                    update(display, step)
+                    display.phase("validating")
+                assert select.select([], [terminal.stream], [], 0)[1] == []
+            finally:
+                termios.tcflow(terminal.stream, termios.TCOON)  # or closing would wait, too
+        assert screen_after(terminal.hang_up()) == [""]
 
     def test_a_terminal_that_goes_away_does_not_reach_the_run(self, terminal: Terminal) -> None:
         display = open_progress(terminal.stream)
