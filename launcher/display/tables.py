@@ -5,8 +5,9 @@ Pure functions from documents to text. Nothing here reads a store, asks a cluste
 
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
@@ -24,13 +25,8 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``0:12``, ``1:02:03`` or ``2d 1:02:03``."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour}:{minute:02}:{second:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+    """Seconds as ``0:00:12``, ``1:02:03`` or ``2 days, 1:02:03``."""
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 def is_headline(name: str) -> bool:
@@ -38,22 +34,20 @@ def is_headline(name: str) -> bool:
     return name.startswith(("train/", "val/")) and name.count("/") == 1
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:
-    """Columns of plain text, two spaces apart.
+def table(lines: Iterable[Sequence[Any]]) -> str:
+    """Columns of plain text, two spaces apart; those that hold numbers stand right, and text left.
+
+    No line is cut or wrapped, so that what is piped has all of it and a command can be copied from a narrow terminal.
 
     Args:
-        headers: One per column.
-        rows: Cells; numbers are written by :func:`number`, ``None`` is an empty cell.
-        align: ``<`` or ``>`` per column; without it, columns of numbers stand right and text left.
+        lines: Cells; numbers are written by :func:`number`, ``None``, which is also what JSON has for a NaN, is empty.
     """
-    rows = [tuple(row) for row in rows]
-    columns = list(zip(*rows)) or [()] * len(headers)
-    align = align or "".join(">" if _is_numeric(column) else "<" for column in columns)
-    lines = [tuple(headers), *(tuple(map(_cell, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, align, widths)).rstrip() for line in lines
-    )
+    columns = []
+    for cells in zip(*lines):
+        side = ">" if any(isinstance(cell, (int, float)) for cell in cells) else "<"
+        texts = [number(cell) if isinstance(cell, (int, float)) else str(cell or "") for cell in cells]
+        columns.append([f"{text:{side}{max(map(len, texts))}}" for text in texts])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -63,26 +57,41 @@ def summary(result: Mapping[str, Any]) -> str:
         result: The document of ``--json``; only ``run`` and ``status`` must be there.
     """
     run, status = result["run"], result["status"]
-    facts: list[tuple[str, str | None]] = [
-        *((name, _cell(value)) for name, value in _metrics(result).items()),
-        ("best", _best(result)),
-        ("workers", _counted(result, "workers")),
-        ("waits for", _waits_for(result)),
-        ("attempts", _counted(result, "attempts")),
-        ("time", _spent(result)),
-        ("goodput", _goodput(result)),
-        ("last failure", _failure(result)),
-        ("job", _job(result)),
-        ("submitted", _submitted(result)),
-        ("state", result.get("state_sha256") and f"sha256 {result['state_sha256']}"),
-    ]
     blocks = [
         f"{run} {f'is {status}' if status in ('running', 'submitted') else status}{_position(result)}",
-        _aligned("  ", [(name, text) for name, text in facts if text]),
+        table(("", *fact) for fact in _facts(result)),
         result.get("error"),
-        _aligned("next: ", _next_commands(result)),
+        f"next: {indent(table(_next_commands(result)), ' ' * len('next: ')).lstrip()}",
     ]
-    return "\n\n".join(str(block).strip("\n") for block in blocks if block)
+    return "\n\n".join(block.strip("\n") for block in blocks if block)
+
+
+def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a summary tells, each by its name; what is not known is left out."""
+    known = {name: value for name, value in result.items() if value is not None}
+    yield from ((name, number(value)) for name, value in _metrics(result).items() if value is not None)
+    if best := _best(result):
+        yield "best", best
+    if "workers" in known:
+        yield "workers", number(known["workers"])
+    if known.get("waits_for") and known["status"] in ("running", "submitted"):
+        yield "waits for", f"workers: {known['waits_for']}" if known["status"] == "running" else known["waits_for"]
+    if "attempts" in known:
+        yield "attempts", number(known["attempts"])
+    if "seconds" in known:
+        rate = known.get("images_per_second")
+        yield "time", duration(known["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
+    if "goodput" in known:
+        yield "goodput", f"{known['goodput']:.0%}: {_spent(known['time'])}"
+    if "failure" in known:
+        yield "last failure", _failure(known["failure"])
+    if job := _job(result):
+        yield "job", job
+    if "user" in known:
+        at = f", {datetime.fromtimestamp(known['submitted_at'], UTC):%F %T} UTC" if "submitted_at" in known else ""
+        yield "submitted", f"by {known['user']} from {known['host']}{at}"
+    if known.get("state_sha256"):
+        yield "state", f"sha256 {known['state_sha256']}"
 
 
 def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -> str:
@@ -98,22 +107,20 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
     now = time.time() if now is None else now
     measured = dict.fromkeys(name for result in results for name in _metrics(result) if _is_val(name))
     job = ["job"] if any(result.get("job_status") for result in results) else []
-    return table(
-        ["name", "status", "step", "epoch", *measured, "best", "updated", *job],
-        [
-            (
-                result["run"].rstrip("/").rsplit("/", 1)[-1],
-                result["status"],
-                result.get("step"),
-                result.get("epoch"),
-                *(_metrics(result).get(name) for name in measured),
-                _best(result),
-                _age(result, now),
-                *([_job(result)] if job else []),
-            )
-            for result in results
-        ],
+    rows = (
+        (
+            result["run"].rstrip("/").rsplit("/", 1)[-1],
+            result["status"],
+            result.get("step"),
+            result.get("epoch"),
+            *(_metrics(result).get(name) for name in measured),
+            _best(result),
+            _age(result, now),
+            *([_job(result)] if job else []),
+        )
+        for result in results
     )
+    return table([("name", "status", "step", "epoch", *measured, "best", "updated", *job), *rows])
 
 
 def plan_text(spec: JobSpec, plan: "Plan") -> str:
@@ -127,7 +134,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
     facts = [
         ("run", f"{plan.run} (the store was written, read and cleaned)"),
         ("model", f"{plan.parameters:,} parameters"),
-        *_init_facts(plan.init_from),
+        *(_init_facts(plan.init_from) if plan.init_from else ()),
         ("data", f"{plan.num_samples:,} samples{unused}"),
         ("validation", validation),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
@@ -143,23 +150,18 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("checkpoint", f"about {plan.checkpoint_bytes / 2**20:,.1f} MiB, the newest {spec.checkpoint.keep} kept"),
         ("trial", f"{plan.trial_samples} samples through model, loss and backward: loss {number(plan.trial_loss)}"),
     ]
-    groups = table(
-        ["group", "tensors", "parameters", "lr", "weight decay", "trains from"],
-        [
-            (group.pattern, group.tensors, group.parameters, group.lr, group.weight_decay, _beginning(group, plan))
-            for group in plan.groups
-        ],
-    )
-    return f"{_aligned('', facts)}\n\n{groups}"
+    groups = [
+        (group.pattern, group.tensors, group.parameters, group.lr, group.weight_decay, _beginning(group, plan))
+        for group in plan.groups
+    ]
+    headers = ("group", "tensors", "parameters", "lr", "weight decay", "trains from")
+    return f"{table(facts)}\n\n{table([headers, *groups])}"
 
 
 def _loss(loss: LossSpec) -> str:
-    parts = [loss.factory.path]
-    if loss.output != "identity":
-        parts.append(f"of the {loss.output} of the output")
-    if loss.target is not None:
-        parts.append(f"with targets as {loss.target}")
-    return " ".join(parts)
+    output = "" if loss.output == "identity" else f" of the {loss.output} of the output"
+    target = "" if loss.target is None else f" with targets as {loss.target}"
+    return f"{loss.factory.path}{output}{target}"
 
 
 def _schedule(spec: JobSpec, plan: "Plan") -> str:
@@ -176,17 +178,14 @@ def _beginning(group: "GroupPlan", plan: "Plan") -> str:
     return f"step {group.from_step:,}" if group.from_step % plan.steps_per_epoch else f"epoch {group.from_epoch}"
 
 
-def _init_facts(init: "InitPlan | None") -> list[tuple[str, str]]:
+def _init_facts(init: "InitPlan") -> Iterator[tuple[str, str]]:
     """What a run begins with, for its plan; ``--json`` has every name."""
-    if init is None:
-        return []
-    others = [("not loaded", init.kept), ("unused there", init.unused)]
-    return [
-        ("init_from", init.url),
-        *(("passed over", defect) for defect in init.passed_over),
-        ("loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {listed(init.loaded)}"),
-        *((name, listed(tensors)) for name, tensors in others if tensors),
-    ]
+    yield "init_from", init.url
+    yield from (("passed over", defect) for defect in init.passed_over)
+    yield "loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {listed(init.loaded)}"
+    for name, tensors in (("not loaded", init.kept), ("unused there", init.unused)):
+        if tensors:
+            yield name, listed(tensors)
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -194,20 +193,18 @@ def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
     if not documents:
         return "no checkpoints"
     measured = dict.fromkeys(name for document in documents for name in _metrics(document) if _is_val(name))
-    lines = table(
-        ["step", "whole", "MiB", *measured, "state sha256", "created"],
-        [
-            (
-                document["step"],
-                {True: "yes", False: "no", None: "not read"}[document["good"]],
-                document["bytes"] / 2**20 if "bytes" in document else None,
-                *(document.get("metrics", {}).get(name) for name in measured),
-                document.get("state_sha256", "")[:16],
-                document.get("created"),
-            )
-            for document in documents
-        ],
+    rows = (
+        (
+            document["step"],
+            {True: "yes", False: "no", None: "not read"}[document["good"]],
+            document["bytes"] / 2**20 if "bytes" in document else None,
+            *(document.get("metrics", {}).get(name) for name in measured),
+            document.get("state_sha256", "")[:16],
+            document.get("created"),
+        )
+        for document in documents
     )
+    lines = table([("step", "whole", "MiB", *measured, "state sha256", "created"), *rows])
     return "\n".join([lines, *(document["defect"] for document in documents if "defect" in document)])
 
 
@@ -239,29 +236,9 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
     return dict(sorted(metrics.items(), key=lambda item: not _is_val(item[0])))
 
 
-def _is_numeric(column: Sequence[Any]) -> bool:
-    cells = [cell for cell in column if cell is not None]
-    return bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
-
-
-def _cell(value: Any) -> str:
-    if value is None:  # also what a strict JSON writer makes of NaN
-        return ""
-    return number(value) if isinstance(value, (int, float)) else str(value)
-
-
-def _aligned(margin: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """Two columns; the margin stands before the first line, and its width before the others."""
-    width = max((len(left) for left, _ in pairs), default=0)
-    margins = [margin, *[" " * len(margin)] * len(pairs)]
-    return "\n".join(f"{margin}{left:<{width}}  {right}" for margin, (left, right) in zip(margins, pairs))
-
-
 def _position(result: Mapping[str, Any]) -> str:
-    counts = {"step": result.get("step"), "epoch": result.get("epoch")}
-    parts = [f"{name} {count:,}" for name, count in counts.items() if count is not None]
-    if result.get("samples") is not None:
-        parts.append(f"{result['samples']:,} samples")
+    texts = {"step": "step {:,}", "epoch": "epoch {:,}", "samples": "{:,} samples"}
+    parts = [text.format(result[name]) for name, text in texts.items() if result.get(name) is not None]
     return f" at {', '.join(parts)}" if parts else ""
 
 
@@ -272,45 +249,21 @@ def _best(result: Mapping[str, Any]) -> str | None:
     return f"{best['metric']} {number(best['value'])} at step {best['step']:,}"
 
 
-def _counted(result: Mapping[str, Any], name: str) -> str | None:
-    return None if result.get(name) is None else number(result[name])
-
-
-def _spent(result: Mapping[str, Any]) -> str | None:
-    if result.get("seconds") is None:
-        return None
-    rate = result.get("images_per_second")
-    return duration(result["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
-
-
-def _goodput(result: Mapping[str, Any]) -> str | None:
-    """The share of the time that went into training, and what all of it went into, the most first."""
-    if result.get("goodput") is None:
-        return None
-    longest_first = sorted(result["time"].items(), key=lambda part: part[1], reverse=True)
-    parts = [
+def _spent(time: Mapping[str, float]) -> str:
+    """What the time of a run went into, the most first."""
+    longest_first = sorted(time.items(), key=lambda part: part[1], reverse=True)
+    return ", ".join(
         f"{name} {duration(seconds) if seconds >= 60 else f'{seconds:.1f} s'}"
         for name, seconds in longest_first
         if seconds >= 0.05
-    ]
-    return f"{result['goodput']:.0%}: {', '.join(parts)}"
+    )
 
 
-def _failure(result: Mapping[str, Any]) -> str | None:
+def _failure(failure: Mapping[str, Any]) -> str:
     """The last failure of a worker, also of a run that goes on again."""
-    failure = result.get("failure")
-    if failure is None:
-        return None
-    who = [] if failure["rank"] is None else [f"worker {failure['rank']}"]
-    where = [f"on node {failure['address']}"] if failure["address"] is not None else []  # one that never came has none
-    what = f"{' '.join(who + where)}: {failure['message']}" if who else failure["message"]
-    return f"{failure['cause']} at step {failure['step']:,}: {what}"
-
-
-def _waits_for(result: Mapping[str, Any]) -> str | None:
-    """What a run waits for that goes on, or whose job has yet to begin it."""
-    reason: str | None = result.get("waits_for") if result["status"] in ("running", "submitted") else None
-    return f"workers: {reason}" if reason and result["status"] == "running" else reason
+    where = "" if failure["address"] is None else f" on node {failure['address']}"  # one that never came has none
+    who = "" if failure["rank"] is None else f"worker {failure['rank']}{where}: "
+    return f"{failure['cause']} at step {failure['step']:,}: {who}{failure['message']}"
 
 
 def _job(result: Mapping[str, Any]) -> str | None:
@@ -322,40 +275,27 @@ def _job(result: Mapping[str, Any]) -> str | None:
     return ": ".join([name, *state])
 
 
-def _submitted(result: Mapping[str, Any]) -> str | None:
-    if result.get("user") is None:
-        return None
-    by = f"by {result['user']} from {result['host']}"
-    if result.get("submitted_at") is None:
-        return by
-    return f"{by}, {datetime.fromtimestamp(result['submitted_at'], UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
 def _next_commands(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     status, run = result["status"], shlex.quote(result["run"])
     on_cluster = f"--cluster {shlex.quote(result['cluster'])}" if result.get("cluster") else "--cluster CLUSTER"
-    if status == "completed":
-        return [(f"launcher plot {run}", "draw the curves"), (f"launcher checkpoints {run}", "see what was saved")]
-    if status == "running":
-        return [(f"launcher logs {run} --follow", "see what the workers write")]
-    if status == "submitted":
-        return [
+    resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
+    logs = (f"launcher logs {run}", "read what the workers wrote")
+    if result.get("job") is not None:
+        logs = (f"launcher logs {run} {on_cluster}", "read what the workers and the driver wrote")
+    commands = {
+        "completed": [
+            (f"launcher plot {run}", "draw the curves"),
+            (f"launcher checkpoints {run}", "see what was saved"),
+        ],
+        "running": [(f"launcher logs {run} --follow", "see what the workers write")],
+        "submitted": [
             (f"launcher status {run} {on_cluster}", "see what the job waits for"),
             (f"launcher stop {run} {on_cluster}", "stop the job"),
-        ]
-    resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
-    if status != "failed":
-        return [resume]
-    if result.get("job") is not None:
-        return [resume, (f"launcher logs {run} {on_cluster}", "read what the workers and the driver wrote")]
-    return [resume, (f"launcher logs {run}", "read what the workers wrote")]
+        ],
+        "failed": [resume, logs],
+    }
+    return commands.get(status, [resume])
 
 
 def _age(result: Mapping[str, Any], now: float) -> str | None:
-    if result.get("updated") is None:
-        return None
-    seconds = max(0.0, now - result["updated"])
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return None if result.get("updated") is None else f"{duration(now - result['updated'])} ago"

@@ -65,7 +65,7 @@ class TestLines:
         assert stream.getvalue().splitlines() == [
             "epoch 1/10  step 1/220  loss 0.412  accuracy 0.903  1,240 img/s",
             "epoch 3/10  step 66/220  loss 0.412  accuracy 0.903  val/loss 0.310  val/accuracy 0.940  1,240 img/s"
-            "  ETA 0:16",
+            "  ETA 0:00:16",
         ]
 
     def test_lines_are_throttled(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
@@ -118,7 +118,7 @@ class TestLines:
         assert "ETA 7:05:00" in stream.getvalue().splitlines()[9]
         clock.now += 1
         update(display, 322, total_steps=520, metrics={"val/loss": 1.0})
-        assert "ETA 3:18" in stream.getvalue().splitlines()[-1]
+        assert "ETA 0:03:18" in stream.getvalue().splitlines()[-1]
 
     def test_eta_starts_anew_when_steps_are_done_again(
         self, display: Progress, stream: io.StringIO, clock: Clock
@@ -130,7 +130,7 @@ class TestLines:
         update(display, 22, metrics={"val/loss": 1.0})  # reports come in batches
         first, second, *replayed = stream.getvalue().splitlines()
         assert "ETA" not in first
-        assert "ETA 3:20" in second
+        assert "ETA 0:03:20" in second
         assert len(replayed) == 2
         assert not any("ETA" in line for line in replayed)
 
@@ -259,7 +259,7 @@ class TestLive:
         display.close()
         output = terminal.hang_up()
 
-        assert "starting Ray  0:00" in output
+        assert "starting Ray  0:00:00" in output
         assert "━" in output
         drawn = re.sub(r"\x1b\[[\d;]*m", "", output)
         assert re.search(r"epoch 3/10 [━╸╺]+ +step 66/220", drawn)
@@ -283,9 +283,9 @@ class TestLive:
         before_close = output[: output.rindex("\x1b[?25h")].removesuffix("\r\n")
         message, bar, details = [line for line in screen_after(before_close) if line]
         assert message == "checkpoint at step 66"
-        assert re.fullmatch(r"epoch 3/10 [━╸╺]+ +step 66/220  ETA 5:08", bar)
+        assert re.fullmatch(r"epoch 3/10 [━╸╺]+ +step 66/220  ETA 0:05:08", bar)
         assert len(bar) <= 100
-        assert details == "validating  0:03  loss 0.412  accuracy 0.903  val/loss 0.310  1,240 img/s  2 workers"
+        assert details == "validating  0:00:03  loss 0.412  accuracy 0.903  val/loss 0.310  1,240 img/s  2 workers"
 
     @pytest.mark.parametrize("columns", [1, 12, 20, 30, 40, 60, 300])
     def test_any_width(self, terminal: Terminal, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ class TestLive:
         output = terminal.hang_up()
         block = screen_after(output[: output.rindex("\x1b[?25h")])
         assert all(len(line) <= columns for line in block)
-        assert "".join("".join(block).split()).endswith("validating0:00loss0.400val/loss0.3001,240img/s2workers")
+        assert "".join("".join(block).split()).endswith("validating0:00:00loss0.400val/loss0.3001,240img/s2workers")
         assert screen_after(output) == [""]
         assert "…" not in output or columns < 40
 
