@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.process import fork_server
-from cluster.process.agent import FAULTS_VARIABLE
 from cluster.process.faults import Fault, write_plan
+from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.storage import store
 from cluster.storage.deadline import Started
 from tests.e2e.command import end_all

@@ -25,7 +25,9 @@ from cluster.capacity import Node, Places, WorkerResources
 from cluster.errors import StorageError
 from cluster.kinds.ray import Cluster
 from cluster.process import fork_server
-from cluster.process.agent import Agent, Orders, Task, modules_of
+from cluster.process.agent import Agent, modules_of
+from cluster.process.messages import AgentsLost, AgentsPlaced, ToDriver
+from cluster.process.orders import Orders, Task
 from cluster.process.workplace import Call, call_here
 from cluster.scheduler import ClusterReport, Needs
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, a_cluster, answered
@@ -114,7 +116,7 @@ class ProcessGroup:
         self._generation = 0
         self._orders = Orders()
         self._workers: list[_Worker] = []
-        self._inbox: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[ToDriver]] = queue.SimpleQueue()
         self._changing = threading.Lock()  # whether workers are wanted
 
     def prepare(self, nodes: Sequence[Node]) -> None:
@@ -135,7 +137,7 @@ class ProcessGroup:
             threading.Thread(target=self._hear, args=(rank, worker), daemon=True).start()
         return self._generation
 
-    def messages(self, timeout_s: float) -> list[dict[str, Any]]:
+    def messages(self, timeout_s: float) -> list[ToDriver]:
         try:
             messages = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
@@ -177,14 +179,11 @@ class ProcessGroup:
             if worker.is_wanted:
                 self._place(0)
                 what = f"its process ended with exit code {worker.process.exitcode}"
-                self._tell("agents_lost", lost={rank: what}, what="")
+                self._inbox.put([AgentsLost(generation=self._generation, lost={rank: what}, reason="")])
 
     def _place(self, num_workers: int) -> None:
         self.num_placed = num_workers
-        self._tell("agents_placed", nodes=[_ADDRESS] * num_workers)
-
-    def _tell(self, kind: str, **content: Any) -> None:
-        self._inbox.put([{"kind": kind, "generation": self._generation, **content}])
+        self._inbox.put([AgentsPlaced(generation=self._generation, nodes=[_ADDRESS] * num_workers)])
 
     def _end_all(self) -> None:
         with self._changing:
@@ -205,7 +204,7 @@ class _PipeChannel:
         self._orders = orders
         self._sending = threading.Lock()
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
+    def post(self, messages: Sequence[ToDriver]) -> None:
         with self._sending:
             self._messages.send(messages)
 
@@ -217,8 +216,8 @@ class _PipeChannel:
 
 
 def _run_agent(messages: Connection, orders: Connection, task: Task, generation: int) -> None:
-    identity = {"generation": generation, "node": _ADDRESS, "address": _ADDRESS, "pid": os.getpid()}
-    Agent(_PipeChannel(messages, orders), task, identity).run()
+    channel = _PipeChannel(messages, orders)
+    Agent(channel, task, generation=generation, node=_ADDRESS, address=_ADDRESS).run()
 
 
 def _use_server(address: str) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.process.link import Activity
+from cluster.process.activity import Activity
 
 Node = tuple[int, int]
 """A node of the summation tree: the shards [first, end) below it."""

@@ -11,7 +11,7 @@ from cluster.errors import ClusterError
 from cluster.ray import cluster
 
 if TYPE_CHECKING:
-    from cluster.process.agent import Task
+    from cluster.process.orders import Task
     from cluster.process.workplace import Call
     from cluster.ray.worker_group import WorkerGroup
     from cluster.scheduler import ClusterReport, Needs

@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.process.link import DOING, Activity
+from cluster.process.activity import Activity
+from cluster.process.messages import DOING, Doing
 
 EXIT_CODE = 3
 """Of a process that ends by the fault ``exit``."""
@@ -109,7 +110,7 @@ class FaultyActivity(Activity):
         self._faults = [(number, fault) for number, fault in plan if fault.rank in (None, rank)]
         self._pass(DOING[0], 0)
 
-    def mark(self, doing: str, step: int) -> None:
+    def mark(self, doing: Doing, step: int) -> None:
         super().mark(doing, step)
         self._pass(doing, step)
 

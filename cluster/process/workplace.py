@@ -19,7 +19,7 @@ from cluster.process.code_cache import enter_copy, fetch_code
 from cluster.run.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from cluster.process.agent import Task
+    from cluster.process.orders import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

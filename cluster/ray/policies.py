@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
+from cluster.process.messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.ray.cluster import last_line
 
 _CONTROLLER_WAIT_S = 0.5
@@ -152,15 +153,14 @@ def steered_trainer(switchboard: Any) -> type:
             is_over = ray.get(switchboard.post_of_controller.remote([self._told(training_failed_error)]))
             return FailureDecision.RAISE if is_over else FailureDecision.RETRY
 
-        def _told(self, error: BaseException) -> dict[str, Any]:
-            of = {"generation": own_generation()}
+        def _told(self, error: BaseException) -> AgentsLost | AgentsUnplaced:
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             if isinstance(cause, WorkerGroupStartupTimeoutError):
-                return {"kind": "agents_unplaced", **of}
+                return AgentsUnplaced(generation=own_generation())
             failures = getattr(error, "worker_failures", {})
             lost = {rank: why_lost(failure) for rank, failure in failures.items()}
-            what = "" if isinstance(error, WorkerGroupError) else one_line(error)
-            return {"kind": "agents_lost", **of, "lost": lost, "what": what}
+            reason = "" if isinstance(error, WorkerGroupError) else one_line(error)
+            return AgentsLost(generation=own_generation(), lost=lost, reason=reason)
 
     class Census(ControllerCallback, WorkerGroupCallback):
         """Tells the driver on which nodes room is held for agents: from before they speak until they are gone.
@@ -201,8 +201,7 @@ def steered_trainer(switchboard: Any) -> type:
             self._tell([])
 
         def _tell(self, nodes: list[str]) -> None:
-            told = {"kind": "agents_placed", "generation": own_generation(), "nodes": nodes}
-            ray.get(switchboard.post.remote([told]))
+            ray.get(switchboard.post.remote([AgentsPlaced(generation=own_generation(), nodes=nodes)]))
 
     class SteeredTrainer(DataParallelTrainer):
         # Should Ray drop this hook, nobody calls it, and the helpers are back.

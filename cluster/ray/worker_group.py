@@ -4,7 +4,6 @@ Ray Train places, starts, watches and replaces the agents. It is told nothing of
 are a barrier of all workers, and its own bookkeeping of checkpoints can make a run unstartable.
 """
 
-import os
 import tempfile
 import threading
 import time
@@ -16,7 +15,9 @@ from typing import Any
 from cluster.capacity import Node, Places
 from cluster.errors import ClusterError
 from cluster.process import fork_server
-from cluster.process.agent import Agent, Orders, Task, modules_of
+from cluster.process.agent import Agent, modules_of
+from cluster.process.messages import ToDriver
+from cluster.process.orders import Orders, Task
 from cluster.ray.cluster import actor_on, last_line
 from cluster.ray.fork_servers import host_on, server_here
 from cluster.ray.policies import Wanted, own_generation, steered_trainer
@@ -132,13 +133,10 @@ class WorkerGroup:
         self._ask(self._switchboard.set_wanted, self._wanted)
         return self._wanted.generation
 
-    def messages(self, timeout_s: float) -> list[dict[str, Any]]:
+    def messages(self, timeout_s: float) -> list[ToDriver]:
         """The agents' messages since the last call, in order for each agent; waits up to ``timeout_s`` for one.
 
-        Among them are Ray Train's: ``agents_lost``, with what Ray says of each of those that it lost, by rank; the
-        others are there still, until the next ``start``. If it names none, all are lost, or did not start. And
-        ``agents_placed``: the nodes that hold one, by rank. And ``agents_unplaced``: there was not room for all of
-        them, and none was started. All name the generation, for they may come late.
+        Among them are those of Ray Train's controller.
 
         Raises:
             ClusterError: Ray Train has given up on the agents.
@@ -193,23 +191,23 @@ class _Switchboard:
     def __init__(self) -> None:
         import asyncio
 
-        self._messages: list[dict[str, Any]] = []
+        self._messages: list[ToDriver] = []
         self._task: Task
         self._orders = Orders()
         self._wanted = Wanted()
         self._changed = asyncio.Condition()
 
-    async def post(self, messages: list[dict[str, Any]]) -> None:
+    async def post(self, messages: list[ToDriver]) -> None:
         async with self._changed:
             self._messages += messages
             self._changed.notify_all()
 
-    async def post_of_controller(self, messages: list[dict[str, Any]]) -> bool:
+    async def post_of_controller(self, messages: list[ToDriver]) -> bool:
         """Returns whether the run is over."""
         await self.post(messages)
         return self._wanted.is_over
 
-    async def take(self, timeout_s: float) -> list[dict[str, Any]]:
+    async def take(self, timeout_s: float) -> list[ToDriver]:
         await self._wait(lambda: bool(self._messages), timeout_s)
         messages, self._messages = self._messages, []
         return messages
@@ -254,7 +252,7 @@ class _RayChannel:
     def __init__(self, switchboard: Any) -> None:
         self._switchboard = switchboard
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
+    def post(self, messages: Sequence[ToDriver]) -> None:
         import ray
 
         ray.get(self._switchboard.post.remote(messages))
@@ -287,10 +285,11 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         # None on a node that is new, and has no host yet.
         fork_server=task.fork_server if worker.get_node_id() == config["driver_node"] else server_here(),
     )
-    identity = {
-        "generation": own_generation(),
-        "node": worker.get_node_id(),
-        "address": ray.util.get_node_ip_address(),
-        "pid": os.getpid(),
-    }
-    Agent(_RayChannel(config["switchboard"]), task, identity).run()
+    agent = Agent(
+        _RayChannel(config["switchboard"]),
+        task,
+        generation=own_generation(),
+        node=worker.get_node_id(),
+        address=ray.util.get_node_ip_address(),
+    )
+    agent.run()

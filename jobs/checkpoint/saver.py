@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.messages import SaveSkipped, ShareWritten, Spent
 from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints, Manifest, Part, PartKey, Share, divide
 from jobs.build.components import Parts
 from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
@@ -31,7 +31,7 @@ _LONGEST_WAIT_S = 10.0
 _LOOK_INTERVAL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Snapshot:
     """A copy of this worker's share of the state of one step, to be written."""
 
@@ -42,8 +42,9 @@ class _Snapshot:
     """Waits for the copy, and gives the bytes of each key."""
     give_back: Callable[[], None]
     """Called when the copy is needed no more."""
-    told: Mapping[str, Any]
-    """What the driver is told beside the share."""
+    best_step: int | None
+    best_metric: float | None
+    spent: Spent
 
 
 class Saver:
@@ -62,7 +63,7 @@ class Saver:
         parts: Parts,
         progress: LoopState,
         checkpoints: Checkpoints,
-        link: Link,
+        link: AgentLink,
         team: Team,
         restored: Manifest | None,
         clock: Callable[[], float] = time.monotonic,
@@ -182,7 +183,7 @@ class Saver:
             trouble = self._checkpoints.trouble
             why = "is written too slowly" if trouble is None else f"cannot be written: {trouble.reason}"
             reason = f"the one before {why}; more are left out until it is written"
-            self._link.send("left_out", step=self._progress.step, reason=reason)
+            self._link.send(SaveSkipped(step=self._progress.step, reason=reason))
         self._leaves_out = True
 
     def _snapshot(self, metrics: Mapping[str, float]) -> _Snapshot:
@@ -200,13 +201,17 @@ class Saver:
             versions={"torch": str(torch.__version__), "python": platform.python_version()},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        told = {
-            "best_metric": self._progress.best_metric,
-            "best_step": self._progress.best_step,
-            "spent": self._link.activity.spent(),
-        }
+        spent = self._link.activity.spent()
         copied, give_back = self._copy(layout, places[own.start : own.stop])
-        return _Snapshot(share, keys[own.start : own.stop], copied, give_back, told)
+        return _Snapshot(
+            share=share,
+            keys=keys[own.start : own.stop],
+            copied=copied,
+            give_back=give_back,
+            best_step=self._progress.best_step,
+            best_metric=self._progress.best_metric,
+            spent=spent,
+        )
 
     def _copy(
         self, layout: Layout, places: Sequence[range]
@@ -242,4 +247,12 @@ class Saver:
 
         self._before = dict(zip(snapshot.keys, self._requests.map(write, snapshot.keys, snapshot.copied())))
         share = replace(share, parts=self._before)
-        self._link.send("share", share=share, seconds=self._clock() - began, **snapshot.told)
+        self._link.send(
+            ShareWritten(
+                share=share,
+                seconds=self._clock() - began,
+                best_step=snapshot.best_step,
+                best_metric=snapshot.best_metric,
+                spent=snapshot.spent,
+            )
+        )

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.collectives.exchange import ExchangeWaits, TreeExchange, all_gather_flat, new_group, sum_by_backend
 from cluster.errors import LauncherError
-from cluster.process.link import Activity
+from cluster.process.activity import Activity
 from jobs.parallel.step_report import exact_sum
 from jobs.sampling import shard_block
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from cluster.errors import TrainingError, listed
+from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.build.components import Parts
 from jobs.checkpoint.loop_state import LoopState
 from jobs.data.loader import training_batches, validation_batches
@@ -34,10 +35,11 @@ class Loop:
         team: Team,
         *,
         metrics: Mapping[str, float],
-        tell: Callable[..., None],
+        log: Callable[[Mapping[str, float]], None],
+        tell: Callable[[StepEvent | MatrixMeasured], None],
         save: Callable[..., None],
         stop_wanted: Callable[[], bool],
-        mark: Callable[[str, int], None] = lambda *_: None,
+        mark: Callable[[Doing, int], None] = lambda *_: None,
         tend: Callable[[], None] = lambda: None,
     ) -> None:
         """Only assigns.
@@ -48,7 +50,8 @@ class Loop:
             progress: Where to go on.
             team: The workers and the way to exchange gradients.
             metrics: The newest metrics at that state.
-            tell: Takes what is to be known outside, a kind and its content; the same on every rank.
+            log: Takes the rows of the metrics; the same on every rank.
+            tell: Takes what else is to be known outside; the same on every rank.
             save: Saves this worker's share of a checkpoint of this moment, given the newest metrics and ``is_needed``:
                 whether it is more than one in a series.
             stop_wanted: Whether this worker was asked to stop; all stop when any was.
@@ -59,6 +62,7 @@ class Loop:
         self.parts = parts
         self.progress = progress
         self.team = team
+        self.log = log
         self.tell = tell
         self.save = save
         self.stop_wanted = stop_wanted
@@ -149,7 +153,7 @@ class Loop:
                 spec.seed,
             )
         for name, matrix in measured.matrices.items():
-            self.tell("matrix", step=self.progress.step, name=name, classes=matrix.classes, values=matrix.values)
+            self.tell(MatrixMeasured(name=name, step=self.progress.step, classes=matrix.classes, values=matrix.values))
         return measured.numbers
 
     def _marked(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -175,7 +179,7 @@ class Loop:
             row["train/loss"] = report.loss
         if report.outcome.skipped:
             row["skipped"] = 1
-            self.tell("event", event="step_skipped", step=report.step, reason=self._why_not_finite(report)[0])
+            self.tell(StepEvent(kind="step_skipped", step=report.step, reason=self._why_not_finite(report)[0]))
         elif not math.isfinite(report.loss):
             reason, detail = self._why_not_finite(report)
             raise TrainingError(
@@ -193,7 +197,7 @@ class Loop:
             or report.step % self.spec.train.log_every_steps == 0
             or report.step == self.parts.steps.total_steps
         ):
-            self.tell("row", row=row)
+            self.log(row)
         return row
 
     def _why_not_finite(self, report: StepReport) -> tuple[str, str]:
@@ -232,7 +236,7 @@ class Loop:
         if progress.num_stalled >= rule.patience and progress.step < self.parts.steps.total_steps:
             progress.ended_early = True
             reason = f"{rule.metric} has not improved on {progress.watched_metric:.6g} for {rule.patience} measurements"
-            self.tell("event", event="early_stop", step=progress.step, reason=reason)
+            self.tell(StepEvent(kind="early_stop", step=progress.step, reason=reason))
 
     def _batches(self) -> Any:
         return training_batches(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from cluster.errors import CheckpointError, LauncherError, one_line
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.messages import FellBack
 from cluster.run.checkpoints import Checkpoints, Manifest, divide
 from cluster.run.run_directory import RunDirectory
 from jobs.build.components import Parts
@@ -22,7 +23,7 @@ from jobs.parallel.team import Team
 from jobs.spec import InitSpec
 
 
-def begin(link: Link, run: RunDirectory, parts: Parts, progress: LoopState, team: Team) -> Manifest | None:
+def begin(link: AgentLink, run: RunDirectory, parts: Parts, progress: LoopState, team: Team) -> Manifest | None:
     """Puts parts and progress where the run stands.
 
     Returns:
@@ -43,7 +44,7 @@ def begin(link: Link, run: RunDirectory, parts: Parts, progress: LoopState, team
             files = _read_together(run.checkpoints, manifest, team)
         except CheckpointError as error:  # the same on every rank
             if team.rank == 0:
-                link.send("fell_back", step=step, defect=str(error))
+                link.send(FellBack(step=step, defect=str(error)))
             continue
         _restore(parts, progress, files, run.checkpoints.url(step))
         return manifest

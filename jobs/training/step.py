@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
+from cluster.process.messages import Doing
 from jobs.build.components import Parts
 from jobs.build.optimizers import set_trainable
 from jobs.data.loader import seed_draws
@@ -29,7 +30,7 @@ class TrainingStep:
     Collective: every rank constructs it and takes every step.
     """
 
-    def __init__(self, spec: JobSpec, parts: Parts, team: Team, mark: Callable[[str, int], None]) -> None:
+    def __init__(self, spec: JobSpec, parts: Parts, team: Team, mark: Callable[[Doing, int], None]) -> None:
         """``mark``: takes what this worker does from now on, and the steps completed."""
         self._spec = spec
         self._parts = parts

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,17 @@ import torchvision  # noqa: F401  # imported ahead in the fork server, for most 
 
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.host.interfaces import interface_of
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.messages import (
+    EnvironmentsCompared,
+    Finished,
+    MatrixMeasured,
+    MeetingPlace,
+    RowLogged,
+    StepEvent,
+    TrainingStarted,
+)
+from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from cluster.versions import launcher_digest, versions
@@ -33,7 +43,7 @@ _ANSWER_WAIT_S = 2.0
 launcher_digest()  # of the code that runs: its files may be replaced later
 
 
-def main(link: Link, task: Task) -> None:
+def main(link: AgentLink, task: Task) -> None:
     """Runs the job ``task.content`` as one of ``task.world_size`` workers.
 
     Raises:
@@ -69,7 +79,7 @@ def main(link: Link, task: Task) -> None:
         raise named(error, progress.step) from error
 
 
-def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: LoopState, team: Team) -> None:
+def train(link: AgentLink, run: RunDirectory, spec: JobSpec, parts: Parts, progress: LoopState, team: Team) -> None:
     """Restores the newest good checkpoint, if there is one, and trains on from it.
 
     Collective: every rank.
@@ -79,9 +89,13 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         parts.model.compile()
     saver = Saver(parts, progress, run.checkpoints, link, team, restored)
 
-    def tell(kind: str, **content: Any) -> None:
+    def log(row: Mapping[str, float]) -> None:
         if team.rank == 0:
-            link.send(kind, time=time.time(), spent=link.activity.spent(), **content)
+            link.send(RowLogged(row=row, time=time.time(), spent=link.activity.spent()))
+
+    def tell(message: StepEvent | MatrixMeasured) -> None:
+        if team.rank == 0:
+            link.send(message)
 
     loop = Loop(
         spec,
@@ -89,6 +103,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         progress,
         team,
         metrics={} if restored is None else restored.metrics,
+        log=log,
         tell=tell,
         save=saver.save,
         stop_wanted=link.stop_wanted.is_set,
@@ -96,7 +111,7 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
         tend=saver.tend,
     )
     link.activity.mark("data", progress.step)
-    link.send("started", step=progress.step, spent=link.activity.spent())
+    link.send(TrainingStarted(step=progress.step, spent=link.activity.spent()))
     try:
         loop.run()
     except Exception:
@@ -107,10 +122,10 @@ def train(link: Link, run: RunDirectory, spec: JobSpec, parts: Parts, progress: 
     team.close()  # from here on a slow store makes nobody wait for another
     link.activity.mark("storage", progress.step)
     saver.wait()
-    link.send("finished", step=progress.step, completed=loop.is_complete, spent=link.activity.spent())
+    link.send(Finished(step=progress.step, completed=loop.is_complete, spent=link.activity.spent()))
 
 
-def meet(link: Link, task: Task, timeout_s: float) -> None:
+def meet(link: AgentLink, task: Task, timeout_s: float) -> None:
     """Joins the default process group: rank 0 opens the store, and its agent tells the others where.
 
     Collective: every rank.
@@ -128,10 +143,10 @@ def meet(link: Link, task: Task, timeout_s: float) -> None:
         store = dist.TCPStore(
             task.host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
         )
-        link.send("meeting_place", port=port)
+        link.send(MeetingPlace(port=port))
     else:
-        host, port = link.wait_for_meeting_place(timeout_s)
-        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        place = link.wait_for_meeting_place(timeout_s)
+        store = dist.TCPStore(place.host, place.port, is_master=False, timeout=timeout)
     compare_versions(link, task, store)
     dist.init_process_group(
         "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
@@ -151,7 +166,7 @@ def choose_interface(address: str) -> None:
             os.environ[name] = interface_of(address)
 
 
-def compare_versions(link: Link, task: Task, store: dist.Store) -> None:
+def compare_versions(link: AgentLink, task: Task, store: dist.Store) -> None:
     """Refuses workers of different versions, which may not even understand what the others send.
 
     Collective: every rank.
@@ -165,7 +180,7 @@ def compare_versions(link: Link, task: Task, store: dist.Store) -> None:
         nodes, of_workers = [node for node, _ in told], [each for _, each in told]
         found = differences(nodes, of_workers)
         if found:
-            link.send("environment", workers=grouped(of_workers), differences=found, is_refused=True)
+            link.send(EnvironmentsCompared(workers=grouped(of_workers), differences=found, is_refused=True))
         store.set("differences", json.dumps(found))
     found = json.loads(store.get("differences"))
     if found:
@@ -176,7 +191,7 @@ def compare_versions(link: Link, task: Task, store: dist.Store) -> None:
         raise ClusterError(f"workers differ: {found}; give every node the same versions", cause="environment")
 
 
-def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> None:
+def compare_environments(link: AgentLink, task: Task, parts: Parts, team: Team) -> None:
     """Tells the driver of what the bits depend on beside the description, and refuses workers that differ in that.
 
     Collective: every rank, once it has built its parts.
@@ -195,7 +210,7 @@ def compare_environments(link: Link, task: Task, parts: Parts, team: Team) -> No
         if is_refused and task.may_differ:  # then only its data tells who is in the way
             compared = [{"data": environment["data"]} for environment in environments]
         what = differences(nodes, compared, task.data_fingerprint)
-        link.send("environment", workers=grouped(compared), differences=what, is_refused=is_refused)
+        link.send(EnvironmentsCompared(workers=grouped(compared), differences=what, is_refused=is_refused))
     if has_other_data:  # no other bits, but other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if is_refused:

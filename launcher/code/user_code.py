@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host.scratch import is_own
-from cluster.process.agent import Task
 from cluster.process.code_cache import cache_folder, enter_copy, fetch_code
+from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 
 

@@ -18,7 +18,33 @@ from cluster.errors import (
     LauncherError,
     listed,
 )
-from cluster.process.agent import Task
+from cluster.process.messages import (
+    AgentsLost,
+    AgentsPlaced,
+    AgentsUnplaced,
+    EnvironmentsCompared,
+    Exited,
+    Failed,
+    FellBack,
+    Finished,
+    FromWorker,
+    GoesOn,
+    Hello,
+    Hung,
+    LogNotKept,
+    MatrixMeasured,
+    MeetingPlace,
+    Report,
+    RowLogged,
+    SaveSkipped,
+    ShareWritten,
+    StepEvent,
+    StillHere,
+    TimeSpent,
+    ToDriver,
+    TrainingStarted,
+)
+from cluster.process.orders import Task
 from cluster.run.lease import STATUS_INTERVAL_S
 from cluster.run.run_directory import RunDirectory
 from jobs.environment import changes, unlike
@@ -75,7 +101,7 @@ class Driver:
         """The environments of the workers that did a step last."""
         self._workers: Sequence[Mapping[str, Any]] = ()
         """Those of the present attempt's workers."""
-        self._refused: Mapping[str, Any] | None = None
+        self._refused: EnvironmentsCompared | None = None
         """What was told of the workers of the present attempt, if they differ so that they do not train."""
         self._warned_of: set[str] = set()
         """The differences between workers that a person knows of."""
@@ -144,45 +170,64 @@ class Driver:
             return False
         return self._completed or self._stop_reason is not None or (self._crew.is_complete and self._change is None)
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        if message.get("generation", self._crew.generation) != self._crew.generation:
-            return  # of agents that others have replaced, or about them
-        kind = message["kind"]
-        if kind == "hello":
-            self._on_hello(message)
-        elif kind == "here":
-            self._crew.heard(message, self._clock())
-        elif kind == "agents_placed":
-            self._on_agents_placed(message["nodes"])
-        elif kind == "agents_unplaced":
-            self._crew.unplaced()
-        elif kind == "agents_lost":
-            self._on_agents_lost(message)
-        elif kind == "warning":
-            self._display.warn(message["text"])
-        elif message.get("attempt") == self._attempt:  # a process of an earlier attempt has nothing to say any more
-            handle = {
-                "meeting_place": self._on_meeting_place,
-                "environment": self._on_environment,
-                "started": self._on_started,
-                "fell_back": self._on_fell_back,
-                "row": self._on_row,
-                "matrix": self._on_matrix,
-                "pace": self._on_pace,
-                "event": self._on_event,
-                "left_out": self._on_left_out,
-                "share": self._on_share,
-                "finished": self._on_finished,
-                "failed": self._on_failed,
-                "exited": self._failures.exited,
-                "hung": self._failures.hung,
-                "goes_on": self._failures.goes_on,
-            }[kind]
-            handle(message)
+    def _hear(self, message: ToDriver) -> None:
+        generation = self._crew.generation
+        match message:
+            case FromWorker(rank, attempt, report):
+                if attempt == self._attempt:  # else it is from a process of an earlier attempt
+                    self._hear_report(rank, report)
+            case StillHere():
+                self._crew.heard(message, self._clock())
+            case LogNotKept(rank, reason):
+                self._display.warn(f"worker {rank}: log not kept: {reason}")
+            case Hello() | AgentsPlaced() | AgentsUnplaced() | AgentsLost() if message.generation != generation:
+                pass  # about agents that others have replaced
+            case Hello():
+                self._on_hello(message)
+            case AgentsPlaced(nodes=nodes):
+                self._on_agents_placed(nodes)
+            case AgentsUnplaced():
+                self._crew.unplaced()
+            case AgentsLost(lost=lost, reason=reason):
+                self._on_agents_lost(lost, reason)
 
-    def _on_hello(self, message: dict[str, Any]) -> None:
+    def _hear_report(self, rank: int, report: Report) -> None:
+        match report:
+            case MeetingPlace(port=port):
+                self._crew.group.order(meeting_port=port)
+            case EnvironmentsCompared():
+                self._on_environments(report)
+            case TrainingStarted():
+                self._on_started(rank, report)
+            case FellBack():
+                self._on_fell_back(report)
+            case RowLogged():
+                self._on_row(report)
+            case MatrixMeasured():
+                self._record.matrix(report)
+            case TimeSpent():
+                self._on_time_spent(rank, report)
+            case StepEvent():
+                self._on_step_event(report)
+            case SaveSkipped():
+                self._on_save_skipped(rank, report)
+            case ShareWritten():
+                self._on_share(rank, report)
+            case Finished():
+                self._on_finished(rank, report)
+            case Failed():
+                self._ledger.failed(self._clock())
+                self._failures.failed(rank, report)
+            case Exited():
+                self._failures.exited(rank, report)
+            case Hung():
+                self._failures.hung(rank, report)
+            case GoesOn():
+                self._failures.goes_on(rank)
+
+    def _on_hello(self, hello: Hello) -> None:
         """An agent is there. When all are, an attempt can start."""
-        self._crew.joined(message, self._clock())
+        self._crew.joined(hello, self._clock())
         if self._crew.is_complete:
             shards, num_workers = self._spec.train.shards, self._crew.num_workers
             self._pace = Pace([len(shard_block(shards, num_workers, rank)) for rank in range(num_workers)])
@@ -199,34 +244,31 @@ class Driver:
             "attempt_started",
             attempt=self._attempt,
             workers=[
-                {"rank": rank, "node": agent["node"], "address": agent["address"], "pid": agent["pid"]}
+                {"rank": rank, "node": agent.node, "address": agent.address, "pid": agent.pid}
                 for rank, agent in sorted(self._crew.agents.items())
             ],
         )
         self._crew.group.order(
             attempt=self._attempt,
-            agents=frozenset(agent["id"] for agent in self._crew.agents.values()),
+            agents=frozenset(agent.id for agent in self._crew.agents.values()),
             host=self._crew.host,
             meeting_port=None,
             stop=self._stop_reason is not None,
         )
         self._display.phase("building the model on the workers")
 
-    def _on_meeting_place(self, message: dict[str, Any]) -> None:
-        self._crew.group.order(meeting_port=message["port"])
-
-    def _on_environment(self, message: dict[str, Any]) -> None:
+    def _on_environments(self, compared: EnvironmentsCompared) -> None:
         """Records what the bits of this attempt depend on, and warns, once, of differences that may change them."""
-        workers: list[dict[str, Any]] = message["workers"]
-        if message["is_refused"]:  # they end, and say why
-            self._refused = message
+        workers = compared.workers
+        if compared.is_refused:  # they end, and say why
+            self._refused = compared
             return
         self._workers = workers
         self._record.event("environment", workers=workers)
         if self._first_workers is None:
             self._first_workers = workers
         news = {
-            "workers differ": message["differences"],
+            "workers differ": compared.differences,
             "the run began on other workers": changes(self._first_workers, workers),
         }
         for what, how in news.items():
@@ -234,34 +276,29 @@ class Driver:
                 self._warned_of.add(how)
                 self._display.warn(f"{what}: {how}; the bits may differ from an undisturbed run's")
 
-    def _on_started(self, message: dict[str, Any]) -> None:
-        if message["rank"] == 0:
+    def _on_started(self, rank: int, started: TrainingStarted) -> None:
+        if rank == 0:
             self._trains, self._is_first_start = True, False
-            self._began_at = message["step"]
-            self._ledger.training_began(self._clock(), message["spent"])
-            self._record.begins_at(message["step"])
+            self._began_at = started.step
+            self._ledger.training_began(self._clock(), started.spent)
+            self._record.begins_at(started.step)
             self._saves.training_began(self._clock())
 
-    def _on_fell_back(self, message: dict[str, Any]) -> None:
-        self._record.fell_back(message["step"], message["defect"])
-        self._display.warn(f"{message['defect']}; the checkpoint before it is used")
+    def _on_fell_back(self, fell_back: FellBack) -> None:
+        self._record.fell_back(fell_back.step, fell_back.defect)
+        self._display.warn(f"{fell_back.defect}; the checkpoint before it is used")
 
-    def _on_row(self, message: dict[str, Any]) -> None:
+    def _on_row(self, logged: RowLogged) -> None:
         self._note_step()
-        self._ledger.told(message["spent"])
-        self._record.row(message["row"], message["time"])
+        self._ledger.told(logged.spent)
+        self._record.row(logged.row, logged.time)
 
-    def _on_matrix(self, message: dict[str, Any]) -> None:
-        self._record.matrix(message["name"], {name: message[name] for name in ("step", "classes", "values")})
-
-    def _on_pace(self, message: dict[str, Any]) -> None:
+    def _on_time_spent(self, rank: int, told: TimeSpent) -> None:
         self._note_step()
-        for news in self._pace.heard(message["rank"], message["step"], message["spent"]):
+        for news in self._pace.heard(rank, told.step, told.spent):
             kind = "worker_recovered" if news.what is None else "worker_slow"
-            node = self._crew.agents[news.rank]["address"]
-            self._record.event(
-                kind, step=message["step"], rank=news.rank, node=node, what=news.what, factor=news.factor
-            )
+            node = self._crew.agents[news.rank].address
+            self._record.event(kind, step=told.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
             tell = self._display.message if news.what is None else self._display.warn
             tell(f"{self._crew.where(news.rank)} {news.text}")
 
@@ -272,37 +309,37 @@ class Driver:
         self._crew.trains()
         self._last_workers = self._workers
 
-    def _on_event(self, message: dict[str, Any]) -> None:
-        self._record.event(message["event"], step=message["step"], reason=message["reason"])
-        self._display.message(f"step {message['step']}: {message['event'].replace('_', ' ')}: {message['reason']}")
+    def _on_step_event(self, event: StepEvent) -> None:
+        self._record.event(event.kind, step=event.step, reason=event.reason)
+        self._display.message(f"step {event.step}: {event.kind.replace('_', ' ')}: {event.reason}")
 
-    def _on_left_out(self, message: dict[str, Any]) -> None:
+    def _on_save_skipped(self, rank: int, skipped: SaveSkipped) -> None:
         """A worker is not ready for a checkpoint, so that all leave it out."""
-        rank, step, reason = message["rank"], message["step"], message["reason"]
+        step, reason = skipped.step, skipped.reason
         self._saves.left_out(rank, reason)
         self._record.event("checkpoint_left_out", step=step, rank=rank, reason=reason)
         self._display.message(f"step {step}: checkpoint left out: {self._crew.where(rank)}: {reason}")
 
-    def _on_share(self, message: dict[str, Any]) -> None:
+    def _on_share(self, rank: int, written: ShareWritten) -> None:
         """A worker has written its share of a checkpoint. With the last share it becomes one."""
-        whole = self._saves.share(message)
+        whole = self._saves.share(rank, written)
         if whole is None:
             return
-        manifest, told = whole
-        best = (message["best_step"], message["best_metric"])
-        spent = next(other["spent"] for other in told if other["rank"] == 0)
-        seconds = max(other["seconds"] for other in told)
+        manifest, shares = whole
+        best = (written.best_step, written.best_metric)
+        spent = shares[0].spent
+        seconds = max(other.seconds for other in shares.values())
         self._record.checkpoint(manifest, best, seconds, lambda: self._ledger.saved(spent))
 
-    def _on_finished(self, message: dict[str, Any]) -> None:
-        self._failures.finished(message)
-        self._finished.add(message["rank"])
-        self._completed = message["completed"]
-        if message["step"] > self._began_at:
+    def _on_finished(self, rank: int, finished: Finished) -> None:
+        self._failures.finished(rank)
+        self._finished.add(rank)
+        self._completed = finished.completed
+        if finished.step > self._began_at:
             self._note_step()
-        if message["rank"] == 0:
-            self._ledger.told(message["spent"])
-        self._record.reached(message["step"])
+        if rank == 0:
+            self._ledger.told(finished.spent)
+        self._record.reached(finished.step)
 
     # Workers.
 
@@ -392,22 +429,18 @@ class Driver:
         self._display.message(f"step {step}: {change.reason}: the workers save, then others go on")
         self._crew.group.order(stop=True)
 
-    def _on_agents_lost(self, message: dict[str, Any]) -> None:
+    def _on_agents_lost(self, lost: Mapping[int, str], reason: str) -> None:
         """Ray has lost agents, or could not start them. The others can only be replaced with them."""
         if len(self._finished) == self._crew.num_workers:  # they have done their work, or been let go of
             return
         self._ledger.failed(self._clock())
-        self._record.event("agents_lost", step=self._record.state.step, lost=message["lost"], reason=message["what"])
+        self._record.event("agents_lost", step=self._record.state.step, lost=lost, reason=reason)
         if self._change is None:
-            self._failures.lost(message)
+            self._failures.lost(lost, reason)
         else:
             self._regroup()
 
     # Failures.
-
-    def _on_failed(self, message: dict[str, Any]) -> None:
-        self._ledger.failed(self._clock())
-        self._failures.failed(message)
 
     def _judge(self, now: float) -> None:
         """Does what the failures of workers ask for."""
@@ -445,7 +478,7 @@ class Driver:
         if failure.cause != "environment":
             return frozenset()
         if self._refused is not None:
-            groups = self._refused["workers"]
+            groups = self._refused.workers
             odd = unlike(self._last_workers, groups)
             if odd or len(groups) == 1:  # all are alike, and have other data than was planned with
                 unfit = self._crew.nodes_of(rank for group in odd or groups for rank in group["ranks"])
@@ -459,7 +492,7 @@ class Driver:
 
     def _leave_out(self, nodes: frozenset[str], failure: Failure) -> None:
         """From now on the run does without these nodes."""
-        why = failure.message if self._refused is None else f"workers differ: {self._refused['differences']}"
+        why = failure.message if self._refused is None else f"workers differ: {self._refused.differences}"
         step, named = self._record.state.step, self._crew.leave_out(nodes, why)
         self._record.event("nodes_left_out", step=step, nodes=sorted(nodes), reason=why)
         self._display.warn(
@@ -562,9 +595,9 @@ class Driver:
         elif not self._crew.is_complete:
             late = self._crew.late(now)
             if late and self._record.is_settled:  # else it cannot be judged yet, and they may come
-                self._on_agents_lost({"lost": {}, "what": late})
+                self._on_agents_lost({}, late)
         elif self._record.is_settled and (silent := self._crew.silent(now)):
-            self._on_agents_lost({"lost": silent, "what": ""})
+            self._on_agents_lost(silent, "")
         elif self._attempt == _NONE and self._record.is_settled:
             self._start_attempt()
         elif self._trains and self._change is None and self._stop_reason is None:

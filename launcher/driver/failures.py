@@ -5,8 +5,9 @@ either. Here they become one verdict. Nothing here starts, stops or writes anyth
 """
 
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from cluster.errors import (
@@ -18,10 +19,9 @@ from cluster.errors import (
     TrainingError,
     listed,
 )
-from cluster.process.link import DOING
+from cluster.process.messages import DOING, Exited, Failed, Hung
 from jobs.spec import MaxFailuresSpec
 
-Message = dict[str, Any]
 Kind = Literal["machine", "preemption", "code"]
 """Whose doing a failure was; each has a budget of its own."""
 
@@ -114,7 +114,7 @@ class Failure:
     place: str = ""
     traceback: str = ""
     log_tail: str = ""
-    hang: Message | None = None
+    hang: Mapping[str, Any] | None = None
     limit: str = "workers.hang_timeout_s"
 
 
@@ -168,51 +168,62 @@ class Failures:
         self._num_workers = num_workers
         if num_workers:
             self._failed_starts = 0
-        self._fatal: Message | None = None
-        self._broken: dict[int, Message] = {}
-        self._exits: dict[int, Message] = {}
+        self._fatal: tuple[int, Failed] | None = None
+        self._broken: dict[int, Failed] = {}
+        self._exits: dict[int, Exited] = {}
         self._lost: dict[int, str] = {}
         self._all_lost = ""
-        self._hung: dict[int, Message] = {}
+        self._hung: dict[int, Hung] = {}
         self._finished: set[int] = set()
         self._draining: set[int] = set()
         self._waits_since: float | None = None
 
-    def failed(self, message: Message) -> None:
+    def failed(self, rank: int, failed: Failed) -> None:
         """A worker says why it ends. Of a lost peer that is a consequence; the cause is on its way."""
-        if message["cause"] in _CONSEQUENCES:
-            self._broken[message["rank"]] = message
+        if failed.cause in _CONSEQUENCES:
+            self._broken[rank] = failed
         elif self._fatal is None:
-            self._fatal, self._waits_since = message, None
+            self._fatal, self._waits_since = (rank, failed), None
 
-    def exited(self, message: Message) -> None:
+    def exited(self, rank: int, exited: Exited) -> None:
         """An agent says how its training process ended."""
-        self._exits[message["rank"]] = message
-        if message["exit_code"] is None:  # what else it said follows from that, such as that its loaders are gone
-            self._broken.pop(message["rank"], None)
-            if self._fatal is not None and self._fatal["rank"] == message["rank"]:
+        self._exits[rank] = exited
+        if exited.exit_code is None:  # what else it said follows from that, such as that its loaders are gone
+            self._broken.pop(rank, None)
+            if self._fatal is not None and self._fatal[0] == rank:
                 self._fatal = None
-        elif message["exit_code"] == -signal.SIGABRT and _NCCL in message["log_tail"]:
-            cause = "exchange_timeout" if "operation timeout" in message["log_tail"] else "connection_lost"
-            self._broken[message["rank"]] = message | {"cause": cause, "message": "NCCL aborted it"}
+        elif exited.exit_code == -signal.SIGABRT and _NCCL in exited.log_tail:
+            self._broken[rank] = Failed(
+                error=ClusterError.__name__,
+                cause="exchange_timeout" if "operation timeout" in exited.log_tail else "connection_lost",
+                message="NCCL aborted it",
+                step=exited.step,
+                place="",
+                traceback="",
+            )
 
-    def hung(self, message: Message) -> None:
+    def hung(self, rank: int, hung: Hung) -> None:
         """A worker makes no progress; nor do the others, which wait for it."""
-        self._hung[message["rank"]] = message
+        self._hung[rank] = hung
 
-    def goes_on(self, message: Message) -> None:
+    def goes_on(self, rank: int) -> None:
         """A worker that made no progress does again."""
-        self._hung.pop(message["rank"], None)
+        self._hung.pop(rank, None)
 
-    def finished(self, message: Message) -> None:
+    def finished(self, rank: int) -> None:
         """A worker has done its work: however its process ends, it is no failure any more."""
-        self._finished.add(message["rank"])
+        self._finished.add(rank)
 
-    def lost(self, message: Message) -> None:
-        """Agents are lost, and their training processes with them; if none is named, all are, or did not start."""
-        self._lost |= message["lost"]
-        if not message["lost"]:
-            self._all_lost = message["what"] or "Ray does not say why"
+    def lost(self, lost: Mapping[int, str], reason: str) -> None:
+        """Agents are lost, by rank, and their training processes with them.
+
+        Args:
+            lost: What is said of each; empty: all are lost, or did not start.
+            reason: Why, if none is named.
+        """
+        self._lost |= lost
+        if not lost:
+            self._all_lost = reason or "Ray does not say why"
 
     def draining(self, ranks: Collection[int]) -> None:
         """The nodes of these workers are being taken away; whatever takes the workers with them is that."""
@@ -248,33 +259,33 @@ class Failures:
         has_waited = self._waits_since is not None and now - self._waits_since > _LAST_WORDS_S
         if self._fatal is not None:
             all_ended = len(self._exits.keys() | self._lost.keys()) == self._num_workers
-            return self._of_exception(self._fatal) if all_ended or has_waited else None
+            return self._of_exception(*self._fatal) if all_ended or has_waited else None
         if self._lost:
             return self._of_agents()
         if self._all_lost:
             return self._of_all_agents(self._all_lost)
-        for message in self._exits.values():
-            if message["rank"] not in self._finished | self._broken.keys():
-                return _of_exit(message)
-        if any(message["is_silent"] for message in self._hung.values()) or 0 < self._num_workers == len(self._hung):
+        for rank, exited in self._exits.items():
+            if rank not in self._finished | self._broken.keys():
+                return _of_exit(rank, exited)
+        if any(hung.is_silent for hung in self._hung.values()) or 0 < self._num_workers == len(self._hung):
             return self._of_hang()  # one that has not said so works, and the others wait for it
         return self._of_exchange() if self._broken and has_waited else None
 
-    def _of_exception(self, message: Message) -> Failure:
+    def _of_exception(self, rank: int, failed: Failed) -> Failure:
         """What a worker says of itself; of one alone, a second time at the same step and line is the code's fault."""
-        rank, cause, step = message["rank"], message["cause"], message["step"]
-        kind: Kind | None = "code" if message["place"] else None
-        if cause == "crash" and rank in self._exits and self._exits[rank]["oom_kill"]:
+        cause = failed.cause
+        kind: Kind | None = "code" if failed.place else None
+        if cause == "crash" and rank in self._exits and self._exits[rank].oom_kill:
             cause, kind = "out_of_memory", "machine"  # of a loader process
         return Failure(
             cause=cause,
-            message=message["message"],
+            message=failed.message,
             kind=kind,
-            rank=None if step is None else rank,
-            step=step,
-            error=_ERRORS[message["error"]],
-            place=message["place"] if kind == "code" else "",
-            traceback=message["traceback"],
+            rank=None if failed.step is None else rank,
+            step=failed.step,
+            error=_ERRORS[failed.error],
+            place=failed.place if kind == "code" else "",
+            traceback=failed.traceback,
         )
 
     def _of_agents(self) -> Failure:
@@ -295,61 +306,69 @@ class Failures:
 
     def _of_hang(self) -> Failure:
         """The worker that the others wait for: one that is silent, or else one that is behind them."""
-        hung = sorted(self._hung.values(), key=lambda message: (message["step"], DOING.index(message["doing"])))
-        silent = [message for message in hung if message["is_silent"]]
-        found = (silent or hung)[0]
-        step, doing, line = found["step"], found["doing"], _innermost(found["stack"])
-        is_first_step, for_s = found["is_first_step"], found["for_s"]
-        what = f"no progress for {for_s:.0f} s in {doing}"
-        if is_first_step:
-            what = f"has not done its first step after {for_s:.0f} s, {_IN_FIRST_STEP.get(doing, doing)}"
-        are_alike = not silent and len(hung) > 1 and len({(message["step"], message["doing"]) for message in hung}) == 1
-        is_stuck = are_alike and doing in _EXCHANGING and not is_first_step
+        ranks = sorted(self._hung, key=lambda rank: (self._hung[rank].step, DOING.index(self._hung[rank].doing)))
+        silent = [rank for rank in ranks if self._hung[rank].is_silent]
+        rank = (silent or ranks)[0]
+        found = self._hung[rank]
+        step, doing, line = found.step, found.doing, _innermost(found.stack)
+        what = f"no progress for {found.for_s:.0f} s in {doing}"
+        if found.is_first_step:
+            what = f"has not done its first step after {found.for_s:.0f} s, {_IN_FIRST_STEP.get(doing, doing)}"
+        places = {(hung.step, hung.doing) for hung in self._hung.values()}
+        are_alike = not silent and len(ranks) > 1 and len(places) == 1
+        is_stuck = are_alike and doing in _EXCHANGING and not found.is_first_step
         if line:
             what += f", {line}"
         if are_alike:
             what += ", and so for all" + ": what they exchange is stuck" * is_stuck
-        hang = {name: found[name] for name in ("rank", "step", "doing", "is_first_step", "for_s", "stack")}
         return Failure(
             cause="exchange_timeout" if is_stuck else "hung",
             message=what,
-            rank=found["rank"],
+            rank=rank,
             step=step,
             # If it stands at the same line again, it is neither slow nor has it had bad luck.
-            place=f"first step after {step}, {doing}, {line}" if is_first_step and line and not silent else "",
-            limit="workers.first_step_timeout_s" if is_first_step else "workers.hang_timeout_s",
-            hang=hang | {"waiting": sorted(self._hung.keys() - {found["rank"]})},
+            place=f"first step after {step}, {doing}, {line}" if found.is_first_step and line and not silent else "",
+            limit="workers.first_step_timeout_s" if found.is_first_step else "workers.hang_timeout_s",
+            hang={
+                "rank": rank,
+                "step": step,
+                "doing": doing,
+                "is_first_step": found.is_first_step,
+                "for_s": found.for_s,
+                "stack": found.stack,
+                "waiting": sorted(self._hung.keys() - {rank}),
+            },
         )
 
     def _of_exchange(self) -> Failure:
         """Exchanges broke, and nobody says why. If all others waited in vain for one that is silent, it hangs."""
-        first, *_ = self._broken.values()
+        rank, first = next(iter(self._broken.items()))
         silent = sorted(set(range(self._num_workers)) - self._broken.keys() - self._exits.keys())
-        if silent and all(message["cause"] == "exchange_timeout" for message in self._broken.values()):
+        if silent and all(failed.cause == "exchange_timeout" for failed in self._broken.values()):
             others = f"worker{'s' * (len(self._broken) > 1)} {listed(sorted(self._broken))}"
-            what = f"says nothing, and {others} waited for it in vain: {first['message']}"
-            return Failure(cause="hung", message=what, rank=silent[0], step=first["step"], limit="workers.timeout_s")
-        what = f"no worker says more than: {first['message']}"
-        return Failure(cause=first["cause"], message=what, rank=first["rank"], step=first["step"])
+            what = f"says nothing, and {others} waited for it in vain: {first.message}"
+            return Failure(cause="hung", message=what, rank=silent[0], step=first.step, limit="workers.timeout_s")
+        what = f"no worker says more than: {first.message}"
+        return Failure(cause=first.cause, message=what, rank=rank, step=first.step)
 
 
-def _of_exit(message: Message) -> Failure:
+def _of_exit(rank: int, exited: Exited) -> Failure:
     """How a process ended that did not say why."""
-    step, code, log_tail = message["step"], message["exit_code"], message["log_tail"]
-    known = {"rank": message["rank"], "step": step, "log_tail": log_tail}
+    code = exited.exit_code
+    failed = partial(Failure, rank=rank, step=exited.step, log_tail=exited.log_tail)
     if code is None:
-        return Failure(cause="fork_server_lost", message="its fork server died", **known)
+        return failed(cause="fork_server_lost", message="its fork server died")
     if code >= 0:
         what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
-        return Failure(cause="crash", message=what, kind=None, error=TrainingError, **known)
+        return failed(cause="crash", message=what, kind=None, error=TrainingError)
     name = signal.Signals(-code).name
     if code in _FAULTS:
-        line = _innermost(log_tail.partition("Fatal Python error")[2])
-        what, place = f"crashed with {name}" + (f", {line}" if line else ""), f"step {step}, {line}, {name}"
-        return Failure(cause="crash", message=what, kind="code", error=TrainingError, place=place, **known)
-    if code == -signal.SIGKILL and message["oom_kill"]:
-        return Failure(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})", **known)
-    return Failure(cause="killed", message=f"killed by {name}", **known)
+        line = _innermost(exited.log_tail.partition("Fatal Python error")[2])
+        what, place = f"crashed with {name}" + (f", {line}" if line else ""), f"step {exited.step}, {line}, {name}"
+        return failed(cause="crash", message=what, kind="code", error=TrainingError, place=place)
+    if code == -signal.SIGKILL and exited.oom_kill:
+        return failed(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})")
+    return failed(cause="killed", message=f"killed by {name}")
 
 
 def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:

@@ -8,11 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.capacity import Node
 from cluster.errors import listed
 from cluster.process.agent import HERE_INTERVAL_S
+from cluster.process.messages import Hello, StillHere
+from cluster.process.orders import LOOPBACK
 from cluster.ray.cluster import PLACEMENT_TIMEOUT_S
 from cluster.ray.worker_group import WorkerGroup
 from jobs.spec import WorkersSpec
@@ -26,7 +27,6 @@ _UNSTEADY_S = 5.0
 """How long room that does not stay the same is looked at, before the least of it is believed."""
 _PLACEMENT_S = 2 * PLACEMENT_TIMEOUT_S
 """How long Ray may take to say whether it has room for agents, with the start or the change of its controller."""
-_LOOPBACK = "127.0.0.1"
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
 MOST_MISFITS = 10
 """How often nodes that join may turn out not to fit before no others are taken: each costs a save and two starts."""
@@ -59,7 +59,7 @@ class Crew:
         """Those that were asked for; 0: none."""
         self.generation = 0
         """Of the agents that were started last."""
-        self.agents: dict[int, dict[str, Any]] = {}
+        self.agents: dict[int, Hello] = {}
         """What each said when it came, by rank."""
         self._workers = workers
         self._look = look
@@ -106,8 +106,8 @@ class Crew:
     @property
     def host(self) -> str:
         """The address of rank 0 for the others."""
-        is_one_node = len({agent["node"] for agent in self.agents.values()}) == 1
-        return _LOOPBACK if is_one_node else self.agents[0]["address"]
+        is_one_node = len({agent.node for agent in self.agents.values()}) == 1
+        return LOOPBACK if is_one_node else self.agents[0].address
 
     def where(self, rank: int) -> str:
         """A worker, for people."""
@@ -117,20 +117,20 @@ class Crew:
     def place_of(self, rank: int) -> tuple[str | None, str | None]:
         """The node of a worker, by id, and its address, as far as they are known; it may not have said a word yet."""
         if agent := self.agents.get(rank):
-            return agent["node"], agent["address"]
+            return agent.node, agent.address
         node = self._node_of(rank)
         return node, None if node is None else self._addresses.get(node)
 
-    def joined(self, hello: dict[str, Any], now: float) -> None:
+    def joined(self, hello: Hello, now: float) -> None:
         """An agent is there."""
-        self.agents[hello["rank"]] = hello
-        self._heard_at[hello["rank"]] = now
+        self.agents[hello.rank] = hello
+        self._heard_at[hello.rank] = now
 
-    def heard(self, here: dict[str, Any], now: float) -> None:
+    def heard(self, here: StillHere, now: float) -> None:
         """An agent says that it is there still, as all do every few seconds; also one that is no longer counted."""
-        agent = self.agents.get(here["rank"])
-        if agent is not None and agent["id"] == here["id"]:
-            self._heard_at[here["rank"]] = now
+        agent = self.agents.get(here.rank)
+        if agent is not None and agent.id == here.id:
+            self._heard_at[here.rank] = now
 
     def silent(self, now: float) -> dict[int, str]:
         """The agents that say nothing any more, though Ray has not lost them: stopped, or cut off."""
@@ -163,9 +163,9 @@ class Crew:
     def trains(self) -> None:
         """The agents that are there have done a step: their nodes are fit for this run."""
         for agent in self.agents.values():
-            self._proven.add(agent["node"])
-            self._known_hosts.add(agent["address"])
-            self._left_out.pop(agent["node"], None)  # it may have joined just as no others were to be taken
+            self._proven.add(agent.node)
+            self._known_hosts.add(agent.address)
+            self._left_out.pop(agent.node, None)  # it may have joined just as no others were to be taken
 
     def forget(self) -> None:
         """Others than before train now: the nodes that were fit for those are newcomers again."""
@@ -229,7 +229,7 @@ class Crew:
                 f"Ray has placed none of {self.num_workers} agents after {limit_s + _PLACEMENT_S:g} s "
                 f"(workers.start_timeout_s and {_PLACEMENT_S:g} s to find room)"
             )
-        missing = self._held - Counter(agent["node"] for agent in self.agents.values())
+        missing = self._held - Counter(agent.node for agent in self.agents.values())
         addresses = [node.address for node in self._look() if missing[node.id]]
         where = f"; late: {_named(addresses)}" if addresses else ""
         return (
@@ -278,7 +278,7 @@ class Crew:
                 " and ".join(f"node {node.address} is being drained" for node in leaving),
                 min(node.drains_at for node in leaving if node.drains_at is not None),
                 any(node.is_here for node in leaving),
-                frozenset(rank for rank, agent in self.agents.items() if agent["node"] in ids),
+                frozenset(rank for rank, agent in self.agents.items() if agent.node in ids),
             )
         if fitting <= self.num_workers:
             self._room_since = math.inf

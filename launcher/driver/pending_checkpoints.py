@@ -4,8 +4,8 @@ Nothing here looks at a clock: times come in as numbers.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+from cluster.process.messages import ShareWritten
 from cluster.run.checkpoints import Manifest, join
 
 _INTERVALS = 3
@@ -42,8 +42,8 @@ class Saves:
     def attempt_started(self, num_workers: int) -> None:
         """Other processes train; shares of earlier ones become no checkpoint any more."""
         self._num_workers = num_workers
-        self._shares: dict[int, list[dict[str, Any]]] = {}
-        """What workers have told of checkpoints that are not whole yet, by step."""
+        self._shares: dict[int, dict[int, ShareWritten]] = {}
+        """What workers have written of checkpoints that are not whole yet, by step and rank."""
         self._whole_step = 0
         self._left_out: Overdue | None = None
 
@@ -55,19 +55,19 @@ class Saves:
         """The workers leave checkpoints out because of one of them."""
         self._left_out = Overdue((rank,), reason)
 
-    def share(self, message: dict[str, Any]) -> tuple[Manifest, list[dict[str, Any]]] | None:
-        """A worker has written its share; with the last one, the manifest of the checkpoint and all that was told."""
-        step = message["share"].step
+    def share(self, rank: int, written: ShareWritten) -> tuple[Manifest, dict[int, ShareWritten]] | None:
+        """A worker has written its share; with the last one, the manifest of the checkpoint, and all shares by rank."""
+        step = written.share.step
         if step <= self._whole_step:  # the share of a worker that had no part to write
             return None
-        told = self._shares.setdefault(step, [])
-        told.append(message)
-        manifest = join([other["share"] for other in told])
+        shares = self._shares.setdefault(step, {})
+        shares[rank] = written
+        manifest = join([other.share for other in shares.values()])
         if manifest is None:
             return None
         self._whole_step = step
-        self._shares = {later: shares for later, shares in self._shares.items() if later > step}
-        return manifest, told
+        self._shares = {later: others for later, others in self._shares.items() if later > step}
+        return manifest, shares
 
     def overdue(self, now: float, *, step: int, saved_step: int) -> Overdue | None:
         """Who holds up the next checkpoint if it is overdue; told once until a checkpoint comes.
@@ -87,6 +87,5 @@ class Saves:
         if not self._shares:
             return self._left_out or Overdue((), "no worker has written its share of one yet")
         oldest = min(self._shares)
-        have_written = {message["rank"] for message in self._shares[oldest]}
-        late = tuple(rank for rank in range(self._num_workers) if rank not in have_written)
+        late = tuple(rank for rank in range(self._num_workers) if rank not in self._shares[oldest])
         return Overdue(late, f"the share of step {oldest} is not written")

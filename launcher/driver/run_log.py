@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from cluster.errors import LauncherError
+from cluster.process.messages import MatrixMeasured
 from cluster.run.checkpoints import Manifest
 from cluster.run.lease import STATUS_INTERVAL_S, SupersededError
 from cluster.run.run_directory import RunDirectory
@@ -163,11 +164,11 @@ class Record:
         state.step, state.epoch = step, step // self._plan.steps_per_epoch
         state.samples = step * self._spec.train.global_batch
 
-    def row(self, row: dict[str, Any], sent_at: float) -> None:
+    def row(self, row: Mapping[str, Any], sent_at: float) -> None:
         """A step was made; ``sent_at``: when, by the clock of the workers."""
         state = self.state
         self._metrics.append(row)
-        self._tracker.log(row | self._throughput(sent_at, row["samples"]))
+        self._tracker.log({**row, **self._throughput(sent_at, row["samples"])})
         self.reached(row["step"])
         metrics = {name: value for name, value in row.items() if "/" in name}
         state.metrics |= metrics
@@ -181,9 +182,10 @@ class Record:
             workers=state.workers,
         )
 
-    def matrix(self, name: str, matrix: dict[str, Any]) -> None:
+    def matrix(self, matrix: MatrixMeasured) -> None:
         """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
-        self._matrices[name.replace("/", "-")] = matrix
+        document = {"step": matrix.step, "classes": matrix.classes, "values": matrix.values}
+        self._matrices[matrix.name.replace("/", "-")] = document
 
     def fell_back(self, step: int, defect: str) -> None:
         """A checkpoint is bad, and an older one is used; it stays for somebody to look at."""

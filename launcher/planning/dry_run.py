@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
-from cluster.process.agent import Task
+from cluster.process.orders import Task
 from jobs.build.components import Parts, build_parts, worker_device
 from jobs.build.optimizers import set_trainable
 from jobs.checkpoint.layout import lay_out

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import DescriptionError, StorageError
 from cluster.process import fork_server
-from cluster.process.agent import Task, modules_of
+from cluster.process.agent import modules_of
+from cluster.process.orders import Task
 from cluster.process.workplace import Call, call_here
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -156,7 +156,9 @@ def _arm(
     """A launched loop, put together as ``jobs.training.worker.train`` does; and a function that waits for its saves."""
     import torch
 
-    from cluster.process.link import Activity, Link
+    from cluster.process.activity import Activity
+    from cluster.process.agent_link import AgentLink
+    from cluster.process.messages import RowLogged
     from cluster.run.run_directory import RunDirectory
     from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
@@ -168,7 +170,7 @@ def _arm(
     import torch.distributed as dist
 
     team = Team(rank=dist.get_rank(), world_size=_WORKERS, shards=spec.train.shards, exact=True, device=device)
-    parts, progress, link = build_parts(spec, device), LoopState(), Link(messages, Activity())
+    parts, progress, link = build_parts(spec, device), LoopState(), AgentLink(messages, Activity())
     saver = Saver(parts, progress, RunDirectory(f"{settings.store}/run").checkpoints, link, team, None)
 
     def save(metrics: dict[str, float], *, is_needed: bool) -> None:
@@ -176,12 +178,13 @@ def _arm(
         saver.save(metrics, is_needed=is_needed)
         blocked.append(time.perf_counter() - began)
 
-    def tell(kind: str, **content: Any) -> None:
+    def log(row: Mapping[str, float]) -> None:
         if team.rank == 0:
-            link.send(kind, time=time.time(), **content)
+            link.send(RowLogged(row=row, time=time.time(), spent=link.activity.spent()))
 
     def train(gate: Gate) -> None:
-        Loop(spec, parts, progress, team, metrics={}, tell=tell, save=save, stop_wanted=gate).run()
+        loop = Loop(spec, parts, progress, team, metrics={}, log=log, tell=link.send, save=save, stop_wanted=gate)
+        loop.run()
 
     return Gate(train), saver.wait
 

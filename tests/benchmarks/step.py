@@ -22,7 +22,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -111,7 +111,9 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     """The product's loop, put together as ``jobs.training.worker.train`` does."""
     import torch
 
-    from cluster.process.link import Activity, Link
+    from cluster.process.activity import Activity
+    from cluster.process.agent_link import AgentLink
+    from cluster.process.messages import RowLogged
     from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
     from jobs.parallel.team import Team
@@ -120,16 +122,16 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     spec, device = settings.job(exact), torch.device("cpu")
     team = Team(rank=rank, world_size=settings.workers, shards=spec.train.shards, exact=exact, device=device)
     parts = build_parts(spec, device)
-    link = Link(messages, Activity())
+    link = AgentLink(messages, Activity())
 
-    def tell(kind: str, **content: Any) -> None:
+    def log(row: Mapping[str, float]) -> None:
         if rank == 0:
-            link.send(kind, time=time.time(), **content)
+            link.send(RowLogged(row=row, time=time.time(), spent=link.activity.spent()))
 
     def train(gate: Gate) -> None:
         loop = Loop(
             spec, parts, LoopState(), team,
-            metrics={}, tell=tell, save=lambda _, **__: None, stop_wanted=gate,
+            metrics={}, log=log, tell=link.send, save=lambda _, **__: None, stop_wanted=gate,
         )  # fmt: skip
         loop.run()
 

@@ -74,7 +74,8 @@ def _work(rank: int, folder: str, url: str, orders: Connection, messages: Connec
     """One worker: for each order, a step number and which tensors change before it, a save of the real kind."""
     import torch
 
-    from cluster.process.link import Activity, Link
+    from cluster.process.activity import Activity
+    from cluster.process.agent_link import AgentLink
     from cluster.run.run_directory import RunDirectory
     from jobs.checkpoint.loop_state import LoopState
     from jobs.checkpoint.saver import Saver
@@ -82,7 +83,7 @@ def _work(rank: int, folder: str, url: str, orders: Connection, messages: Connec
 
     join_team(rank, _WORKERS, folder)
     team = Team(rank=rank, world_size=_WORKERS, shards=_WORKERS, exact=True, device=torch.device("cpu"))
-    parts, progress, link = _parts(), LoopState(), Link(messages, Activity())
+    parts, progress, link = _parts(), LoopState(), AgentLink(messages, Activity())
     saver = Saver(parts, progress, RunDirectory(url).checkpoints, link, team, None)
     for progress.step, prefix in iter(orders.recv, None):
         parts.optimizer.param_groups[0]["lr"] = 1 / progress.step
@@ -106,6 +107,7 @@ def _saver(folder: str, url: str) -> Iterator[Callable[[str], float]]:
 
     Its argument is what the names of the tensors begin with that change before.
     """
+    from cluster.process.messages import ShareWritten
     from cluster.run.checkpoints import join
     from cluster.run.run_directory import RunDirectory
 
@@ -129,7 +131,7 @@ def _saver(folder: str, url: str) -> Iterator[Callable[[str], float]]:
         began, shares = min(order.recv() for order in orders), []
         while len(shares) < _WORKERS:
             for message in wait(messages):
-                shares += [told["share"] for told in message.recv() if isinstance(told, dict)]
+                shares += [told.share for told in message.recv() if isinstance(told, ShareWritten)]
         manifest = join(shares)
         checkpoints.commit(manifest)
         seconds = time.monotonic() - began

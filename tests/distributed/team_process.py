@@ -19,8 +19,21 @@ import torch
 
 from cluster.errors import LauncherError
 from cluster.process import fork_server
-from cluster.process.agent import Task
-from cluster.process.link import Activity, Beat, Link
+from cluster.process.activity import Activity
+from cluster.process.agent_link import AgentLink
+from cluster.process.messages import (
+    Beat,
+    EnvironmentsCompared,
+    FellBack,
+    MeetingPlace,
+    Report,
+    RowLogged,
+    SaveSkipped,
+    ShareWritten,
+    StepEvent,
+    TrainingStarted,
+)
+from cluster.process.orders import LOOPBACK, Meet, Task
 from cluster.run.checkpoints import Share, join
 from cluster.run.run_directory import RunDirectory
 from jobs.build.components import build_parts
@@ -32,6 +45,20 @@ from jobs.training.worker import compare_environments, meet, train
 from tests.states import digest
 
 TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a rank came to in the end, beside the reports of the product's own."""
+
+    result: Any
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The error of a rank."""
+
+    text: str
 
 
 @dataclass(kw_only=True)
@@ -53,7 +80,7 @@ class Outcome:
     """Steps of the checkpoints that were passed over."""
     failures: dict[int, str] = field(default_factory=dict)
     """The error of each rank that failed."""
-    environments: list[dict[str, Any]] = field(default_factory=list)
+    environments: list[EnvironmentsCompared] = field(default_factory=list)
     """What was told of the workers."""
     shares: dict[int, list[Share]] = field(default_factory=dict)
     """What ranks have written of checkpoints, by step."""
@@ -79,7 +106,7 @@ def run_job(spec: JobSpec, world_size: int, *, stop_after: int | None = None) ->
     return outcome
 
 
-def train_job(link: Link, task: Task, stop_after: int | None = None) -> str:
+def train_job(link: AgentLink, task: Task, stop_after: int | None = None) -> str:
     """``jobs.training.worker.main`` taken apart, for a look at the state that this rank ends with."""
     spec: JobSpec = task.content
     device = torch.device("cpu")
@@ -153,39 +180,39 @@ def _listen(rank_of: dict[Any, int], run: RunDirectory, outcome: Outcome) -> Non
             for message in messages:
                 if isinstance(message, Beat):
                     continue
-                if message["kind"] == "meeting_place":
+                if isinstance(message, MeetingPlace):
                     for other in talking:
                         with contextlib.suppress(OSError):  # it has just died, which its end of file will tell
-                            other.send(("meet", "127.0.0.1", message["port"]))
+                            other.send(Meet(LOOPBACK, message.port))
                 else:
                     _hear(message, rank_of[link], run, outcome)
 
 
-def _hear(message: dict[str, Any], rank: int, run: RunDirectory, outcome: Outcome) -> None:
+def _hear(message: Report | _Result | _Failure, rank: int, run: RunDirectory, outcome: Outcome) -> None:
     """Notes it, and does what the driver does: a checkpoint exists when its manifest is committed here."""
     match message:
-        case {"kind": "started", "step": step}:
+        case TrainingStarted(step=step):
             outcome.started = step
-        case {"kind": "row", "row": row}:
-            outcome.rows.append(row)
-        case {"kind": "event", "event": event, "step": step}:
-            outcome.events.append((event, step))
-        case {"kind": "left_out", "step": step}:
+        case RowLogged(row=row):
+            outcome.rows.append({**row})
+        case StepEvent(kind=kind, step=step):
+            outcome.events.append((kind, step))
+        case SaveSkipped(step=step):
             outcome.left_out.append((step, rank))
-        case {"kind": "share", "share": share}:
+        case ShareWritten(share=share):
             shares = outcome.shares.setdefault(share.step, [])
             shares.append(share)
             manifest = join(shares)
             if manifest is not None:
                 run.checkpoints.commit(manifest)
                 outcome.digests[manifest.step] = manifest.state_sha256
-        case {"kind": "environment"}:
+        case EnvironmentsCompared():
             outcome.environments.append(message)
-        case {"kind": "fell_back", "step": step}:
+        case FellBack(step=step):
             outcome.fell_back.append(step)
-        case {"kind": "result", "result": result}:
+        case _Result(result):
             outcome.results[rank] = result
-        case {"kind": "failed", "message": text}:
+        case _Failure(text):
             outcome.failures[rank] = text
 
 
@@ -195,13 +222,13 @@ def _run(connection: Connection, entry: Callable[..., Any], task: Task, options:
     address = fork_server.own_address()
     if address is not None:
         fork_server.use(address)  # loader processes come from it too
-    link = Link(connection, Activity())
+    link: Any = AgentLink(connection, Activity())
     try:
-        link.send("result", result=entry(link, task, **options))
+        link.send(_Result(entry(link, task, **options)))
     except LauncherError as error:
-        link.send("failed", message=str(error))
+        link.send(_Failure(str(error)))
     except Exception:  # whatever it is, the test reads it
-        link.send("failed", message=traceback.format_exc())
+        link.send(_Failure(traceback.format_exc()))
     link.close()
     os._exit(0)  # as under an agent: a peer that failed may have left a collective open
 
@@ -209,12 +236,12 @@ def _run(connection: Connection, entry: Callable[..., Any], task: Task, options:
 class _StoppingLink:
     """A link over which the order to stop arrives when it has told of a step."""
 
-    def __init__(self, link: Link, stop_after: int | None) -> None:
+    def __init__(self, link: AgentLink, stop_after: int | None) -> None:
         self.stop_wanted, self.activity = link.stop_wanted, link.activity
         self._link = link
         self._stop_after = stop_after
 
-    def send(self, kind: str, **content: Any) -> None:
-        self._link.send(kind, **content)
-        if kind == "row" and content["row"]["step"] == self._stop_after:
+    def send(self, report: Report) -> None:
+        self._link.send(report)
+        if isinstance(report, RowLogged) and report.row["step"] == self._stop_after:
             self.stop_wanted.set()

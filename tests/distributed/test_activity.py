@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from jobs.spec import CheckpointSpec, DataSpec, LossSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, Images, plain_job
 from tests.distributed.team_process import run_processes, train_job
@@ -36,7 +36,7 @@ class SlowImages(Images):
         return super().__getitem__(number)
 
 
-def timed_job(link: Link, task: Task) -> tuple[dict[str, float], bool]:
+def timed_job(link: AgentLink, task: Task) -> tuple[dict[str, float], bool]:
     """What this rank spends its time on, and whether that adds up to the time it takes."""
     outer_at, before, inner_at = time.monotonic(), sum(link.activity.spent().values()), time.monotonic()
     train_job(link, task)

@@ -7,21 +7,27 @@ import signal
 import tempfile
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from cluster.errors import ClusterError, StorageError
 from cluster.process import fork_server
-from cluster.process.agent import FAULTS_VARIABLE, Agent, Orders, Task, standstill_s
+from cluster.process.agent import Agent, Channel
+from cluster.process.agent_link import AgentLink
 from cluster.process.faults import Fault, fired, write_plan
-from cluster.process.link import Beat, Link
+from cluster.process.messages import Beat, Exited, FromWorker, Hello, Hung, LogNotKept, TimeSpent, ToDriver
+from cluster.process.orders import Orders, Task
+from cluster.process.training_process import FAULTS_VARIABLE, standstill_s
 from cluster.run.bundle import CodeFile, make_bundle
 from cluster.run.run_directory import RunDirectory
 from tests.processes import state, wait_until
+
+R = TypeVar("R")
 
 HANG_TIMEOUT_S = 2.0
 FIRST_STEP_S, SECOND_STEP_S = 3.0, 4.0
@@ -29,30 +35,67 @@ LONG_S = 6.0
 """A process that says nothing for half of it counts as silent; one that lives speaks every second."""
 
 
+@dataclass(frozen=True)
+class Working:
+    """What training processes of these tests say."""
+
+    pid: int
+    server: int = 0
+    folder: str = ""
+    told_folder: str = ""
+
+
+def send(link: Any, working: Working) -> None:
+    """No report of the product's own, which the agent passes on all the same."""
+    link.send(working)
+
+
+def reports_of(messages: Sequence[ToDriver], kind: type[R]) -> list[R]:
+    reports: list[Any] = [message.report for message in messages if isinstance(message, FromWorker)]
+    return [report for report in reports if isinstance(report, kind)]
+
+
+def id_of(messages: Sequence[ToDriver]) -> str:
+    """Of the agent, which says it first."""
+    assert isinstance(messages[0], Hello)
+    return messages[0].id
+
+
+def agent(channel: Channel, task: Task) -> Agent:
+    return Agent(channel, task, generation=1, node="a", address="127.0.0.1")
+
+
+def pid_of_working(connection: Connection) -> int:
+    """What the training process says of itself, as an agent passes it on."""
+    while True:
+        for working in reports_of(connection.recv(), Working):
+            return working.pid
+
+
 class Driver:
     """Orders one attempt, and ends the run when it hears that its process has ended, or whatever is waited for."""
 
-    def __init__(self, until: str = "exited") -> None:
+    def __init__(self, until: type = Exited) -> None:
         self._until = until
-        self.heard: list[dict[str, Any]] = []
+        self.heard: list[ToDriver] = []
         self._here = threading.Event()
         self._ended = threading.Event()
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
+    def post(self, messages: Sequence[ToDriver]) -> None:
         self.heard += messages
         self._here.set()
-        if any(message["kind"] == self._until for message in messages):
+        if reports_of(messages, self._until):
             self._ended.set()
 
     def orders_after(self, version: int) -> Orders:
         if version < 1:
             self._here.wait()
-            return Orders(version=1, attempt=0, agents=frozenset({self.heard[0]["id"]}))
+            return Orders(version=1, attempt=0, agents=frozenset({id_of(self.heard)}))
         self._ended.wait()
         return Orders(version=2, end=True)
 
 
-def resume(link: Link, _: Task) -> None:
+def resume(link: AgentLink, _: Task) -> None:
     """Goes on at step 7; both of its steps are long about their data."""
     link.activity.mark("restore", 0)
     for step, seconds in ((7, FIRST_STEP_S), (8, SECOND_STEP_S)):
@@ -63,41 +106,41 @@ def resume(link: Link, _: Task) -> None:
 def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> None:
     fork_server.start([__name__])
     driver = Driver()
-    Agent(driver, task_of("resume", tmp_path), {}).run()
+    agent(driver, task_of("resume", tmp_path)).run()
 
-    (hung,) = heard(driver, "hung")
-    assert (hung["step"], hung["doing"]) == (8, "data")
-    pace = heard(driver, "pace")[0]
-    assert pace["step"] == 8
-    assert pace["spent"]["data"] > FIRST_STEP_S
-    (exited,) = heard(driver, "exited")
-    assert exited["exit_code"] == 0, exited["log_tail"]
+    (hung,) = reports_of(driver.heard, Hung)
+    assert (hung.step, hung.doing) == (8, "data")
+    told = reports_of(driver.heard, TimeSpent)[0]
+    assert told.step == 8
+    assert told.spent["data"] > FIRST_STEP_S
+    (exited,) = reports_of(driver.heard, Exited)
+    assert exited.exit_code == 0, exited.log_tail
 
 
-def hang_at_its_first_batch(link: Link, _: Task) -> None:
+def hang_at_its_first_batch(link: AgentLink, _: Task) -> None:
     link.activity.mark("data", 7)
     threading.Event().wait()
 
 
 def test_but_not_for_ever(tmp_path: Path) -> None:
     fork_server.start([__name__])
-    driver, limits = Driver(until="hung"), {"first_step_timeout_s": LONG_S, "hang_timeout_s": LONG_S}
-    Agent(driver, task_of("hang_at_its_first_batch", tmp_path, **limits), {}).run()
+    driver, limits = Driver(until=Hung), {"first_step_timeout_s": LONG_S, "hang_timeout_s": LONG_S}
+    agent(driver, task_of("hang_at_its_first_batch", tmp_path, **limits)).run()
 
-    (hung,) = heard(driver, "hung")
-    assert (hung["step"], hung["doing"], hung["is_first_step"], hung["is_silent"]) == (7, "data", True, False)
-    assert hung["for_s"] >= LONG_S
-    assert "in hang_at_its_first_batch" in hung["stack"]
+    (hung,) = reports_of(driver.heard, Hung)
+    assert (hung.step, hung.doing, hung.is_first_step, hung.is_silent) == (7, "data", True, False)
+    assert hung.for_s >= LONG_S
+    assert "in hang_at_its_first_batch" in hung.stack
 
 
 def test_a_process_that_stops_before_its_first_step_is_told_as_silent(tmp_path: Path) -> None:
     fork_server.start([__name__])
-    driver = Driver(until="hung")
-    Agent(driver, task_of("stop_for_ever", tmp_path, first_step_timeout_s=FIRST_STEP_S), {}).run()
+    driver = Driver(until=Hung)
+    agent(driver, task_of("stop_for_ever", tmp_path, first_step_timeout_s=FIRST_STEP_S)).run()
 
-    (hung,) = heard(driver, "hung")
-    assert (hung["doing"], hung["is_first_step"], hung["is_silent"]) == ("start", True, True)
-    assert "T (stopped)" in hung["stack"]
+    (hung,) = reports_of(driver.heard, Hung)
+    assert (hung.doing, hung.is_first_step, hung.is_silent) == ("start", True, True)
+    assert "T (stopped)" in hung.stack
 
 
 @pytest.mark.parametrize(
@@ -118,20 +161,19 @@ class LosesIt:
     """Orders one attempt, then one of other agents, and ends the run when nothing more is heard."""
 
     def __init__(self) -> None:
-        self.heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.heard_late: list[dict[str, Any]] = []
+        self.heard: queue.SimpleQueue[ToDriver] = queue.SimpleQueue()
+        self.heard_late: list[ToDriver] = []
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
+    def post(self, messages: Sequence[ToDriver]) -> None:
         for message in messages:
             self.heard.put(message)
 
     def orders_after(self, version: int) -> Orders:
         if version < 1:
-            hello = self.heard.get()
-            return Orders(version=1, attempt=0, agents=frozenset({hello["id"]}))
+            return Orders(version=1, attempt=0, agents=frozenset({id_of([self.heard.get()])}))
         if version < 2:
-            working = self.heard.get()
-            self.process = working["pid"]
+            (working,) = reports_of([self.heard.get()], Working)
+            self.process = working.pid
             return Orders(version=2, attempt=1, agents=frozenset({"another"}))
         time.sleep(2.0)
         while not self.heard.empty():
@@ -139,8 +181,8 @@ class LosesIt:
         return Orders(version=3, end=True)
 
 
-def work(link: Link, _: Task) -> None:
-    link.send("working", pid=os.getpid())
+def work(link: AgentLink, _: Task) -> None:
+    send(link, Working(os.getpid()))
     threading.Event().wait()
 
 
@@ -148,7 +190,7 @@ def test_an_agent_that_was_lost_and_lives_on_has_no_part_in_the_attempt_of_other
     """Its process would pass for that of the worker that has its rank now."""
     fork_server.start([__name__])
     driver = LosesIt()
-    Agent(driver, task_of("work", tmp_path), {}).run()
+    agent(driver, task_of("work", tmp_path)).run()
 
     assert driver.heard_late == []
     assert state(driver.process) == ""
@@ -160,8 +202,8 @@ class GoesDeaf(LosesIt):
     def orders_after(self, version: int) -> Orders:
         if version < 1:
             return super().orders_after(version)
-        working = self.heard.get()
-        self.process = working["pid"]
+        (working,) = reports_of([self.heard.get()], Working)
+        self.process = working.pid
         raise ConnectionResetError("the driver is away")
 
 
@@ -170,13 +212,13 @@ def test_an_agent_that_hears_no_orders_any_more_ends(tmp_path: Path) -> None:
     fork_server.start([__name__])
     driver = GoesDeaf()
     with pytest.raises(ClusterError, match="the driver's orders do not come any more: the driver is away"):
-        Agent(driver, task_of("work", tmp_path), {}).run()
+        agent(driver, task_of("work", tmp_path)).run()
 
     assert state(driver.process) == ""
 
 
-def stop_for_ever(link: Link, _: Task) -> None:
-    link.send("stopping", pid=os.getpid())
+def stop_for_ever(link: AgentLink, _: Task) -> None:
+    send(link, Working(os.getpid()))
     link.close()
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -188,9 +230,9 @@ class OnlyHears:
         self._connection = connection
         self._agent: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
-        if messages[0]["kind"] == "hello":
-            self._agent.put(messages[0]["id"])
+    def post(self, messages: Sequence[ToDriver]) -> None:
+        if isinstance(messages[0], Hello):
+            self._agent.put(messages[0].id)
         self._connection.send(messages)
 
     def orders_after(self, version: int) -> Orders:
@@ -200,26 +242,23 @@ class OnlyHears:
 
 
 def run_agent(connection: Connection, task: Task) -> None:
-    Agent(OnlyHears(connection), task, {}).run()
+    agent(OnlyHears(connection), task).run()
 
 
 def test_a_stopped_process_dies_with_its_agent(tmp_path: Path) -> None:
     fork_server.start([__name__])
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    agent = fork_server.fork(run_agent, (theirs, task_of("stop_for_ever", tmp_path)), "agent")
+    killed = fork_server.fork(run_agent, (theirs, task_of("stop_for_ever", tmp_path)), "agent")
     theirs.close()
-    messages: list[dict[str, Any]] = []
-    while not any(message["kind"] == "stopping" for message in messages):
-        messages += ours.recv()
-    process = messages[-1]["pid"]
+    process = pid_of_working(ours)
     wait_until(lambda: state(process) == "T (stopped)")
-    agent.kill()
-    agent.join()
+    killed.kill()
+    killed.join()
     wait_until(lambda: state(process) == "", limit_s=5)
 
 
-def tell_where_it_works(link: Link, task: Task) -> None:
-    link.send("working", folder=os.getcwd(), told=task.working_directory, pid=os.getpid())
+def tell_where_it_works(link: AgentLink, task: Task) -> None:
+    send(link, Working(os.getpid(), folder=os.getcwd(), told_folder=task.working_directory))
     link.close()  # it is on its way
     threading.Event().wait()
 
@@ -241,12 +280,12 @@ def test_a_process_with_a_bundle_works_in_a_copy_that_goes_with_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fork_server.start([__name__])
-    driver = Driver(until="working")
-    Agent(driver, task_with_code(tmp_path), {}).run()
-    (told,) = heard(driver, "working")
-    assert told["told"] == told["folder"]
-    assert Path(told["folder"]).name.partition("-")[0] == str(told["pid"])
-    assert not Path(told["folder"]).exists()
+    driver = Driver(until=Working)
+    agent(driver, task_with_code(tmp_path)).run()
+    (working,) = reports_of(driver.heard, Working)
+    assert working.told_folder == working.folder
+    assert Path(working.folder).name.partition("-")[0] == str(working.pid)
+    assert not Path(working.folder).exists()
     assert folders_of(os.getpid()) == []
 
 
@@ -264,42 +303,41 @@ def test_what_a_killed_agent_leaves_goes_with_the_next(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    agent = fork_server.fork(run_agent_in, (theirs, task, str(tmp_path)), "agent")
+    killed = fork_server.fork(run_agent_in, (theirs, task, str(tmp_path)), "agent")
     theirs.close()
-    messages: list[dict[str, Any]] = []
-    while not any(message["kind"] == "working" for message in messages):
-        messages += ours.recv()
-    process = next(message["pid"] for message in messages if message["kind"] == "working")
-    agent.kill()
-    agent.join()
+    process = pid_of_working(ours)
+    killed.kill()
+    killed.join()
     wait_until(lambda: state(process) == "", limit_s=5)
-    assert (len(folders_of(agent.pid)), len(folders_of(process))) == (1, 1), "its log, and its process's directory"
-    Agent(Driver(until="working"), task, {}).run()
-    assert folders_of(agent.pid) == folders_of(process) == []
+    assert (len(folders_of(killed.pid)), len(folders_of(process))) == (1, 1), "its log, and its process's directory"
+    agent(Driver(until=Working), task).run()
+    assert folders_of(killed.pid) == folders_of(process) == []
 
 
 class TriesAgain:
     """Orders an attempt, another one when the process of the first has ended, and the end when that one works."""
 
     def __init__(self) -> None:
-        self.heard: list[dict[str, Any]] = []
-        self._kinds: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.heard: list[ToDriver] = []
+        self._news: queue.SimpleQueue[ToDriver] = queue.SimpleQueue()
 
-    def post(self, messages: list[dict[str, Any]]) -> None:
+    def post(self, messages: Sequence[ToDriver]) -> None:
         self.heard += messages
         for message in messages:
-            self._kinds.put(message["kind"])
+            self._news.put(message)
 
     def orders_after(self, version: int) -> Orders:
         number = max(version, 0)
-        while self._kinds.get() != ("hello", "exited", "working")[number]:
-            pass
-        agents = frozenset({self.heard[0]["id"]})
+        while True:
+            news = self._news.get()
+            if isinstance(news.report if isinstance(news, FromWorker) else news, (Hello, Exited, Working)[number]):
+                break
+        agents = frozenset({id_of(self.heard)})
         return Orders(version=number + 1, attempt=number, agents=agents, end=number == 2)
 
 
-def work_until_killed(link: Link, _: Task) -> None:
-    link.send("working", pid=os.getpid(), server=os.getppid())
+def work_until_killed(link: AgentLink, _: Task) -> None:
+    send(link, Working(os.getpid(), server=os.getppid()))
     link.close()  # it is on its way
     link.activity.mark("data", 1)
     threading.Event().wait()
@@ -308,7 +346,7 @@ def work_until_killed(link: Link, _: Task) -> None:
 def run_agent_with_faults(connection: Connection, task: Task, plan: Path) -> None:
     os.environ[FAULTS_VARIABLE] = str(plan)
     driver = TriesAgain()
-    Agent(driver, task, {}).run()
+    agent(driver, task).run()
     connection.send(driver.heard)
 
 
@@ -328,18 +366,18 @@ def test_a_fork_server_that_dies_is_told_and_replaced(tmp_path: Path, whose: str
     keeper = fork_server.fork(keep_server, (theirs,), "keeper")
     address = ours.recv()
     task = replace(task_of("work_until_killed", tmp_path), fork_server=address if whose == "another's" else None)
-    agent = fork_server.fork(run_agent_with_faults, (theirs, task, plan), "agent")
+    process = fork_server.fork(run_agent_with_faults, (theirs, task, plan), "agent")
     theirs.close()
     heard = ours.recv()
 
     assert fired(plan).keys() == {0}
-    first, second = (message for message in heard if message["kind"] == "working")
-    (exited,) = (message for message in heard if message["kind"] == "exited")
-    assert exited["exit_code"] is None
-    assert first["server"] != second["server"]
-    assert [state(first["pid"]), state(first["server"])] == ["", ""]
-    agent.join()
-    wait_until(lambda: [state(second["pid"]), state(second["server"])] == ["", ""], limit_s=5)
+    first, second = reports_of(heard, Working)
+    (exited,) = reports_of(heard, Exited)
+    assert exited.exit_code is None
+    assert first.server != second.server
+    assert [state(first.pid), state(first.server)] == ["", ""]
+    process.join()
+    wait_until(lambda: [state(second.pid), state(second.server)] == ["", ""], limit_s=5)
     keeper.kill()
     keeper.join()
 
@@ -355,13 +393,9 @@ def task_of(entry: str, run_path: Path, **limits: float) -> Task:
     )
 
 
-def heard(driver: Driver, kind: str) -> list[dict[str, Any]]:
-    return [message for message in driver.heard if message["kind"] == kind]
-
-
 def test_a_log_that_is_not_kept_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
-    agent = Agent(driver, task_of("stop_for_ever", tmp_path), {})
+    told_once = agent(driver, task_of("stop_for_ever", tmp_path))
     answers: list[StorageError | None] = [StorageError("full"), StorageError("full"), None, StorageError("away")]
 
     def write_log(_: RunDirectory, attempt: int, rank: int, log: bytes) -> None:
@@ -371,7 +405,5 @@ def test_a_log_that_is_not_kept_is_told_of_once(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(RunDirectory, "write_log", write_log)
     while answers:
-        agent._write_log(0, 1, b"said")
-    assert [message["text"] for message in driver.heard] == [
-        f"worker 1: log not kept: {why}" for why in ("full", "away")
-    ]
+        told_once._write_log(0, 1, b"said")
+    assert driver.heard == [LogNotKept(1, "full"), LogNotKept(1, "away")]

@@ -4,14 +4,17 @@ import multiprocessing
 import threading
 from multiprocessing.connection import Connection
 
-from cluster.process import fork_server, link
-from cluster.process.link import Activity, Beat, Link
+from cluster.process import agent_link, fork_server
+from cluster.process.activity import Activity
+from cluster.process.agent_link import AgentLink
+from cluster.process.messages import Beat
+from cluster.process.orders import Stop
 
 
 def two_steps(connection: Connection) -> None:
     """Begins its second step when it is told to stop; regular beats are an hour apart."""
-    link._BEAT_INTERVAL_S = 3600.0
-    told = Link(connection, Activity())
+    agent_link._BEAT_INTERVAL_S = 3600.0
+    told = AgentLink(connection, Activity())
     told.activity.mark("data", 7)
     told.stop_wanted.wait()
     told.activity.mark("data", 8)
@@ -25,7 +28,7 @@ def test_the_end_of_the_first_step_is_told_at_once() -> None:
     process = fork_server.fork(two_steps, (theirs,), "two steps")
     theirs.close()
     first = next_beat(ours)
-    ours.send("stop")
+    ours.send(Stop())
     second = next_beat(ours)
     process.kill()
     process.join()

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from jobs.data.loader import seed_host_draws
 from jobs.sampling import StepPlan, draw_key
 from jobs.spec import JobSpec, LossSpec, Target
@@ -41,7 +41,7 @@ def stacked(dataset: Images, numbers: Any) -> tuple[Tensor, Tensor]:
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
-def train_with_plain_ddp(link: Link, task: Task) -> dict[str, np.ndarray]:
+def train_with_plain_ddp(link: AgentLink, task: Task) -> dict[str, np.ndarray]:
     """The loop of a tutorial: a micro-batch per rank, and DDP's own buckets, mean and broadcast of buffers."""
     spec: JobSpec = task.content
     torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.local import SyncedLocalFileSystem
 from jobs.build.components import build_parts
@@ -124,7 +124,7 @@ class Uploads:
         return self._due < step + self._held_for
 
 
-def save_every_step(link: Link, task: Task, case: Case, *, tends: bool = False) -> None:
+def save_every_step(link: AgentLink, task: Task, case: Case, *, tends: bool = False) -> None:
     """Saves at each step a state that has changed as a whole."""
     meet(link, task, TIMEOUT_S)
     team = Team(rank=task.rank, world_size=task.world_size, shards=4, exact=True, device=CPU)
@@ -171,7 +171,7 @@ def test_one_that_waits_is_begun_between_saves(tmp_path: Path) -> None:
     assert sorted(outcome.digests) == [1, 2]
 
 
-def pauses(link: Link, task: Task) -> list[tuple[str, int]]:
+def pauses(link: AgentLink, task: Task) -> list[tuple[str, int]]:
     """What the loop asks for between steps."""
     meet(link, task, TIMEOUT_S)
     team = Team(rank=task.rank, world_size=task.world_size, shards=4, exact=True, device=CPU)
@@ -183,7 +183,8 @@ def pauses(link: Link, task: Task) -> list[tuple[str, int]]:
         progress,
         team,
         metrics={},
-        tell=lambda *_, **__: None,
+        log=lambda _: None,
+        tell=lambda _: None,
         save=lambda _, **__: asked.append(("save", progress.step)),
         stop_wanted=lambda: False,
         tend=lambda: asked.append(("tend", progress.step)),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cluster.errors import LauncherError
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from jobs.parallel.team import Team
 from jobs.training.failure_causes import named
 from jobs.training.worker import meet
@@ -18,7 +18,7 @@ from tests.distributed.team_process import TIMEOUT_S, run_processes
 WAIT_S = 2.5
 
 
-def wait_for_rank_1(link: Link, task: Task, is_over: Path) -> list[tuple[str, str]]:
+def wait_for_rank_1(link: AgentLink, task: Task, is_over: Path) -> list[tuple[str, str]]:
     """What rank 0 comes to that alone exchanges gradients, and then meets at a barrier."""
     meet(link, task, TIMEOUT_S)
     device = torch.device("cpu")

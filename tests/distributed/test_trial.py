@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from cluster.errors import ClusterError, DescriptionError
 from cluster.process import fork_server
-from cluster.process.agent import Task
+from cluster.process.orders import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
 from launcher.planning.plan import Tried
 

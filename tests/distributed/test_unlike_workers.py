@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from cluster.versions import versions
 from jobs.environment import make_environment
 from jobs.spec import DataSpec, Target
@@ -29,7 +29,7 @@ WHERE = r"[0-9a-f]{12} on node 10\.0\.0\.1 \(worker 0\), [0-9a-f]{12} on node 10
 
 
 def work(
-    link: Link,
+    link: AgentLink,
     task: Task,
     other_gpu: str = "",
     other_python: str = "",
@@ -66,8 +66,8 @@ def test_other_versions_are_refused_by_all(tmp_path: Path) -> None:
         outcome.failures[2],
     ), outcome.failures[2]
     (told,) = outcome.environments
-    assert told["is_refused"]
-    assert [(group["ranks"], group["python"]) for group in told["workers"]][1:] == [([1], "3.9")]
+    assert told.is_refused
+    assert [(group["ranks"], group["python"]) for group in told.workers][1:] == [([1], "3.9")]
 
 
 def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_another_gpu_is_refused_by_all(tmp_path: Path) -> None:
     )
     assert outcome.rows == []
     (told,) = outcome.environments
-    assert told["is_refused"]
-    assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
+    assert told.is_refused
+    assert [(group["ranks"], group["gpu"]) for group in told.workers] == [([0], "none"), ([1], "NVIDIA A100")]
 
 
 def test_or_told_if_it_may_be(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_or_told_if_it_may_be(tmp_path: Path) -> None:
     assert not outcome.failures, "\n".join(outcome.failures.values())
     assert [row["step"] for row in outcome.rows] == [1, 2]
     (told,) = outcome.environments
-    assert not told["is_refused"]
-    assert told["differences"] == "GPU none on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1)"
-    assert [(group["ranks"], group["gpu"]) for group in told["workers"]] == [([0], "none"), ([1], "NVIDIA A100")]
+    assert not told.is_refused
+    assert told.differences == "GPU none on node 10.0.0.1 (worker 0), NVIDIA A100 on node 10.0.0.2 (worker 1)"
+    assert [(group["ranks"], group["gpu"]) for group in told.workers] == [([0], "none"), ([1], "NVIDIA A100")]
 
 
 def test_alike_they_are_told_once(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_alike_they_are_told_once(tmp_path: Path) -> None:
 
     assert not outcome.failures, "\n".join(outcome.failures.values())
     (told,) = outcome.environments
-    assert told["differences"] == ""
-    assert [group["ranks"] for group in told["workers"]] == [[0, 1]]
+    assert told.differences == ""
+    assert [group["ranks"] for group in told.workers] == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_data_that_the_plan_did_not_find_is_refused(tmp_path: Path, may_differ: 
 
     assert set(outcome.failures) == {0, 1}
     (told,) = outcome.environments
-    (group,) = told["workers"]
+    (group,) = told.workers
     assert group["ranks"] == [0, 1]
     assert (group.keys() == {"ranks", "data"}) == may_differ, "what may differ is in nobody's way"
     for failure in outcome.failures.values():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
-from cluster.process.agent import Task
-from cluster.process.link import Link
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
 from jobs.build.losses import build_loss
 from jobs.build.metric_values import Measured
 from jobs.build.metrics import build_metrics
@@ -58,7 +58,7 @@ def build_model(drop: float) -> Linear:
     return Linear(drop)
 
 
-def validate(link: Link, task: Task) -> dict[str, Measured]:
+def validate(link: AgentLink, task: Task) -> dict[str, Measured]:
     """Every case, one after the other, with one set of metrics."""
     meet(link, task, TIMEOUT_S)
     device = torch.device("cpu")

@@ -16,7 +16,8 @@ import pytest
 
 from cluster.capacity import Node, Places, WorkerResources
 from cluster.process import fork_server
-from cluster.process.agent import Task
+from cluster.process.messages import AgentsLost, AgentsPlaced, AgentsUnplaced
+from cluster.process.orders import Task
 from cluster.ray import worker_group
 from cluster.ray.policies import Wanted, steered_trainer
 from tests.processes import state, wait_until
@@ -275,12 +276,13 @@ def test_the_controller_says_of_which_generation_it_speaks() -> None:
 
     assert calls == [("be_of_generation", 1), ("be_of_generation", 2)]
     placed, lost, placed_anew, refused = told
-    assert placed == {"kind": "agents_placed", "generation": 1, "nodes": ["a"]}
-    assert lost == {"kind": "agents_lost", "generation": 1, "lost": {}, "what": "gone"}
-    assert placed_anew == {"kind": "agents_placed", "generation": 2, "nodes": ["a", "a", "a"]}
-    assert (refused["kind"], refused["generation"], refused["what"]) == ("agents_lost", 2, "")
-    assert refused["lost"].keys() == {0, 2}
-    assert all("No module named 'cluster'" in reason for reason in refused["lost"].values())
+    assert placed == AgentsPlaced(generation=1, nodes=["a"])
+    assert lost == AgentsLost(generation=1, lost={}, reason="gone")
+    assert placed_anew == AgentsPlaced(generation=2, nodes=["a", "a", "a"])
+    assert isinstance(refused, AgentsLost)
+    assert (refused.generation, refused.reason) == (2, "")
+    assert refused.lost.keys() == {0, 2}
+    assert all("No module named 'cluster'" in reason for reason in refused.lost.values())
 
 
 def test_room_is_let_go_of_when_the_driver_wants_none_and_a_lack_of_it_is_no_loss() -> None:
@@ -290,8 +292,9 @@ def test_room_is_let_go_of_when_the_driver_wants_none_and_a_lack_of_it_is_no_los
     assert decided == [2, None, None, None, 2]
     assert rooms == [1, 1, 1], "once"
     lost, _, unplaced, _ = told
-    assert (lost["kind"], lost["generation"]) == ("agents_lost", 2)
-    assert unplaced == {"kind": "agents_unplaced", "generation": 3}
+    assert isinstance(lost, AgentsLost)
+    assert lost.generation == 2
+    assert unplaced == AgentsUnplaced(generation=3)
 
 
 def test_an_autoscaler_is_asked_again_also_while_workers_run() -> None:

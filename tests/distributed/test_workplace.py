@@ -9,7 +9,7 @@ import pytest
 from cluster.capacity import WorkerResources
 from cluster.errors import ClusterError
 from cluster.process import fork_server
-from cluster.process.agent import Task
+from cluster.process.orders import Task
 from cluster.process.workplace import Call, call_here
 
 HERE = __name__

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.process.agent import FAULTS_VARIABLE
+from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.run.run_directory import RunDirectory
 from launcher.config.description import load
 from tests.distributed.team_process import run_job

@@ -30,8 +30,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.process.agent import FAULTS_VARIABLE
 from cluster.process.faults import Fault, Kind, fired, write_plan
+from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from cluster.process.agent import FAULTS_VARIABLE
 from cluster.process.faults import Fault, fired, release
+from cluster.process.training_process import FAULTS_VARIABLE
 from tests.e2e.command import JOBS, Ended, Running, launcher, rows
 from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, RAY, Host, wait_for_jobs_api
 

@@ -15,7 +15,7 @@ import pytest
 
 from cluster.capacity import Node, WorkerResources
 from cluster.errors import ClusterError, TrainingError
-from cluster.process.link import DOING
+from cluster.process.messages import DOING
 from cluster.run.checkpoints import Part, Share
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker

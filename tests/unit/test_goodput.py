@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from cluster.process.link import DOING, Activity
+from cluster.process.activity import Activity
+from cluster.process.messages import DOING
 from launcher.driver.goodput import PARTS, Ledger, goodput, taken_over
 
 

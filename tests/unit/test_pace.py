@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.process.link import DOING
+from cluster.process.messages import DOING
 from launcher.driver.stragglers import Pace
 
 Window = Sequence[tuple[float, ...]]

@@ -13,7 +13,7 @@ from cluster.capacity import Capacity, Node, Places, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds.ray import Cluster
 from cluster.process import fork_server
-from cluster.process.agent import Task
+from cluster.process.orders import Task
 from cluster.process.workplace import Call
 from cluster.scheduler import ClusterReport, Needs
 from launcher.code.user_code import UserCode

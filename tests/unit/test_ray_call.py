@@ -15,7 +15,7 @@ from ray import exceptions
 from cluster.capacity import Node, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.process import fork_server
-from cluster.process.agent import Task
+from cluster.process.orders import Task
 from cluster.process.workplace import Call
 from cluster.ray import remote_call
 from cluster.ray.remote_call import call_there

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.process.agent import Orders
+from cluster.process.orders import Orders
 from cluster.ray import worker_group
 
 
