@@ -1,74 +1,24 @@
 """What workers tell each other in a step: gradients, summed in one fixed order, and small reports.
 
-Floating-point addition is not associative, so a sum over workers depends on who is there. Here the sum
-runs along one binary tree over the *shards*, whatever the workers: [0, S) splits at the largest power
-of two below its size, down to single shards. A worker folds the shards of its own block as far as the
-tree allows; between workers, each owns one slice of a bucket, receives everybody's partial sums of it,
-finishes the tree, and sends the slice to all. Those are the bytes of a ring all-reduce.
+Gradients are summed along ``summation_tree``. A worker folds the shards of its own block as far as the tree allows;
+between workers, each owns one slice of a bucket, receives everybody's partial sums of it, finishes the tree, and sends
+the slice to all. Those are the bytes of a ring all-reduce.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.collectives.summation_tree import Fold, Node, complete_subtrees
 from cluster.process.activity import Activity
-
-Node = tuple[int, int]
-"""A node of the summation tree: the shards [first, end) below it."""
 
 _Message = tuple[int, int, Tensor]
 """The other rank, the number of the message between the two, and what is sent or where it is received."""
-
-
-class Fold:
-    """Sums along the tree, as far as the leaves that came allow.
-
-    Leaves, or sums of whole subtrees, are pushed in the order of their shards; two neighbours that are
-    the children of one node become one. What is left are the largest complete subtrees.
-    """
-
-    def __init__(self, shards: int) -> None:
-        self._shards = shards
-        self.nodes: list[Node] = []
-        self.sums: list[Any] = []
-
-    def push(self, node: Node, value: Any) -> None:
-        """Adds in place: ``value`` and everything pushed before belong to the fold from now on.
-
-        Shapes: a tensor, or a list of tensors, of the same shapes in every push.
-        """
-        self.nodes.append(node)
-        self.sums.append(value)
-        while len(self.nodes) > 1 and self._are_siblings(*self.nodes[-2:]):
-            (_, end), right = self.nodes.pop(), self.sums.pop()
-            (first, _), left = self.nodes[-1], self.sums[-1]
-            if isinstance(left, Tensor):
-                left.add_(right)
-            else:
-                torch._foreach_add_(left, right)
-            self.nodes[-1] = (first, end)
-
-    def _are_siblings(self, left: Node, right: Node) -> bool:
-        size = left[1] - left[0]
-        return (
-            size & (size - 1) == 0
-            and left[0] % (2 * size) == 0
-            and right == (left[1], min(left[1] + size, self._shards))
-        )
-
-
-def complete_subtrees(block: range, shards: int) -> list[Node]:
-    """The nodes that a worker with this block of shards is left with after folding."""
-    fold = Fold(shards)
-    for shard in block:
-        fold.push((shard, shard + 1), torch.empty(0))
-    return fold.nodes
 
 
 class TreeExchange:

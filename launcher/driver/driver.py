@@ -51,12 +51,13 @@ from jobs.environment import changes, unlike
 from jobs.sampling import shard_block
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
-from launcher.driver.failures import Failure, Failures, GiveUp
+from launcher.driver.failures import Failures
 from launcher.driver.goodput import Ledger
 from launcher.driver.membership import Change, Crew
 from launcher.driver.pending_checkpoints import Saves
 from launcher.driver.run_log import Record
 from launcher.driver.stragglers import Pace
+from launcher.driver.verdicts import Failure, GiveUp
 from launcher.planning.plan import ENTRY
 
 _RATE_WINDOW_S = 20.0

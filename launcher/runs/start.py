@@ -40,7 +40,8 @@ from launcher.planning.placement import places_of
 from launcher.display.plots import draw
 from launcher.planning.plan import Plan, Tried, make_plan
 from launcher.display.progress import Progress
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from launcher.watching.status import is_driven, without_driver
 from launcher.code.user_code import UserCode, find_code, has_bundle, lasting_directory, make_import_paths
 

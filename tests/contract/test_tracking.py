@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cluster.tracking import tracker as tracking
+from cluster.tracking import wandb_tracker
 from cluster.tracking.tracker import MemoryTracker, Row, Tracker, TrackerSettings, open_tracker
 from tests.processes import descendants
 from tests.wandb_server import RecordedRun, WandbServer
@@ -422,7 +422,7 @@ class TestNothingOutsideHurtsTheRun:
     def test_more_rows_than_it_can_take(
         self, driver: Driver, server: WandbServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tracking, "_QUEUE_ROWS", 100)
+        monkeypatch.setattr(wandb_tracker, "_QUEUE_ROWS", 100)
         server.fault = "hang"
         tracker = driver.open(finish_timeout_s=6.0)
         for first in range(1, 10_000, 1000):

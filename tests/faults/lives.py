@@ -20,7 +20,8 @@ from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from launcher.runs.rewind import go_back
 from tests.crashing import Faults, crashing
 from tests.faults.enumeration import Act, Begun, Content, MixedError, parsed

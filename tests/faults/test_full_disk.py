@@ -22,7 +22,8 @@ from cluster.storage.local import SyncedLocalFileSystem
 from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from tests.faults.lives import save
 from tests.specs import bare_job
 

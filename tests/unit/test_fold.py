@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.collectives.exchange import Fold, complete_subtrees
+from cluster.collectives.summation_tree import Fold, complete_subtrees
 from jobs.sampling import shard_block
 
 
