@@ -6,7 +6,8 @@ The worker group is a script; everything else is the product's own, on a store i
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,31 @@ import fsspec
 import pytest
 
 from cluster.capacity import Node, WorkerResources
-from cluster.errors import ClusterError, TrainingError
-from cluster.process.messages import DOING
+from cluster.errors import Cause, ClusterError, TrainingError
+from cluster.process.messages import (
+    DOING,
+    AgentsLost,
+    AgentsPlaced,
+    AgentsUnplaced,
+    Doing,
+    EnvironmentsCompared,
+    Exited,
+    Failed,
+    Finished,
+    FromWorker,
+    GoesOn,
+    Hello,
+    Hung,
+    Report,
+    RowLogged,
+    SaveSkipped,
+    ShareWritten,
+    Spent,
+    StillHere,
+    TimeSpent,
+    ToDriver,
+    TrainingStarted,
+)
 from cluster.run.checkpoints import Part, Share
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
@@ -26,18 +50,21 @@ from launcher.driver.membership import MOST_MISFITS, Crew
 from launcher.driver.run_log import Record, RunState
 from tests.specs import bare_job
 
-Message = dict[str, Any]
-SPENT = dict.fromkeys(DOING, 0.0) | {"start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
+Script = list[list[ToDriver] | float]
+"""What is said, batch by batch; a number lets so many seconds pass."""
+PRESENT = -1
+"""Stands, in a script, for the generation of the agents that were started last."""
+SPENT: Spent = {**dict.fromkeys(DOING, 0.0), "start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
 LAG = 0.6
 """Seconds after which room for fewer than the most is believed to be all there is."""
 
 
 class Group:
-    """Workers that say what the script says, batch by batch; a number lets so many seconds pass."""
+    """Workers that say what the script says."""
 
     resources = WorkerResources(cpus=1.0, gpus=0, accelerator=None)
 
-    def __init__(self, script: list[list[Message] | float], *, is_shared: bool = False) -> None:
+    def __init__(self, script: Script, *, is_shared: bool = False) -> None:
         self.script = list(script)
         self.is_shared = self.may_grow = is_shared
         self.prepared: list[set[str]] = []
@@ -50,14 +77,19 @@ class Group:
         self.is_closed = False
         self.is_settled: Callable[[], bool] = lambda: True
 
-    def messages(self, timeout_s: float) -> list[Message]:
+    def messages(self, timeout_s: float) -> list[ToDriver]:
         if not self.is_settled():  # the script goes on when the store has what was said
             time.sleep(0.001)
             return []
         assert self.script, "the driver waits for what never comes"
         said = self.script.pop(0)
         self.now += timeout_s if isinstance(said, list) else said
-        return said if isinstance(said, list) else []
+        return [self.with_generation(message) for message in said] if isinstance(said, list) else []
+
+    def with_generation(self, message: ToDriver) -> ToDriver:
+        if isinstance(message, Hello | AgentsPlaced | AgentsUnplaced | AgentsLost) and message.generation == PRESENT:
+            return replace(message, generation=len(self.started))
+        return message
 
     def prepare(self, nodes: list[Node]) -> None:
         self.prepared.append({node.id for node in nodes})
@@ -88,7 +120,7 @@ def run() -> RunDirectory:
 
 def drive(
     run: RunDirectory,
-    script: list[list[Message] | float],
+    script: Script,
     look: Callable[[float], list[Node]] = lambda _: [node("a", 2)],
     *,
     max_seconds: float | None = None,
@@ -128,61 +160,122 @@ def node(id: str, free: float, *, drains_at: float | None = None, is_here: bool 
     )
 
 
-def hello(*nodes: str) -> list[Message]:
+def hello(*nodes: str, generation: int = PRESENT) -> list[ToDriver]:
     """Agents on these nodes, by rank, placed and there."""
-    placed = [{"kind": "agents_placed", "nodes": list(nodes)}]
-    return placed + [
-        {"kind": "hello", "rank": rank, "id": f"{id}-{rank}", "node": id, "pid": rank, "address": f"10.0.0.{id}"}
-        for rank, id in enumerate(nodes)
+    return [
+        AgentsPlaced(generation=generation, nodes=nodes),
+        *(
+            Hello(rank=rank, id=f"{id}-{rank}", generation=generation, node=id, address=f"10.0.0.{id}", pid=rank)
+            for rank, id in enumerate(nodes)
+        ),
     ]
 
 
-def both(kind: str, attempt: int = 0, **content: Any) -> list[Message]:
-    return all_of(2, kind, attempt, **content)
-
-
-def one(kind: str, rank: int, attempt: int = 0, **content: Any) -> Message:
-    spent = {"spent": SPENT} if kind == "started" else {}
-    return {"kind": kind, "rank": rank, "attempt": attempt, **spent, **content}
-
-
 HELLO = hello("a", "a")
+UNPLACED: list[ToDriver] = [AgentsUnplaced(generation=PRESENT)]
+"""Ray has waited for room for the agents in vain."""
 
 
-def finished(attempt: int) -> list[Message]:
-    return [*both("started", attempt, step=0), *both("finished", attempt, step=100, completed=True, spent=SPENT)]
+def agents_lost(lost: dict[int, str], reason: str = "", *, generation: int = PRESENT) -> ToDriver:
+    return AgentsLost(generation=generation, lost=lost, reason=reason)
 
 
-def hung(rank: int, doing: str, *, step: int = 7, is_silent: bool = False, stack: str = "") -> Message:
-    return one("hung", rank, step=step, doing=doing, is_first_step=False, for_s=300.4, is_silent=is_silent, stack=stack)
+def not_started(reason: str = "the placement group was not ready in 60 s") -> list[ToDriver]:
+    return [agents_lost({}, reason)]
 
 
-def not_begun(rank: int, doing: str, attempt: int = 0, *, line: int = 3) -> Message:
+def one(report: Report, rank: int, attempt: int = 0) -> ToDriver:
+    return FromWorker(rank, attempt, report)
+
+
+def all_of(count: int, report: Report, attempt: int = 0) -> list[ToDriver]:
+    return [one(report, rank, attempt) for rank in range(count)]
+
+
+def both(report: Report, attempt: int = 0) -> list[ToDriver]:
+    return all_of(2, report, attempt)
+
+
+def started(*, step: int) -> TrainingStarted:
+    return TrainingStarted(step=step, spent=SPENT)
+
+
+def compared(
+    workers: Sequence[dict[str, Any]], differences: str = "", *, is_refused: bool = False
+) -> EnvironmentsCompared:
+    return EnvironmentsCompared(workers=workers, differences=differences, is_refused=is_refused)
+
+
+def row(step: int) -> ToDriver:
+    content = {"step": step, "epoch": step // 10, "samples": step}
+    return one(RowLogged(row=content, time=float(step), spent=SPENT), rank=0)
+
+
+def saved(attempt: int, step: int, seconds: float = 2.0) -> ToDriver:
+    share = Share(
+        step=step,
+        num_parts={"model": 1},
+        parts={("model", 0): Part.of(f"step-{step:08d}/model", b"weights")},
+        state_files=["model"],
+        metrics={},
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    return one(ShareWritten(share=share, seconds=seconds, best_step=None, best_metric=None, spent=SPENT), 0, attempt)
+
+
+def left(count: int, attempt: int, step: int) -> list[ToDriver]:
+    """The workers have saved and finished, with steps left to do."""
+    return [saved(attempt, step), *all_of(count, Finished(step=step, completed=False, spent=SPENT), attempt)]
+
+
+def done(count: int, attempt: int) -> list[ToDriver]:
+    return all_of(count, Finished(step=100, completed=True, spent=SPENT), attempt)
+
+
+def finished(attempt: int) -> list[ToDriver]:
+    """Both workers, from the first step on."""
+    return [*both(started(step=0), attempt), *done(2, attempt)]
+
+
+def hung(rank: int, doing: Doing, *, step: int = 7, is_silent: bool = False, stack: str = "") -> ToDriver:
+    found = Hung(step=step, doing=doing, is_first_step=False, for_s=300.4, is_silent=is_silent, stack=stack)
+    return one(found, rank)
+
+
+def not_begun(rank: int, doing: Doing, attempt: int = 0, *, line: int = 3) -> ToDriver:
     """A process is told as hung in its first step."""
     stack = f'  File "mine.py", line {line} in __init__'
-    content = {"step": 0, "doing": doing, "for_s": 1800.4, "is_silent": False, "stack": stack}
-    return one("hung", rank, attempt, is_first_step=True, **content)
+    found = Hung(step=0, doing=doing, is_first_step=True, for_s=1800.4, is_silent=False, stack=stack)
+    return one(found, rank, attempt)
 
 
-def not_started(what: str = "the placement group was not ready in 60 s") -> list[Message]:
-    return [{"kind": "agents_lost", "lost": {}, "what": what}]
+def failure(
+    cause: Cause,
+    message: str,
+    *,
+    error: str = "ClusterError",
+    step: int | None = None,
+    place: str = "",
+    traceback: str = "",
+) -> Failed:
+    return Failed(error=error, cause=cause, message=message, step=step, place=place, traceback=traceback)
 
 
-def failed(rank: int, attempt: int, *, place: str = "", step: int | None = None) -> Message:
-    content = {"cause": "code", "message": "ValueError: bad", "traceback": "T", "place": place, "step": step}
-    return one("failed", rank, attempt, error="TrainingError", **content)
+def failed(rank: int, attempt: int, *, place: str = "", step: int | None = None) -> ToDriver:
+    raised = failure("code", "ValueError: bad", error="TrainingError", step=step, place=place, traceback="T")
+    return one(raised, rank, attempt)
 
 
-def lost_peer(rank: int, attempt: int = 0) -> Message:
-    content = {"cause": "connection_lost", "message": "lost the others", "traceback": "", "place": "", "step": 3}
-    return one("failed", rank, attempt, error="ClusterError", **content)
+def lost_peer(rank: int, attempt: int = 0) -> ToDriver:
+    return one(failure("connection_lost", "lost the others", step=3), rank, attempt)
 
 
-def died(rank: int, attempt: int = 0, *, code: int = -9, log_tail: str = "") -> Message:
-    return one("exited", rank, attempt, exit_code=code, log_tail=log_tail, oom_kill=False, step=None)
+def died(rank: int, attempt: int = 0, *, code: int = -9, log_tail: str = "") -> ToDriver:
+    return one(Exited(exit_code=code, oom_kill=False, step=0, log_tail=log_tail), rank, attempt)
 
 
-def exited(attempt: int) -> list[Message]:
+def exited(attempt: int) -> list[ToDriver]:
     return [died(rank, attempt, code=1) for rank in range(2)]
 
 
@@ -207,9 +300,9 @@ class TestHangs:
         ids=["waiting for data", "a step behind", "before the exchange", "silent", "all alike", "all at their data"],
     )  # fmt: skip
     def test_the_one_that_the_others_wait_for_is_blamed(
-        self, run: RunDirectory, reports: list[Message], blamed: int, reason: str
+        self, run: RunDirectory, reports: list[ToDriver], blamed: int, reason: str
     ) -> None:
-        document, group = drive(run, [HELLO, both("started", step=0), reports, finished(attempt=1)])
+        document, group = drive(run, [HELLO, both(started(step=0)), reports, finished(attempt=1)])
 
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (blamed, reason)
@@ -218,15 +311,15 @@ class TestHangs:
 
     def test_a_worker_whose_silence_is_certain_is_replaced_at_once(self, run: RunDirectory) -> None:
         silent = [hung(1, "backward", is_silent=True)]
-        drive(run, [HELLO, both("started", step=0), silent, finished(attempt=1)])
+        drive(run, [HELLO, both(started(step=0)), silent, finished(attempt=1)])
 
         assert [event["waiting"] for event in events(run, "worker_hung")] == [[]]
 
     def test_nobody_is_blamed_while_one_works_and_when_all_go_on(self, run: RunDirectory) -> None:
         """Rank 0 waits for a slow store, which is no hang, and rank 1 waits for rank 0."""
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), [hung(1, "backward")], 60.0, [one("goes_on", 1)], [hung(0, "data")], 60.0,
-            [one("goes_on", 0)], both("finished", step=100, completed=True, spent=SPENT),
+        script: Script = [
+            HELLO, both(started(step=0)), [hung(1, "backward")], 60.0, [one(GoesOn(), rank=1)], [hung(0, "data")], 60.0,
+            [one(GoesOn(), rank=0)], done(2, 0),
         ]  # fmt: skip
         document, _ = drive(run, script)
 
@@ -250,7 +343,7 @@ class TestFirstSteps:
         assert (hang["doing"], hang["is_first_step"]) == ("start", True)
 
     def test_at_the_same_line_it_ends_the_run_and_the_key_to_raise_is_named(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
+        script: Script = [
             HELLO, *([not_begun(0, "data", attempt), not_begun(1, "data", attempt)] for attempt in range(2)),
         ]  # fmt: skip
         with pytest.raises(ClusterError) as caught:
@@ -264,7 +357,7 @@ class TestFirstSteps:
         )
 
     def test_elsewhere_it_is_tried_again_as_far_as_the_budget_goes(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
+        script: Script = [
             HELLO,
             *([not_begun(rank, "data", attempt, line=attempt) for rank in range(2)] for attempt in range(3)),
         ]
@@ -272,7 +365,7 @@ class TestFirstSteps:
             drive(run, script, max_failures=MaxFailuresSpec(machine=2))
 
     def test_a_process_that_is_slow_and_gets_there_is_left_alone(self, run: RunDirectory) -> None:
-        going_on: list[Message] = [one("goes_on", 0), *both("started", step=0)]
+        going_on: list[ToDriver] = [one(GoesOn(), rank=0), *both(started(step=0))]
         document, _ = drive(run, [HELLO, [not_begun(0, "forward")], 60.0, going_on, done(2, 0)])
 
         assert document["attempts"] == 1
@@ -281,7 +374,7 @@ class TestFirstSteps:
 class TestExceptions:
     def test_once_is_bad_luck(self, run: RunDirectory) -> None:
         raised = [failed(1, 0, place="step 3, mine.py:4, ValueError", step=3), *exited(0)]
-        document, _ = drive(run, [HELLO, both("started", step=0), raised, finished(attempt=1)])
+        document, _ = drive(run, [HELLO, both(started(step=0)), raised, finished(attempt=1)])
 
         assert document["status"] == "completed"
         (lost,) = events(run, "worker_lost")
@@ -295,7 +388,7 @@ class TestExceptions:
         place = "step 3, mine.py:4, ValueError"
         raised = [[failed(1, attempt, place=place, step=3), *exited(attempt)] for attempt in range(2)]
         with pytest.raises(TrainingError) as caught:
-            drive(run, [HELLO, both("started", step=0), raised[0], both("started", 1, step=0), raised[1]])
+            drive(run, [HELLO, both(started(step=0)), raised[0], both(started(step=0), 1), raised[1]])
 
         assert str(caught.value) == (
             "worker 1 on node 10.0.0.a: ValueError: bad at step 3, for the second time; there is no checkpoint yet"
@@ -311,8 +404,8 @@ class TestExceptions:
 
     def test_what_all_agree_on_is_not_tried_again_and_the_save_under_way_is_kept(self, run: RunDirectory) -> None:
         """Rank 1 is heard first; what rank 0 was saving becomes a checkpoint before the run ends."""
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), [failed(1, 0), exited(0)[1]], [saved(0, 5), failed(0, 0), exited(0)[0]],
+        script: Script = [
+            HELLO, both(started(step=0)), [failed(1, 0), exited(0)[1]], [saved(0, 5), failed(0, 0), exited(0)[0]],
         ]  # fmt: skip
         with pytest.raises(TrainingError) as caught:
             drive(run, script)
@@ -322,7 +415,7 @@ class TestExceptions:
 
     def test_last_words_are_not_waited_for_without_end(self, run: RunDirectory) -> None:
         with pytest.raises(TrainingError):
-            drive(run, [HELLO, both("started", step=0), [failed(1, 0)], 4.0, 4.0])
+            drive(run, [HELLO, both(started(step=0)), [failed(1, 0)], 4.0, 4.0])
 
 
 class TestRows:
@@ -333,8 +426,7 @@ class TestRows:
         for step in (28, 35):
             metrics.append({"step": step})
         metrics.flush()
-        begun = both("started", step=40)
-        document, _ = drive(run, [HELLO, begun, both("finished", step=100, completed=True, spent=SPENT)])
+        document, _ = drive(run, [HELLO, both(started(step=40)), done(2, 0)])
 
         assert document["status"] == "completed"
         assert [row["step"] for row in run.metrics().read()] == [28, 35]
@@ -343,10 +435,10 @@ class TestRows:
 class TestOverdueCheckpoints:
     def test_the_worker_that_holds_them_up_is_named_once(self, run: RunDirectory) -> None:
         """An epoch has 10 steps, and there is a save at the end of each."""
-        left_out = one("left_out", 1, step=20, reason="too slow")
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), [left_out], 40.0, [row(29)], [row(30)], [row(40)], 40.0,
-            [saved(0, 10)], [row(50)], both("finished", step=100, completed=True, spent=SPENT),
+        skipped = one(SaveSkipped(step=20, reason="too slow"), rank=1)
+        script: Script = [
+            HELLO, both(started(step=0)), [skipped], 40.0, [row(29)], [row(30)], [row(40)], 40.0,
+            [saved(0, 10)], [row(50)], done(2, 0),
         ]  # fmt: skip
         drive(run, script)
 
@@ -359,9 +451,8 @@ class TestOverdueCheckpoints:
         assert run.checkpoints.steps() == [10]
 
     def test_a_checkpoint_that_comes_begins_the_count_again(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), 40.0, [row(30)], [saved(0, 30)], 40.0, [row(60)], 1.0, [row(70)],
-            both("finished", step=100, completed=True, spent=SPENT),
+        script: Script = [
+            HELLO, both(started(step=0)), 40.0, [row(30)], [saved(0, 30)], 40.0, [row(60)], 1.0, [row(70)], done(2, 0),
         ]  # fmt: skip
         drive(run, script)
 
@@ -373,7 +464,7 @@ class TestDeaths:
     def test_consequences_of_a_death_are_not_its_cause(self, run: RunDirectory) -> None:
         """Rank 0 says that it lost its peer before the peer's agent says how that ended."""
         broken = [lost_peer(0), died(0, code=1)]
-        drive(run, [HELLO, both("started", step=0), broken, [died(1)], finished(attempt=1)])
+        drive(run, [HELLO, both(started(step=0)), broken, [died(1)], finished(attempt=1)])
 
         (lost,) = events(run, "worker_lost")
         assert (lost["rank"], lost["reason"]) == (1, "killed by SIGKILL")
@@ -394,9 +485,9 @@ class TestDeaths:
         self, run: RunDirectory
     ) -> None:
         """Rank 0 has finished, and at first there is no room to start others."""
-        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), [done(2, 0)[0], lost], 10.0, HELLO, both("started", 1, step=0), done(2, 1),
+        lost = agents_lost({1: "its node has died"})
+        script: Script = [
+            HELLO, both(started(step=0)), [done(2, 0)[0], lost], 10.0, HELLO, both(started(step=0), 1), done(2, 1),
         ]  # fmt: skip
         document, group = drive(run, script, lambda now: [] if 0.6 < now < 10 else [node("a", 2)])
 
@@ -404,7 +495,7 @@ class TestDeaths:
 
     def test_a_process_that_leaves_without_a_word_is_the_codes(self, run: RunDirectory) -> None:
         with pytest.raises(TrainingError) as caught:
-            drive(run, [HELLO, both("started", step=4), [died(1, code=3, log_tail="last words")]])
+            drive(run, [HELLO, both(started(step=4)), [died(1, code=3, log_tail="last words")]])
 
         assert str(caught.value) == (
             "worker 1 on node 10.0.0.a: ended with exit code 3 at step 4; see memory://driver/run/logs, attempt 0, "
@@ -413,59 +504,21 @@ class TestDeaths:
         assert caught.value.traceback == "last words"
 
 
-def saved(attempt: int, step: int, seconds: float = 2.0) -> Message:
-    share = Share(
-        step=step,
-        num_parts={"model": 1},
-        parts={("model", 0): Part.of(f"step-{step:08d}/model", b"weights")},
-        state_files=["model"],
-        metrics={},
-        versions={},
-        created="2026-01-01T00:00:00+00:00",
-    )
-    best = {"best_metric": None, "best_step": None}
-    return one("share", 0, attempt, share=share, spent=SPENT, seconds=seconds, **best)
-
-
-def row(step: int) -> Message:
-    content = {"step": step, "epoch": step // 10, "samples": step}
-    return one("row", 0, row=content, time=float(step), spent=SPENT)
-
-
-def all_of(count: int, kind: str, attempt: int, **content: Any) -> list[Message]:
-    return [one(kind, rank, attempt, **content) for rank in range(count)]
-
-
-def left(count: int, attempt: int, step: int) -> list[Message]:
-    """The workers have saved and finished, with steps left to do."""
-    return [saved(attempt, step), *all_of(count, "finished", attempt, step=step, completed=False, spent=SPENT)]
-
-
-def done(count: int, attempt: int) -> list[Message]:
-    return all_of(count, "finished", attempt, step=100, completed=True, spent=SPENT)
-
-
 class TestEnvironments:
     """What the bits depend on beside the description: recorded for each attempt, and told if it may change them."""
 
     HERE = {"gpu": "NVIDIA H200", "cpu": "x86_64", "code": {"mine": "a" * 64}}
     FIRST = [{"ranks": [0, 1], **HERE}]
+    ALONE: list[ToDriver] = [one(compared(FIRST), rank=0), one(started(step=0), rank=0)]
+    """A worker says what it is like, and begins to train, alone."""
+    LACKS_MODULE = failure("environment", "No module named 'x'", error="TrainingError", step=0)
 
-    def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[Message]:
-        return [
-            one("environment", 0, attempt, workers=workers, differences=differences, is_refused=False),
-            *both("started", attempt, step=0),
-        ]
+    def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[ToDriver]:
+        return [one(compared(workers, differences), 0, attempt), *both(started(step=0), attempt)]
 
     def test_each_attempt_is_recorded(self, run: RunDirectory) -> None:
         screen = io.StringIO()
-        script: list[list[Message] | float] = [
-            HELLO,
-            self.told(self.FIRST),
-            [died(1)],
-            self.told(self.FIRST, 1),
-            done(2, 1),
-        ]
+        script: Script = [HELLO, self.told(self.FIRST), [died(1)], self.told(self.FIRST, 1), done(2, 1)]
         drive(run, script, screen=screen)
 
         assert [event["workers"] for event in events(run, "environment")] == [self.FIRST] * 2
@@ -474,7 +527,7 @@ class TestEnvironments:
     def test_other_workers_within_a_run_are_told_once(self, run: RunDirectory) -> None:
         other = [{"ranks": [0, 1], **self.HERE, "gpu": "NVIDIA A100"}]
         screen = io.StringIO()
-        script: list[list[Message] | float] = [
+        script: Script = [
             HELLO, self.told(self.FIRST), [died(1)], self.told(other, 1), [died(1, 1)], self.told(other, 2), done(2, 2),
         ]  # fmt: skip
         drive(run, script, screen=screen)
@@ -492,13 +545,13 @@ class TestEnvironments:
         expected = "the run began on other workers: code of mine bbbbbbbbbbbb -> aaaaaaaaaaaa; the bits may"
         assert expected in screen.getvalue()
 
-    def refused(self, workers: list[dict[str, Any]], attempt: int) -> list[Message]:
+    def refused(self, workers: list[dict[str, Any]], attempt: int) -> list[ToDriver]:
         """All workers say that they differ, and end."""
-        content = {"cause": "environment", "message": "workers differ: cpu", "traceback": "", "place": "", "step": None}
+        differ = failure("environment", "workers differ: cpu")
         ranks = [rank for of_workers in workers for rank in of_workers["ranks"]]
         return [
-            one("environment", 0, attempt, workers=workers, differences="cpu", is_refused=True),
-            *(one("failed", rank, attempt, error="ClusterError", **content) for rank in ranks),
+            one(compared(workers, "cpu", is_refused=True), 0, attempt),
+            *(one(differ, rank, attempt) for rank in ranks),
             *(died(rank, attempt, code=1) for rank in ranks),
         ]
 
@@ -514,10 +567,9 @@ class TestEnvironments:
 
         edited = {**self.HERE, "code": {"mine": "b" * 64}}
         others = [{"ranks": [0, 2], **edited}, {"ranks": [1], **edited, "cpu": "aarch64"}]
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0)], 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"),
-            self.refused(others, 1), LAG, hello("a", "c"), both("started", 2, step=9), *[3.0] * 5, done(2, 2),
+        script: Script = [
+            LAG, hello("a"), self.ALONE, 1.0, 5.5, left(1, 0, 9), hello("a", "b", "c"), self.refused(others, 1), LAG,
+            hello("a", "c"), both(started(step=9), 2), *[3.0] * 5, done(2, 2),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 3), screen=screen)
 
@@ -546,10 +598,8 @@ class TestEnvironments:
         others = [{"ranks": [0], **self.HERE, **there}, {"ranks": [1], **self.HERE, **joined}]
         if there == joined:
             others = [{"ranks": [0, 1], **self.HERE}]
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"),
-            self.refused(others, 1),
+        script: Script = [
+            LAG, hello("a"), [*self.ALONE, row(1)], 1.0, 5.5, left(1, 0, 9), hello("a", "b"), self.refused(others, 1),
         ]  # fmt: skip
         with pytest.raises(ClusterError, match="workers differ: cpu"):
             drive(run, script, look, num=(1, 2))
@@ -564,13 +614,10 @@ class TestEnvironments:
             return [node("a", 1)] if now < 1 else [node("b", now < 1.5), node("c", now < 1.5)]
 
         others = [{"ranks": [0], **self.HERE, "cpu": "aarch64"}, {"ranks": [1], **self.HERE, "cpu": cpu}]
-        lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], [lost], hello("b", "c"), self.refused(others, 1)
-        ]  # fmt: skip
+        lost = agents_lost({0: "its node has died"})
+        script: Script = [LAG, hello("a"), [*self.ALONE, row(1)], [lost], hello("b", "c"), self.refused(others, 1)]
         if cpu == self.HERE["cpu"]:
-            script += [LAG, hello("c"), [one("started", 0, 2, step=0)], done(1, 2)]
+            script += [LAG, hello("c"), all_of(1, started(step=0), 2), done(1, 2)]
             document, group = drive(run, script, look, num=(1, 2))
             assert (document["status"], group.without[-1]) == ("completed", {"b"})
         else:
@@ -587,14 +634,13 @@ class TestEnvironments:
             second = [] if is_disturbed else [node("b", 1)]
             return [node("a", not is_disturbed), *second, node("c", now > 0.2)]
 
-        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
-        lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
-        of_itself = [one("failed", 1, 1, error="TrainingError", **lacks), died(1, 1, code=1), died(0, 1, code=1)]
-        of_ray = [{"kind": "agents_lost", "lost": {}, "what": "No module named 'x'"}]
+        lost = agents_lost({1: "its node has died"})
+        of_itself = [one(self.LACKS_MODULE, rank=1, attempt=1), died(1, 1, code=1), died(0, 1, code=1)]
+        of_ray = [agents_lost({}, "No module named 'x'")]
         joined = [hello("a", "c"), of_itself] if is_there else [hello("a", "c")[:1], of_ray]
-        script: list[list[Message] | float] = [
-            hello("a", "b"), [*both("started", step=0), row(1)], 1.0, [lost], *joined, LAG, 1.0, 20.0, hello("a", "b"),
-            both("started", 1 + is_there, step=0), done(2, 1 + is_there),
+        script: Script = [
+            hello("a", "b"), [*both(started(step=0)), row(1)], 1.0, [lost], *joined, LAG, 1.0, 20.0, hello("a", "b"),
+            both(started(step=0), 1 + is_there), done(2, 1 + is_there),
         ]  # fmt: skip
         document, group = drive(run, script, look, screen=screen)
 
@@ -609,14 +655,11 @@ class TestEnvironments:
     def test_after_ten_that_did_not_fit_no_others_are_taken(self, run: RunDirectory) -> None:
         """Each comes as soon as the one before is left out, on a host of its own."""
         others = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9),
-        ]  # fmt: skip
+        script: Script = [LAG, hello("a"), [*self.ALONE, row(1)], 6.0, 6.0, left(1, 0, 9)]
         for number in range(MOST_MISFITS):
             script += hello("a", f"b{number}"), self.refused(others, number + 1)
         last = MOST_MISFITS + 1
-        script += LAG, hello("a"), [one("started", 0, last, step=9)], 6.0, 6.0, done(1, last)
+        script += LAG, hello("a"), all_of(1, started(step=9), last), 6.0, 6.0, done(1, last)
         screen = io.StringIO()
 
         def look(now: float) -> list[Node]:
@@ -633,12 +676,10 @@ class TestEnvironments:
     def test_one_that_holds_all_places_is_left_out_too(self, run: RunDirectory, is_like_itself: bool) -> None:
         """Ray has placed both workers on the node that joined; the one that trained before is there still."""
         others = [{"ranks": [0, 1], **self.HERE}]
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        lacks = {"cause": "environment", "message": "No module named 'x'", "traceback": "", "place": "", "step": 0}
-        failed = [one("failed", 1, 1, error="TrainingError", **lacks), died(1, 1, code=1), died(0, 1, code=1)]
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
-            self.refused(others, 1) if is_like_itself else failed, LAG, LAG, hello("a"), [one("started", 0, 2, step=9)],
+        failed = [one(self.LACKS_MODULE, rank=1, attempt=1), died(1, 1, code=1), died(0, 1, code=1)]
+        script: Script = [
+            LAG, hello("a"), [*self.ALONE, row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
+            self.refused(others, 1) if is_like_itself else failed, LAG, LAG, hello("a"), all_of(1, started(step=9), 2),
             done(1, 2),
         ]  # fmt: skip
 
@@ -653,12 +694,11 @@ class TestEnvironments:
         self, run: RunDirectory
     ) -> None:
         """No worker was ever on the node that is left."""
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        lost: Message = {"kind": "agents_lost", "lost": {0: "its node has died"}, "what": ""}
-        lacking: Message = {"kind": "agents_lost", "lost": dict.fromkeys((0, 1), "No module named 'x'"), "what": ""}
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], [lost], hello("b", "c")[:1], [lacking], LAG,
-            LAG, hello("d"), [one("started", 0, 1, step=0)], done(1, 1),
+        lost = agents_lost({0: "its node has died"})
+        lacking = agents_lost(dict.fromkeys((0, 1), "No module named 'x'"))
+        script: Script = [
+            LAG, hello("a"), [*self.ALONE, row(1)], [lost], hello("b", "c")[:1], [lacking], LAG, LAG, hello("d"),
+            all_of(1, started(step=0), 1), done(1, 1),
         ]  # fmt: skip
 
         def look(now: float) -> list[Node]:
@@ -673,10 +713,9 @@ class TestEnvironments:
             {"ranks": [0], **self.HERE},
             *({"ranks": [rank], **self.HERE, "code": {"prepare": f"{rank}" * 64}} for rank in (1, 2)),
         ]
-        told = one("environment", 0, workers=self.FIRST, differences="", is_refused=False)
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told, one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("a", "b", "c"),
-            self.refused(others, 1), LAG, LAG, hello("a"), [one("started", 0, 2, step=9)], done(1, 2),
+        script: Script = [
+            LAG, hello("a"), [*self.ALONE, row(1)], 6.0, 6.0, left(1, 0, 9), hello("a", "b", "c"),
+            self.refused(others, 1), LAG, LAG, hello("a"), all_of(1, started(step=9), 2), done(1, 2),
         ]  # fmt: skip
 
         def look(now: float) -> list[Node]:
@@ -690,15 +729,12 @@ class TestEnvironments:
         """All workers were placed on another kind of node, and trained there; then on both kinds."""
         own, other = [{"ranks": [0], **self.HERE}], [{"ranks": [0, 1], **self.HERE, "cpu": "aarch64"}]
         both_kinds = [{"ranks": [0], **self.HERE}, {"ranks": [1], **self.HERE, "cpu": "aarch64"}]
-        told = [
-            one("environment", 0, n, workers=group, differences="", is_refused=False)
-            for n, group in ((0, own), (1, other))
-        ]
-        lost: Message = {"kind": "agents_lost", "lost": {0: "killed"}, "what": ""}
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), [told[0], one("started", 0, step=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
-            [told[1], *both("started", 1, step=9), *both("pace", 1, step=10, spent=SPENT)], [lost], hello("a", "b"),
-            self.refused(both_kinds, 2), hello("b", "b"), both("started", 3, step=9), done(2, 3),
+        told = [one(compared(group), 0, attempt) for attempt, group in enumerate([own, other])]
+        lost = agents_lost({0: "killed"})
+        script: Script = [
+            LAG, hello("a"), [told[0], one(started(step=0), rank=0), row(1)], 6.0, 6.0, left(1, 0, 9), hello("b", "b"),
+            [told[1], *both(started(step=9), 1), *both(TimeSpent(step=10, spent=SPENT), 1)], [lost], hello("a", "b"),
+            self.refused(both_kinds, 2), hello("b", "b"), both(started(step=9), 3), done(2, 3),
         ]  # fmt: skip
 
         def look(now: float) -> list[Node]:
@@ -729,9 +765,9 @@ class TestElastic:
         def look(now: float) -> list[Node]:
             return [node("a", 1)] if now < 10 else [node("a", 0), node("b", 2)]
 
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), all_of(1, "started", 0, step=0), 10.0, 4.0, 2.0, left(1, 0, 9), LAG, hello("a", "b", "b"),
-            all_of(3, "started", 1, step=9), done(3, 1),
+        script: Script = [
+            LAG, hello("a"), all_of(1, started(step=0)), 10.0, 4.0, 2.0, left(1, 0, 9), LAG, hello("a", "b", "b"),
+            all_of(3, started(step=9), 1), done(3, 1),
         ]  # fmt: skip
         document, group = drive(run, script, look, num=(1, 4))
 
@@ -745,15 +781,13 @@ class TestElastic:
         def look(now: float) -> list[Node]:
             return [node("a", 1 - now // 3 % 2)]
 
-        script: list[list[Message] | float] = [
-            LAG, hello("a"), all_of(1, "started", 0, step=0), *[1.1] * 20, done(1, 0),
-        ]  # fmt: skip
+        script: Script = [LAG, hello("a"), all_of(1, started(step=0)), *[1.1] * 20, done(1, 0)]
         _, group = drive(run, script, look, num=(1, 4))
 
         assert group.started == [1]
 
     def test_it_never_takes_more_than_the_most(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [hello("a", "a"), all_of(2, "started", 0, step=0), *[3.0] * 5, done(2, 0)]
+        script: Script = [hello("a", "a"), both(started(step=0)), *[3.0] * 5, done(2, 0)]
         _, group = drive(run, script, lambda _: [node("a", 2), node("b", 4)], num=(1, 2))
 
         assert group.started == [2]
@@ -764,11 +798,9 @@ class TestElastic:
         def look(now: float) -> list[Node]:
             return [node("a", 0), node("b", 0)] if now < 2 else [node("a", 0)]
 
-        script: list[list[Message] | float] = [
-            hello("a", "a", "b"), all_of(3, "started", 0, step=0), 2.0,
-            [{"kind": "agents_lost", "lost": {2: "its node has died"}, "what": ""}],
-            [lost_peer(0)],
-            LAG, hello("a", "a"), all_of(2, "started", 1, step=0), done(2, 1),
+        script: Script = [
+            hello("a", "a", "b"), all_of(3, started(step=0)), 2.0, [agents_lost({2: "its node has died"})],
+            [lost_peer(0)], LAG, hello("a", "a"), both(started(step=0), 1), done(2, 1),
         ]  # fmt: skip
         first = [node("a", 2), node("b", 1)]
         _, group = drive(run, script, lambda now: first if now < 0.1 else look(now), num=(1, 3))
@@ -780,9 +812,9 @@ class TestElastic:
         assert orders == [{"a-0", "a-1", "b-2"}, {"a-0", "a-1"}]
 
     def test_an_agent_that_falls_silent_is_replaced_though_ray_has_not_lost_it(self, run: RunDirectory) -> None:
-        here: list[Message] = [{"kind": "here", "rank": 0, "id": "a-0"}, {"kind": "here", "rank": 1, "id": "of before"}]
-        script: list[list[Message] | float] = [
-            HELLO, both("started", step=0), 200.0, here, 110.0, 0.1, HELLO, both("started", 1, step=0), done(2, 1),
+        here: list[ToDriver] = [StillHere(0, "a-0"), StillHere(1, "of before")]
+        script: Script = [
+            HELLO, both(started(step=0)), 200.0, here, 110.0, 0.1, HELLO, both(started(step=0), 1), done(2, 1),
         ]  # fmt: skip
         _, group = drive(run, script, hang_timeout_s=300.0)
 
@@ -791,7 +823,7 @@ class TestElastic:
         assert (lost["rank"], lost["reason"]) == (1, "its agent has said nothing for 310 s")
 
     def test_agents_that_speak_more_rarely_than_the_limit_are_not_silent(self, run: RunDirectory) -> None:
-        _, group = drive(run, [HELLO, both("started", step=0), 10.0, done(2, 0)], hang_timeout_s=1.0)
+        _, group = drive(run, [HELLO, both(started(step=0)), 10.0, done(2, 0)], hang_timeout_s=1.0)
 
         assert group.started == [2]
 
@@ -832,7 +864,7 @@ class TestElastic:
         assert group.started == [2]
 
     def test_and_if_that_is_too_little_it_is_not_waited_for_for_ever(self, run: RunDirectory) -> None:
-        looks = [0.3] * 71  # four times 5.1 s, and 0.3 s between two of them
+        looks: Script = [0.3] * 71  # four times 5.1 s, and 0.3 s between two of them
         with pytest.raises(ClusterError, match=r"workers of 1 CPU each, on 1 node, after 15 s of waiting"):
             drive(run, looks, unsteady(1, 3), num=(2, 4), wait_s=15.0)
 
@@ -844,10 +876,6 @@ def unsteady(*free: float) -> Callable[[float], list[Node]]:
     return lambda now: [node("a", free[round(now / 0.3) % len(free)])]
 
 
-UNPLACED: list[Message] = [{"kind": "agents_unplaced"}]
-"""Ray has waited for room for the agents in vain."""
-
-
 class TestRoom:
     """A cluster that others use too."""
 
@@ -857,7 +885,7 @@ class TestRoom:
         def look(now: float) -> list[Node]:
             return [node("a", 2 if now < 1 or now > 20 else 0)]
 
-        script: list[list[Message] | float] = [15.0, UNPLACED, LAG, 5.0, HELLO, finished(0)]
+        script: Script = [15.0, UNPLACED, LAG, 5.0, HELLO, finished(0)]
         document, group = drive(run, script, look, max_failures=MaxFailuresSpec(machine=0), max_worker_hours=0.004)
 
         assert (document["status"], document["waits_for"]) == ("completed", None)
@@ -881,8 +909,8 @@ class TestRoom:
     ) -> None:
         """An autoscaler brings nodes for what Ray has no room for, and for nothing else that others might use."""
         screen = io.StringIO()
-        script: list[list[Message] | float] = [
-            LAG, 5.0, 6.0, 15.0, UNPLACED, LAG, 10.0, hello("b", "b"), both("started", step=0), done(2, 0),
+        script: Script = [
+            LAG, 5.0, 6.0, 15.0, UNPLACED, LAG, 10.0, hello("b", "b"), both(started(step=0)), done(2, 0),
         ]  # fmt: skip
         full = [node("a", 0)]
         document, group = drive(run, script, lambda _: full, num=(2, 4), is_shared=True, screen=screen, wait_s=100.0)
@@ -899,7 +927,7 @@ class TestRoom:
             here = Node(id="s", address="s", resources={"CPU": 0.5}, free={}, drains_at=None, is_here=True)
             return [here, *(node(id, 1) for id in "abc")]
 
-        script: list[list[Message] | float] = [hello("a", "b"), both("started", step=0), 2.0, done(2, 0)]
+        script: Script = [hello("a", "b"), both(started(step=0)), 2.0, done(2, 0)]
         _, fixed = drive(run, script, look)
         assert fixed.prepared[0] == fixed.prepared[-1] == {"s", "a", "b", "c"}
         _, grows = drive(run, script, look, is_shared=True)
@@ -922,9 +950,9 @@ class TestRoom:
             second = node("b", 0, drains_at=within) if now < 30 else node("c", 1)
             return [node("a", now > 30), second]
 
-        script: list[list[Message] | float] = [
-            hello("a", "b"), both("started", step=0), 2.0, left(2, 0, 9), LAG, LAG, 30.0, hello("a", "c"),
-            both("started", 1, step=9), done(2, 1),
+        script: Script = [
+            hello("a", "b"), both(started(step=0)), 2.0, left(2, 0, 9), LAG, LAG, 30.0, hello("a", "c"),
+            both(started(step=9), 1), done(2, 1),
         ]  # fmt: skip
         document, group = drive(run, script, look)
 
@@ -944,7 +972,7 @@ class TestStarts:
     """Agents that do not come up."""
 
     def test_they_are_tried_again_later_and_later(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = []
+        script: Script = []
         for wait_s in (1, 2, 4):
             script += [not_started(), wait_s - 0.25, 0.25]
         document, group = drive(run, [*script, HELLO, finished(0)])
@@ -955,8 +983,9 @@ class TestStarts:
         assert document["failure"]["cause"] == "not_started"
 
     def test_no_later_than_a_minute_and_soon_again_after_one_that_came_up(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [*[not_started(), 60.0] * 9, HELLO, both("started", step=0)]
-        script += [[{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}], not_started(), 1.0]
+        failed_start: Script = [not_started(), 60.0]
+        script = [*failed_start * 9, HELLO, both(started(step=0))]
+        script += [[agents_lost({1: "its node has died"})], not_started(), 1.0]
         _, group = drive(run, [*script, HELLO, finished(1)], max_failures=MaxFailuresSpec(machine=None))
 
         first, *others = group.started_at
@@ -977,9 +1006,9 @@ class TestStarts:
     def test_one_that_is_late_is_a_failure_that_names_its_node(self, run: RunDirectory) -> None:
         """As in a late recovery, with a node that imports slowly."""
         there = hello("a", "b")
-        script: list[list[Message] | float] = [
-            there, [*both("started", step=0), saved(0, 5)], [{"kind": "agents_lost", "lost": {1: "died"}, "what": ""}],
-            there[:2], 299.5, 1.0, 1.0, 1.0, there, both("started", 1, step=5), done(2, 1),
+        script: Script = [
+            there, [*both(started(step=0)), saved(0, 5)], [agents_lost({1: "died"})],
+            there[:2], 299.5, 1.0, 1.0, 1.0, there, both(started(step=5), 1), done(2, 1),
         ]  # fmt: skip
         document, group = drive(run, script, lambda _: [node("a", 1), node("b", 1)])
 
@@ -997,9 +1026,7 @@ class TestStarts:
         assert group.started == [2]
 
     @pytest.mark.parametrize("until_ray_answers", [[14.0, HELLO[:1]], [15.0, UNPLACED, LAG, 14.0, HELLO[:1]]])
-    def test_they_have_it_once_there_is_room_for_them(
-        self, run: RunDirectory, until_ray_answers: list[list[Message] | float]
-    ) -> None:
+    def test_they_have_it_once_there_is_room_for_them(self, run: RunDirectory, until_ray_answers: Script) -> None:
         script = [*until_ray_answers, 9.0, HELLO[1:], finished(0)]
         document, _ = drive(run, script, start_timeout_s=10.0, max_failures=MaxFailuresSpec(machine=0))
 
@@ -1021,11 +1048,10 @@ class TestStarts:
         def look(now: float) -> list[Node]:
             return [node("a", 2, drains_at=math.inf if now > 333.0 else None), node("b", 2)]
 
-        lost: Message = {"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}
-        late = [message | {"generation": 1} for message in [*hello("a", "a"), lost]]
-        there = [message | {"generation": 2} for message in hello("b", "b")]
-        script: list[list[Message] | float] = [
-            331.0, 0.1, 1.0, late, there[:2], late, there[2:], late, both("started", step=0), late, 2.0, done(2, 0),
+        late = [*hello("a", "a", generation=1), agents_lost({1: "its node has died"}, generation=1)]
+        there = hello("b", "b", generation=2)
+        script: Script = [
+            331.0, 0.1, 1.0, late, there[:2], late, there[2:], late, both(started(step=0)), late, 2.0, done(2, 0),
         ]  # fmt: skip
         document, group = drive(run, script, look)
 
@@ -1041,7 +1067,7 @@ class TestStarts:
 
     def test_workers_that_ray_gives_up_together_are_lost(self, run: RunDirectory) -> None:
         taken = not_started("Training was interrupted by node preemption (preempted_ranks=[1])")
-        script: list[list[Message] | float] = [HELLO, both("started", step=0), taken, HELLO, finished(1)]
+        script: Script = [HELLO, both(started(step=0)), taken, HELLO, finished(1)]
         document, _ = drive(run, script, max_failures=MaxFailuresSpec(machine=0))
 
         assert document["failures"] == {"machine": 0, "preemption": 1, "code": 0}
@@ -1052,13 +1078,13 @@ class TestLimits:
     """``train.max_seconds`` ends a run also while no worker trains."""
 
     def test_a_first_start_may_go_on_beyond_it_to_the_end_of_a_step(self, run: RunDirectory) -> None:
-        document, group = drive(run, [HELLO, 100.0, both("started", step=0), left(2, 0, 1)], max_seconds=10.0)
+        document, group = drive(run, [HELLO, 100.0, both(started(step=0)), left(2, 0, 1)], max_seconds=10.0)
 
         assert (document["status"], document["step"]) == ("stopped", 1)
         assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
 
     def test_a_start_after_a_failure_may_not(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [HELLO, [not_begun(0, "start"), not_begun(1, "start")], 10.0, []]
+        script: Script = [HELLO, [not_begun(0, "start"), not_begun(1, "start")], 10.0, []]
         document, _ = drive(run, script, step=5, max_seconds=9.0)
 
         assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 2)
@@ -1066,7 +1092,7 @@ class TestLimits:
         assert stopping["reason"] == "stopping at train.max_seconds=9"
 
     def test_a_first_start_that_fails_beyond_it_is_not_tried_again(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [HELLO, 10.0, [not_begun(0, "start"), not_begun(1, "start")], []]
+        script: Script = [HELLO, 10.0, [not_begun(0, "start"), not_begun(1, "start")], []]
         document, _ = drive(run, script, max_seconds=9.0)
 
         assert (document["status"], document["step"], document["attempts"]) == ("stopped", 0, 1)
@@ -1083,7 +1109,7 @@ class TestLimits:
         assert (document["status"], group.started) == ("stopped", [])
 
     def test_workers_that_fail_on_their_way_out_are_not_started_again(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [HELLO, [*both("started", step=0), saved(0, 5)], 10.0, [died(1)], []]
+        script: Script = [HELLO, [*both(started(step=0)), saved(0, 5)], 10.0, [died(1)], []]
         document, _ = drive(run, script, max_seconds=9.0)
 
         assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 1)
@@ -1101,9 +1127,9 @@ class TestLeaving:
         return look
 
     def test_a_drained_node_is_left_after_a_save(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
-            hello("a", "b"), [*both("started", step=0), saved(0, 5)], 1.1, left(2, 0, 9), hello("a", "a"),
-            both("started", 1, step=9), done(2, 1),
+        script: Script = [
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], 1.1, left(2, 0, 9), hello("a", "a"),
+            both(started(step=9), 1), done(2, 1),
         ]  # fmt: skip
         document, group = drive(run, script, self.draining(60.0))
 
@@ -1113,9 +1139,9 @@ class TestLeaving:
         assert document["time"]["lost"] == 0
 
     def test_or_at_once_if_a_save_would_not_fit(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
-            hello("a", "b"), [*both("started", step=0), saved(0, 5, seconds=30.0)], 1.1, 0.1, hello("a", "a"),
-            both("started", 1, step=5), done(2, 1),
+        script: Script = [
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5, seconds=30.0)], 1.1, 0.1, hello("a", "a"),
+            both(started(step=5), 1), done(2, 1),
         ]  # fmt: skip
         _, group = drive(run, script, self.draining(10.0))
 
@@ -1128,7 +1154,7 @@ class TestLeaving:
         assert events(run, "worker_lost") == []
 
     def test_the_drivers_own_node_ends_the_run_resumable(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [hello("a", "b"), both("started", step=0), 1.1, left(2, 0, 9)]
+        script: Script = [hello("a", "b"), both(started(step=0)), 1.1, left(2, 0, 9)]
         document, _ = drive(run, script, self.draining(60.0, is_here=True))
 
         assert document["status"] == "stopped"
@@ -1136,10 +1162,10 @@ class TestLeaving:
         assert stopping["reason"] == "node 10.0.0.b is being drained, and the driver runs on it"
 
     def test_workers_that_die_on_their_way_out_are_no_failure(self, run: RunDirectory) -> None:
-        gone = [{"kind": "agents_lost", "lost": {1: "its node has died"}, "what": ""}]
-        script: list[list[Message] | float] = [
-            hello("a", "b"), both("started", step=0), 1.1, gone,
-            hello("a", "a"), both("started", 1, step=0), done(2, 1),
+        gone = [agents_lost({1: "its node has died"})]
+        script: Script = [
+            hello("a", "b"), both(started(step=0)), 1.1, gone,
+            hello("a", "a"), both(started(step=0), 1), done(2, 1),
         ]  # fmt: skip
         _, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
 
@@ -1147,9 +1173,9 @@ class TestLeaving:
         assert events(run, "worker_lost") == []
 
     def test_one_that_is_killed_while_its_node_is_drained_is_preempted(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [
-            hello("a", "b"), both("started", step=0), 1.1, [died(1)],
-            hello("a", "a"), both("started", 1, step=0), done(2, 1),
+        script: Script = [
+            hello("a", "b"), both(started(step=0)), 1.1, [died(1)],
+            hello("a", "a"), both(started(step=0), 1), done(2, 1),
         ]  # fmt: skip
         document, group = drive(run, script, self.draining(60.0), max_failures=MaxFailuresSpec(machine=0))
 
@@ -1159,7 +1185,7 @@ class TestLeaving:
         assert document["failures"] == {"machine": 0, "preemption": 1, "code": 0}
 
     def test_a_budget_of_worker_hours(self, run: RunDirectory) -> None:
-        script: list[list[Message] | float] = [HELLO, both("started", step=0), 1800.0, left(2, 0, 9)]
+        script: Script = [HELLO, both(started(step=0)), 1800.0, left(2, 0, 9)]
         document, _ = drive(run, script, max_worker_hours=0.9)
 
         assert document["status"] == "stopped"

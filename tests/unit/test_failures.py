@@ -1,15 +1,18 @@
 """Which cause, of what kind, follows from what workers, agents and Ray say; and when a run is given up."""
 
 import signal
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
+from cluster.errors import Cause
+from cluster.process.messages import Doing, Exited, Failed, Hung
 from cluster.ray.policies import why_lost
 from jobs.spec import MaxFailuresSpec
 from launcher.driver.failures import Failure, Failures, GiveUp, TryAgain
 
-Message = dict[str, Any]
+News = Callable[[Failures], None]
+"""Tells what a worker, an agent or Ray says."""
 STACK = """\
 some words
 Fatal Python error: Segmentation fault
@@ -20,56 +23,50 @@ Current thread 0x00007f (most recent call first):
 NCCL = "[rank1]:[E] [ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout"
 
 
-def failed(cause: str, rank: int = 1, *, place: str = "", step: int | None = 3, text: str = "words") -> Message:
-    error = {"storage": "StorageError", "code": "TrainingError", "out_of_memory": "TrainingError"}
-    content = {"message": text, "traceback": "", "place": place, "step": step}
-    return {"kind": "failed", "rank": rank, "error": error.get(cause, "ClusterError"), "cause": cause, **content}
+def failed(cause: Cause, rank: int = 1, *, place: str = "", step: int | None = 3, text: str = "words") -> News:
+    errors: dict[Cause, str] = {"storage": "StorageError", "code": "TrainingError", "out_of_memory": "TrainingError"}
+    error = errors.get(cause, "ClusterError")
+    words = Failed(error=error, cause=cause, message=text, step=step, place=place, traceback="")
+    return lambda failures: failures.failed(rank, words)
 
 
-def exited(code: int | None, rank: int = 1, *, oom_kill: bool = False, log_tail: str = "") -> Message:
-    return {
-        "kind": "exited", "rank": rank, "exit_code": code, "oom_kill": oom_kill, "step": 3, "log_tail": log_tail,
-    }  # fmt: skip
+def exited(code: int | None, rank: int = 1, *, oom_kill: bool = False, log_tail: str = "") -> News:
+    end = Exited(exit_code=code, oom_kill=oom_kill, step=3, log_tail=log_tail)
+    return lambda failures: failures.exited(rank, end)
 
 
-def hung(rank: int, doing: str, *, is_first_step: bool = False) -> Message:
-    known = {"is_first_step": is_first_step, "for_s": 300, "is_silent": False, "stack": ""}
-    return {"kind": "hung", "rank": rank, "step": 3, "doing": doing, **known}
+def hung(rank: int, doing: Doing, *, is_first_step: bool = False) -> News:
+    found = Hung(step=3, doing=doing, is_first_step=is_first_step, for_s=300.0, is_silent=False, stack="")
+    return lambda failures: failures.hung(rank, found)
 
 
-def lost(reasons: dict[int, str], what: str = "") -> Message:
-    return {"kind": "agents_lost", "lost": reasons, "what": what}
+def lost(reasons: dict[int, str], reason: str = "") -> News:
+    return lambda failures: failures.lost(reasons, reason)
 
 
-def finished(rank: int) -> Message:
-    return {"kind": "finished", "rank": rank}
+def finished(rank: int) -> News:
+    return lambda failures: failures.finished(rank)
 
 
-def draining(rank: int) -> Message:
-    return {"kind": "draining", "rank": rank}
+def draining(rank: int) -> News:
+    return lambda failures: failures.draining([rank])
 
 
-def tell(failures: Failures, *messages: Message) -> None:
-    for message in messages:
-        match message["kind"]:
-            case "draining":
-                failures.draining([message["rank"]])
-            case "agents_lost":
-                failures.lost(message)
-            case kind:
-                getattr(failures, kind)(message)
+def tell(failures: Failures, *news: News) -> None:
+    for each in news:
+        each(failures)
 
 
-def of(*messages: Message, machine: int = 10) -> TryAgain | GiveUp | None:
+def of(*news: News, machine: int = 10) -> TryAgain | GiveUp | None:
     """The verdict on two workers that say this, once no more is to be waited for."""
     failures = Failures(MaxFailuresSpec(machine=machine))
     failures.attempt_started(2)
-    tell(failures, *messages)
+    tell(failures, *news)
     return failures.verdict(0.0) or failures.verdict(6.0)
 
 
-def failure_of(*messages: Message) -> Failure:
-    verdict = of(*messages)
+def failure_of(*news: News) -> Failure:
+    verdict = of(*news)
     assert verdict is not None
     return verdict.failure
 
@@ -83,7 +80,7 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
 
 
 @pytest.mark.parametrize(
-    ("messages", "cause", "kind", "rank"),
+    ("news", "cause", "kind", "rank"),
     [
         ([exited(-signal.SIGKILL)], "killed", "machine", 1),
         ([exited(-signal.SIGTERM, oom_kill=True)], "killed", "machine", 1),
@@ -132,8 +129,8 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([draining(1), failed("code", place="p"), exited(1)], "code", "code", 1),
     ],
 )  # fmt: skip
-def test_causes(messages: list[Message], cause: str, kind: str | None, rank: int | None) -> None:
-    failure = failure_of(*messages)
+def test_causes(news: list[News], cause: str, kind: str | None, rank: int | None) -> None:
+    failure = failure_of(*news)
 
     assert (failure.cause, failure.kind, failure.rank) == (cause, kind, rank)
 
@@ -143,7 +140,7 @@ def test_who_has_finished_may_end_as_it_likes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "text"),
+    ("news", "text"),
     [
         (exited(-signal.SIGKILL, oom_kill=True), "killed by the kernel for want of memory (SIGKILL)"),
         (exited(-signal.SIGSEGV, log_tail='  File "old.py", line 1 in f\n' + STACK),
@@ -153,8 +150,8 @@ def test_who_has_finished_may_end_as_it_likes() -> None:
         (failed("exchange_timeout", 0, text=LATE), f"says nothing, and worker 0 waited for it in vain: {LATE}"),
     ],
 )  # fmt: skip
-def test_words(message: Message, text: str) -> None:
-    assert failure_of(message).message == text
+def test_words(news: News, text: str) -> None:
+    assert failure_of(news).message == text
 
 
 def test_an_agent_lost_is_decided_at_once_unless_an_exception_has_been_told() -> None:
@@ -177,7 +174,7 @@ def test_an_agent_lost_is_decided_at_once_unless_an_exception_has_been_told() ->
 KILL, LOSS = [exited(-signal.SIGKILL)], [lost({1: NODE_LEFT})]
 
 
-def raised_at(place: str, cause: str = "code") -> list[Message]:
+def raised_at(place: str, cause: Cause = "code") -> list[News]:
     return [failed(cause, 0, place=place), exited(1, 0), exited(1, 1)]
 
 
@@ -194,12 +191,12 @@ def raised_at(place: str, cause: str = "code") -> list[Message]:
     ],
     ids=["machine", "each kind by itself", "preemption", "code", "the same place", "memory", "no use"],
 )
-def test_budgets(attempts: list[list[Message]], why: str) -> None:
+def test_budgets(attempts: list[list[News]], why: str) -> None:
     failures = Failures(MaxFailuresSpec(machine=2, preemption=1 if LOSS in attempts[:1] else None, code=2))
     verdicts = []
-    for messages in attempts:
+    for news in attempts:
         failures.attempt_started(2)
-        tell(failures, *messages)
+        tell(failures, *news)
         verdicts.append(failures.verdict(0.0) or failures.verdict(6.0))
 
     assert all(isinstance(verdict, TryAgain) for verdict in verdicts[:-1])
@@ -247,16 +244,16 @@ def failures_of_start(failures: Failures, what: str) -> TryAgain | GiveUp:
 
 def test_failures_are_counted_by_kind() -> None:
     failures = Failures(MaxFailuresSpec(machine=None))
-    for messages in [KILL] * 20 + [LOSS, raised_at("a")]:
+    for news in [KILL] * 20 + [LOSS, raised_at("a")]:
         failures.attempt_started(2)
-        tell(failures, *messages)
+        tell(failures, *news)
         assert isinstance(failures.verdict(0.0), TryAgain)
 
     assert failures.counts == {"machine": 20, "preemption": 1, "code": 1}
 
 
 @pytest.mark.parametrize(
-    ("messages", "advice"),
+    ("news", "advice"),
     [
         ([failed("out_of_memory"), exited(1)], "a lower train.global_batch or more train.shards"),
         ([failed("gpu_out_of_memory"), exited(1)], "take GPUs with more memory (workers.accelerator)"),
@@ -266,8 +263,8 @@ def test_failures_are_counted_by_kind() -> None:
         ([failed("exchange_timeout", 0, text=LATE), exited(1, 0)], "raise workers.timeout_s;"),
     ],
 )
-def test_what_to_do(messages: list[Message], advice: str) -> None:
-    verdict = of(*messages, machine=0)
+def test_what_to_do(news: list[News], advice: str) -> None:
+    verdict = of(*news, machine=0)
     assert isinstance(verdict, GiveUp)
     assert advice in verdict.advice
 

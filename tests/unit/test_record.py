@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
+from cluster.process.messages import MatrixMeasured
 from cluster.run.lease import STATUS_INTERVAL_S
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
@@ -226,7 +227,7 @@ def test_a_driver_shows_that_it_lives_however_much_there_is_to_write_on_a_slow_s
 ) -> None:
     monkeypatch.setattr(SlowFileSystem, "write_s", 6.0)
     for number in range(10):
-        record.matrix(f"val/{number}", {"of": number})
+        record.matrix(MatrixMeasured(name=f"val/{number}", step=number, classes=["a"], values=[[1.0]]))
     (before,) = run.store.names("drivers")
     began_at, written = SlowFileSystem.now, run.read_status()
     assert written is not None

@@ -1,9 +1,8 @@
 """When shares make a checkpoint, and who is named when none comes."""
 
-from typing import Any
-
 import pytest
 
+from cluster.process.messages import ShareWritten
 from cluster.run.checkpoints import Part, PartKey, Share
 from launcher.driver.pending_checkpoints import Overdue, Saves
 
@@ -20,23 +19,23 @@ def saves() -> Saves:
     return saves
 
 
-def share(rank: int, step: int, *numbers: int) -> dict[str, Any]:
-    """What a worker tells that has written some of the two parts of a checkpoint."""
+def share(rank: int, step: int, *numbers: int) -> tuple[int, ShareWritten]:
+    """A worker, and what it tells when it has written some of the two parts of a checkpoint."""
     parts: dict[PartKey, Part] = {("model", number): Part.of(f"step-{step:08d}/model", b"") for number in numbers}
     content = Share(
         step=step, num_parts={"model": 2}, parts=parts, state_files=["model"], metrics={}, versions={}, created=""
     )
-    return {"rank": rank, "share": content, "seconds": 1.0}
+    return rank, ShareWritten(share=content, seconds=1.0, best_step=None, best_metric=None, spent={})
 
 
 def test_all_shares_make_a_checkpoint(saves: Saves) -> None:
     first, second = share(0, 10, 0), share(1, 10, 1)
 
-    assert saves.share(first) is None
-    whole = saves.share(second)
+    assert saves.share(*first) is None
+    whole = saves.share(*second)
     assert whole is not None
-    manifest, told = whole
-    assert (manifest.step, told) == (10, [first, second])
+    manifest, shares = whole
+    assert (manifest.step, shares) == (10, dict([first, second]))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_it_is_not_told_again_because_workers_start_again(saves: Saves) -> None:
 
 def test_the_workers_are_named_whose_shares_are_missing(saves: Saves) -> None:
     saves.left_out(0, "was slow before")
-    saves.share(share(1, 20, 1))
+    saves.share(*share(1, 20, 1))
 
     assert saves.overdue(200.0, step=30, saved_step=0) == Overdue((0,), "the share of step 20 is not written")
 
@@ -92,8 +91,8 @@ def test_what_a_worker_said_before_a_checkpoint_came_says_nothing_of_the_next(sa
 
 
 def test_no_worker_is_named_for_what_the_driver_has_not_written(saves: Saves) -> None:
-    saves.share(share(0, 10, 0, 1))
-    saves.share(share(1, 10))  # of a worker without parts, when the checkpoint is whole already
+    saves.share(*share(0, 10, 0, 1))
+    saves.share(*share(1, 10))  # of a worker without parts, when the checkpoint is whole already
 
     overdue = saves.overdue(200.0, step=30, saved_step=0)
     assert overdue == Overdue((), "the store has not taken the manifest of step 10")
@@ -103,8 +102,8 @@ def test_no_worker_is_named_for_what_the_driver_has_not_written(saves: Saves) ->
 
 def test_shares_of_processes_that_are_gone_count_no_more(saves: Saves) -> None:
     """They may have been whole: the next attempt falls back, and saves the same step again."""
-    assert saves.share(share(0, 20, 0, 1)) is not None
+    assert saves.share(*share(0, 20, 0, 1)) is not None
     saves.attempt_started(2)
 
-    assert saves.share(share(0, 20, 0)) is None
-    assert saves.share(share(1, 20, 1)) is not None
+    assert saves.share(*share(0, 20, 0)) is None
+    assert saves.share(*share(1, 20, 1)) is not None
