@@ -47,7 +47,8 @@ from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
 from launcher.display.progress import open_progress
 from launcher.driver.driver import Driver
 from launcher.driver.membership import MOST_MISFITS, Crew
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from tests.specs import bare_job
 
 Script = list[list[ToDriver] | float]

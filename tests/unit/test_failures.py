@@ -9,7 +9,8 @@ from cluster.errors import Cause
 from cluster.process.messages import Doing, Exited, Failed, Hung
 from cluster.ray.policies import why_lost
 from jobs.spec import MaxFailuresSpec
-from launcher.driver.failures import Failure, Failures, GiveUp, TryAgain
+from launcher.driver.failures import Failures
+from launcher.driver.verdicts import Failure, GiveUp, TryAgain
 
 News = Callable[[Failures], None]
 """Tells what a worker, an agent or Ray says."""

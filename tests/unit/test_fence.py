@@ -24,7 +24,8 @@ from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from launcher.runs.rewind import go_back
 from tests.specs import bare_job
 

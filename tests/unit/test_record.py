@@ -21,7 +21,8 @@ from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record, RunState
+from launcher.driver.run_log import Record
+from launcher.driver.run_state import RunState
 from launcher.watching.status import SILENCE_S
 from tests import saved
 from tests.specs import bare_job
