@@ -24,7 +24,7 @@ _LEFT_S = 5.0
 """How long a person who abandons a run still waits for its last words."""
 
 
-class Background:
+class BackgroundWriter:
     """Calls ``work`` in a thread, between entering and leaving.
 
     Args:

@@ -49,7 +49,7 @@ class Change:
     leaving: frozenset[int] = frozenset()
 
 
-class Crew:
+class Membership:
     """The agents of a run, which the driver replaces as a group."""
 
     def __init__(self, group: WorkerGroup, workers: WorkersSpec, look: Callable[[], Sequence[Node]]) -> None:

@@ -27,7 +27,7 @@ class Overdue:
     reason: str
 
 
-class Saves:
+class PendingCheckpoints:
     """Joins the shares that workers write, and notices when no checkpoint comes."""
 
     def __init__(self, interval: int) -> None:

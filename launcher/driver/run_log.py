@@ -18,7 +18,7 @@ from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import Tracker
 from jobs.spec import JobSpec
 from launcher.display.progress import Progress
-from launcher.driver.background_writer import Background
+from launcher.driver.background_writer import BackgroundWriter
 from launcher.driver.goodput import goodput
 from launcher.driver.run_state import RunState
 from launcher.planning.plan import Plan
@@ -43,7 +43,7 @@ class _Save:
     committed: Callable[[], None]
 
 
-class Record:
+class RunLog:
     """The books of a run, which this process has claimed; they are kept between entering and leaving.
 
     While the store is away they are kept in memory: the rows and events of that time, the newest status, the newest
@@ -90,7 +90,7 @@ class Record:
         self._is_closing = False
         self._is_stop_requested = False
         self._away_since: float | None = None
-        self._background = Background(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s, clock)
+        self._background = BackgroundWriter(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s, clock)
 
     def __enter__(self) -> Self:
         self._background.__enter__()
@@ -251,7 +251,7 @@ class Record:
         Called in the background, and again after a failure.
 
         Yields:
-            After each step, what ``Background`` wants to know.
+            After each step, what ``BackgroundWriter`` wants to know.
 
         Raises:
             LauncherError: What was not written stays to be written.

@@ -46,7 +46,7 @@ class News:
         return f"takes {self.factor:g} times as long as the others for its part of a step, mostly over {self.what}"
 
 
-class Pace:
+class Stragglers:
     """Compares the workers of a group, window by window; one is over when all have told of enough steps."""
 
     def __init__(self, shards: Sequence[int]) -> None:

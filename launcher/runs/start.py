@@ -29,8 +29,8 @@ from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject, Store
 from cluster.tracking.tracker import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
-from launcher.driver.background_writer import Background
-from launcher.driver.membership import Crew
+from launcher.driver.background_writer import BackgroundWriter
+from launcher.driver.membership import Membership
 from launcher.config.description import Description, Difference, differences, parse
 from launcher.driver.driver import Driver, make_task
 from launcher.driver.goodput import taken_over
@@ -40,7 +40,7 @@ from launcher.planning.placement import places_of
 from launcher.display.plots import draw
 from launcher.planning.plan import Plan, Tried, make_plan
 from launcher.display.progress import Progress
-from launcher.driver.run_log import Record
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.watching.status import is_driven, without_driver
 from launcher.code.user_code import UserCode, find_code, has_bundle, lasting_directory, make_import_paths
@@ -425,7 +425,7 @@ def _telling_elsewhere(
         doing = what
         signs.ask()
 
-    with Background(write, STATUS_INTERVAL_S, patience_s=math.inf) as signs:  # without a sign, the job goes on
+    with BackgroundWriter(write, STATUS_INTERVAL_S, patience_s=math.inf) as signs:  # without a sign, the job goes on
         yield tell_both
     signs.check()
     run.submissions.delete_sign(submission_id)  # the run's own status follows; of an error, the submission tells
@@ -485,29 +485,29 @@ def _train(
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
     run.stay_alive()
-    record = Record(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
-    driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers(events))
+    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
+    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, first_workers=first_workers(events))
 
     stack = contextlib.ExitStack()
 
-    def make_crew() -> Crew:
+    def make_membership() -> Membership:
         stack.enter_context(cluster.started())
         task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
-        return Crew(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
+        return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
     try:
         display.phase("starting Ray")
-        with record, stack:
-            driver.drive(make_crew)
+        with run_log, stack:
+            driver.drive(make_membership)
     except LauncherError as error:
-        error.document = record.document()
+        error.document = run_log.document()
         raise
     finally:
         pictures = _write_pictures(run, spec.name, display)
-        summary = {name: value for name, value in record.document().items() if isinstance(value, (int, float, str))}
+        summary = {name: value for name, value in run_log.document().items() if isinstance(value, (int, float, str))}
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
-    return record.document() | {"interrupted": driver.interrupted}
+    return run_log.document() | {"interrupted": driver.interrupted}
 
 
 def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] | None) -> Description:

@@ -20,7 +20,7 @@ from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.runs.rewind import go_back
 from tests.crashing import Faults, crashing
@@ -136,12 +136,12 @@ class OurRuns:
         lost = max(name for name in content if "/optimizer-" in name)
         return {name: data for name, data in content.items() if newest == "whole" or name != lost}
 
-    def _record(self, run: RunDirectory, last: int) -> Record:
+    def _record(self, run: RunDirectory, last: int) -> RunLog:
         plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
         rows = run.metrics().read()
         state = RunState(step=rows[-1]["step"] if rows else 0)
         display = open_progress(io.StringIO(), clock=lambda: 0.0)
-        return Record(spec=_SPEC, plan=plan, run=run, state=state, display=display, tracker=NoTracker())
+        return RunLog(spec=_SPEC, plan=plan, run=run, state=state, display=display, tracker=NoTracker())
 
 
 def save(run: RunDirectory, step: int, by: str, before: Manifest | None) -> Manifest:

@@ -22,7 +22,7 @@ from cluster.storage.local import SyncedLocalFileSystem
 from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from tests.faults.lives import save
 from tests.specs import bare_job
@@ -107,7 +107,7 @@ def life(run: RunDirectory, number: int) -> Iterator[Callable[[], Any]]:
     begun, before = (0, None) if found is None else (found[0].step, found[0])
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
     display = open_progress(io.StringIO(), clock=lambda: 0.0)
-    record = Record(
+    record = RunLog(
         spec=bare_job(), plan=plan, run=run, state=RunState(step=begun), display=display, tracker=NoTracker()
     )
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import StorageError
 from launcher.driver import background_writer
-from launcher.driver.background_writer import Background
+from launcher.driver.background_writer import BackgroundWriter
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,10 @@ class Clock:
 
 def test_it_is_done_when_asked_and_every_few_seconds() -> None:
     work = Work()
-    with Background(work, interval_s=60.0, patience_s=60.0) as asked:
+    with BackgroundWriter(work, interval_s=60.0, patience_s=60.0) as asked:
         asked.finish()
         assert work.done == 1
-    with Background(work, interval_s=0.01, patience_s=60.0):
+    with BackgroundWriter(work, interval_s=0.01, patience_s=60.0):
         deadline = time.monotonic() + 60
         while work.done < 4:
             assert time.monotonic() < deadline
@@ -56,7 +56,7 @@ def test_it_is_done_when_asked_and_every_few_seconds() -> None:
 def test_it_is_tried_again_until_the_store_is_back() -> None:
     work = Work()
     work.is_away = True
-    with Background(work, interval_s=60.0, patience_s=60.0) as tried:
+    with BackgroundWriter(work, interval_s=60.0, patience_s=60.0) as tried:
         tried.ask()
         while tried.failing is None or work.calls < 3:
             time.sleep(0.001)
@@ -71,7 +71,7 @@ def test_it_is_tried_again_until_the_store_is_back() -> None:
 def test_it_ends_when_patience_does() -> None:
     work = Work()
     work.is_away = True
-    with Background(work, interval_s=60.0, patience_s=0.1) as tried:
+    with BackgroundWriter(work, interval_s=60.0, patience_s=0.1) as tried:
         for _ in range(2):  # the same again for whoever asks later
             with pytest.raises(StorageError, match=r"away for 0.1 s \(checkpoint.patience_s\): s3://b: cannot write"):
                 tried.finish()
@@ -87,7 +87,7 @@ def test_a_store_that_is_back_when_patience_ends_is_used(monkeypatch: pytest.Mon
         work.is_away = not work.calls
         yield from work()
 
-    with Background(fail_once, interval_s=60.0, patience_s=0.2) as tried:
+    with BackgroundWriter(fail_once, interval_s=60.0, patience_s=0.2) as tried:
         tried.finish()
     assert work.done
 
@@ -101,7 +101,7 @@ def test_a_call_that_does_not_come_back_is_a_failing_store(monkeypatch: pytest.M
         yield "claim"
         for_ever.wait()
 
-    hung = Background(hang, interval_s=60.0, patience_s=0.1)
+    hung = BackgroundWriter(hang, interval_s=60.0, patience_s=0.1)
     with hung, pytest.raises(StorageError, match="away for 0.1 s .*: a call has not come back for 0 s"):
         hung.finish()
     for_ever.set()
@@ -116,7 +116,7 @@ def test_work_that_takes_long_is_no_store_that_is_away() -> None:
             seen.append(long.failing)
             yield step
 
-    long = Background(work, interval_s=60.0, patience_s=20.0, clock=clock)
+    long = BackgroundWriter(work, interval_s=60.0, patience_s=20.0, clock=clock)
     with long:
         long.finish()
         assert clock.now > 20.0
@@ -132,7 +132,7 @@ def test_a_call_has_hung_since_the_store_has_answered_last() -> None:
             seen.append(hung.failing)
             yield f"for {seconds:g} s"
 
-    hung = Background(work, interval_s=60.0, patience_s=60.0, clock=clock)
+    hung = BackgroundWriter(work, interval_s=60.0, patience_s=60.0, clock=clock)
     with hung:
         hung.finish()
     assert seen[:3] == [None, (14.0, "a call has not come back for 16 s"), None]
@@ -148,7 +148,7 @@ def test_a_store_that_answers_and_does_not_write_is_away() -> None:
         clock.now += 1.0
         raise StorageError(f"s3://b: cannot write at try {next(tries)}; make room")
 
-    full = Background(work, interval_s=60.0, patience_s=10.0, clock=clock)
+    full = BackgroundWriter(work, interval_s=60.0, patience_s=10.0, clock=clock)
     with full, pytest.raises(StorageError, match="away for 10 s .*: s3://b: cannot write at try 6; make room"):
         full.finish()
     assert clock.now == 12.0
@@ -172,7 +172,7 @@ def test_a_failure_ends_once_what_has_failed_is_done() -> None:
         if number == 2:
             raise StorageError("second")
 
-    tried = Background(work, interval_s=60.0, patience_s=60.0, clock=clock)
+    tried = BackgroundWriter(work, interval_s=60.0, patience_s=60.0, clock=clock)
     with tried:
         tried.finish()
         assert tried.failing is None
@@ -191,7 +191,7 @@ def test_work_that_gets_on_between_failures_goes_on_for_longer_than_patience() -
             clock.now += 8.0
             raise StorageError("s3://b: cannot delete; wait")
 
-    with Background(work, interval_s=60.0, patience_s=10.0, clock=clock) as tried:
+    with BackgroundWriter(work, interval_s=60.0, patience_s=10.0, clock=clock) as tried:
         tried.finish()
     assert left == []
     assert clock.now == 80.0
@@ -201,7 +201,10 @@ def test_who_abandons_a_run_waits_a_moment_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(background_writer, "_LEFT_S", 0.05)
     work = Work()
     work.is_away = True
-    with Background(work, interval_s=60.0, patience_s=60.0) as tried, pytest.raises(StorageError, match="given up"):
+    with (
+        BackgroundWriter(work, interval_s=60.0, patience_s=60.0) as tried,
+        pytest.raises(StorageError, match="given up"),
+    ):
         tried.finish(lambda: True)
 
 
@@ -209,5 +212,5 @@ def test_a_fault_of_our_own_is_not_tried_again() -> None:
     def work() -> list[str]:
         raise ZeroDivisionError
 
-    with Background(work, interval_s=60.0, patience_s=60.0) as broken, pytest.raises(ZeroDivisionError):
+    with BackgroundWriter(work, interval_s=60.0, patience_s=60.0) as broken, pytest.raises(ZeroDivisionError):
         broken.finish()

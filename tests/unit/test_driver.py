@@ -46,8 +46,8 @@ from cluster.tracking.tracker import NoTracker
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
 from launcher.display.progress import open_progress
 from launcher.driver.driver import Driver
-from launcher.driver.membership import MOST_MISFITS, Crew
-from launcher.driver.run_log import Record
+from launcher.driver.membership import MOST_MISFITS, Membership
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from tests.specs import bare_job
 
@@ -141,13 +141,13 @@ def drive(
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
     run.claim()
-    record = Record(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
+    record = RunLog(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
     group.is_settled = lambda: record.is_settled
-    driver = Driver(spec=spec, run_url=run.url, record=record, first_workers=first_workers, clock=lambda: group.now)
+    driver = Driver(spec=spec, run_url=run.url, run_log=record, first_workers=first_workers, clock=lambda: group.now)
     scripted: Any = group
     try:
         with record:
-            driver.drive(lambda: Crew(scripted, spec.workers, lambda: look(group.now)))
+            driver.drive(lambda: Membership(scripted, spec.workers, lambda: look(group.now)))
     finally:
         assert group.is_closed
         assert not group.script, "the driver left before the end of the script"

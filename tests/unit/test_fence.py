@@ -24,7 +24,7 @@ from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.runs.rewind import go_back
 from tests.specs import bare_job
@@ -115,10 +115,10 @@ def drive(name: str, last: int) -> int:
     return begun
 
 
-def record_of(run: RunDirectory, last: int) -> Record:
+def record_of(run: RunDirectory, last: int) -> RunLog:
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=last, end_step=last)
     display = open_progress(io.StringIO(), clock=lambda: 0.0)
-    return Record(spec=SPEC, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
+    return RunLog(spec=SPEC, plan=plan, run=run, state=RunState(), display=display, tracker=NoTracker())
 
 
 def save(run: RunDirectory, step: int) -> Manifest:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.process.messages import DOING
-from launcher.driver.stragglers import Pace
+from launcher.driver.stragglers import Stragglers
 
 Window = Sequence[tuple[float, ...]]
 """The mean step of each worker, by rank: milliseconds of data, of computing and, where there is one, of a save."""
@@ -57,10 +57,10 @@ def hear(
     shards: Sequence[int] = (2, 2),
     steps: int = 20,
     wire: float = 1.0,
-    pace: Pace | None = None,
+    pace: Stragglers | None = None,
 ) -> Said:
     """What is said of windows in each of which everybody takes as long as the slowest and the wire; all at step 5."""
-    pace = pace or Pace(shards)
+    pace = pace or Stragglers(shards)
     spent = [dict.fromkeys(DOING, 1.0) for _ in shards]
     for rank, seconds in enumerate(spent):
         assert pace.heard(rank, 5, dict(seconds)) == []
@@ -101,7 +101,7 @@ def test_few_steps_make_no_window() -> None:
 
 
 def test_after_a_restart_it_is_not_said_again() -> None:
-    pace = Pace((2, 2))
+    pace = Stragglers((2, 2))
     assert hear([DATA] * 4, pace=pace) == {3: [(1, "data", 2.7)]}
     pace.restarted()
     assert hear([DATA] * 4, pace=pace) == {}
@@ -125,7 +125,7 @@ def test_nobody_is_named_where_all_are_disturbed(seed: int) -> None:
 
 def test_what_is_said_to_people() -> None:
     texts = []
-    pace = Pace((1, 1))
+    pace = Stragglers((1, 1))
     for spent_s in range(10):
         for rank, data_s in enumerate((spent_s, 3.21 * spent_s if spent_s < 4 else 9.63 + spent_s)):
             spent = dict.fromkeys(DOING, 0.0) | {"data": data_s}

@@ -21,7 +21,7 @@ from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec
 from launcher.display.progress import open_progress
-from launcher.driver.run_log import Record
+from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.watching.status import SILENCE_S
 from tests import saved
@@ -90,11 +90,11 @@ def run() -> RunDirectory:
 
 
 @pytest.fixture
-def record(run: RunDirectory) -> Record:
+def record(run: RunDirectory) -> RunLog:
     """That of its driver, which keeps one checkpoint and has just saved step 6."""
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=10, end_step=10)
     display = open_progress(io.StringIO(), clock=lambda: 0.0)
-    record = Record(
+    record = RunLog(
         spec=bare_job(checkpoint=CheckpointSpec(keep=1)),
         plan=plan,
         run=run,
@@ -111,7 +111,7 @@ def files_of(step: int) -> dict[str, bytes]:
     return {"model.bin": b"m" * step, "optimizer.bin": b"o" * step}
 
 
-def save(record: Record, run: RunDirectory, step: int) -> None:
+def save(record: RunLog, run: RunDirectory, step: int) -> None:
     manifest = saved.manifest_of(step, saved.write_files(run.checkpoints, step, files_of(step)))
     record.checkpoint(manifest, (None, None), 0.1)
 
@@ -121,7 +121,7 @@ def removed(run: RunDirectory) -> list[list[int]]:
     return [event["steps"] for event in run.events().read() if event["kind"] == "checkpoints_removed"]
 
 
-def test_a_driver_that_removes_many_checkpoints_does_not_look_dead(run: RunDirectory, record: Record) -> None:
+def test_a_driver_that_removes_many_checkpoints_does_not_look_dead(run: RunDirectory, record: RunLog) -> None:
     settled = []
     for _ in record.write():
         record.tend()
@@ -147,7 +147,7 @@ def test_a_driver_that_removes_many_checkpoints_does_not_look_dead(run: RunDirec
     ],
 )
 def test_what_comes_meanwhile_does_not_wait(
-    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch, news: str, kept: int, kinds: list[str]
+    run: RunDirectory, record: RunLog, monkeypatch: pytest.MonkeyPatch, news: str, kept: int, kinds: list[str]
 ) -> None:
     def happen(_: str) -> None:
         at_delete(monkeypatch, lambda _: None)
@@ -174,7 +174,7 @@ def test_what_comes_meanwhile_does_not_wait(
 
 
 def test_they_are_removed_also_if_there_is_always_more_to_write(
-    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, record: RunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_delete(monkeypatch, lambda _: record.event("resized", step=6))
     for _ in range(12):
@@ -182,14 +182,14 @@ def test_they_are_removed_also_if_there_is_always_more_to_write(
     assert run.store.at("checkpoints").folders() == ["fences", "step-00000006"]
 
 
-def test_each_try_has_the_same_steps(record: Record) -> None:
+def test_each_try_has_the_same_steps(record: RunLog) -> None:
     """Else one that is left out now and then would pass for progress of a store that fails another for ever."""
     busy, idle = (set(record.write()) - {None} for _ in range(2))
     assert busy == idle
 
 
 def test_what_is_removed_before_a_failure_is_told(
-    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, record: RunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: str) -> None:
         if "step-00000003/manifest" in path:
@@ -205,7 +205,7 @@ def test_what_is_removed_before_a_failure_is_told(
     assert removed(run) == [[4, 5], [1, 2, 3]]
 
 
-def test_a_run_is_not_closed_before_they_are_removed(run: RunDirectory, record: Record) -> None:
+def test_a_run_is_not_closed_before_they_are_removed(run: RunDirectory, record: RunLog) -> None:
     with record:
         record.close("completed", None, lambda: False)
     assert run.checkpoints.steps() == [6]
@@ -215,7 +215,7 @@ def test_a_run_is_not_closed_before_they_are_removed(run: RunDirectory, record: 
     assert status["status"] == "completed"
 
 
-def until_status(record: Record) -> Iterator[str | None]:
+def until_status(record: RunLog) -> Iterator[str | None]:
     """The steps of a write, but for the removal of what is old."""
     for step in record.write():
         yield step
@@ -224,7 +224,7 @@ def until_status(record: Record) -> Iterator[str | None]:
 
 
 def test_a_driver_shows_that_it_lives_however_much_there_is_to_write_on_a_slow_store(
-    run: RunDirectory, record: Record, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, record: RunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SlowFileSystem, "write_s", 6.0)
     for number in range(10):
@@ -243,6 +243,6 @@ def test_a_driver_shows_that_it_lives_however_much_there_is_to_write_on_a_slow_s
     assert SlowFileSystem.now - began_at > 100.0, "all of it together takes longer than a driver may be silent"
 
 
-def test_on_a_fast_store_the_status_is_sign_enough(record: Record) -> None:
+def test_on_a_fast_store_the_status_is_sign_enough(record: RunLog) -> None:
     list(until_status(record))
     assert sum(call.startswith("write /run/drivers/") for _, call in SlowFileSystem.calls) == 2, "the claim, the status"

@@ -34,7 +34,7 @@ class Training(BaseException):
 
 
 class AtOnce:
-    """What ``Background`` does, in the thread that asks for it: a kill there is one of this process."""
+    """What ``BackgroundWriter`` does, in the thread that asks for it: a kill there is one of this process."""
 
     def __init__(self, work: Callable[[], Iterator[None]], *_: Any, **__: Any) -> None:
         self._work = work
@@ -74,7 +74,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
 
     monkeypatch.setattr(start, "make_plan", make_plan)
     monkeypatch.setattr(start, "_open_tracker", train)
-    monkeypatch.setattr(start, "Background", AtOnce)
+    monkeypatch.setattr(start, "BackgroundWriter", AtOnce)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return pairs
@@ -232,7 +232,7 @@ def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeyp
 
     monkeypatch.setattr(start, "make_plan", plan)
     if not is_job:
-        monkeypatch.delattr(start, "Background")
+        monkeypatch.delattr(start, "BackgroundWriter")
     with pytest.raises(Training):
         resume(run, (), Machine(2), said, submission_id=submission_id if is_job else None)
     assert [sign and sign.doing for sign in signs] == ["waiting for room" if is_job else None]

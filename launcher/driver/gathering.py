@@ -1,0 +1,98 @@
+"""Starting workers as soon as there is room for them, and saying what is waited for until then."""
+
+from collections.abc import Sequence
+
+from cluster.errors import ClusterError
+from jobs.spec import WorkersSpec
+from launcher.driver.membership import Membership
+from launcher.driver.run_log import RunLog
+
+_ASK_AFTER_S = 10.0
+"""How long there is too little room before Ray is asked for it all the same.
+
+Then the run stands in line, and an autoscaler brings nodes for what Ray has no room for. What Ray Train asks of an
+autoscaler is not enough: nodes that others use meet it, and more than there may be, with what others ask, brings none.
+"""
+
+
+class Gathering:
+    """Finds room for the workers of a run. Times come in as numbers: seconds that only grow."""
+
+    def __init__(self, workers: WorkersSpec, run_url: str, membership: Membership, run_log: RunLog) -> None:
+        """Only assigns."""
+        self._workers = workers
+        self._run_url = run_url
+        self._membership = membership
+        self._run_log = run_log
+        self._waiting_since: float | None = None
+        self.start_at = 0.0
+        """Workers are not started before."""
+
+    @property
+    def waits(self) -> bool:
+        """There is too little room."""
+        return self._waiting_since is not None
+
+    def gather(self, now: float) -> None:
+        """Starts workers if there is room for them, unless it is too early to try again.
+
+        Raises:
+            ClusterError: There has been no room for longer than ``workers.wait_s``.
+        """
+        if now < self.start_at:
+            return
+        membership = self._membership
+        room = membership.room(now)
+        if room is None:
+            return
+        waited_s = 0.0 if room and not membership.is_unplaced else self._note_wait(now)
+        if room:
+            if not self.waits:
+                self._run_log.display.phase(_starting(room))
+            membership.start(room, now)
+        elif membership.holds_room:
+            # While this run waits for more, others may need what its former agents hold. Two runs that each held what
+            # the other one waits for would wait for ever.
+            membership.start(0, now)
+        elif membership.group.is_shared and waited_s >= _ASK_AFTER_S:
+            membership.start(self._workers.least, now)
+
+    def placed(self, nodes: Sequence[str], now: float) -> None:
+        """Ray holds room for the agents that were to start, on these nodes by rank; none: the room is let go of."""
+        self._membership.placed(nodes, now)
+        if not nodes:
+            return
+        state, count = self._run_log.state, len(nodes)
+        if state.workers not in (0, count):
+            self._run_log.event("resized", step=state.step, workers=count, before=state.workers)
+            self._run_log.display.message(f"step {state.step}: going on with {count} workers")
+        if self.waits:
+            self._run_log.display.phase(_starting(count))
+        state.workers, state.waits_for, self._waiting_since = count, None, None
+
+    def _note_wait(self, now: float) -> float:
+        """Makes known that room is waited for, and for what; returns for how many seconds by now.
+
+        Raises:
+            ClusterError: Longer than that is wanted.
+        """
+        shortage, limit_s = self._membership.shortage(), self._workers.wait_s
+        run_log = self._run_log
+        run_log.state.waits_for = shortage
+        if self._waiting_since is None:
+            self._waiting_since = now
+            run_log.flush()
+            run_log.event("waiting", step=run_log.state.step, reason=shortage)
+            asked = "; an autoscaler, if there is one, is asked for them" if self._membership.group.is_shared else ""
+            run_log.display.message(f"waiting for workers, for up to {limit_s:g} s: {shortage}{asked}")
+        waited_s = now - self._waiting_since
+        if waited_s > limit_s:
+            raise ClusterError(
+                f"{shortage}, after {limit_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
+                f"or lower workers.num, then launcher resume {self._run_url}"
+            )
+        return waited_s
+
+
+def _starting(num_workers: int) -> str:
+    return f"starting {num_workers} worker{'s' * (num_workers > 1)}"
