@@ -12,7 +12,6 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from keyword import iskeyword
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationKeyError,
@@ -33,7 +32,16 @@ from omegaconf.resolvers import oc
 
 from cluster.errors import DescriptionError, FieldError, nearest
 from jobs.spec import NUMBER_FROM_TEXT, JobSpec, PlanValue, Target
-from launcher.config.reference import has_target, is_section, section_in, shorthand_of, type_words, union_members
+from launcher.config.reference import (
+    default_of,
+    has_target,
+    is_required,
+    is_section,
+    own_fields,
+    shorthand_of,
+    type_words,
+    union_members,
+)
 
 _COMMAND_LINE = "command line"
 
@@ -72,13 +80,7 @@ class Description:
 
     def variables(self) -> tuple[str, ...]:
         """The environment variables that ``spec`` has values of; one that is not set, but has a default, is none."""
-        names: dict[str, None] = {}
-        token = _VARIABLES.set(names)
-        try:
-            _resolved(self.document)
-        finally:
-            _VARIABLES.reset(token)
-        return tuple(names)
+        return _resolved(self.document)[1]
 
 
 class OfCluster(str):
@@ -173,14 +175,18 @@ def read(
         DescriptionError: For every mistake in it, in one line.
     """
     written = _read_written(language, text, source, defaults or {})
-    overridden = [_override(written, override) for override in overrides]
+    try:
+        overridden = [_override(written, override) for override in overrides]
+    except FieldError as error:
+        raise _error(_COMMAND_LINE, error) from error
     try:
         spec, written = _checked(language, written)
     except FieldError as error:
-        by_override = any(_is_within(error.key, key) for key in overridden)
-        if by_override or (overridden and _is_sound(language, _read_written(language, text, source, defaults or {}))):
-            raise _error(_COMMAND_LINE, error) from error
-        raise _error(source, error) from error
+        by_override = overridden and (
+            any(_is_within(error.key, key) for key in overridden)
+            or _is_sound(language, _read_written(language, text, source, defaults or {}))
+        )
+        raise _error(_COMMAND_LINE if by_override else source, error) from error
     return spec, OmegaConf.to_yaml(OmegaConf.create(written))
 
 
@@ -217,10 +223,9 @@ def _read_written(language: Language, text: str, source: str, defaults: Mapping[
     """What is written, and the defaults beside it."""
     try:
         written = _read_yaml(text)
-        if written is None or written == {}:
-            raise _error(source, f"is empty; it needs {language.needs}")
-        if not isinstance(written, dict):
-            raise _error(source, f"must be a mapping, got {_show(written)}; it needs {language.needs}")
+        if not isinstance(written, dict) or not written:
+            problem = "is empty" if written in (None, {}) else f"must be a mapping, got {_show(written)}"
+            raise _error(source, f"{problem}; it needs {language.needs}")
         return _completed(language.section_of(written), {**defaults, **written})
     except yaml.YAMLError as error:
         raise _error(source, _syntax_problem(error, text)) from error
@@ -239,7 +244,7 @@ def _read_yaml(text: str) -> Any:
         # The pure Python loader goes first: on brackets nested without end, the C loader ends the process.
         _refuse_tags(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_ambiguous_scalars(root)
+        _refuse_ambiguous_scalars(root, "", set())
         if not isinstance(root, yaml.CollectionNode):
             return root and root.value  # OmegaConf would make the mapping {word: null} of a bare word
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -252,42 +257,39 @@ def _read_yaml(text: str) -> Any:
 def _refuse_tags(text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if tag := getattr(event, "tag", None):
-            name = tag.replace("tag:yaml.org,2002:", "!!")
+            name = tag.replace(_TYPE, "!!")
             raise yaml.MarkedYAMLError(problem=f"the tag {name} is not supported", problem_mark=event.start_mark)
 
 
 _FLOAT = r"(?i:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)"
 
+_TYPE = "tag:yaml.org,2002:"
+_BASE_10 = "in another base than 10; write it in decimal"
+
 # What YAML 1.1 reads as these types, as far as a reader takes it for the same; but 010 is 8, 1:30 is 90, no is false.
-_UNAMBIGUOUS: Mapping[str, str] = {
-    "tag:yaml.org,2002:bool": r"(?i:true|false)",
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F]{1,999})",
-    "tag:yaml.org,2002:float": _FLOAT,
-}
-_READS = {
-    "tag:yaml.org,2002:bool": "as true or false; write that",
-    "tag:yaml.org,2002:int": "in another base than 10; write it in decimal",
-    "tag:yaml.org,2002:float": "in another base than 10; write it in decimal",
+_UNAMBIGUOUS: Mapping[str, tuple[str, str]] = {
+    f"{_TYPE}bool": (r"(?i:true|false)", "as true or false; write that"),
+    f"{_TYPE}int": (r"[-+]?(0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F]{1,999})", _BASE_10),
+    f"{_TYPE}float": (_FLOAT, _BASE_10),
 }
 
 
-def _refuse_ambiguous_scalars(root: yaml.Node | None) -> None:
-    stack, seen = [(root, "")], set()  # an alias is a node met twice, and may lead back to its own parent
-    while stack:
-        node, key = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            for name, value in reversed(node.value):
-                stack += [(value, _join(key, str(name.value))), (name, _join(key, str(name.value)))]
-        elif isinstance(node, yaml.SequenceNode):
-            stack += [(item, f"{key}[{index}]") for index, item in reversed(list(enumerate(node.value)))]
-        elif isinstance(node, yaml.ScalarNode):
-            looks_like = _UNAMBIGUOUS.get(node.tag)
-            if looks_like and not re.fullmatch(looks_like, node.value):
-                problem = f"is written {_clipped(node.value)}, which YAML reads {_READS[node.tag]}"
-                raise FieldError(key or "value", f"{problem}, or quote it if it is text")
+def _refuse_ambiguous_scalars(node: yaml.Node | None, key: str, seen: set[yaml.Node | None]) -> None:
+    if node in seen:  # an alias, which may lead back to its own parent
+        return
+    seen.add(node)
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            for part in (name, value):
+                _refuse_ambiguous_scalars(part, _join(key, str(name.value)), seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _refuse_ambiguous_scalars(item, f"{key}[{index}]", seen)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _UNAMBIGUOUS:
+        looks_like, reads = _UNAMBIGUOUS[node.tag]
+        if not re.fullmatch(looks_like, node.value):
+            problem = f"is written {_clipped(node.value)}, which YAML reads {reads}"
+            raise FieldError(key or "value", f"{problem}, or quote it if it is text")
 
 
 def _syntax_problem(error: yaml.YAMLError, text: str) -> str:
@@ -322,11 +324,8 @@ def _override(job: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     path = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     if not equals or not all(part and part == part.strip() for part in path):
-        raise _error(_COMMAND_LINE, f"an override must be key=value, got {override!r}")
-    try:
-        return _set(job, path, _override_value(key, text), "")
-    except FieldError as error:
-        raise _error(_COMMAND_LINE, error) from error
+        raise FieldError("an override", f"must be key=value, got {override!r}")
+    return _set(job, path, _override_value(key, text), "")
 
 
 def _override_value(key: str, text: str) -> Any:
@@ -351,14 +350,14 @@ def _override_value(key: str, text: str) -> Any:
 
 def _set(parent: Any, path: Sequence[str], value: Any, at: str) -> str:
     name, *rest = path
+    index: str | int = name
     if isinstance(parent, list):
         key = f"{at}[{name}]"
         if not name.isdecimal() or int(name) >= len(parent):
             raise FieldError(key, f"does not exist, {at} has {len(parent)} items; write the whole list")
-        index: Any = int(name)
+        index = int(name)
     elif isinstance(parent, dict):
         key = _join(at, name)
-        index = name
         if rest and parent.get(name) is None:
             parent[name] = {}
     else:
@@ -372,84 +371,66 @@ def _set(parent: Any, path: Sequence[str], value: Any, at: str) -> str:
 # --- Defaults ---
 
 
-def _completed(section: Any, value: Any) -> Any:
-    """The section with its defaults written out, in the order of the dataclass, before what that does not know.
+def _completed(hint: Any, value: Any) -> Any:
+    """What is written for a type, each section with its defaults, in the order of the dataclass, before unknown keys.
 
-    What is of a wrong type is left for the check to refuse.
+    A value of a wrong type is left for the check to refuse.
     """
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [_completed(typing.get_args(hint)[0], item) for item in value]
+    section = next((member for member in union_members(hint) if dataclasses.is_dataclass(member)), None)
     shorthand = shorthand_of(section)
     if isinstance(value, str) and shorthand and ("${" not in value or shorthand != "_target_"):
         value = {shorthand: value}
-    if not isinstance(value, dict):
+    if not is_section(section) or not isinstance(value, dict):
         return value
+    hints = typing.get_type_hints(section)
     complete: dict[str, Any] = {}
-    if has_target(section):
-        complete.update({name: item for name, item in value.items() if name not in _keys(section)})
-    for field in dataclasses.fields(section):
-        if field.name in ("factory", "args"):
-            continue
-        hint = _hints(section)[field.name]
-        inner = section_in(hint)
-        if field.name in value:
-            item = value[field.name]
-        elif field.default is not NO_DEFAULT:
-            item = list(field.default) if isinstance(field.default, tuple) else field.default
-        elif inner is not None and not has_target(inner):
+    for field in own_fields(section):
+        item = value.get(field.name, default_of(field))
+        if item is NO_DEFAULT and is_section(hints[field.name]) and not has_target(hints[field.name]):
             item = {}  # its own defaults, or its own missing keys
-        else:
-            continue
-        if Target in union_members(hint) and isinstance(item, str) and "${" not in item:
-            item = {"_target_": item}
-        elif inner is not None:
-            item = [_completed(inner, part) for part in item] if isinstance(item, list) else _completed(inner, item)
-        complete[field.name] = item
-    return {**complete, **{name: item for name, item in value.items() if name not in complete}}
+        if item is not NO_DEFAULT:
+            complete[field.name] = _completed(hints[field.name], item)
+    rest = {name: item for name, item in value.items() if name not in complete}
+    return {**rest, **complete} if has_target(section) else {**complete, **rest}
 
 
 # --- Interpolations ---
 
 
-_PLAN = {name: f"${{plan.named:{name}}}" for name in ("total_steps", "steps_per_epoch")}
+_PLAN = {name: f"${{plan.steps:{name}}}" for name in ("total_steps", "steps_per_epoch")}
 """Stands in the job as ``plan`` while it is resolved, so that ``${plan.total_steps}`` finds something there."""
 
 
-def _plan_named(name: Any) -> PlanValue:
-    if name not in _PLAN:
-        raise ValueError(f"the plan knows {', '.join(_PLAN)} and steps:EPOCHS, not {name}")
-    return PlanValue(name)
-
-
 def _plan_steps(epochs: Any) -> PlanValue:
+    if isinstance(epochs, str) and epochs in _PLAN:
+        return PlanValue(epochs)
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs < float("inf"):
         raise ValueError(f"plan.steps takes a number of epochs, got {epochs}")
     return PlanValue("steps", epochs)
 
 
-_VARIABLES: ContextVar[dict[str, None]] = ContextVar("variables")
-"""Collects the names of the environment variables that are read while a job is resolved, if somebody asks."""
-
-
-def _environment_variable(name: str, *default: Any) -> str | None:
-    """``oc.env``, which notes the names of the variables that it reads."""
+def _environment_variable(name: str, *default: Any, _root_: DictConfig) -> str | None:
+    """``oc.env``, which notes the names of the variables that it reads in the cache of the whole description."""
     if name in os.environ:
-        _VARIABLES.get({})[name] = None
+        OmegaConf.get_cache(_root_)["oc.env"][name] = None
     return oc.env(name, *default)
 
 
 OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
-OmegaConf.register_resolver("plan.named", _plan_named, replace=True)  # replace: a module may be imported anew
-OmegaConf.register_resolver("plan.steps", _plan_steps, replace=True)
+OmegaConf.register_resolver("plan.steps", _plan_steps, replace=True)  # replace: a module may be imported anew
 
 
-def _resolved(job: dict[str, Any]) -> dict[str, Any]:
-    """The job with every interpolation replaced by its value, or by a ``PlanValue``."""
+def _resolved(job: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The job with every interpolation replaced by its value or a ``PlanValue``, and the variables that it reads."""
     try:
-        config = OmegaConf.create({**job, "plan": _PLAN} if "plan" not in job else job)
+        config = OmegaConf.create({"plan": _PLAN, **job})
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise _field_error(error, job) from error
     assert isinstance(resolved, dict)
-    return {str(name): resolved[name] for name in job}
+    return {str(name): resolved[name] for name in job}, tuple(OmegaConf.get_cache(config)["oc.env"])
 
 
 def _field_error(error: OmegaConfBaseException, job: dict[str, Any]) -> FieldError:
@@ -486,7 +467,7 @@ def _checked(language: Language, written: dict[str, Any]) -> tuple[Any, dict[str
     """The spec of what is written, and that with its defaults: an override may have begun a section."""
     section = language.section_of(written)
     written = _completed(section, written)
-    return _section(section, _resolved(written), ""), written
+    return _section(section, _resolved(written)[0], ""), written
 
 
 def _is_sound(language: Language, written: dict[str, Any]) -> bool:
@@ -499,8 +480,9 @@ def _is_sound(language: Language, written: dict[str, Any]) -> bool:
 
 def _section(section: Any, value: dict[Any, Any], key: str) -> Any:
     """Builds a dataclass; what its fields do not name goes to its target or its args, if it has such."""
-    hints, keys = _hints(section), _keys(section)
-    rest = {name: item for name, item in value.items() if name not in keys}
+    hints = typing.get_type_hints(section)
+    own = {field.name: field for field in own_fields(section)}
+    rest = {name: item for name, item in value.items() if name not in own}
     values: dict[str, Any] = {}
     if "factory" in hints:
         values["factory"] = _target(rest, key)
@@ -508,13 +490,13 @@ def _section(section: Any, value: dict[Any, Any], key: str) -> Any:
         values["args"] = _arguments(rest, key)
     elif rest:
         name = next(iter(rest))
-        suggestion = nearest(str(name), keys) or f"; the keys here are {', '.join(keys)}"
+        suggestion = nearest(str(name), own) or f"; the keys here are {', '.join(own)}"
         raise FieldError(_join(key, str(name) or "''"), f"is not a known key{suggestion}")
-    for field in dataclasses.fields(section):
-        if field.name in value:
-            values[field.name] = _value(hints[field.name], value[field.name], _join(key, field.name))
-        elif field.name in keys and field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT:
-            raise FieldError(_join(key, field.name), f"is missing; write {type_words(hints[field.name])}")
+    for name, field in own.items():
+        if name in value:
+            values[name] = _value(hints[name], value[name], _join(key, name))
+        elif is_required(field):
+            raise FieldError(_join(key, name), f"is missing; write {type_words(hints[name])}")
     try:
         return section(**values)
     except FieldError as error:
@@ -524,18 +506,16 @@ def _section(section: Any, value: dict[Any, Any], key: str) -> Any:
 def _value(hint: Any, value: Any, key: str) -> Any:
     """The value as the type asks for it; its type must fit as it is, but for a whole number that is a number."""
     for member in union_members(hint):
-        if member is Target and isinstance(value, (str, dict)):
-            return _target(value, key)
-        if is_section(member) and isinstance(value, dict):
-            return _section(member, value, key)
-        if isinstance(value, str) and (shorthand := shorthand_of(member)):
-            return _section(member, {shorthand: value}, key)
-        if typing.get_origin(member) is Mapping and isinstance(value, dict):
-            return {str(name): _value(Target, item, _join(key, str(name))) for name, item in value.items()}
-        if typing.get_origin(member) is tuple and isinstance(value, list):
-            item = typing.get_args(member)[0]
-            return tuple(_value(item, part, f"{key}[{index}]") for index, part in enumerate(value))
-        if typing.get_origin(member) is Literal and isinstance(value, str) and value in typing.get_args(member):
+        origin, items = typing.get_origin(member), typing.get_args(member)
+        shorthand = shorthand_of(member)
+        written = {shorthand: value} if shorthand and isinstance(value, str) else value
+        if dataclasses.is_dataclass(member) and isinstance(written, dict):
+            return _target(written, key) if member is Target else _section(member, written, key)
+        if origin is Mapping and isinstance(value, dict):
+            return {str(name): _value(items[1], item, _join(key, str(name))) for name, item in value.items()}
+        if origin is tuple and isinstance(value, list):
+            return tuple(_value(items[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+        if origin is Literal and value in items:
             return value
         if member is float and type(value) is int and abs(value) < 2**1000:  # a float can be no larger
             return float(value)
@@ -564,9 +544,8 @@ def _advice(hint: Any, value: Any) -> str:
     return ""
 
 
-def _target(value: str | dict[Any, Any], key: str) -> Target:
-    """A bare string is a target without arguments."""
-    written = {"_target_": value} if isinstance(value, str) else dict(value)
+def _target(value: dict[Any, Any], key: str) -> Target:
+    written = dict(value)
     if "_target_" not in written:
         _arguments(written, key)  # a misspelt _target_ is told as such
         raise FieldError(key, "has no _target_; write what to build, an import path such as package.Name")
@@ -619,15 +598,6 @@ def _special(mapping: dict[Any, Any]) -> list[str]:
 
 
 # --- Keys and values ---
-
-
-def _hints(section: Any) -> dict[str, Any]:
-    return typing.get_type_hints(section)
-
-
-def _keys(section: Any) -> list[str]:
-    """The keys that a section itself names."""
-    return [field.name for field in dataclasses.fields(section) if field.name not in ("factory", "args")]
 
 
 def _join(key: str, name: str) -> str:

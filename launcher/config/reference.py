@@ -6,7 +6,6 @@ It owns the words for types, which error messages share; it knows how a section 
 import ast
 import dataclasses
 import inspect
-import sys
 import textwrap
 import types
 import typing
@@ -57,9 +56,24 @@ def describe_json(language: type = spec.JobSpec) -> dict[str, dict[str, Any]]:
     }
 
 
-def entries(language: type = spec.JobSpec) -> Iterator[Entry]:
+def entries(section: type = spec.JobSpec, prefix: str = "", depth: int = 0) -> Iterator[Entry]:
     """Every key of the language, a section before what is in it, in the order of the dataclasses."""
-    return _entries(language, "", 0, _docstrings(language))
+    hints, docs = typing.get_type_hints(section), _docstrings(section)
+    for field in dataclasses.fields(section):
+        doc = docs.get(field.name, "")
+        if field.name == "factory":
+            yield Entry(f"{prefix}_target_", "text", None, True, _TARGET_DOC, depth)
+            continue
+        if field.name == "args":
+            yield Entry(f"{prefix}<argument>", "any value", None, False, doc, depth)
+            continue
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        inner = section_in(hint)
+        required, default = _default(section, field, hint)
+        doc = doc or (inspect.cleandoc(inner.__doc__ or "") if inner else "")
+        yield Entry(key, type_words(hint), default, required, doc, depth, is_section=is_section(hint))
+        if inner is not None:
+            yield from entries(inner, f"{key}[]." if typing.get_origin(hint) is tuple else f"{key}.", depth + 1)
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
@@ -72,15 +86,28 @@ def is_section(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) and hint is not spec.Target
 
 
-def has_target(section: Any) -> bool:
-    """Whether a section names an object to build beside its own keys."""
-    return any(field.name == "factory" for field in dataclasses.fields(section))
+def has_target(hint: Any) -> bool:
+    """Whether a type is written as a mapping with ``_target_``, an object to build, maybe beside keys of its own."""
+    return hint is spec.Target or (is_section(hint) and "factory" in hint.__dataclass_fields__)
+
+
+def own_fields(section: Any) -> "list[dataclasses.Field[Any]]":
+    """The fields of a section that are keys of it; the others hold what it has beside these."""
+    return [field for field in dataclasses.fields(section) if field.name not in ("factory", "args")]
+
+
+def is_required(field: "dataclasses.Field[Any]") -> bool:
+    """Whether a key must be written."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """The default of a key as it is written; ``MISSING`` if it has none, or is a section."""
+    return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 def shorthand_of(hint: Any) -> str | None:
-    """The key that is meant where a section is written as mere text; none if it cannot be."""
-    if not is_section(hint):
-        return None
+    """The key that is meant where a mapping is written as mere text; none if it cannot be."""
     return "_target_" if has_target(hint) else getattr(hint, "SHORTHAND", None)
 
 
@@ -104,7 +131,7 @@ def _words(hint: Any) -> list[str]:
         return [str(choice) for choice in typing.get_args(hint)]
     if typing.get_origin(hint) is tuple:
         return [f"a list of {_PLURALS.get(typing.get_args(hint)[0], 'mappings')}"]
-    if hint is spec.Target or (is_section(hint) and has_target(hint)):
+    if has_target(hint):
         return ["a mapping with _target_"]
     if is_section(hint):
         return ["text", "a mapping"] if shorthand_of(hint) else ["a mapping"]
@@ -113,46 +140,24 @@ def _words(hint: Any) -> list[str]:
     return [{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]]
 
 
-def _entries(section: type, prefix: str, depth: int, docs: Mapping[tuple[str, str], str]) -> Iterator[Entry]:
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        doc = docs.get((section.__name__, field.name), "")
-        if field.name == "factory":
-            yield Entry(f"{prefix}_target_", "text", None, True, _TARGET_DOC, depth)
-            continue
-        if field.name == "args":
-            yield Entry(f"{prefix}<argument>", "any value", None, False, doc, depth)
-            continue
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        inner = section_in(hint)
-        required, default = _default(section, field)
-        doc = doc or (inspect.cleandoc(inner.__doc__ or "") if inner else "")
-        yield Entry(key, type_words(hint), default, required, doc, depth, is_section=is_section(hint))
-        if inner is not None:
-            items = "[]" if typing.get_origin(hint) is tuple else ""
-            yield from _entries(inner, f"{key}{items}.", depth + 1, docs)
-
-
-def _default(section: type, field: "dataclasses.Field[Any]") -> tuple[bool, Any]:
-    """Whether the key must be written, and what it is when it is not; the description itself fills in two."""
+def _default(section: type, field: "dataclasses.Field[Any]", hint: Any) -> tuple[bool, Any]:
+    """Whether the key must be written, and what it is when it is not; the name of a job is that of its file."""
     if section is spec.JobSpec and field.name == "name":
         return False, "the job file's stem"
-    if section is spec.JobSpec and field.name == "data":
-        return False, None
-    if field.default is MISSING:
-        return field.default_factory is MISSING, None
-    return False, list(field.default) if isinstance(field.default, tuple) else field.default
+    default = default_of(field)
+    required = is_required(field) and (has_target(hint) or not is_section(hint))
+    return required, None if default is MISSING else default
 
 
-def _docstrings(language: type) -> dict[tuple[str, str], str]:
-    """(class, field) -> the string literal below the field, which Python does not keep."""
+def _docstrings(section: type) -> dict[str, str]:
+    """Field -> the string literal below it, which Python does not keep."""
     found = {}
-    for node in ast.parse(inspect.getsource(sys.modules[language.__module__])).body:
-        if isinstance(node, ast.ClassDef):
-            for field, below in zip(node.body, node.body[1:]):
-                match field, below:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                        found[node.name, name] = " ".join(doc.split())
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    for field, below in zip(definition.body, definition.body[1:]):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                found[name] = " ".join(doc.split())
     return found
 
 
