@@ -1,0 +1,65 @@
+"""Changes of a description from the command line: ``key=value``, each the whole value of its key."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from cluster.errors import FieldError
+from launcher.config.yaml_reader import read_yaml
+from launcher.keys import clipped, join, show
+
+
+def key_of(override: str) -> str:
+    """The key that it changes, as it is written."""
+    return override.partition("=")[0]
+
+
+def set_override(job: dict[str, Any], override: str) -> str:
+    """Sets one ``key=value`` in the job, and returns the key in its full form."""
+    key, equals, text = override.partition("=")
+    path = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+    if not equals or not all(part and part == part.strip() for part in path):
+        raise FieldError("an override", f"must be key=value, got {override!r}")
+    return _set(job, path, _override_value(key, text), "")
+
+
+def _override_value(key: str, text: str) -> Any:
+    if not text.strip():
+        raise FieldError(key, f"has no value; write {key}=null for none")
+    if text.startswith("*"):  # a pattern: within one value there is nothing that a YAML alias could refer to
+        return text
+    name = "value"
+    line = f"{name}: {text}".rstrip()
+    try:
+        value = read_yaml(line)[name]
+        end = yaml.compose(line, Loader=yaml.SafeLoader).value[0][1].end_mark.index
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise FieldError(key, f"must be a YAML value, got {clipped(repr(text))}: {problem}; quote it") from error
+    except FieldError as error:
+        raise FieldError(key + error.key.removeprefix(name), error.problem) from error
+    if end != len(line):  # what follows a # or a line break would be lost
+        raise FieldError(key, f"must be one YAML value, got {clipped(repr(text))}; quote it")
+    return value
+
+
+def _set(parent: Any, path: Sequence[str], value: Any, at: str) -> str:
+    name, *rest = path
+    index: str | int = name
+    if isinstance(parent, list):
+        key = f"{at}[{name}]"
+        if not name.isdecimal() or int(name) >= len(parent):
+            raise FieldError(key, f"does not exist, {at} has {len(parent)} items; write the whole list")
+        index = int(name)
+    elif isinstance(parent, dict):
+        key = join(at, name)
+        if rest and parent.get(name) is None:
+            parent[name] = {}
+    else:
+        raise FieldError(at, f"is {show(parent)}, which has nothing in it to set; write the whole of {at}")
+    if rest:
+        return _set(parent[index], rest, value, key)
+    parent[index] = value
+    return key

@@ -1,0 +1,172 @@
+"""From plain data to the dataclasses of a language: defaults, unknown keys, types.
+
+A value is judged against the type of its field more strictly than OmegaConf would: nothing is converted except a whole
+number to a number. Each error is a ``FieldError`` with the full key.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from keyword import iskeyword
+from typing import Any, Literal
+
+from cluster.errors import FieldError, nearest
+from jobs.spec import NUMBER_FROM_TEXT, PlanValue, Target
+from launcher.config.reference import (
+    default_of,
+    has_target,
+    is_required,
+    is_section,
+    own_fields,
+    shorthand_of,
+    type_words,
+    union_members,
+)
+from launcher.config.yaml_reader import FLOAT
+from launcher.keys import join, show
+
+
+def completed(hint: Any, value: Any) -> Any:
+    """What is written for a type, each section with its defaults, in the order of the dataclass, before unknown keys.
+
+    A value of a wrong type is left for the check to refuse.
+    """
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [completed(typing.get_args(hint)[0], item) for item in value]
+    section = next((member for member in union_members(hint) if dataclasses.is_dataclass(member)), None)
+    shorthand = shorthand_of(section)
+    if isinstance(value, str) and shorthand and ("${" not in value or shorthand != "_target_"):
+        value = {shorthand: value}
+    if not is_section(section) or not isinstance(value, dict):
+        return value
+    hints = typing.get_type_hints(section)
+    complete: dict[str, Any] = {}
+    for field in own_fields(section):
+        item = value.get(field.name, default_of(field))
+        if item is NO_DEFAULT and is_section(hints[field.name]) and not has_target(hints[field.name]):
+            item = {}  # its own defaults, or its own missing keys
+        if item is not NO_DEFAULT:
+            complete[field.name] = completed(hints[field.name], item)
+    rest = {name: item for name, item in value.items() if name not in complete}
+    return {**rest, **complete} if has_target(section) else {**complete, **rest}
+
+
+def build_section(section: Any, value: dict[Any, Any], key: str) -> Any:
+    """Builds a dataclass; what its fields do not name goes to its target or its args, if it has such."""
+    hints = typing.get_type_hints(section)
+    own = {field.name: field for field in own_fields(section)}
+    rest = {name: item for name, item in value.items() if name not in own}
+    values: dict[str, Any] = {}
+    if "factory" in hints:
+        values["factory"] = _target(rest, key)
+    elif "args" in hints:
+        values["args"] = _arguments(rest, key)
+    elif rest:
+        name = next(iter(rest))
+        suggestion = nearest(str(name), own) or f"; the keys here are {', '.join(own)}"
+        raise FieldError(join(key, str(name) or "''"), f"is not a known key{suggestion}")
+    for name, field in own.items():
+        if name in value:
+            values[name] = _value(hints[name], value[name], join(key, name))
+        elif is_required(field):
+            raise FieldError(join(key, name), f"is missing; write {type_words(hints[name])}")
+    try:
+        return section(**values)
+    except FieldError as error:
+        raise FieldError(join(key, error.key), error.problem) from error
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """The value as the type asks for it; its type must fit as it is, but for a whole number that is a number."""
+    for member in union_members(hint):
+        origin, items = typing.get_origin(member), typing.get_args(member)
+        shorthand = shorthand_of(member)
+        written = {shorthand: value} if shorthand and isinstance(value, str) else value
+        if dataclasses.is_dataclass(member) and isinstance(written, dict):
+            return _target(written, key) if member is Target else build_section(member, written, key)
+        if origin is Mapping and isinstance(value, dict):
+            return {str(name): _value(items[1], item, join(key, str(name))) for name, item in value.items()}
+        if origin is tuple and isinstance(value, list):
+            return tuple(_value(items[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+        if origin is Literal and value in items:
+            return value
+        if member is float and type(value) is int and abs(value) < 2**1000:  # a float can be no larger
+            return float(value)
+        if type(value) is member:
+            return _text(value, key) if member is str else value
+    raise FieldError(key, f"must be {type_words(hint)}, got {show(value)}{_advice(hint, value)}")
+
+
+def _advice(hint: Any, value: Any) -> str:
+    """What to do about a value of the wrong type."""
+    members = union_members(hint)
+    if isinstance(value, PlanValue):
+        return "; only arguments of model, data, loss, optimizer and scheduler can wait for the plan"
+    if str in members and isinstance(value, (bool, int, float)):
+        return "; quote it"
+    literals = [member for member in members if typing.get_origin(member) is Literal]
+    choices = [choice for literal in literals for choice in typing.get_args(literal)]
+    if isinstance(value, str) and (suggestion := nearest(value, choices)):
+        return suggestion
+    if int in members and isinstance(value, float):
+        return f"; write {int(value)}" if value.is_integer() else "; write a whole number"
+    if (int in members or float in members) and isinstance(value, str) and re.fullmatch(FLOAT, value):
+        return f"; {NUMBER_FROM_TEXT}"
+    if value is None:
+        return "; write it, or remove the key"
+    return ""
+
+
+def _target(value: dict[Any, Any], key: str) -> Target:
+    written = dict(value)
+    if "_target_" not in written:
+        _arguments(written, key)  # a misspelt _target_ is told as such
+        raise FieldError(key, "has no _target_; write what to build, an import path such as package.Name")
+    path, partial = written.pop("_target_"), written.pop("_partial_", False)
+    if not isinstance(path, str) or not all(part.isidentifier() and not iskeyword(part) for part in path.split(".")):
+        raise FieldError(join(key, "_target_"), f"must be an import path such as package.Name, got {show(path)}")
+    if not isinstance(partial, bool):
+        raise FieldError(join(key, "_partial_"), f"must be true or false, got {show(partial)}")
+    return Target(path, _arguments(written, key), partial)
+
+
+def _arguments(args: dict[Any, Any], key: str) -> dict[str, Any]:
+    for name in [*_special(args), *args]:
+        if name == "_args_":
+            raise FieldError(join(key, name), "is not supported; write every argument by its name")
+        if name in _special(args):
+            raise FieldError(join(key, name), f"is not a known key{nearest(name, ['_target_', '_partial_'])}")
+        if not isinstance(name, str) or not name.isidentifier() or iskeyword(name):
+            raise FieldError(join(key, str(name)), f"cannot be an argument, got {name!r}; write a Python name")
+    return {name: _argument(item, join(key, name)) for name, item in args.items()}
+
+
+def _argument(value: Any, key: str) -> Any:
+    """The value of an argument: a scalar, a list, a mapping, a target, or what only the plan knows."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return _target(value, key)
+        if special := _special(value):
+            suggestion = nearest(special[0], ["_target_"])
+            raise FieldError(join(key, special[0]), f"stands in a mapping without _target_{suggestion}")
+        return {name: _argument(item, join(key, str(name))) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_argument(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, str):
+        return _text(value, key)
+    if value is None or isinstance(value, (bool, int, float, PlanValue)):
+        return value
+    raise FieldError(key, f"must be text, a number, true, false, null, a list or a mapping, got {show(value)}")
+
+
+def _text(value: str, key: str) -> str:
+    if "${plan." in value:
+        raise FieldError(key, f"cannot be part of a text, got {value!r}; write ${{plan...}} alone")
+    return value
+
+
+def _special(mapping: dict[Any, Any]) -> list[str]:
+    """The keys that look like ``_target_``."""
+    return [name for name in mapping if isinstance(name, str) and re.fullmatch(r"_[a-z]+_", name)]
