@@ -15,11 +15,11 @@ import yaml
 from cluster.errors import DescriptionError, FieldError
 from jobs.spec import JobSpec
 from launcher.config.differences import MISSING, Difference, differences, flatten
+from launcher.config.interpolation import resolved
+from launcher.config.keys import is_within, show
 from launcher.config.overrides import key_of, set_override
+from launcher.config.sections import build_section, completed
 from launcher.config.yaml_reader import read_yaml, syntax_problem, to_yaml
-from launcher.interpolation import resolved
-from launcher.keys import is_within, show
-from launcher.sections import build_section, completed
 
 __all__ = [
     "JOBS", "MISSING", "Description", "Difference", "Language", "OfCluster", "differences", "flatten", "load",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from jobs.spec import JobSpec, PlanValue, Target
-from launcher.keys import leaves, show
+from launcher.config.keys import leaves, show
 
 
 class _Missing:

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from cluster.errors import FieldError
+from launcher.config.keys import clipped, join, show
 from launcher.config.yaml_reader import read_yaml
-from launcher.keys import clipped, join, show
 
 
 def key_of(override: str) -> str:

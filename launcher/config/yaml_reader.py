@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.errors import FieldError
-from launcher.interpolation import field_error
-from launcher.keys import clipped, join
+from launcher.config.interpolation import field_error
+from launcher.config.keys import clipped, join
 
 FLOAT = r"(?i:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)"
 """What YAML reads as a number."""

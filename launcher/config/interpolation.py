@@ -20,7 +20,7 @@ from omegaconf.resolvers import oc
 
 from cluster.errors import FieldError, nearest
 from jobs.spec import PlanValue
-from launcher.keys import leaves
+from launcher.config.keys import leaves
 
 _PLAN = {name: f"${{plan.steps:{name}}}" for name in ("total_steps", "steps_per_epoch")}
 """Stands in the job as ``plan`` while it is resolved, so that ``${plan.total_steps}`` finds something there."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cluster.errors import FieldError, nearest
 from jobs.spec import NUMBER_FROM_TEXT, PlanValue, Target
+from launcher.config.keys import join, show
 from launcher.config.reference import (
     default_of,
     has_target,
@@ -25,7 +26,6 @@ from launcher.config.reference import (
     union_members,
 )
 from launcher.config.yaml_reader import FLOAT
-from launcher.keys import join, show
 
 
 def completed(hint: Any, value: Any) -> Any:

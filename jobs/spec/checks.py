@@ -1,0 +1,52 @@
+"""What more than one section of the job language checks of its values."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cluster.errors import FieldError
+from jobs.spec.target import Target
+
+NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
+"""What to do where text stands for a number: an environment variable is text until it is decoded."""
+
+
+def at_least(spec: object, lowest: int, *names: str) -> None:
+    """Refuses fields that are below a number; none is not."""
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and value < lowest:
+            raise FieldError(name, f"must be at least {lowest}, got {value}")
+
+
+def learning_rate(args: Mapping[str, Any]) -> None:
+    """Refuses a rate that nothing can be trained with."""
+    lr = args.get("lr")
+    if isinstance(lr, str):
+        raise FieldError("lr", f"must be a number, got {lr!r}; {NUMBER_FROM_TEXT}")
+    if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
+        raise FieldError("lr", f"must be finite and above 0, got {lr}; write a learning rate such as 0.1")
+
+
+def finite_numbers(args: Mapping[str, Any]) -> None:
+    """Refuses NaN and infinity anywhere in the arguments of a target."""
+    for key, value in _numbers(args, ""):
+        if isinstance(value, float) and not math.isfinite(value):  # isfinite overflows on a huge int
+            raise FieldError(key, f"must be a finite number, got {value}")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Target):
+        yield from _numbers(value.args, key)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{index}]")
+    elif _is_number(value):
+        yield key, value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
