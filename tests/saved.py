@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from cluster.run.checkpoints import Checkpoints, FileEntry, Manifest, digest_of_files
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.manifest import FileEntry, Manifest, digest_of_files
 from cluster.storage.store import Store
 
 

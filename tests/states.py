@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cluster.run.checkpoints import FileEntry, Part, digest_of_files
+from cluster.run.manifest import FileEntry, Part, digest_of_files
 from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cluster.errors import Cause
-from cluster.run.checkpoints import Share
+from cluster.run.manifest import Share
 
 Doing = Literal["start", "restore", "data", "forward", "backward", "validation", "storage", "exchange"]
 """What a training process can be at; within a step, in this order. A process in an exchange waits for the others,

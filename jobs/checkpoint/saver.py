@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cluster.process.agent_link import AgentLink
 from cluster.process.messages import SaveSkipped, ShareWritten, Spent
-from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints, Manifest, Part, PartKey, Share, divide
+from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
+from cluster.run.manifest import Manifest, Part, PartKey, Share, divide
 from jobs.build.components import Parts
 from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
 from jobs.checkpoint.loop_state import LoopState

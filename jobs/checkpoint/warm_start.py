@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cluster.errors import CheckpointError, DescriptionError, listed, nearest
-from cluster.run.checkpoints import Checkpoints, Manifest
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject, Store
 from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights

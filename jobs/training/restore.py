@@ -13,7 +13,8 @@ import torch
 from cluster.errors import CheckpointError, LauncherError, one_line
 from cluster.process.agent_link import AgentLink
 from cluster.process.messages import FellBack
-from cluster.run.checkpoints import Checkpoints, Manifest, divide
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.manifest import Manifest, divide
 from cluster.run.run_directory import RunDirectory
 from jobs.build.components import Parts
 from jobs.checkpoint.layout import decode, memory_of

@@ -6,7 +6,7 @@ Nothing here looks at a clock: times come in as numbers.
 from dataclasses import dataclass
 
 from cluster.process.messages import ShareWritten
-from cluster.run.checkpoints import Manifest, join
+from cluster.run.manifest import Manifest, join
 
 _INTERVALS = 3
 """A checkpoint is overdue if the newest is so many intervals old"""

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from cluster.errors import LauncherError
 from cluster.process.messages import MatrixMeasured
-from cluster.run.checkpoints import Manifest
 from cluster.run.lease import STATUS_INTERVAL_S, SupersededError
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import Tracker
 from jobs.spec import JobSpec

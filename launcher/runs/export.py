@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from cluster.run.checkpoints import Manifest
 from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.data.loader import KeyedDataset

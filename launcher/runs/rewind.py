@@ -7,8 +7,8 @@ Both are prepared here, in the store alone. Whether the run may go on at all is 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cluster.run.checkpoints import Manifest
 from cluster.errors import CheckpointError, DescriptionError, listed
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from launcher.driver.run_log import event_row
 

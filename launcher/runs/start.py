@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.run.checkpoints import Manifest
 from cluster.run.lease import DRIVER_KEYS, STATUS_INTERVAL_S, SupersededError
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds.ray import Cluster
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject, Store
 from cluster.tracking.tracker import Tracker, TrackerSettings, open_tracker

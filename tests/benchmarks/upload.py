@@ -108,7 +108,7 @@ def _saver(folder: str, url: str) -> Iterator[Callable[[str], float]]:
     Its argument is what the names of the tensors begin with that change before.
     """
     from cluster.process.messages import ShareWritten
-    from cluster.run.checkpoints import join
+    from cluster.run.manifest import join
     from cluster.run.run_directory import RunDirectory
 
     context, checkpoints, step = multiprocessing.get_context("spawn"), RunDirectory(url).checkpoints, 0

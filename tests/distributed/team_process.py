@@ -34,7 +34,7 @@ from cluster.process.messages import (
     TrainingStarted,
 )
 from cluster.process.orders import LOOPBACK, Meet, Task
-from cluster.run.checkpoints import Share, join
+from cluster.run.manifest import Share, join
 from cluster.run.run_directory import RunDirectory
 from jobs.build.components import build_parts
 from jobs.checkpoint.layout import decode

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from cluster.errors import LauncherError
-from cluster.run.checkpoints import Checkpoints, Manifest, Part, PartKey, Share, divide, join
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.manifest import Manifest, Part, PartKey, Share, divide, join
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from cluster.tracking.tracker import NoTracker

@@ -12,7 +12,8 @@ from counting_file_system import CountingFileSystem, start_counting
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
 from cluster.errors import CheckpointError, StorageError
-from cluster.run.checkpoints import Checkpoints, FileEntry, Part, Share, digest_of_files, divide, join
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.manifest import FileEntry, Part, Share, digest_of_files, divide, join
 from cluster.storage.store import Store
 from tests import saved
 

@@ -40,7 +40,7 @@ from cluster.process.messages import (
     ToDriver,
     TrainingStarted,
 )
-from cluster.run.checkpoints import Part, Share
+from cluster.run.manifest import Part, Share
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec

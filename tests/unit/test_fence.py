@@ -18,8 +18,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
 from cluster.run import lease
-from cluster.run.checkpoints import Checkpoints, FileEntry, Manifest
+from cluster.run.checkpoints import Checkpoints
 from cluster.run.lease import SupersededError
+from cluster.run.manifest import FileEntry, Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
 from jobs.spec import CheckpointSpec

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.process.messages import ShareWritten
-from cluster.run.checkpoints import Part, PartKey, Share
+from cluster.run.manifest import Part, PartKey, Share
 from launcher.driver.pending_checkpoints import Overdue, PendingCheckpoints
 
 INTERVAL = 10
