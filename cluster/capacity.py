@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cluster.storage.typed_json import Number
+
 Placement = Literal["pack", "spread"]
 """On how few or how many nodes workers are to be: as few as possible, or as many as possible."""
 
@@ -54,11 +56,11 @@ class Node:
 
     id: str
     address: str
-    resources: Mapping[str, float]
+    resources: Mapping[str, Number]
     """What it has."""
-    free: Mapping[str, float]
+    free: Mapping[str, Number]
     """What nobody has reserved; a moment old."""
-    drains_at: float | None
+    drains_at: Number | None
     """The Unix time at which it will be gone, if that is known; infinity: it will, and nobody knows when."""
     is_here: bool
     """This process runs on it."""
@@ -78,7 +80,7 @@ class NodeGroup:
 
     most: int
     """How many of them there may be."""
-    resources: Mapping[str, float]
+    resources: Mapping[str, Number]
     """What each of them has."""
 
     def __str__(self) -> str:
@@ -89,11 +91,11 @@ class NodeGroup:
 class Capacity:
     """What a cluster has, and what it may get."""
 
-    nodes: Sequence[Node]
+    nodes: tuple[Node, ...]
     """Those that are alive."""
-    limits: Mapping[str, float] | None
+    limits: Mapping[str, Number] | None
     """What its autoscaler may bring it to, as the cluster tells; none: it has no autoscaler, or that does not tell."""
-    groups: Sequence[NodeGroup] = ()
+    groups: tuple[NodeGroup, ...] = ()
     """The nodes that its autoscaler may bring it to, as a person has declared; none: nothing is declared."""
 
     @property

@@ -6,7 +6,7 @@ the command has not started yet, or why it ended.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,8 +86,8 @@ class ClusterReport:
     """
 
     capacity: Capacity
-    nodes: Sequence[NodeReport]
-    silent: Sequence[str]
+    nodes: tuple[NodeReport, ...]
+    silent: tuple[str, ...]
 
 
 class Scheduler(ABC):

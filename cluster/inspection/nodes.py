@@ -5,23 +5,18 @@ nothing. This module knows no kind of cluster and needs only what every process 
 """
 
 import json
-import math
 import os
 import re
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from types import NoneType
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 from cluster.errors import ClusterError, StorageError, one_line
 from cluster.inspection.store import answer
 from cluster.scheduler import ClusterReport, Needs
 from cluster.storage.deadline import OverrunError, result_within, start
 from cluster.storage.store import Store
+from cluster.storage.typed_json import from_json
 from cluster.versions import submission_versions
-
-T = TypeVar("T")
 
 NEEDS_VARIABLE = "LAUNCHER_NODE_NEEDS"
 """The environment variable that carries the needs to the job."""
@@ -63,7 +58,7 @@ def needs_from_text(text: str) -> Needs:
     Raises:
         ValueError: The text was not made by ``needs_to_text``.
     """
-    return from_json(Needs, json.loads(text))
+    return from_json(Needs, text)
 
 
 def needs_of_environment() -> Needs:
@@ -100,42 +95,9 @@ def report_from_log(log: str) -> ClusterReport | None:
         return None
     if len(lines) > 1:
         raise ValueError(f"there are {len(lines)} results")
-    return from_json(ClusterReport, json.loads(lines[0]))
+    return from_json(ClusterReport, lines[0])
 
 
 def without_report(log: str) -> str:
     """The log of a job for people, who have no use for the report."""
     return re.sub(rf"\n{_MARK}.*\n", "", log)
-
-
-def from_json(hint: type[T], value: Any, where: str = "") -> T:
-    """Converts parsed JSON to a type: objects with exactly its fields to a dataclass, lists to tuples.
-
-    Raises:
-        ValueError: The value has another type, or a field is missing or unknown. An int is accepted as a float, NaN
-            is not.
-    """
-    return typing.cast(T, _from_json(hint, value, where or "it"))
-
-
-def _from_json(hint: Any, value: Any, where: str) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint) and isinstance(value, dict):
-        names, hints = {field.name for field in fields(hint)}, typing.get_type_hints(hint)
-        if names != value.keys():
-            raise ValueError(f"{where} has other fields: {', '.join(sorted(names ^ value.keys()))}")
-        return typing.cast(Any, hint)(
-            **{name: _from_json(hints[name], value[name], f"{where}.{name}") for name in names}
-        )
-    if origin is Mapping and isinstance(value, dict):
-        return {name: _from_json(inner[1], each, f"{where}[{name}]") for name, each in value.items()}
-    if origin in (tuple, Sequence) and isinstance(value, list):
-        return tuple(_from_json(inner[0], each, f"{where}[{number}]") for number, each in enumerate(value))
-    if NoneType in inner:
-        (other,) = (each for each in inner if each is not NoneType)
-        return None if value is None else _from_json(other, value, where)
-    if hint is float and type(value) in (int, float) and not math.isnan(value):
-        return float(value)
-    if hint in (str, bool, int) and type(value) is hint:
-        return value
-    raise ValueError(f"{where} is {str(value)[:60]!r}")

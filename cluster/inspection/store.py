@@ -65,7 +65,7 @@ class StoreCheck:
         """A report of the nodes, with what only both sides together can tell."""
         with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="store-check") as pool:
             errors = list(pool.map(self._answer_error, report.nodes))
-        nodes = [replace(node, store_error=error) for node, error in zip(report.nodes, errors)]
+        nodes = tuple(replace(node, store_error=error) for node, error in zip(report.nodes, errors))
         return replace(report, nodes=nodes)
 
     def _answer_error(self, node: NodeReport) -> str:

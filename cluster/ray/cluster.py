@@ -154,7 +154,7 @@ def capacity() -> Capacity:
 
     with _named_errors():
         limits = largest_resources()
-    return Capacity(nodes=nodes(), limits=limits)
+    return Capacity(nodes=tuple(nodes()), limits=limits)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cluster.errors import ClusterError, LauncherError
 from cluster.inspection import nodes
 from cluster.ray import cluster
 from cluster.scheduler import ClusterReport, Needs, NodeReport
+from cluster.storage.typed_json import from_json
 
 COMMAND = "command -v launcher >/dev/null || exit 127; exec python -P -m cluster.ray.inspection"
 """The shell command of the job; its exit code is 127 if the host has no launcher or no Python.
@@ -72,11 +73,11 @@ def inspect_nodes(needs: Needs) -> ClusterReport:
             if reference not in answered:
                 raise ValueError(f"no answer within {_ANSWER_TIMEOUT_S:g} s")
             answer = {"id": node.id, "address": node.address, **json.loads(ray.get(reference))}
-            reports.append(nodes.from_json(NodeReport, answer))
+            reports.append(from_json(NodeReport, json.dumps(answer)))
         except (ray.exceptions.RayError, ValueError) as error:
             print(f"node {node.address}: {cluster.last_line(error)}", file=sys.stderr)
             silent.append(node.address)
-    return ClusterReport(capacity=capacity, nodes=reports, silent=silent)
+    return ClusterReport(capacity=capacity, nodes=tuple(reports), silent=tuple(silent))
 
 
 def main() -> int:

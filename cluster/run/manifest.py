@@ -7,20 +7,26 @@ never unpickled. This module reads and writes no store, and does not know what t
 import hashlib
 import itertools
 import json
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Annotated, Any
+
+from pydantic import FailFast, Field
 
 from cluster.run.checkpoint_names import is_file_name, step_of
+from cluster.storage.typed_json import from_json, short
 
 _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
 _MAX_PART_BYTES = 1 << 32
+_MAX_KEYS = 100_000
+"""Of one object; all that are unknown would be listed."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII)
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Utc = Annotated[
+    str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)$")
+]
 
 PartKey = tuple[str, int]
 """A part of a checkpoint: its file, and its number there, from 0."""
@@ -32,9 +38,9 @@ class Part:
 
     object: str
     """The name of the object that holds it, below the folder of checkpoints."""
-    size: int
+    size: Annotated[int, Field(ge=0, le=_MAX_PART_BYTES)]
     """Bytes."""
-    sha256: str
+    sha256: _Sha256
     """Of the bytes, in lower-case hexadecimal."""
 
     @classmethod
@@ -102,6 +108,22 @@ class Manifest:
     def objects(self) -> set[str]:
         """The names of the objects that hold it."""
         return {part.object for entry in self.files.values() for part in entry.parts}
+
+
+_Parts = Annotated[tuple[Part, ...], Field(min_length=1), FailFast()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Document:
+    """A manifest as it is written. One bad value is enough: a hostile one may have millions."""
+
+    schema: int
+    step: int
+    created: _Utc
+    state_sha256: _Sha256
+    files: Annotated[dict[str, _Parts], Field(min_length=1), FailFast()]
+    metrics: Annotated[dict[str, float], FailFast()]
+    versions: Annotated[dict[str, str], FailFast()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +201,34 @@ def parse(data: bytes, step: int) -> Manifest:
         DefectError: They are not what ``to_json`` could have written of it.
     """
     if len(data) > _MAX_MANIFEST_BYTES:
-        _refuse(f"has {len(data)} bytes, more than any manifest")
+        raise DefectError(f"has {len(data)} bytes, more than any manifest")
+    _check_schema(data)
+    try:
+        found = from_json(_Document, data)
+    except ValueError as error:
+        raise DefectError(f"is wrong at {error}") from error
+    if found.step != step:
+        raise DefectError(f"says step {found.step}")
+    for name, parts in found.files.items():
+        if not is_file_name(name):
+            raise DefectError(f"names the file {short(name)}, not a plain name")
+        for part in parts:
+            if not _is_object_name(part.object, step):
+                raise DefectError(f"says that {name} is in {short(part.object)}, not an object of a step up to its own")
+    objects = [part.object for parts in found.files.values() for part in parts]
+    if len(set(objects)) != len(objects):
+        raise DefectError("names an object twice")
+    return Manifest(
+        step=step,
+        files={name: FileEntry(parts) for name, parts in found.files.items()},
+        state_sha256=found.state_sha256,
+        metrics=found.metrics,
+        versions=found.versions,
+        created=found.created,
+    )
+
+
+def _check_schema(data: bytes) -> None:
     try:
         fields = json.loads(data.decode(), object_pairs_hook=_unique)
     except DefectError:
@@ -187,96 +236,21 @@ def parse(data: bytes, step: int) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DefectError("is not JSON: it is torn or was overwritten") from error
     if not isinstance(fields, dict) or type(fields.get("schema")) is not int:
-        _refuse("has no schema version")
+        raise DefectError("has no schema version")
     if fields["schema"] != _SCHEMA:
-        _refuse(f"has schema {fields['schema']}, this version reads {_SCHEMA}")
-    _check_keys(fields, {"schema", "step", "created", "state_sha256", "files", "metrics", "versions"}, "it")
-    if type(fields["step"]) is not int or fields["step"] != step:
-        _refuse(f"says step {_short(fields['step'])}")
-    if not _matches(_UTC, fields["created"]):
-        _refuse(f"has created {_short(fields['created'])}, not a time in UTC")
-    if not _matches(_SHA256, fields["state_sha256"]):
-        _refuse(f"has state_sha256 {_short(fields['state_sha256'])}, not a SHA-256")
-    files = _mapping(fields, "files")
-    if not files:
-        _refuse("names no file")
-    entries = {name: _parse_entry(name, parts, step) for name, parts in files.items()}
-    objects = [part.object for entry in entries.values() for part in entry.parts]
-    if len(set(objects)) != len(objects):
-        _refuse("names an object twice")
-    metrics, versions = _mapping(fields, "metrics"), _mapping(fields, "versions")
-    for name, value in metrics.items():
-        if type(value) not in (int, float):
-            _refuse(f"has metrics {_short(name)}: {_short(value)}, not a number")
-    for name, value in versions.items():
-        if not isinstance(value, str):
-            _refuse(f"has versions {_short(name)}: {_short(value)}, not a text")
-    return Manifest(
-        step=step,
-        files=entries,
-        state_sha256=fields["state_sha256"],
-        metrics=metrics,
-        versions=versions,
-        created=fields["created"],
-    )
-
-
-def _parse_entry(name: str, parts: Any, step: int) -> FileEntry:
-    if not is_file_name(name):
-        _refuse(f"names the file {_short(name)}, not a plain name")
-    if not isinstance(parts, list) or not parts:
-        _refuse(f"has {_short(parts)} for {name}, not its parts")
-    return FileEntry(tuple(_parse_part(name, part, step) for part in parts))
-
-
-def _parse_part(file: str, part: Any, step: int) -> Part:
-    if not isinstance(part, dict):
-        _refuse(f"has {_short(part)} for a part of {file}, not object, size and sha256")
-    _check_keys(part, {"object", "size", "sha256"}, file)
-    if not _is_object_name(part["object"], step):
-        _refuse(f"says that {file} is in {_short(part['object'])}, not an object of a step up to its own")
-    if type(part["size"]) is not int or not 0 <= part["size"] <= _MAX_PART_BYTES:
-        _refuse(f"gives a part of {file} the size {_short(part['size'])}")
-    if not _matches(_SHA256, part["sha256"]):
-        _refuse(f"gives a part of {file} the sha256 {_short(part['sha256'])}, not a SHA-256")
-    return Part(part["object"], part["size"], part["sha256"])
-
-
-def _is_object_name(name: object, step: int) -> bool:
-    """Whether a manifest may name it: a plain name in the folder of its own step or of an earlier one."""
-    own = step_of(name) if isinstance(name, str) else None
-    return own is not None and own <= step and is_file_name(str(name).partition("/")[2])
-
-
-def _matches(pattern: re.Pattern[str], value: object) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _mapping(fields: dict[str, Any], key: str) -> dict[str, Any]:
-    if not isinstance(fields[key], dict):
-        _refuse(f"has {key} {_short(fields[key])}, not a mapping")
-    return fields[key]
-
-
-def _check_keys(fields: dict[str, Any], expected: set[str], where: str) -> None:
-    if missing := expected - fields.keys():
-        _refuse(f"lacks {', '.join(sorted(missing))} of {where}")
-    if unknown := fields.keys() - expected:
-        _refuse(f"has unknown keys {_short(sorted(unknown))} in {where}")
+        raise DefectError(f"has schema {fields['schema']}, this version reads {_SCHEMA}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise DefectError(f"has {len(pairs)} keys in one object, more than any manifest")
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        _refuse("has a key twice")
+        raise DefectError("has a key twice")
     return fields
 
 
-def _short(value: object) -> str:
-    """The value on one line; a hostile one may be long or hold line ends."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _refuse(defect: str) -> NoReturn:
-    raise DefectError(defect)
+def _is_object_name(name: str, step: int) -> bool:
+    """Whether a manifest may name it: a plain name in the folder of its own step or of an earlier one."""
+    own = step_of(name)
+    return own is not None and own <= step and is_file_name(name.partition("/")[2])

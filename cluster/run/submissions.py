@@ -6,17 +6,19 @@ or the job of one does, and takes back its own.
 """
 
 import contextlib
+import json
 import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cluster.errors import DescriptionError, StorageError, one_line
 from cluster.storage.documents import read_document, write_document
 from cluster.storage.redaction import redacted
 from cluster.storage.store import Store
+from cluster.storage.typed_json import from_json
 
 SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
 
@@ -140,12 +142,10 @@ class Submissions:
         document = read_document(self._store, f"{submission_id}.json")
         if document is None:
             raise UnreadableSubmissionError(f"{where}: is missing or torn; submit the run again")
-        lacks = [field for field in fields(Submission) if field.name not in document]
-        if missing := [field.name for field in lacks if field.default is MISSING]:
-            raise UnreadableSubmissionError(
-                f"{where}: has no {', '.join(missing)}; submit the run again with one launcher"
-            )
-        return Submission(**{field.name: document[field.name] for field in fields(Submission) if field not in lacks})
+        try:
+            return from_json(Submission, json.dumps(document), ignores_unknown=True)
+        except ValueError as error:
+            raise UnreadableSubmissionError(f"{where}: {error}; submit the run again with one launcher") from error
 
     def reports(self) -> list[SubmissionReport]:
         """All of them: by number, of one number those that were taken last, and else by time. One listing."""

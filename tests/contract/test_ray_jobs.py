@@ -293,7 +293,7 @@ def test_the_shell_says_that_there_is_no_launcher(tmp_path: Path) -> None:
         ),
         (
             ("SUCCEEDED", 0, report_to_text(CLUSTER).replace("silent", "silence")),
-            "cannot read what job JOB has found out: it has other fields: silence, silent; install the same version of "
+            "cannot read what job JOB has found out: silent: Field required; install the same version of "
             "launcher here and on the cluster",
         ),
     ],

@@ -16,7 +16,6 @@ from cluster import versions as version_module
 from cluster.capacity import Capacity, Node, NodeGroup
 from cluster.inspection import nodes
 from cluster.inspection.nodes import (
-    from_json,
     inspect_node,
     needs_from_text,
     needs_to_text,
@@ -28,6 +27,7 @@ from cluster.ray import cluster, inspection
 from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage.deadline import OverrunError
 from cluster.storage.store import Store
+from cluster.storage.typed_json import from_json
 from cluster.versions import launcher_digest, submission_versions, torch_version, versions
 
 NODE = Node(
@@ -80,17 +80,38 @@ def changed(change: Any) -> str:
     ("log", "message"),
     [
         (TEXT + TEXT, "there are 2 results"),
-        (f"{TEXT[:-2]}\n", "Expecting"),
-        (changed(lambda found: found.pop("silent")), "it has other fields: silent"),
-        (changed(lambda found: found["nodes"][0].update(more=1)), r"it\.nodes\[0\] has other fields: more"),
-        (changed(lambda found: found["nodes"][0].update(missing="KEY")), r"it\.nodes\[0\]\.missing is 'KEY'"),
-        (changed(lambda found: found.update(silent=[1])), r"it\.silent\[0\] is '1'"),
-        (changed(lambda found: found["nodes"][0]["versions"].update(ray=2.6)), r"versions\[ray\] is '2\.6'"),
-        (changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=True)), r"free\[CPU\] is 'True'"),
-        (changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=math.nan)), r"free\[CPU\] is 'nan'"),
-        (changed(lambda found: found["capacity"]["nodes"][0].update(is_here=0)), r"is_here is '0'"),
-        (changed(lambda found: found["capacity"]["nodes"][0].update(drains_at="now")), r"drains_at is 'now'"),
-        (changed(lambda found: found.update(capacity=None)), r"it\.capacity is 'None'"),
+        (f"{TEXT[:-2]}\n", "it: Invalid JSON: EOF"),
+        (changed(lambda found: found.pop("silent")), "silent: Field required"),
+        (
+            changed(lambda found: found["nodes"][0].update(more=1)),
+            r"nodes\[0\]\.more: Unexpected keyword",
+        ),
+        (
+            changed(lambda found: found["nodes"][0].update(missing="KEY")),
+            r"\[0\]\.missing: Input .* array, got 'KEY'",
+        ),
+        (changed(lambda found: found.update(silent=[1])), r"silent\[0\]: Input should be a valid string, got 1"),
+        (
+            changed(lambda found: found["nodes"][0]["versions"].update(ray=2.6)),
+            r"versions\.ray: Input .* string, got 2\.6",
+        ),
+        (
+            changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=True)),
+            r"free\.CPU: .* number, got True",
+        ),
+        (
+            changed(lambda found: found["capacity"]["nodes"][0]["free"].update(CPU=math.nan)),
+            r"free\.CPU: .* number, got nan",
+        ),
+        (
+            changed(lambda found: found["capacity"]["nodes"][0].update(is_here=0)),
+            r"is_here: Input .* boolean, got 0",
+        ),
+        (
+            changed(lambda found: found["capacity"]["nodes"][0].update(drains_at="now")),
+            r"drains_at: .* number, got 'now'",
+        ),
+        (changed(lambda found: found.update(capacity=None)), r"capacity: Input should be an object, got None"),
     ],
 )
 def test_another_line_is_refused(log: str, message: str) -> None:
@@ -102,7 +123,7 @@ def test_needs_hold_nothing_that_ray_replaces() -> None:
     needs = Needs(store="s3://b/$HOME/${X}", variables=("A", "B"), check="$c")
     assert "$" not in needs_to_text(needs)
     assert needs_from_text(needs_to_text(needs)) == needs
-    with pytest.raises(ValueError, match="it has other fields: check, modules, store"):
+    with pytest.raises(ValueError, match="store: Field required"):
         needs_from_text('{"variables": []}')
 
 
@@ -187,7 +208,7 @@ def test_a_node_without_the_product_says_so(tmp_path: Path, monkeypatch: pytest.
     there = json.loads(pickle.loads(carried)().inspect(needs, "a1"))  # noqa: S301  # made above
     assert there["store_error"] == ""
     assert set(there["versions"]) == {"python", "ray", "torch", "launcher"}
-    from_json(NodeReport, {"id": "a1", "address": "10.0.0.1", **there})
+    from_json(NodeReport, json.dumps({"id": "a1", "address": "10.0.0.1", **there}))
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "cluster"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -215,8 +236,7 @@ def test_needs_of_another_version_are_one_line(
     monkeypatch.setenv(nodes.NEEDS_VARIABLE, '{"store": "/s"}')
     assert inspection.main() == 5
     assert capsys.readouterr().err == (
-        "LAUNCHER_NODE_NEEDS: it has other fields: check, modules, variables; install the same version of launcher "
-        "here and on the cluster\n"
+        "LAUNCHER_NODE_NEEDS: variables: Field required; install the same version of launcher here and on the cluster\n"
     )
 
 

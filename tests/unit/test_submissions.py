@@ -181,7 +181,8 @@ class TestAnswered:
     ("text", "said"),
     [
         ("", "is missing or torn; submit the run again"),
-        (json.dumps({"number": 0}), "has no job, cluster, description, .*; submit the run again with one launcher"),
+        (json.dumps({"number": 0}), "job: Field required; submit the run again with one launcher"),
+        (json.dumps(asdict(FIRST) | {"number": "0"}), "number: Input should be a valid integer, got '0'; submit"),
     ],
 )
 def test_one_that_cannot_be_read(submissions, tmp_path, text, said):
