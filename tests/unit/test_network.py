@@ -1,7 +1,10 @@
 """Which interface has an address."""
 
 import os
+import socket
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from cluster.host.interfaces import interface_of
@@ -10,6 +13,15 @@ from jobs.training.worker import choose_interface
 
 def test_loopback_has_its_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
+
+
+def test_an_address_that_is_not_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addresses(*of: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(family=socket.AF_INET, address=address) for address in of]
+
+    found = {"lo": addresses("127.0.0.1"), "eth0": addresses("192.0.2.1", "192.0.2.77")}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    assert interface_of("192.0.2.77") == "eth0"
 
 
 def test_an_address_of_another_host() -> None:
