@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import StorageError
+from cluster.process.messages import MatrixMeasured
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.local import SyncedLocalFileSystem
 from cluster.storage.store import Store
@@ -119,7 +120,7 @@ def life(run: RunDirectory, number: int) -> Iterator[Callable[[], Any]]:
     yield write
     for step in range(begun + 1, last + 1):
         record.row({"step": step, "epoch": 0, "samples": step}, 0.0)
-        record.matrix("val/confusion", {"step": step})
+        record.matrix(MatrixMeasured(name="val/confusion", step=step, classes=[], values=[]))
         if step % 2 == 0:
             yield lambda step=step: record.checkpoint(save(run, step, f"life{number}", before), (None, None), 0.1)
             yield write
