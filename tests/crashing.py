@@ -13,7 +13,7 @@ from unittest import mock
 
 import fsspec
 
-from cluster.storage import store
+from cluster.storage import file_systems
 
 Kind = Literal["before", "after", "torn", "vanish"]
 """Killed before the call, or after it; or in the middle of it: half of an object is there. Or what the call did does
@@ -229,6 +229,8 @@ class _Class:
 @contextlib.contextmanager
 def crashing(faults: Faults) -> Iterator[None]:
     """Every ``Store`` that is made meanwhile has these faults."""
-    find: Callable[[str, str], type[fsspec.AbstractFileSystem]] = store._file_system
-    with mock.patch.object(store, "_file_system", lambda protocol, url: _Class(find(protocol, url), faults)):
+    find: Callable[[str, str], type[fsspec.AbstractFileSystem]] = file_systems.file_system_class
+    with mock.patch.object(
+        file_systems, "file_system_class", lambda protocol, url: _Class(find(protocol, url), faults)
+    ):
         yield

@@ -29,6 +29,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
 from cluster.storage import store as storage
+from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import MissingObject, Store
 from tests.stores import Proxy, SSHServer
 
@@ -390,7 +391,7 @@ _opened_with: dict[str, str] = {}
 
 def _forget_sessions() -> None:
     for protocol in ("s3", "sftp"):
-        storage._file_system(protocol, "").clear_instance_cache()
+        file_system_class(protocol, "").clear_instance_cache()
     _opened_with.clear()
 
 

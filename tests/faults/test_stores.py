@@ -10,7 +10,7 @@ import safetensors.torch
 
 from cluster.process.faults import Fault, fired, release
 from cluster.run.run_directory import RunDirectory
-from cluster.storage import store as storage
+from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from tests.e2e.command import JOBS, Running, launcher
 from tests.faults.planned import Bits, undisturbed
@@ -45,10 +45,10 @@ def reference() -> Bits:
 def _own_file_systems() -> Iterator[None]:
     """They are kept by their URL, whatever the environment was in which they were made."""
     for protocol in ("s3", "sftp"):
-        storage._file_system(protocol, "").clear_instance_cache()
+        file_system_class(protocol, "").clear_instance_cache()
     yield
     for protocol in ("s3", "sftp"):
-        storage._file_system(protocol, "").clear_instance_cache()
+        file_system_class(protocol, "").clear_instance_cache()
 
 
 @pytest.fixture
