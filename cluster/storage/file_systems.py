@@ -101,8 +101,6 @@ class Location:
             return self._class()
         fs = self._class(**self._class._get_kwargs_from_urls(self.url), **_options_for(self.protocol))
         _classes.add(self._class)
-        if self.protocol in _S3:
-            fs.retries = 1
         return fs
 
     def path(self, name: str = "") -> str:
@@ -155,6 +153,10 @@ def file_system_class(protocol: str, url: str) -> type[fsspec.AbstractFileSystem
             from cluster.storage.sftp import PinnedSFTPFileSystem  # its package need not be installed
 
             return PinnedSFTPFileSystem
+        if protocol in _S3:
+            from cluster.storage.s3 import DirectS3FileSystem
+
+            return DirectS3FileSystem
         return fsspec.get_filesystem_class(protocol)
     except ValueError as error:
         close = nearest(protocol, fsspec.available_protocols())
@@ -174,8 +176,8 @@ def _options_for(protocol: str) -> dict[str, Any]:
     # A cached listing hides what others write.
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in _S3:
-        # Its retries would multiply with ours; s3fs has its own beside botocore's, see Location.file_system. And one
-        # request for one object: who has large ones reads and writes several at a time.
+        # Its retries would multiply with ours; s3fs has its own beside botocore's, see cluster.s3. And one request for
+        # one object: who has large ones reads and writes several at a time.
         own = {
             "connect_timeout": 5,
             "read_timeout": 30,

@@ -31,6 +31,7 @@ from cluster.errors import StorageError
 from cluster.storage import store as storage
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import MissingObject, Store
+from tests import stores
 from tests.stores import Proxy, SSHServer
 
 
@@ -537,6 +538,20 @@ class TestS3(SharedStoreContract):
         data = os.urandom(1 << 20) * 101  # s3fs sends 100 MiB and more in parts
         store.write("large", data)
         assert store.read("large") == data
+
+    @pytest.mark.usefixtures("proxy")
+    def test_an_object_costs_one_round_trip(self, store, monkeypatch):
+        """Its bytes follow the head of the request, and do not wait for an answer to it."""
+        heads, begin = list[bytes](), stores._Connection._begin
+
+        def look(connection, head: bytes) -> None:
+            heads.append(head)
+            begin(connection, head)
+
+        monkeypatch.setattr(stores._Connection, "_begin", look)
+        store.write("a", b"1")
+        assert len(heads) == 1
+        assert b"expect:" not in heads[0].lower()
 
     def test_a_busy_and_a_rude_server_are_asked_again(self, store, proxy):
         data = os.urandom(3_000_000)
