@@ -454,7 +454,7 @@ class TestRename:
 
         def fail(ftp: paramiko.SFTPClient, path: str, new_path: str) -> None:
             if path != new_path:
-                raise error
+                raise type(error)(*error.args)  # its traceback would hold the session for as long as pytest runs
             rename(ftp, path, new_path)
 
         monkeypatch.setattr(paramiko.SFTPClient, "posix_rename", fail)
