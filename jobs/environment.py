@@ -18,7 +18,7 @@ from cluster.errors import listed
 from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
-    from jobs.build.components import Parts
+    from jobs.build.components import Components
 
 _NONE = "none"
 OWN_PACKAGES = ("jobs", "cluster", "launcher")
@@ -71,7 +71,7 @@ class Environment:
         return asdict(self) | {"code": dict(self.code)}
 
 
-def make_environment(import_paths: Sequence[str], parts: "Parts") -> Environment:
+def make_environment(import_paths: Sequence[str], parts: "Components") -> Environment:
     """The environment of this process, which has built its parts and trained nothing.
 
     Args:

@@ -4,7 +4,7 @@ from typing import Any
 
 from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
-from launcher.planning.plan import Tried
+from launcher.planning.plan import DryRunResult
 
 
 def bare_job(**sections: Any) -> JobSpec:
@@ -19,7 +19,7 @@ def bare_job(**sections: Any) -> JobSpec:
     )
 
 
-TRIED = Tried(
+TRIED = DryRunResult(
     steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
     num_val_samples=0,
     gpus_here=0,

@@ -49,7 +49,7 @@ class Checkpoints:
     def __init__(self, store: Store, claim: str | None = None) -> None:
         """``claim``: that of the driver which commits here, if there is one; a later one's is greater."""
         self._store = store
-        self._claim = claim
+        self._lease = claim
         self._fences = Fences(store, claim)
         self._token = uuid.uuid4().hex[:8]
         self._manifests: dict[str, Manifest] = {}  # by object, as committed or read here, for retention
@@ -77,7 +77,7 @@ class Checkpoints:
         """Makes a checkpoint exist; the last write of all, once everything it stands for is safe in the store."""
         data = to_json(manifest)
         assert parse(data, manifest.step) == manifest  # what we write, we accept
-        name = manifest_object(manifest.step, self._claim)
+        name = manifest_object(manifest.step, self._lease)
         self._manifests.pop(name, None)
         self._store.write(name, data)
         self._manifests[name] = manifest
@@ -93,11 +93,11 @@ class Checkpoints:
         """
         self._fences.put(step)
 
-    def newest_claim(self) -> str:
+    def newest_token(self) -> str:
         """The latest claim that is in the name of a manifest or a fence here; empty if there is none."""
         names = self._store.names()
         of_manifests = [claim for own in by_step(names).values() for claim, _ in manifests_among(own)]
-        return max([*of_manifests, *(fence.claim for fence in fences_among(names))], default="")
+        return max([*of_manifests, *(fence.token for fence in fences_among(names))], default="")
 
     @property
     def trouble(self) -> Trouble | None:

@@ -23,29 +23,29 @@ _NAME = re.compile(rf"{_FOLDER}/([0-9]{{8}}-[0-9a-f]{{8}})-after-([0-9]{{8,18}})
 class Fence(NamedTuple):
     """Rules out the manifests of all earlier claims beyond a step."""
 
-    claim: str
+    token: str
     step: int
 
     @property
     def object(self) -> str:
-        return f"{_FOLDER}/{self.claim}-after-{self.step:08d}"
+        return f"{_FOLDER}/{self.token}-after-{self.step:08d}"
 
-    def admits(self, claim: str, step: int) -> bool:
+    def admits(self, token: str, step: int) -> bool:
         """Whether the manifest of a claim at a step may count."""
-        return claim >= self.claim or step <= self.step
+        return token >= self.token or step <= self.step
 
     def covers(self, other: "Fence") -> bool:
         """Whether it rules out everything that another fence rules out."""
-        return self.claim >= other.claim and self.step <= other.step
+        return self.token >= other.token and self.step <= other.step
 
 
 class Fences:
     """Those in a store of checkpoints."""
 
-    def __init__(self, store: Store, claim: str | None) -> None:
-        """``claim``: that of the driver which puts them up, if there is one."""
+    def __init__(self, store: Store, token: str | None) -> None:
+        """``token``: that of the driver which puts them up, if there is one."""
         self._store = store
-        self._claim = claim
+        self._token = token
         self._own_step: int | None = None
 
     def put(self, step: int) -> None:
@@ -54,10 +54,10 @@ class Fences:
         Raises:
             StorageError: The fence could not be written, or did not stay.
         """
-        assert self._claim is not None, "only a driver that has claimed the run decides where it goes on"
+        assert self._token is not None, "only a driver that has claimed the run decides where it goes on"
         if self._own_step is not None and self._own_step <= step:
             return
-        fence, fences = Fence(self._claim, step), self._read()
+        fence, fences = Fence(self._token, step), self._read()
         self._store.write(fence.object, b"")
         if fence not in self._read():  # the rows beyond it are cut off next
             raise StorageError(f"{self._store.url}/{fence.object}: is not there after it was written; check the store")
@@ -74,7 +74,7 @@ class Fences:
         """
         fences = self._read()
         found = {
-            step: [name for claim, name in manifests_among(own) if all(fence.admits(claim, step) for fence in fences)]
+            step: [name for token, name in manifests_among(own) if all(fence.admits(token, step) for fence in fences)]
             for step, own in sorted(own_of.items())
         }
         return {step: counting[-1] for step, counting in found.items() if counting}

@@ -40,7 +40,7 @@ class SupersededError(ClusterError):
     """Another driver has taken the run over; this one writes nothing more."""
 
 
-class Claim:
+class Lease:
     """A driver's hold on the run in a store."""
 
     def __init__(
@@ -107,8 +107,8 @@ class Claim:
         if is_lost:
             self.write(self._status)
 
-    def _holder(self, claim_id: str) -> str:
-        found = read_document(self._store, _object(claim_id))
+    def _holder(self, token: str) -> str:
+        found = read_document(self._store, _object(token))
         if found is None:
             return "another driver has taken the run over"
         when = datetime.fromtimestamp(found["claimed"], UTC).isoformat(" ", "seconds")
@@ -130,8 +130,8 @@ def newest_status(store: Store) -> dict[str, Any] | None:
     before: list[str] = []
     while (ids := _ids(store)) != before:  # again, if all of them went meanwhile: then there is a newer one
         before = ids
-        for claim_id in reversed(ids):
-            status = read_document(store, _object(claim_id))
+        for token in reversed(ids):
+            status = read_document(store, _object(token))
             if status is not None:
                 return status
     return None
@@ -141,5 +141,5 @@ def _ids(store: Store) -> list[str]:
     return sorted(match[1] for match in map(_NAME.fullmatch, store.names(_FOLDER)) if match)
 
 
-def _object(claim_id: str) -> str:
-    return f"{_FOLDER}/{claim_id}.json"
+def _object(token: str) -> str:
+    return f"{_FOLDER}/{token}.json"

@@ -31,7 +31,7 @@ _UNCLAIMED = "part"
 _PART_BYTES = 256 * 1024
 
 
-class _Part(NamedTuple):
+class _LogPart(NamedTuple):
     """An object of the log; they are ordered as their rows are."""
 
     writer: str
@@ -100,8 +100,8 @@ class RowLog:
 
     def read(self) -> list[Row]:
         """The rows in the store, in the order of their key; what a crash has torn is left out."""
-        known: dict[_Part, list[Row]] = {}
-        before: list[_Part] = []
+        known: dict[_LogPart, list[Row]] = {}
+        before: list[_LogPart] = []
         while (parts := self._counting()) != before:
             before = parts
             for part in parts:
@@ -169,21 +169,21 @@ class RowLog:
         assert self._writer is not None, "only the one that has claimed the run writes to its logs"
         return f"{self._name}/{self._writer}-{number:08d}"
 
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[_LogPart]:
         found = []
         for name in self._store.names(self._name):
             match = _PART.fullmatch(name.removeprefix(f"{self._name}/"))
             if match:
                 writer = "" if match[1] == _UNCLAIMED else match[1]
-                found.append(_Part(writer, int(match[2]), None if match[3] is None else int(match[3]), name))
+                found.append(_LogPart(writer, int(match[2]), None if match[3] is None else int(match[3]), name))
         return sorted(found, key=lambda part: part[:2])
 
-    def _counting(self) -> list[_Part]:
+    def _counting(self) -> list[_LogPart]:
         """The parts that count: from the newest on that cuts off all before it."""
-        parts = [_Part("", -1, None, f"{self._name}.jsonl"), *self._parts()]
+        parts = [_LogPart("", -1, None, f"{self._name}.jsonl"), *self._parts()]
         return parts[max((number for number, part in enumerate(parts) if part.cut == 0), default=0) :]
 
-    def _rows(self, part: _Part) -> list[Row] | None:
+    def _rows(self, part: _LogPart) -> list[Row] | None:
         if part.cut is not None:
             return []
         try:

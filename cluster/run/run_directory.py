@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import StorageError
 from cluster.run.bundle import check_digest
 from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
-from cluster.run.lease import Claim, newest_status
+from cluster.run.lease import Lease, newest_status
 from cluster.run.row_log import RowLog
 from cluster.run.submissions import Submissions
 from cluster.storage.documents import read_document, write_document
@@ -48,7 +48,7 @@ class RunDirectory:
         self.store = place if isinstance(place, Store) else Store(place)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS))
         self.submissions = Submissions(self.store.at(_SUBMISSIONS))
-        self._claim: Claim | None = None
+        self._lease: Lease | None = None
 
     def __repr__(self) -> str:
         return f"RunDirectory({self.url!r})"
@@ -71,7 +71,7 @@ class RunDirectory:
         """Whether a run was ever begun here, or submitted."""
         return self.exists() or self.submissions.newest() is not None
 
-    def claim(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def take_lease(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
 
         What an earlier driver writes beyond that checkpoint later on counts no more.
@@ -84,13 +84,13 @@ class RunDirectory:
         """
         with contextlib.suppress(StorageError):  # it only makes room; whoever needs that will say so
             self.store.sweep()
-        self._claim = Claim(self.store, self.read_status(), self._newest_writer, clock)
-        self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._claim.id)
+        self._lease = Lease(self.store, self.read_status(), self._newest_writer, clock)
+        self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._lease.id)
         # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
         # removes older ones. And before the logs are taken over: then they have the rows up to this step.
         self.checkpoints.fence(max(self.checkpoints.steps(), default=0))
 
-    def check_claim(self) -> None:
+    def check_lease(self) -> None:
         """Makes sure that the run is still this process's, which a write of any kind asks for; one listing as a rule.
 
         Raises:
@@ -273,14 +273,14 @@ class RunDirectory:
 
     def _newest_writer(self) -> str:
         """The latest claim in the name of anything but a claim; empty if there is none."""
-        return max(self.events().newest_writer(), self.checkpoints.newest_claim())
+        return max(self.events().newest_writer(), self.checkpoints.newest_token())
 
-    def _held(self) -> Claim:
-        assert self._claim is not None, "only the driver that has claimed a run writes here"
-        return self._claim
+    def _held(self) -> Lease:
+        assert self._lease is not None, "only the driver that has claimed a run writes here"
+        return self._lease
 
     def _log(self, name: str, key: str) -> RowLog:
-        return RowLog(self.store, name, key=key, writer=None if self._claim is None else self._claim.id)
+        return RowLog(self.store, name, key=key, writer=None if self._lease is None else self._lease.id)
 
 
 def _digest(data: bytes | None) -> str | None:

@@ -34,7 +34,7 @@ from cluster.storage.file_systems import (
 from cluster.storage.store_errors import ABSENT, advice, cause, is_permanent, reason
 
 T = TypeVar("T")
-Call = Callable[[fsspec.AbstractFileSystem, str], T]
+FileSystemCall = Callable[[fsspec.AbstractFileSystem, str], T]
 """What is done with a file system and a path on it."""
 
 PATIENCE_S = 10.0
@@ -270,7 +270,7 @@ class Store:
     def _call(
         self,
         action: str,
-        call: Call[T],
+        call: FileSystemCall[T],
         name: str = "",
         size: int | None = 0,
         extra_s: float = 0.0,
@@ -307,7 +307,9 @@ class Store:
         finally:
             self._troubles.pop(thread, None)
 
-    def _call_once(self, call: Call[T], name: str, size: int | None, extra_s: float, started: Started[T] | None) -> T:
+    def _call_once(
+        self, call: FileSystemCall[T], name: str, size: int | None, extra_s: float, started: Started[T] | None
+    ) -> T:
         if started is None:
             started = self._start(call, name)
         within_s = _CALL_S + extra_s
@@ -321,10 +323,10 @@ class Store:
         size = result_within(within_s, asked)
         return result_within(within_s + size / _SLOWEST_BYTES_PER_S, started)
 
-    def _start(self, call: Call[T], name: str) -> Started[T]:
+    def _start(self, call: FileSystemCall[T], name: str) -> Started[T]:
         return start(lambda: self._make(call, name))
 
-    def _make(self, call: Call[T], name: str) -> T:
+    def _make(self, call: FileSystemCall[T], name: str) -> T:
         """Makes a call in this thread."""
         fs = self._location.file_system()
         try:

@@ -27,7 +27,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Components:
     """The objects of a training run, on their device."""
 
     spec: JobSpec
@@ -160,7 +160,7 @@ def worker_device(*, on_gpu: bool) -> torch.device:
     return device
 
 
-def build_parts(spec: JobSpec, device: torch.device) -> Parts:
+def build_parts(spec: JobSpec, device: torch.device) -> Components:
     """Builds all parts; the initial weights are a function of the seed.
 
     Raises:
@@ -205,7 +205,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Parts:
     ema = None
     if spec.train.ema_decay is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))
-    return Parts(
+    return Components(
         spec=spec,
         device=device,
         model=model,

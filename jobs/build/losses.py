@@ -29,7 +29,7 @@ _UNSAID_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class LossCall:
     """How a loss is called, if not with the one output and the target."""
 
     num_outputs: int
@@ -39,15 +39,15 @@ class Call:
     class_dim: int = 1
 
 
-_PLAIN = Call(1, lambda output, target: (output, target))
-_CALLS: dict[type, Call] = {
-    nn.CosineEmbeddingLoss: Call(2, lambda output, target: (*output, target)),
-    nn.MarginRankingLoss: Call(2, lambda output, target: (*output, target)),
-    nn.TripletMarginLoss: Call(3, lambda output, _: tuple(output)),
-    nn.TripletMarginWithDistanceLoss: Call(3, lambda output, _: tuple(output)),
-    nn.GaussianNLLLoss: Call(2, lambda output, target: (output[0], target, output[1])),
+_PLAIN = LossCall(1, lambda output, target: (output, target))
+_CALLS: dict[type, LossCall] = {
+    nn.CosineEmbeddingLoss: LossCall(2, lambda output, target: (*output, target)),
+    nn.MarginRankingLoss: LossCall(2, lambda output, target: (*output, target)),
+    nn.TripletMarginLoss: LossCall(3, lambda output, _: tuple(output)),
+    nn.TripletMarginWithDistanceLoss: LossCall(3, lambda output, _: tuple(output)),
+    nn.GaussianNLLLoss: LossCall(2, lambda output, target: (output[0], target, output[1])),
     # log_probs_TNC; the target is (targets, input_lengths, target_lengths)
-    nn.CTCLoss: Call(1, lambda output, target: (output, *target), class_dim=2),
+    nn.CTCLoss: LossCall(1, lambda output, target: (output, *target), class_dim=2),
 }
 
 

@@ -13,7 +13,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MetricValues:
     """What a validation came to.
 
     Attributes:
@@ -24,5 +24,5 @@ class Measured:
     numbers: dict[str, float] = field(default_factory=dict)
     matrices: dict[str, Matrix] = field(default_factory=dict)
 
-    def __or__(self, other: "Measured") -> "Measured":
-        return Measured(self.numbers | other.numbers, self.matrices | other.matrices)
+    def __or__(self, other: "MetricValues") -> "MetricValues":
+        return MetricValues(self.numbers | other.numbers, self.matrices | other.matrices)

@@ -22,7 +22,7 @@ from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from cluster.errors import DescriptionError, one_line
 from jobs.data.loader import shape_of
-from jobs.build.metric_values import Matrix, Measured
+from jobs.build.metric_values import Matrix, MetricValues
 from jobs.spec import Target
 from jobs.build.targets import Builder
 
@@ -37,7 +37,7 @@ _IN_ANY_GROUPING = (dim_zero_sum, dim_zero_max, dim_zero_min)
 
 
 @dataclass(slots=True)
-class Share:
+class PartialMetrics:
     """What the batches of one worker add to one metric; travels between processes.
 
     Attributes:
@@ -56,7 +56,7 @@ class MetricSet:
         """Takes over the metrics; ``classes``: the names of the dataset's classes, if it has any."""
         self._metrics = dict(metrics)
         self._classes = classes
-        self._shares = {name: Share() for name in metrics}
+        self._shares = {name: PartialMetrics() for name in metrics}
         for metric in self._metrics.values():
             metric.distributed_available_fn = _never  # compute() would ask all processes for their states
 
@@ -72,24 +72,24 @@ class MetricSet:
             _update(metric, output, target)
             _add(self._shares[name], metric)
 
-    def share(self) -> dict[str, Share]:
+    def share(self) -> dict[str, PartialMetrics]:
         """What came of the batches since the last call, on the CPU."""
-        shares, self._shares = self._shares, {name: Share() for name in self._metrics}
+        shares, self._shares = self._shares, {name: PartialMetrics() for name in self._metrics}
         for share in shares.values():
             share.folded = {state: value.cpu() for state, value in share.folded.items()}
         return shares
 
-    def compute(self, shares: Sequence[Mapping[str, Share]]) -> Measured:
+    def compute(self, shares: Sequence[Mapping[str, PartialMetrics]]) -> MetricValues:
         """The metrics over the batches of all workers; a value that is not finite is left out.
 
         Args:
             shares: Of every rank, in rank order; rank r has had the batches r, r + W, r + 2W, ...
         """
-        measured = Measured()
+        measured = MetricValues()
         for name, metric in self._metrics.items():
             result = _compute(metric, [of_rank[name] for of_rank in shares])
             measured |= _named(name, result, self._classes)
-        return Measured(
+        return MetricValues(
             {name: value for name, value in measured.numbers.items() if math.isfinite(value)}, measured.matrices
         )
 
@@ -112,7 +112,7 @@ class MetricSet:
                     f"{shape_of(target)} raised {type(error).__name__}: {one_line(error)}; "
                     "make metric, model and data.val fit"
                 ) from error
-            share = Share()
+            share = PartialMetrics()
             _add(share, metric)
             try:
                 with warnings.catch_warnings(action="ignore"):  # much is missing from a few samples
@@ -170,7 +170,7 @@ def _update(metric: torchmetrics.Metric, output: Any, target: Any) -> None:
         metric.update(output, target)
 
 
-def _add(share: Share, metric: torchmetrics.Metric) -> None:
+def _add(share: PartialMetrics, metric: torchmetrics.Metric) -> None:
     """Adds the states of a batch, as copies: the metric goes on with its own."""
     of_batch: dict[str, State] = {}
     for name, value in metric.metric_state.items():
@@ -185,7 +185,7 @@ def _add(share: Share, metric: torchmetrics.Metric) -> None:
     share.by_batch.append(of_batch)
 
 
-def _compute(metric: torchmetrics.Metric, shares: Sequence[Share]) -> Any:
+def _compute(metric: torchmetrics.Metric, shares: Sequence[PartialMetrics]) -> Any:
     """Computes from the shares of all ranks, on the CPU, whose kernels give the same bits every time.
 
     Source: torchmetrics ``Metric._sync_dist``, of which this is the reduction.
@@ -209,28 +209,28 @@ def _compute(metric: torchmetrics.Metric, shares: Sequence[Share]) -> Any:
     return total.compute()
 
 
-def _named(name: str, result: Any, classes: Sequence[str] | None) -> Measured:
+def _named(name: str, result: Any, classes: Sequence[str] | None) -> MetricValues:
     """Takes a result apart into numbers that have names, or a matrix.
 
     Raises:
         TypeError: It is none of the kinds that a row or a picture can show.
     """
     if isinstance(result, Mapping):
-        measured = Measured()
+        measured = MetricValues()
         for key, value in result.items():
             measured |= _named(f"{name}/{key}", value, classes)
         return measured
     if isinstance(result, (int, float)):
-        return Measured({f"val/{name}": float(result)})
+        return MetricValues({f"val/{name}": float(result)})
     if isinstance(result, Tensor) and result.numel() == 1:
-        return Measured({f"val/{name}": float(result)})
+        return MetricValues({f"val/{name}": float(result)})
     if isinstance(result, Tensor) and result.dim() == 1:
-        return Measured(
+        return MetricValues(
             {f"val/{name}/{of}": float(value) for of, value in zip(_labels(len(result), classes), result.tolist())}
         )
     if isinstance(result, Tensor) and result.dim() == 2 and result.shape[0] == result.shape[1]:
         rows = [[value if math.isfinite(value) else None for value in row] for row in result.tolist()]
-        return Measured(matrices={f"val/{name}": Matrix(_labels(len(rows), classes), rows)})
+        return MetricValues(matrices={f"val/{name}": Matrix(_labels(len(rows), classes), rows)})
     raise TypeError(
         f"must come to a number, one number per class, a mapping of those, or a square matrix, got {shape_of(result)}; "
         "declare another metric, or another average of this one"

@@ -22,10 +22,10 @@ from cluster.process.agent_link import AgentLink
 from cluster.process.messages import SaveSkipped, ShareWritten, Spent
 from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.run.manifest import Manifest, Part, PartKey, Share, divide
-from jobs.build.components import Parts
+from jobs.build.components import Components
 from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
 from jobs.checkpoint.loop_state import LoopState
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 
 _LONGEST_WAIT_S = 10.0
 """How long a step waits for the save before: others wait for this worker meanwhile."""
@@ -61,7 +61,7 @@ class Saver:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Components,
         progress: LoopState,
         checkpoints: Checkpoints,
         link: AgentLink,

@@ -31,7 +31,7 @@ _MOST_PATTERNS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WeightsSource:
     """The very bytes that weights were taken from."""
 
     url: str
@@ -44,7 +44,7 @@ class Source:
 class Weights:
     """What a source holds."""
 
-    source: Source
+    source: WeightsSource
     tensors: Mapping[str, Tensor]
     """On the CPU, by the names they have there."""
     passed_over: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Weights:
 class LoadReport:
     """What is loaded and what is not."""
 
-    source: Source
+    source: WeightsSource
     loaded: tuple[str, ...]
     """Names in the model whose tensors come from the source."""
     kept: tuple[str, ...]
@@ -66,7 +66,7 @@ class LoadReport:
     """The defects of newer checkpoints of the run."""
 
 
-def read_weights(spec: InitSpec, planned: Source | None = None) -> Weights:
+def read_weights(spec: InitSpec, planned: WeightsSource | None = None) -> Weights:
     """Reads and verifies the weights that ``spec`` names.
 
     Args:
@@ -156,7 +156,7 @@ def _of_file(url: str, name: str, spec: InitSpec) -> Weights:
             "leave weights out to take the file's own"
         )
     data = Store(url.removesuffix(name)).read(name)
-    return Weights(Source(url, hashlib.sha256(data).hexdigest()), _decoded(data, url, spec))
+    return Weights(WeightsSource(url, hashlib.sha256(data).hexdigest()), _decoded(data, url, spec))
 
 
 def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
@@ -182,7 +182,7 @@ def _of_checkpoint(
             "write model, or name a run with train.ema_decay"
         )
     tensors = _decoded(files[file], url, spec)
-    return Weights(Source(url, manifest.files[file].sha256), tensors, passed_over)
+    return Weights(WeightsSource(url, manifest.files[file].sha256), tensors, passed_over)
 
 
 def _decoded(data: bytes, url: str, spec: InitSpec) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class StepReport:
     outcome: StepOutcome
 
 
-class Pulse:
+class StepReports:
     """Gathers the reports of steps, in the background of later steps.
 
     Collective: every rank pushes every step, and drains at the same steps.
@@ -72,13 +72,13 @@ class Pulse:
         self._blocks = blocks
         self._group = group
         self._width = 1 + TALLY_SIZE * max(len(block) for block in blocks)
-        self._own: _OwnReport | None = None
-        self._travelling: _TravellingReport | None = None
+        self._own: _LocalReport | None = None
+        self._travelling: _GatherInFlight | None = None
 
     def push(self, step: int, outcome: StepOutcome, *, stop: bool) -> list[StepReport]:
         """Hands in the outcome of a step; returns the report that has become complete, if any."""
         complete = self._advance()
-        self._own = _OwnReport(step, _copy_to_host(outcome.tallies), stop, outcome)
+        self._own = _LocalReport(step, _copy_to_host(outcome.tallies), stop, outcome)
         return complete
 
     def drain(self) -> list[StepReport]:
@@ -92,7 +92,7 @@ class Pulse:
         self._own = None
         return complete
 
-    def _send(self, own: "_OwnReport") -> "_TravellingReport":
+    def _send(self, own: "_LocalReport") -> "_GatherInFlight":
         tallies = own.tallies()  # waits for the GPU, which has had a whole step to come this far
         values = torch.zeros(self._width, dtype=torch.float64)
         values[0] = float(own.stop)
@@ -100,9 +100,9 @@ class Pulse:
         gathered = torch.empty(len(self._blocks) * self._width, dtype=torch.float64)
         work = all_gather_flat(gathered, values, self._group, async_op=True)
         assert work is not None, "an asynchronous collective is work"
-        return _TravellingReport(own, gathered, work)
+        return _GatherInFlight(own, gathered, work)
 
-    def _receive(self, report: "_TravellingReport") -> StepReport:
+    def _receive(self, report: "_GatherInFlight") -> StepReport:
         report.work.wait()
         by_rank = report.gathered.view(len(self._blocks), self._width).tolist()
         tallies = [
@@ -125,7 +125,7 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
-class _OwnReport:
+class _LocalReport:
     step: int
     tallies: Callable[[], Tensor]
     stop: bool
@@ -133,8 +133,8 @@ class _OwnReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _TravellingReport:
-    own: _OwnReport
+class _GatherInFlight:
+    own: _LocalReport
     gathered: Tensor
     work: dist.Work
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from cluster.errors import TrainingError
 from jobs.build.losses import GlobalLoss
-from jobs.build.metric_values import Measured
+from jobs.build.metric_values import MetricValues
 from jobs.data.loader import seed_draws, seed_host_draws
 from jobs.parallel.step_report import exact_sum
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 
 if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
-) -> Measured:
+) -> MetricValues:
     """Loss, accuracy and the declared metrics over every batch of every worker, each sample once.
 
     Returns:
@@ -60,11 +60,11 @@ def evaluate(
     numbers = {"val/loss": total / loss.denominator(weight_sum)}
     if counted:
         numbers["val/accuracy"] = correct / counted
-    measured = Measured({name: value for name, value in numbers.items() if math.isfinite(value)})
+    measured = MetricValues({name: value for name, value in numbers.items() if math.isfinite(value)})
     return measured if metrics is None else measured | _measure(metrics, team, seed)
 
 
-def _measure(metrics: "MetricSet", team: Team, seed: int) -> Measured:
+def _measure(metrics: "MetricSet", team: Team, seed: int) -> MetricValues:
     """Rank 0, which always has a batch, computes from the shares of all and tells the others.
 
     Collective: every rank.
@@ -72,7 +72,7 @@ def _measure(metrics: "MetricSet", team: Team, seed: int) -> Measured:
     shares: list[Any] | None = [None] * team.world_size if team.rank == 0 else None
     dist.gather_object(metrics.share(), shares, dst=0, group=team.cpu_group)
 
-    def compute() -> Measured:
+    def compute() -> MetricValues:
         assert shares is not None, "called on rank 0"
         seed_host_draws(draw_key("metrics", seed))  # some compute from random subsets
         return metrics.compute(shares)

@@ -11,11 +11,11 @@ from typing import Any
 
 from cluster.errors import TrainingError, listed
 from cluster.process.messages import Doing, MatrixMeasured, StepEvent
-from jobs.build.components import Parts
+from jobs.build.components import Components
 from jobs.checkpoint.loop_state import LoopState
 from jobs.data.loader import training_batches, validation_batches
-from jobs.parallel.step_report import Pulse, StepReport
-from jobs.parallel.team import Team
+from jobs.parallel.step_report import StepReport, StepReports
+from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.evaluation import evaluate
 from jobs.training.step import TrainingStep
@@ -30,7 +30,7 @@ class Loop:
     def __init__(
         self,
         spec: JobSpec,
-        parts: Parts,
+        parts: Components,
         progress: LoopState,
         team: Team,
         *,
@@ -71,7 +71,7 @@ class Loop:
         self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
         self.stopping = False
         self.metrics = dict(metrics)
-        self.pulse = Pulse(team.blocks, team.cpu_group)
+        self.pulse = StepReports(team.blocks, team.cpu_group)
 
     @property
     def is_complete(self) -> bool:

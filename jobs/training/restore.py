@@ -16,15 +16,15 @@ from cluster.process.messages import FellBack
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.manifest import Manifest, divide
 from cluster.run.run_directory import RunDirectory
-from jobs.build.components import Parts
+from jobs.build.components import Components
 from jobs.checkpoint.layout import decode, memory_of
 from jobs.checkpoint.loop_state import LoopState
-from jobs.checkpoint.warm_start import Source, Weights, load_weights, match_weights, read_weights
-from jobs.parallel.team import Team
+from jobs.checkpoint.warm_start import Weights, WeightsSource, load_weights, match_weights, read_weights
+from jobs.parallel.worker_team import Team
 from jobs.spec import InitSpec
 
 
-def begin(link: AgentLink, run: RunDirectory, parts: Parts, progress: LoopState, team: Team) -> Manifest | None:
+def begin(link: AgentLink, run: RunDirectory, parts: Components, progress: LoopState, team: Team) -> Manifest | None:
     """Puts parts and progress where the run stands.
 
     Returns:
@@ -87,10 +87,10 @@ def _read_together(checkpoints: Checkpoints, manifest: Manifest, team: Team) -> 
 def _weights(spec: InitSpec, run: RunDirectory) -> Weights:
     """What the plan read, whatever its source has made since."""
     planned = run.read_environment().get("init_from")
-    return read_weights(spec, None if planned is None else Source(**planned))
+    return read_weights(spec, None if planned is None else WeightsSource(**planned))
 
 
-def _restore(parts: Parts, progress: LoopState, files: Mapping[str, bytes], url: str) -> None:
+def _restore(parts: Components, progress: LoopState, files: Mapping[str, bytes], url: str) -> None:
     state: dict[str, Any] = decode(files)
     try:
         parts.load_state(state, state["progress"]["step"])

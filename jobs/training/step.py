@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
 from cluster.process.messages import Doing
-from jobs.build.components import Parts
+from jobs.build.components import Components
 from jobs.build.optimizers import set_trainable
 from jobs.data.loader import seed_draws
 from jobs.parallel.step_report import StepOutcome
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
 
@@ -30,7 +30,7 @@ class TrainingStep:
     Collective: every rank constructs it and takes every step.
     """
 
-    def __init__(self, spec: JobSpec, parts: Parts, team: Team, mark: Callable[[Doing, int], None]) -> None:
+    def __init__(self, spec: JobSpec, parts: Components, team: Team, mark: Callable[[Doing, int], None]) -> None:
         """``mark``: takes what this worker does from now on, and the steps completed."""
         self._spec = spec
         self._parts = parts

@@ -28,11 +28,11 @@ from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from cluster.versions import launcher_digest, versions
-from jobs.build.components import Parts, build_parts, worker_device
+from jobs.build.components import Components, build_parts, worker_device
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.environment import differences, grouped, make_environment
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import broken_exchange, named, what
 from jobs.training.loop import Loop
@@ -79,7 +79,9 @@ def main(link: AgentLink, task: Task) -> None:
         raise named(error, progress.step) from error
 
 
-def train(link: AgentLink, run: RunDirectory, spec: JobSpec, parts: Parts, progress: LoopState, team: Team) -> None:
+def train(
+    link: AgentLink, run: RunDirectory, spec: JobSpec, parts: Components, progress: LoopState, team: Team
+) -> None:
     """Restores the newest good checkpoint, if there is one, and trains on from it.
 
     Collective: every rank.
@@ -191,7 +193,7 @@ def compare_versions(link: AgentLink, task: Task, store: dist.Store) -> None:
         raise ClusterError(f"workers differ: {found}; give every node the same versions", cause="environment")
 
 
-def compare_environments(link: AgentLink, task: Task, parts: Parts, team: Team) -> None:
+def compare_environments(link: AgentLink, task: Task, parts: Components, team: Team) -> None:
     """Tells the driver of what the bits depend on beside the description, and refuses workers that differ in that.
 
     Collective: every rank, once it has built its parts.

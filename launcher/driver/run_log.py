@@ -263,13 +263,13 @@ class RunLog:
         self._write_status()
         yield "status"
         if is_closing:
-            self._run.check_claim()  # else it would end well, and not know that the run is another's
+            self._run.check_lease()  # else it would end well, and not know that the run is another's
         elif self._newest_save is not None:
             yield from self._retain(self._newest_save)
 
     def _write_news(self, is_closing: bool, saves: Sequence[_Save]) -> Iterator[str]:
         """Writes what the status stands for."""
-        self._run.check_claim()
+        self._run.check_lease()
         yield "claim"
         if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
             self._run.checkpoints.fence(self._begun_at)
@@ -299,7 +299,7 @@ class RunLog:
     def _commit(self, save: _Save) -> None:
         """Rows first, which are written by now, then the manifest: what is committed is whole."""
         manifest = save.manifest
-        self._run.check_claim()
+        self._run.check_lease()
         self._run.checkpoints.commit(manifest)
         self._bad_steps.discard(manifest.step)
         self._tell("checkpoint", {"step": manifest.step, "state_sha256": manifest.state_sha256})
@@ -315,7 +315,7 @@ class RunLog:
         """
         began_at = self._clock()
         keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
-        check, removed = self._run.check_claim, list[int]()
+        check, removed = self._run.check_lease, list[int]()
         try:
             for step in self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad, check):
                 if step is not None:

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
 from cluster.process.orders import Task
-from jobs.build.components import Parts, build_parts, worker_device
+from jobs.build.components import Components, build_parts, worker_device
 from jobs.build.optimizers import set_trainable
 from jobs.checkpoint.layout import lay_out
 from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
@@ -23,7 +23,7 @@ from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.training.failure_causes import cause_of
 from launcher.planning.loss_checks import MicroBatch, check_fit, check_mean
-from launcher.planning.plan import GroupPlan, InitPlan, Tried
+from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
 
 _MOST_CHARACTERS = 300
 """Of what torch says of shapes, which can fill a screen."""
@@ -31,7 +31,7 @@ _MOST_SAMPLES = 32
 """A trial of a large micro-batch on a CPU would cost more than it tells."""
 
 
-def try_out(task: Task) -> Tried:
+def try_out(task: Task) -> DryRunResult:
     """Builds every part and trains on one micro-batch: on a GPU a whole one, on a CPU at most 32 samples of it.
 
     Args:
@@ -58,7 +58,9 @@ def try_out(task: Task) -> Tried:
         ) from error
 
 
-def _try_parts(spec: JobSpec, parts: Parts, most: int, import_paths: tuple[str, ...], of_product: set[str]) -> Tried:
+def _try_parts(
+    spec: JobSpec, parts: Components, most: int, import_paths: tuple[str, ...], of_product: set[str]
+) -> DryRunResult:
     """What at most so many samples tell of the parts; ``of_product``: the modules that are not the user's."""
     data_fingerprint = parts.data_fingerprint()  # before a sample is read, as workers take theirs
     init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
@@ -73,7 +75,7 @@ def _try_parts(spec: JobSpec, parts: Parts, most: int, import_paths: tuple[str, 
         checkpoint_bytes = lay_out(parts.state()).size
     except CheckpointError as error:
         raise DescriptionError(f"{error}") from error
-    return Tried(
+    return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
         gpus_here=torch.cuda.device_count(),
@@ -98,7 +100,7 @@ def _accelerator_here(spec: JobSpec) -> str | None:
     return accelerator_here()
 
 
-def _begin_with(spec: InitSpec, parts: Parts) -> InitPlan:
+def _begin_with(spec: InitSpec, parts: Components) -> InitPlan:
     """Puts in the weights that the run begins with, so that the trial sees them."""
     try:
         weights = read_weights(spec)
@@ -138,7 +140,7 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
         ) from error
 
 
-def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> tuple[float, set[str]]:
+def _train_on(parts: Components, spec: JobSpec, numbers: list[int]) -> tuple[float, set[str]]:
     """The loss of some samples, after a step on them, and the names of what is measured of a step."""
     numerator, denominator, measured = _forward(parts, spec, "data.train", numbers)
     if not numerator.isfinite():
@@ -167,14 +169,14 @@ def _train_on(parts: Parts, spec: JobSpec, numbers: list[int]) -> tuple[float, s
     return numerator.item() / denominator if denominator else 0.0, measured  # 0: no target of this micro-batch counts
 
 
-def _step(parts: Parts, what: str) -> None:
+def _step(parts: Components, what: str) -> None:
     try:
         parts.optimizer.step()
     except Exception as error:  # the optimizer may be the user's own
         raise DescriptionError(f"optimizer: {what} raised {type(error).__name__}: {_in_short(error)}") from error
 
 
-def _forward(parts: Parts, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, set[str]]:
+def _forward(parts: Components, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, set[str]]:
     """Numerator and denominator of the loss over some samples, and the names of what is measured of them."""
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
@@ -225,7 +227,7 @@ def _check_watched(spec: JobSpec, measured: set[str]) -> None:
             )
 
 
-def _group_plans(parts: Parts) -> list[GroupPlan]:
+def _group_plans(parts: Components) -> list[GroupPlan]:
     sizes = {name: parameter.numel() for name, parameter in parts.model.named_parameters()}
     return [
         GroupPlan(

@@ -11,7 +11,7 @@ from cluster.versions import submission_versions
 from jobs.spec import JobSpec
 from launcher.config.description import Description
 from launcher.planning.placement import decide_workers, resources_of
-from launcher.planning.plan import Plan, Tried, decide
+from launcher.planning.plan import DryRunResult, Plan, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
 _DIGITS = 12
@@ -103,7 +103,7 @@ def _short(name: str, version: str) -> str:
     return version[:_DIGITS] if name == "launcher" else version
 
 
-def fit(description: Description, store: Store, tried: Tried, capacity: Capacity, where: str) -> Plan:
+def fit(description: Description, store: Store, tried: DryRunResult, capacity: Capacity, where: str) -> Plan:
     """The plan on a cluster.
 
     Raises:

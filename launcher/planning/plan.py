@@ -63,7 +63,7 @@ class InitPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
+class DryRunResult:
     """What building and trying out told."""
 
     steps: StepPlan
@@ -169,7 +169,7 @@ def make_plan(
         if capacity is not None and may_wait:
             cluster.prepare_group(ENTRY, places_of(spec.workers, gpus))
 
-        def try_out() -> Tried:
+        def try_out() -> DryRunResult:
             if not tries_here:
                 return cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
             tell(f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}")
@@ -180,7 +180,7 @@ def make_plan(
     return decide(description, store, tried, capacity)
 
 
-def try_job(description: Description, import_paths: tuple[str, ...]) -> Tried:
+def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunResult:
     """Checks all of a job but its store that does not depend on where it will train, on this machine and its CPU.
 
     That is its parts, and one micro-batch.
@@ -230,7 +230,7 @@ def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
     )
 
 
-def _tried(try_out: Callable[[], Tried]) -> Tried:
+def _tried(try_out: Callable[[], DryRunResult]) -> DryRunResult:
     """What a trial told.
 
     Raises:
@@ -247,7 +247,7 @@ def _tried(try_out: Callable[[], Tried]) -> Tried:
         ) from error
 
 
-def decide(description: Description, store: Store, tried: Tried, capacity: "Capacity | None") -> Plan:
+def decide(description: Description, store: Store, tried: DryRunResult, capacity: "Capacity | None") -> Plan:
     """The plan of a job that was tried out.
 
     Raises:

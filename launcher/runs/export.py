@@ -40,7 +40,7 @@ _TOLERANCE_16_BIT = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExportSource:
     """Weights and where they are from."""
 
     run: RunDirectory
@@ -51,7 +51,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ExportFile:
     """A file to be."""
 
     folder: Store
@@ -104,17 +104,17 @@ def export(run: RunDirectory, *, to: str | None, at: int | None, which: Which, f
     return about | {"to": target.url, "bytes": len(data), "tensors": len(source.tensors), **checked}
 
 
-def _target(to: str, force: bool) -> Target:
+def _target(to: str, force: bool) -> ExportFile:
     folder, slash, name = to.rpartition("/")
     if not name.endswith((".safetensors", ".onnx")):
         raise DescriptionError(f"--to must end in .safetensors or .onnx, got {to!r}; name the file so")
-    target = Target(Store(folder or slash or "."), name)
+    target = ExportFile(Store(folder or slash or "."), name)
     if not force and target.folder.exists(name):
         raise DescriptionError(f"--to {target.url} exists; give another name, or overwrite it with --force")
     return target
 
 
-def _read(run: RunDirectory, at: int | None, which: Which) -> Source:
+def _read(run: RunDirectory, at: int | None, which: Which) -> ExportSource:
     """Reads the one file that is needed."""
     checkpoints, file = run.checkpoints, WEIGHTS_FILES[which]
     if at is not None:
@@ -136,7 +136,7 @@ def _read(run: RunDirectory, at: int | None, which: Which) -> Source:
         tensors = decode_weights(files[file], which)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoints.url(manifest.step)}: {file} {error}") from error
-    return Source(run, manifest, which, tensors)
+    return ExportSource(run, manifest, which, tensors)
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
@@ -159,7 +159,7 @@ def _require_onnx() -> None:
         )
 
 
-def _to_onnx(source: Source, about: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def _to_onnx(source: ExportSource, about: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """The model with these weights, and how far onnxruntime's outputs of it are from torch's."""
     with contextlib.redirect_stdout(sys.stderr):  # the exporter tells of its progress, and the user's code may print
         model, inputs = _model_and_inputs(source)
@@ -180,7 +180,7 @@ def _to_onnx(source: Source, about: Mapping[str, Any]) -> tuple[bytes, dict[str,
         return data, {"largest_difference": _check_onnx(data, model, inputs)}
 
 
-def _model_and_inputs(source: Source) -> tuple[nn.Module, Tensor]:
+def _model_and_inputs(source: ExportSource) -> tuple[nn.Module, Tensor]:
     """The model of the run's description with the weights, and some samples as it is validated with."""
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
     code = find_code(source.run)

@@ -61,7 +61,7 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
     kept = best if best is not None and best["step"] <= to.step else None
     run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
     _note(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
-    run.check_claim()
+    run.check_lease()
     run.checkpoints.fence(to.step)
     metrics.cut(to.step + 1)
     metrics.flush()
@@ -109,7 +109,7 @@ def copy_run(
     Raises:
         CheckpointError: None is good; there is no branch, then.
     """
-    branch.claim()
+    branch.take_lease()
     manifest = _copy_newest(run, branch, steps, warn)
     metrics = branch.metrics()
     for row in run.metrics().read():

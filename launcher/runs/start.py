@@ -38,7 +38,7 @@ from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, firs
 from cluster.capacity import num_cores
 from launcher.planning.placement import places_of
 from launcher.display.plots import draw
-from launcher.planning.plan import Plan, Tried, make_plan
+from launcher.planning.plan import Plan, DryRunResult, make_plan
 from launcher.display.progress import Progress
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
@@ -437,7 +437,7 @@ def left_to_plan(run: RunDirectory, wanted: Description, reached: int, *, force:
     return _left_to_load(wanted, reached, begun_with)
 
 
-def check_unchanged(run: RunDirectory, wanted: Description, found: Plan | Tried) -> None:
+def check_unchanged(run: RunDirectory, wanted: Description, found: Plan | DryRunResult) -> None:
     """Makes sure that a run would go on with what it began with.
 
     Raises:
@@ -472,7 +472,7 @@ def _train(
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     run.clear_stop()  # one that was asked of an earlier driver; one that comes once the run is claimed is for this one
-    run.claim()
+    run.take_lease()
     if back_to is not None:
         go_back(run, back_to)
     # With that the run exists: from here on it can be resumed from anywhere.
@@ -520,7 +520,7 @@ def _left_to_load(wanted: Description, reached: int, begun_with: dict[str, str] 
     return dataclasses.replace(wanted, spec=dataclasses.replace(wanted.spec, init_from=init_from))
 
 
-def _source(plan: Plan | Tried) -> dict[str, str] | None:
+def _source(plan: Plan | DryRunResult) -> dict[str, str] | None:
     return None if plan.init_from is None else {"url": plan.init_from.url, "sha256": plan.init_from.sha256}
 
 
@@ -689,7 +689,7 @@ def _write_pictures(run: RunDirectory, name: str, display: Progress) -> dict[str
     """The pictures of the run; a store that fails now must not hide how the run ended."""
     try:
         pictures = draw(run.metrics().read(), run.read_matrices(), name)
-        run.check_claim()
+        run.check_lease()
         for picture, png in pictures.items():
             run.write_picture(picture, png)
     except StorageError as error:

@@ -29,7 +29,7 @@ from launcher.code.user_code import find_code, make_import_paths
 from launcher.config.description import Description, Difference, parse
 from launcher.display.progress import Progress
 from launcher.planning.nodes import check_nodes, fit, own_versions
-from launcher.planning.plan import Plan, Tried, checked_store, modules_for, try_job
+from launcher.planning.plan import DryRunResult, Plan, checked_store, modules_for, try_job
 from launcher.runs.start import (
     changes_of,
     check_unchanged,
@@ -50,7 +50,7 @@ _DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Snapshot:
+class _RunSnapshot:
     """How a run stands before it is submitted.
 
     Attributes:
@@ -283,7 +283,7 @@ def plan_there(
 # --- How the run stands ---
 
 
-def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
+def _snapshot(run: RunDirectory, wanted: Description) -> _RunSnapshot:
     """Raises DescriptionError if the run is another than the one that is wanted."""
     known = frozenset(report.id for report in run.submissions.reports())
     try:
@@ -298,7 +298,7 @@ def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     elif submission is not None:  # nothing was trained: it may become another
         changed = changes_of(submission.description, wanted)
         code = submission.code_sha256
-    return _Snapshot(
+    return _RunSnapshot(
         stored=stored,
         status=run.read_status(),
         known=known,
@@ -310,7 +310,7 @@ def _snapshot(run: RunDirectory, wanted: Description) -> _Snapshot:
     )
 
 
-def _what_is_next(run: RunDirectory, before: _Snapshot, scheduler: Scheduler, place: RayClusterSpec) -> _Next:
+def _what_is_next(run: RunDirectory, before: _RunSnapshot, scheduler: Scheduler, place: RayClusterSpec) -> _Next:
     """What a submission of a run has to do.
 
     A job that the cluster does not know, though it was submitted there, is begun now by the same name. The cluster may
@@ -353,13 +353,13 @@ def _may_stand_by(job: Job) -> bool:
     return STANDBY in job.metadata and (job.began_at is None or time.time() - job.began_at < 2 * WAIT_S)
 
 
-def _job_id(run: RunDirectory, before: _Snapshot, number: int) -> str:
+def _job_id(run: RunDirectory, before: _RunSnapshot, number: int) -> str:
     """What a run is called on a cluster, as in its newest submission: a URL can be spelled in several ways."""
     return make_job_id(run.url, number) if before.submission is None else numbered(before.submission.job, number)
 
 
 def _leave_alone(
-    run: RunDirectory, before: _Snapshot, place: RayClusterSpec, following: _Next, display: Progress
+    run: RunDirectory, before: _RunSnapshot, place: RayClusterSpec, following: _Next, display: Progress
 ) -> dict[str, Any]:
     """A run for which no job is begun, told of."""
     display.message(following.why_not)
@@ -375,7 +375,7 @@ def _result(run: RunDirectory, job_id: str | None, place: RayClusterSpec) -> dic
 # --- The steps ---
 
 
-def _left_to_plan(run: RunDirectory, before: _Snapshot, description: Description) -> Description:
+def _left_to_plan(run: RunDirectory, before: _RunSnapshot, description: Description) -> Description:
     """What is left to plan of a run that may have begun."""
     is_in_place = before.stored is None or description.spec.store == before.stored.spec.store
     to_plan = placed_at(run, description) if is_in_place else description
@@ -383,7 +383,7 @@ def _left_to_plan(run: RunDirectory, before: _Snapshot, description: Description
 
 
 def _submission(
-    standby: Standby, place: RayClusterSpec, description: Description, code: _Code, now: _Snapshot
+    standby: Standby, place: RayClusterSpec, description: Description, code: _Code, now: _RunSnapshot
 ) -> Submission:
     """What the job that stands by is to take."""
     return Submission(
@@ -414,7 +414,7 @@ def _variables(description: Description, place: RayClusterSpec) -> tuple[str, ..
 def _fit_there(
     description: Description,
     store: Store,
-    tried: Tried,
+    tried: DryRunResult,
     report: ClusterReport,
     place: RayClusterSpec,
     display: Progress,

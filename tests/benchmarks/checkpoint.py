@@ -163,7 +163,7 @@ def _arm(
     from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
     from jobs.checkpoint.saver import Saver
-    from jobs.parallel.team import Team
+    from jobs.parallel.worker_team import Team
     from jobs.training.loop import Loop
 
     spec, device = settings.job(steps, every_steps), torch.device("cpu")

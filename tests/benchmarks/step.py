@@ -116,7 +116,7 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     from cluster.process.messages import RowLogged
     from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
-    from jobs.parallel.team import Team
+    from jobs.parallel.worker_team import Team
     from jobs.training.loop import Loop
 
     spec, device = settings.job(exact), torch.device("cpu")

@@ -79,7 +79,7 @@ def _work(rank: int, folder: str, url: str, orders: Connection, messages: Connec
     from cluster.run.run_directory import RunDirectory
     from jobs.checkpoint.loop_state import LoopState
     from jobs.checkpoint.saver import Saver
-    from jobs.parallel.team import Team
+    from jobs.parallel.worker_team import Team
 
     join_team(rank, _WORKERS, folder)
     team = Team(rank=rank, world_size=_WORKERS, shards=_WORKERS, exact=True, device=torch.device("cpu"))

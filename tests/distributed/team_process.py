@@ -39,7 +39,7 @@ from cluster.run.run_directory import RunDirectory
 from jobs.build.components import build_parts
 from jobs.checkpoint.layout import decode
 from jobs.checkpoint.loop_state import LoopState
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.worker import compare_environments, meet, train
 from tests.states import digest

@@ -18,7 +18,7 @@ from cluster.storage.local import SyncedLocalFileSystem
 from jobs.build.components import build_parts
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.training.loop import Loop
 from jobs.training.worker import meet
 from tests.distributed.small_job import full_job, plain_job

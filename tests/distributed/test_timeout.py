@@ -9,7 +9,7 @@ from torch import nn
 from cluster.errors import LauncherError
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.training.failure_causes import named
 from jobs.training.worker import meet
 from tests.distributed.small_job import full_job

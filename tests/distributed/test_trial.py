@@ -15,10 +15,10 @@ from cluster.errors import ClusterError, DescriptionError
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
-from launcher.planning.plan import Tried
+from launcher.planning.plan import DryRunResult
 
 HERE = __name__
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+OUT_OF_MEMORY = "CUDA out of memory. DryRunResult to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 MICRO_BATCH, VAL_SAMPLES = 48, 40
 
 
@@ -70,7 +70,7 @@ def task_of(*, on_gpu: bool, fails: str = "") -> Task:
     )
 
 
-def try_with_gpu(task: Task) -> tuple[Tried, list[tuple[str, int]]]:
+def try_with_gpu(task: Task) -> tuple[DryRunResult, list[tuple[str, int]]]:
     """What the trial tells, and which batches it moved to the device."""
     from launcher.planning import dry_run
 

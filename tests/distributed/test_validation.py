@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy, dropout
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.build.losses import build_loss
-from jobs.build.metric_values import Measured
+from jobs.build.metric_values import MetricValues
 from jobs.build.metrics import build_metrics
 from jobs.build.targets import Builder
 from jobs.data.loader import validation_batches
-from jobs.parallel.team import Team
+from jobs.parallel.worker_team import Team
 from jobs.spec import LossSpec, Target
 from jobs.training.evaluation import evaluate
 from jobs.training.worker import meet
@@ -58,7 +58,7 @@ def build_model(drop: float) -> Linear:
     return Linear(drop)
 
 
-def validate(link: AgentLink, task: Task) -> dict[str, Measured]:
+def validate(link: AgentLink, task: Task) -> dict[str, MetricValues]:
     """Every case, one after the other, with one set of metrics."""
     meet(link, task, TIMEOUT_S)
     device = torch.device("cpu")
@@ -80,12 +80,12 @@ def validate(link: AgentLink, task: Task) -> dict[str, Measured]:
 
 
 @pytest.fixture(scope="module")
-def by_world_size(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, dict[str, Measured]]]:
+def by_world_size(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, dict[str, MetricValues]]]:
     """For each number of workers, what each rank came to."""
     return {size: validated(tmp_path_factory.mktemp("run"), size) for size in (1, 2, 3, 4)}
 
 
-def validated(store: Path, world_size: int) -> dict[int, dict[str, Measured]]:
+def validated(store: Path, world_size: int) -> dict[int, dict[str, MetricValues]]:
     outcome = run_processes(validate, full_job(store, "run"), world_size)
     assert not outcome.failures, "\n".join(outcome.failures.values())
     return outcome.results

@@ -66,7 +66,7 @@ class OurRuns:
             MixedError: It began with bytes that do not belong together.
         """
         run = RunDirectory(Store(url, patience_s=0))
-        run.claim()
+        run.take_lease()
         named: dict[int, str] = {}
         found = run.checkpoints.newest_good(lambda step, defect: named.update({step: str(defect)}))
         begun = Begun(0, "", named) if found is None else Begun(found[0].step, writer_of(*found), named)
@@ -124,7 +124,7 @@ class OurRuns:
 
     def _go_back(self, url: str, step: int) -> Begun | None:
         run = RunDirectory(Store(url, patience_s=0))
-        run.claim()
+        run.take_lease()
         go_back(run, run.checkpoints.manifest(step))
         return None
 

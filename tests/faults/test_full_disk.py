@@ -100,7 +100,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 def life(run: RunDirectory, number: int) -> Iterator[Callable[[], Any]]:
     """What a driver and its workers write, one piece of work at a time; each may be done again after it has failed."""
     last = number * STEPS_A_LIFE
-    yield run.claim
+    yield run.take_lease
     yield partial(run.write_environment, {"attempts": [number]})
     yield partial(run.write_job, f"life: {number}\n")
     yield partial(run.write_tracker_id, f"of life {number}")
@@ -190,15 +190,15 @@ def test_nothing_old_is_lost(disk: Disk, tmp_path: Path, then: str) -> None:
 
 def test_a_claim_that_was_lost_is_written_when_there_is_room(disk: Disk) -> None:
     run = disk.run()
-    run.claim()
+    run.take_lease()
     run.write_status({"status": "running", "step": 3})
     claims = run.store.names("drivers")
     run.store.delete(claims)
     disk.become_full()
     with pytest.raises(StorageError, match="cannot write drivers/.*; make room, or use another store"):
-        run.check_claim()
+        run.check_lease()
     disk.make_room()
-    run.check_claim()
+    run.check_lease()
     assert run.store.names("drivers") == claims
     status = run.read_status()
     assert status is not None

@@ -133,7 +133,7 @@ def test_caches_and_environments_are_left_out(folder):
 def test_runs_are_left_out(folder):
     write(folder, "job.yaml", "experiments/a/job.yaml", "experiments/a/model.py", "submitted/code/ab.zip")
     run = RunDirectory(str(folder / "runs" / "digits"))
-    run.claim()
+    run.take_lease()
     run.write_environment({})
     run.write_job("name: digits\n")
     write(folder, "submitted/submissions/0-ab.json", "submitted/job.yaml")

@@ -140,7 +140,7 @@ def drive(
     group = Group(script, is_shared=is_shared)
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
-    run.claim()
+    run.take_lease()
     record = RunLog(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
     group.is_settled = lambda: record.is_settled
     driver = Driver(spec=spec, run_url=run.url, run_log=record, first_workers=first_workers, clock=lambda: group.now)
@@ -422,7 +422,7 @@ class TestExceptions:
 class TestRows:
     def test_a_checkpoint_may_be_newer_than_the_last_row(self, run: RunDirectory) -> None:
         """With train.log_every_steps=7 the newest row before step 40 is of step 35."""
-        run.claim()
+        run.take_lease()
         metrics = run.metrics()
         for step in (28, 35):
             metrics.append({"step": step})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs import environment
-from jobs.build.components import Parts
+from jobs.build.components import Components
 from jobs.environment import Environment, changes, code_digests, make_environment, unlike
 
 HERE = Environment(
@@ -205,7 +205,7 @@ class Data:
 
 def fingerprint(train_set: Data, val_set: Data | None = None) -> str:
     parts: Any = SimpleNamespace(train_set=train_set, val_set=val_set)
-    return Parts.data_fingerprint(parts)
+    return Components.data_fingerprint(parts)
 
 
 def test_the_data_fingerprint_is_of_what_datasets_say_of_themselves() -> None:

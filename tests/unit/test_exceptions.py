@@ -42,7 +42,7 @@ def error_of(call: Callable[[], Any], step: int = 4) -> LauncherError:
         (lambda: bytearray(2**60), "out_of_memory", "MemoryError"),
         (lambda: np.empty(2**57), "out_of_memory", "MemoryError: Unable to allocate"),
         (raising(OSError(errno.ENOMEM, "Cannot allocate memory")), "out_of_memory", "OSError: [Errno 12]"),
-        (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), "gpu_out_of_memory",
+        (raising(torch.OutOfMemoryError("CUDA out of memory. DryRunResult to allocate 2.00 GiB")), "gpu_out_of_memory",
          "OutOfMemoryError: CUDA out of memory."),
         (raising(RuntimeError("CUDA error: out of memory")), "gpu_out_of_memory", "RuntimeError: CUDA error"),
         (lambda: importlib.import_module("no_such_module"), "environment", "ModuleNotFoundError: No module named"),

@@ -95,7 +95,7 @@ def drive(name: str, last: int) -> int:
         The step it began at.
     """
     run = RunDirectory(URL)
-    run.claim()
+    run.take_lease()
     found = run.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
     begun = 0 if found is None else found[0].step
     record = record_of(run, last)
@@ -170,7 +170,7 @@ def assert_only_the_new_one_shows(begun: int, last: int) -> None:
     assert status is not None
     assert (status["status"], status["step"]) == ("completed", last)
     third = RunDirectory(URL)
-    third.claim()
+    third.take_lease()
     assert_newest_two(third, newest)
 
 
@@ -263,14 +263,14 @@ class TakenOver:
 
     def __init__(self) -> None:
         self.old, self.new = RunDirectory(URL), RunDirectory(URL)
-        self.old.claim()
+        self.old.take_lease()
         self.save_and_remove(2)
 
     def save_and_remove(self, step: int) -> None:
         """As a driver does, which makes sure of its claim before each."""
-        self.old.check_claim()
+        self.old.check_lease()
         self.commit(step)
-        self.old.check_claim()
+        self.old.check_lease()
         list(self.old.checkpoints.retain(step, 1))
 
     def commit(self, step: int) -> None:
@@ -315,7 +315,7 @@ def test_a_driver_that_goes_on_until_it_sees_the_new_claim_loses_no_checkpoint()
                 drivers.save_and_remove(step)
 
     begun = set()
-    for drivers in at_each_call(lambda drivers: drivers.new.claim(), go_on):
+    for drivers in at_each_call(lambda drivers: drivers.new.take_lease(), go_on):
         found = drivers.new.checkpoints.newest_good(lambda step, defect: pytest.fail(f"{step}: {defect}"))
         assert found is not None
         begun.add(found[0].step)
@@ -323,7 +323,7 @@ def test_a_driver_that_goes_on_until_it_sees_the_new_claim_loses_no_checkpoint()
 
 
 def test_a_commit_that_comes_late_costs_no_checkpoint_and_counts_if_the_new_driver_begins_there() -> None:
-    for drivers in at_each_call(lambda drivers: drivers.new.claim(), lambda drivers: drivers.commit(4)):
+    for drivers in at_each_call(lambda drivers: drivers.new.take_lease(), lambda drivers: drivers.commit(4)):
         steps = drivers.new.checkpoints.steps()
         with pytest.raises(SupersededError):
             drivers.save_and_remove(4)
@@ -332,7 +332,7 @@ def test_a_commit_that_comes_late_costs_no_checkpoint_and_counts_if_the_new_driv
         drivers.commit(6)
         assert RunDirectory(URL).checkpoints.steps() == steps
         third = RunDirectory(URL)
-        third.claim()
+        third.take_lease()
         assert third.checkpoints.steps() == steps
 
 
@@ -341,12 +341,12 @@ def test_a_driver_that_takes_over_from_one_that_goes_back_keeps_what_it_builds_o
 
     def save_and_go_back(drivers: TakenOver) -> None:
         with contextlib.suppress(SupersededError):
-            drivers.old.check_claim()
+            drivers.old.check_lease()
             drivers.commit(4)
             go_back(drivers.old, drivers.old.checkpoints.manifest(2))
 
     def take_over(drivers: TakenOver) -> None:
-        drivers.new.claim()
+        drivers.new.take_lease()
         newest = drivers.new.checkpoints.steps()[-1]
         built_on.add(newest)
         drivers.new.checkpoints.commit(replace(drivers.new.checkpoints.manifest(newest), step=6))
@@ -364,7 +364,7 @@ def test_beyond_the_checkpoint_that_workers_fell_back_to_no_late_manifest_counts
     WatchedFileSystem.store.clear()
     drivers = TakenOver()
     drivers.commit(8)
-    drivers.new.claim()
+    drivers.new.take_lease()
     record = record_of(drivers.new, last=20)
     record.fell_back(8, "a part is missing")
     record.begins_at(2)
@@ -382,7 +382,7 @@ def test_of_two_drivers_whose_claims_a_person_removes_the_later_one_goes_on() ->
 
     def claim(drivers: TakenOver) -> None:
         with contextlib.suppress(StorageError):  # it has not begun, and says so
-            drivers.new.claim()
+            drivers.new.take_lease()
             begun.append(drivers)
 
     begun: list[TakenOver] = []
@@ -390,11 +390,11 @@ def test_of_two_drivers_whose_claims_a_person_removes_the_later_one_goes_on() ->
     for drivers in at_each_call(claim, remove_claims):
         num_points += 1
         if drivers in begun:
-            drivers.new.check_claim()
+            drivers.new.check_lease()
             with pytest.raises(SupersededError):
-                drivers.old.check_claim()
+                drivers.old.check_lease()
         else:
-            drivers.old.check_claim()
+            drivers.old.check_lease()
     assert len(begun) == num_points, "all but one, at whose call its claim was not seen; and one undisturbed"
 
 
@@ -411,7 +411,7 @@ def test_a_reader_never_sees_a_late_manifest_whenever_the_run_is_taken_over(read
     seen: list[list[int]] = []
 
     def take_over(drivers: TakenOver) -> None:
-        drivers.new.claim()
+        drivers.new.take_lease()
         drivers.commit(4)
 
     for _ in at_each_call(lambda _: seen.append(read(RunDirectory(URL))), take_over):
@@ -423,7 +423,7 @@ def test_a_reader_never_sees_a_late_manifest_whenever_the_run_is_taken_over(read
 def test_a_reader_of_a_log_that_is_written_meanwhile_misses_nothing_that_was_there(at: int) -> None:
     """Each flush puts another part in the place of the one before, which is gone when the reader comes to it."""
     run = RunDirectory(URL)
-    run.claim()
+    run.take_lease()
     log = run.metrics()
     log.append({"step": 1})
     log.flush()

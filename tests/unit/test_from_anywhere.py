@@ -43,7 +43,7 @@ def run() -> RunDirectory:
 
 def make_run(name: str, steps: list[int], status: str = "completed") -> RunDirectory:
     run = RunDirectory(f"count://runs/{name}")
-    run.claim()
+    run.take_lease()
     run.write_job(JOB.replace("digits", name, 1))
     run.write_environment({"data_fingerprint": "ab", "attempts": [{"packages": {"torch": "2.13.0"}}]})
     run.write_status(

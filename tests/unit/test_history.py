@@ -21,7 +21,7 @@ def run() -> RunDirectory:
     """A run that has completed; a part of every checkpoint lies in the folder of the first."""
     fresh_faults()
     run = open_run("old")
-    run.claim()
+    run.take_lease()
     frozen = run.checkpoints.write_part(5, ("frozen.bin", 0), b"frozen")
     for step in STEPS:
         files = saved.write_files(run.checkpoints, step, {"model.bin": b"m" * step})
@@ -48,7 +48,7 @@ def rows(run: RunDirectory) -> list[int]:
 
 def back(run: RunDirectory, step: int) -> None:
     """As a driver goes back, which has claimed the run."""
-    run.claim()
+    run.take_lease()
     go_back(run, good_checkpoint_at(run, step, STEPS))
 
 
@@ -76,10 +76,10 @@ class TestGoingBack:
     def test_nothing_is_lost_if_the_target_went_before_the_run_was_claimed(self, run):
         manifest = good_checkpoint_at(run, 10, STEPS)
         other = open_run("old")
-        other.claim()
+        other.take_lease()
         list(other.checkpoints.retain(15, 1))
         status = run.read_status()
-        run.claim()
+        run.take_lease()
         with pytest.raises(CheckpointError, match="step-00000010: its manifest is missing"):
             go_back(run, manifest)
         assert (open_run("old").checkpoints.steps(), rows(run)) == ([15], [*range(1, 16)])
@@ -90,16 +90,16 @@ class TestGoingBack:
         saved.save(run.checkpoints, 15, {"model.bin": b"late"})
         saved.save(run.checkpoints, 20, {"model.bin": b"late"})
         later = open_run("old")
-        later.claim()
+        later.take_lease()
         saved.save(later.checkpoints, 30, {"model.bin": b"m" * 30})
-        open_run("old").claim()
+        open_run("old").take_lease()
         assert open_run("old").checkpoints.steps() == [5, 10, 30]
 
     def test_a_driver_that_was_taken_over_from_deletes_nothing(self, run):
-        run.claim()
+        run.take_lease()
         manifest = run.checkpoints.manifest(10)
         other = open_run("old")
-        other.claim()
+        other.take_lease()
         saved.save(other.checkpoints, 20, {"model.bin": b"m" * 20})
         with pytest.raises(SupersededError):
             go_back(run, manifest)

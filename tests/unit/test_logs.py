@@ -22,7 +22,7 @@ def run() -> RunDirectory:
     CountingFileSystem.store.clear()
     run = RunDirectory("count://runs/digits")
     run.write_job(JOB.format(store="count://runs"))
-    run.claim()
+    run.take_lease()
     run.write_status({"status": "running", "step": 3})
     run.write_log(0, 0, b"one\n")
     return run

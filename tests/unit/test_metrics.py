@@ -10,7 +10,7 @@ import torchmetrics
 from torch import Tensor
 
 from cluster.errors import DescriptionError
-from jobs.build.metric_values import Matrix, Measured
+from jobs.build.metric_values import Matrix, MetricValues
 from jobs.build.metrics import MetricSet, build_metrics, class_names
 from jobs.build.targets import Builder
 from jobs.spec import Target
@@ -97,7 +97,7 @@ def built(target: Target, classes: list[str] | None = None) -> MetricSet:
     return build_metrics({"it": target}, Builder(), classes)
 
 
-def measured_by(make: Callable[[], MetricSet], batches: list[Pair], workers: int) -> Measured:
+def measured_by(make: Callable[[], MetricSet], batches: list[Pair], workers: int) -> MetricValues:
     """What ``workers`` workers come to, each with a set of its own."""
     sets = [make() for _ in range(workers)]
     for rank, metrics in enumerate(sets):
@@ -106,7 +106,7 @@ def measured_by(make: Callable[[], MetricSet], batches: list[Pair], workers: int
     return sets[0].compute([metrics.share() for metrics in sets])
 
 
-def bits(measured: Measured) -> dict[str, bytes]:
+def bits(measured: MetricValues) -> dict[str, bytes]:
     return {name: struct.pack("d", value) for name, value in measured.numbers.items()}
 
 
@@ -243,7 +243,7 @@ class TestNames:
             [int(((labels_N == true) & (logits_NK.argmax(1) == said)).sum()) for said in range(CLASSES)]
             for true in range(CLASSES)
         ]
-        assert measured == Measured({}, {"val/it": Matrix(list("abcde"), counts)})
+        assert measured == MetricValues({}, {"val/it": Matrix(list("abcde"), counts)})
 
     def test_what_is_not_finite_is_left_out(self) -> None:
         """A correlation with a constant is 0 / 0."""
@@ -251,7 +251,7 @@ class TestNames:
         metrics.update(torch.ones(4), torch.arange(4.0))
         shares = [metrics.share()]
         with pytest.warns(UserWarning, match="variance"):
-            assert metrics.compute(shares) == Measured()
+            assert metrics.compute(shares) == MetricValues()
 
     @pytest.mark.parametrize(
         ("classes", "names"),

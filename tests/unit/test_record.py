@@ -83,7 +83,7 @@ def at_delete(monkeypatch: pytest.MonkeyPatch, do: Callable[[str], None]) -> Non
 def run() -> RunDirectory:
     """A run with the checkpoints of five steps."""
     run = RunDirectory(Store("slow://run", patience_s=0))
-    run.claim(clock=lambda: SlowFileSystem.now)
+    run.take_lease(clock=lambda: SlowFileSystem.now)
     for step in range(1, 6):
         saved.save(run.checkpoints, step, files_of(step))
     return run

@@ -30,7 +30,7 @@ def pauses(monkeypatch) -> list[float]:
 
 
 def test_every_name_of_a_run(run):
-    run.claim()
+    run.take_lease()
     run.write_job("name: digits\n")
     run.write_environment({"torch": "2.13"})
     run.write_status({"step": 5})
@@ -87,7 +87,7 @@ def test_what_belongs_to_a_description_counts_once_that_is_written(run, monkeypa
 
 
 def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
-    run.claim()
+    run.take_lease()
     (claim,) = run.store.names("drivers")
     run.store.write(claim, b'{"st')
     monkeypatch.setattr(time, "sleep", lambda seconds: run.write_status({"step": 6}))  # noqa: ARG005
@@ -97,7 +97,7 @@ def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
 def test_a_status_from_before_drivers_had_claims_is_carried_on(run):
     run.store.write("status.json", b'{"status": "stopped", "step": 7, "host": "a", "pid": 1}')
     assert run.read_status()["step"] == 7
-    run.claim()
+    run.take_lease()
     status = run.read_status()
     assert (status["status"], status["step"], status["pid"]) == ("running", 7, os.getpid())
 
@@ -134,7 +134,7 @@ def test_a_first_description_that_is_written_while_it_is_looked_for(run, monkeyp
 
 def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
     for number in range(3):
-        run.claim()
+        run.take_lease()
         log = run.events()
         log.append({"number": number})
         log.flush()
@@ -144,52 +144,52 @@ def test_a_driver_comes_after_those_whose_claims_a_person_removed(run):
 
 class TestLostClaim:
     def test_it_is_written_again_with_the_newest_status(self, run):
-        run.claim()
+        run.take_lease()
         run.write_status({"status": "running", "step": 7})
         claims = run.store.names("drivers")
         run.store.delete(claims)
-        run.check_claim()
+        run.check_lease()
         assert run.store.names("drivers") == claims
         assert run.read_status()["step"] == 7
 
     def test_it_is_not_written_again_where_nothing_of_the_run_is(self, run, tmp_path):
-        run.claim()
+        run.take_lease()
         (tmp_path / "runs").rename(tmp_path / "unmounted")
         with pytest.raises(StorageError, match="holds nothing of this driver any more; mount the store again"):
-            run.check_claim()
+            run.check_lease()
         assert not (tmp_path / "runs").exists()
         (tmp_path / "unmounted").rename(tmp_path / "runs")
-        run.check_claim()
+        run.check_lease()
 
     def test_it_is_not_written_again_in_an_older_copy_of_the_run(self, run, tmp_path):
-        run.claim()
+        run.take_lease()
         shutil.copytree(tmp_path / "runs", tmp_path / "older")
         taken_over = RunDirectory(run.url)
-        taken_over.claim()
+        taken_over.take_lease()
         (tmp_path / "runs").rename(tmp_path / "unmounted")
         (tmp_path / "older").rename(tmp_path / "runs")
         with pytest.raises(StorageError, match="holds nothing of this driver any more"):
-            taken_over.check_claim()
+            taken_over.check_lease()
 
     def test_it_is_not_written_again_once_another_driver_has_come(self, run):
-        run.claim()
+        run.take_lease()
         newer = RunDirectory(run.url)
-        newer.claim()
+        newer.take_lease()
         run.store.delete(run.store.names("drivers"))
         with pytest.raises(SupersededError, match="another driver has taken the run over"):
-            run.check_claim()
-        newer.check_claim()
+            run.check_lease()
+        newer.check_lease()
         with pytest.raises(SupersededError, match="process .* has taken the run over at"):
-            run.check_claim()
+            run.check_lease()
 
     def test_an_older_claim_that_shows_is_no_later_driver(self, run):
-        run.claim()
+        run.take_lease()
         newer = RunDirectory(run.url)
-        newer.claim()
+        newer.take_lease()
         newest = newer.store.names("drivers")
         run.write_status({"status": "running"})  # late
         run.store.delete(newest)
-        newer.check_claim()
+        newer.check_lease()
         assert set(newest) < set(run.store.names("drivers"))
 
 
@@ -200,7 +200,7 @@ def test_a_description_that_has_not_changed_is_not_written(run, monkeypatch):
 
 
 def test_a_driver_begins_with_the_room_that_killed_writers_have_left(run):
-    run.claim()
+    run.take_lease()
     part = run.checkpoints.write_part(5, ("model", 0), b"1")
     left = [run.store.at(*folder).url + f"/.tmp-{number:032x}" for number, folder in enumerate([["drivers"], ["logs"]])]
     left.append(f"{run.checkpoints.url(5)}/.tmp-{5:032x}")
@@ -208,14 +208,14 @@ def test_a_driver_begins_with_the_room_that_killed_writers_have_left(run):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
     assert not any("tmp" in name for name in run.store.names())
-    RunDirectory(run.url).claim()
+    RunDirectory(run.url).take_lease()
     assert not any(map(os.path.exists, left))
     assert f"checkpoints/{part.object}" in run.store.names()
 
 
 def test_a_driver_goes_on_from_checkpoints_that_a_person_has_copied_alone(run):
     for step in (5, 10):
-        run.claim()
+        run.take_lease()
         saved.save(run.checkpoints, step, {"model": b"m" * step})
         run.store.delete([name for name in run.store.names() if not name.startswith("checkpoints/")])
     assert RunDirectory(run.store).checkpoints.steps() == [5, 10]

@@ -25,7 +25,7 @@ CHECKOUT = Path(__file__).parents[2]
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     run = RunDirectory(str(tmp_path / "run"))
-    run.claim()
+    run.take_lease()
     return run
 
 
@@ -82,7 +82,7 @@ def test_a_driver_elsewhere_lives_if_it_writes(seen, ago_s, change, expected, wa
 CLAIM = """\
 import sys
 from cluster.run.run_directory import RunDirectory
-RunDirectory(sys.argv[1]).claim()
+RunDirectory(sys.argv[1]).take_lease()
 print(flush=True)
 input()
 """

@@ -814,7 +814,7 @@ class TestTheSameRunAgain:
     def test_while_somebody_drives_it_elsewhere(self, job, folder):
         scheduler, said = FakeScheduler(), Said()
         run = run_of(job)
-        run.claim()
+        run.take_lease()
         run.write_job(job.text)
         assert hand_over(job, folder, scheduler, said) == {
             "run": run.url, "job": None, "cluster": URL, "status": "running",
@@ -829,7 +829,7 @@ class TestTheSameRunAgain:
         run = run_of(job)
         take_newest(run)
         run.write_job(job.text)
-        run.claim()
+        run.take_lease()
         run.write_status({"status": status, "step": 3})
         scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
         result = hand_over(job, folder, scheduler)
@@ -841,13 +841,13 @@ class TestTheSameRunAgain:
         """The status tells of the submission, and not of the driver before it."""
         run = run_of(job)
         run.write_job(job.text)
-        run.claim()
+        run.take_lease()
         run.write_status({"status": "stopped", "step": 3})
         with monkeypatch.context() as clock:
             clock.setattr(submit_module.time, "time", lambda: 1_000.0)
             hand_over(job, folder, FakeScheduler())
         assert read_status(run)["status"] == "submitted"
-        run.claim()
+        run.take_lease()
         run.write_status({"status": "stopped", "step": 4})
         assert read_status(run)["status"] == "stopped", "a person has gone on with the run"
 
@@ -949,7 +949,7 @@ class TestTheSameRunAgain:
         run = run_of(job)
         take_newest(run)
         run.write_job(job.text)
-        run.claim()
+        run.take_lease()
         saved.save(run.checkpoints, 5, {"model.safetensors": b""})
         run.write_status({"status": "stopped", "step": 5})
         scheduler.known = dict.fromkeys(scheduler.known, "succeeded")
@@ -1006,7 +1006,7 @@ class TestFromItsDirectoryAlone:
         run.submissions.mark_taken(report.id)
         run.write_job(limited.text)
         run.write_environment({"code": first.code_sha256, "attempts": [{}]})
-        run.claim()
+        run.take_lease()
         saved.save(run.checkpoints, 5, {"model.safetensors": b""})
         run.write_status({"status": "stopped", "step": 5})
         said = Said()

@@ -124,7 +124,7 @@ def submit(run: RunDirectory, number: int = 0, cluster: str = URL) -> str:
 
 def drive(run: RunDirectory, status: str, step: int = 7, **more: Any) -> None:
     """What the driver of the newest submission, on another host, leaves in the directory of a run."""
-    run.claim()
+    run.take_lease()
     newest = run.submissions.newest()
     assert newest is not None
     run.submissions.mark_taken(newest.id)
@@ -483,7 +483,7 @@ class TestStop:
         newest = run.submissions.newest()
         assert newest is not None
         run.submissions.mark_stopped(newest.id)
-        run.claim()
+        run.take_lease()
         run.write_status({"status": status, "step": 9})
         assert document("status", run.url)["step"] == 9
 

@@ -174,14 +174,14 @@ def test_of_one_that_a_person_changes_by_force(run, planned):
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_stop_is_for_the_driver_that_has_the_run_when_it_comes(run, planned, monkeypatch, is_early):
     submission_id, pair = submit(run, 0)
-    claim = RunDirectory.claim
+    take_lease = RunDirectory.take_lease
 
-    def claim_and_be_seen(directory: RunDirectory) -> None:
-        claim(directory)
+    def take_and_be_seen(directory: RunDirectory) -> None:
+        take_lease(directory)
         if not is_early:
             run.request_stop()  # the run is running, for all who look
 
-    monkeypatch.setattr(RunDirectory, "claim", claim_and_be_seen)
+    monkeypatch.setattr(RunDirectory, "take_lease", take_and_be_seen)
     if is_early:
         run.request_stop()
     take(run, submission_id)
@@ -267,7 +267,7 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
     def rival(self, run: RunDirectory, *overrides: str) -> RunDirectory:
         """The run as another process drives it."""
         other = RunDirectory(run.url)
-        other.claim()
+        other.take_lease()
         other.write_description(parse(TEXT, "digits.yaml", overrides).text, {"attempts": [{}]})
         return other
 
@@ -304,7 +304,7 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
         assert run.read_job() == parse(TEXT, "digits.yaml", ["train.max_steps=5"]).text
 
     def test_a_driver_that_has_not_described_it_yet(self, run, planned, tmp_path):
-        RunDirectory(run.url).claim()
+        RunDirectory(run.url).take_lease()
         with pytest.raises(ClusterError, match="is running it; stop it with"):
             begin(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said())
         assert planned == []
@@ -314,14 +314,14 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
         monkeypatch.setattr(start, "is_driven", lambda *_: False)
         meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
         self.is_left_alone(lambda: resume(run, (), Machine(2), Said()))
-        other.check_claim()
+        other.check_lease()
 
     def test_a_driver_that_is_taken_over_from_may_write_on(self, run, meanwhile):
         other = self.rival(run)
         meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
         take(run)
         with pytest.raises(SupersededError):
-            other.check_claim()
+            other.check_lease()
 
 
 def test_a_submission_that_is_withdrawn_while_its_job_plans(

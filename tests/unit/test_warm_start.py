@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, DescriptionError, LauncherError, Sto
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.checkpoint.warm_start import LoadReport, Source, Weights, load_weights, match_weights, read_weights
+from jobs.checkpoint.warm_start import LoadReport, Weights, WeightsSource, load_weights, match_weights, read_weights
 from jobs.spec import InitSpec
 from tests import saved
 from tests.states import encode
@@ -53,7 +53,7 @@ def held(model: nn.Module, **others: Tensor) -> dict[str, Tensor]:
 
 
 def weights(tensors: dict[str, Tensor]) -> Weights:
-    return Weights(Source("s3://runs/digits/checkpoints/step-00000220", "0" * 64), tensors)
+    return Weights(WeightsSource("s3://runs/digits/checkpoints/step-00000220", "0" * 64), tensors)
 
 
 def match(model: nn.Module, tensors: dict[str, Tensor], **spec: Any) -> LoadReport:
@@ -314,7 +314,7 @@ def save(checkpoints: Checkpoints, step: int, model: nn.Module, ema: AveragedMod
     saved.save(checkpoints, step, encode(state))
 
 
-def read(url: str, planned: Source | None = None, **spec: Any) -> Weights:
+def read(url: str, planned: WeightsSource | None = None, **spec: Any) -> Weights:
     return read_weights(InitSpec(url=url, **spec), planned)
 
 
@@ -340,7 +340,7 @@ def test_a_file(run: Run, place: str) -> None:
     Store(place).write("net.safetensors", run.weights_at(10))
     found = read(f"{place}/net.safetensors")
     assert holds(found, run.models[10])
-    assert found.source == Source(
+    assert found.source == WeightsSource(
         f"{place}/net.safetensors", read(f"{run.url}/checkpoints/step-00000010").source.sha256
     )
 

@@ -98,7 +98,7 @@ def test_the_exit_code_is_that_of_the_command_which_drove_the_run(watched, statu
 def test_a_driver_whose_clock_is_behind_is_watched_to_its_end(tmp_path):
     run, now = RunDirectory(str(tmp_path / "run")), [0.0]
     run.write_job(JOB.format(store=tmp_path))
-    run.claim()
+    run.take_lease()
 
     def write(status: str) -> None:
         (name,) = run.store.names("drivers")
