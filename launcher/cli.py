@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,6 +55,7 @@ _take_over_option = click.option(
 _wait_option = click.option(
     "--wait", is_flag=True, help="Show how the run stands until it ends; Ctrl-C ends that, and not the run."
 )
+_job_argument = click.argument("job", metavar="JOB")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -85,23 +85,28 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("job", type=click.Path(path_type=Path))
+@_job_argument
 @_overrides
 @_take_over_option
 @_cluster_option
 @_json_option
-def run(job: Path, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
-    """Plan, then train JOB.yaml. A run that exists is continued if it is the same one."""
+def run(job: str, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
+    """Plan, then train JOB: a YAML file, or a shipped one by its name, such as digits.
+
+    A run that exists is continued if it is the same one.
+    """
     from launcher.config.description import load
+    from launcher.config.job_files import find_job
 
     cluster, changes = _cluster(cluster_name, overrides)
-    description = load(job, changes)
+    path = find_job(job)
+    description = load(path, changes)
     if cluster.is_this_machine:
         _cheap_checks(description)
     from launcher.runs.start import begin
 
     def work(display: "Progress") -> dict[str, Any]:
-        return begin(description, job.parent, cluster, display, take_over=take_over)
+        return begin(description, path.parent, cluster, display, take_over=take_over)
 
     _show_result(work, cluster, as_json)
 
@@ -201,37 +206,42 @@ def _resume_from_standby(
 
 
 @main.command()
-@click.argument("job", type=click.Path(path_type=Path))
+@_job_argument
 @_overrides
 @_cluster_option
 @_json_option
-def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
-    """Check JOB.yaml and show everything that follows from it; start nothing."""
+def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
+    """Check JOB and show everything that follows from it; start nothing.
+
+    JOB is a YAML file, or the name of one that is shipped, such as digits.
+    """
     from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
     from launcher.config.description import load
+    from launcher.config.job_files import find_job
     from launcher.display.progress import open_progress
     from launcher.display.tables import plan_text
 
     spec, changes = load_cluster(cluster_name, overrides)
+    path = find_job(job)
     if spec.takes_jobs:
         place = jobs_cluster(spec)
-        description = load(job, changes)
+        description = load(path, changes)
         from launcher.submission.submit import plan_there
 
         with contextlib.closing(open_progress(sys.stderr)) as display:
-            made = plan_there(description, job.parent, open_scheduler(place), place, display)
+            made = plan_there(description, path.parent, open_scheduler(place), place, display)
     else:
         cluster = open_cluster(spec)
-        description = load(job, changes)
+        description = load(path, changes)
         from launcher.runs.start import plan_only
 
         with contextlib.closing(open_progress(sys.stderr)) as display, _joined(cluster):
-            made = plan_only(description, job.parent, cluster, display)
+            made = plan_only(description, path.parent, cluster, display)
     _show(made.as_dict(), plan_text(description.spec, made), as_json)
 
 
 @main.command()
-@click.argument("job", type=click.Path(path_type=Path))
+@_job_argument
 @_overrides
 @click.option(
     "--cluster",
@@ -242,16 +252,21 @@ def plan(job: Path, overrides: tuple[str, ...], cluster_name: str | None, as_jso
 )
 @_wait_option
 @_json_option
-def submit(job: Path, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
-    """Check JOB.yaml here and on a cluster, hand it over, and return; a run that ended goes on."""
+def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
+    """Check JOB here and on a cluster, hand it over, and return; a run that ended goes on.
+
+    JOB is a YAML file, or the name of one that is shipped, such as digits.
+    """
     from launcher.config.description import load
+    from launcher.config.job_files import find_job
 
     scheduler, place, changes = _scheduler(cluster_name, overrides)
-    description = load(job, changes)
+    path = find_job(job)
+    description = load(path, changes)
     from launcher.submission.submit import submit as submit_run
 
     def work(display: "Progress") -> dict[str, Any]:
-        return submit_run(description, job.parent, scheduler, place, display)
+        return submit_run(description, path.parent, scheduler, place, display)
 
     _show_submitted(work, scheduler, wait=wait, as_json=as_json)
 

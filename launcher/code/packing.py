@@ -21,9 +21,9 @@ from cluster.errors import DescriptionError, listed
 from cluster.ray.token import known_tokens, token_files
 from cluster.run.bundle import MAX_BYTES, MAX_FILES, Bundle, CodeFile, make_bundle
 from cluster.run.run_directory import is_run
-from jobs.environment import OWN_PACKAGES
 from launcher.code.gitignore import GitIgnore
-from launcher.code.user_code import import_root, make_import_paths
+from launcher.code.user_code import code_folder, import_root, make_import_paths
+from launcher.config.job_files import is_shipped
 
 _NAMED = 10
 """How many files an error names."""
@@ -95,7 +95,8 @@ def pack_job(folder: Path, modules: Collection[str]) -> Bundle:
     """Packs the code of a job.
 
     Args:
-        folder: Of the job file. If it is a package, it is packed with the packages that it lies in.
+        folder: Of the job file. If it is a package, it is packed with the packages that it lies in. That of a
+            description that is shipped is not packed: only modules of the working directory are.
         modules: The user's own that the job has imported, by name. What is imported later from beside them, and from
             nowhere in ``folder``, is not known yet.
 
@@ -103,11 +104,12 @@ def pack_job(folder: Path, modules: Collection[str]) -> Bundle:
         DescriptionError: As ``pack``, or a module that was imported would not be packed.
     """
     folder = Path(os.path.realpath(folder))
-    bundle = _pack(folder, _sources(folder, modules))
+    named = code_folder(folder)
+    bundle = _pack(named, _sources(folder, modules))
     left_out = [module for module in sorted(modules) if _is_left_behind(module, bundle.names, folder)]
     if left_out:
         raise DescriptionError(
-            f"{folder}: {_listed(left_out)} would be missing on the cluster: the job imports what git ignores, or what "
+            f"{named}: {_listed(left_out)} would be missing on the cluster: the job imports what git ignores, or what "
             "is never packed; take it out of .gitignore, or move it"
         )
     return bundle
@@ -115,6 +117,8 @@ def pack_job(folder: Path, modules: Collection[str]) -> Bundle:
 
 def directory_in_code(folder: Path) -> str | None:
     """The folder in the bundle of a job's code that is the working directory; none: that is not packed."""
+    if is_shipped(folder):
+        return None
     root, here = import_root(folder), Path.cwd().resolve()
     top = folder.resolve() if root == folder.resolve() else root / folder.resolve().relative_to(root).parts[0]
     return here.relative_to(root).as_posix() if here.is_relative_to(top) else None
@@ -125,10 +129,9 @@ def _sources(folder: Path, modules: Collection[str]) -> dict[str, Path]:
     root, found = import_root(folder), dict[str, Path]()
     if root == folder:
         found[""] = folder
-    else:
+    elif not is_shipped(folder):  # else its code is on the cluster
         package = folder.relative_to(root).parts[0]
-        if package not in OWN_PACKAGES:  # a description that is shipped: its code is on the cluster
-            found[package] = root / package
+        found[package] = root / package
     for name in sorted({module.partition(".")[0] for module in modules}):
         place = _place_of(name, make_import_paths(folder))
         if place is not None and not (place.parent == folder and "" in found):

@@ -14,6 +14,7 @@ from cluster.host.scratch import is_own
 from cluster.process.code_cache import cache_folder, enter_copy, fetch_code
 from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
+from launcher.config.job_files import is_shipped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,5 +139,14 @@ def import_root(folder: Path) -> Path:
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
-    """Where the user's own modules are looked for: from the job file's folder, and from the working directory."""
-    return tuple(dict.fromkeys([str(import_root(folder)), os.getcwd()]))
+    """Where the user's own modules are looked for: from the job file's folder, and from the working directory.
+
+    For a description that is shipped, from the working directory alone: its folder is the launcher's own.
+    """
+    roots = [] if is_shipped(folder) else [str(import_root(folder))]
+    return tuple(dict.fromkeys([*roots, os.getcwd()]))
+
+
+def code_folder(folder: Path) -> Path:
+    """The folder that is the user's, to name it: that of the job file; of one that is shipped the working directory."""
+    return Path.cwd() if is_shipped(folder) else folder.resolve()

@@ -43,7 +43,7 @@ from launcher.display.progress import Progress
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.watching.status import is_driven, without_driver
-from launcher.code.user_code import UserCode, find_code, has_bundle, lasting_directory, make_import_paths
+from launcher.code.user_code import UserCode, code_folder, find_code, has_bundle, lasting_directory, make_import_paths
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
@@ -79,7 +79,7 @@ def begin(
         stored = parse(run.read_job(), f"{run.url}/job.yaml")
         if has_bundle(run):
             code = find_code(run)
-            display.message(f"running with the code that was submitted, not with {folder.resolve()}")
+            display.message(f"running with the code that was submitted, not with {code_folder(folder)}")
         return _continue(run, seen, stored, description, code, cluster, display, force=False, take_over=take_over)
     _meet_other_driver(run, display, take_over=take_over)  # it has the run, and has not described it yet
     cluster.import_ahead()

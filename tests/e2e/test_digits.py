@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(home: Path) -> Ended:
-    return launcher("run", JOBS / "digits.yaml", "--json", cwd=home, on_ray=True)
+    return launcher("run", "digits", "--json", cwd=home, on_ray=True)
 
 
 def test_trains_to_the_accuracy_it_promises(ended: Ended, home: Path) -> None:
