@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,16 +103,19 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     Where the files lie may differ between hosts. Left out is what is installed, which has versions, and what is this
     product's own, which in a checkout may lie there too.
     """
+    return {name: file_digest(file) for name, file in own_modules(import_paths)}
+
+
+def own_modules(import_paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The modules below the import paths that this process has imported, by name and file, as in ``code_digests``."""
     folders = tuple(os.path.join(path, "") for path in import_paths)
-    found: dict[str, str] = {}
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         # Of thousands of modules, hardly any is below these folders.
         if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in OWN_PACKAGES:
             continue
         if _is_source(Path(file)):
-            found[name] = file_digest(Path(file))
-    return found
+            yield name, Path(file)
 
 
 def differences(

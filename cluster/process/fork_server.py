@@ -29,6 +29,9 @@ from typing import Any
 # From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
 _CAN_SHARE = sys.version_info < (3, 14)
 _ORPHAN_WAIT_S = 10.0
+_SAFE_PATH = "PYTHONSAFEPATH"
+_OURS = "launcher"
+"""The value that is this module's own: what is forked from a server may start programs of the user's, and drops it."""
 _own: Any = multiprocessing.forkserver._forkserver
 """The server that this process starts, if it starts one."""
 
@@ -48,7 +51,8 @@ def start(modules: Sequence[str]) -> None:
     # Ctrl-C reaches every process of the terminal; the server, which inherits this mask, has no say in it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        _own.ensure_running()
+        with _safe_path():
+            _own.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _fork_from(_own)
@@ -153,6 +157,22 @@ def _end_of(process: "ChildProcess") -> str:
 
 
 @contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keeps the interpreters that start within it from importing what lies in the working directory.
+
+    They run a program that is given on the command line, and would look there first, such as for ``random``.
+    """
+    if _SAFE_PATH in os.environ:
+        yield
+        return
+    os.environ[_SAFE_PATH] = _OURS
+    try:
+        yield
+    finally:
+        os.environ.pop(_SAFE_PATH, None)
+
+
+@contextmanager
 def _hidden_main() -> Iterator[None]:
     """Keeps a forked process from importing this process's main module a second time, such as Ray's worker script."""
     main = sys.modules["__main__"]
@@ -204,6 +224,8 @@ def _tied_process(lifeline: Connection) -> ChildProcess:
 
     Source: fcntl(2), F_SETSIG.
     """
+    if os.environ.get(_SAFE_PATH) == _OURS:
+        del os.environ[_SAFE_PATH]
     if sys.platform == "linux":
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
@@ -280,4 +302,5 @@ class _SharedServer(ForkServer):
         self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
 
     def ensure_running(self) -> None:
-        ensure_tracker_running()
+        with _safe_path():
+            ensure_tracker_running()

@@ -4,7 +4,6 @@ A training process takes it, and so does the process of a call, which runs a fun
 """
 
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.capacity import WorkerResources
 from cluster.errors import ClusterError, one_line
+from cluster.host.import_paths import search_last
 from cluster.host.oom import be_taken_first
 from cluster.host.scratch import sweep_own_folders
 from cluster.process import fork_server
@@ -88,7 +88,7 @@ def take_place(task: "Task") -> "Task":
         folder = fetch_code(RunDirectory(task.run_url), task.code)
         enter_copy(folder, task.code_directory)
         task = replace(task, import_paths=(str(folder), *task.import_paths), working_directory=os.getcwd())
-    sys.path[:0] = [path for path in task.import_paths if path not in sys.path]
+    search_last(task.import_paths)
     return task
 
 

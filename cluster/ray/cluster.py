@@ -61,6 +61,8 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     _set_environment(joins=False)
     import ray
 
+    from cluster.ray.private_core import without_working_directory
+
     try:
         # An explicit address: without one, Ray joins whatever cluster it finds on the machine.
         ray.init(
@@ -71,6 +73,7 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
+            job_config=without_working_directory(),
         )
     except (RuntimeError, OSError, ConnectionError) as error:
         what = str(error).strip().partition("\n")[0]
@@ -92,8 +95,15 @@ def joined_cluster(address: str) -> Iterator[None]:
     _check_listens(address)  # Ray itself would try for minutes
     import ray
 
+    from cluster.ray.private_core import without_working_directory
+
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            job_config=without_working_directory(),
+        )
     except (RuntimeError, OSError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"--cluster {address}: {one_line(error)[:300]}; give the HOST:PORT that `ray start --head` printed, on a "

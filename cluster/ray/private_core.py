@@ -7,6 +7,16 @@ from collections.abc import Mapping
 
 from ray._private import state as _ray_state
 from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray.job_config import JobConfig
+
+
+def without_working_directory() -> JobConfig:
+    """What has ``ray.init`` leave the driver's working directory out of its workers' import paths.
+
+    Ray puts it first in their ``sys.path``, before the standard library, unless this argument says that the job is one
+    of Ray Client. The argument changes nothing else for a job without a runtime environment of local files.
+    """
+    return JobConfig(_client_job=True)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:

@@ -17,6 +17,7 @@ from jobs.build.losses import GlobalLoss, build_loss
 from jobs.build.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.sampling import StepPlan, draw_key
 from jobs.build.schedules import Schedule, build_schedule, plan_value
+from jobs.build.shadowing import check_imports
 from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 from jobs.build.targets import Builder
 
@@ -202,6 +203,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     set_trainable(model, groups, step=0)
     if all(group.from_step > 0 for group in groups):
         raise DescriptionError("optimizer.groups freeze every parameter at first; let one group train from the start")
+    check_imports()
     ema = None
     if spec.train.ema_decay is not None:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))

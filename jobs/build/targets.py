@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from cluster.errors import DescriptionError, nearest, one_line
+from jobs.build.shadowing import find_shadowed
 from jobs.spec import PlanValue, Target
 
 
@@ -30,6 +31,20 @@ def resolve(path: str, key: str, bare_names: Sequence[ModuleType] = ()) -> Calla
             f"{key}._target_ names nothing in {where}, got {path!r}{nearest(path, known)}; "
             "write one of its names, or the import path of your own"
         )
+    shadowed = find_shadowed(path)
+    if shadowed is not None and shadowed.has_it:
+        raise DescriptionError(f"{key}._target_ {path!r}: {shadowed}")
+    try:
+        return _imported(path, key)
+    except DescriptionError as error:
+        if shadowed is None:
+            raise
+        raise DescriptionError(f"{key}._target_ {path!r}: {shadowed}") from error
+
+
+def _imported(path: str, key: str) -> Callable[..., Any]:
+    """The callable of a dotted import path."""
+    module_name, _, name = path.rpartition(".")
     try:
         owner: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
 from cluster.run.manifest import Manifest
+from cluster.host.import_paths import search_last
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.data.loader import KeyedDataset
@@ -184,7 +185,7 @@ def _model_and_inputs(source: ExportSource) -> tuple[nn.Module, Tensor]:
     """The model of the run's description with the weights, and some samples as it is validated with."""
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
     code = find_code(source.run)
-    sys.path[:0] = [path for path in code.import_paths if path not in sys.path]
+    search_last(code.import_paths)
     with named_errors(description.source):
         parts = build_parts(description.spec, torch.device("cpu"))
         inputs = _inputs(parts.train_set if parts.val_set is None else parts.val_set, description.spec)

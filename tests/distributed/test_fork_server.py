@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from cluster.process import fork_server
 from tests.processes import state, wait_until
 
 HERE = __name__
+CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +226,27 @@ def test_no_child_of_a_dead_server_is_left() -> None:
     theirs.close()
     assert ours.recv() == (True, "")
     parent.join()
+
+
+def test_the_working_directory_does_not_come_before_the_standard_library(tmp_path: Path) -> None:
+    """Also of a program that has not been started with -P, such as the installed command."""
+    (tmp_path / "program").mkdir()
+    program = tmp_path / "program/launcher"
+    program.write_text(
+        "import os\n"
+        "from cluster import fork_server\n"
+        "fork_server.start(['cluster.errors'])\n"
+        "print(fork_server.call('os:getenv', 'PYTHONSAFEPATH'), os.getenv('PYTHONSAFEPATH'))\n"
+        "print(fork_server.call('os:getcwd'))\n"
+    )
+    (tmp_path / "cluster").mkdir()
+    for name in ("random", "signal", "struct", "selectors", "threading", "cluster/__init__", "cluster/errors"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    ended = subprocess.run(
+        [sys.executable, program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.stdout, ended.stderr) == (f"None None\n{tmp_path}\n", "")

@@ -58,10 +58,16 @@ def pip(*arguments: object) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def python(*arguments: str, cwd: Path, paths: list[Path]) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path, paths: list[Path], is_safe: bool = True) -> subprocess.CompletedProcess[str]:
+    """``is_safe``: with -P, by which Python does not look in the working directory."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "WANDB_DIR": str(cwd)}
     return subprocess.run(
-        [sys.executable, "-P", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        [sys.executable, *(["-P"] if is_safe else []), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
 
 
@@ -92,6 +98,14 @@ def test_python_m_launcher_knows_what_is_shipped(
     ended = python("-m", "launcher", *arguments, cwd=empty, paths=[target])
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
     assert ended.stderr.startswith(f"error: {error}")
+
+
+def test_python_m_launcher_takes_nothing_from_the_working_directory(target: Path, empty: Path) -> None:
+    for name in ("random", "signal", "click", "yaml", "jobs/__init__", "cluster/__init__"):
+        (empty / name).parent.mkdir(exist_ok=True)
+        (empty / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    ended = python("-m", "launcher", "plan", "digits", "seed=x", cwd=empty, paths=[target], is_safe=False)
+    assert (ended.returncode, ended.stderr.startswith("error: command line: seed must be")) == (2, True), ended.stderr
 
 
 @pytest.mark.slow
