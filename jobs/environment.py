@@ -8,22 +8,19 @@ other is in ``cluster/versions.py``.
 import os
 import platform
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
+from cluster.host.import_paths import own_modules
 from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
     from jobs.build.components import Components
 
 _NONE = "none"
-OWN_PACKAGES = ("jobs", "cluster", "launcher")
-_INSTALLED = {"site-packages", "dist-packages"}
-_STANDARD_LIBRARY = Path(os.__file__).parent
 _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "ONEDNN_MAX_CPU_ISA",
     "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
@@ -104,18 +101,6 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
     product's own, which in a checkout may lie there too.
     """
     return {name: file_digest(file) for name, file in own_modules(import_paths)}
-
-
-def own_modules(import_paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """The modules below the import paths that this process has imported, by name and file, as in ``code_digests``."""
-    folders = tuple(os.path.join(path, "") for path in import_paths)
-    for name, module in sys.modules.copy().items():
-        file = getattr(module, "__file__", None)
-        # Of thousands of modules, hardly any is below these folders.
-        if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in OWN_PACKAGES:
-            continue
-        if _is_source(Path(file)):
-            yield name, Path(file)
 
 
 def differences(
@@ -220,12 +205,6 @@ def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
     for rank in ranks:
         by_node.setdefault(nodes[rank], []).append(rank)
     return [f"node {node} (worker{'s' * (len(there) > 1)} {listed(there)})" for node, there in by_node.items()]
-
-
-def _is_source(file: Path) -> bool:
-    """Whether it is one of the user's; what was compiled may differ by where that was done."""
-    is_installed = not _INSTALLED.isdisjoint(file.parts) or file.is_relative_to(_STANDARD_LIBRARY)
-    return file.suffix == ".py" and not is_installed and file.is_file()
 
 
 def _cpu_vendor() -> str:

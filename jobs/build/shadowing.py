@@ -14,8 +14,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 from cluster.errors import DescriptionError
-from cluster.host.import_paths import users_paths
-from jobs.environment import OWN_PACKAGES, own_modules
+from cluster.host.import_paths import OWN_PACKAGES, own_modules, users_paths
 
 REQUIRED = frozenset(
     {

@@ -234,7 +234,7 @@ def test_the_working_directory_does_not_come_before_the_standard_library(tmp_pat
     program = tmp_path / "program/launcher"
     program.write_text(
         "import os\n"
-        "from cluster import fork_server\n"
+        "from cluster.process import fork_server\n"
         "fork_server.start(['cluster.errors'])\n"
         "print(fork_server.call('os:getenv', 'PYTHONSAFEPATH'), os.getenv('PYTHONSAFEPATH'))\n"
         "print(fork_server.call('os:getcwd'))\n"

@@ -1,0 +1,1 @@
+"""A run begun, continued, rewound, branched, exported."""
