@@ -1,1 +1,1 @@
-"""The run directory: its checkpoints, row logs, lease and submissions."""
+"""The run directory: checkpoints, row logs, the driver's lease and submissions."""

@@ -1,8 +1,8 @@
 """A bundle: the code of a run as one zip file, named by its digest, and its unpacking on a node.
 
 The same files give the same bytes on every machine: entries are sorted by name, dates and modes are fixed, and nothing
-is compressed, because versions of zlib compress differently. So the digest is that of the file itself, and the file can
-be checked without being parsed. This module does not know which files belong to a bundle.
+is compressed, because versions of zlib compress differently. So the digest is that of the zip file itself, and the file
+can be verified without being parsed. This module does not know which files belong to a bundle.
 """
 
 import ctypes
@@ -25,17 +25,17 @@ from cluster.errors import StorageError, one_line
 from cluster.host.scratch import owner
 
 MAX_BYTES = 32 << 20
-"""Of all files of a bundle together: code, not data."""
+"""Limit on the total size of a bundle's files: code, not data."""
 MAX_FILES = 10_000
 UNFINISHED, DAMAGED = "-unfinished-", "-damaged-"
-"""What follows the digest in the names of folders beside the unpacked bundles."""
+"""Follow the digest in the names of folders beside the unpacked bundles."""
 
-_DATE = (1980, 1, 1, 0, 0, 0)
-"""The earliest that a zip file can express."""
-_UNIX = 3
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+"""The earliest date that a zip file can hold."""
+_ZIP_UNIX = 3
 _READ_ONLY = 0o555
-_TRIES = 20
-_COMPILED = "__pycache__"
+_RENAME_TRIES = 20
+_BYTECODE_FOLDER = "__pycache__"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -52,20 +52,20 @@ class Bundle:
     """The code of a run."""
 
     sha256: str
-    """Of the bytes, in lower-case hexadecimal."""
+    """Digest of ``data``, in lower-case hexadecimal."""
     data: bytes
-    """A zip file."""
+    """The zip file."""
     names: tuple[str, ...]
-    """The files in it, sorted: relative paths with forward slashes."""
+    """Names of the files, sorted: relative paths with forward slashes."""
 
 
 def make_bundle(files: Mapping[str, CodeFile]) -> Bundle:
-    """Packs files into a bundle; the names are relative paths with forward slashes."""
+    """Packs files into a bundle. Their names are relative paths with forward slashes."""
     names, buffer = tuple(sorted(files)), io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in names:
-            info = zipfile.ZipInfo(name, _DATE)
-            info.create_system = _UNIX
+            info = zipfile.ZipInfo(name, _ZIP_DATE)
+            info.create_system = _ZIP_UNIX
             info.external_attr = (stat.S_IFREG | _mode(files[name])) << 16
             archive.writestr(info, files[name].data)
     data = buffer.getvalue()
@@ -73,7 +73,7 @@ def make_bundle(files: Mapping[str, CodeFile]) -> Bundle:
 
 
 def check_digest(sha256: str) -> None:
-    """Makes sure that a text is a digest, and so a plain name: it may come from a document that others could write.
+    """Checks that a text is a digest, and so a plain name: it may come from a document that others can write.
 
     Raises:
         StorageError: It is not.
@@ -83,17 +83,17 @@ def check_digest(sha256: str) -> None:
 
 
 def unpack(data: bytes, sha256: str, below: Path) -> Path:
-    """Unpacks a bundle into the folder ``below/<sha256>``, which is read-only, and whole or absent at any time.
+    """Unpacks a bundle into the read-only folder ``below/<sha256>``, which is whole or absent at any time.
 
-    A folder that is intact is used as it is. One that is damaged is replaced in one step, and kept beside under another
-    name: a process may have it as its working directory, and somebody may have put files there. Any number of processes
-    may unpack the same bundle at once. A process that is killed leaves an unfinished folder beside, which nobody uses,
-    and whose name tells of which process it is, see ``cluster.host.scratch``.
+    An intact folder is used as it is. A damaged one is replaced in one step and kept beside it under another name: a
+    process may have it as its working directory, and somebody may have put files there. Any number of processes may
+    unpack the same bundle at once. A killed process leaves an unfinished folder, which nobody uses; its name identifies
+    the process, see ``cluster.host.scratch``.
 
     Args:
         data: The zip file.
-        sha256: Its digest, from a source that is trusted.
-        below: Where this user alone can write; it need not exist.
+        sha256: Its digest, from a trusted source.
+        below: A folder that only this user can write to; it need not exist.
 
     Returns:
         The folder, for an import path. Files have the mode 0444 or 0555, folders 0555.
@@ -123,11 +123,12 @@ def unpack(data: bytes, sha256: str, below: Path) -> Path:
 
 
 def is_intact(folder: Path, sha256: str) -> bool:
-    """Whether a folder holds exactly the files of a bundle: no other names, contents or executable bits.
+    """Returns whether a folder holds exactly the files of a bundle: no other names, contents or executable bits.
 
-    Every file is read and the bundle is made of them again: names, sizes and dates would not show an edit that keeps
-    the size. That takes a fraction of a second for the largest bundle. Permissions prove nothing, because root ignores
-    them. What Python has compiled there, as root, does not count: it does so from the files that are checked here.
+    It reads every file and builds the bundle again: names, sizes and dates would not show an edit that keeps the size.
+    That takes a fraction of a second for the largest bundle. Permissions prove nothing, because root ignores them.
+    Bytecode that Python, run by root, has written there is ignored: Python compiled it from the files that are checked
+    here.
     """
     try:
         files = _read_folder(folder)
@@ -137,22 +138,22 @@ def is_intact(folder: Path, sha256: str) -> bool:
 
 
 def _read_folder(folder: Path) -> dict[str, CodeFile] | None:
-    """The files of a folder by name; None if it is no folder that was unpacked from a bundle.
+    """Returns the files of a folder by name; None if it cannot be an unpacked bundle.
 
     Raises:
-        OSError: A part of it cannot be read.
+        OSError: A file or folder in it cannot be read.
     """
     if folder.is_symlink():
         return None
     files: dict[str, CodeFile] = {}
     size = 0
-    for parent, folders, names in os.walk(folder, onerror=_raise):
+    for parent, folders, names in os.walk(folder, onerror=_reraise):
         if any(os.path.islink(os.path.join(parent, name)) for name in folders):
             return None
-        folders[:] = [name for name in folders if name != _COMPILED]
+        folders[:] = [name for name in folders if name != _BYTECODE_FOLDER]
         for name in names:
             path = os.path.join(parent, name)
-            # Neither a link is followed, nor is a pipe waited for.
+            # Follow no link, and do not block on a pipe.
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                 status = os.fstat(file.fileno())
                 size += status.st_size
@@ -162,7 +163,7 @@ def _read_folder(folder: Path) -> dict[str, CodeFile] | None:
     return files
 
 
-def _raise(error: OSError) -> None:
+def _reraise(error: OSError) -> None:
     raise error
 
 
@@ -171,7 +172,7 @@ def _mode(file: CodeFile) -> int:
 
 
 def _write(files: Mapping[str, CodeFile], folder: Path) -> None:
-    """Writes files with their modes, whatever the umask, through to the disk: a rename may outlive a loss of power."""
+    """Writes files with fixed modes and syncs them to disk: the later rename may survive a power loss."""
     for name, file in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,19 +186,19 @@ def _write(files: Mapping[str, CodeFile], folder: Path) -> None:
 
 
 def _put_in_place(unfinished: Path, target: Path, sha256: str) -> None:
-    """Renames a folder that is written, unless another process has done so first."""
-    with suppress(OSError):  # what is in the way may be moved at any moment
+    """Renames the unfinished folder to its name, unless another process has done so first."""
+    with suppress(OSError):  # a folder has the name, or had it a moment ago: see below
         os.rename(unfinished, target)
         return
     if is_intact(target, sha256):
         return
     aside = target.with_name(f"{sha256}{DAMAGED}{uuid.uuid4().hex[:8]}")
     if _exchange(unfinished, target):
-        if not is_intact(unfinished, sha256):  # else another process has just repaired it, and one of the two may go
+        if not is_intact(unfinished, sha256):  # else another process has just repaired it: drop this copy
             os.rename(unfinished, aside)
-            os.utime(aside, follow_symlinks=False)  # since when it is kept
+            os.utime(aside, follow_symlinks=False)  # the time from which it is kept
         return
-    for attempt in range(_TRIES):  # others may do the same at the same time, and put aside what this one puts there
+    for attempt in range(_RENAME_TRIES):  # another process may move aside what this one puts in place
         with suppress(FileNotFoundError):
             os.rename(target, f"{aside}-{attempt}")
             os.utime(f"{aside}-{attempt}", follow_symlinks=False)
@@ -207,24 +208,25 @@ def _put_in_place(unfinished: Path, target: Path, sha256: str) -> None:
         except OSError:
             if is_intact(target, sha256):
                 return
-            if attempt == _TRIES - 1:
+            if attempt == _RENAME_TRIES - 1:
                 raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names, so that neither is missing for a moment; False if this system or file system cannot.
+    """Exchanges two names atomically; returns False if this system or file system cannot.
 
-    Source: renameat2(2). Linux since 3.15; NFS, for one, does not.
+    Source: renameat2(2). In Linux since 3.15; NFS, for one, lacks it.
     """
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+    status: int = function(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return status == 0
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder that may be read-only, or what is in its place; never raises."""
+    """Removes a folder that may be read-only, or whatever has its name. Never raises."""
     if folder.is_symlink() or not folder.is_dir():
         with suppress(OSError):
             folder.unlink()
@@ -236,11 +238,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def _read_zip(data: bytes, sha256: str) -> dict[str, CodeFile]:
-    """The files of a bundle by name, if it is one that ``make_bundle`` could have made."""
+    """Returns the files of a bundle by name, if ``make_bundle`` could have made it."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            problem = _problem(entries)
+            problem = _find_problem(entries)
             if problem:
                 raise StorageError(f"code {sha256}: {problem}; submit the run again")
             files = {
@@ -249,13 +251,13 @@ def _read_zip(data: bytes, sha256: str) -> dict[str, CodeFile]:
             }
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, struct.error) as error:
         raise StorageError(f"code {sha256}: is no zip file, {one_line(error)}; submit the run again") from error
-    if make_bundle(files).sha256 != sha256:  # it could not be told from a damaged one once it is unpacked
+    if make_bundle(files).sha256 != sha256:  # once unpacked, it would look damaged
         raise StorageError(f"code {sha256}: was packed in another way; submit the run again")
     return files
 
 
-def _problem(entries: list[zipfile.ZipInfo]) -> str | None:
-    """What is wrong with a bundle, by its list of entries; no entry has been read."""
+def _find_problem(entries: list[zipfile.ZipInfo]) -> str | None:
+    """Returns what is wrong with a bundle according to its list of entries, before any entry is read."""
     size = sum(entry.file_size for entry in entries)
     if size > MAX_BYTES or len(entries) > MAX_FILES:
         return f"declares {size:,} bytes in {len(entries):,} files, the limits are {MAX_BYTES:,} and {MAX_FILES:,}"
@@ -267,7 +269,7 @@ def _problem(entries: list[zipfile.ZipInfo]) -> str | None:
             return f"holds the name {name!r}, which is not a plain relative path"
         if name in seen:
             return f"holds {name!r} twice"
-        if _COMPILED in path.parts[:-1]:
+        if _BYTECODE_FOLDER in path.parts[:-1]:
             return f"holds {name!r}, which is compiled code"
         if not stat.S_ISREG(entry.external_attr >> 16):
             return f"holds {name!r}, which is not a regular file"

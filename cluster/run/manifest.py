@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: which files it has, in which parts, and which object holds each part.
+"""The manifest of a checkpoint: its files, the parts of each file, and the object that holds each part.
 
-Of each part it tells the size and the SHA-256. What the store gives back is not trusted: it is parsed strictly, and
-never unpickled. This module reads and writes no store, and does not know what the files mean.
+A manifest records the size and the SHA-256 of each part. What the store returns is not trusted: it is parsed strictly
+and never unpickled. This module neither reads nor writes a store, and does not know what the files mean.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
 _MAX_PART_BYTES = 1 << 32
 _MAX_KEYS = 100_000
-"""Of one object; all that are unknown would be listed."""
+"""Per JSON object: an error would list every unknown key."""
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Utc = Annotated[
@@ -29,23 +29,23 @@ _Utc = Annotated[
 ]
 
 PartKey = tuple[str, int]
-"""A part of a checkpoint: its file, and its number there, from 0."""
+"""(file name, part number from 0): identifies a part of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a file, as it was when it was written."""
+    """A contiguous range of a file's bytes, stored as one object."""
 
     object: str
-    """The name of the object that holds it, below the folder of checkpoints."""
+    """Name of the object, relative to the checkpoint store."""
     size: Annotated[int, Field(ge=0, le=_MAX_PART_BYTES)]
-    """Bytes."""
+    """In bytes."""
     sha256: _Sha256
-    """Of the bytes, in lower-case hexadecimal."""
+    """In lower-case hexadecimal."""
 
     @classmethod
     def of(cls, name: str, data: bytes | memoryview) -> "Part":
-        """The part with these bytes, in the object of this name."""
+        """Returns the part with this content, stored as the object ``name``."""
         return cls(name, len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -54,59 +54,59 @@ class FileEntry:
     """One file of a checkpoint."""
 
     parts: tuple[Part, ...]
-    """In order; there is at least one."""
+    """In order; at least one."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """In bytes."""
         return sum(part.size for part in self.parts)
 
     @property
     def sha256(self) -> str:
-        """Of the bytes, if there is one part; else of the SHA-256 of all parts, joined."""
+        """Of the content, if there is one part; else of the joined hexadecimal SHA-256 of all parts."""
         if len(self.parts) == 1:
             return self.parts[0].sha256
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
 
 def digest_of_files(files: Mapping[str, FileEntry]) -> str:
-    """One SHA-256 for some files, by their names and digests."""
+    """Returns one SHA-256 of the names and digests of files."""
     lines = (f"{name}:{files[name].sha256}\n" for name in sorted(files))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a whole checkpoint holds."""
+    """The content of a whole checkpoint."""
 
     step: int
     """Optimizer steps completed."""
     files: Mapping[str, FileEntry]
-    """Every file by its plain name."""
+    """By plain file name."""
     state_sha256: str
     """Digest of model weights and buffers, optimizer and scheduler state."""
     metrics: Mapping[str, float]
     """The newest metrics at this step."""
     versions: Mapping[str, str]
-    """Of the libraries that made it."""
+    """Of the libraries that wrote it."""
     created: str
-    """When it was made: ISO 8601, UTC."""
+    """ISO 8601, UTC."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """In bytes."""
         return sum(entry.size for entry in self.files.values())
 
     def part_keys(self) -> list[PartKey]:
-        """All parts, file by file."""
+        """Returns the keys of all parts, file by file."""
         return [(name, number) for name, entry in self.files.items() for number in range(len(entry.parts))]
 
     def part(self, key: PartKey) -> Part:
-        """One part."""
+        """Returns one part."""
         return self.files[key[0]].parts[key[1]]
 
     def objects(self) -> set[str]:
-        """The names of the objects that hold it."""
+        """Returns the names of the objects that hold the parts."""
         return {part.object for entry in self.files.values() for part in entry.parts}
 
 
@@ -115,7 +115,7 @@ _Parts = Annotated[tuple[Part, ...], Field(min_length=1), FailFast()]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Document:
-    """A manifest as it is written. One bad value is enough: a hostile one may have millions."""
+    """A manifest as JSON. Parsing stops at the first bad value: a hostile document may have millions."""
 
     schema: int
     step: int
@@ -128,22 +128,22 @@ class _Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What one worker has written of a checkpoint that several write together."""
+    """The parts of a checkpoint that one of several workers has written."""
 
     step: int
     num_parts: Mapping[str, int]
-    """How many parts each file has; all workers say the same."""
+    """Number of parts of each file, the same on all workers."""
     parts: Mapping[PartKey, Part]
-    """Those that this worker has written."""
+    """The parts that this worker has written."""
     state_files: Collection[str]
-    """The files that ``state_sha256`` is taken of."""
+    """The files that ``state_sha256`` covers."""
     metrics: Mapping[str, float]
     versions: Mapping[str, str]
     created: str
 
 
 def join(shares: Sequence[Share]) -> Manifest | None:
-    """The manifest of a checkpoint, of all shares of it; none while some are missing."""
+    """Returns the manifest of a checkpoint from all its shares; None while a share is missing."""
     first = shares[0]
     parts = {key: part for share in shares for key, part in share.parts.items()}
     if len(parts) < sum(first.num_parts.values()):
@@ -163,9 +163,10 @@ def join(shares: Sequence[Share]) -> Manifest | None:
 
 
 def divide(sizes: Sequence[int], count: int) -> list[range]:
-    """Contiguous shares, some of which may be empty, of things of these sizes: which things each one has.
+    """Splits things of these sizes into ``count`` contiguous shares of similar size; a share may be empty.
 
-    The first thing is the first one's.
+    Returns:
+        The indices of the things in each share. The first thing is always in the first share.
     """
     starts = [0, *itertools.accumulate(sizes)]
     owners = [start * count // max(1, starts[-1]) for start in starts[:-1]]
@@ -173,7 +174,7 @@ def divide(sizes: Sequence[int], count: int) -> list[range]:
 
 
 def to_json(manifest: Manifest) -> bytes:
-    """The bytes of a manifest."""
+    """Serializes a manifest."""
     files = {
         name: [{"object": part.object, "size": part.size, "sha256": part.sha256} for part in entry.parts]
         for name, entry in sorted(manifest.files.items())
@@ -195,10 +196,10 @@ class DefectError(ValueError):
 
 
 def parse(data: bytes, step: int) -> Manifest:
-    """The manifest of a step in these bytes, which may be anything at all.
+    """Parses the manifest of a step from untrusted bytes.
 
     Raises:
-        DefectError: They are not what ``to_json`` could have written of it.
+        DefectError: ``to_json`` could not have written these bytes for this step.
     """
     if len(data) > _MAX_MANIFEST_BYTES:
         raise DefectError(f"has {len(data)} bytes, more than any manifest")
@@ -251,6 +252,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_object_name(name: str, step: int) -> bool:
-    """Whether a manifest may name it: a plain name in the folder of its own step or of an earlier one."""
+    """Returns whether a manifest may name this object: a plain name in the folder of its own or an earlier step."""
     own = step_of(name)
     return own is not None and own <= step and is_file_name(name.partition("/")[2])

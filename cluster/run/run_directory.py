@@ -1,6 +1,6 @@
-"""The directory of one run: every name in it, and how each thing there is written and read.
+"""The directory of one run: every name in it, and how each object is written and read.
 
-Nothing else in the program knows a path below a run's URL. What the documents hold is their writers' business.
+No other module knows a path below a run's URL. The contents of the documents are their writers' business.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from cluster.storage.store import MissingObject, Store
 _JOB = "job.yaml"
 _ENVIRONMENT = "environment.json"
 _BEFORE = "before"
-"""In the environment, the digest of the description that was there when it was written, and what belonged to that."""
+"""Key in the environment document: the digest of the previous description, and the environment that belongs to it."""
 _SUBMISSIONS = "submissions"
 _CODE = "code"
-_UNCLAIMED_STATUS = "status.json"
-"""Where the status lay before it lay with the claim of its driver."""
+_OLD_STATUS = "status.json"
+"""Where drivers wrote the status before leases held it."""
 _TRACKER = "tracker.json"
 _STOP = "stop.json"
 _CHECKPOINTS = "checkpoints"
@@ -41,7 +41,7 @@ class RunDirectory:
     """One run in a store; it need not exist yet.
 
     Args:
-        place: Its URL, or its store.
+        place: Its URL or its store.
     """
 
     def __init__(self, place: str | Store) -> None:
@@ -55,7 +55,7 @@ class RunDirectory:
 
     @property
     def url(self) -> str:
-        """Where the run lies."""
+        """The URL of the run."""
         return self.store.url
 
     @property
@@ -64,59 +64,60 @@ class RunDirectory:
         return self.url.rstrip("/").rpartition("/")[2]
 
     def exists(self) -> bool:
-        """Whether a run was ever begun here."""
+        """Returns whether a run was ever begun here."""
         return self.store.exists(_JOB)
 
     def is_known(self) -> bool:
-        """Whether a run was ever begun here, or submitted."""
+        """Returns whether a run was ever begun here or submitted."""
         return self.exists() or self.submissions.newest() is not None
 
     def take_lease(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Takes the run, to go on from its newest checkpoint; only the holder writes logs, checkpoints and status.
+        """Takes over the run, to resume from its newest checkpoint. Only the holder writes logs, checkpoints and
+        status.
 
-        What an earlier driver writes beyond that checkpoint later on counts no more.
+        Whatever an earlier driver writes beyond that checkpoint from then on does not count.
 
         Args:
-            clock: Seconds that only grow.
+            clock: A monotonic clock, in seconds.
 
         Raises:
-            SupersededError: Another process has taken it at the same moment.
+            SupersededError: Another process took over the run at the same moment.
         """
-        with contextlib.suppress(StorageError):  # it only makes room; whoever needs that will say so
+        with contextlib.suppress(StorageError):  # it only makes room: a later write reports a full store
             self.store.sweep()
         self._lease = Lease(self.store, self.read_status(), self._newest_writer, clock)
         self.checkpoints = Checkpoints(self.store.at(_CHECKPOINTS), self._lease.id)
-        # Once the claim is written, and not before: until then the earlier driver commits newer checkpoints, and
-        # removes older ones. And before the logs are taken over: then they have the rows up to this step.
+        # After the lease is written: until then the earlier driver commits newer checkpoints and removes older ones.
+        # Before the logs are taken over: they then have the rows up to this step.
         self.checkpoints.fence(max(self.checkpoints.steps(), default=0))
 
     def check_lease(self) -> None:
-        """Makes sure that the run is still this process's, which a write of any kind asks for; one listing as a rule.
+        """Checks that this process still holds the lease; required before any write. One listing as a rule.
 
         Raises:
-            SupersededError: Another driver holds it.
+            SupersededError: Another driver has taken over the run.
         """
-        self._held().check()
+        self._held_lease().check()
 
     def metrics(self) -> RowLog:
-        """The metrics: one row per logged step. The driver keeps the one it got."""
+        """Opens the metrics: one row per logged step. The driver keeps the log it got."""
         return self._log(_METRICS, key="step")
 
     def events(self) -> RowLog:
-        """What happened to the run, in order. The driver keeps the one it got."""
+        """Opens the events of the run, in order. The driver keeps the log it got."""
         return self._log(_EVENTS, key="seq")
 
     def write_description(self, text: str, environment: Mapping[str, Any]) -> None:
-        """Writes the resolved description, and what belongs to it: with that the run exists.
+        """Writes the resolved description and its environment; from then on the run exists.
 
-        The description decides, and is written last. A kill before that leaves the run with the one before, and with
-        what belongs to that.
+        The description is written last. If the process is killed before that, the run keeps the previous description,
+        and ``read_environment`` returns the environment that belongs to it.
 
         Args:
             text: The description.
-            environment: Such as the code that it is to run with.
+            environment: What belongs to the description, such as the code it runs with.
         """
-        before = self._job()
+        before = self._read_job_bytes()
         if before != text.encode():
             pair = {"job_sha256": _digest(before), "environment": self.read_environment()}
             environment = {**environment, _BEFORE: pair}
@@ -124,12 +125,12 @@ class RunDirectory:
         self.write_job(text)
 
     def write_job(self, text: str) -> None:
-        """Writes the resolved description, if it is another than there is."""
-        if self._job() != text.encode():
+        """Writes the resolved description if it differs from the stored one."""
+        if self._read_job_bytes() != text.encode():
             self.store.write(_JOB, text.encode())
 
     def read_job(self) -> str:
-        """The resolved description.
+        """Returns the resolved description.
 
         Raises:
             MissingObject: There is no run here.
@@ -145,14 +146,15 @@ class RunDirectory:
         write_document(self.store, _ENVIRONMENT, environment)
 
     def read_environment(self) -> dict[str, Any]:
-        """What belongs to the description that is there, see ``write_description``; empty if nothing does.
+        """Returns the environment of the stored description, see ``write_description``; empty if there is none.
 
         Raises:
-            StorageError: It is torn, as a kill leaves it on a store that cannot rename, and the description is there.
+            StorageError: The environment is torn although there is a description, as after a kill on a store without
+                renames.
         """
         environment = read_document(self.store, _ENVIRONMENT)
         if environment is None and self.exists():
-            environment = read_document(self.store, _ENVIRONMENT)  # it is written before a first description
+            environment = read_document(self.store, _ENVIRONMENT)  # again: it is written before a first description
             if environment is None and self.store.exists(_ENVIRONMENT):
                 raise StorageError(
                     f"{self.url}/{_ENVIRONMENT}: is torn, and nothing else tells the code and the data that the run "
@@ -160,12 +162,13 @@ class RunDirectory:
                 )
         environment = environment or {}
         before = environment.pop(_BEFORE, None)
-        if before is not None and before["job_sha256"] == _digest(self._job()):  # its description was never written
-            return dict(before["environment"])
+        if before is not None and before["job_sha256"] == _digest(self._read_job_bytes()):
+            return dict(before["environment"])  # the description that this environment belongs to was never written
         return environment
 
     def write_code(self, sha256: str, bundle: bytes) -> None:
-        """Writes the user's code, unless it is there whole: a store without renames may hold a torn object.
+        """Writes the user's code, unless the store already has it whole: without renames, the store may hold a torn
+        object.
 
         A bundle is named by its digest, so the bytes under a name never change.
         """
@@ -175,10 +178,10 @@ class RunDirectory:
         self.store.write(_code_object(sha256), bundle)
 
     def read_code(self, sha256: str) -> bytes:
-        """The zip file of the user's code with this digest.
+        """Returns the zip file of the user's code with this digest.
 
         Raises:
-            StorageError: It is missing, or holds other bytes.
+            StorageError: It is missing or damaged.
         """
         try:
             data = self.store.read(_code_object(sha256))
@@ -195,64 +198,64 @@ class RunDirectory:
         return data
 
     def write_status(self, status: Mapping[str, Any]) -> None:
-        """Overwrites how the run stands; also the sign that its driver lives."""
-        self._held().write(status)
+        """Overwrites the status of the run, which is also the driver's heartbeat."""
+        self._held_lease().write(status)
 
     def stay_alive(self) -> None:
-        """Shows that the driver lives, unless it just has: for work that takes long between two writes of the status.
+        """Renews the driver's heartbeat if it is due; for long work between two writes of the status.
 
-        Repeats what was written, so that nothing is told before it is so.
+        It repeats the last status, so it never reports anything early.
         """
-        self._held().renew()
+        self._held_lease().renew()
 
     def read_status(self) -> dict[str, Any] | None:
-        """How the run stood last; none if that is not known. Just claimed for the first time, it has no step yet."""
-        return newest_status(self.store) or read_document(self.store, _UNCLAIMED_STATUS)
+        """Returns the last status of the run, or None. Before a run has begun, its status has no step."""
+        return newest_status(self.store) or read_document(self.store, _OLD_STATUS)
 
     def request_stop(self) -> None:
-        """Asks whoever drives the run to save and stop; from anywhere that reaches the store."""
+        """Asks the run's driver to save and stop; works from anywhere that reaches the store."""
         write_document(self.store, _STOP, {"time": round(time.time(), 3)})
 
     def is_stop_requested(self) -> bool:
-        """Whether somebody asked for a stop that has not been answered."""
+        """Returns whether a request to stop is waiting for the driver."""
         return self.store.exists(_STOP)
 
     def clear_stop(self) -> None:
-        """Answers the request to stop; no harm if there is none."""
+        """Deletes the request to stop, if there is one."""
         self.store.delete([_STOP])
 
     def write_tracker_id(self, tracker_id: str) -> None:
-        """Writes by which name the tracker knows the run, for later attempts to go on with."""
+        """Writes the tracker's id of the run, for later attempts to continue the same tracker run."""
         write_document(self.store, _TRACKER, {"id": tracker_id})
 
     def read_tracker_id(self) -> str | None:
-        """The tracker's name of the run; none before its first attempt."""
+        """Returns the tracker's id of the run, or None before its first attempt."""
         tracker_id = (read_document(self.store, _TRACKER) or {}).get("id")
         return tracker_id if isinstance(tracker_id, str) else None
 
     def write_picture(self, name: str, png: bytes) -> str:
-        """Writes a picture; returns its URL."""
+        """Writes a PNG picture and returns its URL."""
         self.store.write(f"{name}.png", png)
         return f"{self.url}/{name}.png"
 
     def write_matrix(self, name: str, matrix: Mapping[str, Any]) -> None:
-        """Overwrites what a validation came to in a table, such as a confusion matrix."""
+        """Overwrites a matrix that a validation produced, such as a confusion matrix."""
         write_document(self.store, f"{_MATRICES}/{name}.json", matrix, indent=None)
 
     def read_matrices(self) -> dict[str, dict[str, Any]]:
-        """The newest of each matrix, by name; one that is torn, on a store that cannot rename, is not there."""
+        """Returns the newest of each matrix by name, without those torn on a store without renames."""
         names = [name.removeprefix(f"{_MATRICES}/") for name in self.store.names(_MATRICES) if name.endswith(".json")]
         found = {name.removesuffix(".json"): read_document(self.store, f"{_MATRICES}/{name}") for name in sorted(names)}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def write_log(self, attempt: int, rank: int, data: bytes) -> str:
-        """Writes a worker's log; returns its name, for ``read_log``."""
+        """Writes a worker's log and returns its name, for ``read_log``."""
         name = f"attempt-{attempt:03d}-worker-{rank:03d}.log"
         self.store.write(f"{_LOGS}/{name}", data)
         return name
 
     def log_names(self, attempt: int | None = None, rank: int | None = None) -> list[str]:
-        """The names of the logs, oldest attempt first: all, or those of one attempt or one worker."""
+        """Returns the names of the logs, oldest attempt first: all, or those of one attempt or one worker."""
         found = []
         for name in self.store.names(_LOGS):
             match = re.fullmatch(rf"{_LOGS}/(attempt-(\d+)-worker-(\d+)\.log)", name)
@@ -261,22 +264,22 @@ class RunDirectory:
         return [name for _, _, name in sorted(found)]
 
     def read_log(self, name: str) -> bytes:
-        """A log by its name."""
+        """Returns a log by its name."""
         return self.store.read(f"{_LOGS}/{name}")
 
-    def _job(self) -> bytes | None:
-        """The description as it is stored; none: there is no run here."""
+    def _read_job_bytes(self) -> bytes | None:
+        """Returns the stored description, or None if there is no run here."""
         try:
             return self.store.read(_JOB)
         except MissingObject:
             return None
 
     def _newest_writer(self) -> str:
-        """The latest claim in the name of anything but a claim; empty if there is none."""
+        """Returns the greatest fencing token in the name of any object but a lease, or ''."""
         return max(self.events().newest_writer(), self.checkpoints.newest_token())
 
-    def _held(self) -> Lease:
-        assert self._lease is not None, "only the driver that has claimed a run writes here"
+    def _held_lease(self) -> Lease:
+        assert self._lease is not None, "only the driver that holds the lease writes here"
         return self._lease
 
     def _log(self, name: str, key: str) -> RowLog:
@@ -293,12 +296,12 @@ def _code_object(sha256: str) -> str:
 
 
 def is_run(names: Collection[str]) -> bool:
-    """Whether a folder with these entries is the directory of a run; a ``job.yaml`` alone may be a user's own."""
+    """Returns whether a folder with these entries is a run directory; a ``job.yaml`` alone may be a user's own."""
     return {_JOB, _ENVIRONMENT} <= {*names} or {_SUBMISSIONS, _CODE} <= {*names}
 
 
 def list_runs(store: Store) -> list[RunDirectory]:
-    """The runs directly in a store, begun or submitted, by name."""
+    """Returns the runs directly in a store, begun or submitted, by name."""
     runs = [RunDirectory(store.at(folder)) for folder in store.folders()]
     with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="list") as pool:
         return [run for run, is_known in zip(runs, pool.map(RunDirectory.is_known, runs)) if is_known]

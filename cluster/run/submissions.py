@@ -1,8 +1,8 @@
-"""The submissions of a run: what somebody handed to a cluster, which changes nothing until its job takes it.
+"""The submissions of a run: requests to a cluster; each changes nothing until its job takes it.
 
-A submission names the description and the code that its job is to run with. The files of the run itself stay as they
-are until a driver has claimed the run for it: of two people who submit at once, one finds the submission of the other,
-or the job of one does, and takes back its own.
+A submission names the description and the code that its job runs with. The files of the run stay as they are until a
+driver has taken the lease for the submission. If two people submit at once, one finds the other's submission, or one's
+job does, and that one withdraws its own.
 """
 
 import contextlib
@@ -25,35 +25,35 @@ SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
 Standing = Literal["due", "taken", "superseded"]
 
 _MARKS: tuple[SubmissionState, ...] = ("taken", "stopped", "failed", "done")
-"""Those that a file of its own tells; of several the first counts."""
+"""States that a mark file records; if there are several, the first one counts."""
 _ID = r"([0-9]{6,})-[0-9]{14,}-[0-9a-f]{8}"
 _NAME = re.compile(rf"(?P<id>{_ID})(?:\.(?P<mark>{'|'.join(_MARKS)}))?\.json")
-"""What else lies beside them is none of theirs."""
-_UNKNOWN = "it does not say why"
-_UNTOLD: Mapping[type[BaseException], str] = dict.fromkeys(
+"""Objects with other names beside the submissions are ignored."""
+_NO_ERROR_TEXT = "it does not say why"
+_ERROR_TEXTS: Mapping[type[BaseException], str] = dict.fromkeys(
     (KeyboardInterrupt, SystemExit), "it was stopped before the run began"
 )
-"""What exceptions mean that have no message."""
+"""Texts for exceptions without a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """What a job of a cluster is to run.
+    """What a cluster job is to run.
 
     Attributes:
-        number: How many jobs of the run were begun before; the name of the job has it.
-        job: What the cluster calls the job.
+        number: How many jobs of the run were begun before; it is part of the job's name.
+        job: The cluster's id of the job.
         cluster: The address of the cluster.
         description: The resolved description, as ``job.yaml`` holds it once the submission is taken.
         code_sha256: The digest of the bundle with the user's modules.
-        code_directory: The folder in the bundle in which relative paths start; none: they start in an empty one.
-        working_directory: Of whoever packed the code, for people to know.
+        code_directory: The folder in the bundle where relative paths start; None: they start in an empty folder.
+        working_directory: Where the code was packed, for people to read.
         user, host: Who submitted, and on which machine.
-        time: When, in Unix time.
-        versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` there, by these names.
-        git: The revision of the working directory there, and the digest of its changes; none: it is in no repository.
-        claimed: When the newest driver of the run had claimed it, by the clock of that driver's host: with another one
-            in the status, a driver has come since. None: the run had no driver.
+        time: When it was submitted, in Unix time.
+        versions: Of ``python``, ``ray``, ``torch`` and ``launcher`` on that machine, by these names.
+        git: The revision of the working directory and the digest of its changes; None: it is in no repository.
+        claimed: When the run's newest driver had taken its lease, by the clock of that driver's host. If the status has
+            another value, a driver has come since. None: the run had no driver.
     """
 
     number: int
@@ -73,14 +73,14 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmissionReport:
-    """How a submission stands.
+    """The state of a submission.
 
     Attributes:
-        id: Its name in the run directory.
+        id: The submission's name in the run directory.
         number: See ``Submission``.
-        state: ``waiting``: no driver has answered it; ``taken``: the run has its description and its code; ``done``:
-            there was nothing to do; ``failed``: its driver ended before it took the run; ``stopped``: its job was
-            stopped before that.
+        state: ``waiting``: no driver has answered it; ``taken``: the run has its description and code; ``done``: there
+            was nothing to do; ``failed``: its driver ended before it took the run; ``stopped``: its job was stopped
+            before that.
     """
 
     id: str
@@ -90,11 +90,11 @@ class SubmissionReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SignOfLife:
-    """What the job of a submission is at that has begun and has not taken the run yet.
+    """Heartbeat of a submission's job that has begun but has not taken the run yet.
 
     Attributes:
-        doing: What, for people.
-        time: When it said so, in Unix time by the clock of its host.
+        doing: What the job is doing, for people to read.
+        time: When it wrote this, in Unix time by the clock of its host.
     """
 
     doing: str
@@ -102,41 +102,41 @@ class SignOfLife:
 
 
 class UnreadableSubmissionError(StorageError):
-    """A submission is missing, torn, or of a launcher that wrote less; its name tells its number and its state."""
+    """A submission is missing, torn, or from an incompatible launcher; its number and state are still known."""
 
 
 class Submissions:
-    """Those of one run.
+    """The submissions of one run.
 
     Args:
-        store: Of their folder.
+        store: The store of their folder.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def write(self, submission: Submission, submission_id: str | None = None) -> str:
-        """Writes a submission, by an id that was made for it; returns the id."""
+        """Writes a submission, under ``submission_id`` if one was made before, and returns its id."""
         submission_id = submission_id or make_id(submission.number, submission.time)
         write_document(self._store, f"{submission_id}.json", asdict(submission))
         return submission_id
 
     def is_there(self, submission_id: str) -> bool:
-        """Whether a submission was written."""
+        """Returns whether a submission was written."""
         return self._store.exists(f"{submission_id}.json")
 
     def is_answered(self, submission_id: str) -> bool:
-        """Whether its job has told that it has found a submission, or what became of that."""
+        """Returns whether a submission's job has written a heartbeat or a mark."""
         if self._store.exists(f"{submission_id}.sign.json"):
             return True
         return any(report.id == submission_id and report.state != "waiting" for report in self.reports())
 
     def read(self, submission_id: str) -> Submission:
-        """The submission with an id.
+        """Returns the submission with an id.
 
         Raises:
-            UnreadableSubmissionError: There is none; or it is torn: it was being written when its writer was killed;
-                or it lacks what this launcher needs to know.
+            UnreadableSubmissionError: It is missing; or torn, because its writer was killed; or it lacks what this
+                launcher needs.
         """
         where = f"{self._store.url}/{submission_id}.json"
         document = read_document(self._store, f"{submission_id}.json")
@@ -148,7 +148,7 @@ class Submissions:
             raise UnreadableSubmissionError(f"{where}: {error}; submit the run again with one launcher") from error
 
     def reports(self) -> list[SubmissionReport]:
-        """All of them: by number, of one number those that were taken last, and else by time. One listing."""
+        """Returns all states from one listing: by number, within a number those taken last, then by time."""
         found = {(match["id"], match["mark"]) for match in map(_NAME.fullmatch, self._store.names()) if match}
 
         def state(submission_id: str) -> SubmissionState:
@@ -162,12 +162,12 @@ class Submissions:
         return sorted(reports, key=lambda report: (report.number, report.state == "taken", report.id))
 
     def newest(self) -> SubmissionReport | None:
-        """The last of ``reports``; none: the run was never submitted."""
+        """Returns the last of ``reports``, or None if the run was never submitted."""
         reports = self.reports()
         return reports[-1] if reports else None
 
     def read_newest(self) -> tuple[SubmissionReport, Submission] | None:
-        """The last of ``reports``, and what it holds; none: the run was never submitted.
+        """Returns the last of ``reports`` and its submission, or None if the run was never submitted.
 
         Raises:
             UnreadableSubmissionError: It cannot be read.
@@ -178,25 +178,25 @@ class Submissions:
                 return report, self.read(report.id)
             except UnreadableSubmissionError:
                 listed, report = report, self.newest()
-                if report == listed:  # and was not just withdrawn
+                if report == listed:  # else it was withdrawn meanwhile: read the next
                     raise
         return None
 
     def readable(self) -> Iterator[tuple[SubmissionReport, Submission]]:
-        """Those that can be read, with what they hold; the last of ``reports`` first, read one by one."""
+        """Reads the submissions one by one, the last of ``reports`` first, and skips unreadable ones."""
         for report in reversed(self.reports()):
             with contextlib.suppress(UnreadableSubmissionError):
                 yield report, self.read(report.id)
 
     def standing(self, submission_id: str) -> Standing:
-        """What a job has to do that was begun for a submission.
+        """Returns what the job of a submission has to do.
 
         Returns:
-            ``due``: to take it; ``taken``: to go on with the run, since an earlier process of the job has taken it;
-            ``superseded``: nothing, since another one was taken that is not older.
+            ``due``: take it; ``taken``: go on with the run, an earlier process of the job has taken it; ``superseded``:
+                nothing, another submission that is not older was taken.
 
         Raises:
-            DescriptionError: That is no id.
+            DescriptionError: ``submission_id`` is no submission id.
         """
         taken = {report.id for report in self.reports() if report.state == "taken"}
         if any(_number(other) > _number(submission_id) for other in taken):
@@ -206,57 +206,57 @@ class Submissions:
         return "superseded" if any(_number(other) == _number(submission_id) for other in taken) else "due"
 
     def mark_taken(self, submission_id: str) -> None:
-        """Says that the run now has the description and the code of a submission."""
+        """Records that the run now has the description and the code of a submission."""
         write_document(self._store, f"{submission_id}.taken.json", {})
 
     def mark_stopped(self, submission_id: str) -> None:
-        """Says that the job of a submission was stopped before a driver took it."""
+        """Records that a submission's job was stopped before a driver took it."""
         write_document(self._store, f"{submission_id}.stopped.json", {})
 
     @contextlib.contextmanager
     def answered(self, submission_id: str | None) -> Iterator[None]:
-        """Within it, a driver takes a submission. An error before that is told in the run directory, too.
+        """Context in which a driver takes a submission. Records an error that ends it before that.
 
         Args:
-            submission_id: None: the driver was begun for none.
+            submission_id: None: the driver was not started for a submission.
 
         Raises:
-            DescriptionError: That is no id.
+            DescriptionError: ``submission_id`` is no submission id.
         """
         if submission_id is not None:
             check_id(submission_id)
         try:
             yield
-            if submission_id is not None and self.standing(submission_id) == "due":  # there was nothing to do
+            if submission_id is not None and self.standing(submission_id) == "due":  # the driver had nothing to do
                 write_document(self._store, f"{submission_id}.done.json", {})
         except BaseException as error:
             if submission_id is not None:
-                with contextlib.suppress(StorageError):  # the job's own output has the error too
+                with contextlib.suppress(StorageError):  # the job's output has the error anyway
                     if self.standing(submission_id) == "due":
-                        self.mark_failed(submission_id, _UNTOLD.get(type(error)) or one_line(error) or repr(error))
+                        self.mark_failed(submission_id, _ERROR_TEXTS.get(type(error)) or one_line(error) or repr(error))
             raise
 
     def mark_failed(self, submission_id: str, error: str) -> None:
-        """Says why the job of a submission ended before a driver took it."""
-        # The store keeps it for all who may read there, and it may be any exception's.
+        """Records why a submission's job ended before a driver took it."""
+        # Redacted: everybody who can read the store can read it, and it may be any exception's text.
         write_document(self._store, f"{submission_id}.failed.json", {"error": redacted(error, {})})
 
     def read_failure(self, submission_id: str) -> str:
-        """Why the driver of a submission that failed ended, in a line."""
-        return str((read_document(self._store, f"{submission_id}.failed.json") or {}).get("error", _UNKNOWN))
+        """Returns why the driver of a failed submission ended, in one line."""
+        return str((read_document(self._store, f"{submission_id}.failed.json") or {}).get("error", _NO_ERROR_TEXT))
 
     def write_sign(self, submission_id: str, doing: str) -> None:
-        """Says what the job of a submission is at before it takes the run, and that it lives."""
+        """Writes the heartbeat of a submission's job that has not taken the run yet, and what it is doing."""
         sign = SignOfLife(doing=doing, time=round(time.time(), 3))
         write_document(self._store, f"{submission_id}.sign.json", asdict(sign))
 
     def read_sign(self, submission_id: str) -> SignOfLife | None:
-        """The last sign of the job of a submission; none: it has given none, or is done with what it was at."""
+        """Returns the last heartbeat of a submission's job, or None if it wrote none or has deleted it."""
         document = read_document(self._store, f"{submission_id}.sign.json")
         return None if document is None else SignOfLife(doing=document["doing"], time=document["time"])
 
     def delete_sign(self, submission_id: str) -> None:
-        """Says that the job of a submission gives no more signs."""
+        """Deletes the heartbeat of a submission's job; no more will follow."""
         self._store.delete([f"{submission_id}.sign.json"])
 
     def withdraw(self, submission_id: str) -> None:
@@ -265,7 +265,7 @@ class Submissions:
 
 
 def make_id(number: int, at: float) -> str:
-    """An id that no other submission has.
+    """Returns a new, unique submission id.
 
     Args:
         number: How many jobs of the run were begun before.
@@ -275,7 +275,7 @@ def make_id(number: int, at: float) -> str:
 
 
 def check_id(submission_id: str) -> None:
-    """Makes sure that a text is the id of a submission, which may yet be written.
+    """Checks that a text is a submission id; the submission need not be written yet.
 
     Raises:
         DescriptionError: It is not.
