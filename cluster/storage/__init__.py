@@ -1,1 +1,1 @@
-"""A directory at an fsspec URL, and what makes it fit to hold a run."""
+"""A store: a directory at an fsspec URL, made reliable enough to hold a run."""

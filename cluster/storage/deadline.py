@@ -1,7 +1,7 @@
-"""Calls that end in time for their caller, whatever they wait for: also in C, also on a file system that hangs.
+"""Calls with a deadline for their caller, even if they block in C or on a file system that hangs.
 
-A thread cannot be stopped from outside. So a call is made by a thread of a small stock, and its caller waits no
-longer than it wants to; a thread whose call hangs is missing from the stock until that call ends, if ever.
+A thread cannot be stopped from outside. So a pool thread makes the call, and the caller waits no longer than its time
+limit. A thread whose call hangs is missing from the pool until that call ends, if ever.
 """
 
 import collections
@@ -16,28 +16,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _Inbox = queue.SimpleQueue[tuple["Started[Any]", Callable[[], Any]]]
 
-# The last one to become idle is the first to be used: what it keeps for itself, such as a connection, is the freshest,
-# and a caller with one call after another meets the same thread each time.
+# Last in, first out: the thread used last has the freshest state, such as a connection, and a caller that makes call
+# after call gets the same thread each time.
 _idle: collections.deque[_Inbox] = collections.deque()
-# The threads stay with the parent.
+# A forked child has none of the parent's threads.
 os.register_at_fork(after_in_child=_idle.clear)
 
-_own = threading.local()
-"""In a thread of the stock: ``started``, the call that it makes."""
+_current = threading.local()
+"""In a pool thread: ``started``, the call that the thread makes."""
 
 
 class OverrunError(Exception):
-    """A call was given up; it may still come to its end, and do what it was to do."""
+    """A call was given up; it may still run to its end and have its effect."""
 
 
 class Started(Future[T]):
-    """A call under way."""
+    """A call in progress."""
 
     def __init__(self) -> None:
         super().__init__()
         self.began = time.monotonic()
         self.is_awaited = True
-        """Whether its caller waits for it, or is about to; if not, it has ended or was given up."""
+        """Whether its caller waits for it, or is about to. If not, it has ended or was given up."""
 
 
 def start(function: Callable[[], T]) -> Started[T]:
@@ -53,16 +53,16 @@ def start(function: Callable[[], T]) -> Started[T]:
 
 
 def result_within(seconds: float, started: Started[T]) -> T:
-    """What a call returns or raises, if it does so in so many seconds since it was started.
+    """Returns or raises what a call does, if it ends within ``seconds`` of its start.
 
     Raises:
-        OverrunError: It does not.
+        OverrunError: It does not end in time.
     """
     started.is_awaited = True
     try:
         return started.result(max(0.0, started.began + seconds - time.monotonic()))
     except TimeoutError:
-        if started.done():  # it is the call's own
+        if started.done():  # the call itself raised TimeoutError, or has just ended
             return started.result()
         raise OverrunError(f"no answer within {seconds:.3g} s") from None
     finally:
@@ -70,26 +70,28 @@ def result_within(seconds: float, started: Started[T]) -> T:
 
 
 def is_awaited() -> bool:
-    """Whether somebody waits for the call that this thread makes; False once it was given up.
+    """Returns whether a caller still waits for the call that this thread makes; False once the call was given up.
 
-    A call asks that before a step that would do harm if it came late.
+    A call asks this before a step that would do harm if it came late.
+
+    Thread: called in the thread that makes the call.
     """
-    started: Started[Any] | None = getattr(_own, "started", None)
+    started: Started[Any] | None = getattr(_current, "started", None)
     return started is None or started.is_awaited
 
 
 def _serve(inbox: _Inbox) -> None:
     while True:
         future, function = inbox.get()
-        _own.started = future
+        _current.started = future
         try:
             result, error = function(), None
-        except BaseException as raised:  # it is the caller's, whatever it is
+        except BaseException as raised:  # re-raised in the caller
             result, error = None, raised
-        # First, so that the caller's next call finds this thread.
+        # Before the result is set, so that the caller's next call finds this thread.
         _idle.append(inbox)
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(result)
-        del future, function, result, error, _own.started  # nothing of a call is kept until the next
+        del future, function, result, error, _current.started  # keep no reference to a call while waiting for the next

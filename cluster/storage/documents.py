@@ -1,4 +1,4 @@
-"""Small JSON documents in a store: written whole, and read also while somebody overwrites them."""
+"""Small JSON documents in a store: written whole, and readable while another process overwrites them."""
 
 import json
 import time
@@ -7,18 +7,18 @@ from typing import Any
 
 from cluster.storage.store import MissingObject, Store
 
-# A document that is being overwritten is torn for a moment, on a store that cannot rename.
+# On a store without renames, a document is torn while it is being overwritten.
 _READS = 4
 _SECONDS_BETWEEN_READS = 0.05
 
 
 def write_document(store: Store, name: str, document: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Overwrites a document."""
+    """Writes or overwrites a document."""
     store.write(name, (json.dumps(document, indent=indent) + "\n").encode())
 
 
 def read_document(store: Store, name: str) -> dict[str, Any] | None:
-    """A document; none if it is missing, or stays torn: its writer was killed, on a store that cannot rename."""
+    """Returns a document; None if it is missing or stays torn, as after a kill on a store without renames."""
     for attempt in range(_READS):
         if attempt:
             time.sleep(_SECONDS_BETWEEN_READS)

@@ -1,7 +1,7 @@
-"""From the URL of a store to a file system of fsspec, and what fsspec's file systems do differently from each other.
+"""From a store's URL to an fsspec file system, and the differences between fsspec's file systems.
 
-Knows protocols: their options, credentials, buckets, folders and renames, and what a fork does to their connections.
-Knows nothing of retries and time limits, which are ``cluster.storage.store``'s.
+This module knows protocols: their options, credentials, buckets, folders and renames, and what a fork does to their
+connections. It knows nothing of retries and time limits, which are up to ``cluster.storage.store``.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from cluster.storage.redaction import redacted
 from cluster.storage.store_errors import ABSENT
 
 TEMPORARY = re.compile(r"(.*/)?\.tmp-[0-9a-f]{32}(-aside)?")
-"""Matches the name of an object that is being written, or that a killed writer has left unfinished."""
+"""Matches the name of an object that is being written, or that a killed writer left unfinished."""
 
-# Where an object needs its folder first. On an object store a folder is never made: there mkdir makes buckets,
-# so that a misspelt one would come into being.
+# Where an object needs its folder first. On an object store no folder is ever made: mkdir makes buckets there, so a
+# misspelt bucket would be created.
 _WITH_FOLDERS = frozenset({"file", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"})
 
 _S3 = frozenset({"s3", "s3a"})
 _SFTP = frozenset({"sftp", "ssh"})
 
-# Where an object is written under another name, and renamed once it is whole. An object store has no need of that.
+# Where an object is written under a temporary name and renamed once it is whole. Object stores need no rename.
 _WITH_RENAME = frozenset({"file", *_SFTP})
 
-# A user and a password, and not a host and a port, before the last @ of what looks like one.
+# USER:PASSWORD@, but not HOST:PORT/ with an @ later in the path.
 _SECRET_IN_URL = re.compile(r"^[^/@:]*:(?!\d+/)[^@]*@")
 
-# The extra of this package that brings the file system of a protocol.
+# By protocol: the extra of this package that installs its file system.
 _EXTRAS = {
     protocol: extra
     for extra, protocols in {
@@ -48,40 +48,43 @@ _EXTRAS = {
     for protocol in protocols
 }
 
-_classes: set[type[fsspec.AbstractFileSystem]] = set()
+_classes_in_use: set[type[fsspec.AbstractFileSystem]] = set()
 """The classes of the file systems in use."""
-_held: list[fsspec.AbstractFileSystem] = []
+_in_use_at_fork: list[fsspec.AbstractFileSystem] = []
 """During a fork: the file systems in use."""
-_inherited: list[fsspec.AbstractFileSystem] = []
-"""In a forked child: those of its parents."""
+_ancestors_in_use: list[fsspec.AbstractFileSystem] = []
+"""In a forked child: the file systems of its ancestors."""
 
 
-def _hold_for_child() -> None:
-    """Refers, before a fork, to all file systems in use, so that the child, in which fsspec forgets them, frees none.
+def _keep_alive_for_child() -> None:
+    """Keeps references to all file systems in use across a fork, so that the child does not free those that fsspec
+    forgets.
 
     An event loop watches its connections through an epoll instance, which a child shares with its parent. A child that
-    frees a connection takes it out of that instance, and its parent waits in vain for the next answer.
+    frees a connection removes it from that instance, and the parent waits forever for the next answer.
     """
-    for each in tuple(_classes):
-        _held.extend(tuple(each._cache.values()))
+    for each in tuple(_classes_in_use):
+        _in_use_at_fork.extend(tuple(each._cache.values()))
 
 
 os.register_at_fork(
-    before=_hold_for_child, after_in_parent=_held.clear, after_in_child=lambda: _inherited.extend(_held)
+    before=_keep_alive_for_child,
+    after_in_parent=_in_use_at_fork.clear,
+    after_in_child=lambda: _ancestors_in_use.extend(_in_use_at_fork),
 )
 
 
 class Location:
-    """The directory of a file system that a URL names.
+    """The directory on a file system that a URL names.
 
     Attributes:
-        url: In its one spelling; an absolute path if it lies on this machine.
-        protocol: ``file`` if it lies on this machine.
+        url: In its canonical spelling; an absolute path if it is on this machine.
+        protocol: ``file`` if it is on this machine.
         has_folders: Whether an object needs its folder first, and a folder exists without objects.
-        has_rename: Whether an object is written under another name, and renamed once it is whole.
+        has_rename: Whether an object is written under a temporary name and renamed once it is whole.
 
     Raises:
-        StorageError: The URL makes no sense here, holds a secret, or needs a package that is not installed.
+        StorageError: The URL is not valid here, holds a secret, or needs a package that is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -92,33 +95,33 @@ class Location:
         self._class = file_system_class(self.protocol, self.url)
 
     def file_system(self) -> fsspec.AbstractFileSystem:
-        """The file system, for one call.
+        """Returns the file system, for one call.
 
-        It is asked of fsspec each time, which keeps one instance per process, and per thread where each needs a
-        connection of its own, so that a forked child never talks through the connection of its parent.
+        fsspec is asked each time. It keeps one instance per process, and one per thread where each thread needs a
+        connection of its own, so a forked child never talks through its parent's connection.
         """
         if self.protocol == "file":
             return self._class()
         fs = self._class(**self._class._get_kwargs_from_urls(self.url), **_options_for(self.protocol))
-        _classes.add(self._class)
+        _classes_in_use.add(self._class)
         return fs
 
     def path(self, name: str = "") -> str:
-        """Where an object or a folder lies on the file system; without a name, the directory itself."""
+        """Returns the path of an object or folder on the file system; without a name, of the directory itself."""
         root = self.url if self.protocol == "file" else self._class._strip_protocol(self.url)
         return f"{root.rstrip('/')}/{name}" if name else root
 
     def forget(self, fs: fsspec.AbstractFileSystem) -> None:
-        """Has the next call open another session: this one may be broken.
+        """Makes the next call open another session, because this one may be broken.
 
-        The asynchronous file systems replace their connections on their own.
+        Asynchronous file systems replace their connections themselves.
         """
         if not fs.async_impl:
             self._class._cache.pop(fs._fs_token, None)
 
 
 def _canonical_url(url: str) -> str:
-    """The one spelling of a store's place, good in any working directory."""
+    """Returns the canonical spelling of a store's URL, valid in any working directory."""
     protocol, is_url, rest = url.partition("://")
     if "::" in url:
         raise StorageError(f"{redacted(url, {})}: is a chain of file systems; write the URL of the store itself")
@@ -145,7 +148,7 @@ def _canonical_url(url: str) -> str:
 
 
 def file_system_class(protocol: str, url: str) -> type[fsspec.AbstractFileSystem]:
-    """The class of a protocol; imported at once, so that a missing package is told of at once."""
+    """Imports and returns the class of a protocol, so that a missing package is reported at once."""
     if protocol == "file":
         return SyncedLocalFileSystem
     try:
@@ -157,7 +160,7 @@ def file_system_class(protocol: str, url: str) -> type[fsspec.AbstractFileSystem
             from cluster.storage.s3 import DirectS3FileSystem
 
             return DirectS3FileSystem
-        return fsspec.get_filesystem_class(protocol)
+        found: type[fsspec.AbstractFileSystem] = fsspec.get_filesystem_class(protocol)
     except ValueError as error:
         close = nearest(protocol, fsspec.available_protocols())
         raise StorageError(
@@ -167,17 +170,18 @@ def file_system_class(protocol: str, url: str) -> type[fsspec.AbstractFileSystem
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'launcher[{extra}]'" if extra else f"{error}".strip().rstrip(".")
         raise StorageError(f"{url}: the package for {protocol}:// is not installed; {remedy}") from error
+    return found
 
 
 def _options_for(protocol: str) -> dict[str, Any]:
-    """What a file system is told beside its URL and its configuration."""
+    """Returns the options of a file system beside its URL and its configuration."""
     if protocol in _WITH_FOLDERS:
         return {}
-    # A cached listing hides what others write.
+    # A cached listing hides what other processes write.
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in _S3:
-        # Its retries would multiply with ours; s3fs has its own beside botocore's, see cluster.s3. And one request for
-        # one object: who has large ones reads and writes several at a time.
+        # Its retries would multiply with the store's (s3fs adds its own, see cluster.storage.s3). And one request per
+        # object: callers with large data read and write several objects at a time.
         own = {
             "connect_timeout": 5,
             "read_timeout": 30,
@@ -190,7 +194,7 @@ def _options_for(protocol: str) -> dict[str, Any]:
 
 
 def objects_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """The names of all objects below a path of an object store, at any depth, relative to that path.
+    """Returns the names of all objects below a path of an object store, at any depth, relative to that path.
 
     Raises:
         FileNotFoundError: The bucket does not exist.
@@ -206,10 +210,10 @@ def objects_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
 
 
 def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list[tuple[str, bool]]:
-    """What lies directly in a folder, by its last name, and whether it is a folder.
+    """Returns (last part of the name, is a folder) of everything directly in a folder.
 
     Raises:
-        FileNotFoundError: The bucket does not exist, of an object store.
+        FileNotFoundError: On an object store: the bucket does not exist.
     """
     try:
         found = fs.ls(path, detail=True)
@@ -217,13 +221,13 @@ def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list
         found = []
     if not found and not has_folders:
         _require_bucket(fs, path)
-    # Listing an object, or a folder with a placeholder, gives the thing itself.
+    # Listing an object, or a folder with a placeholder, returns the path itself.
     own = [entry for entry in found if entry["name"].rstrip("/") != path.rstrip("/")]
     return [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in own]
 
 
 def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Asks why nothing was found: an object store may have an empty place, or no such bucket.
+    """Distinguishes an empty place of an object store from a missing bucket, after a listing found nothing.
 
     Raises:
         FileNotFoundError: The bucket does not exist.
@@ -232,15 +236,18 @@ def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:
         fs.info(path.partition("/")[0])
     except FileNotFoundError:
         raise
-    except Exception:  # any other answer, such as that buckets may not be looked at, is none to this question
+    except Exception:  # any other error, such as no permission to look at buckets, does not answer the question
         return
 
 
 def write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Writes a file of another name in the same folder, then gives it its name, if the caller still waits for that.
+    """Writes a temporary file in the same folder, then renames it if the caller still waits.
 
-    No two tries share a file: one that was given up, or another process, may be writing still. What was given up does
-    not get its name any more, which newer bytes may have by now. Only a rename that has begun cannot be called off.
+    No two tries share a file, because a try that was given up, or another process, may still be writing. A try that was
+    given up does not rename its file: newer bytes may have the name by now. Only a rename that has begun cannot be
+    stopped.
+
+    Thread: called in the pool thread that makes the store's call.
     """
     temporary = f"{path.rpartition('/')[0]}/.tmp-{uuid.uuid4().hex}"
     try:
@@ -249,13 +256,13 @@ def write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> N
             raise OverrunError("given up before it had its name")
         fs.replace(temporary, path)
     except Exception:  # the border to fsspec
-        with contextlib.suppress(Exception):  # the failure at hand is the one to tell; ``Store.sweep`` takes what stays
+        with contextlib.suppress(Exception):  # report the first failure; ``Store.sweep`` deletes the file
             fs.rm_file(temporary)
         raise
 
 
 def missing_folders(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """A folder and those around it, as far as they do not exist; the innermost first."""
+    """Returns a folder and its parents, as far as they do not exist, the innermost first."""
     missing = []
     while path.strip("/"):
         try:
@@ -268,23 +275,23 @@ def missing_folders(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
 
 
 def remove_if_empty(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Removes a folder in which there is nothing, or only what killed writers have left."""
+    """Removes a folder that is empty but for files that killed writers left."""
     with contextlib.suppress(FileNotFoundError):
         try:
             fs.rmdir(path)
         except OSError:
-            # Not empty, the usual case, has no error of its own on SFTP: look. Anything else is a fault.
+            # SFTP has no error of its own for a folder that is not empty, the usual case: look. All else is a fault.
             left = fs.ls(path, detail=False)
             if not left:
                 raise
             if all(map(TEMPORARY.fullmatch, left)):
                 for file in left:
                     fs.rm_file(file)
-                with contextlib.suppress(OSError):  # something else is there by now
+                with contextlib.suppress(OSError):  # another object is there by now
                     fs.rmdir(path)
 
 
 def remove_folders(fs: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
-    """Removes folders, in this order, as far as they are empty."""
+    """Removes folders in this order, as far as they are empty."""
     for path in paths:
         remove_if_empty(fs, path)

@@ -1,4 +1,4 @@
-"""fsspec's file system of this machine, made fit for training: a loss of power tears no file and takes none back."""
+"""fsspec's local file system with syncs: a power loss neither tears a file nor brings back the previous one."""
 
 import errno
 import os
@@ -8,10 +8,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class SyncedLocalFileSystem(LocalFileSystem):
-    """Files on this machine, or on what is mounted here."""
+    """Files on this machine or on what is mounted here."""
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
-        """Writes a file through to the disk; also NFS and quotas tell by then that there is no room for it."""
+        """Writes a file and syncs it to disk, by which time NFS and quotas also report a full disk."""
         assert mode == "overwrite"
         with open(path, "wb") as file:
             file.write(value)
@@ -19,9 +19,9 @@ class SyncedLocalFileSystem(LocalFileSystem):
             os.fsync(file.fileno())
 
     def replace(self, path: str, new_path: str) -> None:
-        """Renames a file, in place of whatever has its new name; whoever opens that gets the old one or the new one.
+        """Renames a file over whatever has the new name; a reader sees the old file or the new one.
 
-        The folder is written through to the disk too, so that a loss of power does not bring back the old one.
+        The folder is synced too, so that a power loss does not bring back the old file.
         """
         folder = os.open(os.path.dirname(new_path), os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -35,5 +35,5 @@ def _sync_folder(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what a file system says that syncs no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # raised by file systems that cannot sync folders
             raise

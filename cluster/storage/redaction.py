@@ -1,4 +1,4 @@
-"""Texts without credentials: vendors' errors may quote a signed URL, a header or an option."""
+"""Removal of credentials from texts: errors of vendors' libraries may quote a signed URL, a header or an option."""
 
 import os
 import re
@@ -6,16 +6,16 @@ import traceback
 from collections.abc import Mapping
 
 _HIDDEN = "***"
-_SHORTEST = 6  # of a value that is looked for: a shorter one would hide half of every text
+_SHORTEST = 6  # characters of a secret value; replacing shorter ones would hide half of every text
 
 _SECRET_NAME = re.compile(
     r"secret|token(?!iz)|passw|passphrase|(access|account|api)_?key(?!_?id)|connection_string", re.I
 )
-# Where a secret lies, and no secret.
+# The name of a place that holds a secret, not of a secret.
 _PLACE_NAME = re.compile(r"(file|filename|path|dir|url|uri)$", re.I)
 
 _PATTERNS = [
-    # In a query, a connection string or a header: the name stays.
+    # In a query, a connection string or a header: hide the value, keep the name.
     (
         re.compile(
             r"\b(X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|AccountKey"
@@ -31,7 +31,7 @@ _PATTERNS = [
 
 
 def redacted(text: str, options: Mapping[str, object]) -> str:
-    """The text without what is secret in the environment or these options, or looks like a credential."""
+    """Returns the text without secrets of the environment or ``options``, and without apparent credentials."""
     for value in sorted(_secrets(options), key=len, reverse=True):
         text = text.replace(value, _HIDDEN)
     for pattern, replacement in _PATTERNS:
@@ -40,13 +40,13 @@ def redacted(text: str, options: Mapping[str, object]) -> str:
 
 
 def harmless(error: BaseException, options: Mapping[str, object]) -> BaseException | None:
-    """The exception, to be another's cause, unless its traceback would tell a secret."""
+    """Returns the exception for use as a cause, or None if its traceback would show a secret."""
     told = "".join(traceback.format_exception(error))
     return error if redacted(told, options) == told else None
 
 
 def _secrets(options: Mapping[str, object]) -> set[str]:
-    """The values of environment variables and options with a telling name."""
+    """Returns the values of environment variables and options whose names suggest a secret."""
     return {
         value
         for name, value in [*os.environ.items(), *options.items()]

@@ -1,4 +1,4 @@
-"""fsspec's file system over S3, made fit for a store: one request and one round trip for an object, no retries.
+"""fsspec's S3 file system with one request and one round trip per object, and without retries.
 
 The only module that knows s3fs and botocore.
 """
@@ -11,13 +11,13 @@ from s3fs import S3FileSystem
 
 
 class DirectS3FileSystem(S3FileSystem):
-    """Objects of S3, each sent together with the head of its request.
+    """S3, with each object's body sent right behind its request's head.
 
-    As botocore has it, a request with ``Expect: 100-continue`` waits for the server's word before it sends its body,
-    one round trip more for each object. Most servers would take the body at once; one that refuses gets it in vain.
+    By default botocore sends ``Expect: 100-continue`` and waits for the server's answer before it sends the body: one
+    more round trip for each object. Most servers would take the body at once; one that refuses it gets it in vain.
     """
 
-    retries: ClassVar[int] = 1  # the store's own retries would multiply with these, which are beside botocore's
+    retries: ClassVar[int] = 1  # else the store's retries multiply with these, which come on top of botocore's
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

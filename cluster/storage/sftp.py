@@ -1,8 +1,7 @@
-"""fsspec's file system over SFTP, made fit for training: it knows whom it talks to, and does not wait per packet.
+"""fsspec's SFTP file system with verified hosts and pipelined writes.
 
-As fsspec has it, any host key is taken for the right one, and a write waits for an answer after each 32 KiB. Here
-hosts, users, keys and known hosts are those of OpenSSH's own files; a host that is not known is refused. The only
-module that knows paramiko.
+By default fsspec accepts any host key, and a write waits for an answer after each 32 KiB. Here hosts, users, keys and
+known hosts come from OpenSSH's own files, and an unknown host is refused. The only module that knows paramiko.
 """
 
 import errno
@@ -20,35 +19,34 @@ _CONFIG = "~/.ssh/config"
 _KNOWN_HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
 
 _CONNECT_S = 10.0
-"""How long each step of opening a session may take."""
+"""Time limit of each step of opening a session."""
 _SILENCE_S = 30.0
-"""How long the server may leave a session without a word that is due."""
+"""How long the server may keep a session waiting for data."""
 _KEEPALIVE_S = 15
-"""Between the signs of life that keep an idle session from being forgotten on its way."""
+"""Interval of the keepalives that keep routers and firewalls from dropping an idle session."""
 
 
 class PinnedSFTPFileSystem(SFTPFileSystem):
     """Files on a host whose key is in a ``known_hosts`` file.
 
-    ``Host`` entries of ``~/.ssh/config`` count (HostName, Port, User, IdentityFile, UserKnownHostsFile); then what the
-    URL says, the user's agent and keys, and options that fsspec reads from the environment, such as
-    ``FSSPEC_SFTP_KEY_FILENAME``.
+    ``Host`` entries of ``~/.ssh/config`` apply (HostName, Port, User, IdentityFile, UserKnownHostsFile); then the URL,
+    the user's agent and keys, and options that fsspec reads from the environment, such as ``FSSPEC_SFTP_KEY_FILENAME``.
 
     Raises:
-        StorageError: The host is not known, has another key than it had, or takes none of the keys.
+        StorageError: The host is unknown, its key has changed, or it accepts none of the keys.
     """
 
     def _connect(self) -> None:
-        options, known_hosts = _configured(self.host)
+        options, known_hosts = _read_ssh_config(self.host)
         options |= self.ssh_kwargs
         where = f"sftp://{options['hostname']}:{options.get('port', 22)}"
         self.client = paramiko.SSHClient()
-        # Paramiko leaves sessions open that nobody holds any more.
+        # Paramiko does not close a session that is garbage-collected.
         weakref.finalize(self, self.client.close)
         for path in map(os.path.expanduser, known_hosts):
             if os.path.exists(path):
                 self.client.load_system_host_keys(path)
-        self.client.set_missing_host_key_policy(_Refusal(where, known_hosts[0]))
+        self.client.set_missing_host_key_policy(_RefuseUnknownHosts(where, known_hosts[0]))
         try:
             self.client.connect(**options)
         except paramiko.BadHostKeyException as error:
@@ -58,7 +56,7 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
                 "else somebody is in between"
             ) from error
         except paramiko.SSHException as error:
-            # Without any key to try, it has no type of its own for that.
+            # If there is no key to try, paramiko raises no special type.
             if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
                 raise StorageError(
                     f"{where}: takes none of the keys of {options.get('username') or 'this user'}; load the right one "
@@ -74,33 +72,35 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         data = memoryview(value)
         with self.ftp.open(path, "wb") as file:
             try:
-                # Many packets are under way at a time; the last byte waits for the answers to all of them, since
-                # paramiko forgets those that nobody waits for, also those that say that the disk is full.
+                # Many packets are in flight at a time. The last byte is sent unpipelined, which waits for the answers
+                # to all packets: paramiko drops answers that nobody waits for, even "disk full".
                 file.set_pipelined(True)
                 file.write(data[:-1])
                 file.set_pipelined(False)
                 file.write(data[-1:])
             except OSError as error:
-                if error.errno is None:  # SFTP has no word for a full disk
+                if error.errno is None:  # SFTP has no code for a full disk
                     raise OSError(errno.EIO, f"the server only says {str(error)!r}, its disk may be full") from error
                 raise
-        # Closing tells of no error, and some file systems know only then.
+        # Closing reports no error, and some file systems find it only then.
         size = self.ftp.stat(path).st_size
         if size != len(data):
             raise OSError(errno.EIO, f"{size} of {len(data)} bytes arrived")
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         if start is not None or end is not None:
-            return super().cat_file(path, start, end, **kwargs)
+            part: bytes = super().cat_file(path, start, end, **kwargs)
+            return part
         with self.ftp.open(path, "rb") as file:
             found = file.stat()
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             file.prefetch(found.st_size)
-            return file.read(found.st_size)
+            data: bytes = file.read(found.st_size)
+        return data
 
     def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o777) -> None:
-        """As ``os.makedirs``: several may make the same folder at once."""
+        """Works like ``os.makedirs``; several processes may make the same folder at once."""
         try:
             found = self.ftp.stat(path)
         except FileNotFoundError:
@@ -120,10 +120,11 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         self.ftp.remove(path)
 
     def replace(self, path: str, new_path: str) -> None:
-        """Renames a file, in place of whatever has its new name: OpenSSH's extension of SFTP, which others have too.
+        """Renames a file over whatever has the new name, by OpenSSH's extension ``posix-rename``, which other servers
+        have too.
 
-        A server without it renames only where nothing is in the way: there the old file is put aside for a moment, as
-        a hidden one, and is lost if this process is killed in that moment.
+        A server without it renames only to a free name. There the old file is moved aside for a moment, under a hidden
+        name, and is lost if this process is killed in that moment.
         """
         try:
             self.ftp.posix_rename(path, new_path)
@@ -132,9 +133,9 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         except OSError:
             if self._has_posix_rename(path):
                 raise
-            self._put_in_place(path, new_path)
+            self._replace_without_posix_rename(path, new_path)
 
-    def _put_in_place(self, path: str, new_path: str) -> None:
+    def _replace_without_posix_rename(self, path: str, new_path: str) -> None:
         aside = f"{path}-aside"
         try:
             self.ftp.rename(new_path, aside)
@@ -143,24 +144,24 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
             return
         try:
             self.ftp.rename(path, new_path)
-        except Exception:  # whatever it is, the old file comes back
+        except Exception:  # whatever it is, restore the old file
             self.ftp.rename(aside, new_path)
             raise
         self.ftp.remove(aside)
 
     def _has_posix_rename(self, path: str) -> bool:
-        """Whether the server has the extension: then it can rename a file to itself, which changes nothing."""
+        """Returns whether the server has the extension: it can then rename a file to itself, which changes nothing."""
         try:
             self.ftp.posix_rename(path, path)
-        except (FileNotFoundError, TimeoutError):  # no answer to the question
+        except (FileNotFoundError, TimeoutError):  # says nothing about the extension
             raise
         except OSError:
             return False
         return True
 
 
-class _Refusal(paramiko.MissingHostKeyPolicy):
-    """No host is trusted at first sight."""
+class _RefuseUnknownHosts(paramiko.MissingHostKeyPolicy):
+    """Trusts no host at first sight."""
 
     def __init__(self, where: str, known_hosts: str) -> None:
         self._where = where
@@ -175,8 +176,8 @@ class _Refusal(paramiko.MissingHostKeyPolicy):
         )
 
 
-def _configured(host: str) -> tuple[dict[str, Any], list[str]]:
-    """How to connect to a host, and the files of known hosts, the user's own first."""
+def _read_ssh_config(host: str) -> tuple[dict[str, Any], list[str]]:
+    """Returns the options to connect to a host, and its files of known hosts, the user's own first."""
     options: dict[str, Any] = {
         "hostname": host,
         "timeout": _CONNECT_S,

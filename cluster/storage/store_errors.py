@@ -1,7 +1,7 @@
-"""What an exception from a file system means: whether a retry can help, what to tell people, what to advise.
+"""Classification of file system exceptions: whether a retry can help, what to report, what to advise.
 
-fsspec hands on whatever the library of a vendor raises, so exceptions are classified by type, by ``errno``, by class
-name and by HTTP status. No text made here holds a credential.
+fsspec passes on whatever a vendor's library raises, so exceptions are classified by type, by ``errno``, by class name
+and by HTTP status. No text made here holds a credential.
 """
 
 import errno
@@ -16,9 +16,9 @@ ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 _PERMANENT = (
     StorageError,
-    # Not there, not allowed, in the way: the type tells.
+    # Absent, not allowed, or in the way.
     *(FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError),
-    # Arguments or an installation that no store takes.
+    # Wrong arguments or a wrong installation.
     *(TypeError, ValueError, NotImplementedError, ImportError),
 )
 _PERMANENT_NUMBERS = frozenset(
@@ -26,7 +26,7 @@ _PERMANENT_NUMBERS = frozenset(
     for name in ("EINVAL", "ENAMETOOLONG", "EMSGSIZE", "ENOTEMPTY", "ELOOP", "EROFS", "ENOSYS", "ENOTSUP", "EREMCHG")
     if hasattr(errno, name)
 )
-# By name, for their packages need not be installed.
+# By name, because their packages need not be installed.
 _PERMANENT_NAMES = frozenset(
     {
         *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"),  # botocore
@@ -34,30 +34,30 @@ _PERMANENT_NAMES = frozenset(
         *("DefaultCredentialsError", "ClientAuthenticationError"),  # Google, Azure
     }
 )
-_PASSING_STATUSES = frozenset({408, 425, 429})  # of HTTP, among those that blame the caller
+_TRANSIENT_STATUSES = frozenset({408, 425, 429})  # HTTP 4xx: time-out, too early, too many requests
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether a retry is useless, because the caller or the configuration is at fault.
+    """Returns whether a retry is useless because the caller or the configuration is at fault.
 
-    An exception that is not known counts as transient.
+    An unknown exception counts as transient.
     """
     if isinstance(error, _PERMANENT) or getattr(error, "errno", None) in _PERMANENT_NUMBERS:
         return True
     if any(kind.__name__ in _PERMANENT_NAMES for kind in type(error).__mro__):
         return True
     status = getattr(error, "status", getattr(error, "code", None))
-    return isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUSES
+    return isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT_STATUSES
 
 
 def reason(error: Exception) -> str:
-    """The exception's own text, in one line of at most 200 characters."""
+    """Returns the exception's own text, in one line of at most 200 characters, without secrets."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(redacted(str(text), _options()).split())[:200].rstrip(".")
 
 
 def advice(error: Exception) -> str:
-    """What the user can do about it, as an imperative."""
+    """Returns what the user can do about an error, as an imperative."""
     if isinstance(error, FileNotFoundError):
         return "create the folder or the bucket, or correct the URL"
     if isinstance(error, PermissionError):
@@ -68,10 +68,10 @@ def advice(error: Exception) -> str:
 
 
 def cause(error: Exception) -> BaseException | None:
-    """The exception, for ``raise ... from``; None if its traceback holds a secret."""
+    """Returns the exception for ``raise ... from``, or None if its traceback holds a secret."""
     return harmless(error, _options())
 
 
 def _options() -> dict[str, object]:
-    """The options that fsspec has read from its files and from the environment, of all protocols."""
+    """Returns the options of all protocols that fsspec has read from its files and from the environment."""
     return {f"{protocol}.{name}": value for protocol, own in conf.items() for name, value in own.items()}

@@ -1,6 +1,6 @@
-"""JSON that others wrote, as a dataclass: its types are held against the text, and nothing is converted.
+"""Decoding of untrusted JSON to a dataclass: its types are checked strictly, and nothing is converted.
 
-A dataclass may narrow its fields by what pydantic defines.
+A dataclass may constrain its fields with pydantic's annotations.
 """
 
 import functools
@@ -27,15 +27,15 @@ Number = Annotated[float, AfterValidator(_refuse_nan)]
 
 
 def from_json(hint: type[T], text: str | bytes, *, ignores_unknown: bool = False) -> T:
-    """Decodes JSON: an object with exactly the fields of a dataclass to that, a list to a tuple, an int to a float.
+    """Decodes JSON to a dataclass: an object with exactly its fields, a list to a tuple, an int to a float.
 
     Args:
         hint: The dataclass.
-        text: What may be anything at all. Of a key that occurs twice, the last value counts.
+        text: Untrusted. If a key occurs twice, the last value counts.
         ignores_unknown: Whether the object may have other fields too.
 
     Raises:
-        ValueError: Where the text differs from the type, what should be there and what is, in a line.
+        ValueError: Where the text does not fit the type, what is expected and what it got, in one line.
     """
     adapter: TypeAdapter[T] = _adapter(cast(Hashable, hint))
     try:
@@ -45,7 +45,7 @@ def from_json(hint: type[T], text: str | bytes, *, ignores_unknown: bool = False
 
 
 def short(value: object) -> str:
-    """A value on one line; a hostile one may be long or hold line ends."""
+    """Returns a value on one line, cut: a hostile one may be long or hold line ends."""
     text = ascii(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
