@@ -1,1 +1,1 @@
-"""What workers tell each other in a step: gradients, summed along one tree."""
+"""Collectives between workers: gradients are summed along one fixed tree."""

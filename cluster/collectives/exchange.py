@@ -1,8 +1,8 @@
-"""What workers tell each other in a step: gradients, summed in one fixed order, and small reports.
+"""Sums gradients between workers in one fixed order.
 
-Gradients are summed along ``summation_tree``. A worker folds the shards of its own block as far as the tree allows;
-between workers, each owns one slice of a bucket, receives everybody's partial sums of it, finishes the tree, and sends
-the slice to all. Those are the bytes of a ring all-reduce.
+The order is that of ``summation_tree``. A worker folds the shards of its own block as far as the tree allows. Between
+workers, each owns one slice of a bucket, receives all workers' partial sums of it, finishes the tree, and sends the
+slice to all. A worker transfers as many bytes as in a ring all-reduce.
 """
 
 from collections import deque
@@ -18,13 +18,13 @@ from cluster.collectives.summation_tree import Fold, Node, complete_subtrees
 from cluster.process.activity import Activity
 
 _Message = tuple[int, int, Tensor]
-"""The other rank, the number of the message between the two, and what is sent or where it is received."""
+"""(other rank, number of the message between the two, tensor to send or to receive into)."""
 
 
 class TreeExchange:
-    """Sums gradients along the tree, for a communication hook of DDP.
+    """Sums gradients along the tree, as a communication hook of DDP.
 
-    DDP averages and this does not: the loss is expected to be divided by the size of the global batch.
+    It sums where DDP averages: the loss must already be divided by the size of the global batch.
 
     Collective: every rank constructs it and runs every backward pass; bucket by bucket, in DDP's order.
     """
@@ -38,14 +38,14 @@ class TreeExchange:
         device: torch.device,
         timeout_s: float | None = None,
     ) -> None:
-        """Opens a process group of its own, so that its collectives never queue behind DDP's or the loop's.
+        """Opens its own process group, so that its collectives never queue behind DDP's or the loop's.
 
         Args:
-            shards: The shards of a step.
+            shards: Number of shards of a step.
             blocks: The contiguous shards of each rank, in rank order.
-            rank: This worker.
-            device: Where gradients live.
-            timeout_s: The longest that it waits for the others; none: as long as torch does.
+            rank: This worker's rank.
+            device: The device of the gradients.
+            timeout_s: The longest wait for the other ranks; None: torch's default.
         """
         self._shards = shards
         self._world_size = len(blocks)
@@ -53,32 +53,36 @@ class TreeExchange:
         self._nodes_by_rank = [complete_subtrees(block, shards) for block in blocks]
         self._rank = rank
         self._group = new_group(timeout_s)
-        self._aside = Fold(shards)
-        self._index: dict[Tensor, int] = {}
+        self._fold_aside = Fold(shards)
+        self._number_of: dict[Tensor, int] = {}
         self._on_gpu = device.type == "cuda"
-        # A collective that waits inside DDP's own callbacks can deadlock, for ranks run callbacks in
+        # A collective that waits inside DDP's own callbacks can deadlock, because ranks run callbacks in
         # different orders; one thread (or one stream) takes the buckets in the order of DDP's calls.
         self._thread = None if self._on_gpu else ThreadPoolExecutor(1, thread_name_prefix="exchange")
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
 
     def set_aside(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
-        """Takes the gradients of a shard that is not the last of the block; they are None afterwards."""
+        """Takes the gradients of a shard that is not the last of the block, and sets them to None."""
         grads = [parameter.grad for parameter in parameters]
         assert None not in grads, "the plan has checked that every trained parameter gets a gradient"
-        self._index = {parameter: number for number, parameter in enumerate(parameters)}
-        self._aside.push((shard, shard + 1), grads)
+        self._number_of = {parameter: number for number, parameter in enumerate(parameters)}
+        self._fold_aside.push((shard, shard + 1), grads)
         for parameter in parameters:
             parameter.grad = None
 
     def step_done(self) -> None:
-        """Forgets what was set aside; called after the backward pass of the block's last shard."""
-        self._aside = Fold(self._shards)
+        """Drops the gradients set aside. Call it after the backward pass of the block's last shard."""
+        self._fold_aside = Fold(self._shards)
 
     def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """For a communication hook of DDP: the bucket holds the gradients of the block's last shard."""
+        """Sums a bucket, which holds the gradients of the block's last shard, over all shards: the communication hook.
+
+        Shapes:
+            bucket.buffer(): [length of the bucket], as the result.
+        """
         buffer = bucket.buffer()
-        earlier = [self._as_bucket(bucket, grads) for grads in self._aside.sums]
-        nodes = list(self._aside.nodes)
+        earlier = [self._as_bucket(bucket, grads) for grads in self._fold_aside.sums]
+        nodes = list(self._fold_aside.nodes)
         if self._stream is not None:
             return self._run_on_stream(buffer, nodes, earlier)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -87,12 +91,13 @@ class TreeExchange:
         return future
 
     def _as_bucket(self, bucket: dist.GradBucket, grads: Sequence[Tensor]) -> Tensor:
-        """Gradients that were set aside, each number where the bucket has that of the last shard.
+        """Copies gradients that were set aside into the layout of the bucket.
 
-        A bucket holds a gradient in the memory order of its parameter, and ``GradBucket.gradients`` does not know that.
-        The gradients of the last shard are views of the bucket by now, and do.
+        A bucket holds each gradient in the memory order of its parameter, which ``GradBucket.gradients`` does not know.
+        The gradients of the last shard are views of the bucket by now, and have that order.
 
-        Shapes: grads as the parameters' -> [length of the bucket].
+        Shapes:
+            grads: as the parameters' -> [length of the bucket].
         """
         buffer = bucket.buffer()
         flat = torch.empty_like(buffer)
@@ -102,12 +107,15 @@ class TreeExchange:
         assert sum(place.numel() for place in places) == buffer.numel(), "the bucket has nothing but gradients"
         torch._foreach_copy_(
             [flat.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places],
-            [grads[self._index[parameter]] for parameter in parameters],
+            [grads[self._number_of[parameter]] for parameter in parameters],
         )
         return flat
 
     def close(self) -> None:
-        """Ends the thread. Collective: every rank, after its last backward pass."""
+        """Ends the thread.
+
+        Collective: every rank, after its last backward pass.
+        """
         if self._thread is not None:
             self._thread.shutdown()
 
@@ -118,11 +126,11 @@ class TreeExchange:
             with torch.no_grad():
                 self._sum(buffer, nodes, earlier)
             future.set_result(buffer)
-        except Exception as error:  # whatever it is belongs to the backward pass that waits for the future
+        except Exception as error:  # the backward pass that waits for the future raises it
             future.set_exception(error)  # type: ignore[arg-type]  # the stub asks for a result
 
     def _run_on_stream(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> torch.futures.Future[Tensor]:
-        """Enqueues the exchange behind the gradients; a future with a device makes DDP wait on the GPU, not here."""
+        """Enqueues the exchange behind the gradients. The future has a device, so DDP waits on the GPU, not here."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         for tensor in (buffer, *earlier):
@@ -134,7 +142,11 @@ class TreeExchange:
         return future
 
     def _sum(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> None:
-        """Replaces the bucket of the last shard by the sum over all shards, in place."""
+        """Replaces the bucket of the last shard by the sum over all shards, in place.
+
+        Shapes:
+            buffer, each of earlier: [length of the bucket].
+        """
         fold = Fold(self._shards)
         for node, partial in zip(nodes, earlier):
             fold.push(node, partial)
@@ -151,7 +163,7 @@ class TreeExchange:
         for nodes_of_rank, sums in zip(self._nodes_by_rank, partials):
             for node, partial in zip(nodes_of_rank, sums):
                 total.push(node, partial)
-        if total.sums[0].data_ptr() != own.data_ptr():  # rank 0 with one partial sum adds up in the bucket itself
+        if total.sums[0].data_ptr() != own.data_ptr():  # rank 0 with one partial sum adds up in the bucket
             own.copy_(total.sums[0])
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         self._communicate(
@@ -159,9 +171,10 @@ class TreeExchange:
         )
 
     def _exchange_slices(self, sums: list[Tensor], slices: list[slice]) -> list[list[Tensor]]:
-        """Everybody's partial sums of this worker's slice, in rank order.
+        """Returns all workers' partial sums of this worker's slice, in rank order.
 
-        Shapes: sums [n] each -> for each rank as many tensors [slice of this rank] as it has partial sums.
+        Shapes:
+            sums: [length of the bucket] each -> for each rank, one tensor [this rank's slice] per partial sum.
         """
         own = sums[0][slices[self._rank]]
         received = [
@@ -178,7 +191,7 @@ class TreeExchange:
         return received
 
     def _communicate(self, *, sends: list[_Message], receives: list[_Message]) -> None:
-        """Sends and receives at once; slices of a bucket smaller than the number of workers may be empty."""
+        """Sends and receives at once. Slices of a bucket with fewer elements than workers may be empty."""
         operations = [
             dist.P2POp(operation, tensor, rank, self._group, number)
             for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
@@ -190,17 +203,23 @@ class TreeExchange:
 
 
 def sum_by_backend(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The other way to sum a bucket, in whatever order the backend takes; neither divides by the number of workers."""
+    """Sums a bucket in the order of the backend's all-reduce. Like ``TreeExchange``, it does not average.
+
+    Shapes:
+        bucket.buffer(): [length of the bucket], as the result.
+
+    Collective: every rank, as DDP's communication hook.
+    """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None, "an asynchronous collective is work"
     return work.get_future().then(lambda future: future.value()[0])
 
 
 class ExchangeWaits:
-    """Books what of an exchange a worker has to wait for, once its own part in it is done.
+    """Measures how long a worker waits in an exchange after its own part is done.
 
-    The process stands still with the CPU, and says so. A GPU stands still for itself, behind the process: events on
-    its stream tell how long, and they are read when they have happened, so that nobody waits for them.
+    On a CPU the process itself waits, and reports that. A GPU waits behind the process: events on its stream measure
+    the time, and are read only once they have happened, so that nobody waits for them.
     """
 
     def __init__(self, activity: Activity, device: torch.device) -> None:
@@ -210,14 +229,14 @@ class ExchangeWaits:
         self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def begin(self) -> None:
-        """Everything that this worker has to give is computed, or enqueued."""
+        """Marks that everything this worker contributes is computed or enqueued."""
         if self._on_gpu:
             self._began = _event_on_stream()
         else:
             self._activity.begin_exchange()
 
     def end(self) -> None:
-        """What the others have to give is there, or waited for on the stream."""
+        """Marks that the other workers' contributions are there, or are waited for on the stream."""
         if not self._on_gpu:
             self._activity.end_exchange()
             return
@@ -235,16 +254,16 @@ def _event_on_stream() -> torch.cuda.Event:
 
 
 def new_group(timeout_s: float | None, backend: str | None = None) -> dist.ProcessGroup:
-    """A process group of all ranks; ``timeout_s``: the longest that one may wait for the others, or torch's default.
+    """Opens a process group of all ranks; ``timeout_s``: the longest wait for other ranks, None: torch's default.
 
     Collective: every rank.
     """
-    # Without a time of its own, a group takes torch's default, whatever that of the default group is.
+    # A group without a timeout gets torch's default, not the default group's.
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "every rank is a member"
     return group
 
 
-# torch renames all_gather_into_tensor: 2.11 knows only the old name, newer ones warn of it.
+# torch renames all_gather_into_tensor: 2.11 has only the old name, newer versions warn of it.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,6 +1,6 @@
-"""The order in which gradients are summed: one binary tree over the shards, whatever the workers.
+"""The order in which gradients are summed: one binary tree over the shards, the same for any number of workers.
 
-Floating-point addition is not associative, so a sum over workers depends on who is there. This sum runs along one tree
+Floating-point addition is not associative, so a sum over workers depends on their number. This sum runs along one tree
 over the *shards*: [0, S) splits at the largest power of two below its size, down to single shards.
 """
 
@@ -14,10 +14,10 @@ Node = tuple[int, int]
 
 
 class Fold:
-    """Sums along the tree, as far as the leaves that came allow.
+    """Partial sums along the tree.
 
-    Leaves, or sums of whole subtrees, are pushed in the order of their shards; two neighbours that are
-    the children of one node become one. What is left are the largest complete subtrees.
+    Leaves, or sums of whole subtrees, are pushed in shard order; two neighbours that are children of one node are added
+    up. What remains are the largest complete subtrees of what was pushed.
     """
 
     def __init__(self, shards: int) -> None:
@@ -26,9 +26,10 @@ class Fold:
         self.sums: list[Any] = []
 
     def push(self, node: Node, value: Any) -> None:
-        """Adds in place: ``value`` and everything pushed before belong to the fold from now on.
+        """Adds in place: from then on the fold owns ``value`` and everything pushed before.
 
-        Shapes: a tensor, or a list of tensors, of the same shapes in every push.
+        Shapes:
+            value: a tensor, or a list of tensors, of the same shapes in every push.
         """
         self.nodes.append(node)
         self.sums.append(value)
@@ -51,7 +52,7 @@ class Fold:
 
 
 def complete_subtrees(block: range, shards: int) -> list[Node]:
-    """The nodes that a worker with this block of shards is left with after folding."""
+    """Returns the nodes that remain after a worker has folded its block of shards."""
     fold = Fold(shards)
     for shard in block:
         fold.push((shard, shard + 1), torch.empty(0))
