@@ -1,1 +1,1 @@
-"""One tracker per run: none, memory, or Weights & Biases."""
+"""Experiment trackers: none, in memory, or Weights & Biases."""

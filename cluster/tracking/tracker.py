@@ -1,4 +1,4 @@
-"""One tracker per run: none, memory, or Weights & Biases."""
+"""The tracker of a run: none, in memory, or Weights & Biases."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -8,34 +8,34 @@ from cluster.tracking.wandb_tracker import WandbTracker
 
 
 class Tracker(Protocol):
-    """Follows one attempt of one run. Nothing here raises, and only ``finish`` waits."""
+    """Records one attempt of one run. No method raises, and only ``finish`` waits."""
 
     @property
     def url(self) -> str | None:
-        """The run's page, or the local folder that ``wandb sync`` takes; none until it is known."""
+        """The run's page, or the local folder for ``wandb sync``; None until it is known."""
 
     def log(self, row: Row) -> None:
-        """Record one row; steps only grow. A step that is recorded already is left out. Returns at once."""
+        """Record one row and return at once. Steps only grow; a step that is recorded already is skipped."""
 
     def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
         """Record the outcome and close, within ``finish_timeout_s``; a second call does nothing.
 
         Args:
-            summary: Values that stand for the whole run.
+            summary: Values for the whole run.
             images: PNG files by name.
             succeeded: False marks the run as failed.
         """
 
 
 def open_tracker(settings: TrackerSettings, warn: Callable[[str], None], past: Iterable[Row] = ()) -> Tracker:
-    """Start following a run; returns at once, W&B is contacted in the background.
+    """Start recording a run and return at once; W&B is contacted in the background.
 
     Args:
         settings: Where and how to record.
         warn: Called at most once, from any thread, with one line that says what happened and what to do.
-        past: The rows of earlier attempts, oldest first, read in the background and recorded only where
-            W&B lacks them: online, beyond the last step that the server has; offline, beyond the last one
-            recorded in ``directory``. This closes the gaps that lost machines leave.
+        past: The rows of earlier attempts, oldest first, read in the background and recorded only where W&B lacks them:
+            online, after the server's last step; offline, after the last step recorded in ``directory``. This closes
+            the gaps that lost machines leave.
     """
     if settings.mode == "disabled":
         return NoTracker()
@@ -59,7 +59,7 @@ class NoTracker:
 
 
 class MemoryTracker:
-    """Keeps everything in its fields: the reference of what a tracker records."""
+    """Keeps everything in memory: the reference for what a tracker records."""
 
     url = None
 

@@ -1,17 +1,17 @@
-"""The process in which wandb works: this file, run as a script by ``wandb_tracker``. It imports nothing of ours.
+"""The process in which wandb runs: ``wandb_tracker`` runs this file as a script. It imports nothing of ours.
 
-wandb writes to our terminal whatever its settings say, holds the interpreter's exit until its uploads end or time out,
-and interrupts the main thread when someone presses Stop on its page; none of that can reach the driver from here. The
-recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (which process it is, where the
-run is, a warning). When the driver is killed it sees the end of its input and still delivers every row it was given.
+wandb writes to the terminal whatever its settings, delays the interpreter's exit until its uploads end or time out, and
+interrupts the main thread when someone presses Stop on its page. In a process of its own, none of that reaches the
+driver. The recorder reads JSON lines (settings, rows, the end) and answers with JSON lines (its pid, where the run is,
+a warning). If the driver is killed, the recorder reads the end of its input and still delivers every row it was given.
 
-The recorder is no child of the driver: what stops a job, as Ray does, sends a signal, SIGTERM by default, to the driver
-and to all processes that descend from it. The driver then saves and finishes the run, and needs the recorder for that;
-and wandb's own process, which ends at SIGTERM whatever the recorder does.
+The recorder is no child of the driver: what stops a job, such as Ray, sends a signal, SIGTERM by default, to the driver
+and all its descendants. The driver then saves and finishes the run, for which it needs the recorder and wandb's own
+process, which ends at SIGTERM whatever the recorder does.
 
-Steps. W&B counts rows in a ``_step`` of its own, renumbers it when records are merged, and drops rows that
-go back in it. So ours is an ordinary column, ``step``, against which all others are drawn, and a row
-whose step is recorded already is left out: each of our steps is there once, however often a run was killed.
+Steps: W&B counts rows in its own ``_step``, renumbers it when records are merged, and drops rows whose ``_step`` goes
+back. So our step is an ordinary column, ``step``, and the x-axis of all others. A row whose step is recorded already is
+skipped: each step is there once, however often a run was killed.
 """
 
 import base64
@@ -31,18 +31,18 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 Row = Mapping[str, float | int]
-"""Metrics of one step; the key ``step`` is always there."""
+"""Metrics of one step; the key ``step`` is always present."""
 
 ABORT = signal.SIGUSR1
-"""By this the driver ends a recorder that is late."""
+"""The signal by which the driver ends a recorder that is late."""
 
 _DISK_FULL_BYTES = 64 * 1024
-"""wandb-core writes in blocks of 32 KiB."""
+"""Less free space than this counts as a full disk: wandb-core writes in blocks of 32 KiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerSettings:
-    """What a tracker must know. Nothing secret: W&B's key and host come from the environment or netrc."""
+    """The settings of a tracker. None is secret: W&B's key and host come from the environment or netrc."""
 
     mode: Literal["online", "offline", "disabled"]
     project: str
@@ -52,27 +52,27 @@ class TrackerSettings:
     name: str
     """The run's display name."""
     run_id: str
-    """W&B's id of the run; the same one continues the same run. None of ``/ \\ # ? % :``, at most 128 characters."""
+    """W&B's id of the run; the same id continues the same run. At most 128 characters, none of ``/ \\ # ? % :``."""
     directory: str
-    """A local folder, best the same one for every attempt; wandb's own records are made in ``directory/wandb``."""
+    """A local folder, best the same for every attempt; wandb's own records go to ``directory/wandb``."""
     config: Mapping[str, Any]
-    """The resolved job description, shown beside the run."""
+    """The resolved job description, shown with the run."""
     connect_timeout_s: float = 60.0
     """Seconds to wait for W&B before recording offline instead."""
     finish_timeout_s: float = 15.0
-    """Seconds that ``finish`` may take, uploads included."""
+    """Time limit of ``finish`` in seconds, uploads included."""
 
 
 class _Recorder:
-    """The other end: what the process made by ``WandbTracker`` does. It may block, and it may die."""
+    """Records one attempt with wandb; it may block, and it may die."""
 
     def __init__(self, answers: IO[str]) -> None:
         self._answers = answers
-        self._cores = _note_processes()
+        self._cores = _collect_child_processes()
         self._connecting = False
-        self._hurry = False
-        self._folder = ""  # wandb's record of this attempt
-        self._step_path = Path()  # the last step recorded below ``directory``, by any attempt
+        self._must_not_connect = False
+        self._folder = ""  # of wandb's record of this attempt
+        self._step_path = Path()  # holds the last step that any attempt recorded below ``directory``
         self._last_step = -1
 
     def record(self, lines: Iterable[str]) -> None:
@@ -82,15 +82,17 @@ class _Recorder:
         run = self._open(settings)
         self._folder = str(Path(run.dir).parent)
         if not Path(self._folder).is_relative_to(os.path.abspath(settings.directory)):
-            self._tell(warning=f"cannot write in {settings.directory}; recording in {self._folder}")
-        sys.stderr = _Ear(lambda: self._tell(warning=f"not everything was uploaded; {how_to_sync(self._folder)}"))
-        self._tell(url=run.url, folder=self._folder)
+            self._send(warning=f"cannot write in {settings.directory}; recording in {self._folder}")
+        sys.stderr = _UploadErrorListener(
+            lambda: self._send(warning=f"not everything was uploaded; {how_to_sync(self._folder)}")
+        )
+        self._send(url=run.url, folder=self._folder)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         self._step_path = Path(self._folder).with_name(f"{settings.run_id}.step")
-        # online the server knows what it has; offline each attempt makes a record of its own, to be merged later
+        # Online the server has the last step; offline each attempt makes its own record, to be merged later.
         self._last_step = self._read_step() if run.offline else run.summary.get("step", -1)
-        outcome: dict[str, Any] = {"summary": {}, "images": {}, "succeeded": False}  # unless the driver says better
+        outcome: dict[str, Any] = {"summary": {}, "images": {}, "succeeded": False}  # if the driver sends none
         for message in messages:
             if "finish" in message:
                 outcome = message["finish"]
@@ -99,8 +101,8 @@ class _Recorder:
         self._finish(run, outcome)
 
     def give_up_connecting(self, *_signal: object) -> None:
-        """Stop waiting for W&B, now or as soon as that would begin."""
-        self._hurry = True
+        """Stop waiting for W&B, now or as soon as the wait begins."""
+        self._must_not_connect = True
         if self._connecting:
             raise KeyboardInterrupt
 
@@ -110,20 +112,20 @@ class _Recorder:
             core.kill()
 
     def abort(self, *_signal: object) -> None:
-        """End at once; what is on the disk can be uploaded later."""
+        """End at once; what is on disk can be uploaded later."""
         self.kill_cores()
         os._exit(1)
 
     def introduce(self) -> None:
-        """Say which process this is."""
-        self._tell(pid=os.getpid())
+        """Send the pid of this process."""
+        self._send(pid=os.getpid())
 
     def fail(self, error: Exception) -> None:
-        """Say what ended the recording."""
-        self._tell(warning=f"recording stopped: {one_line(error)}; metrics are in the run directory")
+        """Send the error that ended the recording."""
+        self._send(warning=f"recording stopped: {one_line(error)}; metrics are in the run directory")
 
     def _open(self, settings: TrackerSettings) -> Any:
-        """A wandb run: online if that is wanted and possible, else offline, so that nothing is lost."""
+        """Open a wandb run: online if wanted and possible, else offline, so that nothing is lost."""
         import wandb
 
         def init(mode: Literal["online", "offline"]) -> Any:
@@ -140,18 +142,18 @@ class _Recorder:
                 config=dict(settings.config),
                 allow_val_change=True,  # a resumed run may have other workers
                 settings=wandb.Settings(
-                    silent=False,  # its warnings on stderr are the only word of a failed upload
+                    silent=False,  # its warnings on stderr are the only sign of a failed upload
                     show_info=False,
                     console="off",
                     save_code=False,
                     disable_git=True,
                     disable_code=True,
                     x_disable_meta=True,
-                    x_disable_stats=True,  # the driver's machine is not where the work is done
+                    x_disable_stats=True,  # the driver's machine does not do the work
                     x_save_requirements=False,
                     init_timeout=settings.connect_timeout_s,
-                    finish_timeout=settings.finish_timeout_s / 2,  # the rest is for what comes before and after
-                    x_transaction_log_flush_interval=1.0,  # by default a dying machine takes 15 s of rows along
+                    finish_timeout=settings.finish_timeout_s / 2,  # the rest is for the work before and after
+                    x_transaction_log_flush_interval=1.0,  # by default a dying machine loses 15 s of rows
                 ),
             )
 
@@ -159,19 +161,17 @@ class _Recorder:
             return init("offline")
         try:
             self._connecting = True
-            signal.setitimer(
-                signal.ITIMER_REAL, settings.connect_timeout_s
-            )  # its own init_timeout leaves the login out
-            if self._hurry:
+            signal.setitimer(signal.ITIMER_REAL, settings.connect_timeout_s)  # init_timeout does not cover the login
+            if self._must_not_connect:
                 raise KeyboardInterrupt
             return init("online")
         except (Exception, KeyboardInterrupt) as error:  # wandb raises a dozen types here
             self._connecting = False
-            self.kill_cores()  # else the failed run holds its id, and the teardown waits for its retries
+            self.kill_cores()  # else the failed run keeps its id, and the teardown waits for its retries
             with contextlib.suppress(Exception, SystemExit):  # "the service was killed"
                 wandb.teardown()
             run = init("offline")
-            self._tell(warning=f"recording offline: {one_line(error)}; {how_to_sync(str(Path(run.dir).parent))}")
+            self._send(warning=f"recording offline: {one_line(error)}; {how_to_sync(str(Path(run.dir).parent))}")
             return run
         finally:
             self._connecting = False
@@ -180,7 +180,7 @@ class _Recorder:
     def _read_step(self) -> int:
         try:
             return int(self._step_path.read_text())
-        except (OSError, ValueError):  # there is none, or a full disk has cut it
+        except (OSError, ValueError):  # there is no file, or a full disk has cut it
             return -1
 
     def _log(self, run: Any, row: Row) -> None:
@@ -189,8 +189,8 @@ class _Recorder:
             run.log(dict(row))
             with contextlib.suppress(OSError):
                 self._step_path.write_text(str(self._last_step))
-            if shutil.disk_usage(self._folder).free < _DISK_FULL_BYTES:  # wandb-core says so in its own log only
-                self._tell(warning=f"no space left in {self._folder}: rows may be missing; make room on that disk")
+            if shutil.disk_usage(self._folder).free < _DISK_FULL_BYTES:  # wandb-core reports it only in its own log
+                self._send(warning=f"no space left in {self._folder}: rows may be missing; make room on that disk")
 
     def _finish(self, run: Any, outcome: Mapping[str, Any]) -> None:
         import wandb
@@ -201,18 +201,18 @@ class _Recorder:
                 for name, image in outcome["images"].items():
                     path = Path(folder, f"{name}.png")
                     path.write_bytes(base64.b64decode(image))
-                    run.log({name: wandb.Image(str(path))})  # wandb copies the file, and gives it the last step
+                    run.log({name: wandb.Image(str(path))})  # wandb copies the file, at the last step
         finally:
             run.finish(exit_code=0 if outcome["succeeded"] else 1)
-        self._tell(done=True)
+        self._send(done=True)
 
-    def _tell(self, **message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the driver is gone: deliver what it has sent
+    def _send(self, **message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the driver is gone: go on with what it has sent
             write(self._answers, message)
 
 
-class _Ear(io.TextIOBase):
-    """A stderr that listens for wandb's word that an upload failed; wandb has no call that tells."""
+class _UploadErrorListener(io.TextIOBase):
+    """A stderr that detects wandb's message about a failed upload; wandb has no call that reports one."""
 
     def __init__(self, upload_failed: Callable[[], None]) -> None:
         self._upload_failed = upload_failed
@@ -223,27 +223,27 @@ class _Ear(io.TextIOBase):
         return len(text)
 
 
-def _note_processes() -> list[subprocess.Popen[Any]]:
-    """A list to which every process that this one starts from now on is added; wandb does not name its own."""
+def _collect_child_processes() -> list[subprocess.Popen[Any]]:
+    """Return a list that grows by every process this one starts from now on; wandb does not expose its own."""
     started: list[subprocess.Popen[Any]] = []
 
-    class NotedPopen(subprocess.Popen):
+    class CollectedPopen(subprocess.Popen[Any]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             started.append(self)
 
-    subprocess.Popen = NotedPopen  # type: ignore[misc]
+    subprocess.Popen = CollectedPopen  # type: ignore[misc]
     return started
 
 
 def write(lines: IO[str], message: Mapping[str, Any]) -> None:
-    """Sends a message to the other end, as a line of JSON."""
+    """Send a message to the other process, as a line of JSON."""
     lines.write(json.dumps(message, default=_plain) + "\n")
     lines.flush()
 
 
 def _plain(value: Any) -> float | str:
-    """A number of NumPy or torch as a float, anything else as text."""
+    """Return a number of NumPy or torch as a float, anything else as text."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -251,7 +251,7 @@ def _plain(value: Any) -> float | str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of wandb says, for people."""
+    """Return wandb's error text, for people to read."""
     if isinstance(error, KeyboardInterrupt):
         return "no answer from W&B in time"
     text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
@@ -259,7 +259,7 @@ def one_line(error: BaseException) -> str:
 
 
 def how_to_sync(folder: str | None) -> str:
-    """What to do with a record that W&B does not have yet, for people."""
+    """Return what to do with a record that W&B does not have yet, for people to read."""
     if folder is None:
         return "metrics are in the run directory"
     offline = Path(folder).name.startswith("offline-")
@@ -267,16 +267,16 @@ def how_to_sync(folder: str | None) -> str:
 
 
 def _main() -> None:
-    if os.fork():  # who has started this process must not be its parent
+    if os.fork():  # the driver must not be the parent, see above
         os._exit(0)
-    # stdout is ours alone: what wandb prints there goes where stderr goes
+    # Only answers go to stdout: what wandb prints there goes to stderr.
     answers = open(os.dup(1), "w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
     os.dup2(2, 1)
     recorder = _Recorder(answers)
     signal.signal(signal.SIGINT, recorder.give_up_connecting)
     signal.signal(signal.SIGALRM, recorder.give_up_connecting)
     signal.signal(ABORT, recorder.abort)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends when its driver has, which its input tells
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends when its input ends, with the driver
     recorder.introduce()
     try:
         recorder.record(sys.stdin)

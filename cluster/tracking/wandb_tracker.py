@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker: the driver's end of the recorder, a process of its own in which wandb works."""
+"""Weights & Biases as a tracker: the driver's side of the recorder, the process in which wandb runs."""
 
 import base64
 import contextlib
@@ -18,26 +18,30 @@ from cluster.tracking import wandb_recorder
 from cluster.tracking.wandb_recorder import ABORT, Row, TrackerSettings, how_to_sync, one_line, write
 
 _QUEUE_ROWS = 20_000
-"""Rows that wait for the recorder, which may be held up for ``connect_timeout_s``; some MiB at most."""
+"""Rows that may wait for a recorder that is busy for ``connect_timeout_s``; some MiB at most."""
 
 
 class WandbTracker:
-    """The driver's end of a recorder: one thread feeds it, one listens to it."""
+    """The driver's side of a recorder.
+
+    Thread: the driver's thread calls the methods; one thread sends to the recorder, one receives from it.
+    """
 
     def __init__(self, settings: TrackerSettings, warn: Callable[[str], None], past: Iterable[Row]) -> None:
         self.url: str | None = None
         self._settings = settings
         self._warn = warn
-        self._warned = threading.Lock()  # taken by the first warning, and kept
+        self._warned = threading.Lock()  # acquired by the first warning and never released
         self._folder: str | None = None
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue(_QUEUE_ROWS)
-        self._settled = threading.Event()  # the recorder is recording, or has ended
-        self._finished = False
-        self._done = False  # the recorder's last word
-        self._pid: int | None = None  # the recorder's, once it has told
-        self._ended = threading.Event()  # the recorder has
-        self._starter = subprocess.Popen(  # of the recorder, which is its child until it ends, at once
-            # -P: the file's neighbours must not be found as top-level modules
+        self._settled = threading.Event()  # the recorder records, or has ended
+        self._is_finished = False
+        self._is_delivered = False  # the recorder has sent its last message
+        self._pid: int | None = None  # the recorder's, once it has sent it
+        self._ended = threading.Event()  # set once the recorder has ended
+        # Starts the recorder as a process that is no child of this one, and ends at once.
+        self._starter = subprocess.Popen(
+            # -P: else the file's neighbours are found as top-level modules.
             [sys.executable, "-P", wandb_recorder.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -45,28 +49,28 @@ class WandbTracker:
             text=True,
             encoding="utf-8",
             env={**os.environ, "WANDB_ERROR_REPORTING": "false"},  # no telemetry to wandb's Sentry
-            start_new_session=True,  # Ctrl-C is for the driver, which then finishes the run in order
+            start_new_session=True,  # Ctrl-C must reach the driver only, which then finishes the run in order
         )
         self._listener = threading.Thread(target=self._listen, name="tracker-listen", daemon=True)
         self._listener.start()
         threading.Thread(target=self._feed, args=(past,), name="tracker-feed", daemon=True).start()
 
     def log(self, row: Row) -> None:
-        if self._finished:
+        if self._is_finished:
             return
         try:
             self._messages.put_nowait({"row": dict(row)})
         except queue.Full:
-            self._complain("cannot keep up, rows are missing there; all of them are in the run directory")
+            self._warn_once("cannot keep up, rows are missing there; all of them are in the run directory")
 
     def finish(self, summary: Mapping[str, Any], images: Mapping[str, bytes], *, succeeded: bool = True) -> None:
-        if self._finished:
+        if self._is_finished:
             return
-        self._finished = True
+        self._is_finished = True
         timeout_s = self._settings.finish_timeout_s
         deadline = time.monotonic() + timeout_s
         if not self._settled.wait(timeout_s / 3):
-            self._signal(signal.SIGINT)  # it waits for W&B still: let it record offline
+            self._send_signal(signal.SIGINT)  # it still waits for W&B: make it record offline
         encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
         message = {"summary": dict(summary), "images": encoded, "succeeded": succeeded}
         try:
@@ -76,21 +80,21 @@ class WandbTracker:
         except queue.Full:
             has_ended = False
         if not has_ended:
-            if not self._done:
-                self._complain(f"did not end within {timeout_s:g} s; {how_to_sync(self._folder)}")
+            if not self._is_delivered:
+                self._warn_once(f"did not end within {timeout_s:g} s; {how_to_sync(self._folder)}")
             self._end_recorder()
-        self._listener.join(timeout=1.0)  # a warning may be on its way
+        self._listener.join(timeout=1.0)  # a warning may be in flight
 
     def _end_recorder(self) -> None:
-        self._signal(ABORT)
+        self._send_signal(ABORT)
         if not self._ended.wait(1.0):
-            self._signal(signal.SIGKILL)
+            self._send_signal(signal.SIGKILL)
             self._ended.wait(1.0)
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._ended.is_set():  # then its number may be another's
+    def _send_signal(self, number: signal.Signals) -> None:
+        if self._ended.is_set():  # its pid may be reused by now
             return
-        if self._pid is None:  # it does not live long enough to tell
+        if self._pid is None:  # not sent yet: stop its starter
             self._starter.kill()
             return
         with contextlib.suppress(ProcessLookupError):
@@ -111,7 +115,7 @@ class WandbTracker:
         except BrokenPipeError:
             pass  # the recorder ended: the listener knows why
         except Exception as error:  # the border of a thread: the past comes from a store, the summary from anywhere
-            self._complain(f"recording stopped: {one_line(error)}; metrics are in the run directory")
+            self._warn_once(f"recording stopped: {one_line(error)}; metrics are in the run directory")
 
     def _listen(self) -> None:
         assert self._starter.stdout is not None
@@ -122,17 +126,17 @@ class WandbTracker:
                     self._pid = message["pid"]
                     self._starter.wait()
                 elif "warning" in message:
-                    self._complain(message["warning"])
+                    self._warn_once(message["warning"])
                 elif "folder" in message:
                     self.url, self._folder = message["url"] or message["folder"], message["folder"]
                     self._settled.set()
-                self._done |= "done" in message
+                self._is_delivered |= "done" in message
         self._ended.set()
         self._settled.set()
         self._starter.wait()
-        if not self._done:
-            self._complain(f"its recorder ended early; {how_to_sync(self._folder)}")
+        if not self._is_delivered:
+            self._warn_once(f"its recorder ended early; {how_to_sync(self._folder)}")
 
-    def _complain(self, problem: str) -> None:
+    def _warn_once(self, problem: str) -> None:
         if self._warned.acquire(blocking=False):
             self._warn(f"W&B: {problem}")
