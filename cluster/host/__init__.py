@@ -1,1 +1,1 @@
-"""What an operating system tells of itself: processes, memory, interfaces; and folders that go with a process."""
+"""What the operating system says about processes, memory and network interfaces; and folders owned by a process."""

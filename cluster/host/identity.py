@@ -1,13 +1,13 @@
-"""Which process is which, on hosts and in containers where names and numbers come again."""
+"""Identity of processes on hosts and in containers, where host names and pids are reused."""
 
 import os
 from pathlib import Path
 
 
 def place() -> str | None:
-    """Names the processes that can see each other: a boot of a machine, and a namespace on it; none but on Linux.
+    """Returns a name for the set of processes that see each other: a boot of a machine and a pid namespace on it.
 
-    None also where /proc is that of another namespace, whose numbers mean other processes.
+    None on other systems than Linux, and where /proc belongs to another namespace, whose pids mean other processes.
     """
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
@@ -18,7 +18,7 @@ def place() -> str | None:
 
 
 def started(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; none if it has ended.
+    """Returns when a process was started, in clock ticks since boot; None if it has ended.
 
     Source: proc_pid_stat(5), fields 3 and 22.
     """

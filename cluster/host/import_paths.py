@@ -1,7 +1,7 @@
-"""Where a process looks for the user's own modules: behind everything else.
+"""Search order for the user's own modules: after everything else.
 
-What the program and its libraries import, often late, is then never a file of the user's that happens to have the name.
-A module of the user's that is therefore not found is told by ``jobs.build.shadowing``.
+So nothing that the program or its libraries import, often late, is ever a user's file that happens to have the same
+name. ``jobs.build.shadowing`` reports a user's module that is not found for this reason.
 """
 
 import os
@@ -13,28 +13,28 @@ OWN_PACKAGES = ("jobs", "cluster", "launcher")
 _INSTALLED = {"site-packages", "dist-packages"}
 _STANDARD_LIBRARY = Path(os.__file__).parent
 
-_users: tuple[str, ...] = ()
+_users_paths: tuple[str, ...] = ()
 
 
 def search_last(paths: Sequence[str]) -> None:
-    """Has this process look for modules in folders of the user's, in their order, after it has looked elsewhere."""
-    global _users
-    _users = tuple(dict.fromkeys((*_users, *paths)))
-    real = {os.path.realpath(path) for path in _users}
-    sys.path[:] = [path for path in sys.path if os.path.realpath(path) not in real] + [*_users]
+    """Makes this process search the user's folders, in this order, after all others."""
+    global _users_paths
+    _users_paths = tuple(dict.fromkeys((*_users_paths, *paths)))
+    real = {os.path.realpath(path) for path in _users_paths}
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) not in real] + [*_users_paths]
 
 
 def users_paths() -> tuple[str, ...]:
-    """The folders of the user's own modules, as far as this process has been told of any."""
-    return _users
+    """Returns the folders given to ``search_last`` in this process so far."""
+    return _users_paths
 
 
 def own_modules(import_paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """The modules below the import paths that this process has imported, by name and file."""
+    """Yields name and file of the modules below the import paths that this process has imported."""
     folders = tuple(os.path.join(path, "") for path in import_paths)
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
-        # Of thousands of modules, hardly any is below these folders.
+        # The cheap checks first: of thousands of modules, hardly any is below these folders.
         if not isinstance(file, str) or not file.startswith(folders) or name.partition(".")[0] in OWN_PACKAGES:
             continue
         if _is_source(Path(file)):
@@ -42,6 +42,6 @@ def own_modules(import_paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _is_source(file: Path) -> bool:
-    """Whether it is one of the user's; what was compiled may differ by where that was done."""
+    """Returns whether a file is the user's source; compiled code may differ by where it was compiled."""
     is_installed = not _INSTALLED.isdisjoint(file.parts) or file.is_relative_to(_STANDARD_LIBRARY)
     return file.suffix == ".py" and not is_installed and file.is_file()

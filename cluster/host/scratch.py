@@ -1,9 +1,9 @@
-"""Folders that belong to one process of this host and go with it.
+"""Folders that belong to one process of this host and are removed with it.
 
-They lie below one folder of the user in the temporary folder, and not in the cache: that one may be shared by hosts
-that cannot see each other's processes, is nobody's to clear when a host starts again, and may be slow to write to. The
-name of a folder tells its owner, ``PID-START-PLACE-RANDOM``, so that whoever comes later can remove what a killed
-process has left. A folder whose owner lives, or cannot be seen from here, is left alone.
+They lie in one folder per user in the temporary folder, not in the cache: a cache may be shared by hosts that cannot
+see each other's processes, is not cleared when a host restarts, and may be slow to write to. The name of a folder
+identifies its owner, ``PID-START-PLACE-RANDOM``, so that a later process can remove what a killed one has left. A
+folder whose owner is alive, or not visible from here, is left alone.
 """
 
 import atexit
@@ -23,50 +23,50 @@ _OWNER = re.compile("([0-9]+)-([0-9]+)-([0-9a-f]{12})-")
 _PRIVATE = 0o700
 
 _made: list[Path] = []
-"""By this process, or by the one that it was forked from."""
+"""Folders made by this process, or by the one that it was forked from."""
 
 
 def make_own_folder() -> Path:
-    """A new, empty folder, for this user alone, that goes with this process.
+    """Makes a new, empty, private folder that is removed when this process exits.
 
     Raises:
         OSError: The temporary folder cannot be written to.
     """
-    common = _common_folder()
-    if common is None:  # somebody else has taken the name: a folder that nobody sweeps is better than none
+    parent = _parent_folder()
+    if parent is None:  # another user has the name: better a folder that nobody sweeps than none
         folder = Path(tempfile.mkdtemp(prefix=owner()))
     else:
-        folder = common / f"{owner()}{secrets.token_hex(4)}"
+        folder = parent / f"{owner()}{secrets.token_hex(4)}"
         folder.mkdir(mode=_PRIVATE)
     _made.append(folder)
-    atexit.register(_discard, folder, os.getpid())
+    atexit.register(_remove_if_owner, folder, os.getpid())
     return folder
 
 
 def is_own(folder: str) -> bool:
-    """Whether a folder goes with this process."""
+    """Returns whether a folder belongs to this process."""
     return any(os.path.exists(made) and os.path.samefile(made, folder) for made in _made)
 
 
 def sweep_own_folders() -> None:
-    """Removes the folders of processes of this host that have ended. Never raises: tidiness is no reason to fail."""
-    common = _common_folder()
-    if common is None:
+    """Removes the folders of ended processes of this host. Never raises: tidiness is no reason to fail."""
+    parent = _parent_folder()
+    if parent is None:
         return
     with suppress(OSError):
-        for name in os.listdir(common):
+        for name in os.listdir(parent):
             if has_ended(name):
-                shutil.rmtree(common / name, ignore_errors=True)
+                shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def owner() -> str:
-    """How the names of what this process owns begin; see ``has_ended``."""
+    """Returns the prefix for names of what this process owns; see ``has_ended``."""
     pid = os.getpid()
     return f"{pid}-{started(pid) or 0}-{_short_place()}-"
 
 
 def has_ended(name: str) -> bool | None:
-    """Whether the process has ended whose ``owner`` a name begins with; none if that cannot be told from here."""
+    """Returns whether the process whose ``owner`` prefix a name has is gone; None if that is not visible from here."""
     match = _OWNER.match(name)
     if match is None or place() is None or match[3] != _short_place():
         return None
@@ -77,8 +77,8 @@ def _short_place() -> str:
     return hashlib.sha256((place() or "").encode()).hexdigest()[:12]
 
 
-def _common_folder() -> Path | None:
-    """The folder that has those of all of this user's processes; none if it is not safe from others."""
+def _parent_folder() -> Path | None:
+    """Returns the parent of the folders of this user's processes; None if other users could tamper with it."""
     folder = Path(tempfile.gettempdir()) / f"launcher-{os.geteuid()}"
     try:
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
@@ -92,6 +92,6 @@ def _common_folder() -> Path | None:
     return folder
 
 
-def _discard(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:  # and not a process that was forked from it
+def _remove_if_owner(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # not in a process forked from it
         shutil.rmtree(folder, ignore_errors=True)

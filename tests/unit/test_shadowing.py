@@ -25,7 +25,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mine.mkdir()
     installed.mkdir()
     (installed / "lib_of_all.py").write_text("class Other:\n    pass\n")
-    monkeypatch.setattr(import_paths, "_users", ())
+    monkeypatch.setattr(import_paths, "_users_paths", ())
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
     modules = set(sys.modules)
     import_paths.search_last([str(mine)])
