@@ -12,7 +12,7 @@ import pytest
 from cluster.process import fork_server
 from cluster.process.faults import Fault, write_plan
 from cluster.process.training_process import FAULTS_VARIABLE
-from cluster.storage import store
+from cluster.storage import retrying_calls
 from cluster.storage.deadline import Started
 from tests.e2e.command import end_all
 from tests.janitor import Janitor
@@ -99,7 +99,7 @@ def calls_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
             started.set_exception(error)
         return started
 
-    monkeypatch.setattr(store, "start", start)
+    monkeypatch.setattr(retrying_calls, "start", start)
 
 
 @pytest.fixture(scope="session")

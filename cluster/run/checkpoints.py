@@ -21,7 +21,8 @@ from cluster.run.checkpoint_names import by_step, folder, is_ours, manifest_obje
 from cluster.run.fences import Fences, fences_among
 from cluster.run.manifest import DefectError, FileEntry, Manifest, Part, PartKey, parse, to_json
 from cluster.run.verified_parts import checkpoint_error, map_parts
-from cluster.storage.store import MissingObject, Store, Trouble
+from cluster.storage.retrying_calls import Trouble
+from cluster.storage.store import MissingObject, Store
 
 CONCURRENT_REQUESTS = 8
 """Objects that a process reads, writes or deletes at a time: a request to a remote store is mostly waiting."""

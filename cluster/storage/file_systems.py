@@ -1,7 +1,7 @@
 """From a store's URL to an fsspec file system, and the differences between fsspec's file systems.
 
 This module knows protocols: their options, credentials, buckets, folders and renames, and what a fork does to their
-connections. It knows nothing of retries and time limits, which are up to ``cluster.storage.store``.
+connections. It knows nothing of retries and time limits, which are up to ``cluster.storage.retrying_calls``.
 """
 
 import contextlib

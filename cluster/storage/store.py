@@ -3,23 +3,20 @@
 A store has no rename, no append, no directory that must exist and no cached listing, because SFTP and S3 differ in all
 of them. Every call has a time limit, and transient errors are retried. Callers get a one-line ``StorageError`` in place
 of what a file system raises. Credentials come from the environment of the process that uses a store; no URL, pickle or
-error holds any. ``cluster.storage.file_systems`` knows the protocols, ``cluster.storage.store_errors`` the errors.
+error holds any. ``cluster.storage.file_systems`` knows the protocols, ``cluster.storage.retrying_calls`` time
+limits and retries.
 """
 
 import contextlib
-import random
 import re
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import fsspec
 
 from cluster.errors import StorageError
-from cluster.storage.deadline import OverrunError, Started, result_within, start
+from cluster.storage.deadline import Started
 from cluster.storage.file_systems import (
     TEMPORARY,
     Location,
@@ -30,38 +27,20 @@ from cluster.storage.file_systems import (
     remove_if_empty,
     write_and_rename,
 )
-from cluster.storage.store_errors import ABSENT, advice, cause, is_permanent, reason
+from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble
+from cluster.storage.store_errors import ABSENT
 
 T = TypeVar("T")
-FileSystemCall = Callable[[fsspec.AbstractFileSystem, str], T]
-"""Does something with a file system and a path on it."""
 
 PATIENCE_S = 10.0
 """Default for how long a failing call is retried: somebody is waiting for it."""
 
-_CALL_S = 60.0
-"""Time limit of a file system call, on top of the time for its bytes."""
-_SLOWEST_BYTES_PER_S = 1e6
-"""A store with a lower transfer rate counts as hanging."""
 _LISTING_S = 240.0
 """Extra time for a listing: an object store needs a request for each 1,000 names."""
-
-_PAUSES_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-"""Upper limits of the random pauses between retries; random so that many failed calls do not return together."""
 
 
 class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNotFound does
     """The store answers, but has no object of that name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """Why a call has not succeeded yet; it is being retried."""
-
-    since: float
-    """When the call began, by ``time.monotonic``."""
-    reason: str
-    """One line, for people to read."""
 
 
 class Store:
@@ -88,8 +67,7 @@ class Store:
         self._location = Location(url)
         self.url = self._location.url
         self.patience_s = patience_s
-        # By thread, because each makes one call at a time; shared with the stores that ``at`` returns.
-        self._troubles: dict[int, Trouble] = {}
+        self._calls = RetryingCalls(self._location, patience_s, troubles={})
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -108,13 +86,13 @@ class Store:
 
         Thread: Any. It lets one thread report that the store does not answer while another one waits for it.
         """
-        return min(list(self._troubles.values()), key=lambda trouble: trouble.since, default=None)
+        return min(list(self._calls.troubles.values()), key=lambda trouble: trouble.since, default=None)
 
     def at(self, *parts: str) -> "Store":
         """Returns the store of a folder below this one, with the same patience; the folder need not exist."""
         root = self.url if self.url.endswith("/") else f"{self.url}/"
         store = Store(root + "/".join(self._check_name(part) for part in parts), self.patience_s)
-        store._troubles = self._troubles
+        store._calls.troubles = self._calls.troubles
         return store
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
@@ -203,7 +181,9 @@ class Store:
 
         ordered, parents = list(names), set[str]()
         for begin in range(0, len(ordered), at_once):
-            tries = {name: self._start(delete, self._check_name(name)) for name in ordered[begin : begin + at_once]}
+            tries = {
+                name: self._calls.start(delete, self._check_name(name)) for name in ordered[begin : begin + at_once]
+            }
             for name, started in tries.items():
                 self._call(f"delete {name}", delete, name, started=started)
                 parts = name.split("/")[:-1]
@@ -278,69 +258,10 @@ class Store:
         extra_s: float = 0.0,
         started: Started[T] | None = None,
     ) -> T:
-        """Makes a call, with retries, and returns its result.
-
-        Args:
-            size: Of the object, in bytes; None: unknown.
-            extra_s: Extra time on top of the usual limit.
-            started: The first try, if it is in progress already.
-        """
+        """Makes a call, see ``RetryingCalls.call``."""
         if name:
             self._check_name(name)
-        began, thread, attempt, is_last = time.monotonic(), threading.get_ident(), 0, False
-        try:
-            while True:
-                try:
-                    return self._call_once(call, name, size, extra_s, started)
-                except StorageError:
-                    raise
-                except Exception as error:  # the border to fsspec: every vendor raises its own errors
-                    waited_s = time.monotonic() - began
-                    if is_permanent(error) or is_last or waited_s >= self.patience_s:
-                        raise self._failure(action, error, waited_s if attempt else 0) from cause(error)
-                    self._troubles[thread] = Trouble(began, reason(error))
-                pause_s = random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
-                # The last try is made when patience ends, not before. A flag says that it was the last, because the
-                # remaining time may be too short for the clock to advance.
-                left_s = self.patience_s - waited_s
-                is_last = pause_s >= left_s
-                time.sleep(min(pause_s, left_s))
-                attempt, started = attempt + 1, None
-        finally:
-            self._troubles.pop(thread, None)
-
-    def _call_once(
-        self, call: FileSystemCall[T], name: str, size: int | None, extra_s: float, started: Started[T] | None
-    ) -> T:
-        if started is None:
-            started = self._start(call, name)
-        within_s = _CALL_S + extra_s
-        try:
-            return result_within(within_s + (size or 0) / _SLOWEST_BYTES_PER_S, started)
-        except OverrunError:
-            if size is not None:
-                raise
-        # Only a slow read is worth a request for the object's size.
-        asked = self._start(lambda fs, path: fs.info(path)["size"], name)
-        size = result_within(within_s, asked)
-        return result_within(within_s + size / _SLOWEST_BYTES_PER_S, started)
-
-    def _start(self, call: FileSystemCall[T], name: str) -> Started[T]:
-        return start(lambda: self._run_call(call, name))
-
-    def _run_call(self, call: FileSystemCall[T], name: str) -> T:
-        """Makes a call in this thread."""
-        fs = self._location.file_system()
-        try:
-            return call(fs, self._location.path(name))
-        except Exception as error:
-            if not is_permanent(error):
-                self._location.forget(fs)
-            raise
-
-    def _failure(self, action: str, error: Exception, waited_s: float) -> StorageError:
-        tried = f", tried for {waited_s:.3g} s" if waited_s else ""
-        return StorageError(f"{self.url}: cannot {action}: {reason(error)}{tried}; {advice(error)}")
+        return self._calls.call(action, call, name, size, extra_s, started)
 
     def _check_name(self, name: str) -> str:
         if any(part in ("", ".", "..") for part in name.split("/")) or re.search(r"[\x00-\x1f\x7f]", name):

@@ -28,7 +28,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
-from cluster.storage import store as storage
+from cluster.storage import retrying_calls
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import MissingObject, Store
 from tests import stores
@@ -581,7 +581,7 @@ class TestS3(SharedStoreContract):
     def test_a_server_that_never_answers_is_given_up(self, url, proxy, monkeypatch):
         store = Store(url, patience_s=0)
         assert store.names() == []
-        monkeypatch.setattr(storage, "_CALL_S", 1.0)
+        monkeypatch.setattr(retrying_calls, "_CALL_S", 1.0)
         no_answer = pytest.raises(StorageError, match="cannot write a: no answer within 1 s; ")
         with proxy.away(silent=True), _no_patience(), no_answer:
             store.write("a", b"1")
@@ -705,7 +705,7 @@ def _no_patience() -> Iterator[None]:
     clock = SimpleNamespace(
         monotonic=time.monotonic, sleep=mock.Mock(side_effect=AssertionError("a call is made again"))
     )
-    with mock.patch.object(storage, "time", clock):
+    with mock.patch.object(retrying_calls, "time", clock):
         yield
 
 
@@ -852,8 +852,8 @@ def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):
     pauses: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)
     with (
-        mock.patch.object(storage, "time", clock),
-        mock.patch.object(storage.random, "uniform", lambda _, longest: longest),
+        mock.patch.object(retrying_calls, "time", clock),
+        mock.patch.object(retrying_calls.random, "uniform", lambda _, longest: longest),
         pytest.raises(StorageError, match="cannot write b: reset, tried for 20 s; check the URL"),
     ):
         Store("flaky://a", patience_s=20.0).write("b", b"1")
@@ -871,8 +871,8 @@ def test_patience_ends_though_what_is_left_of_it_does_not_move_the_clock(flaky):
         now[0] += seconds
 
     with (
-        mock.patch.object(storage, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
-        mock.patch.object(storage.random, "uniform", return_value=10 - 2**-44),
+        mock.patch.object(retrying_calls, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
+        mock.patch.object(retrying_calls.random, "uniform", return_value=10 - 2**-44),
         pytest.raises(StorageError, match="cannot write b: reset"),
     ):
         Store("flaky://a", patience_s=10.0).write("b", b"1")
@@ -927,7 +927,7 @@ class TestHang:
     def test_a_call_that_hangs_is_given_up_and_the_others_go_on(self, store, call, action, tmp_path):
         given_up = pytest.raises(StorageError, match=f"cannot {action}: no answer within 0.3 s")
         hanging_disk = mock.patch.object(os, "fsync", side_effect=lambda _: (tmp_path / "pipe").read_bytes())
-        with mock.patch.object(storage, "_CALL_S", 0.3), _no_patience(), hanging_disk, given_up:
+        with mock.patch.object(retrying_calls, "_CALL_S", 0.3), _no_patience(), hanging_disk, given_up:
             call(store)
         store.write("a", b"1")
         assert store.read("a") == b"1"
@@ -944,7 +944,7 @@ class TestHang:
         store.write("a", b"old")
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", sync_late)
-            patched.setattr(storage, "_CALL_S", 0.1)
+            patched.setattr(retrying_calls, "_CALL_S", 0.1)
             with pytest.raises(StorageError, match="cannot write a: no answer within 0.1 s"):
                 store.write("a", b"given up")
             assert hangs.wait(60.0)
@@ -955,8 +955,8 @@ class TestHang:
         assert store.read("a") == b"new"
 
     def test_a_large_object_is_given_the_time_that_its_bytes_take(self, store, monkeypatch, tmp_path):
-        monkeypatch.setattr(storage, "_CALL_S", 1.0)
-        monkeypatch.setattr(storage, "_SLOWEST_BYTES_PER_S", 20.0)
+        monkeypatch.setattr(retrying_calls, "_CALL_S", 1.0)
+        monkeypatch.setattr(retrying_calls, "_SLOWEST_BYTES_PER_S", 20.0)
         (tmp_path / "a").write_bytes(bytes(200))
         monkeypatch.setattr(fsspec.get_filesystem_class("file"), "cat_file", _slow(tmp_path / "a", 2.0))
         assert store.read("a") == bytes(200)
