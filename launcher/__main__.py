@@ -3,8 +3,8 @@
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[0]  # the working directory, whose modules must not come before those that the program means
+    del sys.path[0]  # the working directory: a file of the user's must not hide a module that the launcher imports
 
-from launcher.cli import main  # noqa: E402  # what the working directory may hold, too
+from launcher.cli import main  # noqa: E402  # the working directory may hold a folder launcher
 
 main()

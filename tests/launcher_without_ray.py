@@ -243,7 +243,7 @@ def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
     sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
-    from launcher import cli
+    from launcher.cli import main as launcher
     from launcher.config import clusters
     from launcher.runs import start
     from launcher.submission import handover
@@ -258,7 +258,7 @@ def main() -> None:
             replaced._TAKE_UP_S = 0.0
     replaced = start
     replaced.draw = partial(fork_server.call, "launcher.display.plots:draw")
-    cli.main()
+    launcher()
 
 
 if __name__ == "__main__":

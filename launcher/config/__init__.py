@@ -1,1 +1,1 @@
-"""From YAML and ``key=value`` to a frozen spec, of a job or a cluster."""
+"""Reads YAML and ``key=value`` overrides into the frozen spec of a job or a cluster."""

@@ -1,6 +1,6 @@
-"""Which cluster is meant by ``--cluster``: a file, a name, or the address of a Ray cluster.
+"""Resolves ``--cluster``: a YAML file, a name, or the address of a Ray cluster.
 
-A name is that of a file in ``~/.config/launcher/clusters``, or of one that is shipped.
+A name stands for a file in ``~/.config/launcher/clusters``, or for a shipped file.
 """
 
 import json
@@ -17,41 +17,41 @@ from cluster.kinds.ray import Cluster, JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec, RayClusterSpec
 from cluster.versions import check_ray_version
-from launcher.config.description import Language, OfCluster, read, read_text
+from launcher.config.description import ClusterOverride, Language, read, read_text
 
 PREFIX = "cluster."
-"""Of the overrides that change the cluster, and not the job."""
+"""Prefix of the overrides that change the cluster and not the job."""
 
 _SHIPPED: Final = Path(cluster.__file__).parent
 _OWN: Final = "launcher/clusters"
-"""The folder of a person's own clusters, in that of their configuration."""
+"""The folder of the user's cluster files, relative to the XDG configuration folder."""
 
 
 def load_cluster(named: str | None, overrides: Sequence[str]) -> tuple[ClusterSpec, list[str]]:
-    """The cluster that is meant, and the overrides of the job: what it says of workers first, the person's own last.
+    """Return the spec of a cluster, and the overrides of the job: the cluster's worker settings, then the user's.
 
     Args:
         named: HOST:PORT of a Ray head, http(s)://HOST:PORT of its Jobs API, the path of a YAML file, or the name of one
-            of the person's own or of those that are shipped; none: this machine.
-        overrides: Of both.
+            of the user's own or of the shipped files. None: this machine.
+        overrides: Overrides of the cluster and of the job, mixed.
 
     Raises:
-        DescriptionError: For every mistake in it, in one line.
+        DescriptionError: The cluster's description has a mistake; the text is one line.
     """
     of_cluster = [change.removeprefix(PREFIX) for change in overrides if change.startswith(PREFIX)]
     of_job = [change for change in overrides if not change.startswith(PREFIX)]
     if named is None and of_cluster:
         raise DescriptionError(f"command line: {PREFIX}{of_cluster[0]} changes a cluster; name it with --cluster")
     spec = LocalClusterSpec() if named is None else _read(named, of_cluster)
-    return spec, [*map(OfCluster, spec.worker.overrides()), *of_job]
+    return spec, [*map(ClusterOverride, spec.worker.overrides()), *of_job]
 
 
 def open_cluster(spec: ClusterSpec) -> Cluster:
-    """The cluster that is described, as a driver on one of its hosts joins it.
+    """Return the cluster for a driver on one of its hosts.
 
     Raises:
-        DescriptionError: It cannot be joined, for its address is that of its Jobs API.
-        ClusterError: Another Ray is installed than those that the driver knows how to steer.
+        DescriptionError: The address is that of a Jobs API, which a driver cannot join.
+        ClusterError: The driver does not support the installed version of Ray.
     """
     check_ray_version()
     if isinstance(spec, LocalClusterSpec):
@@ -65,20 +65,20 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
 
 
 def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayClusterSpec, list[str]]:
-    """As ``load_cluster``, of a cluster that takes jobs.
+    """Like ``load_cluster``, for a cluster that must take jobs.
 
     Raises:
-        DescriptionError: It takes none; or there is a mistake in its description.
+        DescriptionError: The cluster takes no jobs, or its description has a mistake.
     """
-    spec, changes = load_cluster(named, overrides)
-    return jobs_cluster(spec), changes
+    spec, job_overrides = load_cluster(named, overrides)
+    return jobs_cluster(spec), job_overrides
 
 
 def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
-    """The same cluster, which takes jobs.
+    """Return the same spec, narrowed to a cluster that takes jobs.
 
     Raises:
-        DescriptionError: It takes none.
+        DescriptionError: The cluster takes no jobs.
     """
     if isinstance(spec, LocalClusterSpec):
         raise DescriptionError(
@@ -95,39 +95,44 @@ def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
 
 
 def open_scheduler(spec: RayClusterSpec) -> Scheduler:
-    """A cluster that takes jobs, as it runs commands for a process anywhere."""
-    from cluster.kinds.ray_jobs import RayJobs  # and with it an HTTP client and the stores
+    """Return the scheduler of a cluster that takes jobs; it can be used from any machine."""
+    from cluster.kinds.ray_jobs import RayJobs  # imports an HTTP client and the stores
 
     return RayJobs(spec.address, spec.venv)
 
 
 def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
     if re.fullmatch(r"[^/]+:\d+|https?://.*", named):
-        source = "--cluster" if "@" in named else f"--cluster {named}"  # before it, a secret may be
-        return read(_CLUSTERS, f"kind: ray\naddress: {json.dumps(named)}\n", source, overrides)[0]
+        source = "--cluster" if "@" in named else f"--cluster {named}"  # a password may stand before the @
+        return _read_spec(f"kind: ray\naddress: {json.dumps(named)}\n", source, overrides)
     if named.endswith((".yaml", ".yml")):
         path = Path(named)
     else:
-        known = _known()
+        known = _named_files()
         if named not in known:
             raise DescriptionError(
                 f"--cluster {named}: is no cluster{nearest(named, known)}; write HOST:PORT of a Ray head, "
                 f"http://HOST:8265 to submit there, the path of a YAML file, or one of {', '.join(sorted(known))}"
             )
         path = known[named]
-    return read(_CLUSTERS, read_text(path), path.name, overrides)[0]
+    return _read_spec(read_text(path), path.name, overrides)
 
 
-def _known() -> dict[str, Path]:
-    """The files of the clusters that have a name; a person's own come before those that are shipped."""
+def _read_spec(text: str, source: str, overrides: Sequence[str]) -> ClusterSpec:
+    spec: ClusterSpec = read(_CLUSTERS, text, source, overrides)[0]
+    return spec
+
+
+def _named_files() -> dict[str, Path]:
+    """Return the cluster files by name; the user's own replace shipped ones of the same name."""
     files = [path for folder in (_SHIPPED, _own_folder()) for path in folder.glob("*.yaml")]
     return {path.stem: path for path in files}
 
 
 def _own_folder() -> Path:
-    """``~/.config/launcher/clusters``, or where else the configuration lies.
+    """Return ``$XDG_CONFIG_HOME/launcher/clusters``, by default ``~/.config/launcher/clusters``.
 
-    Source: XDG Base Directory Specification, which has a relative path ignored.
+    Source: XDG Base Directory Specification: a relative ``XDG_CONFIG_HOME`` is ignored.
     """
     configuration = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     if not configuration.is_absolute():
@@ -136,7 +141,7 @@ def _own_folder() -> Path:
 
 
 def language_of(kind: str) -> type[ClusterSpec]:
-    """The dataclass that describes clusters of a kind.
+    """Return the dataclass that describes clusters of a kind.
 
     Raises:
         DescriptionError: There is no such kind.

@@ -1,7 +1,7 @@
-"""From YAML and ``key=value`` overrides to a spec, of a job mostly, with the file and the full key in every error.
+"""Reads YAML and ``key=value`` overrides into a spec; every error names the file and the full key.
 
-The rest of the code sees dataclasses, and neither YAML nor OmegaConf. Imports neither torch nor Ray, so that a mistake
-is told at once.
+The rest of the code sees dataclasses, and neither YAML nor OmegaConf. This room imports neither torch nor Ray, so that
+mistakes are reported at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ import yaml
 from cluster.errors import DescriptionError, FieldError
 from jobs.spec import JobSpec
 from launcher.config.differences import MISSING, Difference, differences, flatten
-from launcher.config.interpolation import resolved
+from launcher.config.interpolation import resolve
 from launcher.config.keys import is_within, show
 from launcher.config.overrides import key_of, set_override
-from launcher.config.sections import build_section, completed
+from launcher.config.sections import build_section, with_defaults
 from launcher.config.yaml_reader import read_yaml, syntax_problem, to_yaml
 
 __all__ = [
-    "JOBS", "MISSING", "Description", "Difference", "Language", "OfCluster", "differences", "flatten", "load",
+    "JOBS", "MISSING", "ClusterOverride", "Description", "Difference", "Language", "differences", "flatten", "load",
     "named_errors", "parse", "read", "read_text",
 ]  # fmt: skip
 
@@ -31,12 +31,12 @@ _COMMAND_LINE = "command line"
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """What can be described, beside others, in a file of its own."""
+    """One kind of description file, such as jobs or clusters."""
 
     section_of: Callable[[Mapping[str, Any]], type]
-    """The dataclass for what is written; raises ``FieldError`` if that cannot be told."""
+    """Returns the dataclass for the top level of a file; raises ``FieldError`` if the file does not determine it."""
     needs: str
-    """The keys that nothing of it can do without, in words."""
+    """The keys that every file must have, in words for an error text."""
 
 
 JOBS: Final = Language(lambda _: JobSpec, "model, data.train, loss and optimizer")
@@ -44,49 +44,50 @@ JOBS: Final = Language(lambda _: JobSpec, "model, data.train, loss and optimizer
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A job description, read and checked."""
+    """A job description that was read and checked."""
 
     spec: JobSpec
-    """Everything resolved."""
+    """The job, with every interpolation resolved."""
     text: str
-    """YAML of the defaults, the file and the overrides, its interpolations kept, so that no secret is written; without
-    what the cluster says of workers, which holds there alone."""
+    """YAML of the defaults, the file and the overrides. Interpolations are kept, so that no secret is written. The
+    cluster's worker settings are left out, since they hold on that cluster alone."""
     source: str
-    """What to call it in errors, such as ``digits.yaml``."""
-    of_cluster: tuple["OfCluster", ...] = ()
-    """What the cluster says of workers, as far as nobody has overridden it."""
+    """The name of the description in errors, such as ``digits.yaml``."""
+    of_cluster: tuple["ClusterOverride", ...] = ()
+    """The cluster's worker settings that no override replaced."""
 
     @property
     def document(self) -> dict[str, Any]:
-        """``text`` as plain values, its interpolations kept: fit to be shown anywhere."""
-        return yaml.safe_load(self.text)
+        """``text`` as plain values. Interpolations are kept, so that it may be shown anywhere."""
+        document: dict[str, Any] = yaml.safe_load(self.text)
+        return document
 
     def variables(self) -> tuple[str, ...]:
-        """The environment variables that ``spec`` has values of; one that is not set, but has a default, is none."""
-        return resolved(self.document)[1]
+        """Return the environment variables that ``spec`` took values from; not those that fell back to a default."""
+        return resolve(self.document)[1]
 
 
-class OfCluster(str):
-    """An override that comes from the description of a cluster: a run keeps it only for as long as it is there."""
+class ClusterOverride(str):
+    """An override from the description of a cluster; it holds for a run only while the run is on that cluster."""
 
     __slots__ = ()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Description:
-    """Reads a job file.
+    """Read a job file.
 
     Raises:
-        DescriptionError: For every mistake in it, in one line.
+        DescriptionError: The description has a mistake; the text is one line.
     """
     path = Path(path)
     return parse(read_text(path), path.name, overrides, default_name=path.stem)
 
 
 def read_text(path: Path) -> str:
-    """What a description file holds.
+    """Return the text of a description file.
 
     Raises:
-        DescriptionError: It cannot be read, in one line.
+        DescriptionError: The file cannot be read; the text is one line.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -101,21 +102,22 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = (), default_name: str | None = None) -> Description:
-    """Reads a job description from text, such as a run's ``job.yaml``.
+    """Read a job description from text, such as a run's ``job.yaml``.
 
     An override sets the whole value of its key; the keys beside it stay.
 
     Raises:
-        DescriptionError: For every mistake in it, in one line.
+        DescriptionError: The description has a mistake; the text is one line.
     """
     defaults = {} if default_name is None else {"name": default_name}
     spec, written = read(JOBS, text, source, overrides, defaults)
-    of_cluster = [change for change in overrides if isinstance(change, OfCluster)]
+    of_cluster = [override for override in overrides if isinstance(override, ClusterOverride)]
     if of_cluster:
-        own = [change for change in overrides if not isinstance(change, OfCluster)]
-        written = read(JOBS, text, source, own, defaults)[1]
+        of_user = [override for override in overrides if not isinstance(override, ClusterOverride)]
+        written = read(JOBS, text, source, of_user, defaults)[1]
+        replaced = [key_of(override) for override in of_user]
         of_cluster = [
-            change for change in of_cluster if not any(is_within(key_of(change), key_of(each)) for each in own)
+            override for override in of_cluster if not any(is_within(key_of(override), key) for key in replaced)
         ]
     return Description(spec, written, source, tuple(of_cluster))
 
@@ -123,32 +125,33 @@ def parse(text: str, source: str, overrides: Sequence[str] = (), default_name: s
 def read(
     language: Language, text: str, source: str, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, str]:
-    """Reads a description of any language.
+    """Read a description in any language.
 
     Args:
-        language: What it describes.
+        language: The kind of description.
         text: YAML.
-        source: What to call it in errors.
-        overrides: Changes, each the whole value of a key.
-        defaults: Keys that are there unless they are written.
+        source: The name of the description in errors.
+        overrides: ``key=value``; each sets the whole value of its key.
+        defaults: Values of top-level keys that the text may leave out.
 
     Returns:
-        The spec, everything resolved; and YAML of the defaults, the text and the overrides, its interpolations kept.
+        The spec with every interpolation resolved; and YAML of the defaults, the text and the overrides, with its
+        interpolations.
 
     Raises:
-        DescriptionError: For every mistake in it, in one line.
+        DescriptionError: The description has a mistake; the text is one line.
     """
-    written = _read_written(language, text, source, defaults or {})
+    written = _read_document(language, text, source, defaults or {})
     try:
         overridden = [set_override(written, override) for override in overrides]
     except FieldError as error:
         raise _error(_COMMAND_LINE, error) from error
     try:
-        spec, written = _checked(language, written)
+        spec, written = _build_spec(language, written)
     except FieldError as error:
         by_override = overridden and (
             any(is_within(error.key, key) for key in overridden)
-            or _is_sound(language, _read_written(language, text, source, defaults or {}))
+            or _is_valid(language, _read_document(language, text, source, defaults or {}))
         )
         raise _error(_COMMAND_LINE if by_override else source, error) from error
     return spec, to_yaml(written)
@@ -156,42 +159,43 @@ def read(
 
 @contextmanager
 def named_errors(source: str) -> Iterator[None]:
-    """Puts the name of the job file before errors that begin with a key of it."""
+    """Put the name of the job file before errors whose text begins with a key of the file."""
     try:
         yield
     except DescriptionError as error:
         raise DescriptionError(f"{source}: {error}") from error
 
 
-def _read_written(language: Language, text: str, source: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written, and the defaults beside it."""
+def _read_document(language: Language, text: str, source: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the YAML and fill in the defaults."""
     try:
         written = read_yaml(text)
         if not isinstance(written, dict) or not written:
             problem = "is empty" if written in (None, {}) else f"must be a mapping, got {show(written)}"
             raise _error(source, f"{problem}; it needs {language.needs}")
-        return completed(language.section_of(written), {**defaults, **written})
+        document: dict[str, Any] = with_defaults(language.section_of(written), {**defaults, **written})
+        return document
     except yaml.YAMLError as error:
         raise _error(source, syntax_problem(error, text)) from error
     except FieldError as error:
         raise _error(source, error) from error
 
 
-def _checked(language: Language, written: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The spec of what is written, and that with its defaults: an override may have begun a section."""
+def _build_spec(language: Language, written: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the spec, and the document with the defaults of sections that an override has added."""
     section = language.section_of(written)
-    written = completed(section, written)
-    return build_section(section, resolved(written)[0], ""), written
+    written = with_defaults(section, written)
+    return build_section(section, resolve(written)[0], ""), written
 
 
-def _is_sound(language: Language, written: dict[str, Any]) -> bool:
+def _is_valid(language: Language, written: dict[str, Any]) -> bool:
     try:
-        _checked(language, written)
+        _build_spec(language, written)
     except FieldError:
         return False
     return True
 
 
 def _error(where: str, problem: object) -> DescriptionError:
-    """One line, whatever was in the text that it quotes."""
+    """Return an error of one line: line breaks in quoted text become spaces."""
     return DescriptionError(" ".join(f"{where}: {problem}".split()))

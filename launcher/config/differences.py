@@ -1,4 +1,4 @@
-"""What two descriptions do not agree on, key by key."""
+"""The keys at which two job specs differ."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ class _Missing:
 
 
 MISSING: Final = _Missing()
-"""Stands in a ``Difference`` where one side has no such key."""
+"""The value in a ``Difference`` of a spec that does not have the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key that two specs do not agree on."""
+    """A key whose values differ between two specs."""
 
     key: str
     old: object
@@ -31,19 +31,19 @@ class Difference:
 
 
 def flatten(spec: JobSpec) -> dict[str, object]:
-    """Dotted key -> plain value: ``optimizer.lr``, ``model._target_``, ``optimizer.groups[0].match``."""
+    """Return the plain value of each full key: ``optimizer.lr``, ``model._target_``, ``optimizer.groups[0].match``."""
     return dict(leaves(_plain(spec), ""))
 
 
 def differences(old: JobSpec, new: JobSpec) -> list[Difference]:
-    """The keys whose values differ, in the order of the job language."""
+    """Return the keys whose values differ, in the order of the job language."""
     before, after = flatten(old), flatten(new)
     pairs = ((key, before.get(key, MISSING), after.get(key, MISSING)) for key in {**before, **after})
     return [Difference(key, was, now) for key, was, now in pairs if was != now]
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as the plain data that they are written as."""
+    """Convert dataclasses to plain data, as YAML has it."""
     if isinstance(value, PlanValue):
         return str(value)
     if isinstance(value, Target):

@@ -1,6 +1,6 @@
-"""``${...}`` in a description: keys of it, variables of the environment, and numbers that only the plan knows.
+"""Resolves ``${...}`` in a description: other keys, environment variables, and numbers that only the plan knows.
 
-OmegaConf resolves; what it finds wrong is told in the words of this language, with the full key.
+OmegaConf resolves; its errors become ``FieldError`` with the full key and the words of the job language.
 """
 
 import os
@@ -23,7 +23,7 @@ from jobs.spec import PlanValue
 from launcher.config.keys import leaves
 
 _PLAN = {name: f"${{plan.steps:{name}}}" for name in ("total_steps", "steps_per_epoch")}
-"""Stands in the job as ``plan`` while it is resolved, so that ``${plan.total_steps}`` finds something there."""
+"""Added to the job as key ``plan`` while it is resolved, so that ``${plan.total_steps}`` finds a value."""
 
 
 def _plan_steps(epochs: Any) -> PlanValue:
@@ -35,18 +35,18 @@ def _plan_steps(epochs: Any) -> PlanValue:
 
 
 def _environment_variable(name: str, *default: Any, _root_: DictConfig) -> str | None:
-    """``oc.env``, which notes the names of the variables that it reads in the cache of the whole description."""
+    """Like ``oc.env``, and record the name of each variable that is set in OmegaConf's cache of the root."""
     if name in os.environ:
         OmegaConf.get_cache(_root_)["oc.env"][name] = None
     return oc.env(name, *default)
 
 
 OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
-OmegaConf.register_resolver("plan.steps", _plan_steps, replace=True)  # replace: a module may be imported anew
+OmegaConf.register_resolver("plan.steps", _plan_steps, replace=True)  # replace: this module may be imported twice
 
 
-def resolved(job: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The job with every interpolation replaced by its value or a ``PlanValue``, and the variables that it reads."""
+def resolve(job: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the job with each interpolation replaced by its value or a ``PlanValue``, and the variables it reads."""
     try:
         config = OmegaConf.create({"plan": _PLAN, **job})
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -57,7 +57,7 @@ def resolved(job: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def field_error(error: OmegaConfBaseException, job: dict[str, Any]) -> FieldError:
-    """What OmegaConf found wrong, in our words."""
+    """Translate an error of OmegaConf."""
     key = error.full_key or "a key"
     written = next((str(value) for name, value in leaves(job, "") if name == key), "an interpolation")
     reason = str(error).splitlines()[0]

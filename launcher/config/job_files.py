@@ -1,4 +1,4 @@
-"""Which job description is meant by ``JOB``: a file, or the name of one that is here or shipped."""
+"""Resolves ``JOB``: a file, or the name of a job description in the working directory or of a shipped one."""
 
 from pathlib import Path
 from typing import Final
@@ -7,18 +7,18 @@ import jobs
 from cluster.errors import DescriptionError, nearest
 
 SHIPPED: Final = Path(jobs.__file__).resolve().parent
-"""The folder of the descriptions that are shipped. It is the launcher's own, and holds no code of the user's."""
+"""The folder of the shipped job descriptions. It belongs to the launcher and holds no user code."""
 
 
 def find_job(named: str) -> Path:
-    """The file that describes a job.
+    """Return the path of a job description.
 
     Args:
-        named: Its path; or a name without suffix and slash: a file of this name, else NAME.yaml in the working
-            directory, else the one of the name that is shipped.
+        named: A path; or a name without suffix and slash, which is looked up as a file of this name, then as NAME.yaml
+            in the working directory, then among the shipped descriptions.
 
     Raises:
-        DescriptionError: There is none of the name.
+        DescriptionError: There is no description of this name.
     """
     path = Path(named)
     if "/" in named or path.suffix or path.is_file():
@@ -28,7 +28,7 @@ def find_job(named: str) -> Path:
     if named in known:
         return known[named]
     if path.is_dir():
-        return path  # reading it tells what it is
+        return path  # reading it raises the error for a directory
     raise DescriptionError(
         f"{named}: is no file here, and no description that is shipped{nearest(named, known)}; write the path of a "
         f"YAML file, or one of {', '.join(sorted(shipped))}"
@@ -36,7 +36,7 @@ def find_job(named: str) -> Path:
 
 
 def is_shipped(folder: Path) -> bool:
-    """Whether the folder of a job file is the launcher's own, which every host has."""
+    """Return whether a folder belongs to the launcher, so that every host has it."""
     return folder.resolve().is_relative_to(SHIPPED)
 
 

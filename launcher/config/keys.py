@@ -1,4 +1,4 @@
-"""Full keys such as ``optimizer.groups[0].lr``, and values in the words of errors and differences."""
+"""Full keys such as ``optimizer.groups[0].lr``, and the text of values in errors and differences."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,17 +7,17 @@ from jobs.spec import PlanValue
 
 
 def join(key: str, name: str) -> str:
-    """The full key of a name in a section; either may be empty."""
+    """Return the full key of a name in a section; either may be empty."""
     return f"{key}.{name}" if key and name else key or name
 
 
 def is_within(key: str, outer: str) -> bool:
-    """Whether a full key is another, or lies below it."""
+    """Return whether a full key equals another or lies below it."""
     return key == outer or key.startswith((f"{outer}.", f"{outer}["))
 
 
 def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every value with its key; a list of scalars is one value."""
+    """Yield every value with its full key; a list of scalars is one value."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from leaves(item, join(key, str(name)))
@@ -29,7 +29,7 @@ def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def show(value: object) -> str:
-    """A value as it looks in YAML, in a few words."""
+    """Return a short text for a value, as it looks in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -42,5 +42,5 @@ def show(value: object) -> str:
 
 
 def clipped(text: str, limit: int = 80) -> str:
-    """The text, or as much of it as an error quotes."""
+    """Shorten a text to the length that an error quotes."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

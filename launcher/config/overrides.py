@@ -1,4 +1,4 @@
-"""Changes of a description from the command line: ``key=value``, each the whole value of its key."""
+"""Overrides from the command line: ``key=value``; each sets the whole value of its key."""
 
 import re
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from launcher.config.yaml_reader import read_yaml
 
 
 def key_of(override: str) -> str:
-    """The key that it changes, as it is written."""
+    """Return the key of an override as the user wrote it."""
     return override.partition("=")[0]
 
 
 def set_override(job: dict[str, Any], override: str) -> str:
-    """Sets one ``key=value`` in the job, and returns the key in its full form."""
+    """Set one ``key=value`` in the job, and return its full key."""
     key, equals, text = override.partition("=")
     path = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     if not equals or not all(part and part == part.strip() for part in path):
@@ -28,7 +28,7 @@ def set_override(job: dict[str, Any], override: str) -> str:
 def _override_value(key: str, text: str) -> Any:
     if not text.strip():
         raise FieldError(key, f"has no value; write {key}=null for none")
-    if text.startswith("*"):  # a pattern: within one value there is nothing that a YAML alias could refer to
+    if text.startswith("*"):  # a pattern and no YAML alias: one value has no anchor that an alias could refer to
         return text
     name = "value"
     line = f"{name}: {text}".rstrip()
@@ -40,7 +40,7 @@ def _override_value(key: str, text: str) -> Any:
         raise FieldError(key, f"must be a YAML value, got {clipped(repr(text))}: {problem}; quote it") from error
     except FieldError as error:
         raise FieldError(key + error.key.removeprefix(name), error.problem) from error
-    if end != len(line):  # what follows a # or a line break would be lost
+    if end != len(line):  # YAML would drop what follows a # or a line break
         raise FieldError(key, f"must be one YAML value, got {clipped(repr(text))}; quote it")
     return value
 

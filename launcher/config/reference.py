@@ -1,6 +1,7 @@
-"""The languages of jobs and clusters as reference texts, read from the dataclasses and the docstrings in them.
+"""The reference texts of the job and cluster languages, generated from the dataclasses and their docstrings.
 
-It owns the words for types, which error messages share; it knows how a section is written in YAML, but reads no YAML.
+This module owns the words for types, which error texts share. It knows how a section is written in YAML, but reads no
+YAML.
 """
 
 import ast
@@ -23,7 +24,7 @@ _TARGET_DOC = "An import path, or a bare name of torch's; every key not listed h
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One key of the language; ``depth`` is the number of sections around it."""
+    """One key of a language; ``depth`` is the number of sections around it."""
 
     key: str
     type: str
@@ -35,7 +36,7 @@ class Entry:
 
 
 def describe(language: type = spec.JobSpec) -> str:
-    """The whole language, written like an annotated file; ``???`` marks what must be written."""
+    """Return the whole language as an annotated YAML file; ``???`` marks required keys."""
     lines = _comment(language.__doc__, "")
     for entry in entries(language):
         if entry.depth == 0:
@@ -49,7 +50,7 @@ def describe(language: type = spec.JobSpec) -> str:
 
 
 def describe_json(language: type = spec.JobSpec) -> dict[str, dict[str, Any]]:
-    """The same as data: key -> its type in words, default, whether it is required, and docstring."""
+    """Return type in words, default, whether it is required, and docstring of each key."""
     return {
         entry.key: {"type": entry.type, "default": entry.default, "required": entry.required, "doc": entry.doc}
         for entry in entries(language)
@@ -57,7 +58,7 @@ def describe_json(language: type = spec.JobSpec) -> dict[str, dict[str, Any]]:
 
 
 def entries(section: type = spec.JobSpec, prefix: str = "", depth: int = 0) -> Iterator[Entry]:
-    """Every key of the language, a section before what is in it, in the order of the dataclasses."""
+    """Yield every key in the order of the dataclasses, a section before its keys."""
     hints, docs = typing.get_type_hints(section), _docstrings(section)
     for field in dataclasses.fields(section):
         doc = docs.get(field.name, "")
@@ -77,48 +78,48 @@ def entries(section: type = spec.JobSpec, prefix: str = "", depth: int = 0) -> I
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of any other type, itself."""
+    """Return the members of a union, or the type itself if it is no union."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a type is written as a mapping whose keys are the fields of a dataclass."""
+    """Return whether a type is written as a mapping whose keys are the fields of a dataclass."""
     return dataclasses.is_dataclass(hint) and hint is not spec.Target
 
 
 def has_target(hint: Any) -> bool:
-    """Whether a type is written as a mapping with ``_target_``, an object to build, maybe beside keys of its own."""
+    """Return whether a type is written as a mapping with ``_target_``, with or without keys of its own."""
     return hint is spec.Target or (is_section(hint) and "factory" in hint.__dataclass_fields__)
 
 
 def own_fields(section: Any) -> "list[dataclasses.Field[Any]]":
-    """The fields of a section that are keys of it; the others hold what it has beside these."""
+    """Return the fields of a section that are keys; ``factory`` and ``args`` hold the keys that are not fields."""
     return [field for field in dataclasses.fields(section) if field.name not in ("factory", "args")]
 
 
 def is_required(field: "dataclasses.Field[Any]") -> bool:
-    """Whether a key must be written."""
+    """Return whether a key must be written."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
 def default_of(field: "dataclasses.Field[Any]") -> Any:
-    """The default of a key as it is written; ``MISSING`` if it has none, or is a section."""
+    """Return the default of a key as YAML has it; ``MISSING`` if the key has none, or is a section."""
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 def shorthand_of(hint: Any) -> str | None:
-    """The key that is meant where a mapping is written as mere text; none if it cannot be."""
+    """Return the key that a text in place of a mapping sets; None if the type must be a mapping."""
     return "_target_" if has_target(hint) else getattr(hint, "SHORTHAND", None)
 
 
 def section_in(hint: Any) -> Any:
-    """The section that a type holds, itself or in a union or as the items of a tuple; or None."""
+    """Return the section that a type is, or has as a member of a union or as items of a tuple; None: no section."""
     members = typing.get_args(hint) if typing.get_origin(hint) is tuple else union_members(hint)
     return next((member for member in members if is_section(member)), None)
 
 
 def type_words(hint: Any) -> str:
-    """A type in words: what a person may write there."""
+    """Return a type in words: what the user may write."""
     *others, last = [word for member in union_members(hint) for word in _words(member)]
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -141,7 +142,7 @@ def _words(hint: Any) -> list[str]:
 
 
 def _default(section: type, field: "dataclasses.Field[Any]", hint: Any) -> tuple[bool, Any]:
-    """Whether the key must be written, and what it is when it is not; the name of a job is that of its file."""
+    """Return whether a key is required, and its default; the name of a job defaults to that of its file."""
     if section is spec.JobSpec and field.name == "name":
         return False, "the job file's stem"
     default = default_of(field)
@@ -150,7 +151,7 @@ def _default(section: type, field: "dataclasses.Field[Any]", hint: Any) -> tuple
 
 
 def _docstrings(section: type) -> dict[str, str]:
-    """Field -> the string literal below it, which Python does not keep."""
+    """Return the docstring below each field; Python does not keep it, so it is read from the source."""
     found = {}
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
@@ -173,7 +174,7 @@ def _annotated(entry: Entry) -> str:
 
 
 def _comment(doc: str | None, indent: str) -> list[str]:
-    """A docstring as comment lines; paragraphs stay apart."""
+    """Wrap a docstring into comment lines; an empty comment line separates paragraphs."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(doc or "").split("\n\n"):
         lines += ["#"] if lines else []

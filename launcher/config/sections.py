@@ -1,7 +1,7 @@
-"""From plain data to the dataclasses of a language: defaults, unknown keys, types.
+"""Builds the dataclasses of a language from plain data: defaults, unknown keys, types.
 
-A value is judged against the type of its field more strictly than OmegaConf would: nothing is converted except a whole
-number to a number. Each error is a ``FieldError`` with the full key.
+Types are checked more strictly than OmegaConf checks them: nothing is converted except a whole number to a float. Each
+error is a ``FieldError`` with the full key.
 """
 
 import dataclasses
@@ -28,13 +28,14 @@ from launcher.config.reference import (
 from launcher.config.yaml_reader import FLOAT
 
 
-def completed(hint: Any, value: Any) -> Any:
-    """What is written for a type, each section with its defaults, in the order of the dataclass, before unknown keys.
+def with_defaults(hint: Any, value: Any) -> Any:
+    """Add defaults to each section of a value, in the order of the dataclass, with unknown keys last.
 
-    A value of a wrong type is left for the check to refuse.
+    A section with ``_target_`` has its arguments first. A value of a wrong type is left as it is; ``build_section``
+    refuses it.
     """
     if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return [completed(typing.get_args(hint)[0], item) for item in value]
+        return [with_defaults(typing.get_args(hint)[0], item) for item in value]
     section = next((member for member in union_members(hint) if dataclasses.is_dataclass(member)), None)
     shorthand = shorthand_of(section)
     if isinstance(value, str) and shorthand and ("${" not in value or shorthand != "_target_"):
@@ -46,15 +47,19 @@ def completed(hint: Any, value: Any) -> Any:
     for field in own_fields(section):
         item = value.get(field.name, default_of(field))
         if item is NO_DEFAULT and is_section(hints[field.name]) and not has_target(hints[field.name]):
-            item = {}  # its own defaults, or its own missing keys
+            item = {}  # the section's own defaults; ``build_section`` names its missing keys
         if item is not NO_DEFAULT:
-            complete[field.name] = completed(hints[field.name], item)
+            complete[field.name] = with_defaults(hints[field.name], item)
     rest = {name: item for name, item in value.items() if name not in complete}
     return {**rest, **complete} if has_target(section) else {**complete, **rest}
 
 
 def build_section(section: Any, value: dict[Any, Any], key: str) -> Any:
-    """Builds a dataclass; what its fields do not name goes to its target or its args, if it has such."""
+    """Build a dataclass; keys that are no fields go to its ``factory`` or ``args``, if it has that field.
+
+    Raises:
+        FieldError: A key is unknown or missing, or a value has the wrong type.
+    """
     hints = typing.get_type_hints(section)
     own = {field.name: field for field in own_fields(section)}
     rest = {name: item for name, item in value.items() if name not in own}
@@ -79,7 +84,7 @@ def build_section(section: Any, value: dict[Any, Any], key: str) -> Any:
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
-    """The value as the type asks for it; its type must fit as it is, but for a whole number that is a number."""
+    """Build the value for a type; the value's own type must match, except that a whole number may be a float."""
     for member in union_members(hint):
         origin, items = typing.get_origin(member), typing.get_args(member)
         shorthand = shorthand_of(member)
@@ -92,7 +97,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return tuple(_value(items[0], item, f"{key}[{index}]") for index, item in enumerate(value))
         if origin is Literal and value in items:
             return value
-        if member is float and type(value) is int and abs(value) < 2**1000:  # a float can be no larger
+        if member is float and type(value) is int and abs(value) < 2**1000:  # a larger one overflows a float
             return float(value)
         if type(value) is member:
             return _text(value, key) if member is str else value
@@ -100,7 +105,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
 
 
 def _advice(hint: Any, value: Any) -> str:
-    """What to do about a value of the wrong type."""
+    """Return the advice for a value of the wrong type."""
     members = union_members(hint)
     if isinstance(value, PlanValue):
         return "; only arguments of model, data, loss, optimizer and scheduler can wait for the plan"
@@ -122,7 +127,7 @@ def _advice(hint: Any, value: Any) -> str:
 def _target(value: dict[Any, Any], key: str) -> Target:
     written = dict(value)
     if "_target_" not in written:
-        _arguments(written, key)  # a misspelt _target_ is told as such
+        _arguments(written, key)  # raises the error for a misspelt _target_, if there is one
         raise FieldError(key, "has no _target_; write what to build, an import path such as package.Name")
     path, partial = written.pop("_target_"), written.pop("_partial_", False)
     if not isinstance(path, str) or not all(part.isidentifier() and not iskeyword(part) for part in path.split(".")):
@@ -144,7 +149,7 @@ def _arguments(args: dict[Any, Any], key: str) -> dict[str, Any]:
 
 
 def _argument(value: Any, key: str) -> Any:
-    """The value of an argument: a scalar, a list, a mapping, a target, or what only the plan knows."""
+    """Build an argument: a scalar, a list, a mapping, a target, or a ``PlanValue``."""
     if isinstance(value, dict):
         if "_target_" in value:
             return _target(value, key)
@@ -168,5 +173,5 @@ def _text(value: str, key: str) -> str:
 
 
 def _special(mapping: dict[Any, Any]) -> list[str]:
-    """The keys that look like ``_target_``."""
+    """Return the keys that look like ``_target_``."""
     return [name for name in mapping if isinstance(name, str) and re.fullmatch(r"_[a-z]+_", name)]

@@ -1,6 +1,6 @@
-"""YAML texts as plain data and back, their interpolations kept; refuses what YAML reads otherwise than a person does.
+"""Reads YAML into plain data and writes it, keeping interpolations; refuses scalars that YAML misreads, such as ``no``.
 
-It knows nothing of the keys that a description has.
+This module knows nothing of the keys of a description.
 """
 
 import re
@@ -21,7 +21,7 @@ FLOAT = r"(?i:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?|[-+]?\
 _TYPE = "tag:yaml.org,2002:"
 _BASE_10 = "in another base than 10; write it in decimal"
 
-# What YAML 1.1 reads as these types, as far as a reader takes it for the same; but 010 is 8, 1:30 is 90, no is false.
+# The spellings of each type that people and YAML 1.1 read alike; YAML also reads 010 as 8, 1:30 as 90, no as false.
 _UNAMBIGUOUS: Mapping[str, tuple[str, str]] = {
     f"{_TYPE}bool": (r"(?i:true|false)", "as true or false; write that"),
     f"{_TYPE}int": (r"[-+]?(0|[1-9][0-9_]{0,999}|0x[0-9a-fA-F]{1,999})", _BASE_10),
@@ -30,14 +30,14 @@ _UNAMBIGUOUS: Mapping[str, tuple[str, str]] = {
 
 
 def read_yaml(text: str) -> Any:
-    """Plain data with its interpolations unresolved.
+    """Return plain data, with interpolations unresolved.
 
     Raises:
-        FieldError: For a value that OmegaConf refuses, or that YAML reads otherwise than it looks.
-        yaml.YAMLError: For what is not YAML.
+        FieldError: OmegaConf refuses a value, or YAML reads a scalar differently than a person does.
+        yaml.YAMLError: The text is not YAML.
     """
     try:
-        # The pure Python loader goes first: on brackets nested without end, the C loader ends the process.
+        # The pure Python loader goes first: the C loader ends the process on deeply nested brackets.
         _refuse_tags(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_ambiguous_scalars(root, "", set())
@@ -51,7 +51,7 @@ def read_yaml(text: str) -> Any:
 
 
 def to_yaml(written: dict[str, Any]) -> str:
-    """Plain data as a text that reads back the same."""
+    """Return YAML that reads back as the same plain data."""
     return OmegaConf.to_yaml(OmegaConf.create(written))
 
 
@@ -81,7 +81,7 @@ def _refuse_ambiguous_scalars(node: yaml.Node | None, key: str, seen: set[yaml.N
 
 
 def syntax_problem(error: yaml.YAMLError, text: str) -> str:
-    """What is wrong with a text, with its line and column."""
+    """Return what is wrong with a text, with line and column."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"is not text at character {error.position}: {error.reason}"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:

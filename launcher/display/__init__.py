@@ -1,1 +1,1 @@
-"""What a person sees: progress, tables, plots."""
+"""Shows runs to people: progress, tables, plots."""

@@ -1,7 +1,7 @@
-"""The one display of a run, on the driver's stderr: a live block on a terminal, plain lines elsewhere.
+"""The progress display of a run on the driver's stderr: a live block on a terminal, plain lines elsewhere.
 
-It shows what it is told and knows nothing of workers or stores. A stream that breaks (a closed pipe,
-a terminal that is gone) silences it and never reaches the run. rich stays in this file.
+It knows nothing of workers or stores. A broken stream, such as a closed pipe, silences the display and never reaches
+the run. rich is imported in this file only.
 """
 
 import atexit
@@ -24,23 +24,26 @@ Clock = Callable[[], float]
 _LINE_INTERVAL_S = 5.0
 _REFRESHES_PER_S = 5.0
 _PACE_WINDOW_S = 300.0
-"""The time left is estimated from the steps of this window, so that it forgets a slow start and an old outage."""
+"""The ETA is estimated from the steps of this window, so that a slow start or an old outage does not count."""
 _PACE_INTERVAL_S = 0.5
-"""Reports come in batches: the steps of one, all of the same moment, count as one for the estimate."""
+"""Updates arrive in batches; those within this interval count as one for the ETA."""
 
 
 def open_progress(stream: TextIO | None = None, *, clock: Clock = time.monotonic) -> "Progress":
-    """Opens the display: live if the stream is a terminal that can move its cursor, else plain lines.
+    """Open the display: live if the stream is a terminal that can move its cursor, else plain lines.
 
     Args:
-        stream: Where to; by default stderr, since stdout belongs to ``--json``.
-        clock: Seconds that only grow.
+        stream: The output; by default stderr, since stdout belongs to ``--json``.
+        clock: Monotonic seconds.
     """
     return Progress(sys.stderr if stream is None else stream, clock)
 
 
 class Progress:
-    """What the driver says to a person while a run goes on. May be called from one thread."""
+    """Shows messages and progress while a run goes on.
+
+    Thread: all methods are called from one thread; rich renders in a thread of its own.
+    """
 
     def __init__(self, stream: TextIO, clock: Clock) -> None:
         self._clock = clock
@@ -63,26 +66,26 @@ class Progress:
             console=self._console,
             refresh_per_second=_REFRESHES_PER_S,
             transient=True,
-            redirect_stdout=False,  # --json owns it
-            redirect_stderr=stream is sys.stderr,  # what libraries print there goes above the block
+            redirect_stdout=False,  # stdout belongs to --json
+            redirect_stderr=stream is sys.stderr,  # print the output of libraries above the live block
         )
         self._is_live = self._console.is_terminal and self._console.is_interactive
         if self._is_live:
-            atexit.register(self.close)  # an exception nobody caught must not leave the cursor hidden
+            atexit.register(self.close)  # an uncaught exception must not leave the cursor hidden
             self._live.start()
 
     def message(self, text: str) -> None:
-        """Says something that stays: resumed from step 400, stopping."""
+        """Print a line that stays, such as "resumed from step 400"."""
         self._console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Says something that went wrong and does not stop the run."""
+        """Print a warning that stays."""
         self._console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
 
     def phase(self, text: str) -> None:
-        """Says what is done now, until the next phase or update: starting Ray, validating."""
+        """Show the current activity, such as "starting Ray", until the next phase or update."""
         self._phase = (text, self._clock())
-        # Before training every phase is news; later "validating" and "saving" come and go with each epoch.
+        # Off a terminal, print every phase before training; later, "validating" and "saving" would repeat every epoch.
         if not self._is_live and (not self._metrics or self._is_due()):
             self.message(text)
 
@@ -97,18 +100,18 @@ class Progress:
         images_per_second: float | None,
         workers: int,
     ) -> None:
-        """Shows where training is; cheap enough for every step.
+        """Show the progress of training; cheap enough for every step.
 
         Args:
             epoch: The epoch that the step belongs to, from 0; shown from 1.
-            epochs: Epochs in all.
+            epochs: Epochs of the whole run.
             step: Optimizer steps completed.
             total_steps: Optimizer steps at the end of the run.
-            metrics: New values by name; one that is absent keeps its last value, ``lr/*`` is not shown.
-            images_per_second: Throughput of all workers; none: not known yet.
-            workers: Workers that train now.
+            metrics: New values by name; an absent metric keeps its last value; ``lr/*`` is not shown.
+            images_per_second: Throughput of all workers together; None: not known yet.
+            workers: The number of workers that train now.
         """
-        # Compared as text, since a NaN differs from itself.
+        # Compare as text, since NaN != NaN.
         is_validation = any(
             str(value) != str(self._metrics.get(name)) for name, value in metrics.items() if name.startswith("val/")
         )
@@ -127,17 +130,17 @@ class Progress:
             self._write_withheld()
 
     def close(self) -> None:
-        """Leaves the terminal as it was found. May be called twice."""
+        """Restore the terminal. May be called twice."""
         self._write_withheld()
         self._live.stop()
         atexit.unregister(self.close)
 
     def _seconds_left(self, step: int, total_steps: int) -> float | None:
-        """Until the last step, now that ``step`` is done; none before there is anything to go by."""
+        """Return the estimated seconds until the last step, with ``step`` completed; None: no estimate yet."""
         if not self._steps.tasks:
             self._steps.add_task("", steps="")
         [task] = self._steps.tasks
-        if step < task.completed:  # workers were lost, and steps are done again
+        if step < task.completed:  # workers were lost, and steps are repeated
             self._steps.reset(task.id, completed=step)
         elif self._clock() - self._counted_at >= _PACE_INTERVAL_S:
             self._counted_at = self._clock()
@@ -148,13 +151,20 @@ class Progress:
         return self._clock() - self._wrote_at >= _LINE_INTERVAL_S
 
     def _write_withheld(self) -> None:
-        """Off a terminal: the first update, then one every few seconds, each epoch's end and each validation."""
+        """Off a terminal, print the newest update that was not printed yet.
+
+        ``update`` and ``close`` call it for the first update, every few seconds, at the end of each epoch and after
+        each validation.
+        """
         if self._withheld and not self._is_live:
             self.message(self._withheld)
             self._withheld, self._wrote_at = "", self._clock()
 
     def __rich__(self) -> Group:
-        """Called by rich's thread; each attribute is read once, and what it holds does not change."""
+        """Return what rich draws.
+
+        Thread: rich's. Each attribute is read once, and the objects in them are never modified.
+        """
         details, phase = self._details, self._phase
         if phase:
             text, since = phase
@@ -164,19 +174,19 @@ class Progress:
 
 def _measures(metrics: Mapping[str, float]) -> list[str]:
     shown = [(name.removeprefix("train/"), value) for name, value in metrics.items() if is_headline(name)]
-    shown.sort(key=lambda item: "/" in item[0])  # train before val, however they came
+    shown.sort(key=lambda item: "/" in item[0])  # train, whose prefix was removed, before val
     return [f"{name} {number(value, digits=3)}" for name, value in shown]
 
 
 class _SafeConsole(Console):
-    """Falls silent when its stream breaks: rich's would end the process, or raise."""
+    """A console that falls silent when its stream breaks; rich's own raises, or ends the process."""
 
     def __init__(self, stream: TextIO) -> None:
-        # The stream tells whether it is a terminal; rich alone would ask environment variables first.
+        # Only the stream decides whether it is a terminal; rich would look at environment variables first.
         super().__init__(file=stream, force_terminal=stream.isatty(), markup=False, emoji=False, highlight=False)
 
     def __exit__(self, *raised: Any) -> None:
-        """Writes what was printed."""
+        """Write what was printed."""
         try:
             super().__exit__(*raised)
         except (OSError, ValueError):  # ValueError: the stream is closed

@@ -1,4 +1,4 @@
-"""What a person reads of a run: a summary, tables.
+"""The texts of runs, plans and checkpoints for people: summaries and tables.
 
 Pure functions from documents to text. Nothing here reads a store, asks a cluster or prints.
 """
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for people: ``1,240`` for whole numbers, else ``digits`` significant digits."""
+    """Format a number: ``1,240`` for whole numbers, else ``digits`` significant digits."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:#.{digits}g}".rstrip(".")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``0:00:12``, ``1:02:03`` or ``2 days, 1:02:03``."""
+    """Format seconds as ``0:00:12``, ``1:02:03`` or ``2 days, 1:02:03``."""
     return str(timedelta(seconds=max(0, round(seconds))))
 
 
 def is_headline(name: str) -> bool:
-    """Whether a metric is for people who glance: one number, not one of a thousand such as ``val/recall/cat``."""
+    """Return whether a metric belongs in a summary: ``val/recall`` does, ``val/recall/cat`` of one class does not."""
     return name.startswith(("train/", "val/")) and name.count("/") == 1
 
 
 def table(lines: Iterable[Sequence[Any]]) -> str:
-    """Columns of plain text, two spaces apart; those that hold numbers stand right, and text left.
+    """Format columns of plain text, two spaces apart: columns with numbers are right-aligned, text left-aligned.
 
-    No line is cut or wrapped, so that what is piped has all of it and a command can be copied from a narrow terminal.
+    No line is cut or wrapped, so that piped output is complete and a command can be copied from a narrow terminal.
 
     Args:
-        lines: Cells; numbers are written by :func:`number`, ``None``, which is also what JSON has for a NaN, is empty.
+        lines: Rows of cells. Numbers are formatted by :func:`number`; ``None``, which stands for NaN in JSON, is empty.
     """
     columns = []
     for cells in zip(*lines):
@@ -51,10 +51,10 @@ def table(lines: Iterable[Sequence[Any]]) -> str:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The last words about a run, for a person: how it stands, and the next command to type.
+    """Return the summary of a run: its status, the facts known about it, and the next command to type.
 
     Args:
-        result: The document of ``--json``; only ``run`` and ``status`` must be there.
+        result: The ``--json`` document; only ``run`` and ``status`` are required.
     """
     run, status = result["run"], result["status"]
     blocks = [
@@ -67,7 +67,7 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a summary tells, each by its name; what is not known is left out."""
+    """Yield (name, text) of every known fact in a summary."""
     known = {name: value for name, value in result.items() if value is not None}
     yield from ((name, number(value)) for name, value in _metrics(result).items() if value is not None)
     if best := _best(result):
@@ -82,7 +82,7 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         rate = known.get("images_per_second")
         yield "time", duration(known["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
     if "goodput" in known:
-        yield "goodput", f"{known['goodput']:.0%}: {_spent(known['time'])}"
+        yield "goodput", f"{known['goodput']:.0%}: {_time_spent(known['time'])}"
     if "failure" in known:
         yield "last failure", _failure(known["failure"])
     if job := _job(result):
@@ -95,11 +95,11 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -> str:
-    """The runs of a store, one line each.
+    """Return the table of the runs of a store, one line each.
 
     Args:
-        results: Documents as :func:`summary` takes them; ``updated``, in Unix seconds, gives the age.
-        now: The present, in Unix seconds; by default the clock's.
+        results: Documents as for :func:`summary`; ``updated``, in Unix seconds, gives the age.
+        now: The present in Unix seconds; by default the system clock's.
     """
     results = list(results)
     if not results:
@@ -124,7 +124,7 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
 
 
 def plan_text(spec: JobSpec, plan: "Plan") -> str:
-    """Everything a plan has decided, for a person."""
+    """Return everything that a plan decides, as text."""
     workers = ", ".join(f"{count} shard{'s' * (count > 1)}" for count in plan.shards_by_worker)
     bounds = "" if spec.workers.least == spec.workers.most else f" of {spec.workers.least} to {spec.workers.most}"
     limit = f"; train.max_steps ends it at {plan.end_step:,}" if plan.end_step < plan.total_steps else ""
@@ -172,14 +172,14 @@ def _schedule(spec: JobSpec, plan: "Plan") -> str:
 
 
 def _beginning(group: "GroupPlan", plan: "Plan") -> str:
-    """When a group begins to train."""
+    """Return when a parameter group begins to train."""
     if group.from_step >= plan.total_steps:
         return "never"
     return f"step {group.from_step:,}" if group.from_step % plan.steps_per_epoch else f"epoch {group.from_epoch}"
 
 
 def _init_facts(init: "InitPlan") -> Iterator[tuple[str, str]]:
-    """What a run begins with, for its plan; ``--json`` has every name."""
+    """Yield the facts about initial weights; only ``--json`` lists every tensor."""
     yield "init_from", init.url
     yield from (("passed over", defect) for defect in init.passed_over)
     yield "loaded", f"{len(init.loaded):,} of {len(init.loaded) + len(init.kept):,} tensors: {listed(init.loaded)}"
@@ -189,7 +189,7 @@ def _init_facts(init: "InitPlan") -> Iterator[tuple[str, str]]:
 
 
 def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The checkpoints of a run, one line each, from ``checkpoint_documents``; then what is wrong with any."""
+    """Return the table of ``checkpoint_documents``, one line each, followed by the defects of bad checkpoints."""
     if not documents:
         return "no checkpoints"
     measured = dict.fromkeys(name for document in documents for name in _metrics(document) if _is_val(name))
@@ -209,13 +209,13 @@ def checkpoints_table(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def repair_text(documents: Sequence[Mapping[str, Any]], orphans: Sequence[str]) -> str:
-    """The checkpoints of a run, and what was removed from beside them."""
+    """Return the table of checkpoints, and the orphans that were removed."""
     removed = [f"removed {name}, which no checkpoint needs" for name in orphans] or ["no orphans"]
     return "\n".join([checkpoints_table(documents), *removed])
 
 
 def export_text(document: Mapping[str, Any]) -> str:
-    """What ``launcher.runs.export`` wrote."""
+    """Return what ``launcher.runs.export`` wrote and how it was checked."""
     kind = "weights" if document["weights"] == "model" else "averaged weights"
     checked = "read back, bit for bit the checkpoint's"
     if "largest_difference" in document:
@@ -231,7 +231,7 @@ def _is_val(name: str) -> bool:
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The headlines; validation first, for it is what a run is judged by."""
+    """Return the headline metrics, validation first, since a run is judged by it."""
     metrics = {name: value for name, value in (result.get("metrics") or {}).items() if is_headline(name)}
     return dict(sorted(metrics.items(), key=lambda item: not _is_val(item[0])))
 
@@ -249,8 +249,8 @@ def _best(result: Mapping[str, Any]) -> str | None:
     return f"{best['metric']} {number(best['value'])} at step {best['step']:,}"
 
 
-def _spent(time: Mapping[str, float]) -> str:
-    """What the time of a run went into, the most first."""
+def _time_spent(time: Mapping[str, float]) -> str:
+    """Return what the time of a run was spent on, longest first."""
     longest_first = sorted(time.items(), key=lambda part: part[1], reverse=True)
     return ", ".join(
         f"{name} {duration(seconds) if seconds >= 60 else f'{seconds:.1f} s'}"
@@ -260,14 +260,14 @@ def _spent(time: Mapping[str, float]) -> str:
 
 
 def _failure(failure: Mapping[str, Any]) -> str:
-    """The last failure of a worker, also of a run that goes on again."""
-    where = "" if failure["address"] is None else f" on node {failure['address']}"  # one that never came has none
+    """Return the last failure of a worker; the run may have recovered since."""
+    where = "" if failure["address"] is None else f" on node {failure['address']}"  # None: the worker never started
     who = "" if failure["rank"] is None else f"worker {failure['rank']}{where}: "
     return f"{failure['cause']} at step {failure['step']:,}: {who}{failure['message']}"
 
 
 def _job(result: Mapping[str, Any]) -> str | None:
-    """Of a run that was submitted, what the cluster calls it."""
+    """Return the job of a submitted run, with its cluster and state as far as they are known."""
     if result.get("job") is None:
         return None
     name = f"{result['job']} on {result['cluster']}" if result.get("cluster") else result["job"]

@@ -1,1 +1,1 @@
-"""What is decided and checked before a worker starts."""
+"""Decides and checks everything before a worker starts."""

@@ -1,7 +1,7 @@
-"""The trial: builds what a description names and puts one real micro-batch through it, on the device of a worker.
+"""The dry run: builds the components of a description and trains on one real micro-batch, on a worker's device.
 
-It runs in a process of its own, in the place of a worker: torch and the user's code are imported there, and what they
-print, leak or crash stays there.
+It runs in a process of its own, in the place of a worker. That process imports torch and the user's code, so that what
+they print, leak or crash stays there.
 """
 
 import sys
@@ -25,51 +25,51 @@ from jobs.training.failure_causes import cause_of
 from launcher.planning.loss_checks import MicroBatch, check_fit, check_mean
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
 
-_MOST_CHARACTERS = 300
-"""Of what torch says of shapes, which can fill a screen."""
-_MOST_SAMPLES = 32
-"""A trial of a large micro-batch on a CPU would cost more than it tells."""
+_MAX_ERROR_CHARACTERS = 300
+"""torch's texts about shapes can fill a screen."""
+_MAX_SAMPLES_ON_CPU = 32
+"""A larger micro-batch takes long on a CPU and finds no more mistakes."""
 
 
 def try_out(task: Task) -> DryRunResult:
-    """Builds every part and trains on one micro-batch: on a GPU a whole one, on a CPU at most 32 samples of it.
+    """Build every component and train on one micro-batch: a whole one on a GPU, at most 32 samples of it on a CPU.
 
     Args:
-        task: Its content is the description. This process has taken its place.
+        task: Its content is the job spec; this process was started for it.
 
     Raises:
-        DescriptionError: Something cannot be built, does not fit together or into the GPU, or learns nothing.
+        DescriptionError: A component cannot be built, does not fit the others or the GPU, or gets no gradient.
         ClusterError: torch does not see the GPU.
     """
-    of_product = set(sys.modules)
+    launcher_modules = set(sys.modules)
     spec: JobSpec = task.content
     device = worker_device(on_gpu=task.on_gpu)
-    most = spec.train.micro_batch if task.on_gpu else _MOST_SAMPLES
+    max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
     try:
-        return _try_parts(spec, build_parts(spec, device), most, task.import_paths, of_product)
+        return _try_components(spec, build_parts(spec, device), max_samples, task.import_paths, launcher_modules)
     except (DescriptionError, RuntimeError) as error:
-        refused = error.__cause__ or error
-        if cause_of(refused) != "gpu_out_of_memory":
+        original = error.__cause__ or error
+        if cause_of(original) != "gpu_out_of_memory":
             raise
         raise DescriptionError(
             f"train.global_batch: a micro-batch of {spec.train.micro_batch} samples, 1 of {spec.train.shards} shards, "
-            f"does not fit into the GPU: {_in_short(refused)}; lower train.global_batch, raise train.shards, or take "
+            f"does not fit into the GPU: {_in_short(original)}; lower train.global_batch, raise train.shards, or take "
             "GPUs with more memory"
         ) from error
 
 
-def _try_parts(
-    spec: JobSpec, parts: Components, most: int, import_paths: tuple[str, ...], of_product: set[str]
+def _try_components(
+    spec: JobSpec, parts: Components, max_samples: int, import_paths: tuple[str, ...], launcher_modules: set[str]
 ) -> DryRunResult:
-    """What at most so many samples tell of the parts; ``of_product``: the modules that are not the user's."""
-    data_fingerprint = parts.data_fingerprint()  # before a sample is read, as workers take theirs
-    init_from = None if spec.init_from is None else _begin_with(spec.init_from, parts)
-    # Also what is frozen at first must get gradients when its epoch comes.
+    """Train on at most ``max_samples`` samples; ``launcher_modules`` are the loaded modules that are not the user's."""
+    data_fingerprint = parts.data_fingerprint()  # before any sample is read, as in workers
+    init_from = None if spec.init_from is None else _load_init_weights(spec.init_from, parts)
+    # Unfreeze every group: those that are frozen at first must get gradients, too.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
-    numbers = parts.steps.samples(spec.seed, 0, 0)[:most].tolist()
+    numbers = parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist()
     loss, measured = _train_on(parts, spec, numbers)
     if parts.val_set is not None:
-        measured |= _forward(parts, spec, "data.val", list(range(min(most, len(parts.val_set)))))[2]
+        measured |= _forward(parts, spec, "data.val", list(range(min(max_samples, len(parts.val_set)))))[2]
     _check_watched(spec, measured)
     try:
         checkpoint_bytes = lay_out(parts.state()).size
@@ -86,7 +86,7 @@ def _try_parts(
         trial_samples=len(numbers),
         trial_loss=loss,
         data_fingerprint=data_fingerprint,
-        modules=tuple(sorted(code_digests(import_paths).keys() - of_product)),
+        modules=tuple(sorted(code_digests(import_paths).keys() - launcher_modules)),
         rates=parts.schedule.preview(parts.steps),
         init_from=init_from,
     )
@@ -95,13 +95,13 @@ def _try_parts(
 def _accelerator_here(spec: JobSpec) -> str | None:
     if spec.workers.accelerator is None or not torch.cuda.is_available():
         return None
-    from cluster.ray.private_core import accelerator_here  # and with it Ray, which gives accelerators their names
+    from cluster.ray.private_core import accelerator_here  # imports Ray, which names accelerators
 
     return accelerator_here()
 
 
-def _begin_with(spec: InitSpec, parts: Components) -> InitPlan:
-    """Puts in the weights that the run begins with, so that the trial sees them."""
+def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:
+    """Load the weights of ``init_from`` into the model."""
     try:
         weights = read_weights(spec)
     except (StorageError, CheckpointError) as error:
@@ -118,7 +118,7 @@ def _begin_with(spec: InitSpec, parts: Components) -> InitPlan:
     )
 
 
-def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
+def _read_batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
     keyed = KeyedDataset(dataset, seed)
     samples = []
     for number in numbers:
@@ -141,7 +141,7 @@ def _batch(dataset: Any, numbers: list[int], key: str, seed: int) -> Any:
 
 
 def _train_on(parts: Components, spec: JobSpec, numbers: list[int]) -> tuple[float, set[str]]:
-    """The loss of some samples, after a step on them, and the names of what is measured of a step."""
+    """Take one optimizer step on some samples; return their loss and the names of the metrics of a step."""
     numerator, denominator, measured = _forward(parts, spec, "data.train", numbers)
     if not numerator.isfinite():
         raise DescriptionError(
@@ -149,7 +149,7 @@ def _train_on(parts: Components, spec: JobSpec, numbers: list[int]) -> tuple[flo
             "look at the scale of data.train"
         )
     try:
-        # Of the mean, as in training: in 16 bits, gradients of a sum over many samples overflow.
+        # Differentiate the mean, as training does: gradients of a sum over many samples overflow 16 bits.
         (numerator / denominator if denominator else numerator).backward()
     except RuntimeError as error:
         raise DescriptionError(f"loss: backward raised RuntimeError: {_in_short(error)}") from error
@@ -177,10 +177,13 @@ def _step(parts: Components, what: str) -> None:
 
 
 def _forward(parts: Components, spec: JobSpec, key: str, numbers: list[int]) -> tuple[Tensor, float, set[str]]:
-    """Numerator and denominator of the loss over some samples, and the names of what is measured of them."""
+    """Return numerator and denominator of the loss over some samples, and the names of their metrics.
+
+    Shapes: numerator [], with a graph if ``key`` is ``data.train``.
+    """
     train = key == "data.train"
     dataset = parts.train_set if train else parts.val_set
-    inputs, target = to_device(_batch(dataset, numbers, key, spec.seed), parts.device)
+    inputs, target = to_device(_read_batch(dataset, numbers, key, spec.seed), parts.device)
     parts.model.train(train)
     seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
     with parts.autocast(), torch.set_grad_enabled(train):
@@ -196,7 +199,7 @@ def _forward(parts: Components, spec: JobSpec, key: str, numbers: list[int]) -> 
         try:
             as_written = parts.loss.as_written(output, target)
             if as_written is not None:
-                as_written = as_written.detach()  # of its graph, for which training needs no memory
+                as_written = as_written.detach()  # drop its graph: training does not need memory for it
             numerator, own = parts.loss.numerator(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
@@ -215,7 +218,7 @@ def _forward(parts: Components, spec: JobSpec, key: str, numbers: list[int]) -> 
 
 
 def _check_watched(spec: JobSpec, measured: set[str]) -> None:
-    """Refuses to wait for a metric that is never measured."""
+    """Raise if the description watches a metric that is never measured."""
     for key, metric in watched_metrics(spec).items():
         kind, _, name = metric.partition("/")
         if name == "accuracy" and metric not in measured:
@@ -244,4 +247,4 @@ def _group_plans(parts: Components) -> list[GroupPlan]:
 
 
 def _in_short(error: BaseException) -> str:
-    return one_line(error)[:_MOST_CHARACTERS]
+    return one_line(error)[:_MAX_ERROR_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster have what a run needs: versions, variables, the store, and room that can ever be."""
+"""Checks that the nodes of a cluster have what a run needs: versions, variables, the store, and enough room."""
 
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping
@@ -14,36 +14,36 @@ from launcher.planning.placement import decide_workers, resources_of
 from launcher.planning.plan import DryRunResult, Plan, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
-_DIGITS = 12
-"""Of a digest, in a line."""
+_DIGEST_DIGITS = 12
+"""Digits of a launcher digest that an error text shows."""
 
 
 def own_versions() -> dict[str, str]:
-    """Those of this process, by the names of ``NodeReport``."""
+    """Return the versions of this process, by the names that ``NodeReport`` uses."""
     return {**submission_versions(), "ray": importlib.metadata.version("ray")}
 
 
 def check_nodes(
     report: ClusterReport, spec: JobSpec, where: str, own: Mapping[str, str], warn: Callable[[str], None]
 ) -> None:
-    """Makes sure that the nodes have what a run needs.
+    """Check that the nodes have what a run needs.
 
     Args:
         report: What the nodes reported.
-        spec: The job, which tells the nodes that could hold a worker from the others.
-        where: What to call the cluster.
+        spec: The job; it decides which nodes could hold a worker.
+        where: The name of the cluster in errors.
         own: The versions of this process.
-        warn: Told of nodes of which nothing is known.
+        warn: Receives a warning about nodes that did not report.
 
     Raises:
-        ClusterError: They do not have it.
+        ClusterError: No node reported; or versions differ, a variable is missing, or the store cannot be used.
     """
     if report.silent and not report.nodes:
         raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")
     hosts = _ids_of_hosts(spec, report.capacity)
-    unlike = [text for name in _VERSIONS if (text := _unlike(report, hosts, name, own[name]))]
-    if unlike:
-        raise ClusterError(f"{where}: versions differ: {'; '.join(unlike)}; install the same everywhere")
+    differences = [text for name in _VERSIONS if (text := _version_difference(report, hosts, name, own[name]))]
+    if differences:
+        raise ClusterError(f"{where}: versions differ: {'; '.join(differences)}; install the same everywhere")
     lacking = [f"{node.address} lacks {listed(node.missing)}" for node in report.nodes if node.missing]
     if lacking:
         raise ClusterError(f"{where}: environment variables: {'; '.join(lacking)}; set them where its nodes start")
@@ -58,7 +58,7 @@ def check_nodes(
 
 
 def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
-    """The nodes that could hold a worker; all of them if no plan fits, which is told elsewhere."""
+    """Return the nodes that could hold a worker; all nodes if the job does not fit, which ``fit`` reports."""
     try:
         gpus = decide_workers(spec, capacity, gpus_here=0).gpus
     except DescriptionError:
@@ -67,16 +67,16 @@ def _ids_of_hosts(spec: JobSpec, capacity: Capacity) -> set[str]:
     return {node.id for node in capacity.nodes if node.most(worker)}
 
 
-def _unlike(report: ClusterReport, hosts: Collection[str], name: str, own: str) -> str:
-    """In which versions of something the nodes differ among each other or from this machine; empty: in none.
+def _version_difference(report: ClusterReport, hosts: Collection[str], name: str, own: str) -> str:
+    """Return which nodes, and this machine, have which version of a package; empty if all agree.
 
-    torch is built for a kind of device, ``2.13.0+cpu``. Nodes that could hold a worker must have the same build; a
-    laptop, or a head that only drives, may have another one of the same version.
+    torch has a build per kind of device, such as ``2.13.0+cpu``. Nodes that could hold a worker must have the same
+    build. A laptop, or a head that only runs the driver, may have another build of the same version.
 
     Args:
         report: What the nodes reported.
         hosts: The ids of the nodes that could hold a worker.
-        name: What the versions are of.
+        name: The package.
         own: The version on this machine.
     """
     places: dict[str, list[str]] = {}
@@ -100,14 +100,14 @@ def _public(version: str) -> str:
 
 
 def _short(name: str, version: str) -> str:
-    return version[:_DIGITS] if name == "launcher" else version
+    return version[:_DIGEST_DIGITS] if name == "launcher" else version
 
 
 def fit(description: Description, store: Store, tried: DryRunResult, capacity: Capacity, where: str) -> Plan:
-    """The plan on a cluster.
+    """Return the plan of a job on a cluster.
 
     Raises:
-        ClusterError: The cluster can never hold the workers.
+        ClusterError: The cluster can never hold the workers; the text lists its nodes.
     """
     try:
         return decide(description, store, tried, capacity)

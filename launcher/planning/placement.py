@@ -1,4 +1,4 @@
-"""What there is to run on, this machine or a cluster, and whether a job can ever fit there."""
+"""Decides GPUs and workers from what this machine or a cluster has, and refuses a job that can never fit."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,21 @@ from jobs.spec import JobSpec, WorkersSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Who works."""
+    """The GPUs per worker, and the number of workers."""
 
     gpus: int
-    """Per worker."""
+    """GPUs per worker."""
     num_workers: int
-    """To begin with."""
+    """The number of workers at the start."""
     why_cpu: str
-    """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
+    """Why ``workers.gpus: auto`` gives workers no GPU; empty if that needs no warning."""
 
 
 def check_machine(spec: JobSpec) -> None:
-    """Refuses more workers than this machine's cores can ever hold.
+    """Refuse more workers than this machine's cores can hold.
 
     Raises:
-        DescriptionError: They do not fit.
+        DescriptionError: The workers do not fit.
     """
     cores, workers = num_cores(), spec.workers
     fits = int(cores / workers.cpus)
@@ -39,18 +39,18 @@ def check_machine(spec: JobSpec) -> None:
 def decide_workers(
     spec: JobSpec, capacity: Capacity | None, gpus_here: int, accelerator_here: str | None = None
 ) -> Decision:
-    """GPUs per worker, and the workers to begin with.
+    """Decide the GPUs per worker and the number of workers at the start.
 
-    What a cluster does not have yet, but may get, counts: the driver waits for it.
+    Nodes that the cluster's autoscaler may start count, too: the driver waits for them.
 
     Args:
         spec: The description.
-        capacity: What the cluster has and may get; none: it is this machine alone.
-        gpus_here: The GPUs of this machine.
-        accelerator_here: Their type; none: it has none, or none is written.
+        capacity: What the cluster has and may get. None: the job runs on this machine.
+        gpus_here: The number of GPUs of this machine.
+        accelerator_here: Their type, by Ray's name. None: there is no GPU, or the description names no type.
 
     Raises:
-        DescriptionError: The cluster could never hold them, or this machine has too few GPUs, or others.
+        DescriptionError: The cluster can never hold the workers; or this machine has too few GPUs, or another type.
     """
     workers = spec.workers
     if capacity is None and workers.accelerator not in (None, accelerator_here):
@@ -59,7 +59,7 @@ def decide_workers(
             "remove it, or run on a cluster that has such nodes"
         )
     place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
-    # Also if the cluster tells what its autoscaler may bring it to: of the kinds of accelerators it need not tell.
+    # capacity.limits is not enough: a cluster may report the limits of its autoscaler without accelerator types.
     is_declared = capacity is None or capacity.groups
     more = "" if is_declared else "; if its autoscaler may start such nodes, write them as cluster.autoscaler"
     gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
@@ -92,12 +92,12 @@ def decide_workers(
 
 
 def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
-    """What a run that fits would wait for if it began now; empty: for nothing.
+    """Return what a run that fits would wait for if it started now; empty: nothing.
 
     Args:
         spec: The description.
-        capacity: As for ``decide_workers``.
-        gpus: Per worker.
+        capacity: See ``decide_workers``.
+        gpus: GPUs per worker.
     """
     workers = spec.workers
     if capacity is None:
@@ -112,10 +112,10 @@ def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
 
 
 def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
-    """What each worker reserves; ``gpus``: what was decided of them."""
+    """Return what each worker reserves; ``gpus`` is what ``decide_workers`` decided."""
     return WorkerResources(cpus=workers.cpus, gpus=gpus, accelerator=workers.accelerator)
 
 
 def places_of(workers: WorkersSpec, gpus: int) -> Places:
-    """The places that all workers may have; ``gpus``: what was decided of them."""
+    """Return the places of all workers; ``gpus`` is what ``decide_workers`` decided."""
     return Places(resources=resources_of(workers, gpus), most=workers.most, placement=workers.placement)

@@ -1,8 +1,8 @@
-"""Everything that is decided and checked before a worker starts.
+"""Plans a run: decides and checks everything before a worker starts.
 
-Cheap checks come first: the description against itself and the machine or the cluster, then the store, then, with
-torch, the objects it names and one real micro-batch through model, loss and backward, in the place of one worker where
-there is a cluster. No worker is started and nothing is left behind.
+Cheap checks come first: the description against the machine or the cluster, then the store. Last comes the dry run,
+which builds the components and trains on one real micro-batch; on a cluster it runs in the place of one worker. No
+worker is started, and nothing is left behind.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from cluster.kinds.ray import Cluster
 
 ENTRY = "jobs.training.worker:main"
-"""What a training process runs."""
-_TRIAL = "launcher.planning.dry_run:try_out"
+"""The entry point of a training process."""
+_DRY_RUN = "launcher.planning.dry_run:try_out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupPlan:
-    """One row of the table of parameter groups."""
+    """A parameter group, as a plan shows it."""
 
     pattern: str
     tensors: int
@@ -41,37 +41,39 @@ class GroupPlan:
     lr: float
     weight_decay: float
     from_epoch: int
-    """The epoch, counted from 0, in which it begins to train."""
+    """The epoch, from 0, in which the group begins to train."""
     from_step: int
-    """The optimizer step after which it does."""
+    """The number of completed steps after which it begins to train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitPlan:
-    """Which weights a run begins with; ``jobs.checkpoint.warm_start.LoadReport`` without torch."""
+    """The weights a run begins with; ``jobs.checkpoint.warm_start.LoadReport`` without torch."""
 
     url: str
-    """The very checkpoint or file."""
+    """The checkpoint or file."""
     sha256: str
-    """Of the file that holds the weights."""
+    """The digest of the file that holds the weights."""
     loaded: tuple[str, ...]
+    """Tensors of the model that get their values from it."""
     kept: tuple[str, ...]
+    """Tensors of the model that keep their initial values."""
     unused: tuple[str, ...]
-    """Names in the source that nothing in the model takes."""
+    """Tensors of the file that the model does not have."""
     passed_over: tuple[str, ...]
     """The defects of newer checkpoints of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRunResult:
-    """What building and trying out told."""
+    """What the dry run has found out."""
 
     steps: StepPlan
     num_val_samples: int
     gpus_here: int
-    """GPUs of this machine."""
+    """The number of GPUs of the machine on which the dry run ran."""
     accelerator_here: str | None
-    """Their type, by Ray's name; none: it has none, or the description names none."""
+    """Their type, by Ray's name. None: there is no GPU, or the description names no type."""
     groups: list[GroupPlan]
     parameters: int
     checkpoint_bytes: int
@@ -79,14 +81,14 @@ class DryRunResult:
     trial_loss: float
     data_fingerprint: str
     modules: tuple[str, ...]
-    """The user's own that were imported, by name."""
+    """The names of the imported modules of the user."""
     rates: tuple[tuple[int, float], ...]
     init_from: InitPlan | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What follows from a description and a machine."""
+    """Everything that follows from a description and a machine or cluster."""
 
     run: str
     """The run directory's URL."""
@@ -97,29 +99,29 @@ class Plan:
     total_steps: int
     end_step: int
     unused_per_epoch: int
-    """Samples beyond the last whole batch; others in every epoch."""
+    """Samples beyond the last whole batch; other samples in every epoch."""
     num_workers: int
-    """The workers to begin with; more or fewer may follow, if that is what is written."""
+    """The number of workers at the start; an elastic run may change it."""
     shards_by_worker: tuple[int, ...]
     gpus: int
     """GPUs per worker."""
     why_cpu: str
-    """Why workers get no GPU, where ``workers.gpus: auto`` may have meant one; else nothing."""
+    """Why ``workers.gpus: auto`` gives workers no GPU; empty if that needs no warning."""
     why_wait: str
-    """What a run would wait for if it began now; else nothing."""
+    """What a run would wait for if it started now; empty: nothing."""
     groups: tuple[GroupPlan, ...]
     parameters: int
-    """Trainable and frozen numbers in the model."""
+    """The number of parameters of the model, trainable and frozen."""
     checkpoint_bytes: int
-    """About the size of one checkpoint."""
+    """The approximate size of one checkpoint."""
     trial_samples: int
     trial_loss: float
     data_fingerprint: str
-    """A digest of the number of samples, the classes and the targets, where the datasets tell them."""
+    """A digest of the number of samples, the classes and the targets, as far as the datasets list them."""
     rates: tuple[tuple[int, float], ...]
-    """A few steps and the learning rates they use, in the last group; none where the schedule follows a metric."""
+    """(step, learning rate of the last group) for a few steps; empty if the schedule follows a metric."""
     init_from: InitPlan | None
-    """The weights that the run begins with, if they are not random."""
+    """The weights that the run begins with. None: random ones."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
@@ -135,21 +137,21 @@ def make_plan(
     *,
     may_wait: bool,
 ) -> Plan:
-    """Checks everything and decides everything; takes a few seconds, for torch and the trial.
+    """Check and decide everything; takes a few seconds, for torch and the dry run.
 
     Args:
-        description: What to plan.
-        run_url: The run whose directory holds the user's code, if it is a bundle.
-        code: Where the user's own modules are.
-        cluster: What to run on; this process has joined it.
-        tell: Takes what is waited for.
-        may_wait: The run is to begin, so wait for room where the cluster has none. If False, try the job out on this
-            host's CPU instead.
+        description: The job.
+        run_url: The run whose directory holds the user's code, if that is a bundle.
+        code: Where the user's modules are.
+        cluster: The cluster to run on; this process has joined it.
+        tell: Receives what is waited for.
+        may_wait: If True, wait for room for the dry run where the cluster has none. If False, run it on this host's
+            CPU instead.
 
     Raises:
-        DescriptionError: The description cannot run as written, there.
-        StorageError: The user's code cannot be had there.
-        ClusterError: There is no room for the trial, or the cluster is not fit for it.
+        DescriptionError: The job cannot run there as it is described.
+        StorageError: A node cannot read the user's code.
+        ClusterError: There is no room for the dry run, or the cluster is not fit for it.
     """
     spec, capacity = description.spec, cluster.capacity()
     with named_errors(description.source):
@@ -161,49 +163,54 @@ def make_plan(
             worker = resources_of(spec.workers, gpus)
             tries_here = not may_wait and not capacity.room(worker)
             forks_here = tries_here or any(node.is_here and node.most(worker) for node in capacity.nodes)
-        call = _make_call(spec, code.task(_TRIAL, run_url, spec), gpus)
+        call = _make_call(spec, code.task(_DRY_RUN, run_url, spec), gpus)
         if forks_here:
             fork_server.start(call.modules)
         else:
-            fork_server.stop()  # one that was started before it was known where workers can be
+            fork_server.stop()  # import_ahead may have started it before it was known where workers can be
         if capacity is not None and may_wait:
             cluster.prepare_group(ENTRY, places_of(spec.workers, gpus))
 
-        def try_out() -> DryRunResult:
-            if not tries_here:
-                return cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
-            tell(f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}")
-            return call_here(call)
+        def dry_run() -> DryRunResult:
+            result: DryRunResult
+            if tries_here:
+                tell(
+                    f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}"
+                )
+                result = call_here(call)
+            else:
+                result = cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
+            return result
 
         store = check_store(spec)
-        tried = _tried(try_out)
+        tried = _with_described_errors(dry_run)
     return decide(description, store, tried, capacity)
 
 
 def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunResult:
-    """Checks all of a job but its store that does not depend on where it will train, on this machine and its CPU.
+    """Run the dry run of a job on this machine's CPU, wherever the job will train.
 
-    That is its parts, and one micro-batch.
+    Neither its store nor room for its workers is checked.
 
     Raises:
-        DescriptionError: The description cannot run as written.
+        DescriptionError: The job cannot run as it is described.
     """
     spec = description.spec
-    call = _make_call(spec, UserCode(folders=import_paths).task(_TRIAL, "", spec), gpus=0)
+    call = _make_call(spec, UserCode(folders=import_paths).task(_DRY_RUN, "", spec), gpus=0)
     with named_errors(description.source):
         fork_server.start(call.modules)
-        return _tried(lambda: call_here(call))
+        return _with_described_errors(lambda: call_here(call))
 
 
 def import_ahead(cluster: "Cluster", modules: tuple[str, ...]) -> None:
-    """Begins to import what a driver needs, and what processes do that train or try a job out if one may live here.
+    """Start to import what the driver needs, and start the fork server if workers may run on this host.
 
     Args:
-        cluster: This process has joined it.
-        modules: See ``modules_for``.
+        cluster: The cluster; this process has joined it.
+        modules: The modules that the fork server imports, see ``modules_for``.
 
     Raises:
-        ClusterError: It is gone.
+        ClusterError: The cluster is gone.
     """
     cluster.import_ahead()
     capacity = cluster.capacity()
@@ -212,11 +219,11 @@ def import_ahead(cluster: "Cluster", modules: tuple[str, ...]) -> None:
 
 
 def modules_for(spec: JobSpec) -> tuple[str, ...]:
-    """What processes import that train or try a job out, as far as it is the product's own.
+    """Return the launcher's own modules that training processes and the dry run import.
 
-    The workers of a host will be forked from the same server, so torch is imported once, and not in this process.
+    All of them on a host are forked from one server, so torch is imported once, and not in this process.
     """
-    return (*modules_of(ENTRY), _TRIAL.partition(":")[0], *(["jobs.build.metrics"] if spec.metrics else []))
+    return (*modules_of(ENTRY), _DRY_RUN.partition(":")[0], *(["jobs.build.metrics"] if spec.metrics else []))
 
 
 def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
@@ -230,14 +237,14 @@ def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
     )
 
 
-def _tried(try_out: Callable[[], DryRunResult]) -> DryRunResult:
-    """What a trial told.
+def _with_described_errors(dry_run: Callable[[], DryRunResult]) -> DryRunResult:
+    """Run the dry run; a process that died or hung becomes a ``DescriptionError``.
 
     Raises:
-        DescriptionError: It failed for what is written.
+        DescriptionError: The dry run failed, died or took too long.
     """
     try:
-        return try_out()
+        return dry_run()
     except ChildProcessError as error:
         raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
     except TimeoutError as error:
@@ -248,10 +255,10 @@ def _tried(try_out: Callable[[], DryRunResult]) -> DryRunResult:
 
 
 def decide(description: Description, store: Store, tried: DryRunResult, capacity: "Capacity | None") -> Plan:
-    """The plan of a job that was tried out.
+    """Return the plan of a job, given the result of its dry run.
 
     Raises:
-        DescriptionError: It can never fit there.
+        DescriptionError: The workers can never fit there.
     """
     spec = description.spec
     with named_errors(description.source):
@@ -284,21 +291,20 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
 
 
 def checked_store(description: Description) -> Store:
-    """The store of a description, in which one object was written, read and deleted.
+    """Return the store of a description after ``check_store``, with the name of the job file in errors.
 
     Raises:
-        DescriptionError: It cannot be used.
+        DescriptionError: The store cannot be used.
     """
     with named_errors(description.source):
         return check_store(description.spec)
 
 
 def check_store(spec: JobSpec) -> Store:
-    """Writes, reads and deletes one object in the store.
+    """Open the store of a job, and write, read and delete one object in it.
 
     Raises:
-        StorageError: That fails.
-        DescriptionError: No other process could see what is written there.
+        DescriptionError: The store cannot be used, or no other process would see what is written there.
     """
     try:
         store = Store(spec.store)

@@ -1,1 +1,1 @@
-"""A run as it is seen from anywhere: its status, its logs, its job; and stopping it."""
+"""Reads the status, logs and job of a run from any machine, and stops it."""

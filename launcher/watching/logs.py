@@ -1,4 +1,4 @@
-"""What a run has printed: the logs of its workers, from its directory, and that of its job, from its cluster."""
+"""Reads the logs of a run: those of its workers from its directory, and that of its job from its cluster."""
 
 import codecs
 import math
@@ -16,14 +16,14 @@ from launcher.watching.submitted_job import SubmittedJob
 
 _INTERVAL_S = 2.0
 _LOGS_INTERVAL_S = 20.0
-"""How often the logs of workers are read: agents write them as often. A long log of a job is, too."""
+"""How often workers' logs are read, since agents write them as often; and a job's log once it is long."""
 _LONG_LOG_BYTES = 10**6
-"""A cluster gives the log of a job only whole."""
+"""From this size on, a job's log is read less often: a cluster gives it only whole."""
 _TAIL_BYTES = 64 * 2**10
-"""Of the end of a log, by which it is found again in a later one that lacks the beginning."""
+"""How much of the end of a log is kept, to find the place in a later read that lacks the beginning."""
 _PATIENCE_S = 600.0
-"""How long the cluster of a run that has not begun may tell nothing of its job."""
-_GOES_ON = ("running", "submitted")
+"""How long the state of the job may stay unknown while the run has not begun."""
+_ALIVE = ("running", "submitted")
 
 T = TypeVar("T")
 
@@ -36,38 +36,38 @@ def log_pieces(
     warn: Callable[[str], None],
     job: SubmittedJob | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """(log, text) for every log of a run and, with ``follow``, for what is added to one, until the run has ended.
+    """Yield (log name, text) of every log of a run and, with ``follow``, of every addition until the run has ended.
 
     Args:
-        run: Whose.
-        worker: Only this worker's.
-        follow: Go on until the run has ended, and its job; a store that is away meanwhile is waited for, a while.
-        warn: Says that it is away, or that the cluster is, and what a run that has not begun waits for.
-        job: Its job on a cluster, whose log comes last: what the driver's process wrote to stdout and stderr. None: no
-            cluster is asked.
+        run: The run.
+        worker: Yield only the log of this worker.
+        follow: Go on until the run and its job have ended; meanwhile, retry a store that does not answer.
+        warn: Receives warnings: the store or the cluster does not answer, or what a run that has not begun waits for.
+        job: The run's job on a cluster, whose log, the driver's stdout and stderr, comes last. None: no cluster is
+            asked.
 
     Raises:
-        StorageError: The store does not answer; with ``follow``, not for as long as ``read_patiently`` bears.
-        ClusterError: The cluster does not give the log of the job; the others have been yielded. While the run goes on,
-            it is asked again, but for ten minutes at most if the run has not begun.
+        StorageError: The store does not answer; with ``follow``, for longer than ``read_patiently`` retries.
+        ClusterError: The cluster does not give the log of the job; the other logs have been yielded. With ``follow``,
+            the cluster is asked again while the run goes on, but at most ten minutes if the run has not begun.
     """
 
     def read(call: Callable[[], T]) -> T:
         return read_patiently(call, warn, time.monotonic, time.sleep) if follow else call()
 
-    shown: defaultdict[str, _Shown] = defaultdict(_Shown)
-    waiting, workers_read_at, job_due_at = _Waiting(run, warn), -math.inf, -math.inf
+    shown: defaultdict[str, _ShownLog] = defaultdict(_ShownLog)
+    waiting, workers_read_at, job_due_at = _WaitReporter(run, warn), -math.inf, -math.inf
     while True:
         is_last = True
         if follow:
             document = read(lambda: _document(run, job))
-            is_last = not _goes_on(document)
+            is_last = not _may_grow(document)
             if not is_last:
-                waiting.look_at(document)
+                waiting.report(document)
         if is_last or time.monotonic() - workers_read_at >= _LOGS_INTERVAL_S:
             workers_read_at = time.monotonic()
             for name in read(lambda: run.log_names(rank=worker)):
-                yield from _news(shown, name, read(partial(run.read_log, name)), is_last=is_last)
+                yield from _addition(shown, name, read(partial(run.read_log, name)), is_last=is_last)
         if job is not None and worker is None and (is_last or time.monotonic() >= job_due_at):
             try:
                 log = job.log().encode(errors="replace")
@@ -77,7 +77,7 @@ def log_pieces(
             else:
                 if len(log) > _LONG_LOG_BYTES:
                     job_due_at = time.monotonic() + _LOGS_INTERVAL_S
-                yield from _news(shown, f"job {job.id}", log, is_last=is_last)
+                yield from _addition(shown, f"job {job.id}", log, is_last=is_last)
         if is_last:
             return
         time.sleep(_INTERVAL_S)
@@ -87,37 +87,37 @@ def _document(run: RunDirectory, job: SubmittedJob | None) -> dict[str, Any]:
     return read_status(run, LONG_SILENCE_S) if job is None else job.document(LONG_SILENCE_S)
 
 
-def _goes_on(document: Mapping[str, Any]) -> bool:
-    """Whether more may come: from the run, or from its job, whose last words come after the end of the run."""
-    return document["status"] in _GOES_ON or document.get("job_status") in ("pending", "running")
+def _may_grow(document: Mapping[str, Any]) -> bool:
+    """Return whether logs may still grow; the job writes the end of its log after the run has ended."""
+    return document["status"] in _ALIVE or document.get("job_status") in ("pending", "running")
 
 
-class _Waiting:
-    """Says why nothing comes, and ends the wait for a run that has not begun, and of whose job nothing is known.
+class _WaitReporter:
+    """Warns why no log comes; gives up on a run that has not begun if the state of its job stays unknown.
 
     Args:
-        run: Which is followed.
-        warn: Is told why.
+        run: The run that is followed.
+        warn: Receives the reason.
     """
 
     def __init__(self, run: RunDirectory, warn: Callable[[str], None]) -> None:
         self._run, self._warn = run, warn
-        self._said = ""
+        self._last_reason = ""
         self._unknown_since: float | None = None
 
-    def look_at(self, document: Mapping[str, Any]) -> None:
-        """Says what has changed, if something has.
+    def report(self, document: Mapping[str, Any]) -> None:
+        """Warn if the reason has changed.
 
         Args:
-            document: How the run stands, with what its cluster says of the job if that was asked.
+            document: The status of the run, with the state of its job if a cluster was asked.
 
         Raises:
-            ClusterError: The run has not begun, and the cluster has told nothing of its job for a long time.
+            ClusterError: The run has not begun, and the state of its job was unknown for ten minutes.
         """
-        text = self._why(document)
-        if text and text != self._said:
-            self._warn(text)
-        self._said = text
+        reason = self._reason(document)
+        if reason and reason != self._last_reason:
+            self._warn(reason)
+        self._last_reason = reason
         if document.get("job_status", "") is not None:
             self._unknown_since = None
             return
@@ -129,8 +129,8 @@ class _Waiting:
                 f"{_PATIENCE_S / 60:.0f} minutes: {document['job_message']}"
             )
 
-    def _why(self, document: Mapping[str, Any]) -> str:
-        """Why nothing comes; empty: something does, or soon will."""
+    def _reason(self, document: Mapping[str, Any]) -> str:
+        """Return why no log comes; empty if logs come or will soon."""
         if document.get("job_status", "") is None:
             return f"{document['job_message']}; asking again"
         if document["status"] != "submitted":
@@ -144,23 +144,23 @@ class _Waiting:
         return f"{self._run.url}: job {document['job']} is pending{message}"
 
 
-class _Shown:
+class _ShownLog:
     """How much of a log has been shown."""
 
     def __init__(self) -> None:
         self._bytes = 0
-        """Of the log as it was read last."""
+        """The length of the log in the last read."""
         self._tail = b""
-        """The end of that."""
+        """The end of the log in the last read."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a piece may end within a character
 
-    def news(self, log: bytes, *, is_last: bool) -> str:
-        """What a log has grown by.
+    def addition(self, log: bytes, *, is_last: bool) -> str:
+        """Return what was added to a log since the last read.
 
         Args:
-            log: All of it, or the end of it if it is long; all of that counts as new if the end of what was shown is
-                not in it.
-            is_last: Nothing is added to it any more.
+            log: The whole log, or only its end if it is long. If the tail of the last read is not in it, all of it
+                counts as new.
+            is_last: The log does not grow any more.
         """
         shown = self._bytes
         if log[max(0, shown - len(self._tail)) : shown] != self._tail:
@@ -171,7 +171,7 @@ class _Shown:
         return self._decoder.decode(new, is_last)
 
 
-def _news(shown: defaultdict[str, _Shown], name: str, log: bytes, *, is_last: bool) -> Iterator[tuple[str, str]]:
-    """What a log has grown by since it was shown last, if it has."""
-    if new := shown[name].news(log, is_last=is_last):
-        yield name, new
+def _addition(shown: defaultdict[str, _ShownLog], name: str, log: bytes, *, is_last: bool) -> Iterator[tuple[str, str]]:
+    """Yield what was added to a log since it was shown last, if anything was."""
+    if text := shown[name].addition(log, is_last=is_last):
+        yield name, text

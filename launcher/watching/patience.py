@@ -1,4 +1,4 @@
-"""Reading again while a store is away, for a person who follows a run from elsewhere."""
+"""Retries reads from a store that does not answer, for commands that follow a run."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,21 +15,22 @@ T = TypeVar("T")
 def read_patiently(
     read: Callable[[], T], warn: Callable[[str], None], clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> T:
-    """Reads from a store, and again for as long as the store fails it, ten minutes at most.
+    """Read from a store, and retry for up to ten minutes while the store fails.
 
     Args:
-        read: May be called any number of times.
-        warn: Says, once, that the store does not answer.
-        clock, sleep: Seconds that only grow, and waiting for some.
+        read: The read; it may be called any number of times.
+        warn: Receives one warning that the store does not answer.
+        clock: Monotonic seconds.
+        sleep: Waits for some seconds.
 
     Returns:
-        What the first read gives that succeeds.
+        The result of the first read that succeeds.
 
     Raises:
-        MissingObject: The store answers, and lacks what is read.
-        StorageError: It still fails after that time.
+        MissingObject: The store answers that the object does not exist.
+        StorageError: The store still fails after ten minutes.
     """
-    began_at, is_told = clock(), False
+    began_at, has_warned = clock(), False
     while True:
         try:
             return read()
@@ -38,7 +39,7 @@ def read_patiently(
         except StorageError as error:
             if clock() - began_at > _PATIENCE_S:
                 raise StorageError(f"{error}; the run may go on, look at `launcher status`") from error
-            if not is_told:
+            if not has_warned:
                 warn(f"{error}; trying again for {_PATIENCE_S / 60:.0f} minutes")
-            is_told = True
+            has_warned = True
         sleep(_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""What a run directory says of its run, for someone who has nothing else."""
+"""Reads the status of a run, and of its checkpoints, from its directory alone."""
 
 import math
 import time
@@ -14,37 +14,38 @@ from cluster.run.submissions import Submission, SubmissionReport, UnreadableSubm
 from launcher.driver.background_writer import HANGS_S
 
 SILENCE_S = 3 * HANGS_S + 10.0
-"""A driver elsewhere is said to be gone once its last sign of life is older: 55 s, within a minute of its death.
+"""A driver on another host counts as gone once its last status is this old: 55 s, within a minute of its death.
 
-A driver gives a sign every ``STATUS_INTERVAL_S`` if its store is fast. If it is slow, the next sign follows the step of
-its work for the store that it is at. A sign bears the time at which its write began, so that its age is at most that
-write, a step, and the next write. What takes longer than ``HANGS_S`` counts, for the driver too, as failed by the
-store. The rest, 10 s, is for clocks that differ.
+A driver writes its status every ``STATUS_INTERVAL_S`` if its store is fast. If the store is slow, the next write waits
+for the background writer's current operation. A status carries the time at which its write began, so its age is at most
+that write, one operation, and the next write. Any of the three that takes longer than ``HANGS_S`` counts as failed, for
+the driver too. The remaining 10 s allow for clocks that differ.
 """
 LONG_SILENCE_S = 120.0
-"""After this long it counts as gone for those who act on it, or wait for it: its store, or its clock, may be at fault,
-and a wrong word in a table is mended by the next look."""
+"""The same limit for code that acts on the answer or waits for it: a slow store or a wrong clock must not mislead it.
+In a table, a wrong status is corrected by the next read."""
 _WATCH_S = 2 * STATUS_INTERVAL_S + 2.0
+"""How long a live driver may take to write its status again."""
 _CLOCK_ERROR_S = 3600.0
-"""By how much the clocks of two machines may differ: stores refuse requests long before."""
+"""The largest difference between the clocks of two machines: stores refuse requests long before."""
 _LOOK_INTERVAL_S = 0.5
 NOT_BEGUN: dict[str, Any] = {
     "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
     "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
 }  # fmt: skip
-"""What there is to say of a run that has not begun."""
+"""The status document of a run that has not begun."""
 
 
 def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, Any]:
-    """The ``--json`` document of a run, whoever wrote it last; a listing, and one small object.
+    """Return the ``--json`` document of a run; costs one listing and one small object.
 
     Args:
-        run: Which.
-        silence_s: How long a driver elsewhere may write nothing before it counts as gone.
+        run: The run.
+        silence_s: How long a driver on another host may write nothing before it counts as gone, in seconds.
     """
     status = run.read_status()
     is_gone = status is not None and status["status"] == "running" and _is_gone(status, silence_s)
-    # Of a run that goes on, or is complete, the submission has nothing to add, and a listing of many costs less.
+    # For a run that goes on or is complete, the submission adds nothing; skipping it makes listings cheap.
     if status is None or is_gone or status["status"] not in ("running", "completed"):
         unanswered = _unanswered_submission(run, status)
         if unanswered is not None:
@@ -62,7 +63,7 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
 
 
 def about_submission(submission: Submission) -> dict[str, Any]:
-    """Who submitted a run, when, to which cluster and as which job."""
+    """Return the keys that tell who submitted a run, when, to which cluster and as which job."""
     about = {"job": submission.job, "cluster": submission.cluster, "user": submission.user, "host": submission.host}
     return {**about, "submitted_at": submission.time}
 
@@ -70,11 +71,11 @@ def about_submission(submission: Submission) -> dict[str, Any]:
 def _unanswered_submission(
     run: RunDirectory, status: Mapping[str, Any] | None
 ) -> tuple[SubmissionReport, Submission] | None:
-    """The newest submission of a run, if no driver has taken it, nor gone on with the run without it since.
+    """Return the newest submission of a run if no driver has taken it, and none has driven the run since.
 
     Args:
-        run: Which.
-        status: How the run stands; none: it never had a driver.
+        run: The run.
+        status: The status of the run. None: it never had a driver.
     """
     report = run.submissions.newest()
     if report is None or report.state in ("taken", "done"):
@@ -88,7 +89,7 @@ def _unanswered_submission(
 def _submitted_document(
     run: RunDirectory, report: SubmissionReport, submission: Submission, silence_s: float
 ) -> dict[str, Any]:
-    """What there is to say of a submission that no driver has taken; ``begun`` is false in no other document."""
+    """Return the status of a submission that no driver has taken; only here is ``begun`` False."""
     status, error, waits_for = "submitted", None, None
     if report.state == "stopped":
         status = "stopped"
@@ -107,12 +108,12 @@ def _submitted_document(
 
 
 def without_driver(status: dict[str, Any]) -> dict[str, Any]:
-    """A status without who wrote it."""
+    """Return a status without the keys about the driver that wrote it."""
     return {name: value for name, value in status.items() if name not in DRIVER_KEYS}
 
 
 def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
-    """The ``--json`` documents of some runs; of one whose newest submission cannot be read, the error is in its own."""
+    """Return the ``--json`` documents of some runs; an unreadable submission becomes the error of its own run."""
 
     def document(run: RunDirectory) -> dict[str, Any]:
         try:
@@ -126,12 +127,12 @@ def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 
 def checkpoint_documents(run: RunDirectory, survey: Survey, *, verify: bool = False) -> list[dict[str, Any]]:
-    """What is known of each checkpoint of a run, by step.
+    """Return a document about each checkpoint of a run, in order of steps.
 
     Args:
-        run: Whose they are.
-        survey: What is there.
-        verify: Read and hash all of them. Without it, ``good`` is none where nothing is known to be wrong.
+        run: The run.
+        survey: The checkpoints in its directory.
+        verify: Read and hash every checkpoint. If False, ``good`` is None unless a defect is known.
     """
     documents = [_bad(step, defect) for step, defect in survey.defects.items()]
     for step, manifest in survey.manifests.items():
@@ -155,13 +156,13 @@ def checkpoint_documents(run: RunDirectory, survey: Survey, *, verify: bool = Fa
 
 
 def remove_orphans(run: RunDirectory) -> Survey:
-    """Deletes what killed saves have left among the checkpoints of a run; bad checkpoints stay.
+    """Delete what killed saves have left among the checkpoints of a run; bad checkpoints stay.
 
     Returns:
-        What was there before.
+        The survey from before the deletion.
 
     Raises:
-        ClusterError: The run is going on: what looks like an orphan may be of a save under way.
+        ClusterError: The run is running: what looks like an orphan may belong to a save in progress.
     """
     before = refuse_if_running(run)
     survey = run.checkpoints.survey()
@@ -172,10 +173,10 @@ def remove_orphans(run: RunDirectory) -> Survey:
 
 
 def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
-    """Whether the driver that wrote this status is alive.
+    """Return whether the driver that wrote this status is alive.
 
-    From another machine, or container, that shows in what it writes: it may take two of its intervals to see. What it
-    wrote at two moments is compared, for its clock need not agree with ours.
+    For a driver on another machine or in another container, watch for its next write, for up to two of its intervals.
+    Two statuses are compared with each other and not with this machine's clock, which may differ from the driver's.
     """
     alive = is_alive(status)
     if alive is not None or _is_gone(status, _CLOCK_ERROR_S):
@@ -190,26 +191,26 @@ def is_driven(run: RunDirectory, status: dict[str, Any]) -> bool:
 
 
 class Lookout:
-    """Looks at a run again and again, and tells when a driver elsewhere counts as gone.
+    """Reads the status of a run repeatedly, and decides when a driver on another host counts as gone.
 
-    The clock of its host need not agree with ours: what it writes while it is watched shows that it lives.
+    A driver that keeps writing is alive, even if the clock of its host differs from this one's.
 
     Args:
-        read: Such as ``read_status`` of the run: how it stands, if a driver may have been silent for some seconds.
-        clock: Seconds that only grow.
+        read: Returns the status, given how many seconds a driver may be silent; such as ``read_status`` of the run.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, read: Callable[[float], dict[str, Any]], clock: Callable[[], float]) -> None:
         self._read, self._clock = read, clock
-        self._seen: float | None = None
+        self._last_updated: float | None = None
         self._changed_at = self._looked_at = clock()
 
     def look(self) -> dict[str, Any]:
-        """The ``--json`` document of the run."""
+        """Return the ``--json`` document of the run."""
         document, now = self._read(_CLOCK_ERROR_S), self._clock()
-        was_away = now - self._looked_at > HANGS_S  # the store, so that what the driver wrote was not seen
-        if document["status"] != "running" or document.get("updated") != self._seen or was_away:
-            self._seen, self._changed_at = document.get("updated"), now
+        was_away = now - self._looked_at > HANGS_S  # the store did not answer, so writes of the driver were missed
+        if document["status"] != "running" or document.get("updated") != self._last_updated or was_away:
+            self._last_updated, self._changed_at = document.get("updated"), now
         self._looked_at = now
         unchanged_s = now - self._changed_at
         if unchanged_s <= _WATCH_S:
@@ -218,10 +219,10 @@ class Lookout:
 
 
 def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
-    """Raises if somebody drives the run, here or anywhere; else tells how it stands, to see whether that changes.
+    """Raise if a driver is alive, on this host or another; else return a digest of the status, to detect a change.
 
     Raises:
-        ClusterError: The run is going on.
+        ClusterError: The run is running.
     """
     status, written = read_status(run, LONG_SILENCE_S), run.read_status()
     is_running = written is not None and written["status"] == "running"

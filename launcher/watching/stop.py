@@ -1,4 +1,4 @@
-"""Stopping a run from anywhere: through its directory, and before it has begun through the job that is to begin it."""
+"""Stops a run from any machine: through its directory, or through its job on a cluster if it has not begun."""
 
 import time
 from typing import Any
@@ -12,24 +12,24 @@ _INTERVAL_S = 0.5
 
 
 def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = None) -> dict[str, Any]:
-    """Asks a run to save and stop, and waits until it has; one that is not running is left as it is.
+    """Ask a run to save and stop, and wait until it has; a run that is not running is left as it is.
 
     Args:
-        run: Which.
+        run: The run.
         timeout_s: How long to wait, in seconds.
-        job: Its job on a cluster, which is stopped if the run has not begun; none: no cluster is asked.
+        job: The run's job on a cluster, which is stopped if the run has not begun. None: no cluster is asked.
 
     Returns:
-        The ``--json`` document at the end.
+        The ``--json`` document after the stop.
 
     Raises:
-        ClusterError: It is still running after ``timeout_s`` seconds; or it has not begun, so that nobody would read
-            the request, and the cluster that was named is none, or another one, or does not stop the job.
+        ClusterError: The run is still running after ``timeout_s``. Or it has not begun, so that no driver reads the
+            request, and no cluster was named, or another cluster, or the cluster does not stop the job.
     """
     deadline = time.monotonic() + timeout_s
     lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
     status = lookout.look()
-    if job is not None and job.is_due():  # also of a run that another driver has begun
+    if job is not None and job.is_due():  # even if another driver is running the run
         status = job.stopped(deadline)
     if status["status"] == "running":
         run.request_stop()
@@ -41,7 +41,7 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
             )
         time.sleep(_INTERVAL_S)
         status = lookout.look()
-    if status["status"] == "submitted":  # for another cluster, or again
+    if status["status"] == "submitted":  # on another cluster, or submitted again meanwhile
         raise ClusterError(
             f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
             f"submitted to, {status['cluster']}"

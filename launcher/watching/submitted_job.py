@@ -1,8 +1,8 @@
-"""The job of a run that was submitted, as its cluster tells of it, beside what the run directory says.
+"""The job of a submitted run: its state on the cluster, combined with what the run directory says.
 
-The run directory has the first word: once a driver has taken the run, it says how the run stands. A cluster is asked
-only if a person names one, for what the directory cannot know: whether the job waits, why it ended before a driver
-took the run, and what it printed.
+The run directory decides: once a driver has taken the run, the status in the directory counts. A cluster is asked only
+if the user names one, for what the directory cannot know: whether the job waits, why it ended before a driver took the
+run, and what it printed.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ _LOG_LINES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmittedJob:
-    """The job that a run was submitted as last, on the cluster that a person names.
+    """The last job of a run on the cluster that the user named.
 
     Attributes:
-        run: Whose job it is.
-        submission_id: Of its newest submission to the cluster; of its newest one, if it knows of none.
-        submission: That.
-        scheduler: The cluster that is asked; it need not be the one that the run was submitted to.
-        cluster: What to call that.
+        run: The run.
+        submission_id: The id of the run's newest submission to the cluster; of its newest to any cluster, if none.
+        submission: The submission with this id.
+        scheduler: The cluster that is asked; the run may have been submitted to another one.
+        cluster: The address of the cluster that is asked.
     """
 
     run: RunDirectory
@@ -44,14 +44,14 @@ class SubmittedJob:
 
     @property
     def id(self) -> str:
-        """What the cluster calls it."""
+        """The cluster's id of the job."""
         return self.submission.job
 
     def read(self) -> Job:
-        """How the job is.
+        """Return the state of the job.
 
         Raises:
-            ClusterError: The cluster does not say, or knows of no such job.
+            ClusterError: The cluster does not answer, or does not know the job.
         """
         job = self.scheduler.read(self.id)
         if job is None:
@@ -62,30 +62,30 @@ class SubmittedJob:
         return job
 
     def log(self) -> str:
-        """What the job has printed so far.
+        """Return what the job has printed so far.
 
         Raises:
-            ClusterError: The cluster does not give it, or knows of no such job.
+            ClusterError: The cluster does not answer, or does not know the job.
         """
         return without_report(self.scheduler.log(self.id))
 
     def is_due(self) -> bool:
-        """Whether the job has yet to take the run."""
+        """Return whether the job has yet to take the run."""
         return self.run.submissions.standing(self.submission_id) == "due"
 
     def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
-        """The ``--json`` document of the run, see ``read_status``, with what the cluster says of the job.
+        """Return the ``--json`` document of the run, see ``read_status``, with the state of the job.
 
-        ``job_status`` is none if the cluster does not say; then ``job_message`` tells why.
+        ``job_status`` is None if the state is unknown; ``job_message`` then says why.
         """
         job, unknown = None, ""
         try:
-            job = self.read()  # before the directory: what the job has written there before it ended is seen
+            job = self.read()  # before the directory, so that what the job wrote before it ended is seen
         except ClusterError as error:
             unknown = str(error)
         document = read_status(self.run, silence_s)
         newest = document.get("cluster", self.submission.cluster)
-        if newest != self.submission.cluster:  # the job that is asked for tells nothing of that one
+        if newest != self.submission.cluster:  # the run was submitted elsewhere since
             status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
             unknown = f"{status}; the run was submitted to {newest} since: give --cluster that"
             return document | {"job_status": None, "job_message": unknown}
@@ -99,19 +99,19 @@ class SubmittedJob:
         return document | _about(job) | {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
 
     def stopped(self, deadline: float) -> dict[str, Any]:
-        """Stops the job of a run that has not begun, and waits for its end; then the run is stopped.
+        """Stop the job of a run that has not begun, wait for its end, and mark the submission as stopped.
 
-        A job that has failed is left as it is. The submission is answered then, for those who ask no cluster; so is one
-        whose job its own cluster does not know.
+        If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission is
+        marked all the same, for commands that ask no cluster.
 
         Args:
-            deadline: Until when to wait, by ``time.monotonic``.
+            deadline: When to give up, by ``time.monotonic``.
 
         Returns:
             The ``--json`` document of the run.
 
         Raises:
-            ClusterError: The cluster does not stop it in time; or it knows of no such job, and is not its own.
+            ClusterError: The job does not end in time; or the cluster does not know it and is not its own cluster.
         """
         is_own = self.cluster == self.submission.cluster
         job = self.scheduler.read(self.id) if is_own else self.read()
@@ -122,7 +122,7 @@ class SubmittedJob:
         if job.status in ("succeeded", "failed"):
             document = self.document(LONG_SILENCE_S)
             if self._is_unanswered():
-                self.run.submissions.mark_failed(self.submission_id, _last_words(job, self.scheduler))
+                self.run.submissions.mark_failed(self.submission_id, _last_output(job, self.scheduler))
             return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
@@ -133,24 +133,24 @@ class SubmittedJob:
                     "look at `launcher status`, or wait with --timeout"
                 )
             time.sleep(_STOP_INTERVAL_S)
-        if self.is_due():  # no driver took it meanwhile
+        if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
         return read_status(self.run, LONG_SILENCE_S)
 
     def _is_unanswered(self) -> bool:
-        """Whether the run directory does not tell how the job ended."""
+        """Return whether the submission is still marked as waiting."""
         states = {report.id: report.state for report in self.run.submissions.reports()}
         return states.get(self.submission_id) == "waiting"
 
 
 def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> SubmittedJob:
-    """The job of a run, on a cluster; that is not asked yet.
+    """Return the job of a run on a cluster, without asking the cluster.
 
     Raises:
         DescriptionError: The run was never submitted.
     """
     there = (each for each in run.submissions.readable() if each[1].cluster == cluster)
-    found = next(there, None) or run.submissions.read_newest()  # the cluster may be known by several addresses
+    found = next(there, None) or run.submissions.read_newest()  # a cluster may have several addresses
     if found is None:
         raise DescriptionError(f"{run.url}: was not submitted, so that it is no job of a cluster; leave out --cluster")
     report, submission = found
@@ -166,55 +166,56 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
 def read_statuses_with_jobs(
     store: Store, scheduler: Scheduler, cluster: str, warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The ``--json`` documents of the runs in a store, with what a cluster says of the jobs of those not begun.
+    """Return the ``--json`` documents of the runs in a store; those that have not begun with the state of their job.
 
-    Jobs that wait there for a run that is not in the store follow: nobody has begun what a job waits for.
+    Jobs follow that wait on the cluster for a run that is not in the store.
 
     Args:
-        store: Of the runs.
-        scheduler: The cluster. If it does not answer, that is a warning, for the runs are in their store.
-        cluster: What to call it.
-        warn: Says a warning.
+        store: The store.
+        scheduler: The cluster. If it does not answer, that is a warning, since the runs are in the store.
+        cluster: The address of the cluster.
+        warn: Receives a warning.
     """
     jobs: list[Job] = []
     try:
-        jobs = scheduler.jobs()  # before the runs: what a job has written before it ended is there
+        jobs = scheduler.jobs()  # before the runs, so that what a job wrote before it ended is seen
     except ClusterError as error:
         warn(str(error))
     by_id = {job.id: job for job in jobs}
-    documents = read_statuses(list_runs(store))
-    told = [_told(document, by_id.get(document.get("job", ""))) for document in documents]
-    known = {document["run"] for document in told}
+    runs = read_statuses(list_runs(store))
+    documents = [_with_job(document, by_id.get(document.get("job", ""))) for document in runs]
+    known = {document["run"] for document in documents}
     pending = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]
     waiting = [job for job in pending if _is_submitted(job)]
-    return [*told, *(_queued(job, cluster) for job in waiting)]
+    return [*documents, *(_document_of_job(job, cluster) for job in waiting)]
 
 
 def why_ended(job: Job, document: Mapping[str, Any], scheduler: Scheduler) -> str:
-    """How and why a job ended, in a line: from the end of its log, or what the cluster says if there is none.
+    """Return how and why a job ended, in one line: the end of its log, or the cluster's message if there is none.
 
     Args:
-        job: Which has ended.
-        document: How its run stands.
-        scheduler: Has the log.
+        job: A job that has ended.
+        document: The status of its run.
+        scheduler: The cluster, which has the log.
     """
     when = f"at step {document['step']}" if _has_begun(document) else "before the run began"
     ended = "was stopped" if job.status == "stopped" else "ended"
     code = "" if job.exit_code is None else f", with exit code {job.exit_code}"
-    return f"job {job.id} {ended} {when}{code}: {_last_words(job, scheduler)}"
+    return f"job {job.id} {ended} {when}{code}: {_last_output(job, scheduler)}"
 
 
-def _last_words(job: Job, scheduler: Scheduler) -> str:
-    """Why a job ended: the end of its log, or what the cluster says if there is none."""
+def _last_output(job: Job, scheduler: Scheduler) -> str:
+    """Return the error lines, else the last lines, of a job's log, or the cluster's message if there is no log."""
     why = [job.message] if job.message else []
-    with contextlib.suppress(ClusterError):  # it may be lost with its host
+    with contextlib.suppress(ClusterError):  # the log may be lost with its host
         lines = [line.strip() for line in without_report(scheduler.log(job.id)).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         why = (errors or lines)[-_LOG_LINES:] or why
     return " | ".join(why) or "the cluster does not say why"
 
 
-def _told(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
+def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
+    """Add the state of its job to the document of a run that has not begun."""
     if job is None or _has_begun(document):
         return document
     if not _ended_before(document, job):
@@ -223,7 +224,7 @@ def _told(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
 
 
 def _ended_before(document: Mapping[str, Any], job: Job) -> bool:
-    """Whether a job ended before a driver took its run."""
+    """Return whether a job ended before a driver took its run."""
     return document["status"] in ("submitted", "failed") and not _has_begun(document) and job.status in ENDED
 
 
@@ -232,10 +233,10 @@ def _has_begun(document: Mapping[str, Any]) -> bool:
 
 
 def _is_submitted(job: Job) -> bool:
-    """Whether the submission of a job is written, as far as its store says: until then the run may yet be refused."""
+    """Return whether the submission of a job is written; until then its run may be refused. True if unknown."""
     try:
         return RunDirectory(job.metadata["run"]).submissions.is_there(job.metadata["submission"])
-    except (StorageError, KeyError):  # a store that is not for everybody; a job of an older launcher
+    except (StorageError, KeyError):  # a store without access; a job of an older launcher
         return True
 
 
@@ -247,8 +248,8 @@ def _about(job: Job) -> dict[str, Any]:
     return {"job_status": job.status, "job_message": job.message}
 
 
-def _queued(job: Job, cluster: str) -> dict[str, Any]:
-    """The document of a run of which only its job is known."""
+def _document_of_job(job: Job, cluster: str) -> dict[str, Any]:
+    """Return the document of a run of which only the job is known."""
     return {
         **NOT_BEGUN,
         "run": job.metadata["run"],

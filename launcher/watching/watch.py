@@ -1,4 +1,4 @@
-"""Watching a run that was submitted: from its directory, and the cluster only as long as that says nothing."""
+"""Watches a submitted run until it ends: through its directory, and through the cluster for the state of its job."""
 
 import math
 import time
@@ -17,10 +17,10 @@ from launcher.watching.submitted_job import why_ended
 _INTERVAL_S = 2.0
 _JOB_INTERVAL_S = 10.0
 """How often the cluster is asked."""
-_LAST_WORDS_S = 15.0
-"""How long the directory of a run may take to tell of its end after that of the job, or the other way round."""
+_END_DELAY_S = 15.0
+"""How much later than its job a run may show its end in its directory, or the other way round."""
 _PATIENCE_S = 600.0
-"""How long the cluster of a run that has not begun may be out of reach."""
+"""How long the cluster may not answer while the run has not begun."""
 _ALIVE = ("submitted", "running")
 
 
@@ -33,26 +33,27 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[dict[str, Any], int]:
-    """Shows how a run stands until it ends.
+    """Show the status of a run until it ends.
 
     Args:
-        run: Which.
-        job_id: What the cluster calls it; none: it is no job of the cluster.
-        scheduler: Knows whether the job lives, which the run directory does not before the run has begun.
-        display: Shows it.
-        clock, sleep: Seconds that only grow, and waiting for some.
+        run: The run.
+        job_id: The cluster's id of the run's job. None: the run has no job on the cluster.
+        scheduler: The cluster, which knows whether the job is alive; before the run begins, its directory does not.
+        display: Shows the status.
+        clock: Monotonic seconds.
+        sleep: Waits for some seconds.
 
     Returns:
         The ``--json`` document, and the exit code of the run.
 
     Raises:
-        ClusterError: The job has ended, or the cluster does not know it any more, and nobody goes on with the run; or
-            the run has not begun, and the cluster is out of reach.
-        StorageError: The store is out of reach, for longer than ``read_patiently`` bears.
+        ClusterError: The job has ended, or the cluster does not know it any more, and no other driver goes on with the
+            run; or the run has not begun, and the cluster does not answer for ten minutes.
+        StorageError: The store does not answer for longer than ``read_patiently`` retries.
     """
     epochs = read_patiently(lambda: _read_epochs(run), display.warn, clock, sleep)
-    asked = None if job_id is None else _Asked(scheduler, job_id, clock)
-    said, lookout = "", Lookout(lambda silence_s: read_status(run, silence_s), clock)
+    watched_job = None if job_id is None else _WatchedJob(scheduler, job_id, clock)
+    last_phase, lookout = "", Lookout(lambda silence_s: read_status(run, silence_s), clock)
     while True:
         document = read_patiently(lookout.look, display.warn, clock, sleep)
         if document["status"] == "failed" and document.get("begun") is False:
@@ -63,9 +64,9 @@ def watch(
             return document, _exit_code(document, _wait_for_end(job_id, scheduler, clock, sleep))
         if document["status"] == "running" and document.get("waits_for"):
             text = f"waiting for workers: {document['waits_for']}"
-            if text != said:
+            if text != last_phase:
                 display.phase(text)
-            said = text
+            last_phase = text
         elif document["status"] == "running" and "total_steps" in document:
             display.update(
                 epoch=document["epoch"],
@@ -76,44 +77,44 @@ def watch(
                 images_per_second=document.get("images_per_second"),
                 workers=document["workers"],
             )
-        if asked is not None:
-            asked.ask(document)
-            if asked.is_over and asked.updated_since(document):
-                asked = job_id = None  # somebody else goes on with the run
-            elif asked.is_over or (asked.is_silent and document["status"] == "submitted"):
-                raise _lost(run, asked, document, scheduler)
-            elif asked.job is not None and document["status"] == "submitted":
-                text = f"job {asked.job_id} is {asked.job.status}"
-                why = document.get("waits_for") or asked.job.message
+        if watched_job is not None:
+            watched_job.ask(document)
+            if watched_job.is_over and watched_job.updated_since(document):
+                watched_job = job_id = None  # another driver goes on with the run
+            elif watched_job.is_over or (watched_job.is_silent and document["status"] == "submitted"):
+                raise _lost(run, watched_job, document, scheduler)
+            elif watched_job.job is not None and document["status"] == "submitted":
+                text = f"job {watched_job.job_id} is {watched_job.job.status}"
+                why = document.get("waits_for") or watched_job.job.message
                 text += f": {why}" if why else ""
-                if text != said:
+                if text != last_phase:
                     display.phase(text)
-                said = text
+                last_phase = text
         sleep(_INTERVAL_S)
 
 
 def _read_epochs(run: RunDirectory) -> int:
-    """How many epochs the run has, as its description says, or its newest submission if it has not begun."""
+    """Return the number of epochs in the run's description, or in its newest submission if it has not begun."""
     newest = None if run.exists() else run.submissions.read_newest()
     text = run.read_job() if newest is None else newest[1].description
     return int(parse(text, run.url).spec.train.epochs)
 
 
-class _Asked:
-    """What a cluster says of a job, which is asked now and then.
+class _WatchedJob:
+    """The state of a job, for which the cluster is asked every ``_JOB_INTERVAL_S``.
 
     Args:
         scheduler: The cluster.
-        job_id: Of the job; the cluster has known it.
-        clock: Seconds that only grow.
+        job_id: A job that the cluster has known.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, scheduler: Scheduler, job_id: str, clock: Callable[[], float]) -> None:
         self.job_id = job_id
         self.job: Job | None = None
-        """The last answer; none: the cluster does not know it any more, or was never reached."""
+        """The last answer. None: the cluster does not know the job any more, or has not answered yet."""
         self.error = ""
-        """Why there was no answer the last time; empty: there was one."""
+        """Why the cluster did not answer the last time; empty if it did."""
         self._scheduler, self._clock = scheduler, clock
         self._asked_at = -math.inf
         self._answered_at = clock()
@@ -121,19 +122,19 @@ class _Asked:
         self._updated: float | None = None
 
     def ask(self, document: Mapping[str, Any]) -> None:
-        """Asks the cluster, unless it was asked a moment ago.
+        """Ask the cluster, unless it was asked less than ``_JOB_INTERVAL_S`` ago.
 
         Args:
-            document: How the run stands, read before this call and after the one before.
+            document: The status of the run, read after the previous call.
         """
         if self._gone_at is not None and self._updated is None:
-            self._updated = document.get("updated")  # the last that the job's driver can have written
+            self._updated = document.get("updated")  # no later status is from the job's driver
         if self._clock() - self._asked_at < _JOB_INTERVAL_S:
             return
         self._asked_at = self._clock()
         try:
             self.job = self._scheduler.read(self.job_id)
-        except ClusterError as error:  # out of reach for now; the run directory tells how the run stands
+        except ClusterError as error:  # retried later; the run directory has the status
             self.error = str(error)
             return
         self.error, self._answered_at = "", self._clock()
@@ -144,29 +145,29 @@ class _Asked:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job ended, or was forgotten, so long ago that the run directory tells of the end of the run."""
-        return self._gone_at is not None and self._clock() - self._gone_at > _LAST_WORDS_S
+        """Whether the job ended, or became unknown, so long ago that its driver's last status must be written."""
+        return self._gone_at is not None and self._clock() - self._gone_at > _END_DELAY_S
 
     @property
     def is_silent(self) -> bool:
-        """Whether the cluster has not answered for a long time."""
+        """Whether the cluster has not answered for ten minutes."""
         return self._clock() - self._answered_at > _PATIENCE_S
 
     def updated_since(self, document: Mapping[str, Any]) -> bool:
-        """Whether the run shows signs of life that are younger than the end of the job."""
+        """Return whether a driver has written a status after the end of the job."""
         return bool(document["status"] == "running" and document.get("updated") != self._updated)
 
 
 def _exit_code(document: dict[str, Any], ended: Job | None) -> int:
-    """That of the command which drove the run; if the cluster does not tell how its job ended, as the run did."""
-    own = int(document["status"] == "failed")
-    if ended is None or ended.exit_code is None or ended.exit_code < 0:  # a signal that killed it is no code of ours
-        return own
-    return ended.exit_code or own
+    """Return the exit code of the job; if that is unknown or 0, then 1 for a run that failed, else 0."""
+    of_run = int(document["status"] == "failed")
+    if ended is None or ended.exit_code is None or ended.exit_code < 0:  # negative: killed by a signal
+        return of_run
+    return ended.exit_code or of_run
 
 
 def _failed_early(run: RunDirectory, document: dict[str, Any], ended: Job | None, scheduler: Scheduler) -> ClusterError:
-    """What ended the job before the run began: as its log tells once it has ended, else as the directory does."""
+    """Return the error of a run whose job ended before it began: from the job's log, else from the directory."""
     if ended is None:
         return _error(run, document["error"], document)
     return _error(run, f"{why_ended(ended, document, scheduler)}; submit the run again to go on", document)
@@ -175,8 +176,8 @@ def _failed_early(run: RunDirectory, document: dict[str, Any], ended: Job | None
 def _wait_for_end(
     job_id: str | None, scheduler: Scheduler, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> Job | None:
-    """The job of a run that has ended, which ends a little later; none: it does not, or the cluster does not say."""
-    deadline = clock() + _LAST_WORDS_S
+    """Wait for the end of the job of a run that has ended; None: it does not end in time, or the state is unknown."""
+    deadline = clock() + _END_DELAY_S
     while job_id is not None and clock() < deadline:
         try:
             job = scheduler.read(job_id)
@@ -188,13 +189,14 @@ def _wait_for_end(
     return None
 
 
-def _lost(run: RunDirectory, asked: _Asked, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
-    if asked.error:
-        why = f"has not begun, and its cluster has not answered for {_PATIENCE_S / 60:.0f} minutes: {asked.error}"
+def _lost(run: RunDirectory, job: _WatchedJob, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
+    """Return the error of a run whose job has ended, is unknown, or whose cluster does not answer."""
+    if job.error:
+        why = f"has not begun, and its cluster has not answered for {_PATIENCE_S / 60:.0f} minutes: {job.error}"
         return _error(run, f"{why}; see whether it is up, and submit the run again", document)
-    if asked.job is None:
-        return _error(run, f"the cluster does not know job {asked.job_id} any more; submit the run again", document)
-    return _error(run, f"{why_ended(asked.job, document, scheduler)}; submit the run again to go on", document)
+    if job.job is None:
+        return _error(run, f"the cluster does not know job {job.job_id} any more; submit the run again", document)
+    return _error(run, f"{why_ended(job.job, document, scheduler)}; submit the run again to go on", document)
 
 
 def _error(run: RunDirectory, why: str, document: dict[str, Any]) -> ClusterError:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from launcher.display import plots
+from launcher.display import curves, matrices
 from launcher.display.plots import draw, draw_curves, draw_matrix
+from launcher.display.points import Points, smooth, thin
 
 
 def rows_of(steps: int, *, val_every: int = 0, accuracy: bool = True) -> list[dict[str, Any]]:
@@ -39,13 +40,13 @@ def rows_of(steps: int, *, val_every: int = 0, accuracy: bool = True) -> list[di
 def figure_of(rows: list[dict[str, Any]]) -> Figure:
     """The figure itself, for what a PNG does not tell."""
     figure = Figure()
-    plots._draw_panels(figure, rows)
+    curves._draw_panels(figure, rows)
     return figure
 
 
 def matrix_figure(values: list[list[int]], classes: list[str]) -> Figure:
     figure = Figure()
-    plots._draw_table(figure, values, classes, "val-confusion")
+    matrices._draw_table(figure, values, classes, "val-confusion")
     return figure
 
 
@@ -151,23 +152,23 @@ class TestCurves:
         assert epochs.get_xlim() == pytest.approx((low / 22, high / 22))
 
     def test_a_long_run_keeps_its_spikes(self) -> None:
-        points: plots.Points = [(step, 1.0) for step in range(100_000)]
+        points: Points = [(step, 1.0) for step in range(100_000)]
         points[51_234] = (51_234, 9.0)
         points[51_235] = (51_235, -9.0)
-        thinned = plots._thin(points)
+        thinned = thin(points)
         assert len(thinned) <= 2000
         assert thinned == sorted(thinned)
         assert {(51_234, 9.0), (51_235, -9.0)} <= set(thinned)
 
     def test_thinning_keeps_gaps(self) -> None:
-        points: plots.Points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
-        thinned = plots._thin(points)
+        points: Points = [(step, math.nan if step >= 5000 else 1.0) for step in range(10_000)]
+        thinned = thin(points)
         assert all(math.isnan(value) == (step >= 5000) for step, value in thinned)
         assert thinned[-1][0] > 9900
 
     def test_smoothing_neither_lags_nor_hides_the_start(self) -> None:
-        line: plots.Points = [(step, 3.0 * step) for step in range(400)]
-        smoothed = plots._smooth(line)
+        line: Points = [(step, 3.0 * step) for step in range(400)]
+        smoothed = smooth(line)
         assert smoothed[0] == line[0]
         assert smoothed[200] == pytest.approx(line[200])
 

@@ -22,7 +22,7 @@ from cluster.spec import NodeGroupSpec, RayClusterSpec, WorkerSpec
 from cluster.storage.store import Store
 from launcher.cli import main
 from launcher.config.clusters import load_cluster
-from launcher.config.description import Description, OfCluster, load, parse
+from launcher.config.description import ClusterOverride, Description, load, parse
 from launcher.planning.nodes import own_versions
 from launcher.submission import handover as hand_over_module
 from launcher.submission import submit as submit_module
@@ -328,7 +328,7 @@ def test_what_is_declared_of_its_autoscaler_counts_and_travels_with_the_job(job,
 
 def test_what_a_cluster_says_of_workers_goes_with_the_job_and_not_with_the_run(job, folder):
     place, scheduler = RayClusterSpec(address=URL, worker=WorkerSpec(cpus=2.0, placement="spread")), FakeScheduler()
-    wanted = parse(job.text, "digits.yaml", [*map(OfCluster, place.worker.overrides()), "workers.cpus=1.5"])
+    wanted = parse(job.text, "digits.yaml", [*map(ClusterOverride, place.worker.overrides()), "workers.cpus=1.5"])
     submit(wanted, folder, scheduler, place, Said())
     submitted = run_of(job).submissions.read_newest()[1].description
     words = shlex.split(scheduler.commands[0])

@@ -15,8 +15,7 @@ from cluster.errors import ClusterError, StorageError
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, Submissions
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from launcher import cli
-from launcher.cli import main
+from launcher.cli import main, output
 from launcher.config import clusters
 from launcher.watching import logs, stop, submitted_job
 from launcher.watching.status import LONG_SILENCE_S, SILENCE_S, read_status
@@ -350,7 +349,7 @@ def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
     monkeypatch.setattr("launcher.watching.watch.watch", interrupt)
     monkeypatch.setattr(RunDirectory, "read_status", fail)
     handed_over = {"run": run.url, "job": JOB_ID, "cluster": URL, "status": "submitted"}
-    assert cli._watched(handed_over, FakeCluster(), Said()) == (handed_over, 130)
+    assert output.watch_submitted(handed_over, FakeCluster(), Said()) == (handed_over, 130)
 
 
 class TestStop:

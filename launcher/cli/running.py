@@ -1,0 +1,217 @@
+"""The verbs that begin or continue a run: run, resume, plan, submit."""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.errors import DescriptionError
+from launcher.cli.lookup import find_cluster, find_run, find_scheduler
+from launcher.cli.options import (
+    cluster_option,
+    job_argument,
+    json_option,
+    overrides_argument,
+    run_argument,
+    submit_cluster_option,
+    take_over_option,
+    wait_option,
+)
+from launcher.cli.output import drive_and_show, joined, show, submit_and_show
+
+if TYPE_CHECKING:
+    from launcher.config.description import Description
+    from launcher.display.progress import Progress
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@take_over_option
+@cluster_option
+@json_option
+def run(job: str, overrides: tuple[str, ...], take_over: bool, cluster_name: str | None, as_json: bool) -> None:
+    """Plan, then train JOB: a YAML file, or the name of a shipped one, such as digits.
+
+    A run that exists is continued if its description is the same.
+    """
+    from launcher.config.description import load
+    from launcher.config.job_files import find_job
+
+    cluster, job_overrides = find_cluster(cluster_name, overrides)
+    path = find_job(job)
+    description = load(path, job_overrides)
+    if cluster.is_this_machine:
+        _check_machine(description)
+    from launcher.runs.start import begin
+
+    def work(display: "Progress") -> dict[str, Any]:
+        return begin(description, path.parent, cluster, display, take_over=take_over)
+
+    drive_and_show(work, cluster, as_json=as_json)
+
+
+@click.command()
+@run_argument
+@overrides_argument
+@click.option("--at", metavar="STEP", type=click.IntRange(min=0), help="Go back to this checkpoint.")
+@click.option("--as", "new", metavar="NEW", help="Go on in a new run, by its name or URL; RUN stays as it is.")
+@click.option("--force", is_flag=True, help="Go on even with another description, other data, or workers that differ.")
+@click.option("--submission", "submission_id", metavar="ID", help="The submission to take up; jobs of submit pass it.")
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="First report on the nodes and wait for the submission; jobs of submit pass it.",
+)
+@take_over_option
+@cluster_option
+@wait_option
+@json_option
+def resume(
+    run_url: str,
+    overrides: tuple[str, ...],
+    at: int | None,
+    new: str | None,
+    force: bool,
+    submission_id: str | None,
+    standby: bool,
+    take_over: bool,
+    cluster_name: str | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Go on with RUN from its newest good checkpoint, or from an earlier one, with any number of workers.
+
+    If --cluster names a cluster that takes jobs, RUN is submitted there, and the command returns.
+    """
+    if standby:
+        if at is not None or new is not None or force or take_over or wait:
+            raise DescriptionError(
+                "--standby: is for jobs of submit; leave out --at, --as, --force, --take-over, --wait"
+            )
+        return _resume_from_standby(run_url, overrides, submission_id, cluster_name, as_json)
+    run_directory = find_run(run_url)
+    with run_directory.submissions.answered(submission_id):
+        from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
+
+        cluster_spec, job_overrides = load_cluster(cluster_name, overrides)
+        if submission_id is None and cluster_spec.takes_jobs:
+            if at is not None or new is not None or force or take_over:
+                raise DescriptionError(
+                    f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force "
+                    "and --take-over give HOST:PORT of its Ray head, on one of its hosts"
+                )
+            jobs_spec = jobs_cluster(cluster_spec)
+            scheduler = open_scheduler(jobs_spec)
+            from launcher.submission.submit import submit_again
+
+            def hand_over(display: "Progress") -> dict[str, Any]:
+                return submit_again(run_directory, job_overrides, scheduler, jobs_spec, display)
+
+            return submit_and_show(hand_over, scheduler, wait=wait, as_json=as_json)
+        if wait:
+            raise DescriptionError(
+                "--wait: is for a run that is submitted, and this one goes on here, shown to its end; leave it out, or "
+                "give --cluster the Jobs API of a cluster"
+            )
+        cluster = open_cluster(cluster_spec)
+        from launcher.runs.start import resume as resume_run
+
+        def work(display: "Progress") -> dict[str, Any]:
+            return resume_run(
+                run_directory, job_overrides, cluster, display, force=force, take_over=take_over, at=at, new=new,
+                submission_id=submission_id,
+            )  # fmt: skip
+
+        return drive_and_show(work, cluster, as_json=as_json)
+
+
+def _resume_from_standby(
+    run_url: str, overrides: tuple[str, ...], submission_id: str | None, cluster_name: str | None, as_json: bool
+) -> None:
+    """Wait for a submission to be written, then resume its run."""
+    if submission_id is None:
+        raise DescriptionError("--standby: waits for a submission; name it with --submission")
+    cluster, job_overrides = find_cluster(cluster_name, overrides)
+    from cluster.run.run_directory import RunDirectory
+    from launcher.runs.start import resume as resume_run
+    from launcher.submission.standby import stand_by
+
+    run_directory = RunDirectory(run_url)
+
+    def work(display: "Progress") -> dict[str, Any]:
+        stand_by(run_directory, submission_id, cluster, display.phase)
+        with run_directory.submissions.answered(submission_id):
+            return resume_run(run_directory, job_overrides, cluster, display, submission_id=submission_id)
+
+    drive_and_show(work, cluster, as_json=as_json)
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@cluster_option
+@json_option
+def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json: bool) -> None:
+    """Check JOB and show everything that follows from it; start nothing.
+
+    JOB is a YAML file, or the name of a shipped one, such as digits.
+    """
+    from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
+    from launcher.config.description import load
+    from launcher.config.job_files import find_job
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import plan_text
+
+    cluster_spec, job_overrides = load_cluster(cluster_name, overrides)
+    path = find_job(job)
+    if cluster_spec.takes_jobs:
+        jobs_spec = jobs_cluster(cluster_spec)
+        description = load(path, job_overrides)
+        from launcher.submission.submit import plan_there
+
+        with contextlib.closing(open_progress(sys.stderr)) as display:
+            plan_made = plan_there(description, path.parent, open_scheduler(jobs_spec), jobs_spec, display)
+    else:
+        cluster = open_cluster(cluster_spec)
+        description = load(path, job_overrides)
+        from launcher.runs.start import plan_only
+
+        with contextlib.closing(open_progress(sys.stderr)) as display, joined(cluster):
+            plan_made = plan_only(description, path.parent, cluster, display)
+    show(plan_made.as_dict(), plan_text(description.spec, plan_made), as_json)
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@submit_cluster_option
+@wait_option
+@json_option
+def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, as_json: bool) -> None:
+    """Check JOB here and on a cluster, submit it, and return; a run that ended goes on.
+
+    JOB is a YAML file, or the name of a shipped one, such as digits.
+    """
+    from launcher.config.description import load
+    from launcher.config.job_files import find_job
+
+    scheduler, jobs_spec, job_overrides = find_scheduler(cluster_name, overrides)
+    path = find_job(job)
+    description = load(path, job_overrides)
+    from launcher.submission.submit import submit as submit_run
+
+    def work(display: "Progress") -> dict[str, Any]:
+        return submit_run(description, path.parent, scheduler, jobs_spec, display)
+
+    submit_and_show(work, scheduler, wait=wait, as_json=as_json)
+
+
+def _check_machine(description: "Description") -> None:
+    """Refuse a job that this machine cannot hold, before torch and Ray are imported."""
+    from launcher.config.description import named_errors
+    from launcher.planning.placement import check_machine
+
+    with named_errors(description.source):
+        check_machine(description.spec)
