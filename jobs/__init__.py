@@ -1,1 +1,1 @@
-"""What a job is: its language, its parts, its loop. Imports nothing but the services of ``cluster``."""
+"""What a job is: its language, its components and its training loop. Imports ``cluster``, never ``launcher``."""

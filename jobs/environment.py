@@ -1,8 +1,8 @@
-"""What the bits of a run depend on beside its description: versions, hardware, the user's code, the data.
+"""The environment of a worker: versions, hardware, user code and data, which affect the bits of a run.
 
-Workers compare theirs before they train, and the driver compares those of two attempts. The driver does without torch,
-which is imported here by the function that asks it what it has. What workers must have in common to understand each
-other is in ``cluster/versions.py``.
+Workers compare their environments before they train; the driver compares those of two attempts. The driver does not
+import torch, so only ``make_environment`` imports it here. ``cluster/versions.py`` holds the versions that workers must
+share to understand each other.
 """
 
 import os
@@ -25,23 +25,23 @@ _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "ONEDNN_MAX_CPU_ISA",
     "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
 )  # fmt: skip
-"""Environment variables by which libraries choose their kernels."""
+"""Environment variables that make libraries choose other kernels."""
 _LABELS = {
     "python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU",
 }  # fmt: skip
-"""What fields are called in a line, where that is not their name."""
+"""How texts name a field, if not by its own name."""
 _CODE = "code of "
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DIGITS = 12
-"""Of a digest, in a line."""
+"""How many digits of a digest a text shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """What may change a bit of what a worker computes, as text."""
+    """All that may change a bit of a worker's results, as text."""
 
     python: str
-    """The major and the minor version."""
+    """The major and minor version."""
     torch: str
     """The version; MKL, oneDNN and NCCL come with torch."""
     torchvision: str
@@ -49,56 +49,56 @@ class Environment:
     numpy: str
     """The version."""
     launcher: str
-    """The digest of this product's packages."""
+    """The digest of the launcher's own packages."""
     cuda: str
     """The versions of CUDA and cuDNN; ``none`` without a GPU."""
     gpu: str
     """The model of the GPU, or ``none``."""
     cpu: str
-    """Architecture, vendor (MKL chooses its kernels by that too) and the vector instructions that torch uses."""
+    """The architecture, the vendor, by which MKL chooses kernels too, and the vector instructions that torch uses."""
     variables: str
-    """The environment variables that choose kernels, as far as they are set, or ``none``."""
+    """The environment variables that affect kernels and are set, or ``none``."""
     code: tuple[tuple[str, str], ...]
-    """The user's own modules that are imported, by name, each with the digest of its file."""
+    """The name and the file's digest of each user module that is imported."""
     data: str
     """The data fingerprint."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The same by name, and the code by module."""
+        """Returns the fields by name, and the digests of the code by module."""
         return asdict(self) | {"code": dict(self.code)}
 
 
-def make_environment(import_paths: Sequence[str], parts: "Components") -> Environment:
-    """The environment of this process, which has built its parts and trained nothing.
+def make_environment(import_paths: Sequence[str], components: "Components") -> Environment:
+    """Returns the environment of this process, which has built its components and not trained yet.
 
     Args:
-        import_paths: Folders of the user's own modules.
-        parts: What this process has built.
+        import_paths: Folders of user modules.
+        components: What this process has built.
     """
     import numpy as np
     import torch
     import torchvision
 
-    on_gpu = parts.device.type == "cuda"
+    on_gpu = components.device.type == "cuda"
     cpu = (platform.machine(), _cpu_vendor(), torch.backends.cpu.get_cpu_capability())
     return Environment(
         **versions(),
         torchvision=str(torchvision.__version__),
         numpy=np.__version__,
         cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if on_gpu else _NONE,
-        gpu=torch.cuda.get_device_name(parts.device) if on_gpu else _NONE,
+        gpu=torch.cuda.get_device_name(components.device) if on_gpu else _NONE,
         cpu=" ".join(filter(None, cpu)),
         variables=" ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ) or _NONE,
         code=tuple(sorted(code_digests(import_paths).items())),
-        data=parts.data_fingerprint(),
+        data=components.data_fingerprint(),
     )
 
 
 def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
-    """The digests of the modules below the import paths that this process has imported, by their names.
+    """Returns the digests of the user modules that this process has imported, by name.
 
-    Where the files lie may differ between hosts. Left out is what is installed, which has versions, and what is this
-    product's own, which in a checkout may lie there too.
+    Their folders may differ between hosts. Installed modules are left out, because they have versions; so are the
+    launcher's own, which in a checkout may be below the import paths too.
     """
     return {name: file_digest(file) for name, file in own_modules(import_paths)}
 
@@ -106,34 +106,38 @@ def code_digests(import_paths: Sequence[str]) -> dict[str, str]:
 def differences(
     nodes: Sequence[str], environments: Sequence[Mapping[str, Any]], planned_data: str | None = None
 ) -> str:
-    """What differs between workers and where, in a line; nothing if they are alike.
+    """Returns what differs between workers and where, in one line; empty if nothing differs.
 
-    A module that only some of them have imported, such as one that prepares the data where that is missing, is compared
-    between these.
+    A module is compared between the workers that have imported it: one that prepares missing data, for example, is
+    imported only where the data is missing.
 
     Args:
         nodes: The address of each worker's node, by rank.
-        environments: By rank, each as ``Environment.as_dict`` or a part of that.
-        planned_data: The data fingerprint that the plan has found on the driver's host; none: not to be compared.
+        environments: The environment of each worker, by rank: ``Environment.as_dict``, or some of its keys.
+        planned_data: The data fingerprint that the plan found on the driver's host; None: do not compare it.
     """
-    told = [_told(environment) for environment in environments]
+    values_by_rank = [_values_by_label(environment) for environment in environments]
     found = []
-    for label in dict.fromkeys(label for of_worker in told for label in of_worker):
+    for label in dict.fromkeys(label for values in values_by_rank for label in values):
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, of_worker in enumerate(told):
-            if label in of_worker:
-                ranks_by_value.setdefault(of_worker[label], []).append(rank)
+        for rank, values in enumerate(values_by_rank):
+            if label in values:
+                ranks_by_value.setdefault(values[label], []).append(rank)
         places = {value: _places(nodes, ranks) for value, ranks in ranks_by_value.items()}
         if label == "data" and planned_data is not None:
             places.setdefault(planned_data, []).append("the driver's host")
         if len(places) > 1:
             where = [f"{_short(value)} on {listed(of_value)}" for value, of_value in places.items()]
             found.append(f"{label} {listed(where)}")
-    return _joined(found)
+    return _join(found)
 
 
 def grouped(environments: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Environments by rank, as ``differences`` takes them: equal ones once, with their ranks."""
+    """Returns groups of workers with equal environments, each with its ``ranks``.
+
+    Args:
+        environments: The environment of each worker, by rank.
+    """
     firsts = [rank for rank, environment in enumerate(environments) if environments.index(environment) == rank]
     return [
         {
@@ -145,51 +149,53 @@ def grouped(environments: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
-    """What is different about the workers of two attempts, in a line; nothing if they are alike.
+    """Returns what differs between the workers of two attempts, in one line; empty if nothing differs.
 
     Args:
-        before, now: The workers of each attempt, as ``grouped`` returns them.
+        before: The workers of the earlier attempt, as ``grouped`` returns them.
+        now: The workers of the later attempt.
     """
-    of_both = [[_told(group) for group in groups] for groups in (before, now)]
+    of_both = [[_values_by_label(group) for group in groups] for groups in (before, now)]
     found = []
     for label in dict.fromkeys(label for groups in of_both for group in groups for label in group):
         was, has_become = ({group[label] for group in groups if label in group} for groups in of_both)
         if was and has_become and was != has_become:
             texts = (listed(sorted(map(_short, values))) for values in (was, has_become))
             found.append(f"{label} {' -> '.join(texts)}")
-    return _joined(found)
+    return _join(found)
 
 
 def unlike(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The groups of workers of now that are unlike those before, in what the groups of now differ in.
+    """Returns the groups of ``now`` with values that no group of ``before`` has, where the groups of ``now`` differ.
 
     Args:
-        before, now: The workers of each attempt, as ``grouped`` returns them.
+        before: The workers of the earlier attempt, as ``grouped`` returns them.
+        now: The workers of the later attempt.
     """
-    told = [_told(group) for group in now]
-    labels = {label for group in told for label in group}
-    common = {label for label in labels if len({group[label] for group in told if label in group}) == 1}
-    was = [_told(group) for group in before]
+    values_now = [_values_by_label(group) for group in now]
+    labels = {label for values in values_now for label in values}
+    common = {label for label in labels if len({values[label] for values in values_now if label in values}) == 1}
+    values_before = [_values_by_label(group) for group in before]
     return [
         group
-        for group, of_group in zip(now, told)
+        for group, values in zip(now, values_now)
         if any(
-            of_group[label] not in values
-            for label in of_group.keys() - common
-            if (values := {of_before[label] for of_before in was if label in of_before})
+            values[label] not in known
+            for label in values.keys() - common
+            if (known := {earlier[label] for earlier in values_before if label in earlier})
         )
     ]
 
 
-def _told(plain: Mapping[str, Any]) -> dict[str, str]:
-    """The values to compare, by what they are called in a line."""
-    modules = {f"{_CODE}{name}": digest for name, digest in plain.get("code", {}).items()}
-    values = {name: value for name, value in plain.items() if name not in ("ranks", "code")}
+def _values_by_label(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the values to compare, by their names in texts."""
+    modules = {f"{_CODE}{name}": digest for name, digest in environment.get("code", {}).items()}
+    values = {name: value for name, value in environment.items() if name not in ("ranks", "code")}
     return {_LABELS.get(name, name): value for name, value in values.items()} | modules
 
 
-def _joined(found: Sequence[str]) -> str:
-    """Differences in a line, of which many may be in the code."""
+def _join(found: Sequence[str]) -> str:
+    """Returns differences in one line; of several that are in the code, it spells out the first and counts the rest."""
     of_code = [each for each in found if each.startswith(_CODE)]
     more = [f"code of {len(of_code) - 1} more modules"] if len(of_code) > 1 else []
     return "; ".join([*(each for each in found if not each.startswith(_CODE)), *of_code[:1], *more])
@@ -200,7 +206,7 @@ def _short(value: str) -> str:
 
 
 def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """Where some workers are, by node."""
+    """Returns texts that name each node and its workers."""
     by_node: dict[str, list[int]] = {}
     for rank in ranks:
         by_node.setdefault(nodes[rank], []).append(rank)
@@ -208,7 +214,7 @@ def _places(nodes: Sequence[str], ranks: Sequence[int]) -> list[str]:
 
 
 def _cpu_vendor() -> str:
-    """Who has made the CPU, as Linux tells it of x86; empty elsewhere."""
+    """Returns the vendor of an x86 CPU on Linux; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

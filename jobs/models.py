@@ -1,24 +1,24 @@
-"""Networks that ready-made descriptions name. They know nothing of training, workers or files."""
+"""Models that shipped descriptions name. They know nothing of training, workers or files."""
 
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 _MIN_IMAGE_SIZE = 10
-"""The smallest side, in pixels, of which two 3x3 convolutions and two poolings leave a pixel."""
+"""The smallest side in pixels that leaves a pixel after two 3x3 convolutions and two poolings."""
 
 
 class Net(nn.Module):
     """The reference CNN: two convolutions with pooling, then three linear layers.
 
-    Parameter groups find the layers as ``conv1``, ``conv2``, ``fc1``, ``fc2`` and ``fc3``.
+    The layers are named ``conv1``, ``conv2``, ``fc1``, ``fc2`` and ``fc3``, for patterns of parameter groups.
 
     Args:
-        in_channels: Channels of an image; 1 is gray, 3 is RGB.
-        num_classes: Length of the output.
+        in_channels: Channels of an image: 1 for gray, 3 for RGB.
+        num_classes: Number of logits.
         image_size: Height and width of an image, in pixels.
 
     Shapes:
-        images_NCHW -> logits_NK with C = ``in_channels``, H = W = ``image_size``, K = ``num_classes``.
+        images_NCHW, float -> logits_NK, with C = ``in_channels``, H = W = ``image_size``, K = ``num_classes``.
 
     Raises:
         ValueError: The image is too small for the two poolings.
@@ -40,23 +40,30 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(128, num_classes)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """The logits of a batch of images; images of another shape are a ValueError."""
+        """Returns the logits of a batch of images.
+
+        Shapes: images_NCHW -> logits_NK.
+
+        Raises:
+            ValueError: The images have another number of channels or another size.
+        """
         if images_NCHW.shape[1:] != self._image_shape:
             raise ValueError(
-                f"images must be {_by(self._image_shape)} (channels x height x width), "
-                f"got {_by(images_NCHW.shape[1:])}; set in_channels and image_size, or resize the images"
+                f"images must be {_shape_text(self._image_shape)} (channels x height x width), "
+                f"got {_shape_text(images_NCHW.shape[1:])}; set in_channels and image_size, or resize the images"
             )
         features_NCHW = max_pool2d(relu(self.conv1(images_NCHW)), 2)
         features_NCHW = max_pool2d(relu(self.conv2(features_NCHW)), 2)
-        hidden_NK = features_NCHW.flatten(start_dim=1)
-        hidden_NK = relu(self.fc1(hidden_NK))
-        hidden_NK = relu(self.fc2(hidden_NK))
-        return self.fc3(hidden_NK)
+        hidden_ND = features_NCHW.flatten(start_dim=1)
+        hidden_ND = relu(self.fc1(hidden_ND))
+        hidden_ND = relu(self.fc2(hidden_ND))
+        logits_NK: Tensor = self.fc3(hidden_ND)
+        return logits_NK
 
 
 def _after_conv_and_pool(size: int) -> int:
-    return (size - 2) // 2  # a 3x3 convolution without padding takes 2 pixels, the pooling half of the rest
+    return (size - 2) // 2  # a 3x3 convolution without padding removes 2 pixels, the pooling halves the rest
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

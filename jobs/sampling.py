@@ -1,8 +1,8 @@
-"""Which sample, which shard and which random key belong to a step: pure functions of the description.
+"""Sampling: which samples and which random keys belong to a step, as pure functions of the description.
 
-Nothing here advances a state. A position in an epoch maps to a sample through a permutation that is
-computed for that position alone, so a run over a billion samples starts anywhere at once, and a random
-draw is seeded by what it is for, so the number of workers or restarts cannot show in it.
+No function here keeps a state. A permutation maps a position in an epoch to a sample and is computed for that position
+alone, so a run over a billion samples starts at any step at once. A random draw is seeded by its purpose, so it does
+not depend on the number of workers or restarts.
 """
 
 import hashlib
@@ -11,11 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 _ROUNDS = 6
+"""Rounds of the Feistel network."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """How steps lie in epochs. ``step`` counts optimizer steps completed: the step from n to n + 1 uses batch n."""
+    """How a run is divided into epochs, steps and micro-batches.
+
+    ``step`` counts completed optimizer steps: the step from n to n + 1 uses batch n.
+
+    Attributes:
+        num_samples: Samples in the dataset.
+        global_batch: Samples in a step.
+        shards: Micro-batches in a step.
+        epochs: Epochs in the run.
+    """
 
     num_samples: int
     global_batch: int
@@ -29,23 +39,24 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; the samples beyond them differ from epoch to epoch."""
+        """Whole global batches in an epoch; the samples left out differ from epoch to epoch."""
         return self.num_samples // self.global_batch
 
     @property
     def total_steps(self) -> int:
+        """Steps of the whole run."""
         return self.steps_per_epoch * self.epochs
 
     def epoch_of(self, batch: int) -> int:
-        """The epoch, counted from 0, that batch number ``batch`` belongs to."""
+        """Returns the epoch, counted from 0, of batch number ``batch``."""
         return batch // self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch is complete once ``step`` steps are."""
+        """Returns whether an epoch is complete after ``step`` steps."""
         return step % self.steps_per_epoch == 0
 
     def samples(self, seed: int, batch: int, shard: int) -> np.ndarray:
-        """The sample numbers of one micro-batch.
+        """Returns the sample numbers of the micro-batch of ``shard`` in batch number ``batch``.
 
         Shapes: int64 [micro_batch].
         """
@@ -55,23 +66,25 @@ class StepPlan:
 
 
 def shard_block(shards: int, world_size: int, rank: int) -> range:
-    """The contiguous shards of one worker; block sizes differ by at most one."""
+    """Returns the contiguous shards of one rank; the numbers of shards of two ranks differ by at most one."""
     return range(rank * shards // world_size, (rank + 1) * shards // world_size)
 
 
 def draw_key(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed for the draws of one purpose, such as ``draw_key("dropout", seed, step, shard)``."""
+    """Returns a 63-bit seed for the draws of one purpose, such as ``draw_key("step", seed, step, shard)``."""
     text = ":".join((purpose, *map(str, numbers)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def permute(positions: np.ndarray, length: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of ``range(length)`` sends each position, in memory for the positions alone.
+    """Returns where a keyed permutation of ``range(length)`` sends each position.
 
-    A Feistel network permutes the next even power of two; a value that falls outside ``length`` walks
-    on through the network until it is inside, which keeps the map a bijection.
+    A Feistel network permutes the numbers below an even power of two. A result that is not below ``length`` is sent
+    through the network again until it is (cycle walking), which keeps the map a bijection. It needs memory for the
+    positions alone.
 
     Shapes: uint64 [n] -> int64 [n].
+
     Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, cycle walking.
     """
     half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
@@ -85,6 +98,7 @@ def permute(positions: np.ndarray, length: int, key: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
+    """Permutes numbers of 2 * ``half_bits`` bits by a balanced Feistel network. Shapes: uint64 [n] -> [n]."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for round_key in round_keys:
@@ -93,7 +107,11 @@ def _feistel(values: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint6
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit words. Source: the finaliser of splitmix64 (S. Vigna, prng.di.unimi.it)."""
+    """Mixes the bits of 64-bit words. Shapes: uint64 [n] -> [n].
+
+    Source: the finaliser of splitmix64 (S. Vigna, https://prng.di.unimi.it/splitmix64.c).
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

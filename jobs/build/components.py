@@ -1,4 +1,4 @@
-"""Everything that a description names, built: what the plan tries out and what a worker trains with."""
+"""The components of a job, built from its description. The dry run tries them, a worker trains with them."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """The objects of a training run, on their device."""
+    """The objects that a worker trains with, on their device."""
 
     spec: JobSpec
     device: torch.device
@@ -47,22 +47,25 @@ class Components:
 
     @property
     def validated_model(self) -> nn.Module:
-        """The model that validation is made with: the averaged one, if there is an average."""
+        """The model to validate: the averaged one if the job keeps an average, else the trained one."""
         return self.model if self.ema is None else self.ema.module
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic of a forward pass."""
+        """Returns the context of a forward pass: autocast to ``train.precision``, or nothing for fp32."""
         dtype = _AUTOCAST.get(self.spec.train.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def in_memory_order(self, inputs: Any) -> Any:
-        """Inputs as the convolutions want them in memory."""
+        """Returns inputs in the memory order of ``train.channels_last``.
+
+        Shapes: a tensor [N, C, H, W] -> the same, NHWC in memory; other inputs stay as they are.
+        """
         if self.spec.train.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the parts; the tensors are the live ones."""
+        """Returns the state of the components for a checkpoint; its tensors are the live ones, not copies."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -73,10 +76,10 @@ class Components:
         }
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Puts the state after ``step`` steps back.
+        """Restores a state that ``state`` returned after ``step`` steps.
 
-        Rates and other arguments are the description's: if they were changed since, the optimizer goes on with its
-        moments and the new arguments, and the schedule from where the new one would stand by now.
+        The arguments of optimizer and schedule follow the description. If it has changed since, the optimizer keeps its
+        moments and takes the new arguments, and the new schedule is advanced to ``step``.
 
         Raises:
             RuntimeError, ValueError, KeyError: The state belongs to another model, optimizer or schedule.
@@ -99,19 +102,19 @@ class Components:
             self.scaler.load_state_dict(state["scaler"])
 
     def data_fingerprint(self) -> str:
-        """A digest of what the datasets say of themselves without reading a sample."""
+        """Returns the SHA-256 of the datasets' lengths, class names and listed targets; reads no sample."""
         sha256 = hashlib.sha256()
         for dataset in (self.train_set, self.val_set):
             if dataset is not None:
                 targets, classes = listed_targets(dataset), getattr(dataset, "classes", None)
-                # Other objects may print their address, which is another in every process.
+                # Other objects may print their address, which differs between processes.
                 has_names = isinstance(classes, (list, tuple)) and all(isinstance(each, (str, int)) for each in classes)
                 sha256.update(f"{len(dataset)}:{classes if has_names else None}:".encode())
                 sha256.update(b"" if targets is None else targets.cpu().numpy().tobytes())
         return sha256.hexdigest()
 
     def _described(self) -> dict[str, Any]:
-        """What the description says of optimizer and schedule, to know whether it still does."""
+        """Returns what the description says of optimizer and schedule, to compare it when a state is loaded."""
         return {
             "optimizer": self.spec.optimizer.factory.path,
             "parameters": [name for group in self.groups for name in group.names],
@@ -120,32 +123,35 @@ class Components:
 
 
 def listed_targets(dataset: Any) -> Tensor | None:
-    """All targets, if the dataset lists them in ``targets`` as torchvision's do."""
+    """Returns all targets if the dataset lists them in ``targets``, as torchvision's do.
+
+    Shapes: [samples, ...].
+    """
     targets = getattr(dataset, "targets", None)
     if targets is None:
         return None
     try:
         return torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError):
-        return None  # not a list of numbers: targets of another kind
+        return None  # not a list of numbers
 
 
 def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
-    """What decides the learning rates, as a digest that no version of Python or torch changes."""
-    decides = {
+    """Returns a digest of all that determines the learning rates; it does not depend on versions of Python or torch."""
+    determines = {
         "optimizer": asdict(optimizer),
         "scheduler": None if scheduler is None else asdict(scheduler),
         "steps": asdict(steps),
     }
-    text = json.dumps(decides, sort_keys=True)
-    return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # v2, if the text is ever written in another way
+    text = json.dumps(determines, sort_keys=True)
+    return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # make it v2 if the text changes
 
 
 def worker_device(*, on_gpu: bool) -> torch.device:
-    """The device of a worker: its GPU, the only one it sees, which becomes this process's current one; or the CPU.
+    """Returns the device of a worker: the CPU, or the one GPU that it sees, which becomes the current device.
 
     Raises:
-        ClusterError: torch sees no GPU.
+        ClusterError: The worker was given a GPU, but torch sees none.
     """
     if not on_gpu:
         return torch.device("cpu")
@@ -162,7 +168,7 @@ def worker_device(*, on_gpu: bool) -> torch.device:
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Components:
-    """Builds all parts; the initial weights are a function of the seed.
+    """Builds all components; data sets and initial weights are drawn from the seed.
 
     Raises:
         DescriptionError: Something cannot be built as written.
@@ -190,7 +196,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     loss = build_loss(spec.loss, builder).to(device, number_type(model))
     metrics = None
     if spec.metrics:
-        from jobs.build.metrics import build_metrics, class_names  # imports torchmetrics, which takes a second or two
+        from jobs.build.metrics import build_metrics, class_names  # torchmetrics takes a second or two to import
 
         metrics = build_metrics(spec.metrics, builder, class_names(val_set)).to(device)
     groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)
@@ -225,10 +231,16 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
 
 
 def _check_rates(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, declared: list[float]) -> None:
-    """Refuses a rate of a group that the schedule has put its own in place of."""
-    for number, (group, rate, of_torch) in enumerate(zip(groups, declared, optimizer.param_groups)):
+    """Refuses a group's own rate if the schedule has replaced it.
+
+    Args:
+        groups: The parameter groups.
+        optimizer: The optimizer, with the rates that the schedule has set.
+        declared: The rates that the groups had before the schedule was built.
+    """
+    for number, (group, rate, torch_group) in enumerate(zip(groups, declared, optimizer.param_groups)):
         key = "lr_scale" if group.lr_scale is not None else "lr" if "lr" in group.args else None
-        if key is not None and of_torch.get("initial_lr", rate) != rate:
+        if key is not None and torch_group.get("initial_lr", rate) != rate:
             raise DescriptionError(
                 f"optimizer.groups[{number}].{key} has no effect, for the schedule sets its own rate in every group; "
                 "remove it, and write the schedule's rates as a list, one for each group"
@@ -236,19 +248,19 @@ def _check_rates(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer,
 
 
 def number_type(model: nn.Module) -> torch.dtype:
-    """The type of the model's first floating-point parameter."""
+    """Returns the type of the model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def numerics(spec: JobSpec, device: torch.device) -> None:
-    """Sets what may change a kernel's result, from the description alone."""
+    """Sets all that may change a kernel's result: threads, determinism, TF32 and cuDNN's choice, as the job says."""
     torch.set_num_threads(spec.train.threads)
     torch.use_deterministic_algorithms(spec.train.deterministic)
-    # A debugging aid that comes along with the above, and writes every new tensor twice.
+    # Off: a debugging aid that deterministic algorithms turn on, and that writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         if spec.train.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it first computes
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first computation
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32
         torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark
@@ -256,6 +268,7 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
 
 
 def _dataset(target: Target, key: str) -> Any:
+    """Builds a map-style dataset."""
     dataset = Builder().build(target, key)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DescriptionError(

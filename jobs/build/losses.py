@@ -1,9 +1,8 @@
 """A loss as numerator and denominator, so that its mean can be taken over the global batch.
 
-The mean of the shards' means is not the mean of the batch as soon as samples carry weights or are
-ignored. So a loss here gives the sum over its micro-batch and what that sum has to be divided by, and the
-division uses the denominators of all shards. What a loss of torch.nn takes of output and target, and how it
-is called, is known here; whether a given output and target suit it, the plan finds out.
+The mean of the shards' means is not the mean of the batch once samples have weights or are ignored. So a loss returns
+the sum over a micro-batch and the denominator of that sum, and the sum is divided by the denominators of all shards. This
+module knows how the losses of torch.nn are called; the dry run checks that output and target fit the loss.
 """
 
 import functools
@@ -21,22 +20,23 @@ from jobs.spec import LossSpec, Target
 from jobs.build.targets import Builder, check_arguments, resolve
 
 CLASS_NUMBER_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-"""Losses whose targets are numbers of classes."""
+"""Losses whose targets are class numbers."""
 _IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
-"""Of these, those that ignore a class number, and divide by the class weights of the others."""
-_UNSAID_IGNORE_INDEX = -100
-"""What torch ignores by default. Most data has no such label, and need not pay for an exchange in every step."""
+"""Those of them that ignore one class number, and divide by the class weights of the other targets."""
+_DEFAULT_IGNORE_INDEX = -100
+"""torch's default. Most data has no such label, so a loss with the default does not exchange weights in every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossCall:
-    """How a loss is called, if not with the one output and the target."""
+    """How a loss is called."""
 
     num_outputs: int
-    """Tensors that it takes from the model."""
+    """The number of tensors that it takes from the model's output."""
     arguments: Callable[[Any, Any], tuple[Any, ...]]
-    """Its arguments, from output and target."""
+    """Returns the loss's arguments, given output and target."""
     class_dim: int = 1
+    """The dimension of the output that runs over classes."""
 
 
 _PLAIN = LossCall(1, lambda output, target: (output, target))
@@ -52,22 +52,22 @@ _CALLS: dict[type, LossCall] = {
 
 
 class GlobalLoss:
-    """A loss over a global batch that is spread over shards.
+    """A loss over a global batch that is split into shards.
 
     Attributes:
-        spec: What the description says of it.
-        function: The loss itself; if it has a ``reduction``, that is ``none`` here.
+        spec: ``loss`` of the description.
+        function: The loss itself; its ``reduction``, if it has one, is set to ``none``.
         call: How it is called.
-        weighs_targets: The denominator depends on the targets, and so has to be summed over the shards
-            before the backward pass; otherwise it is the same for every micro-batch.
-        takes_class_numbers: Targets are numbers of classes, if they are integers.
+        weighs_targets: Whether the denominator depends on the targets; it is then summed over the shards before the
+            backward pass. Otherwise it is the same for every micro-batch.
+        takes_class_numbers: Whether integer targets are class numbers.
     """
 
     def __init__(self, function: Callable[..., Tensor], spec: LossSpec) -> None:
-        """Takes over a loss.
+        """Takes over a loss, and sets its ``reduction`` to ``none``.
 
         Raises:
-            DescriptionError: It has weights to train, or a reduction that is none of torch's.
+            DescriptionError: It has weights to train, or a reduction that torch does not know.
         """
         self.spec = spec
         self.function = function
@@ -85,14 +85,14 @@ class GlobalLoss:
             )
         if isinstance(getattr(function, "reduction", None), str):
             self._reduction = _known_reduction(function)
-            self._reduce("none")
+            self._set_reduction("none")
         if isinstance(function, _IGNORING) and spec.target in (None, "index"):
             self._ignore_index = function.ignore_index
-            ignores = "ignore_index" in spec.factory.args or function.ignore_index != _UNSAID_IGNORE_INDEX
+            ignores = "ignore_index" in spec.factory.args or function.ignore_index != _DEFAULT_IGNORE_INDEX
             self.weighs_targets = self._reduction == "mean" and (function.weight is not None or ignores)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "GlobalLoss":
-        """Moves class weights and other buffers of the loss, and gives them the type of the model's numbers."""
+        """Moves class weights and other buffers of the loss to ``device``, as ``dtype``, the type of the model's numbers."""
         if isinstance(self.function, nn.Module):
             self.function.to(device, dtype)
         elif isinstance(self.function, functools.partial):
@@ -103,7 +103,11 @@ class GlobalLoss:
         return self
 
     def sees(self, output: Any, target: Any) -> tuple[Any, Any]:
-        """What the loss sees of the model's output and of the dataset's target."""
+        """Returns output and target as the loss receives them: after ``loss.output`` and ``loss.target``.
+
+        Shapes: output [N, K, ...] -> the same. target [N, ...] -> the same; ``one_hot``: the shape of the output;
+            ``float``: the shape of the output if it has the same numbers.
+        """
         if self.spec.output == "sigmoid":
             output = output.sigmoid()
         elif self.spec.output == "softmax":
@@ -121,61 +125,81 @@ class GlobalLoss:
         return output, target
 
     def measured(self, output: Any, target: Any) -> tuple[Any, Any]:
-        """What a metric compares: as the loss sees it, but class numbers as class numbers."""
+        """Returns output and target as a metric receives them: as the loss does, except that class numbers stay so."""
         output, seen_target = self.sees(output, target)
         return output, target if self.spec.target == "one_hot" else seen_target
 
     def numerator(self, output: Any, target: Any) -> tuple[Tensor, float]:
-        """The loss summed over a micro-batch, and the denominator where the targets do not decide it.
+        """Returns the loss summed over a micro-batch, and its denominator if the targets do not decide that.
 
-        Shapes: a scalar that can be differentiated.
+        Shapes: output and target with N samples in dimension 0 -> a scalar that can be differentiated, a number.
         """
         loss = self._terms(output, target)
         if loss.dim() == 0 and self._reduction != "sum":
-            # A loss of one's own: a scalar is the mean over the micro-batch, anything else one value per term.
+            # A user's loss returns the mean over the micro-batch as a scalar, or one value per term.
             samples = next(_lengths([target, output]), 1)
             return loss * samples, samples
         if isinstance(self.function, nn.CTCLoss) and self._reduction == "mean":
             loss = loss / target[2].clamp(min=1).to(loss)
-        # bfloat16 would keep three digits of a sum.
+        # A sum in bfloat16 keeps three digits.
         total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
         return total, len(loss) if self._reduction == "batchmean" else loss.numel()
 
     def weight(self, target: Any, numerator: Tensor, own: float) -> Tensor:
-        """What a micro-batch adds to the denominator of a dataset, given what ``numerator`` gave.
+        """Returns what a micro-batch adds to the denominator of a dataset.
 
-        Shapes: a float64 scalar on the device of the loss.
+        Args:
+            target: The targets of the micro-batch.
+            numerator: What ``numerator`` returned first.
+            own: What ``numerator`` returned second.
+
+        Shapes: a float64 scalar, on the device of the loss.
         """
         if self.weighs_targets:
             return self.target_weight(target)
         return torch.tensor(own, dtype=torch.float64, device=numerator.device)
 
     def denominator(self, own: float, shards: int = 1) -> float:
-        """What the sum of all numerators is divided by: of ``shards`` equal micro-batches, or of one or a dataset."""
+        """Returns what to divide the sum of all numerators by.
+
+        Args:
+            own: The denominator of one micro-batch, or of a whole dataset.
+            shards: The number of equal micro-batches in the sum.
+        """
         return 1.0 if self._reduction == "sum" else own * shards
 
     def as_written(self, output: Any, target: Any) -> Tensor | None:
-        """The loss of a micro-batch alone, as the loss itself reduces it; None if it knows no reductions."""
+        """Returns the loss of one micro-batch with the reduction of the description; None if it has no reductions.
+
+        Shapes: as the loss returns it: a scalar, or one value per term for ``reduction: none``.
+        """
         if self._reduction is None:
             return None
-        self._reduce(self._reduction)
+        self._set_reduction(self._reduction)
         try:
             return self._terms(output, target)
         finally:
-            self._reduce("none")
+            self._set_reduction("none")
 
     def ignores_unsaid(self, counted: float, targets: float) -> bool:
-        """Whether the loss ignores some targets, though the description does not say that any are ignored."""
+        """Returns whether the loss ignores some targets by torch's default, while its mean is taken over all.
+
+        Args:
+            counted: The number of targets that the loss does not ignore.
+            targets: The number of all targets.
+        """
         means_over_all = self._reduction == "mean" and not self.weighs_targets
         return self._ignore_index is not None and means_over_all and 0 < counted < targets
 
     def target_weight(self, target: Tensor) -> Tensor:
-        """What a micro-batch adds to the denominator where the targets decide it.
+        """Returns what a micro-batch adds to the denominator if the targets decide it.
 
-        Shapes: a float64 scalar.
+        Shapes: class numbers [N, ...] or probabilities [N, K, ...] -> a float64 scalar, on their device.
+
+        Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html, reduction "mean".
         """
         counted = self.counted(target)
-        if counted is None:  # class probabilities: torch divides by the number of them, whatever the class weights
+        if counted is None:  # class probabilities: torch divides by their number, whatever the class weights
             return torch.tensor(target.numel() / target.shape[1], dtype=torch.float64, device=target.device)
         assert isinstance(self.function, _IGNORING), "no other loss weighs targets"
         if self.function.weight is None:
@@ -183,7 +207,10 @@ class GlobalLoss:
         return self.function.weight[target[counted].long()].sum(dtype=torch.float64)
 
     def counted(self, target: Any) -> Tensor | None:
-        """Which targets are class numbers that count, or None if targets are no class numbers."""
+        """Returns which targets are class numbers that the loss does not ignore; None if targets are no class numbers.
+
+        Shapes: [N, ...] -> bool, the same shape.
+        """
         if self.spec.target == "float" or not isinstance(target, Tensor) or not is_integral(target):
             return None
         if self._ignore_index is None:
@@ -191,9 +218,9 @@ class GlobalLoss:
         return target != self._ignore_index
 
     def tally(self, output: Any, target: Any, numerator: Tensor) -> Tensor:
-        """What a micro-batch adds to the metrics: loss sum, correct, counted.
+        """Returns what a micro-batch adds to loss and accuracy: loss sum, correct samples, counted samples.
 
-        Shapes: float64 [3] on the device of the loss.
+        Shapes: output [N, K, ...], target [N, ...], numerator a scalar -> float64 [3], on the device of the loss.
         """
         correct = count = torch.zeros((), dtype=torch.float64, device=numerator.device)
         counted = self.counted(target)
@@ -202,21 +229,22 @@ class GlobalLoss:
             count = counted.sum(dtype=torch.float64)
         return torch.stack([numerator.detach().double(), correct, count])
 
-    def _reduce(self, reduction: str) -> None:
-        self.function.reduction = reduction  # type: ignore[attr-defined]  # asked for only where it has one
+    def _set_reduction(self, reduction: str) -> None:
+        self.function.reduction = reduction  # type: ignore[attr-defined]  # called only if it has one
 
     def _terms(self, output: Any, target: Any) -> Tensor:
+        """Calls the loss as its ``reduction`` is set now."""
         return self.function(*self.call.arguments(*self.sees(output, target)))
 
 
 def build_loss(spec: LossSpec, builder: Builder) -> GlobalLoss:
-    """A bare name is looked up in ``torch.nn``. A function is taken as it is, a class is built.
+    """Builds the loss; looks up a bare name in ``torch.nn``.
 
-    Lists of numbers for ``weight`` and ``pos_weight`` become tensors. With ``reduction: none`` the mean of all
-    terms is trained on, as ``loss(output, target).mean()`` gives it.
+    A class is built, a function gets its arguments bound. Lists of numbers for ``weight`` and ``pos_weight`` become
+    tensors. With ``reduction: none`` the job trains on the mean of all terms, ``loss(output, target).mean()``.
 
     Raises:
-        DescriptionError: The name, an argument or its value is wrong, or the loss has weights of its own.
+        DescriptionError: The name, an argument or its value is wrong, or the loss has weights to train.
     """
     path = spec.factory.path
     args = {
@@ -236,23 +264,26 @@ def build_loss(spec: LossSpec, builder: Builder) -> GlobalLoss:
 
 
 def first(output: Any) -> Any:
-    """The tensor that a target is compared with, where a model gives several."""
+    """Returns the tensor that a target is compared with: the first, if the model returns several."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def is_integral(tensor: Tensor) -> bool:
-    """Whether its numbers can be numbers of classes."""
+    """Returns whether a tensor can hold class numbers."""
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def has_classes(output: Tensor, target: Tensor) -> bool:
-    """Whether an output has values for several classes, in dimension 1, where a target has one number."""
+    """Returns whether an output has values for several classes where the target has one number.
+
+    Shapes: True for output [N, K, ...] with K > 1 and target [N, ...].
+    """
     classes = output.shape[1] if output.dim() > 1 else 1
     return classes > 1 and (*output.shape[:1], *output.shape[2:]) == target.shape
 
 
 def fits_into(shape: torch.Size, other: torch.Size) -> bool:
-    """Whether one shape can be read as the other without mixing samples or exchanging axes."""
+    """Returns whether one shape can be reshaped to the other without mixing samples or exchanging axes."""
     lengths, others = ([length for length in axes if length != 1] for axes in (shape, other))
     same_samples = bool(shape) and bool(other) and shape[0] == other[0]
     exchanged = len(lengths) == len(others) and lengths != others
@@ -260,11 +291,12 @@ def fits_into(shape: torch.Size, other: torch.Size) -> bool:
 
 
 def number_type(output: Tensor) -> torch.dtype:
-    """The type in which a loss computes: the output's, except that autocast takes no loss in 16 bits."""
+    """Returns the type in which a loss computes: float32 under autocast, else the output's type."""
     return torch.float32 if torch.is_autocast_enabled(output.device.type) else output.dtype
 
 
 def _known_reduction(function: Any) -> str:
+    """Returns the reduction of a loss; raises a DescriptionError for one that this module cannot reproduce."""
     reduction: str = function.reduction
     has_batchmean = isinstance(function, nn.KLDivLoss) or not type(function).__module__.startswith("torch.")
     known = ["mean", "sum", "none", *(["batchmean"] if has_batchmean else [])]
@@ -276,7 +308,7 @@ def _known_reduction(function: Any) -> str:
 
 
 def _weights(value: Any, key: str) -> Any:
-    """A tensor of a list of numbers; anything else as it is."""
+    """Returns a list of numbers as a float64 tensor [K], and anything else unchanged."""
     if not isinstance(value, (list, tuple)):
         return value
     try:
@@ -289,7 +321,7 @@ def _weights(value: Any, key: str) -> Any:
 
 
 def _lengths(batch: Any) -> Iterator[int]:
-    """How many samples each part of a batch holds, which may be a structure of tensors and of lists of text."""
+    """Yields the number of samples in each part of a batch, a tree of tensors and of lists of text."""
     if isinstance(batch, Tensor):
         yield from batch.shape[:1]
     elif isinstance(batch, Mapping):

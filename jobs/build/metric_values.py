@@ -1,24 +1,25 @@
-"""What a validation comes to: plain values, for rows and pictures."""
+"""The result of a validation as plain values, for rows and plots."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A square table of values over classes, such as a confusion matrix: rows true, columns predicted."""
+    """A square matrix of values over classes, such as a confusion matrix: true classes in rows, predicted in columns."""
 
     classes: list[str]
+    """The names of the rows, and of the columns."""
     values: list[list[float | None]]
-    """None where a value is not finite."""
+    """Row by row; None where a value is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricValues:
-    """What a validation came to.
+    """The values that a validation measured.
 
     Attributes:
-        numbers: By name, all finite: ``val/loss``, ``val/f1``, ``val/recall/cat``.
-        matrices: By name: ``val/confusion``.
+        numbers: Finite values by name, such as ``val/loss``, ``val/f1`` or ``val/recall/cat``.
+        matrices: Matrices by name, such as ``val/confusion``.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)

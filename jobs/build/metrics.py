@@ -1,9 +1,9 @@
-"""Metrics of torchmetrics over a whole dataset, with the same bits for any number of workers.
+"""torchmetrics over a whole dataset, with the same bits for any number of workers.
 
-torchmetrics adds states up process by process, so that the last bits of a float depend on how many there are.
-Here every *batch* is what a process is there: a metric is reset before each batch, which exactly one worker has,
-and the states of all batches are reduced in the order of the batches by the metric's own reductions. Batches do
-not depend on the workers; so neither does what is computed from them.
+torchmetrics reduces states process by process, so the last bits of a float depend on the number of processes. Here each
+*batch* plays the role of a process: a metric is reset before each batch, exactly one worker has the batch, and the
+metric's own reductions reduce the states of all batches in batch order. The batches do not depend on the workers, so
+neither does the result.
 
 Importing this module imports torchmetrics, which takes a second or two; only jobs that declare metrics do.
 """
@@ -27,22 +27,22 @@ from jobs.spec import Target
 from jobs.build.targets import Builder
 
 State = Tensor | list[Tensor]
-"""One state of a metric, as ``Metric.add_state`` declares them."""
+"""One state of a metric, as ``Metric.add_state`` declares it."""
 
 _BARE_NAMES = [
     torchmetrics, classification, regression, segmentation, clustering, nominal, image, audio, detection, text,
 ]  # fmt: skip
-_IN_ANY_GROUPING = (dim_zero_sum, dim_zero_max, dim_zero_min)
-"""Reductions that may be taken of parts first, where they are exact: of integers."""
+_EXACT_ON_INTEGERS = (dim_zero_sum, dim_zero_max, dim_zero_min)
+"""Reductions that are exact on integers, and so may be applied to some batches first."""
 
 
 @dataclass(slots=True)
 class PartialMetrics:
-    """What the batches of one worker add to one metric; travels between processes.
+    """One worker's states of one metric, as they are sent to rank 0.
 
     Attributes:
-        folded: States of integers, over all batches of the worker.
-        by_batch: The other states, batch by batch.
+        folded: Integer states, reduced over all batches of the worker.
+        by_batch: The other states of each batch, in batch order, on the CPU.
     """
 
     folded: dict[str, Tensor] = field(default_factory=dict)
@@ -50,40 +50,51 @@ class PartialMetrics:
 
 
 class MetricSet:
-    """The metrics of a job. Knows no process group: shares leave it on every worker and meet in one of them."""
+    """The metrics of a job.
+
+    It knows no process group: every worker's ``share`` goes to rank 0, whose ``compute`` receives them all.
+    """
 
     def __init__(self, metrics: Mapping[str, torchmetrics.Metric], classes: Sequence[str] | None = None) -> None:
-        """Takes over the metrics; ``classes``: the names of the dataset's classes, if it has any."""
+        """Takes over the metrics.
+
+        Args:
+            metrics: The metrics by name.
+            classes: The names of the dataset's classes, if it has any.
+        """
         self._metrics = dict(metrics)
         self._classes = classes
         self._shares = {name: PartialMetrics() for name in metrics}
         for metric in self._metrics.values():
-            metric.distributed_available_fn = _never  # compute() would ask all processes for their states
+            metric.distributed_available_fn = _never  # otherwise compute() would gather the states of all processes
 
     def to(self, device: torch.device) -> "MetricSet":
-        """Moves the metrics, to where outputs are."""
+        """Moves the metrics to the device of the outputs."""
         for metric in self._metrics.values():
             metric.to(device)
         return self
 
     def update(self, output: Any, target: Any) -> None:
-        """Takes the next batch of this worker."""
+        """Measures the next batch of this worker.
+
+        Shapes: output and target as ``GlobalLoss.measured`` returns them.
+        """
         for name, metric in self._metrics.items():
             _update(metric, output, target)
             _add(self._shares[name], metric)
 
     def share(self) -> dict[str, PartialMetrics]:
-        """What came of the batches since the last call, on the CPU."""
+        """Returns the states of all batches since the last call, on the CPU, and starts again."""
         shares, self._shares = self._shares, {name: PartialMetrics() for name in self._metrics}
         for share in shares.values():
             share.folded = {state: value.cpu() for state, value in share.folded.items()}
         return shares
 
     def compute(self, shares: Sequence[Mapping[str, PartialMetrics]]) -> MetricValues:
-        """The metrics over the batches of all workers; a value that is not finite is left out.
+        """Computes the metrics over the batches of all workers; leaves out values that are not finite.
 
         Args:
-            shares: Of every rank, in rank order; rank r has had the batches r, r + W, r + 2W, ...
+            shares: The share of every rank, in rank order; of W ranks, rank r measured the batches r, r + W, r + 2W, ...
         """
         measured = MetricValues()
         for name, metric in self._metrics.items():
@@ -94,13 +105,15 @@ class MetricSet:
         )
 
     def try_out(self, output: Any, target: Any) -> set[str]:
-        """Measures one small batch, and forgets it.
+        """Measures one small batch for the dry run, and keeps nothing.
+
+        Shapes: output and target as ``GlobalLoss.measured`` returns them.
 
         Returns:
-            The names of the numbers that a validation will come to.
+            The names of the numbers that a validation will measure.
 
         Raises:
-            DescriptionError: A metric does not take such outputs and targets, or comes to what no row can hold.
+            DescriptionError: A metric does not accept the output and the target, or its result fits no row or matrix.
         """
         names: set[str] = set()
         for name, metric in self._metrics.items():
@@ -115,9 +128,9 @@ class MetricSet:
             share = PartialMetrics()
             _add(share, metric)
             try:
-                with warnings.catch_warnings(action="ignore"):  # much is missing from a few samples
+                with warnings.catch_warnings(action="ignore"):  # a few samples lack most classes
                     result = _compute(metric, [share])
-            except Exception:  # some need more samples than a trial has, or of more classes
+            except Exception:  # some metrics need more samples or classes than the dry run has
                 names.add(f"val/{name}")
                 continue
             try:
@@ -128,10 +141,15 @@ class MetricSet:
 
 
 def build_metrics(targets: Mapping[str, Target], builder: Builder, classes: Sequence[str] | None = None) -> MetricSet:
-    """A bare name is looked up in torchmetrics and its domains.
+    """Builds the declared metrics; looks up bare names in torchmetrics and its domains.
+
+    Args:
+        targets: What to build, by the name of the metric.
+        builder: Builds the targets.
+        classes: The names of the dataset's classes, if it has any.
 
     Raises:
-        DescriptionError: A name, an argument or its value is wrong, or it is no single metric.
+        DescriptionError: A name, an argument or its value is wrong, or the object is not a single metric.
     """
     metrics = {}
     for name, target in targets.items():
@@ -150,7 +168,7 @@ def build_metrics(targets: Mapping[str, Target], builder: Builder, classes: Sequ
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """The names of a dataset's classes, if it has them as torchvision's have, and no two are the same."""
+    """Returns the names of a dataset's classes, if they are all different and in ``classes``, as in torchvision."""
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, (list, tuple)) or len({str(name) for name in classes}) < len(classes):
         return None
@@ -162,7 +180,7 @@ def _never() -> bool:
 
 
 def _update(metric: torchmetrics.Metric, output: Any, target: Any) -> None:
-    """Gives the metric the states of one batch alone. Measured in full precision, whatever the forward pass has."""
+    """Sets the metric's states to those of one batch, measured in float32 even if the forward pass has 16 bits."""
     metric.reset()
     if isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16):
         output = output.float()
@@ -171,13 +189,13 @@ def _update(metric: torchmetrics.Metric, output: Any, target: Any) -> None:
 
 
 def _add(share: PartialMetrics, metric: torchmetrics.Metric) -> None:
-    """Adds the states of a batch, as copies: the metric goes on with its own."""
+    """Adds copies of the metric's states, those of one batch, to the worker's share."""
     of_batch: dict[str, State] = {}
     for name, value in metric.metric_state.items():
         reduction: Any = metric._reductions[name]
         if isinstance(value, list):
             of_batch[name] = [item.to("cpu", copy=True) for item in value]
-        elif reduction in _IN_ANY_GROUPING and not (value.is_floating_point() or value.is_complex()):
+        elif reduction in _EXACT_ON_INTEGERS and not (value.is_floating_point() or value.is_complex()):
             parts = [share.folded[name], value] if name in share.folded else [value]
             share.folded[name] = reduction(torch.stack(parts))
         else:
@@ -186,9 +204,9 @@ def _add(share: PartialMetrics, metric: torchmetrics.Metric) -> None:
 
 
 def _compute(metric: torchmetrics.Metric, shares: Sequence[PartialMetrics]) -> Any:
-    """Computes from the shares of all ranks, on the CPU, whose kernels give the same bits every time.
+    """Returns a metric's result from the shares of all ranks; uses the CPU, whose kernels repeat their bits.
 
-    Source: torchmetrics ``Metric._sync_dist``, of which this is the reduction.
+    Source: torchmetrics ``Metric._sync_dist``, whose reduction this repeats.
     """
     batches = [
         shares[number % len(shares)].by_batch[number // len(shares)]
@@ -204,16 +222,18 @@ def _compute(metric: torchmetrics.Metric, shares: Sequence[PartialMetrics]) -> A
             merged = torch.stack([share.folded[name] for share in shares if name in share.folded])
         else:
             merged = torch.stack([of_batch[name] for of_batch in batches])  # type: ignore[misc]  # no list
-        # A list without items has nothing to reduce, and torchmetrics leaves it as it is too.
+        # An empty list stays as it is, as in torchmetrics.
         setattr(total, name, merged if reduction is None or len(merged) == 0 else reduction(merged))
     return total.compute()
 
 
 def _named(name: str, result: Any, classes: Sequence[str] | None) -> MetricValues:
-    """Takes a result apart into numbers that have names, or a matrix.
+    """Splits a metric's result into named numbers, or returns it as a matrix.
+
+    Shapes: a scalar, numbers per class [K], a matrix [K, K], or a mapping of these.
 
     Raises:
-        TypeError: It is none of the kinds that a row or a picture can show.
+        TypeError: The result is of another kind.
     """
     if isinstance(result, Mapping):
         measured = MetricValues()
@@ -238,4 +258,5 @@ def _named(name: str, result: Any, classes: Sequence[str] | None) -> MetricValue
 
 
 def _labels(count: int, classes: Sequence[str] | None) -> list[str]:
+    """Returns the names of ``count`` classes: those of the dataset if their number fits, else 0, 1, 2, ..."""
     return list(classes) if classes is not None and len(classes) == count else [str(number) for number in range(count)]

@@ -1,4 +1,4 @@
-"""From ``optimizer`` and its groups to a torch optimizer over the model's parameters."""
+"""Building the optimizer and its parameter groups."""
 
 import fnmatch
 import inspect
@@ -18,14 +18,14 @@ _TYPE_PREFIX = "type:"
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Parameters that train alike.
+    """Parameters with the same optimizer arguments.
 
     Attributes:
-        pattern: The pattern that chose them; ``(rest)`` for those that no pattern matched.
+        pattern: The pattern that matched them; ``(rest)`` for those that no pattern matched.
         names: The parameters' names, in the model's order.
         args: Arguments of the optimizer for this group alone.
-        lr_scale: Multiplies the optimizer's rate.
-        from_step: The step, counted from 0, from which they train; before it they are frozen.
+        lr_scale: Factor on the optimizer's learning rate.
+        from_step: The number of completed steps from which they train; until then they are frozen.
     """
 
     pattern: str
@@ -36,14 +36,22 @@ class ParameterGroup:
 
 
 def group_parameters(model: nn.Module, groups: tuple[GroupSpec, ...], steps_per_epoch: int) -> list[ParameterGroup]:
-    """Sorts the trainable parameters into groups; the first pattern that matches a parameter has it.
+    """Puts each trainable parameter into the first group whose pattern matches its name.
+
+    Args:
+        model: The model.
+        groups: The groups of the description.
+        steps_per_epoch: Converts ``from_epoch`` to steps.
+
+    Returns:
+        The groups, and a last one for parameters that no pattern matches, if there are any.
 
     Raises:
-        DescriptionError: A pattern matches no parameter, or only ones that an earlier pattern has or the model
-            itself freezes; or a tensor has two names that fall into different groups.
+        DescriptionError: A pattern matches no parameter, or only parameters that an earlier pattern matches or the model
+            freezes; or two names of one tensor match different groups.
     """
     matching = [_matching(model, group.match) for group in groups]
-    of_group: list[list[str]] = [[] for _ in range(len(groups) + 1)]  # the last one for the rest
+    names_by_group: list[list[str]] = [[] for _ in range(len(groups) + 1)]  # the last one is for the rest
     for names in _trainable(model):
         first, *others = [
             next((number for number, matched in enumerate(matching) if name in matched), len(groups)) for name in names
@@ -53,19 +61,19 @@ def group_parameters(model: nn.Module, groups: tuple[GroupSpec, ...], steps_per_
                 f"optimizer.groups put one tensor in two groups, got {' and '.join(names)}, which are tied; "
                 "write a pattern for both"
             )
-        of_group[first].append(names[0])
+        names_by_group[first].append(names[0])
     found = []
     for number, group in enumerate(groups):
-        if not of_group[number]:
+        if not names_by_group[number]:
             key = f"optimizer.groups[{number}].match"
             raise DescriptionError(_why_empty(model, key, group.match, matching[number]))
         from_step = group.from_step if group.from_epoch is None else group.from_epoch * steps_per_epoch
-        found.append(ParameterGroup(group.match, tuple(of_group[number]), group.args, group.lr_scale, from_step or 0))
-    return [*found, ParameterGroup("(rest)", tuple(of_group[-1]), {})] if of_group[-1] else found
+        found.append(ParameterGroup(group.match, tuple(names_by_group[number]), group.args, group.lr_scale, from_step or 0))
+    return [*found, ParameterGroup("(rest)", tuple(names_by_group[-1]), {})] if names_by_group[-1] else found
 
 
 def _trainable(model: nn.Module) -> list[list[str]]:
-    """The names of each trainable tensor; a tied one has several."""
+    """Returns the names of each trainable tensor; a tied tensor has several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -74,6 +82,7 @@ def _trainable(model: nn.Module) -> list[list[str]]:
 
 
 def _why_empty(model: nn.Module, key: str, pattern: str, matched: set[str]) -> str:
+    """Returns the error text for a group without parameters; ``matched``: the names that its pattern matches."""
     known = [name for name, _ in model.named_parameters()]
     if not matched:
         return (
@@ -86,6 +95,7 @@ def _why_empty(model: nn.Module, key: str, pattern: str, matched: set[str]) -> s
 
 
 def _matching(model: nn.Module, pattern: str) -> set[str]:
+    """Returns the names of parameters that a pattern over names, or over module types, matches."""
     if not pattern.startswith(_TYPE_PREFIX):
         names = (name for name, _ in model.named_parameters(remove_duplicate=False))
         return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
@@ -101,7 +111,9 @@ def _matching(model: nn.Module, pattern: str) -> set[str]:
 def build_optimizer(
     spec: OptimizerSpec, model: nn.Module, groups: list[ParameterGroup], builder: Builder
 ) -> torch.optim.Optimizer:
-    """The optimizer over all groups; a frozen group is in it from the start, and is passed over without gradients.
+    """Builds the optimizer over all groups.
+
+    A frozen group is in it from the start; the optimizer skips its parameters, because they have no gradients.
 
     Raises:
         DescriptionError: The name, an argument or its value is wrong.
@@ -120,11 +132,12 @@ def build_optimizer(
             check_arguments(function, sorted({*group.args, *spec.factory.args}), key, given=1)
         scaled = {} if group.lr_scale is None else {"lr": group.lr_scale * _base_rate(spec, function, key)}
         torch_groups.append({"params": [parameters[name] for name in group.names], **group.args, **scaled})
-    return builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])
+    optimizer: torch.optim.Optimizer = builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])
+    return optimizer
 
 
 def _base_rate(spec: OptimizerSpec, function: Callable[..., Any], key: str) -> float:
-    """The optimizer's rate, as written or by default."""
+    """Returns the optimizer's learning rate, as written or by default."""
     default = inspect.signature(function).parameters.get("lr")
     rate = spec.factory.args.get("lr", default.default if default else None)
     if not isinstance(rate, (int, float)):
@@ -133,7 +146,7 @@ def _base_rate(spec: OptimizerSpec, function: Callable[..., Any], key: str) -> f
 
 
 def set_trainable(model: nn.Module, groups: Sequence[ParameterGroup], step: int) -> bool:
-    """Freezes the groups whose step has not come; whether that changed any parameter."""
+    """Freezes the groups whose ``from_step`` is after ``step`` and unfreezes the others; returns whether any changed."""
     parameters = dict(model.named_parameters())
     changed = False
     for group in groups:

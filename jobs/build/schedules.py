@@ -1,4 +1,4 @@
-"""From ``scheduler`` to a torch learning-rate schedule: when it advances, whether it lasts, and what rates it gives."""
+"""Building and advancing the learning-rate schedule, and checking that it lasts as long as the run."""
 
 import functools
 import inspect
@@ -27,18 +27,18 @@ from jobs.spec import PlanValue, SchedulerSpec, Target
 from jobs.build.targets import Builder, check_arguments, resolve
 
 _FUNCTIONS = ("lr_lambda", "scale_fn")
-"""Arguments that are functions of one number: text in them is an import path, in any other argument it is text."""
+"""Arguments that are functions of one number. Text there is an import path; in other arguments it stays text."""
 _MOST_PLAYED = 500_000
-"""Rates that a preview plays through, over all groups: at most a few seconds."""
+"""The most rates that a preview computes, over all groups: a few seconds."""
 _ROUNDING = 1e-9
-"""In parts of a group's first rate, how far below 0 a rate is still 0: torch's LinearLR may miss it by 1e-16."""
+"""How far below 0 a rate may be, as a fraction of its group's first rate; torch's LinearLR may miss 0 by 1e-16."""
 
 _Keys = dict[LRScheduler, str]
-"""Where in the description each schedule is written."""
+"""The key in the description of each schedule."""
 
 
 def plan_value(steps: StepPlan, value: PlanValue) -> int:
-    """The number behind ``${plan.total_steps}``, ``${plan.steps_per_epoch}`` and ``${plan.steps:EPOCHS}``."""
+    """Returns the number of ``${plan.total_steps}``, ``${plan.steps_per_epoch}`` or ``${plan.steps:EPOCHS}``, in steps."""
     if value.name == "total_steps":
         return steps.total_steps
     if value.name == "steps_per_epoch":
@@ -48,27 +48,28 @@ def plan_value(steps: StepPlan, value: PlanValue) -> int:
 
 
 class Schedule:
-    """A learning-rate schedule, or none, advanced at the end of steps.
+    """A learning-rate schedule, or a constant rate, that is advanced at the end of steps.
 
-    Collective: every rank advances it alike; a monitored metric is the same number on every rank.
+    It exchanges nothing: every rank advances its own copy at the same steps, with the same metrics.
     """
 
     def __init__(self, spec: SchedulerSpec | None, scheduler: LRScheduler | None) -> None:
+        """Only assigns; both None: the rate stays constant."""
         self._spec = spec
         self._scheduler = scheduler
 
     def step_done(self) -> None:
-        """After every optimizer step, also one that was skipped."""
+        """Advances a schedule by step; to be called after every optimizer step, also after a skipped one."""
         if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
             return
         if self._spec.interval == "step":
             self._scheduler.step()
 
     def measured(self, metrics: Mapping[str, float], *, ends_epoch: bool) -> None:
-        """At every pause, with what was measured at this very step.
+        """Advances a schedule by epoch, or one that watches a metric; to be called at every pause of the loop.
 
         Args:
-            metrics: Validation metrics, if there was a validation, and the step's own at an epoch's end.
+            metrics: What was measured at this step: validation metrics, and at the end of an epoch training metrics.
             ends_epoch: Whether the step ends an epoch.
         """
         if self._spec is None or self._scheduler is None:
@@ -82,7 +83,7 @@ class Schedule:
             self._scheduler.step()
 
     def play_to(self, step: int, steps: StepPlan) -> None:
-        """Advances a fresh schedule to where it stands after ``step`` steps; one that follows a metric stays."""
+        """Advances a new schedule to its state after ``step`` steps; a ReduceLROnPlateau stays as it is."""
         if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
             return
         _, per_tick = _ticks(self._spec, steps)
@@ -90,16 +91,16 @@ class Schedule:
             self._scheduler.step()
 
     def preview(self, steps: StepPlan) -> tuple[tuple[int, float], ...]:
-        """Plays the schedule through the run without training, which uses it up: for a process that is thrown away.
+        """Runs the schedule through the whole run without training. It cannot be used afterwards.
 
-        A very long run is played as far as a few seconds go; a schedule that follows a metric is not played.
+        A very long run is cut off after a few seconds. A ReduceLROnPlateau is not run.
 
         Returns:
-            A few steps, counted from 1, and the rates that they use, in the last parameter group: every change of the
-            rate if there are few, else the first, the highest, one halfway and the last.
+            A few steps, counted from 1, each with its learning rate in the last parameter group: every change of the
+            rate if there are few, else the first step, the highest rate, a step halfway and the last step.
 
         Raises:
-            DescriptionError: The schedule raises, or gives a rate that is no number, not finite or below 0.
+            DescriptionError: The schedule raises, or a rate is not a number, not finite or below 0.
         """
         if self._spec is None or self._scheduler is None or isinstance(self._scheduler, ReduceLROnPlateau):
             return ()
@@ -119,7 +120,7 @@ class Schedule:
             rates.append(groups[-1]["lr"])
             try:
                 self._scheduler.step()
-            except Exception as error:  # the schedule, or a function in it, may be the user's own
+            except Exception as error:  # a user's schedule or function may raise anything
                 raise DescriptionError(
                     f"scheduler: {self._spec.factory.path} raised {type(error).__name__} "
                     f"after step {step + per_tick - 1}: {one_line(error) or 'it cannot go on from there'}"
@@ -127,9 +128,11 @@ class Schedule:
         return tuple((position * per_tick + 1, rates[position]) for position in _landmarks(rates))
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the state of torch's schedule; empty for a constant rate."""
         return {} if self._scheduler is None else self._scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state)
 
@@ -137,7 +140,7 @@ class Schedule:
 def build_schedule(
     spec: SchedulerSpec | None, optimizer: torch.optim.Optimizer, builder: Builder, steps: StepPlan
 ) -> Schedule:
-    """Builds the schedule and those nested in it, each over the same optimizer.
+    """Builds the schedule and those nested in it, all over the same optimizer.
 
     Raises:
         DescriptionError: The name, an argument or its value is wrong, ``monitor`` does not fit, or the run is longer
@@ -145,7 +148,7 @@ def build_schedule(
     """
     if spec is None:
         return Schedule(None, None)
-    # Torch warns of a rate that no step used. It is the rate of a skipped step, or nothing is trained, in a preview.
+    # torch warns if no optimizer step used a rate, as after a skipped step and in a preview.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
     keys: _Keys = {}
 
@@ -174,22 +177,28 @@ def build_schedule(
 
 
 def _ticks(spec: SchedulerSpec, steps: StepPlan) -> tuple[int, int]:
-    """How often the schedule advances in the whole run, and the steps between."""
+    """Returns how often the schedule advances in the whole run, and the number of steps between two advances."""
     return (steps.total_steps, 1) if spec.interval == "step" else (steps.epochs, steps.steps_per_epoch)
 
 
 def _takes_optimizer(function: Callable[..., Any]) -> bool:
-    """Whether it is a schedule, or a function that makes one, as against an argument of a schedule."""
+    """Returns whether a callable builds a schedule, rather than an argument of one."""
     if inspect.isclass(function) and issubclass(function, LRScheduler):
-        return not issubclass(function, ChainedScheduler)  # it finds the optimizer in the schedules it chains
+        return not issubclass(function, ChainedScheduler)  # it takes the optimizer of the schedules that it chains
     try:
         return next(iter(inspect.signature(function).parameters), None) == "optimizer"
     except (TypeError, ValueError):
-        return False  # some C functions tell nothing, and none of them makes a schedule
+        return False  # some C functions have no signature; none of them builds a schedule
 
 
 def _function(value: Any, key: str, builder: Builder) -> Any:
-    """The function that an argument names: a path, one with arguments bound, what makes one, or one for each group."""
+    """Returns the function that an argument names.
+
+    Args:
+        value: An import path, a target that returns a function or binds arguments, or a list with one for each group.
+        key: Where it stands in the description, for errors.
+        builder: Builds targets.
+    """
     if isinstance(value, (list, tuple)):
         return [_function(item, f"{key}[{number}]", builder) for number, item in enumerate(value)]
     if value is None:
@@ -197,7 +206,7 @@ def _function(value: Any, key: str, builder: Builder) -> Any:
     if isinstance(value, str):
         function = resolve(value, key)
         check_arguments(function, [], key, given=1)
-        # Torch keeps the __dict__ of what is no plain function, and a built-in function has none.
+        # torch saves the __dict__ of callables that are not plain functions; a built-in has none.
         return function if hasattr(function, "__dict__") else functools.partial(function)
     if not isinstance(value, Target):
         raise DescriptionError(f"{key} must be a function, got {value!r}; write its import path")
@@ -234,13 +243,13 @@ _LENGTHS: tuple[tuple[type[LRScheduler], str, str, str], ...] = (
     (CosineAnnealingLR, "T_max", "after which the rate rises again", ", or take CosineAnnealingWarmRestarts"),
     (PolynomialLR, "total_iters", "after which the rate stays 0", ""),
 )
-"""Schedules that end: the attribute that says when, what comes of it, and what else to do."""
+"""Schedules that end: the attribute with their length, what happens after it, and what else to do."""
 
 
 def _check_lengths(spec: SchedulerSpec, scheduler: LRScheduler, steps: StepPlan, keys: _Keys) -> None:
-    """Raises if the schedule, or one nested in it, ends before its time in the run does."""
+    """Raises a DescriptionError if the schedule, or one nested in it, is shorter than its time in the run."""
     run, _ = _ticks(spec, steps)
-    for part, key, ticks in _lives(scheduler, "scheduler", run, keys):
+    for part, key, ticks in _with_ticks(scheduler, "scheduler", run, keys):
         for kind, name, consequence, alternative in _LENGTHS:
             if isinstance(part, kind):
                 length = getattr(part, name)
@@ -252,12 +261,12 @@ def _check_lengths(spec: SchedulerSpec, scheduler: LRScheduler, steps: StepPlan,
                     )
 
 
-def _lives(scheduler: LRScheduler, key: str, ticks: int, keys: _Keys) -> Iterator[tuple[LRScheduler, str, int]]:
-    """The schedule and those nested in it, where each is written, and how often each advances: if never, 0 or less."""
+def _with_ticks(scheduler: LRScheduler, key: str, ticks: int, keys: _Keys) -> Iterator[tuple[LRScheduler, str, int]]:
+    """Yields the schedule and those nested in it, each with its key and how often it advances; 0 or less means never."""
     yield scheduler, key, ticks
     if isinstance(scheduler, ChainedScheduler):
         for child in scheduler._schedulers:
-            yield from _lives(child, keys.get(child, key), ticks, keys)
+            yield from _with_ticks(child, keys.get(child, key), ticks, keys)
     elif isinstance(scheduler, SequentialLR):
         begins = [0, *scheduler._milestones]
         if any(type(begin) is not int for begin in begins) or begins != sorted(begins):
@@ -265,11 +274,11 @@ def _lives(scheduler: LRScheduler, key: str, ticks: int, keys: _Keys) -> Iterato
                 f"{key}.milestones must be whole numbers in rising order, got {begins[1:]}; write for example [5, 10]"
             )
         for child, begin, end in zip(scheduler._schedulers, begins, [*begins[1:], ticks]):
-            yield from _lives(child, keys.get(child, key), min(end, ticks) - begin, keys)
+            yield from _with_ticks(child, keys.get(child, key), min(end, ticks) - begin, keys)
 
 
 def _landmarks(rates: Sequence[float]) -> list[int]:
-    """Positions that tell the course of the rates."""
+    """Returns the positions of a few rates that show the course of all."""
     last = len(rates) - 1
     changes = [position for position in range(1, last + 1) if rates[position] != rates[position - 1]]
     if len(changes) <= 4:

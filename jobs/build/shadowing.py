@@ -1,7 +1,7 @@
-"""Modules of the user's that Python does not find, because the standard library or an installed package has their name.
+"""User modules that Python does not find, because the standard library or an installed package has the same name.
 
-Such a name may mean either, so it is an error where a description, or a module of the user's, uses one. Where nobody
-does, it is none. A module of the user's that imports the standard library, or what the launcher is made of, means that.
+Such a name is ambiguous, so using it in a description or in a user module is an error; an unused one is not. A user
+module that imports the standard library or a package that the launcher needs means that one.
 """
 
 import importlib.util
@@ -22,17 +22,17 @@ REQUIRED = frozenset(
         "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
     }
 )  # fmt: skip
-"""What the launcher needs, as in pyproject.toml."""
+"""The packages that the launcher needs, as in pyproject.toml."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shadowed:
-    """A file of the user's that cannot be imported by the name that it has.
+    """A user file that cannot be imported under its name.
 
     Attributes:
-        file: What is not found.
-        has_it: Whether it has what was looked for, as far as reading it tells.
-        why: What comes first, and what to do.
+        file: The file.
+        has_it: Whether the file defines the name that was looked for, as far as its source shows.
+        why: Which module comes first, and what to do.
     """
 
     file: Path
@@ -44,7 +44,7 @@ class Shadowed:
 
 
 def find_shadowed(path: str) -> Shadowed | None:
-    """The user's file that an import path such as ``package.module.Name`` may mean, if it leads to another one."""
+    """Returns the user file that an import path ``package.module.Name`` may mean, if the path leads to another file."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         file, why = _shadowed(parts[:length])
@@ -55,10 +55,10 @@ def find_shadowed(path: str) -> Shadowed | None:
 
 
 def check_imports() -> None:
-    """Makes sure that no module of the user's has got an installed one in place of the user's own of that name.
+    """Checks that no user module has imported an installed module in place of a user file of that name.
 
     Raises:
-        DescriptionError: One has.
+        DescriptionError: A user module has.
     """
     for name, module_file in own_modules(users_paths()):
         for used in sorted(_imported(sys.modules[name]) - sys.stdlib_module_names - REQUIRED):
@@ -68,7 +68,7 @@ def check_imports() -> None:
 
 
 def _shadowed(module: Sequence[str]) -> tuple[Path | None, str]:
-    """The file of the user's that has the name of a module and is not found, and why; none: there is no such file."""
+    """Returns the user file with the name of a module that Python does not find, and why; None if there is no such."""
     found, users = _found_in(module[0]), users_paths()
     if not found or found & {os.path.realpath(folder) for folder in users}:
         return None, ""
@@ -80,7 +80,7 @@ def _shadowed(module: Sequence[str]) -> tuple[Path | None, str]:
 
 
 def _imported(module: ModuleType) -> set[str]:
-    """The top-level names of the modules that a module has something of."""
+    """Returns the top-level names of the modules that a module has imported, or has classes and functions of."""
     names = set()
     for value in list(vars(module).values()):
         if isinstance(value, ModuleType):
@@ -91,10 +91,10 @@ def _imported(module: ModuleType) -> set[str]:
 
 
 def _found_in(name: str) -> set[str]:
-    """The folders that Python finds a top-level module in; none: there is no such module."""
+    """Returns the folders in which Python finds a top-level module; empty if there is no such module."""
     try:
         spec = importlib.util.find_spec(name)
-    except ValueError:  # a module that somebody has made
+    except ValueError:  # a module object without a spec
         return set()
     if spec is None:
         return set()
@@ -106,13 +106,16 @@ def _found_in(name: str) -> set[str]:
 
 
 def _module_file(folder: str, parts: Sequence[str]) -> Path | None:
-    """The file in a folder that has the name of a module."""
+    """Returns the file of a module below a folder, if there is one."""
     place = Path(folder, *parts)
     return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
 
 
 def _is_copy(folder: str, file: Path, name: str, found: set[str]) -> bool:
-    """Whether a file is what is found instead, byte by byte, with the rest of its package if that is none of ours."""
+    """Returns whether the found module has the same bytes as the user's file.
+
+    The rest of the package must be the same too, unless it is one of the launcher's own.
+    """
     top = Path(folder, name)
     files = [file, *(top.rglob("*.py") if top.is_dir() and name not in OWN_PACKAGES else [])]
     for other in map(Path, found):
@@ -123,7 +126,7 @@ def _is_copy(folder: str, file: Path, name: str, found: set[str]) -> bool:
 
 
 def _has(file: Path, name: str) -> bool:
-    """Whether a module binds a name, which it is not run to find out."""
+    """Returns whether a module's source binds a name; does not run the module."""
     try:
         table = symtable.symtable(file.read_text(encoding="utf-8-sig"), str(file), "exec")
     except (SyntaxError, ValueError, OSError):
@@ -132,6 +135,7 @@ def _has(file: Path, name: str) -> bool:
 
 
 def _why(name: str, found: set[str], *, is_file: bool) -> str:
+    """Returns which module comes before the user's, and what to do."""
     whole = "the file" if is_file else f"the folder {name}"
     if name in sys.stdlib_module_names:
         return f"Python's own {name} comes first; rename {whole}"

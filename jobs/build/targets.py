@@ -1,7 +1,6 @@
-"""From a name in the description to an object: import, check the arguments, build.
+"""Building an object that a description names: import it, check its arguments, call it.
 
-Every mistake is a ``DescriptionError`` that begins with the key it was written under, so that the caller
-need not know where in the description it stands.
+Every mistake is a ``DescriptionError`` that begins with the key in the description.
 """
 
 import functools
@@ -17,11 +16,21 @@ from jobs.spec import PlanValue, Target
 
 
 def resolve(path: str, key: str, bare_names: Sequence[ModuleType] = ()) -> Callable[..., Any]:
-    """The callable that ``path`` names: a dotted import path, or a bare name of one of ``bare_names``."""
+    """Returns the callable that ``path`` names.
+
+    Args:
+        path: A dotted import path, or a bare name in one of ``bare_names``.
+        key: Where it stands in the description, for errors.
+        bare_names: Modules in which a name without dots is looked up.
+
+    Raises:
+        DescriptionError: The path names nothing, or nothing that can be called, or is ambiguous.
+    """
     module_name, _, name = path.rpartition(".")
     if not module_name:
         for module in bare_names:
-            if callable(found := getattr(module, path, None)):
+            found: Callable[..., Any] | None = getattr(module, path, None)
+            if callable(found):
                 return found
         if not bare_names:
             raise DescriptionError(f"{key}._target_ must be an import path such as package.module.Name, got {path!r}")
@@ -35,15 +44,15 @@ def resolve(path: str, key: str, bare_names: Sequence[ModuleType] = ()) -> Calla
     if shadowed is not None and shadowed.has_it:
         raise DescriptionError(f"{key}._target_ {path!r}: {shadowed}")
     try:
-        return _imported(path, key)
+        return _import(path, key)
     except DescriptionError as error:
         if shadowed is None:
             raise
         raise DescriptionError(f"{key}._target_ {path!r}: {shadowed}") from error
 
 
-def _imported(path: str, key: str) -> Callable[..., Any]:
-    """The callable of a dotted import path."""
+def _import(path: str, key: str) -> Callable[..., Any]:
+    """Returns the callable of a dotted import path; see ``resolve``."""
     module_name, _, name = path.rpartition(".")
     try:
         owner: Any = importlib.import_module(module_name)
@@ -53,11 +62,11 @@ def _imported(path: str, key: str) -> Callable[..., Any]:
                 f"{key}._target_ {path!r} imports {error.name!r}, which is not installed; install it"
             ) from error
         owner = _class_path(module_name, path, key, error)
-    except Exception as error:  # the module is the user's own code: whatever it raises is told in one line
+    except Exception as error:  # the user's module may raise anything; the error shows it in one line
         raise DescriptionError(
             f"{key}._target_ {path!r}: importing {module_name} raised {type(error).__name__}: {one_line(error)}"
         ) from error
-    found = getattr(owner, name, None)
+    found: Callable[..., Any] | None = getattr(owner, name, None)
     if found is None:
         raise DescriptionError(f"{key}._target_ {path!r}: {module_name} has no {name!r}{nearest(name, dir(owner))}")
     if not callable(found):
@@ -66,13 +75,13 @@ def _imported(path: str, key: str) -> Callable[..., Any]:
 
 
 def _class_path(module_name: str, path: str, key: str, error: ModuleNotFoundError) -> Any:
-    """The class in ``package.module.Class.method``, where ``package.module.Class`` is no module."""
+    """Returns the class of ``package.module.Class.method``, because ``package.module.Class`` is not a module."""
     parent, _, name = module_name.rpartition(".")
     if parent:
         try:
             return getattr(importlib.import_module(parent), name)
         except (ModuleNotFoundError, AttributeError):
-            pass  # the message below says that the path leads nowhere
+            pass  # the path leads nowhere, which the error below says
     raise DescriptionError(
         f"{key}._target_ {path!r}: there is no module {error.name!r} beside the job file, "
         "in the working directory or installed; check the spelling"
@@ -80,14 +89,18 @@ def _class_path(module_name: str, path: str, key: str, error: ModuleNotFoundErro
 
 
 def check_arguments(function: Callable[..., Any], names: Sequence[str], key: str, given: int = 0) -> None:
-    """Raises if the callable does not take the named arguments beside ``given`` positional ones."""
+    """Checks that a callable accepts the named arguments beside ``given`` positional ones, and needs no others.
+
+    Raises:
+        DescriptionError: It does not accept an argument, or needs one that is missing.
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # some C functions tell nothing; calling them will
+        return  # some C functions have no signature; a wrong call shows when they are built
     parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    parameters = parameters[min(given, len(positional)) :]  # *args takes what is given beyond
+    parameters = parameters[min(given, len(positional)) :]  # *args takes the rest
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for name in names:
@@ -108,9 +121,10 @@ def check_arguments(function: Callable[..., Any], names: Sequence[str], key: str
 
 
 class Builder:
-    """Builds targets, with the numbers that only the plan knows put in their places."""
+    """Builds targets."""
 
     def __init__(self, plan_values: Callable[[PlanValue], int] | None = None) -> None:
+        """``plan_values``: returns the number for ``${plan...}``; without it such a value is an error."""
         self._plan_values = plan_values
 
     def build(
@@ -128,7 +142,7 @@ class Builder:
             key: Where it stands in the description, for errors.
             positional: Arguments the product passes itself, such as the parameters of an optimizer.
             bare_names: Modules in which a name without dots is looked up.
-            nested: How to build a target among the arguments; by default, by its import path.
+            nested: Builds a target among the arguments, given its key; by default ``build`` does.
 
         Raises:
             DescriptionError: The name, an argument or its value is wrong.
@@ -143,12 +157,13 @@ class Builder:
             return function(*positional, **arguments)
         except DescriptionError:
             raise
-        except Exception as error:  # a constructor's complaint about its arguments is the user's to read
+        except Exception as error:  # the error shows the user what a constructor says of its arguments
             raise DescriptionError(
                 f"{key}: {_name(function)} raised {type(error).__name__}: {one_line(error)}"
             ) from error
 
     def _value(self, value: Any, key: str, nested: Callable[[Target, str], Any]) -> Any:
+        """Returns an argument with all targets and plan values in it replaced by what they stand for."""
         if isinstance(value, Target):
             return nested(value, key)
         if isinstance(value, PlanValue):

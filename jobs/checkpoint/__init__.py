@@ -1,1 +1,1 @@
-"""What a checkpoint holds, how it is saved, and how weights of another run are read."""
+"""The content and file layout of a checkpoint, saving it in the background, and warm starts."""

@@ -1,16 +1,14 @@
-"""What a checkpoint holds, as files that load without unpickling.
+"""The files of a checkpoint, which load without unpickling.
 
-A state is a tree of dicts, lists, numbers and tensors. The tensors go into safetensors files and the
-tree, with a name in place of each tensor, into JSON. Sampler, augmentation and dropout need no place in
-it: they follow from ``step``.
+A state is a tree of dicts, lists, numbers and tensors. The tensors are stored in safetensors files, the tree in JSON
+with a name in place of each tensor. Sampler, augmentation and dropout have no state: they follow from ``step``.
 
-All files of a state are laid out one after the other in one stretch of bytes, so that a copy of any part of it is
-plain copying, and is the file: nothing is serialised afterwards.
+All files of a state are laid out one after the other in one range of bytes. So copying any part of that range yields
+the bytes of the files; nothing is serialised afterwards.
 """
 
 import json
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -21,22 +19,25 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.errors import CheckpointError, one_line
+from jobs.checkpoint.state_tree import pack, unpack
 
 MODEL_FILE = "model.safetensors"
-"""Weights and buffers under their names in the model."""
+"""Weights and buffers, by their names in the model."""
 EMA_FILE = "ema.safetensors"
-"""Averaged weights, if there are any."""
+"""Averaged weights; absent if the job keeps none."""
 WEIGHTS_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
+"""The file with each kind of weights."""
 STATE_FILES = (MODEL_FILE, "optimizer.safetensors", "optimizer.json")
-"""The files that ``state_sha256`` is taken of: model, optimizer and schedule."""
+"""The files that the manifest's ``state_sha256`` covers: model, optimizer and schedule."""
 
 PART_BYTES = 4 * 2**20
-"""The most that a part of a file has."""
+"""The most bytes in one part of a file."""
 _OWN_PART_BYTES = 2**18
-"""A tensor of so many bytes begins a part, so that it is told to be unchanged whatever its neighbours do."""
+"""A tensor of this many bytes or more has parts of its own, so that it need not be uploaded again when only its
+neighbours change."""
 _ALIGNMENT = 64
-_OF_AVERAGE = "module."
-"""What ``AveragedModel`` puts before the model's own names."""
+_AVERAGE_PREFIX = "module."
+"""The prefix that ``AveragedModel`` adds to the model's names."""
 
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
@@ -44,17 +45,18 @@ _DTYPES = {
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-"""The names that safetensors has for types."""
+"""The names of types in safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The files of a state in one stretch of bytes, of which every stretch between two of its cuts can be copied.
+    """The files of a state, laid out in one range of bytes.
 
     Attributes:
-        files: The parts of each file, in order, as ranges of the stretch.
-        size: Bytes.
-        offsets, contents: What lies where, ascending: literal bytes, or a tensor's. The tensors are the live ones.
+        files: The parts of each file, in order, as ranges of the layout's bytes.
+        size: The length of the layout in bytes.
+        offsets: Where each of ``contents`` begins, ascending.
+        contents: Literal bytes, or the live tensor whose bytes belong there.
     """
 
     files: Mapping[str, tuple[range, ...]]
@@ -63,11 +65,11 @@ class Layout:
     contents: list[bytes | Tensor]
 
     def copy_to(self, buffer: Tensor, wanted: range) -> None:
-        """Copies a range of the stretch; from a GPU the copies may still be under way when this returns.
+        """Copies a range of the layout's bytes; copies from a GPU may still be running when this returns.
 
         Args:
-            buffer: uint8 [at least the length of the range], on the CPU.
-            wanted: Which bytes.
+            buffer: uint8 [at least len(wanted)], on the CPU.
+            wanted: The range to copy.
         """
         first = bisect_right(self.offsets, wanted.start) - 1
         for number in range(max(0, first), bisect_left(self.offsets, wanted.stop)):
@@ -80,12 +82,13 @@ class Layout:
 
 
 def lay_out(state: Mapping[str, Any]) -> Layout:
-    """The files of a state: ``state["model"]`` and ``state["ema"]`` are state dicts, the rest may have any keys.
+    """Lays out the files of a state. Equal states have equal files.
 
-    Equal states have equal files.
+    Args:
+        state: ``model`` and ``ema`` are state dicts of tensors; other keys may have any names and trees.
 
     Raises:
-        CheckpointError: The state holds something that is no tensor, number, string, list or dict.
+        CheckpointError: The state holds something other than tensors, numbers, strings, lists and dicts.
     """
     writer = _Writer()
     for name, file in (("model", MODEL_FILE), ("ema", EMA_FILE)):
@@ -95,7 +98,7 @@ def lay_out(state: Mapping[str, Any]) -> Layout:
     optimizer = {key: rest.pop(key) for key in ("optimizer", "scheduler") if key in rest}
     for stem, group in (("optimizer", optimizer), ("training", rest)):
         tensors: dict[str, Tensor] = {}
-        tree = _pack(group, "", tensors)
+        tree = pack(group, "", tensors)
         if tensors:
             writer.add_tensors(f"{stem}.safetensors", tensors)
         writer.add_literal(f"{stem}.json", json.dumps(tree, sort_keys=True, indent=1).encode())
@@ -103,10 +106,10 @@ def lay_out(state: Mapping[str, Any]) -> Layout:
 
 
 def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The state that ``lay_out`` made files of.
+    """Returns the state that ``lay_out`` received, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: A file is missing or is not what it should be.
+        CheckpointError: A file is missing or damaged.
     """
     for name in (MODEL_FILE, "optimizer.json", "training.json"):
         if name not in files:
@@ -118,17 +121,17 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
         for stem in ("optimizer", "training"):
             tensors = files.get(f"{stem}.safetensors")
             tree = json.loads(files[f"{stem}.json"])
-            state |= _unpack(tree, {} if tensors is None else safetensors.torch.load(tensors))
+            state |= unpack(tree, {} if tensors is None else safetensors.torch.load(tensors))
         return state
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
 
 
 def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Tensor]:
-    """The weights in one of ``WEIGHTS_FILES``, by their names in the model.
+    """Returns the weights in one of ``WEIGHTS_FILES``, by their names in the model, on the CPU.
 
     Raises:
-        CheckpointError: It is no safetensors file.
+        CheckpointError: ``data`` is not a whole safetensors file.
     """
     try:
         tensors = safetensors.torch.load(data)
@@ -137,16 +140,16 @@ def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Ten
     if which == "model":
         return tensors
     named = tensors.items()
-    return {name.removeprefix(_OF_AVERAGE): tensor for name, tensor in named if name.startswith(_OF_AVERAGE)}
+    return {name.removeprefix(_AVERAGE_PREFIX): tensor for name, tensor in named if name.startswith(_AVERAGE_PREFIX)}
 
 
 def memory_of(buffer: Tensor) -> memoryview:
-    """The memory of a tensor uint8 [bytes] on the CPU, which may be written to."""
+    """Returns a writable view of a tensor's memory. Shapes: buffer uint8 [bytes], on the CPU."""
     return memoryview(cast(Any, buffer.numpy()))
 
 
 class _Writer:
-    """Puts files one after the other, each at an aligned offset."""
+    """Lays out files one after the other, each at an aligned offset."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[range, ...]] = {}
@@ -155,16 +158,17 @@ class _Writer:
         self._size = 0
 
     def add_literal(self, file: str, data: bytes) -> None:
+        """Adds a file with these bytes."""
         begin = self._size
         self._put(data, len(data))
         self._close(file, _cut(begin, [(begin, self._size)]))
 
     def add_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """A safetensors file: the length of the header, the header as JSON, and the tensors without gaps.
+        """Adds a safetensors file: the length of the header, the header as JSON, and the tensors without gaps.
 
-        Source: the format's description in the safetensors repository.
+        Source: https://github.com/huggingface/safetensors, "Format".
         """
-        # The widest types first, so that every tensor is aligned, as the format wants it.
+        # Sort the widest types first, so that every tensor is aligned, as the format requires.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         header, end = {}, 0
         for name in names:
@@ -177,15 +181,16 @@ class _Writer:
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         begin = self._size
         self._put(len(text).to_bytes(8, "little") + text, 8 + len(text))
-        stretches = [(begin, self._size)]
+        spans = [(begin, self._size)]
         for name in names:
             tensor, before = tensors[name], self._size
             if tensor.numel():
                 self._put(tensor, tensor.numel() * tensor.element_size())
-            stretches.append((before, self._size))
-        self._close(file, _cut(begin, stretches))
+            spans.append((before, self._size))
+        self._close(file, _cut(begin, spans))
 
     def layout(self) -> Layout:
+        """Returns the layout of the files added so far."""
         return Layout(self._files, self._size, self._offsets, self._contents)
 
     def _put(self, content: bytes | Tensor, size: int) -> None:
@@ -200,10 +205,15 @@ class _Writer:
             self._put(bytes(gap), gap)
 
 
-def _cut(begin: int, stretches: list[tuple[int, int]]) -> tuple[range, ...]:
-    """The parts of a file: tensors that are large have their own, small neighbours share one."""
+def _cut(begin: int, spans: list[tuple[int, int]]) -> tuple[range, ...]:
+    """Cuts a file into parts: a large tensor has parts of its own, small neighbours share one.
+
+    Args:
+        begin: Where the file begins in the layout.
+        spans: Where its header and each of its tensors begin and end.
+    """
     cuts = [begin]
-    for start, stop in stretches:
+    for start, stop in spans:
         is_large = stop - start >= _OWN_PART_BYTES
         if start > cuts[-1] and (is_large or stop - cuts[-1] > PART_BYTES):
             cuts.append(start)
@@ -211,14 +221,14 @@ def _cut(begin: int, stretches: list[tuple[int, int]]) -> tuple[range, ...]:
             cuts.append(cuts[-1] + PART_BYTES)
         if is_large and stop > cuts[-1]:
             cuts.append(stop)
-    end = stretches[-1][1]
+    end = spans[-1][1]
     if end > cuts[-1]:
         cuts.append(end)
     return tuple(range(start, stop) for start, stop in zip(cuts, cuts[1:]))
 
 
 def _bytes_of(content: bytes | Tensor) -> Tensor:
-    """As uint8 [bytes]; the tensor's own memory where it is contiguous."""
+    """Returns the bytes as uint8 [bytes]; a view of the tensor's memory where it is contiguous."""
     if isinstance(content, bytes):
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return content.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -235,68 +245,3 @@ def _type_name(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{name}: a tensor of {tensor.dtype} cannot be kept in a checkpoint; convert it")
     return _DTYPES[tensor.dtype]
-
-
-# A file holds a tensor in the order of its dimensions. The moments of a parameter in channels-last order lie otherwise,
-# and where they do not lie as they did, torch takes other kernels for the next update, which may round otherwise.
-
-
-def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the largest stride to the smallest; none where that is their order, or has gaps."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return order if not tensor.is_contiguous() and tensor.permute(order).is_contiguous() else []
-
-
-def _laid_out(tensor: Tensor, order: list[int]) -> Tensor:
-    if not order:
-        return tensor
-    return tensor.permute(order).contiguous().permute(sorted(range(len(order)), key=order.__getitem__))
-
-
-# JSON has no tuples, no keys but strings and no tensors: each of these becomes a list with a tag, and so
-# does a plain list, to tell them apart.
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        if name in tensors:
-            raise CheckpointError(f"{name} is the name of two tensors; rename one of their keys")
-        tensors[name] = value
-        return ["tensor", name, *_memory_order(value)]
-    if isinstance(value, Counter):  # MultiStepLR keeps its milestones in one
-        return ["counter", sorted(value.items())]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
-            return {key: _pack(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()}
-        return [
-            "map",
-            [
-                [key, _pack(item, f"{name}.{key}", tensors)]
-                for key, item in sorted(value.items(), key=lambda item: repr(item[0]))
-            ],
-        ]
-    if isinstance(value, (list, tuple)):
-        tag = "tuple" if isinstance(value, tuple) else "list"
-        return [tag, [_pack(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise CheckpointError(
-        f"{name}: a {type(value).__name__} cannot be kept in a checkpoint; "
-        "keep tensors, numbers, strings, lists and dicts"
-    )
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        return {key: _unpack(item, tensors) for key, item in value.items()}
-    if not isinstance(value, list):
-        return value
-    tag, content, *order = value
-    if tag == "tensor":
-        return _laid_out(tensors[content], order)
-    if tag == "counter":
-        return Counter(dict(content))
-    if tag == "map":
-        return {key: _unpack(item, tensors) for key, item in content}
-    items = [_unpack(item, tensors) for item in content]
-    return tuple(items) if tag == "tuple" else items

@@ -1,20 +1,21 @@
-"""What changes in a run beside model, optimizer and schedule."""
+"""The state of the training loop, which a checkpoint holds beside model, optimizer and schedule."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class LoopState:
-    """How far the run is: with the parts, its whole state."""
+    """How far a run is; together with the state of its components, the whole state of the run."""
 
     step: int = 0
     """Optimizer steps completed."""
     best_metric: float | None = None
-    """The best value so far of what ``checkpoint.best`` watches."""
+    """The best value so far of the metric of ``checkpoint.best``."""
     best_step: int | None = None
+    """The step at which it was measured."""
     watched_metric: float | None = None
-    """The best value so far of what ``train.early_stop`` watches."""
+    """The best value so far of the metric of ``train.early_stop``."""
     num_stalled: int = 0
-    """Measurements of it in a row without an improvement."""
+    """Measurements of that metric in a row without an improvement."""
     ended_early: bool = False
-    """The run is complete before its last step."""
+    """Whether early stopping has completed the run."""

@@ -1,8 +1,8 @@
-"""Warm starts: weights of another run, of one checkpoint or of a safetensors file, put into a model by name.
+"""Warm starts: load weights from another run, a checkpoint or a safetensors file into a model, by name.
 
-Three steps: read (rank 0, from anywhere), match (pure: what is loaded, what is not, and why something cannot be),
-load (in place, for the optimizer holds the parameters). Nothing is ever unpickled. When a run begins with
-such weights, and who else gets them, is the worker's business.
+A warm start reads the weights (on rank 0), matches them with the model (changes nothing; an error says what does not
+fit) and loads them in place, because the optimizer already holds the parameters. Nothing is ever unpickled.
+``jobs/training/restore.py`` decides when a run starts with such weights, and sends them to the other ranks.
 """
 
 import hashlib
@@ -27,56 +27,56 @@ _SAFETENSORS = ".safetensors"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 _STEP_FOLDER = re.compile(r"step-([0-9]{8,18})")
 _MOST_PATTERNS = 8
-"""That an error proposes to write; more are no advice."""
+"""The most patterns that an error suggests; a longer list helps nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsSource:
-    """The very bytes that weights were taken from."""
+    """The exact bytes that weights were read from."""
 
     url: str
-    """Of one checkpoint or one file."""
+    """The URL of one checkpoint or one file."""
     sha256: str
-    """Of the file that holds the weights."""
+    """The SHA-256 of the file that holds the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a source holds."""
+    """The weights that a source holds."""
 
     source: WeightsSource
     tensors: Mapping[str, Tensor]
-    """On the CPU, by the names they have there."""
+    """On the CPU, by their names in the source."""
     passed_over: tuple[str, ...] = ()
-    """The defects of newer checkpoints of the run."""
+    """The defects of newer checkpoints of the run, which were not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What is loaded and what is not."""
+    """Which tensors are loaded and which are not."""
 
     source: WeightsSource
     loaded: tuple[str, ...]
-    """Names in the model whose tensors come from the source."""
+    """Names in the model whose tensors are loaded from the source."""
     kept: tuple[str, ...]
-    """Names in the model whose tensors stay as the model made them."""
+    """Names in the model whose tensors keep their initial values."""
     unused: tuple[str, ...]
-    """Names in the source that nothing in the model takes."""
+    """Names in the source that no tensor of the model is loaded from."""
     passed_over: tuple[str, ...]
-    """The defects of newer checkpoints of the run."""
+    """The defects of newer checkpoints of the run, which were not used."""
 
 
 def read_weights(spec: InitSpec, planned: WeightsSource | None = None) -> Weights:
     """Reads and verifies the weights that ``spec`` names.
 
     Args:
-        spec: What is written.
-        planned: What the plan read: it is read again, whatever the run has made since.
+        spec: ``init_from`` of the description.
+        planned: What the plan read. The same bytes are read again, even if the run has made newer checkpoints since.
 
     Raises:
-        DescriptionError: The source is of a kind that is not read, or keeps no averaged weights.
-        CheckpointError: No checkpoint is good, the file is broken, or it is no longer what was planned.
-        StorageError: There is nothing, or the store does not answer.
+        DescriptionError: The source is a pickle, or ``ema`` is asked of a source without averaged weights.
+        CheckpointError: No checkpoint is good, the file is damaged, or its bytes are not those that the plan read.
+        StorageError: Nothing is at the URL, or the store does not answer.
     """
     url = Store(spec.url if planned is None else planned.url).url
     name = url.rpartition("/")[2]
@@ -86,12 +86,12 @@ def read_weights(spec: InitSpec, planned: WeightsSource | None = None) -> Weight
             "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')"
         )
     if name.endswith(_SAFETENSORS):
-        weights = _of_file(url, name, spec)
+        weights = _read_file(url, name, spec)
     elif folder := _STEP_FOLDER.fullmatch(name):
         manifest, files = Checkpoints(Store(url.removesuffix(name))).read(int(folder[1]), [WEIGHTS_FILES[spec.weights]])
-        weights = _of_checkpoint(url, manifest, files, spec)
+        weights = _from_checkpoint(url, manifest, files, spec)
     else:
-        weights = _of_run(RunDirectory(url), spec)
+        weights = _read_run(RunDirectory(url), spec)
     if planned is not None and weights.source != planned:
         raise CheckpointError(
             f"{url}: holds other weights than when the run was planned, its SHA-256 differs; "
@@ -101,10 +101,11 @@ def read_weights(spec: InitSpec, planned: WeightsSource | None = None) -> Weight
 
 
 def match_weights(model: nn.Module, spec: InitSpec, weights: Weights) -> LoadReport:
-    """Decides which tensors of the model are loaded; changes nothing.
+    """Returns which tensors of the model are loaded; changes nothing.
 
     Raises:
-        DescriptionError: A tensor that is wanted is not there or does not fit, by name; a pattern matches nothing.
+        DescriptionError: A wanted tensor is missing in the source, or has another shape or kind of type; tied tensors
+            conflict; or a pattern matches nothing.
     """
     here = _tensors(model)
     _check_patterns("init_from.include", spec.include, here)
@@ -138,8 +139,11 @@ def match_weights(model: nn.Module, spec: InitSpec, weights: Weights) -> LoadRep
 
 
 def load_weights(model: nn.Module, ema: AveragedModel | None, weights: Weights, report: LoadReport) -> None:
-    """Copies what the report lists into the model's tensors; the average begins as a copy of the model."""
-    # Of tied names some may be absent there: they share the tensor of the one that is not.
+    """Copies the tensors that the report lists into the model, and the model into ``ema``.
+
+    Shapes: each tensor has the shape of its namesake in the model; ``match_weights`` has checked it.
+    """
+    # The source may lack some of the tied names: these share the tensor of a name that it has.
     loaded = {name: weights.tensors[name] for name in report.loaded if name in weights.tensors}
     model.load_state_dict({**model.state_dict(), **loaded})
     if ema is not None:
@@ -149,22 +153,22 @@ def load_weights(model: nn.Module, ema: AveragedModel | None, weights: Weights, 
 # --- Reading ---
 
 
-def _of_file(url: str, name: str, spec: InitSpec) -> Weights:
+def _read_file(url: str, name: str, spec: InitSpec) -> Weights:
     if spec.weights == "ema":
         raise DescriptionError(
             f"init_from.weights ema needs a run or a checkpoint that keeps averaged weights, got the file {url}; "
             "leave weights out to take the file's own"
         )
     data = Store(url.removesuffix(name)).read(name)
-    return Weights(WeightsSource(url, hashlib.sha256(data).hexdigest()), _decoded(data, url, spec))
+    return Weights(WeightsSource(url, hashlib.sha256(data).hexdigest()), _decode(data, url, spec))
 
 
-def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
+def _read_run(run: RunDirectory, spec: InitSpec) -> Weights:
     passed_over: list[str] = []
     found = run.checkpoints.newest_good(lambda _, error: passed_over.append(str(error)), [WEIGHTS_FILES[spec.weights]])
     if found is not None:
         manifest, files = found
-        return _of_checkpoint(run.checkpoints.url(manifest.step), manifest, files, spec, tuple(passed_over))
+        return _from_checkpoint(run.checkpoints.url(manifest.step), manifest, files, spec, tuple(passed_over))
     if passed_over:
         raise CheckpointError(f"{run.url}: no checkpoint is good; the newest, {passed_over[0]}")
     if run.exists():
@@ -172,7 +176,7 @@ def _of_run(run: RunDirectory, spec: InitSpec) -> Weights:
     raise MissingObject(f"{run.url}: is no run, no checkpoint and no {_SAFETENSORS} file; check the URL")
 
 
-def _of_checkpoint(
+def _from_checkpoint(
     url: str, manifest: Manifest, files: Mapping[str, bytes], spec: InitSpec, passed_over: tuple[str, ...] = ()
 ) -> Weights:
     file = WEIGHTS_FILES[spec.weights]
@@ -181,11 +185,11 @@ def _of_checkpoint(
             f"init_from.weights ema needs a run that keeps averaged weights, and {url} has none; "
             "write model, or name a run with train.ema_decay"
         )
-    tensors = _decoded(files[file], url, spec)
+    tensors = _decode(files[file], url, spec)
     return Weights(WeightsSource(url, manifest.files[file].sha256), tensors, passed_over)
 
 
-def _decoded(data: bytes, url: str, spec: InitSpec) -> dict[str, Tensor]:
+def _decode(data: bytes, url: str, spec: InitSpec) -> dict[str, Tensor]:
     try:
         return decode_weights(data, spec.weights)
     except CheckpointError as error:
@@ -196,12 +200,12 @@ def _decoded(data: bytes, url: str, spec: InitSpec) -> dict[str, Tensor]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each as the very object, which tells ties."""
+    """Returns parameters and buffers by name, as the objects themselves: tied names have the same object."""
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """The names of each tensor; a tied one has several."""
+    """Returns the names of each tensor; a tied tensor has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -209,7 +213,7 @@ def _tied(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
 
 
 def _origin(name: str, tied: Sequence[str], wanted: Sequence[str], there: Mapping[str, Tensor]) -> str | None:
-    """The name in the source of a wanted tensor: its own, or that of one it is tied to; none if none is there."""
+    """Returns the name in the source to load a tensor from: its own, or a tied one; None if the source has neither."""
     if unwanted := [other for other in tied if other not in wanted]:
         raise DescriptionError(
             f"init_from takes {name} and leaves {unwanted[0]}, which are tied: one tensor; take or exclude both"
@@ -228,7 +232,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _misfit(here: Tensor, there: Tensor | None) -> str | None:
-    """How the two differ in what no conversion mends."""
+    """Returns how two tensors differ in shape or in kind of type, which no conversion mends; None if they fit."""
     if there is None:
         return f"{list(here.shape)} here and absent there"
     if here.shape != there.shape:
@@ -239,6 +243,7 @@ def _misfit(here: Tensor, there: Tensor | None) -> str | None:
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Returns the kind of a tensor's type: within a kind, loading converts the numbers."""
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
@@ -256,7 +261,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _advice(misfits: Iterable[str], wanted: Sequence[str], spec: InitSpec) -> str:
-    """What to write to train the misfits from random weights: a module's pattern where all of it misfits."""
+    """Returns what to write to leave misfits out: the pattern of a module where all of its tensors misfit."""
     patterns = list(spec.exclude)
     for name in misfits:
         module = f"{name.rpartition('.')[0]}.*" if "." in name else name

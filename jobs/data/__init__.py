@@ -1,5 +1,7 @@
-"""Datasets that ready-made descriptions name, and the way from one to micro-batches on the device."""
+"""Datasets that shipped descriptions name, and the loader that turns a dataset into micro-batches on the device."""
 
-from jobs.data.datasets import IMAGE_SUFFIXES, LabelledImages, digits, image_folder, read_image, synthetic_images
+from jobs.data.datasets import digits, synthetic_images
+from jobs.data.image_folders import IMAGE_SUFFIXES, image_folder
+from jobs.data.labelled_images import LabelledImages, read_image
 
 __all__ = ["IMAGE_SUFFIXES", "LabelledImages", "digits", "image_folder", "read_image", "synthetic_images"]

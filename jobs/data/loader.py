@@ -1,7 +1,7 @@
-"""From positions in the order to micro-batches on the device, through torch's DataLoader.
+"""The loader: from a dataset to micro-batches on the device, through torch's DataLoader.
 
-The loader is told which samples to fetch, in which order, for the whole of the run that lies ahead, so it
-never pauses between epochs, and every sample is fetched with its random generators seeded for it alone.
+It receives the keys of all samples of the rest of the run, in order, so it never pauses between epochs. It seeds the
+random generators before every sample, by the key of that sample.
 """
 
 import random
@@ -16,7 +16,7 @@ from cluster.process import fork_server
 from jobs.sampling import StepPlan, draw_key
 
 SampleKey = tuple[int, int]
-"""(epoch, sample number): what a sample's random draws are keyed by."""
+"""(epoch, sample number): a sample's random draws depend on these and the run's seed."""
 
 
 class KeyedDataset(Dataset[Any]):
@@ -33,15 +33,15 @@ class KeyedDataset(Dataset[Any]):
 
 
 def seed_host_draws(key: int) -> None:
-    """Seeds the generators that transforms and modules draw from on the CPU."""
-    # torch.manual_seed would also queue a seeding of every CUDA device, with a stack trace, on each call.
+    """Seeds torch's CPU generator, Python's and numpy's."""
+    # torch.manual_seed would also queue a seed for every CUDA device, with a stack trace, on each call.
     torch.default_generator.manual_seed(key)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
 
 
 def seed_draws(key: int, device: torch.device) -> None:
-    """Seeds the generators that a forward pass on ``device`` draws from."""
+    """Seeds all generators that a forward pass on ``device`` draws from."""
     seed_host_draws(key)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(key)
@@ -50,7 +50,22 @@ def seed_draws(key: int, device: torch.device) -> None:
 def training_batches(
     dataset: Any, *, steps: StepPlan, seed: int, block: range, start: int, end: int, loaders: int, device: torch.device
 ) -> Iterator[list[Any]]:
-    """The micro-batches of one worker, a list of one per shard of its block for every step in [start, end)."""
+    """Yields the micro-batches of one worker, step by step.
+
+    Args:
+        dataset: The map-style training dataset.
+        steps: How steps lie in epochs.
+        seed: The run's seed.
+        block: The shards of this worker.
+        start: The number of steps completed.
+        end: The number of steps after which to end.
+        loaders: The number of loader processes; 0 loads in this process.
+        device: Where to put the batches.
+
+    Yields:
+        For each step in [start, end), one batch of ``steps.micro_batch`` samples for each shard of ``block``, on the
+        device.
+    """
     keys = _TrainingKeys(steps, seed, block, start, end)
     batches = iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, device))
     for _ in range(start, end):
@@ -60,9 +75,9 @@ def training_batches(
 def validation_batches(
     dataset: Any, *, batch_size: int, seed: int, rank: int, world_size: int, loaders: int, device: torch.device
 ) -> Iterator[Any]:
-    """Every ``world_size``-th batch of the validation data, beginning with number ``rank``.
+    """Yields the validation batches of one worker on the device: those numbered rank, rank + W, rank + 2W, ...
 
-    The batches are the same for any number of workers; the last one may be smaller.
+    The batches are the same for any number W of workers; the last batch may be smaller than ``batch_size``.
     """
     keys = [
         [(0, number) for number in range(first, min(first + batch_size, len(dataset)))]
@@ -73,7 +88,7 @@ def validation_batches(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Moves the tensors of a batch, whatever its structure; does not wait for the copy."""
+    """Returns a batch, a tree of any structure, with its tensors on ``device``; does not wait for the copy."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -86,12 +101,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def shape_of(part: Any) -> str:
-    """What a part of a batch, or what a model made of it, is; for errors."""
+    """Returns the shape and type of a part of a batch or of an output, for error messages."""
     return f"{list(part.shape)} {part.dtype}" if isinstance(part, torch.Tensor) else type(part).__name__
 
 
 class _TrainingKeys:
-    """The batch sampler: sample keys of a worker's micro-batches, shard by shard, step by step."""
+    """A batch sampler that yields the sample keys of a worker's micro-batches: step by step, shard by shard."""
 
     def __init__(self, steps: StepPlan, seed: int, block: range, start: int, end: int) -> None:
         self._steps, self._seed, self._block, self._start, self._end = steps, seed, block, start, end
@@ -108,9 +123,9 @@ def _data_loader(
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
-        batch_sampler=keys,  # type: ignore[arg-type]  # torch asks for a Sampler, and uses an iterable
+        batch_sampler=keys,  # type: ignore[arg-type]  # torch declares a Sampler, but uses any iterable
         num_workers=loaders,
-        # A worker has threads by now, which a fork would tear; the fork server it came from has torch imported.
+        # Forking a worker would break the threads it has by now; its fork server has none, and has torch imported.
         multiprocessing_context=fork_server.CONTEXT if loaders else None,
         pin_memory=device.type == "cuda",
     )

@@ -1,1 +1,1 @@
-"""The workers as one of them sees them: shards, sums, the report of a step."""
+"""Data parallelism as one worker sees it: its shards, collectives with the other workers, reports of steps."""

@@ -1,4 +1,4 @@
-"""The workers of a run as one of them sees it: who has which shards, and how tensors get across."""
+"""The workers of a run as one of them sees them: which rank holds which shards, and every collective of the job."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -17,19 +17,20 @@ from jobs.sampling import shard_block
 
 _T = TypeVar("_T")
 
-# share_buffers sends them, by the rule for shards. torch renames the argument: 2.11 knows only the old name.
+# DDP must not send buffers; share_buffers does, from the rank of shard 0. Up to torch 2.11 the argument has its old
+# name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_LEAVE_BUFFERS: dict[str, Any] = {
+_WITHOUT_BUFFERS: dict[str, Any] = {
     name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_ARGUMENTS
 }
-if len(_LEAVE_BUFFERS) > 1:
-    del _LEAVE_BUFFERS["broadcast_buffers"]
+if len(_WITHOUT_BUFFERS) > 1:
+    del _WITHOUT_BUFFERS["broadcast_buffers"]
 
 
 class Team:
-    """Process groups and the exchange of gradients.
+    """The process groups of a run and the collectives over them.
 
-    Collective: every rank constructs it and calls its methods in the same order.
+    Collective: every rank constructs it and calls its methods, but for ``set_aside_gradients``, in the same order.
     """
 
     def __init__(
@@ -43,15 +44,16 @@ class Team:
         timeout_s: float | None = None,
         activity: Activity | None = None,
     ) -> None:
-        """The default process group must exist.
+        """Opens the groups; the default process group must exist.
 
         Args:
-            rank, world_size: This worker among all.
-            shards: The shards of a step.
-            exact: Sum gradients along the tree, or as the backend does.
-            device: Where gradients live.
-            timeout_s: The longest that this worker waits for the others; none: as long as torch does.
-            activity: Is told when it waits for them.
+            rank: The number of this worker.
+            world_size: The number of workers.
+            shards: The number of shards in a step.
+            exact: If True, sum gradients along the summation tree; if False, by the backend's all-reduce.
+            device: Where the gradients are.
+            timeout_s: The longest wait for another worker, in seconds; None: torch's default.
+            activity: Records how long this worker waits for the others.
         """
         self.rank = rank
         self.world_size = world_size
@@ -68,25 +70,36 @@ class Team:
         self._waits = ExchangeWaits(self._activity, device)
 
     def replicate(self, model: nn.Module) -> DistributedDataParallel:
-        """Wraps a model so that its backward pass ends with the gradients of the global batch."""
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_LEAVE_BUFFERS)
+        """Wraps a model in DDP, so that a backward pass ends with the gradients of the global batch in ``.grad``.
+
+        Source: https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
+        """
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS)
         replica.register_comm_hook(None, self._sum_bucket)
         return replica
 
     def set_aside_gradients(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
-        """After the backward pass of a shard that is not this worker's last of the step."""
-        if self._exchange is not None:  # otherwise torch accumulates them in .grad
+        """Keeps the gradients of a shard; to be called after its backward pass, unless it is this worker's last shard.
+
+        Shapes: reads and clears ``.grad`` of each parameter.
+        """
+        if self._exchange is not None:  # without it torch accumulates them in .grad
             self._exchange.set_aside(shard, parameters)
 
     def step_done(self) -> None:
-        """After the backward pass of this worker's last shard of the step."""
+        """Ends the exchange of a step; to be called after the backward pass of this worker's last shard."""
         if self.world_size > 1:
             self._waits.end()
         if self._exchange is not None:
             self._exchange.step_done()
 
     def share_buffers(self, buffers: Sequence[Tensor]) -> None:
-        """Gives everyone the buffers of the worker that has shard 0, one message per dtype."""
+        """Overwrites the model's buffers on every rank with those of rank 0, which holds shard 0.
+
+        Sends one message per dtype.
+
+        Shapes: buffers of any shape, the same on every rank.
+        """
         if self.world_size == 1:
             return
         for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
@@ -99,11 +112,17 @@ class Team:
             torch._foreach_copy_(same, [value.view_as(buffer) for value, buffer in zip(values, same)])
 
     def sum_over_shards(self, values: Sequence[Tensor]) -> float:
-        """The exact sum over all shards of one number each; waits for everybody."""
+        """Returns the exact sum of one number per shard, over the shards of all ranks; waits for all ranks.
+
+        Shapes: one scalar for each of this worker's shards.
+        """
         return exact_sum(row[0] for row in self.gather_rows([[float(value)] for value in values], width=1))
 
     def gather_rows(self, rows: Sequence[Sequence[float]], width: int) -> list[list[float]]:
-        """Everybody's rows of ``width`` numbers, in rank order; ranks may have different counts."""
+        """Returns the rows of all ranks, in rank order; ranks may have different numbers of rows.
+
+        Shapes: rows [rows of this rank, width] -> [rows of all ranks, width], float64.
+        """
         counts = self._gather(torch.tensor([len(rows)], dtype=torch.int64)).reshape(-1).tolist()
         padded = torch.zeros(max(counts), width, dtype=torch.float64)
         if rows:
@@ -112,43 +131,44 @@ class Team:
         return [row for count, of_rank in zip(counts, gathered.tolist()) for row in of_rank[:count]]
 
     def gather_flags(self, flag: bool) -> list[bool]:
-        """The flag of each rank, in rank order; waits for everybody, if there are others."""
+        """Returns the flag of each rank, in rank order; waits for all ranks."""
         if self.world_size == 1:
             return [flag]
         return [value == 1 for value in self._gather(torch.tensor([int(flag)])).tolist()]
 
     def from_rank_0(self, read: Callable[[], _T]) -> _T:
-        """What ``read`` returns on rank 0, on every rank; an error of ours is raised on every rank too."""
-        told: list[Any] = [None]
+        """Calls ``read`` on rank 0; returns its result, or raises its ``LauncherError``, on every rank."""
+        message: list[Any] = [None]
         if self.rank == 0:
             try:
-                told = [read()]
+                message = [read()]
             except LauncherError as error:
-                told = [error]
-        dist.broadcast_object_list(told, src=0, group=self.cpu_group)
-        if isinstance(told[0], LauncherError):
-            raise told[0]
-        return told[0]
+                message = [error]
+        dist.broadcast_object_list(message, src=0, group=self.cpu_group)
+        if isinstance(message[0], LauncherError):
+            raise message[0]
+        result: _T = message[0]
+        return result
 
     def gather(self, value: _T) -> list[_T]:
-        """What every rank has to say, in rank order."""
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, value, group=self.cpu_group)
-        return told
+        """Returns the value of every rank, in rank order; values are pickled."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
 
     def share(self, data: Tensor, own: Sequence[range]) -> None:
-        """Fills in the bytes that others have.
+        """Fills in the bytes that other ranks hold.
 
         Args:
-            data: uint8 [bytes] on the CPU.
-            own: The stretch that each rank has.
+            data: uint8 [bytes], on the CPU; filled in where ``own`` gives this rank's bytes.
+            own: The range of ``data`` that each rank holds, by rank.
         """
-        for rank, stretch in enumerate(own):
-            if stretch and self.world_size > 1:
-                dist.broadcast(data[stretch.start : stretch.stop], src=rank, group=self.cpu_group)
+        for rank, held in enumerate(own):
+            if held and self.world_size > 1:
+                dist.broadcast(data[held.start : held.stop], src=rank, group=self.cpu_group)
 
     def barrier(self) -> None:
-        """Waits for everybody."""
+        """Waits for all ranks."""
         dist.barrier(group=self.cpu_group)
 
     def close(self) -> None:
@@ -158,13 +178,17 @@ class Team:
         dist.destroy_process_group()
 
     def _sum_bucket(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's communication hook. DDP calls it in the order of its buckets, with each as soon as it is computed."""
+        """DDP's communication hook: DDP calls it for each bucket, in order, once the bucket's gradients are computed.
+
+        Shapes: a bucket float [numbers in the bucket] -> the same, summed over all shards.
+        """
         total = sum_by_backend(bucket) if self._exchange is None else self._exchange.sum(bucket)
         if bucket.is_last() and self.world_size > 1:
             self._waits.begin()
         return total
 
     def _gather(self, values: Tensor) -> Tensor:
+        """Returns the values of all ranks. Shapes: [n], n the same on every rank -> [world_size * n], on the CPU."""
         gathered = values.new_empty(self.world_size * values.numel())
         self._activity.begin_exchange()
         all_gather_flat(gathered, values, self.cpu_group)

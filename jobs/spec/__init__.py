@@ -1,8 +1,8 @@
-"""The job language: what a person may write, as frozen dataclasses.
+"""The job language: what a description may contain, as frozen dataclasses.
 
-Imports nothing but the standard library, so that a mistake is found before torch or Ray is. A value that can
-be judged alone is judged here; what needs the data, the model or the machine is judged by the plan.
-The docstring under a field is its reference text: ``launcher schema`` prints it.
+This room imports neither torch nor Ray, so that a mistake is reported before they are loaded. It checks each value by
+itself and against others; the plan checks what needs the data, the model or the machine. The docstring below a field is
+its reference text, which ``launcher schema`` prints.
 """
 
 from jobs.spec.checks import NUMBER_FROM_TEXT

@@ -1,4 +1,4 @@
-"""What more than one section of the job language checks of its values."""
+"""Checks that several sections of the job language share."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from cluster.errors import FieldError
 from jobs.spec.target import Target
 
 NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
-"""What to do where text stands for a number: an environment variable is text until it is decoded."""
+"""What to do about text in place of a number: an environment variable is text until it is decoded."""
 
 
 def at_least(spec: object, lowest: int, *names: str) -> None:
-    """Refuses fields that are below a number; none is not."""
+    """Refuses fields below ``lowest``; None is allowed."""
     for name in names:
         value = getattr(spec, name)
         if value is not None and value < lowest:
@@ -20,7 +20,7 @@ def at_least(spec: object, lowest: int, *names: str) -> None:
 
 
 def learning_rate(args: Mapping[str, Any]) -> None:
-    """Refuses a rate that nothing can be trained with."""
+    """Refuses a learning rate that is text, not finite or not above 0."""
     lr = args.get("lr")
     if isinstance(lr, str):
         raise FieldError("lr", f"must be a number, got {lr!r}; {NUMBER_FROM_TEXT}")
@@ -36,6 +36,7 @@ def finite_numbers(args: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Yields every number in a value, with its key."""
     if isinstance(value, Target):
         yield from _numbers(value.args, key)
     elif isinstance(value, Mapping):

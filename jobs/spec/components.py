@@ -1,4 +1,4 @@
-"""What a job is built from beside model and data: a loss, an optimizer with its groups, a schedule, first weights."""
+"""The sections for the loss, the optimizer and its groups, the schedule and the initial weights."""
 
 import math
 from collections.abc import Mapping
@@ -12,31 +12,32 @@ from jobs.spec.target import Target
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSpec:
-    """A loss, and what is made of output and target before it sees them."""
+    """A loss, and how output and target are converted for it."""
 
     factory: Target
     output: Literal["identity", "softmax", "log_softmax", "sigmoid"] = "identity"
-    """Applied to the model's output first: nothing, or a function over its classes (dimension 1)."""
+    """What to apply to the model's output before the loss: nothing, or a function over classes (dimension 1)."""
     target: Literal["index", "one_hot", "float"] | None = None
-    """What the loss sees of a target: ``index``, class numbers as they are; ``one_hot``, a 1 at the class's place
-    in zeros as wide as the output; ``float``, numbers of the output's type and shape; none: what the dataset gives."""
+    """How to convert targets before the loss: ``index``: to class numbers; ``one_hot``: class numbers to one-hot
+    vectors as wide as the output; ``float``: to the output's type and shape; null: not at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSpec:
-    """One parameter group: the parameters whose names match, and what differs for them."""
+    """Parameter groups: the parameters whose names match a pattern, and what differs for them."""
 
     match: str
-    """A shell pattern over parameter names such as ``*.bias``, or ``type:NORM`` for the own parameters of
-    every module whose class name matches, such as ``type:BatchNorm*``. The first group that matches wins."""
+    """A shell pattern over parameter names, such as ``*.bias``; or ``type:PATTERN``, such as ``type:BatchNorm*``, for
+    the parameters that belong directly to modules of matching classes. The first group that matches a parameter gets
+    it."""
     args: Mapping[str, Any] = field(default_factory=dict)
-    """Any argument of the optimizer, for this group alone."""
+    """Any argument of the optimizer, for this group only."""
     lr_scale: float | None = None
-    """The group's rate is the optimizer's ``lr`` times this."""
+    """Factor on the optimizer's ``lr`` for this group."""
     from_epoch: int | None = None
-    """Frozen until this epoch (counted from 0) begins, then trained."""
+    """The epoch, counted from 0, from which the group trains; it is frozen until then."""
     from_step: int | None = None
-    """Frozen until this many optimizer steps are completed, then trained."""
+    """The number of optimizer steps after which the group trains; it is frozen until then."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "from_epoch", "from_step")
@@ -52,7 +53,7 @@ class GroupSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSpec:
-    """An optimizer and its parameter groups."""
+    """The optimizer and its parameter groups."""
 
     factory: Target
     groups: tuple[GroupSpec, ...] = ()
@@ -64,30 +65,31 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerSpec:
-    """A learning-rate schedule."""
+    """The learning-rate schedule."""
 
     factory: Target
     interval: Literal["step", "epoch"] = "epoch"
-    """When the schedule advances: after every optimizer step, or after every epoch. ReduceLROnPlateau advances
-    after every epoch that measured what it monitors; with ``step``, after every validation."""
+    """When the schedule advances: after every optimizer step or every epoch. ReduceLROnPlateau advances after an epoch
+    that measured its metric, or, with ``step``, after every validation."""
     monitor: str | None = None
     """The metric that ReduceLROnPlateau watches, such as ``val/loss`` or ``train/loss``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitSpec:
-    """Weights to begin with."""
+    """Initial weights from another run or a file."""
 
     SHORTHAND: ClassVar[str] = "url"
 
     url: str
-    """A run (its newest good checkpoint is taken), one checkpoint of a run, or a ``.safetensors`` file, anywhere."""
+    """The URL of a run, whose newest good checkpoint is used, of one checkpoint, or of a ``.safetensors`` file."""
     include: tuple[str, ...] = ("*",)
-    """Shell patterns over names in this model; what matches is loaded, and must be there."""
+    """Shell patterns over tensor names in this model. Matching tensors are loaded; the source must have them."""
     exclude: tuple[str, ...] = ()
-    """Shell patterns over names in this model; what matches keeps its first, random weights, such as a new head."""
+    """Shell patterns over tensor names in this model. Matching tensors, such as a new head, keep their random initial
+    weights."""
     weights: Literal["model", "ema"] = "model"
-    """Of a run that keeps averaged weights: those it trained, or the average, which it validated with."""
+    """Which weights to load: the trained ones, or the moving average of a run with ``train.ema_decay``."""
 
     def __post_init__(self) -> None:
         if not self.url:

@@ -1,4 +1,4 @@
-"""A whole job: its sections together, its data, its checkpoints and its tracker."""
+"""The whole job, and the sections for data, checkpoints and tracking."""
 
 import math
 import re
@@ -18,14 +18,14 @@ _ALWAYS_MEASURED = ("loss", "accuracy")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
-    """Where samples come from."""
+    """The datasets."""
 
     train: Target
-    """A map-style dataset, or a function that returns one; a sample is (input, target)."""
+    """The training dataset: a map-style dataset, or a function that returns one. A sample is (input, target)."""
     val: Target | None = None
-    """The validation dataset; none: no validation."""
+    """The validation dataset; null: no validation."""
     loaders: int = 0
-    """Loader processes per worker, each keeping two micro-batches ahead; 0 loads in the worker itself."""
+    """Loader processes per worker, each of which keeps two micro-batches ready; 0: the worker loads samples itself."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "loaders")
@@ -33,27 +33,28 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestSpec:
-    """Which checkpoint counts as the best."""
+    """Which checkpoint is the best one."""
 
     metric: str
-    """A validation metric such as ``val/accuracy``, judged at every validation, or ``train/loss``, at every epoch's
-    end."""
+    """A validation metric such as ``val/accuracy``, compared at every validation, or ``train/loss``, compared at the
+    end of every epoch."""
     mode: Literal["min", "max"]
     """Whether smaller or larger is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSpec:
-    """When checkpoints are made, and which are kept. One is always made at the end."""
+    """When to save checkpoints, and which to keep. The end of a run is always saved."""
 
     every_steps: int | None = None
-    """Optimizer steps between checkpoints, also within an epoch; none: at the end of each epoch."""
+    """Optimizer steps between checkpoints; null: a checkpoint at the end of every epoch."""
     keep: int = 3
-    """How many of the newest checkpoints are kept."""
+    """The number of newest checkpoints to keep."""
     best: BestSpec | None = None
-    """Also make a checkpoint whenever this metric improves, and keep the best one."""
+    """Save a checkpoint whenever this metric improves, and always keep the best one; null: off."""
     patience_s: float = 1800.0
-    """Seconds that the store may be away while training goes on; after that the run ends, and can be resumed."""
+    """Seconds for which training goes on while the store does not answer; after that the run ends, and can be
+    resumed."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "every_steps", "keep")
@@ -63,48 +64,50 @@ class CheckpointSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingSpec:
-    """Weights & Biases. A tracker that fails never stops a run."""
+    """Tracking with Weights & Biases. A failure of the tracker never stops a run."""
 
     mode: Literal["online", "offline", "disabled"] = "offline"
-    """``offline`` records on this machine, for ``wandb sync``; the host and the key come from the environment."""
+    """``online`` sends to the host and with the key in the environment; ``offline`` records on this machine, for a
+    later ``wandb sync``; ``disabled`` records nothing."""
     project: str = "launcher"
     """The W&B project."""
     entity: str | None = None
-    """The W&B user or team; none: the key's own."""
+    """The W&B user or team; null: that of the key."""
     group: str | None = None
-    """Runs of one group are shown together."""
+    """The W&B group; W&B shows the runs of a group together."""
     tags: tuple[str, ...] = ()
-    """Words to find the run by."""
+    """The run's tags in W&B."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobSpec:
-    """A training run: the state at step n is a function of this and n."""
+    """A training run. Its state after n steps is a function of this description and n."""
 
     name: str
-    """The run's directory in the store; by default the job file's stem."""
+    """The name of the run's directory in the store; by default the name of the job file without its suffix."""
     model: Target
-    """The network: called with a batch of inputs, returns what the loss takes."""
+    """The model, a ``torch.nn.Module``. It is called with a batch of inputs and returns what the loss accepts."""
     data: DataSpec
     loss: LossSpec
-    """A loss, by a bare name of ``torch.nn`` or an import path; called with (output, target)."""
+    """The loss, by its name in ``torch.nn`` or an import path. It is called with (output, target)."""
     optimizer: OptimizerSpec
-    """An optimizer, by a bare name of ``torch.optim`` or an import path, with ``groups``."""
+    """The optimizer, by its name in ``torch.optim`` or an import path."""
     scheduler: SchedulerSpec | None = None
-    """A schedule, by a bare name of ``torch.optim.lr_scheduler`` or an import path; none: a constant rate."""
+    """The learning-rate schedule, by its name in ``torch.optim.lr_scheduler`` or an import path; null: a constant
+    rate."""
     train: TrainSpec = field(default_factory=TrainSpec)
     workers: WorkersSpec = field(default_factory=WorkersSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
     metrics: Mapping[str, Target] = field(default_factory=dict)
-    """What validation measures beside loss and accuracy: a name, and a metric of torchmetrics by its bare name, or
-    any subclass of ``torchmetrics.Metric`` by its import path."""
+    """What validation measures beside loss and accuracy. Each key names a metric; its value is a metric of torchmetrics
+    by name, or a subclass of ``torchmetrics.Metric`` by import path."""
     init_from: InitSpec | None = None
-    """Weights to begin with instead of random ones: a URL, or a mapping."""
+    """Initial weights instead of random ones: a URL, or a mapping with the keys below; null: random weights."""
     seed: int = 0
-    """Every random draw is a function of this number."""
+    """The seed of every random draw."""
     store: str = "runs"
-    """The fsspec URL, or the folder, that holds run directories."""
+    """The folder or fsspec URL that holds the run directories."""
 
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or "/" in self.name or "\\" in self.name:
@@ -122,7 +125,7 @@ class JobSpec:
         self._check_metrics()
 
     def _check_metrics(self) -> None:
-        """What is measured has a name of its own, and what is watched is measured."""
+        """Refuses metrics with a wrong name, and watched metrics that nothing measures."""
         for name in self.metrics:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _ALWAYS_MEASURED:
                 raise FieldError(f"metrics.{name}", f"must be a word other than {', '.join(_ALWAYS_MEASURED)}")
@@ -140,7 +143,7 @@ class JobSpec:
 
 
 def watched_metrics(spec: JobSpec) -> dict[str, str]:
-    """The keys under which a metric is named, and the metric."""
+    """Returns the metrics that a rule of the description watches, by the key of the rule."""
     watched: dict[str, str] = {}
     if spec.checkpoint.best is not None:
         watched["checkpoint.best.metric"] = spec.checkpoint.best.metric

@@ -1,4 +1,4 @@
-"""The workers of a job: how many, on what, how long they are waited for, and how many failures they may have."""
+"""The section for the workers of a job: number, resources, time limits and failures."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from jobs.spec.checks import at_least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaxFailuresSpec:
-    """How many failures of each kind a run recovers from before it is given up; null: any number."""
+    """How many failures of each kind a run recovers from; one more ends it. Null: no limit."""
 
     machine: int | None = 10
-    """Workers and nodes lost, workers that do not start, processes killed, hung, or out of memory by the machine's
-    doing. Starts that fail one after the other are tried again later and later, after 60 seconds at most. A hang in
-    the first step of a process ends the run when it comes back at the same step and line."""
+    """Failures of the machine: lost workers and nodes, workers that do not start, and processes that are killed, hang
+    or run out of the machine's memory. Failed starts are retried after growing delays of at most 60 seconds. A hang in
+    the first step of a process ends the run if it repeats at the same step and line."""
     preemption: int | None = None
-    """Workers lost because their node was drained or taken away with notice."""
+    """Workers lost because their node was drained or preempted with notice."""
     code: int | None = 3
-    """Exceptions of the training code, each tried again once; a second one at the same step and line ends the run at
+    """Exceptions of the training code. Each is retried once; a second one at the same step and line ends the run at
     once."""
 
     def __post_init__(self) -> None:
@@ -29,40 +29,41 @@ class MaxFailuresSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersSpec:
-    """Who does the work. Nothing here changes a bit of the result."""
+    """The workers: how many there are, where they run and how long to wait for them. They do not change the result."""
 
     num: int | tuple[int, int] = 1
-    """Workers, at most ``train.shards``, which need not divide by it; or the least and the most, such as [1, 4]: the
-    run begins with what is there, goes on with fewer when nodes go, and takes more when they come."""
+    """Number of workers, at most ``train.shards``, which they need not divide; or the least and the most, such as [1,
+    4]: the run starts with as many as there is room for, goes on with fewer when nodes are lost and with more when
+    nodes join."""
     cpus: float = 0.5
-    """CPU cores that each worker reserves; a fraction lets several share a core."""
+    """CPU cores that each worker reserves; with a fraction, several workers share a core."""
     gpus: int | Literal["auto"] = "auto"
-    """GPUs per worker: 1 (NCCL), 0 (CPU with gloo), or auto: 1 where every worker can have one, also on a node that the
-    cluster's autoscaler has yet to start, else 0."""
+    """GPUs per worker: 1 (NCCL), 0 (CPU and gloo), or auto: 1 if every worker can have one, also on nodes that the
+    autoscaler has yet to start, else 0."""
     accelerator: str | None = None
-    """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
+    """The type of GPU that each worker needs, by Ray's name for it, such as ``H100``; null: any."""
     placement: Placement = "pack"
-    """``pack``: on as few nodes as possible; ``spread``: on as many as possible. Best effort, by the room that there is
-    when the workers start: they neither wait for it, nor move for it later."""
+    """``pack`` uses as few nodes as possible, ``spread`` as many as possible. Best effort, by the room at the start:
+    workers neither wait for a better placement nor move later."""
     max_failures: MaxFailuresSpec = field(default_factory=MaxFailuresSpec)
     wait_s: float = 3600.0
-    """Seconds to wait for a cluster to have room: for one worker, to try the job out there; then for the workers, at
-    the start and after nodes are lost. After that the run is given up; it can be resumed."""
+    """Seconds to wait for room on the cluster: for the dry run, for the workers at the start, and for workers after
+    nodes are lost. After that the run ends; it can be resumed."""
     max_worker_hours: float | None = None
-    """Hours of all workers together, over the whole life of the run, after which it saves and stops; none: no limit."""
+    """Hours of all workers together, over the whole run, after which it saves and stops; null: no limit."""
     start_timeout_s: float = 300.0
-    """Seconds for the agents of all workers to start once there is room for them: Ray starts their processes, and each
-    node imports torch. If one is late, that is a failure of the machine, and all are started again."""
+    """Seconds for all workers to start once there is room: Ray starts processes, and each node imports torch. A late
+    worker counts as a failure of the machine, and all are started again."""
     first_step_timeout_s: float | None = 1800.0
     """Seconds from the start of a training process to the end of its first step, after which it counts as hung and is
-    replaced: meeting the others, building model and data sets, the first batch, compiling. Reading a checkpoint does
-    not count, ``checkpoint.patience_s`` limits that. Trying the job out may take as long. None: no limit, then only a
-    person ends a start that hangs."""
+    replaced. They include joining the other workers, building model and datasets, loading the first batch and
+    compiling, but not reading a checkpoint, which ``checkpoint.patience_s`` limits. The dry run has the same limit.
+    Null: no limit; a start that hangs then has to be ended by hand."""
     timeout_s: float = 600.0
-    """Seconds a worker waits for the others, in an exchange or at the start, before it counts as lost."""
+    """Seconds that a worker waits for the others, in a collective or at the start, until it gives them up as lost."""
     hang_timeout_s: float = 300.0
-    """Seconds without progress, once a process has done its first step, after which it counts as hung and is replaced.
-    No step, batch or validation batch may take as long."""
+    """Seconds without progress, after its first step, until a training process counts as hung and is replaced. Every
+    step, batch and validation batch must be shorter."""
 
     @property
     def least(self) -> int:

@@ -1,4 +1,4 @@
-"""The training loop of a job: its length, its batches, its arithmetic, when it validates and ends."""
+"""The section for the training loop: length, batches, numerics, validation and early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from jobs.spec.checks import at_least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStopSpec:
-    """When a run has learned all it will; it is completed then."""
+    """When to complete the run before its last epoch."""
 
     metric: str
-    """What is watched: a validation metric such as ``val/loss`` at every validation, or ``train/loss`` at every
-    epoch's end."""
+    """The metric to watch: a validation metric such as ``val/loss``, at every validation, or ``train/loss``, at the end
+    of every epoch."""
     mode: Literal["min", "max"]
     """Whether smaller or larger is better."""
     patience: int
-    """The run ends at this many measurements in a row without an improvement."""
+    """The number of measurements in a row without an improvement after which the run ends."""
     min_delta: float = 0.0
-    """What counts as an improvement: better than the best so far by more than this."""
+    """The metric must beat the best so far by more than this to count as an improvement."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "patience")
@@ -30,53 +30,57 @@ class EarlyStopSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSpec:
-    """The training loop. Whatever may change a bit of the result is here, never taken from the machine."""
+    """The training loop. Every setting that may change a bit of the result is here; none is taken from the machine."""
 
     epochs: int = 1
     """Passes over the training data."""
     max_steps: int | None = None
-    """Stop, saved and resumable, after this many optimizer steps in all; ``resume`` lifts a limit that was reached."""
+    """Optimizer steps in all, after which the run saves and stops; null: no limit. ``resume`` lifts a limit that was
+    reached."""
     max_seconds: float | None = None
-    """Stop, saved and resumable, this many seconds after ``run`` or ``resume`` began, such as before a time limit. The
-    first start of workers may go on beyond it to the end of one step, so that every ``resume`` gets on; once workers
-    have trained or failed, or while they are waited for, the run stops in time, at its newest checkpoint."""
+    """Seconds after the start of ``run`` or ``resume`` at which the run saves and stops, for example before a time
+    limit of the machine; null: no limit. Only the first start of workers may take longer, until one step is done, so
+    that every ``resume`` makes progress. After that, or while it waits for workers, the run stops in time, at its
+    newest checkpoint."""
     global_batch: int = 64
-    """Samples per optimizer step, over all workers."""
+    """Samples per optimizer step, over all workers; must divide by ``shards``."""
     shards: int = 4
-    """Virtual data-parallel replicas: a global batch is this many micro-batches. Fixed for the life of a run."""
+    """Number of micro-batches in a global batch, each a virtual data-parallel replica that some worker computes. Fixed
+    for the life of a run."""
     exact: bool = True
-    """Sum gradients in one fixed order, so that any number of workers gives the same bits."""
+    """Sum gradients in one fixed order, so that any number of workers gives the same bits; false: by all-reduce."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass: 32-bit, or autocast to bfloat16 or float16, the latter with a gradient scaler."""
+    """Precision of the forward pass: float32, or autocast to bfloat16, or to float16 with a gradient scaler."""
     tf32: bool = False
-    """Let CUDA round the inputs of fp32 matrix products and convolutions to TensorFloat-32."""
+    """Use TensorFloat-32 for matrix products and convolutions of float32 tensors on a GPU."""
     deterministic: bool = True
-    """Only kernels that give the same bits every time (``torch.use_deterministic_algorithms``)."""
+    """Use only kernels that give the same bits every time (``torch.use_deterministic_algorithms``)."""
     cudnn_benchmark: bool = False
-    """Let cuDNN time its algorithms and take the fastest; the choice may differ from run to run."""
+    """Let cuDNN measure its algorithms and choose the fastest; the choice may differ between runs."""
     channels_last: bool = False
-    """Keep 4-dimensional tensors in NHWC memory order."""
+    """Keep 4-dimensional tensors in channels-last (NHWC) memory order."""
     compile: bool = False
     """Compile the model with ``torch.compile``."""
     clip_norm: float | None = None
-    """Scale the gradient down to this 2-norm when it is longer; off when none."""
+    """The largest 2-norm of the gradient; a longer one is scaled down to it. Null: off."""
     clip_value: float | None = None
-    """Bring every number of the gradient into [-this, this]; off when none."""
+    """The largest absolute value of a number in the gradient; larger ones are clipped to it. Null: off."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights with this decay per step, and validate with it."""
+    """Decay per step of an exponential moving average of the weights, which validation uses. Null: no average."""
     threads: int = 1
-    """CPU threads within an operator, per worker; a different number may round differently."""
+    """CPU threads per operator in each worker. Another number may round differently."""
     validate_every_epochs: int | None = None
-    """Epochs between validations; none: 1, or never where ``validate_every_steps`` is set. The end always validates."""
+    """Epochs between validations; null: 1, or none if ``validate_every_steps`` is set. The end of a run is always
+    validated."""
     validate_every_steps: int | None = None
-    """Optimizer steps between validations, also within an epoch."""
+    """Optimizer steps between validations; null: validate by epoch."""
     early_stop: EarlyStopSpec | None = None
-    """End the run once a metric no longer improves."""
+    """Complete the run once a metric no longer improves; null: off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss is NaN or infinite ends the run; or is skipped, its gradients too when only they are that.
-    To skip, all workers wait for each other's loss in every step."""
+    """What to do if a loss is NaN or infinite: ``stop`` ends the run; ``skip`` leaves out the update of that step, also
+    if only the gradient is not finite. With ``skip`` all workers wait for each other's loss in every step."""
     log_every_steps: int = 1
-    """Optimizer steps between rows of ``metrics.jsonl``; a validation always makes a row."""
+    """Optimizer steps between rows of ``metrics.jsonl``. A step with a validation always has a row."""
 
     def __post_init__(self) -> None:
         at_least(

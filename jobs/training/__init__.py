@@ -1,1 +1,1 @@
-"""The training process: the worker, its loop, a step, an evaluation, a restore."""
+"""The training process: the worker, its loop, one step, validation, restore, and causes of failures."""

@@ -1,7 +1,7 @@
 """Metrics over a whole dataset, exact for any number of workers.
 
-A validation is whole or done again: it begins and ends between two steps, so none ever spans a checkpoint, and what
-is lost with a worker in the middle of one is measured anew from the same weights.
+A validation begins and ends between two steps, so no checkpoint lies within one. If a worker is lost in the middle, the
+whole validation is repeated from the same weights.
 """
 
 import math
@@ -21,7 +21,7 @@ from jobs.parallel.step_report import exact_sum
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 
-if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
+if TYPE_CHECKING:  # importing it imports torchmetrics; only jobs with metrics pay for that
     from jobs.build.metrics import MetricSet
 
 
@@ -29,31 +29,39 @@ if TYPE_CHECKING:  # imports torchmetrics, which jobs without metrics do without
 def evaluate(
     model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
 ) -> MetricValues:
-    """Loss, accuracy and the declared metrics over every batch of every worker, each sample once.
+    """Measures loss, accuracy and the declared metrics over the batches of all workers, each sample once.
+
+    Args:
+        model: Called with the inputs of a batch; in evaluation mode meanwhile.
+        loss: The loss of the job.
+        metrics: The declared metrics, if there are any.
+        batches: (inputs, target) of this rank on its device: those with the numbers rank, rank + W, rank + 2W, ...
+        team: All W workers.
+        seed: Seeds the random draws of each forward pass, by the number of the batch.
 
     Returns:
-        ``val/loss``, as one process with the whole dataset would compute it, ``val/accuracy`` if targets are class
-        numbers, and what the metrics come to; the same on every rank. A value that is not finite is left out, so
-        that rows stay JSON, and whoever watches it sees no measurement.
+        ``val/loss``, as one process with the whole dataset would compute it; ``val/accuracy``, if targets are class
+        numbers; and the values of the metrics. The same on every rank. A value that is not finite is left out, so that
+        rows stay JSON: for a rule that watches it, nothing was measured.
 
     Raises:
         TrainingError: The loss ignores all targets.
 
-    Collective: every rank, with the batches ``rank``, ``rank`` + W, ...
+    Collective: every rank.
     """
     was_training = model.training
     model.eval()
-    sums = []
+    rows = []  # of each batch, float64 [4]: loss sum, correct, counted, weight
     for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
         seed_draws(draw_key("evaluation", seed, number), team.device)
         output = model(inputs)
         numerator, own = loss.numerator(output, target)
         weight = loss.weight(target, numerator, own)
-        sums.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+        rows.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
         if metrics is not None:
             metrics.update(*loss.measured(output, target))
     model.train(was_training)
-    tallies = team.gather_rows([row.tolist() for row in torch.stack(sums).cpu()] if sums else [], width=4)
+    tallies = team.gather_rows([row.tolist() for row in torch.stack(rows).cpu()] if rows else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
     if weight_sum == 0:
         raise TrainingError("every target of data.val is ignored; give it some that count")
@@ -65,7 +73,7 @@ def evaluate(
 
 
 def _measure(metrics: "MetricSet", team: Team, seed: int) -> MetricValues:
-    """Rank 0, which always has a batch, computes from the shares of all and tells the others.
+    """Returns the declared metrics on every rank: rank 0, which always has a batch, computes them for all.
 
     Collective: every rank.
     """
@@ -73,8 +81,8 @@ def _measure(metrics: "MetricSet", team: Team, seed: int) -> MetricValues:
     dist.gather_object(metrics.share(), shares, dst=0, group=team.cpu_group)
 
     def compute() -> MetricValues:
-        assert shares is not None, "called on rank 0"
-        seed_host_draws(draw_key("metrics", seed))  # some compute from random subsets
+        assert shares is not None, "only rank 0 computes"
+        seed_host_draws(draw_key("metrics", seed))  # some metrics draw random subsets
         return metrics.compute(shares)
 
     return team.from_rank_0(compute)

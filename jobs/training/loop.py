@@ -1,15 +1,13 @@
 """The training loop.
 
-Steps follow each other; between them, at steps that all workers agree on, it validates, saves, and may end.
-Everything that happens falls on the same step for everybody, because it follows from the step number and from
-reports that all have heard.
+The loop takes one step after the other. At steps that follow from the description it pauses: it validates, saves a
+checkpoint, or ends. All workers pause and end at the same steps, because these depend on the step number and on reports
+that every rank has received.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from cluster.errors import TrainingError, listed
 from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.build.components import Components
 from jobs.checkpoint.loop_state import LoopState
@@ -18,20 +16,22 @@ from jobs.parallel.step_report import StepReport, StepReports
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.evaluation import evaluate
+from jobs.training.improvement import note_best, note_stall
+from jobs.training.metric_row import check_finite, check_ignored_targets, make_row, why_not_finite
 from jobs.training.step import TrainingStep
 
 
 class Loop:
-    """Trains from a state to the end of the run, a limit, or a wish to stop.
+    """Trains from a state until the run is complete, a limit is reached or a stop is asked for.
 
-    Collective: every rank constructs and runs it.
+    Collective: every rank constructs it and runs it.
     """
 
     def __init__(
         self,
         spec: JobSpec,
-        parts: Components,
-        progress: LoopState,
+        components: Components,
+        state: LoopState,
         team: Team,
         *,
         metrics: Mapping[str, float],
@@ -40,213 +40,160 @@ class Loop:
         save: Callable[..., None],
         stop_wanted: Callable[[], bool],
         mark: Callable[[Doing, int], None] = lambda *_: None,
-        tend: Callable[[], None] = lambda: None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         """Only assigns.
 
         Args:
             spec: The description.
-            parts: Model, optimizer and the rest, at the state of ``progress``.
-            progress: Where to go on.
-            team: The workers and the way to exchange gradients.
-            metrics: The newest metrics at that state.
-            log: Takes the rows of the metrics; the same on every rank.
-            tell: Takes what else is to be known outside; the same on every rank.
-            save: Saves this worker's share of a checkpoint of this moment, given the newest metrics and ``is_needed``:
-                whether it is more than one in a series.
-            stop_wanted: Whether this worker was asked to stop; all stop when any was.
-            mark: Takes what this worker does from now on, and the steps completed, for whoever watches it.
-            tend: Sees to earlier saves; called after every step.
+            components: Model, optimizer and the rest, as they are after ``state.step`` steps.
+            state: Where to go on; the loop advances it.
+            team: The workers, and how they exchange gradients.
+            metrics: The newest metrics at ``state``.
+            log: Receives each row of the metrics; the rows are the same on every rank.
+            tell: Receives events and matrices for the driver; they are the same on every rank.
+            save: Saves this worker's share of a checkpoint of the current state. Arguments: the newest metrics, and
+                ``is_needed``, which is False for a checkpoint that may be skipped while the store is slow.
+            stop_wanted: Returns whether this worker was asked to stop; all workers stop if any was.
+            mark: Records what this process does from now on, and the number of completed steps.
+            after_step: Called after every step.
         """
         self.spec = spec
-        self.parts = parts
-        self.progress = progress
+        self.components = components
+        self.state = state
         self.team = team
         self.log = log
         self.tell = tell
         self.save = save
         self.stop_wanted = stop_wanted
         self.mark = mark
-        self.tend = tend
-        self.end = min(parts.steps.total_steps, spec.train.max_steps or parts.steps.total_steps)
+        self.after_step = after_step
+        self.steps = components.steps
+        self.end = min(self.steps.total_steps, spec.train.max_steps or self.steps.total_steps)
         self.stopping = False
         self.metrics = dict(metrics)
-        self.pulse = StepReports(team.blocks, team.cpu_group)
+        self.reports = StepReports(team.blocks, team.cpu_group)
 
     @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.progress.ended_early or self.progress.step >= self.parts.steps.total_steps
+        return self.state.ended_early or self.state.step >= self.steps.total_steps
 
     def run(self) -> None:
-        """Trains; on return the last checkpoint has been handed to ``save``."""
-        if self.is_complete or self.progress.step >= self.end:
-            return
-        training = TrainingStep(self.spec, self.parts, self.team, self.mark)
-        for micro_batches in self._batches():
-            outcome = training.take(self.progress.step, micro_batches)
-            self.progress.step += 1
-            for report in self.pulse.push(self.progress.step, outcome, stop=self.stop_wanted()):
-                self._log(report)
-            if self._is_due():
-                self._pause()
-            self.tend()
-            if self.stopping or self.progress.ended_early:
-                break
-            self.mark("data", self.progress.step)
+        """Trains; has handed the last checkpoint to ``save`` when it returns.
 
-    def _is_due(self) -> bool:
-        """Whether this step ends an epoch or the run, has a validation or a checkpoint, or the run is stopping."""
-        step, every = self.progress.step, self.spec.checkpoint.every_steps
-        return (
-            self.stopping
-            or step == self.end
-            or self.parts.steps.ends_epoch(step)
-            or self._validates_at(step)
-            or (every is not None and step % every == 0)
-        )
+        Raises:
+            TrainingError: A loss is not finite, or targets are ignored that the description does not mention.
+        """
+        if self.is_complete or self.state.step >= self.end:
+            return
+        training = TrainingStep(self.spec, self.components, self.team, self.mark)
+        for micro_batches in self._batches():
+            outcome = training.take(self.state.step, micro_batches)
+            self.state.step += 1
+            for report in self.reports.push(self.state.step, outcome, stop=self.stop_wanted()):
+                self._record(report)
+            if self._is_pause():
+                self._pause()
+            self.after_step()
+            if self.stopping or self.state.ended_early:
+                break
+            self.mark("data", self.state.step)
 
     def _pause(self) -> None:
-        """Lets every report arrive, validates if it is time, and saves if it is time."""
-        step, every = self.progress.step, self.spec.checkpoint.every_steps
-        ends_epoch = self.parts.steps.ends_epoch(step)
-        *earlier, newest = self.pulse.drain()
+        """Waits for the reports of all steps, validates and saves if it is time to."""
+        step = self.state.step
+        ends_epoch = self.steps.ends_epoch(step)
+        *earlier, newest = self.reports.drain()
         for report in earlier:
-            self._log(report)
-        measured = self._validate() if self._validates_at(step) else {}
-        row = self._log(newest, measured)
-        watched = measured | ({name: row[name] for name in row if name.startswith("train/")} if ends_epoch else {})
-        improved = self._note_best(watched)
-        self.parts.schedule.measured(watched, ends_epoch=ends_epoch)
-        self._note_stall(watched)
-        on_schedule = ends_epoch if every is None else step % every == 0
-        is_needed = improved or self.stopping or self.progress.ended_early or step == self.end
-        if on_schedule or is_needed:
+            self._record(report)
+        validated = self._validate() if self._is_validation() else {}
+        row = self._record(newest, validated)
+
+        of_epoch = {name: row[name] for name in row if name.startswith("train/")} if ends_epoch else {}
+        watched = validated | of_epoch
+        improved = note_best(self.spec.checkpoint.best, self.state, watched)
+        self.components.schedule.measured(watched, ends_epoch=ends_epoch)
+        self._stop_early_if_stalled(watched)
+
+        is_needed = improved or self.stopping or self.state.ended_early or step == self.end
+        if is_needed or self._is_scheduled_save():
             self.mark("storage", step)
             self.save(self.metrics, is_needed=is_needed)
 
-    def _validates_at(self, step: int) -> bool:
-        steps, train = self.parts.steps, self.spec.train
-        if self.parts.val_set is None:
+    def _is_pause(self) -> bool:
+        """Returns whether something besides training happens at this step."""
+        return (
+            self.stopping
+            or self.state.step == self.end
+            or self.steps.ends_epoch(self.state.step)
+            or self._is_validation()
+            or self._is_scheduled_save()
+        )
+
+    def _is_validation(self) -> bool:
+        step, train = self.state.step, self.spec.train
+        if self.components.val_set is None:
             return False
-        if step == steps.total_steps:
+        if step == self.steps.total_steps:
             return True
         if train.validate_every_steps is not None:
             return step % train.validate_every_steps == 0
-        return step % (steps.steps_per_epoch * (train.validate_every_epochs or 1)) == 0
+        return step % (self.steps.steps_per_epoch * (train.validate_every_epochs or 1)) == 0
+
+    def _is_scheduled_save(self) -> bool:
+        step, every = self.state.step, self.spec.checkpoint.every_steps
+        return self.steps.ends_epoch(step) if every is None else step % every == 0
 
     def _validate(self) -> dict[str, float]:
-        """Measures, and tells of matrices, which are in no row."""
-        self.mark("validation", self.progress.step)
-        spec, parts, team = self.spec, self.parts, self.team
+        """Returns the numbers of a validation; sends matrices to the driver, because no row holds them."""
+        spec, components, team = self.spec, self.components, self.team
+        self.mark("validation", self.state.step)
         batches = validation_batches(
-            parts.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
+            components.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
             world_size=team.world_size, loaders=spec.data.loaders, device=team.device,
         )  # fmt: skip
-        with parts.autocast():
-            measured = evaluate(
-                parts.validated_model,
-                parts.loss,
-                parts.metrics,
-                self._marked(batches),
-                team,
-                spec.seed,
-            )
+        model, loss, metrics = components.validated_model, components.loss, components.metrics
+        with components.autocast():
+            measured = evaluate(model, loss, metrics, self._mark_each(batches), team, spec.seed)
         for name, matrix in measured.matrices.items():
-            self.tell(MatrixMeasured(name=name, step=self.progress.step, classes=matrix.classes, values=matrix.values))
+            self.tell(MatrixMeasured(name=name, step=self.state.step, classes=matrix.classes, values=matrix.values))
         return measured.numbers
 
-    def _marked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Validation batches, each of which is progress."""
+    def _mark_each(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields validation batches and marks each as progress, so that a long validation does not count as hung."""
         for inputs, target in batches:
-            self.mark("validation", self.progress.step)
-            yield self.parts.in_memory_order(inputs), target
+            self.mark("validation", self.state.step)
+            yield self.components.in_memory_order(inputs), target
 
-    def _log(self, report: StepReport, measured: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Makes a row of a step's report. Nothing in it depends on the clock, so rows repeat exactly."""
+    def _record(self, report: StepReport, validated: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Checks a step's report, logs its row if the row is due, and returns the row."""
         self.stopping |= report.stop
-        if self.parts.loss.ignores_unsaid(report.counted, report.denominator):
-            raise TrainingError(
-                f"step {report.step}: some targets are the loss's ignore_index, and the mean is taken over all; "
-                "write loss.ignore_index in the description to take it over the others"
-            )
-        row: dict[str, float] = {
-            "step": report.step,
-            "epoch": self.parts.steps.epoch_of(report.step - 1),
-            "samples": report.step * self.spec.train.global_batch,
-        }
-        if math.isfinite(report.loss):
-            row["train/loss"] = report.loss
+        check_ignored_targets(report, self.components.loss)
         if report.outcome.skipped:
-            row["skipped"] = 1
-            self.tell(StepEvent(kind="step_skipped", step=report.step, reason=self._why_not_finite(report)[0]))
-        elif not math.isfinite(report.loss):
-            reason, detail = self._why_not_finite(report)
-            raise TrainingError(
-                f"step {report.step}: {reason}; lower optimizer.lr, set train.clip_norm, look at these samples, or "
-                "write train.on_nonfinite: skip",
-                detail,
-            )
-        if report.counted:
-            row["train/accuracy"] = report.correct / report.counted
-        row |= {f"lr/{number}": rate for number, rate in enumerate(report.outcome.rates)} | dict(measured or {})
+            reason, _ = why_not_finite(report, self.spec.seed, self.steps)
+            self.tell(StepEvent(kind="step_skipped", step=report.step, reason=reason))
+        else:
+            check_finite(report, self.spec.seed, self.steps)
+        row = make_row(report, self.spec, self.steps, validated)
         self.metrics = {name: value for name, value in (self.metrics | row).items() if "/" in name}
         if (
-            measured
+            validated
             or report.outcome.skipped
             or report.step % self.spec.train.log_every_steps == 0
-            or report.step == self.parts.steps.total_steps
+            or report.step == self.steps.total_steps
         ):
             self.log(row)
         return row
 
-    def _why_not_finite(self, report: StepReport) -> tuple[str, str]:
-        """What was not finite in a step and whose samples those are: in a line, and in full."""
-        if not report.broken_shards:
-            return "the gradient is not finite, though the loss is", ""
-        samples = [
-            int(number)
-            for shard in report.broken_shards
-            for number in self.parts.steps.samples(self.spec.seed, report.step - 1, shard)
-        ]
-        shards = ", ".join(map(str, report.broken_shards))
-        return (
-            f"the loss is {report.loss}, in shard {shards}: samples {listed(samples)} of data.train",
-            f"samples of data.train in the shards whose loss is not finite: {samples}\n",
-        )
+    def _stop_early_if_stalled(self, watched: Mapping[str, float]) -> None:
+        reason = note_stall(self.spec.train.early_stop, self.state, watched)
+        if reason is not None and self.state.step < self.steps.total_steps:
+            self.state.ended_early = True
+            self.tell(StepEvent(kind="early_stop", step=self.state.step, reason=reason))
 
-    def _note_best(self, watched: Mapping[str, float]) -> bool:
-        best, progress = self.spec.checkpoint.best, self.progress
-        if best is None or best.metric not in watched:
-            return False
-        if not _is_better(watched[best.metric], progress.best_metric, best.mode):
-            return False
-        progress.best_metric, progress.best_step = watched[best.metric], progress.step
-        return True
-
-    def _note_stall(self, watched: Mapping[str, float]) -> None:
-        """Counts measurements without an improvement; so many in a row complete the run."""
-        rule, progress = self.spec.train.early_stop, self.progress
-        if rule is None or rule.metric not in watched:
-            return
-        if _is_better(watched[rule.metric], progress.watched_metric, rule.mode, rule.min_delta):
-            progress.watched_metric, progress.num_stalled = watched[rule.metric], 0
-            return
-        progress.num_stalled += 1
-        if progress.num_stalled >= rule.patience and progress.step < self.parts.steps.total_steps:
-            progress.ended_early = True
-            reason = f"{rule.metric} has not improved on {progress.watched_metric:.6g} for {rule.patience} measurements"
-            self.tell(StepEvent(kind="early_stop", step=progress.step, reason=reason))
-
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[list[Any]]:
         return training_batches(
-            self.parts.train_set, steps=self.parts.steps, seed=self.spec.seed, block=self.team.block,
-            start=self.progress.step, end=self.end, loaders=self.spec.data.loaders, device=self.team.device,
+            self.components.train_set, steps=self.steps, seed=self.spec.seed, block=self.team.block,
+            start=self.state.step, end=self.end, loaders=self.spec.data.loaders, device=self.team.device,
         )  # fmt: skip
-
-
-def _is_better(value: float, best: float | None, mode: str, by: float = 0.0) -> bool:
-    """Whether a metric improves on the best so far by more than ``by``; one that is not a number does not."""
-    if math.isnan(value):
-        return False
-    return best is None or (value > best + by if mode == "max" else value < best - by)

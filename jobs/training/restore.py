@@ -1,6 +1,7 @@
-"""Where a worker begins: at the newest good checkpoint, with given weights, or with random ones.
+"""The state that a worker starts from: the newest good checkpoint, the weights of ``init_from``, or random weights.
 
-All ranks read and verify, each a share of it, once, and everyone begins with the same bytes.
+Each rank reads and verifies its share of a checkpoint once and sends it to the others, so all start with the same
+bytes.
 """
 
 import itertools
@@ -24,20 +25,24 @@ from jobs.parallel.worker_team import Team
 from jobs.spec import InitSpec
 
 
-def begin(link: AgentLink, run: RunDirectory, parts: Components, progress: LoopState, team: Team) -> Manifest | None:
-    """Puts parts and progress where the run stands.
+def restore_newest(
+    link: AgentLink, run: RunDirectory, components: Components, state: LoopState, team: Team
+) -> Manifest | None:
+    """Loads the newest good checkpoint into the components and the loop's state.
+
+    Without a checkpoint it loads the weights of ``init_from``, if there are any.
 
     Returns:
-        The manifest of the checkpoint they are of now; none at the very beginning.
-
-    Collective: every rank.
+        The manifest of the loaded checkpoint; None if the run has no checkpoint.
 
     Raises:
-        CheckpointError: There are checkpoints and none is good, or it belongs to another model; or the weights to
-            begin with are others than the plan read.
+        CheckpointError: There are checkpoints and none is good, or the newest good one belongs to another model; or
+            ``init_from`` has other weights than the plan read.
         StorageError: The store does not answer.
+
+    Collective: every rank.
     """
-    link.activity.mark("restore", progress.step)
+    link.activity.mark("restore", state.step)
     steps = team.from_rank_0(run.checkpoints.steps)
     for step in reversed(steps):
         try:
@@ -47,33 +52,39 @@ def begin(link: AgentLink, run: RunDirectory, parts: Components, progress: LoopS
             if team.rank == 0:
                 link.send(FellBack(step=step, defect=str(error)))
             continue
-        _restore(parts, progress, files, run.checkpoints.url(step))
+        _load(components, state, files, run.checkpoints.url(step))
         return manifest
     if steps:
         raise CheckpointError(f"{run.url}: no checkpoint is good; look at them, or start a run of another name")
-    init_from = parts.spec.init_from
+    init_from = components.spec.init_from
     if init_from is not None:
-        weights = team.from_rank_0(lambda: _weights(init_from, run))
-        load_weights(parts.model, parts.ema, weights, match_weights(parts.model, init_from, weights))
+        weights = team.from_rank_0(lambda: _read_planned_weights(init_from, run))
+        load_weights(components.model, components.ema, weights, match_weights(components.model, init_from, weights))
     return None
 
 
 def _read_together(checkpoints: Checkpoints, manifest: Manifest, team: Team) -> dict[str, bytes]:
-    """The files of a checkpoint, of which each rank reads a share and gives it to the others."""
+    """Returns the files of a checkpoint; each rank reads a share and sends it to the others.
+
+    Raises:
+        CheckpointError, StorageError: A rank cannot read its share; every rank raises the same error.
+
+    Collective: every rank.
+    """
     keys = manifest.part_keys()
     sizes = [manifest.part(key).size for key in keys]
     ends = [0, *itertools.accumulate(sizes)]
     shares = divide(sizes, team.world_size)
     stretches = [range(ends[share.start], ends[share.stop]) for share in shares]
     own, stretch = shares[team.rank], stretches[team.rank]
-    error, parts = None, list[bytes]()
+    own_error, parts = None, list[bytes]()
     try:
         parts = checkpoints.read_parts(manifest, keys[own.start : own.stop])
-    except LauncherError as caught:
-        error = caught
-    for defect in team.gather(error):
-        if defect is not None:
-            raise defect
+    except LauncherError as error:
+        own_error = error
+    for error_of_rank in team.gather(own_error):
+        if error_of_rank is not None:
+            raise error_of_rank
     data = torch.empty(ends[-1], dtype=torch.uint8)
     memory_of(data)[stretch.start : stretch.stop] = b"".join(parts)
     team.share(data, stretches)
@@ -84,19 +95,19 @@ def _read_together(checkpoints: Checkpoints, manifest: Manifest, team: Team) -> 
     return files
 
 
-def _weights(spec: InitSpec, run: RunDirectory) -> Weights:
-    """What the plan read, whatever its source has made since."""
+def _read_planned_weights(spec: InitSpec, run: RunDirectory) -> Weights:
+    """Reads the checkpoint or file that the plan read, even if the source run has made newer checkpoints since."""
     planned = run.read_environment().get("init_from")
     return read_weights(spec, None if planned is None else WeightsSource(**planned))
 
 
-def _restore(parts: Components, progress: LoopState, files: Mapping[str, bytes], url: str) -> None:
-    state: dict[str, Any] = decode(files)
+def _load(components: Components, state: LoopState, files: Mapping[str, bytes], url: str) -> None:
+    saved: dict[str, Any] = decode(files)
     try:
-        parts.load_state(state, state["progress"]["step"])
+        components.load_state(saved, saved["progress"]["step"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{url}: does not fit the job: {one_line(error)}; resume with the description that made it"
         ) from error
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)
+    for name, value in saved["progress"].items():
+        setattr(state, name, value)

@@ -1,4 +1,7 @@
-"""A training process, from the first line to the exit: meet the others, build, restore, train, leave."""
+"""The training process of one worker: join the process group, build, compare environments, restore, train.
+
+``main`` is its entry. Every exception leaves it as a ``LauncherError`` that names its cause.
+"""
 
 import contextlib
 import json
@@ -10,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-import torchvision  # noqa: F401  # imported ahead in the fork server, for most jobs use it
+import torchvision  # noqa: F401  # the fork server imports it ahead, because most jobs use it
 
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.host.interfaces import interface_of
@@ -34,30 +37,35 @@ from jobs.checkpoint.saver import Saver
 from jobs.environment import differences, grouped, make_environment
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
-from jobs.training.failure_causes import broken_exchange, named, what
+from jobs.training.failure_causes import cause_of_broken_exchange, message_of, to_launcher_error
 from jobs.training.loop import Loop
-from jobs.training.restore import begin
+from jobs.training.restore import restore_newest
 
 _ANSWER_WAIT_S = 2.0
+"""How long rank 0 keeps the store open for the other ranks to read why they are refused."""
 
-launcher_digest()  # of the code that runs: its files may be replaced later
+launcher_digest()  # digests the code that runs now, because its files may be replaced later
 
 
 def main(link: AgentLink, task: Task) -> None:
     """Runs the job ``task.content`` as one of ``task.world_size`` workers.
 
     Raises:
-        TrainingError: The model, the data or another part of the user's code failed.
-        ClusterError: The other workers could not be reached, or were lost; or this host is not fit for the job.
+        TrainingError: The model, the data or other code of the user failed.
+        ClusterError: The other workers could not be reached or were lost, or this host is not fit for the job.
         CheckpointError, StorageError: The run could not be restored or saved.
+
+    Collective: every rank.
     """
     spec: JobSpec = task.content
     device = worker_device(on_gpu=task.on_gpu)
-    progress = LoopState()
+    state = LoopState()
     try:
         meet(link, task, spec.workers.timeout_s)
-    except (OSError, RuntimeError) as error:  # none of the user's code has run
-        raise ClusterError(f"did not meet the others: {what(error)}", cause=broken_exchange(error), step=0) from error
+    except (OSError, RuntimeError) as error:  # the user's code has not run yet
+        raise ClusterError(
+            f"did not meet the others: {message_of(error)}", cause=cause_of_broken_exchange(error), step=0
+        ) from error
     try:
         team = Team(
             rank=task.rank,
@@ -68,28 +76,32 @@ def main(link: AgentLink, task: Task) -> None:
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )
-        parts = build_parts(spec, device)
-        compare_environments(link, task, parts, team)
-        train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, parts, progress, team)
-    except DescriptionError as error:  # the plan has built the same, on its host
+        components = build_parts(spec, device)
+        compare_environments(link, task, components, team)
+        train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, components, state, team)
+    except DescriptionError as error:  # the plan built the same on its host, so this host differs
         raise ClusterError(str(error), cause="environment", step=0) from error
     except LauncherError:
         raise
-    except (Exception, SystemExit) as error:  # everything else is the user's code, or a peer that was lost
-        raise named(error, progress.step) from error
+    except (Exception, SystemExit) as error:  # the border of the process: the user's code failed or a peer was lost
+        raise to_launcher_error(error, state.step) from error
 
 
 def train(
-    link: AgentLink, run: RunDirectory, spec: JobSpec, parts: Components, progress: LoopState, team: Team
+    link: AgentLink, run: RunDirectory, spec: JobSpec, components: Components, state: LoopState, team: Team
 ) -> None:
-    """Restores the newest good checkpoint, if there is one, and trains on from it.
+    """Restores the newest good checkpoint, if there is one, and trains from there.
+
+    Raises:
+        TrainingError: A loss is not finite, or targets are ignored that the description does not mention.
+        CheckpointError, StorageError: The run could not be restored or saved.
 
     Collective: every rank.
     """
-    restored = begin(link, run, parts, progress, team)
+    restored = restore_newest(link, run, components, state, team)
     if spec.train.compile:
-        parts.model.compile()
-    saver = Saver(parts, progress, run.checkpoints, link, team, restored)
+        components.model.compile()
+    saver = Saver(components, state, run.checkpoints, link, team, restored)
 
     def log(row: Mapping[str, float]) -> None:
         if team.rank == 0:
@@ -101,8 +113,8 @@ def train(
 
     loop = Loop(
         spec,
-        parts,
-        progress,
+        components,
+        state,
         team,
         metrics={} if restored is None else restored.metrics,
         log=log,
@@ -110,36 +122,36 @@ def train(
         save=saver.save,
         stop_wanted=link.stop_wanted.is_set,
         mark=link.activity.mark,
-        tend=saver.tend,
+        after_step=saver.start_waiting,
     )
-    link.activity.mark("data", progress.step)
-    link.send(TrainingStarted(step=progress.step, spent=link.activity.spent()))
+    link.activity.mark("data", state.step)
+    link.send(TrainingStarted(step=state.step, spent=link.activity.spent()))
     try:
         loop.run()
     except Exception:
-        with contextlib.suppress(StorageError):  # the failure at hand is the one to tell
+        with contextlib.suppress(StorageError):  # the first failure is the one to report
             saver.wait()
         raise
     team.barrier()
-    team.close()  # from here on a slow store makes nobody wait for another
-    link.activity.mark("storage", progress.step)
+    team.close()  # a slow store delays no other worker from here on
+    link.activity.mark("storage", state.step)
     saver.wait()
-    link.send(Finished(step=progress.step, completed=loop.is_complete, spent=link.activity.spent()))
+    link.send(Finished(step=state.step, completed=loop.is_complete, spent=link.activity.spent()))
 
 
 def meet(link: AgentLink, task: Task, timeout_s: float) -> None:
-    """Joins the default process group: rank 0 opens the store, and its agent tells the others where.
-
-    Collective: every rank.
+    """Joins the default process group; rank 0 opens its store, and the agents pass the store's address on.
 
     Raises:
-        ClusterError: Their versions differ.
-        OSError, RuntimeError: The others did not come in time, or not at all.
+        ClusterError: The workers have different versions.
+        OSError, RuntimeError: Another worker did not join within ``timeout_s`` seconds.
+
+    Collective: every rank.
     """
     timeout = timedelta(seconds=timeout_s)
     choose_interface(task.address)
     if task.rank == 0:
-        # The store would listen on every interface; a socket of our own listens on this one.
+        # A TCPStore listens on every interface; our own socket listens on that of task.host alone.
         listener = socket.create_server((task.host, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
@@ -156,9 +168,9 @@ def meet(link: AgentLink, task: Task, timeout_s: float) -> None:
 
 
 def choose_interface(address: str) -> None:
-    """Has gloo and NCCL talk over the interface that has this host's address in the cluster, unless the user chose one.
+    """Makes gloo and NCCL use the interface with this host's address in the cluster, unless the user chose one.
 
-    gloo would otherwise take the one that the host's name resolves to, which may be none that others reach.
+    By default gloo takes the interface that the host's name resolves to, which other hosts may be unable to reach.
 
     Raises:
         OSError: No interface has the address.
@@ -169,51 +181,53 @@ def choose_interface(address: str) -> None:
 
 
 def compare_versions(link: AgentLink, task: Task, store: dist.Store) -> None:
-    """Refuses workers of different versions, which may not even understand what the others send.
-
-    Collective: every rank.
+    """Refuses workers with different versions, because they may not understand each other's messages.
 
     Raises:
-        ClusterError: They differ; the same on every rank.
+        ClusterError: The versions differ; every rank raises the same error.
+
+    Collective: every rank.
     """
     store.set(f"versions of {task.rank}", json.dumps((task.address, versions())))
     if task.rank == 0:
-        told = [json.loads(store.get(f"versions of {rank}")) for rank in range(task.world_size)]
-        nodes, of_workers = [node for node, _ in told], [each for _, each in told]
-        found = differences(nodes, of_workers)
+        by_rank = [json.loads(store.get(f"versions of {rank}")) for rank in range(task.world_size)]
+        nodes, versions_by_rank = [node for node, _ in by_rank], [each for _, each in by_rank]
+        found = differences(nodes, versions_by_rank)
         if found:
-            link.send(EnvironmentsCompared(workers=grouped(of_workers), differences=found, is_refused=True))
+            link.send(EnvironmentsCompared(workers=grouped(versions_by_rank), differences=found, is_refused=True))
         store.set("differences", json.dumps(found))
     found = json.loads(store.get("differences"))
     if found:
         store.set(f"read by {task.rank}", "yes")
-        if task.rank == 0:  # with which the store ends
-            with contextlib.suppress(RuntimeError):  # one that has ended needs no answer
+        if task.rank == 0:  # the store ends with this process
+            with contextlib.suppress(RuntimeError):  # a rank that has ended needs no answer
                 store.wait([f"read by {rank}" for rank in range(task.world_size)], timedelta(seconds=_ANSWER_WAIT_S))
         raise ClusterError(f"workers differ: {found}; give every node the same versions", cause="environment")
 
 
-def compare_environments(link: AgentLink, task: Task, parts: Components, team: Team) -> None:
-    """Tells the driver of what the bits depend on beside the description, and refuses workers that differ in that.
+def compare_environments(link: AgentLink, task: Task, components: Components, team: Team) -> None:
+    """Reports the workers' environments to the driver, and refuses workers whose results may differ.
 
-    Collective: every rank, once it has built its parts.
+    ``task.may_differ`` admits other versions and hardware, never other data.
 
     Raises:
-        ClusterError: They differ, or their data is not what the plan found; the same on every rank.
+        ClusterError: The environments differ, or the data is not what the plan found; every rank raises the same error.
+
+    Collective: every rank, once it has built its components.
     """
-    told = team.gather((task.address, make_environment(task.import_paths, parts).as_dict()))
-    nodes, environments = [node for node, _ in told], [environment for _, environment in told]
+    by_rank = team.gather((task.address, make_environment(task.import_paths, components).as_dict()))
+    nodes, environments = [node for node, _ in by_rank], [environment for _, environment in by_rank]
     found = differences(nodes, environments, task.data_fingerprint)
     data = {environment["data"] for environment in environments}
     has_other_data = len(data | {task.data_fingerprint or environments[0]["data"]}) > 1
     is_refused = has_other_data or (found != "" and not task.may_differ)
     if team.rank == 0:
         compared: list[dict[str, Any]] = environments
-        if is_refused and task.may_differ:  # then only its data tells who is in the way
+        if is_refused and task.may_differ:  # the data alone is refused, so name the workers that differ in it
             compared = [{"data": environment["data"]} for environment in environments]
-        what = differences(nodes, compared, task.data_fingerprint)
-        link.send(EnvironmentsCompared(workers=grouped(compared), differences=what, is_refused=is_refused))
-    if has_other_data:  # no other bits, but other samples
+        text = differences(nodes, compared, task.data_fingerprint)
+        link.send(EnvironmentsCompared(workers=grouped(compared), differences=text, is_refused=is_refused))
+    if has_other_data:  # --force accepts other bits, but not other samples
         raise ClusterError(f"workers differ: {found}; give every node the same data", cause="environment")
     if is_refused:
         has_other_gpus = len({environment["gpu"] for environment in environments}) > 1

@@ -142,7 +142,7 @@ def save_every_step(link: AgentLink, task: Task, case: Case, *, tends: bool = Fa
         saver.save({}, is_needed=progress.step in case.needed)
     uploads.due(math.inf)
     while tends and not all(team.gather_flags(uploads.has_begun(case.num_steps))):
-        saver.tend()
+        saver.start_waiting()
     team.barrier()
     team.close()
     saver.wait()
@@ -187,7 +187,7 @@ def pauses(link: AgentLink, task: Task) -> list[tuple[str, int]]:
         tell=lambda _: None,
         save=lambda _, **__: asked.append(("save", progress.step)),
         stop_wanted=lambda: False,
-        tend=lambda: asked.append(("tend", progress.step)),
+        after_step=lambda: asked.append(("tend", progress.step)),
     ).run()
     team.close()
     return asked

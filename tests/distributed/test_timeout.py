@@ -10,7 +10,7 @@ from cluster.errors import LauncherError
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.parallel.worker_team import Team
-from jobs.training.failure_causes import named
+from jobs.training.failure_causes import to_launcher_error
 from jobs.training.worker import meet
 from tests.distributed.small_job import full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
@@ -35,7 +35,7 @@ def wait_for_rank_1(link: AgentLink, task: Task, is_over: Path) -> list[tuple[st
         try:
             exchange()
         except Exception as error:
-            told.append(named(error, step=0))
+            told.append(to_launcher_error(error, step=0))
     is_over.touch()
     return [(error.cause, str(error)) for error in told]
 

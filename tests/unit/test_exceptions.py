@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ClusterError, LauncherError, TrainingError
-from jobs.training.failure_causes import named
+from jobs.training.failure_causes import to_launcher_error
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:27538"
 GLOO_IN_BACKWARD = f"Unable to cast {GLOO}. This is typically caused by a remote worker crashing. Check the logs"
@@ -31,7 +31,7 @@ def error_of(call: Callable[[], Any], step: int = 4) -> LauncherError:
     try:
         call()
     except BaseException as error:
-        return named(error, step)
+        return to_launcher_error(error, step)
     raise AssertionError("it raises nothing")
 
 
