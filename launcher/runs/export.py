@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, one_line
-from cluster.run.manifest import Manifest
 from cluster.host.import_paths import search_last
+from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.data.loader import KeyedDataset
 from jobs.build.components import build_parts
-from jobs.spec import JobSpec
 from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights
+from jobs.data.loader import KeyedDataset
+from jobs.spec import JobSpec
+from launcher.code.user_code import find_code
 from launcher.config.description import named_errors, parse
 from launcher.runs.rewind import checkpoint_at
-from launcher.code.user_code import find_code
 
 Which = Literal["model", "ema"]
 

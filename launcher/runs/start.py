@@ -21,29 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.run.lease import DRIVER_KEYS, STATUS_INTERVAL_S, SupersededError
+from cluster.capacity import num_cores
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
 from cluster.kinds.ray import Cluster
+from cluster.run.lease import DRIVER_KEYS, STATUS_INTERVAL_S, SupersededError
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject, Store
 from cluster.tracking.tracker import Tracker, TrackerSettings, open_tracker
 from jobs.spec import JobSpec
-from launcher.driver.background_writer import BackgroundWriter
-from launcher.driver.membership import Membership
+from launcher.code.user_code import UserCode, code_folder, find_code, has_bundle, lasting_directory, make_import_paths
 from launcher.config.description import Description, Difference, differences, parse
+from launcher.display.plots import draw
+from launcher.display.progress import Progress
+from launcher.driver.background_writer import BackgroundWriter
 from launcher.driver.driver import Driver, make_task
 from launcher.driver.goodput import taken_over
-from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
-from cluster.capacity import num_cores
-from launcher.planning.placement import places_of
-from launcher.display.plots import draw
-from launcher.planning.plan import Plan, DryRunResult, make_plan
-from launcher.display.progress import Progress
+from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
+from launcher.planning.placement import places_of
+from launcher.planning.plan import DryRunResult, Plan, make_plan
+from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, first_workers, go_back, good_checkpoint_at
 from launcher.watching.status import is_driven, without_driver
-from launcher.code.user_code import UserCode, code_folder, find_code, has_bundle, lasting_directory, make_import_paths
 
 _SAFE = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",

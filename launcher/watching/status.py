@@ -44,16 +44,19 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
         silence_s: How long a driver on another host may write nothing before it counts as gone, in seconds.
     """
     status = run.read_status()
-    is_gone = status is not None and status["status"] == "running" and _is_gone(status, silence_s)
     # For a run that goes on or is complete, the submission adds nothing; skipping it makes listings cheap.
-    if status is None or is_gone or status["status"] not in ("running", "completed"):
-        unanswered = _unanswered_submission(run, status)
-        if unanswered is not None:
-            return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered, silence_s)
+    if not _goes_on_or_is_complete(status, silence_s):
+        newest = run.submissions.newest()
+        if newest is not None and newest.state in ("taken", "done"):
+            status = run.read_status()  # a driver may have taken it since the status was read
+        elif newest is not None:
+            unanswered = _unanswered_submission(run, status)
+            if unanswered is not None:
+                return NOT_BEGUN | without_driver(status or {}) | _submitted_document(run, *unanswered, silence_s)
     if status is None:
         return NOT_BEGUN | {"run": run.url, "status": "failed", "error": "it ended before its first step"}
     document = NOT_BEGUN | without_driver(status) | {"run": run.url}
-    if is_gone:
+    if status["status"] == "running" and _is_gone(status, silence_s):
         silent_s = time.time() - status["updated"]
         document |= {
             "status": "failed",
@@ -71,15 +74,12 @@ def about_submission(submission: Submission) -> dict[str, Any]:
 def _unanswered_submission(
     run: RunDirectory, status: Mapping[str, Any] | None
 ) -> tuple[SubmissionReport, Submission] | None:
-    """Return the newest submission of a run if no driver has taken it, and none has driven the run since.
+    """Return the newest submission of a run if none has driven the run since it was written.
 
     Args:
         run: The run.
         status: The status of the run. None: it never had a driver.
     """
-    report = run.submissions.newest()
-    if report is None or report.state in ("taken", "done"):
-        return None
     newest = run.submissions.read_newest()
     if newest is None or (status is not None and status.get("claimed") != newest[1].claimed):
         return None
@@ -233,6 +233,12 @@ def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
 
 def _bad(step: int, defect: CheckpointError) -> dict[str, Any]:
     return {"step": step, "good": False, "defect": str(defect)}
+
+
+def _goes_on_or_is_complete(status: dict[str, Any] | None, silence_s: float) -> bool:
+    if status is None:
+        return False
+    return status["status"] == "completed" or (status["status"] == "running" and not _is_gone(status, silence_s))
 
 
 def _is_gone(status: dict[str, Any], silence_s: float) -> bool:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from cluster.errors import ClusterError, StorageError
 from cluster.run.run_directory import RunDirectory
-from cluster.run.submissions import Submission, Submissions
+from cluster.run.submissions import Submission, SubmissionReport, Submissions
 from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
 from launcher.cli import main, output
 from launcher.config import clusters
@@ -274,6 +274,20 @@ class TestStatus:
         cluster.put("pending")
         monkeypatch.setattr(Submissions, "read", read_late)
         assert document("status", run.url, *ON_CLUSTER)["job"] == JOB_ID
+
+    def test_one_that_is_taken_while_it_is_looked_at_is_running(self, run, monkeypatch):
+        """Its status was read before the driver wrote it, and its submission after."""
+        drive(run, "stopped")
+        submit(run, 1)
+        newest, late = Submissions.newest, iter([True])
+
+        def newest_late(submissions: Submissions) -> SubmissionReport | None:
+            if next(late, False):
+                drive(run, "running", step=0, updated=time.time())
+            return newest(submissions)
+
+        monkeypatch.setattr(Submissions, "newest", newest_late)
+        assert read_status(run)["status"] == "running"
 
     def test_a_driver_that_failed_before_it_took_the_run_says_why_in_the_directory(self, run, cluster):
         newest = run.submissions.newest()
