@@ -25,8 +25,12 @@ from cluster.process.messages import DOING, Beat, Exited, Failed, GoesOn, Hung, 
 from cluster.process.orders import Meet, Order, Stop, Task
 from cluster.process.workplace import take_environment, take_place
 
-FAULTS_VARIABLE = "LAUNCHER_FAULTS"
-"""The environment variable that names a plan of faults, see ``cluster.process.faults``."""
+ACTIVITY_VARIABLE = "LAUNCHER_ACTIVITY"
+"""The one hook for fault drills: an environment variable that holds ``module:function``.
+
+If it is set, each training process calls the function with its connection to the agent, its rank and its attempt, and
+uses the ``Activity`` that it returns. The call comes before the user's folders are added to the import path.
+"""
 _TIME_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_LIMIT_BYTES = 16 * 2**20
@@ -213,13 +217,12 @@ def run_training(connection: Connection, task: Task, log_path: str, environment:
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:
-    """What the process tells of its work; where a plan of faults is given, which no production does, they happen."""
-    plan = os.environ.get(FAULTS_VARIABLE)
-    if plan is None:
+    """Make the activity of this process, by the function that ``ACTIVITY_VARIABLE`` names if it is set."""
+    hook = os.environ.get(ACTIVITY_VARIABLE)
+    if hook is None:
         return Activity()
-    from cluster.process.faults import FaultyActivity
-
-    return FaultyActivity(connection, Path(plan), task.rank, task.attempt)
+    activity: Activity = fork_server.resolve(hook)(connection, task.rank, task.attempt)
+    return activity
 
 
 def _last_words(error: Exception) -> Failed:
