@@ -19,7 +19,7 @@ import click
 from cluster.errors import CheckpointError, DescriptionError, Interrupted, LauncherError, StorageError
 
 if TYPE_CHECKING:
-    from cluster.kinds.ray import Cluster
+    from cluster.kinds.cluster import Cluster
     from cluster.run.run_directory import RunDirectory
     from cluster.scheduler import Scheduler
     from cluster.spec import RayClusterSpec
