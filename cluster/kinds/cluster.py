@@ -1,4 +1,4 @@
-"""A cluster as a command and its driver see it: the interface of each kind of cluster that runs workers."""
+"""The interface of a cluster that runs workers, as a command and its driver use it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,88 +15,91 @@ if TYPE_CHECKING:
 
 
 class Cluster(ABC):
-    """A cluster as a command and its driver see it. To make one costs nothing and reaches nobody."""
+    """A cluster that runs workers. The constructor costs nothing and makes no connection.
+
+    A command enters ``joined`` first, and a driver enters ``started`` within that.
+    """
 
     is_this_machine: bool
-    """It is this machine alone."""
+    """The cluster is this machine alone."""
 
     @abstractmethod
     def joined(self) -> AbstractContextManager[None]:
-        """Entered by a command for as long as it plans and trains.
+        """Join the cluster; a command stays in this context while it plans and trains.
 
         Raises:
-            ClusterError: There is no such cluster, or it does not let this process in.
+            ClusterError: There is no such cluster, or it refuses this process.
         """
 
     @abstractmethod
     def import_ahead(self) -> None:
-        """Begins to import what ``started`` and ``group`` need, for a process that has something else to wait for."""
+        """Start to import in the background what ``started`` and ``group`` need."""
 
     @abstractmethod
     def capacity(self) -> Capacity | None:
-        """What a cluster that is joined has, and may get; none: it is this machine, of which the plan knows.
+        """Within ``joined``: return what the cluster has and may get; None: it is this machine, which the plan knows.
 
         Raises:
-            ClusterError: It is gone.
+            ClusterError: The cluster is gone.
         """
 
     @abstractmethod
     def inspect(self, needs: "Needs") -> "ClusterReport":
-        """Has each node inspect itself, within ``joined``.
+        """Within ``joined``: have each node inspect itself, and return the report.
 
         Raises:
-            ClusterError: It is gone; or it is no cluster that jobs are submitted to.
+            ClusterError: The cluster is gone, or takes no jobs.
         """
 
     @abstractmethod
     def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
-        """Makes a call in the place of one worker, within ``joined``: it has what a worker has, while no worker has it.
+        """Within ``joined``: call a function in the place of one worker, with the resources that a worker reserves.
 
         Args:
-            call: What to call.
-            tell: Takes what is waited for, and where the function runs.
+            call: The function, and what it needs.
+            tell: Called with a line about what the call waits for, or where the function runs.
 
         Returns:
             What the function returns.
 
         Raises:
             ChildProcessError: The process died; the message says how.
-            TimeoutError: The function took longer than it may.
-            ClusterError: There was no room in time, the host is not fit for it, or hosts were lost.
-            StorageError: The user's code cannot be had.
+            TimeoutError: The function exceeded its time limit.
+            ClusterError: There was no room in time, the host cannot run the call, or hosts were lost.
+            StorageError: The user's code cannot be fetched or unpacked there.
             Exception: What the function raises.
         """
 
     @abstractmethod
     def started(self) -> AbstractContextManager[None]:
-        """Entered by a driver, within ``joined``, for as long as it has workers.
+        """Within ``joined``: start what workers need; a driver stays in this context as long as it has workers.
 
         Raises:
-            ClusterError: It does not start.
+            ClusterError: The start failed.
         """
 
     @abstractmethod
     def prepare_group(self, entry: str, places: Places) -> None:
-        """Begins to start what ``group`` with the same arguments needs, within ``joined``; holds no place.
+        """Within ``joined``: start early what ``group`` needs for the same entry and places; reserve no resources.
 
         Args:
-            entry: What each worker will run, see ``Task``.
-            places: What the workers may have.
+            entry: The entry of each training process, see ``Task``.
+            places: What the workers may reserve.
         """
 
     @abstractmethod
     def group(self, task: "Task", places: Places) -> "WorkerGroup":
-        """The way to the workers of a run, within ``started``; none is there yet.
+        """Within ``started``: return the worker group of a run, without workers yet.
 
         Args:
-            task: What each worker is told.
-            places: What they may have.
+            task: What each worker runs.
+            places: What the workers may reserve.
         """
 
     @abstractmethod
     def nodes(self) -> list[Node]:
-        """The nodes that are alive, within ``started``.
+        """Within ``started``: return the nodes that are alive.
 
         Raises:
-            ClusterError: It is gone.
+            ClusterError: The cluster is gone.
         """

@@ -21,25 +21,26 @@ from cluster.ray import inspection
 from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, Scheduler
 
 _INSPECT_TIMEOUT_S = 180.0
-"""Time limit of an inspection: start a job, join the cluster, and wait for the nodes' answers."""
+"""Time limit of an inspection: start a job, join the cluster and wait for the nodes' answers."""
 _INSPECTION_KEPT_S = 2 * _INSPECT_TIMEOUT_S
-"""How long after the start of an inspection its owner may still ask for it: the time limit, and some slow requests."""
+"""Age up to which the owner of an inspection may still read its log: the time limit, and some slow requests."""
 _POLL_INTERVAL_S = 0.3
 _PATIENCE_S = 10.0
-"""How long requests for a report may fail."""
+"""How long requests may fail while the report is polled."""
 _NOT_FOUND = (126, 127)
-"""Exit codes of a shell that cannot find a command, or may not execute it."""
+"""Exit codes of a shell that may not execute a command, or cannot find it."""
 _OTHER_LAUNCHER = ("No module named", "No such option")
+"""Words of errors that mean that the launcher on the head is another version."""
 _ERROR = "error: "
-"""How the line begins in which the launcher says why it ends."""
+"""How the line begins in which the launcher reports its error."""
 _INSPECTION = ("launcher", "inspect")
-"""Metadata by which the jobs of inspections are known."""
+"""Key and value of the metadata that mark the job of an inspection."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_SIGNAL = {"RAY_JOB_STOP_SIGNAL": "SIGINT"}
-"""How Ray stops a job: it sends the signal to the driver and to all processes that descend from it.
+"""The signal with which Ray stops a job: it goes to the driver and all its descendants.
 
-Those are the training processes on the driver's host, too. They leave SIGINT to the driver, as at a terminal; Ray's
-default, SIGTERM, would kill them, and the steps since the newest checkpoint would be lost.
+Those include the training processes on the driver's host. They ignore SIGINT, as at a terminal; Ray's default, SIGTERM,
+would kill them, and the steps since the newest checkpoint would be lost.
 """
 
 
@@ -47,19 +48,19 @@ class RayJobs(Scheduler):
     """The Jobs API at one address. Jobs run on the cluster's head."""
 
     def __init__(self, url: str, venv: str | None = None) -> None:
-        """Only assigns. The token is read for each request and never stored.
+        """Make no connection.
 
         Args:
             url: Such as ``http://HEAD:8265``.
-            venv: The environment on the head whose ``bin`` comes first on the PATH of commands; None: the PATH is the
-                head's own.
+            venv: The environment on the head whose ``bin`` comes first on the PATH of commands; None: commands get
+                the PATH that the head was started with.
         """
         self._url = url.rstrip("/")
         self._api = JobsHttp(self._url)
         self._venv = venv
 
     def ray_version(self) -> str:
-        """The version of Ray on the cluster.
+        """Return the version of Ray on the cluster.
 
         Raises:
             ClusterError: Nothing answers at the address, it is no Ray cluster, or it refuses access.
@@ -71,7 +72,7 @@ class RayJobs(Scheduler):
         return self._api.decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Starts a job that inspects the nodes, waits for its report, and deletes those that are long over.
+        """Start a job that inspects the nodes, wait for its report, and delete the jobs of old inspections.
 
         Raises:
             ClusterError: As for every method; or the head has no launcher, or another version of it.
@@ -90,16 +91,16 @@ class RayJobs(Scheduler):
         return report
 
     def report(self, job_id: str) -> ClusterReport:
-        """Polls the log of a job until the report is there.
+        """Poll the log of a job until it holds the report, and return that.
 
         Raises:
-            ClusterError: As for every method; or the job ends without it, or does not print it in time.
+            ClusterError: As for every method; or the job ends without a report, or prints none in time.
         """
         answered_at = time.monotonic()
         deadline = answered_at + _INSPECT_TIMEOUT_S
         while True:
             try:
-                job = self.read(job_id)  # before its log: what it printed before it ended is seen
+                job = self.read(job_id)  # before its log, so that the log of an ended job is complete
                 log = "" if job is None else self.log(job_id)
             except ClusterError:
                 if time.monotonic() - answered_at > _PATIENCE_S:
@@ -136,9 +137,12 @@ class RayJobs(Scheduler):
         stop_grace_s: int,
         metadata: Mapping[str, str],
     ) -> Job:
-        """Starts a job on the cluster's head, see ``Scheduler``; refuses values that contain ``$``."""
+        """Start a job on the cluster's head, see ``Scheduler``.
+
+        Raises:
+            ClusterError: As for every method; or a value contains ``$``, because Ray expands variables in values.
+        """
         variables = {**environment, **_STOP_SIGNAL, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
-        # Ray expands variables in values.
         unsafe = [name for name, value in variables.items() if "$" in value]
         if unsafe:
             raise ClusterError(f"{self._url}: the value of {unsafe[0]} holds a '$', which Ray would replace")
@@ -162,47 +166,47 @@ class RayJobs(Scheduler):
 
     def read(self, job_id: str) -> Job | None:
         try:
-            told = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}")
+            answer = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}")
         except Refused as refused:
             if refused.status == requests.codes.not_found:
                 return None
             raise self._api.failed(f"does not say how job {job_id} is", refused) from refused
-        job = self._api.decoded(_job, told)
+        job = self._api.decoded(_job, answer)
         if job.id != job_id:
             raise self._api.no_jobs_api("answers with something else")
         return job
 
     def jobs(self) -> list[Job]:
         try:
-            told = self._api.request("GET", "/api/jobs/")
+            answer = self._api.request("GET", "/api/jobs/")
         except Refused as refused:
             raise self._api.failed("does not say which jobs there are", refused) from refused
-        return sorted(self._api.decoded(_jobs, told), key=lambda job: job.began_at or 0.0)
+        return sorted(self._api.decoded(_jobs, answer), key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
         try:
-            told = self._api.request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+            answer = self._api.request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
         except Refused as refused:
             raise self._api.failed(f"does not stop job {job_id}", refused) from refused
-        self._api.decoded(_whether_stopped, told)
+        self._api.decoded(_is_stopped, answer)
 
     def log(self, job_id: str) -> str:
         try:
-            told = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+            answer = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
         except Refused as refused:
             raise self._api.failed(f"does not give the log of job {job_id}", refused) from refused
-        return self._api.decoded(_log, told)
+        return self._api.decoded(_log, answer)
 
     def _delete_inspections_before(self, own: Job) -> None:
-        """Deletes the inspections that succeeded and began so long before this one that nobody waits for them.
+        """Delete the inspections that succeeded and began long before this one.
 
-        Others may inspect the cluster at the same time, and have yet to read the log of their job. And for a moment
-        after the end of a job Ray still watches it, and writes a job that is deleted then down again, as one that
-        failed. The times of both jobs are those of the cluster's clock.
+        Newer ones stay: others may still have to read the log of theirs. Ray also watches a job for a moment after its
+        end, and records a job that is deleted in that moment again, as failed. Both start times come from the
+        cluster's clock.
         """
         if own.began_at is None:
             return
-        with suppress(ClusterError, Refused):  # they only stand in the way of people who look at the cluster
+        with suppress(ClusterError, Refused):  # a job that stays only clutters the dashboard
             for job in self.jobs():
                 is_inspection = job.metadata.get(_INSPECTION[0]) == _INSPECTION[1]
                 is_old = job.began_at is not None and own.began_at - job.began_at > _INSPECTION_KEPT_S
@@ -210,10 +214,11 @@ class RayJobs(Scheduler):
                     self._api.request("DELETE", f"/api/jobs/{quote(job.id, safe='')}")
 
     def _with_path(self, command: str) -> str:
-        """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
+        """Put the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
         return command if self._venv is None else f'export PATH={shlex.quote(self._venv)}/bin:"$PATH"; {command}'
 
     def _inspect_failed(self, job: Job, log: str) -> ClusterError:
+        """Return the error for an inspection that ended without a report."""
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
         last = (errors or lines or ["nothing in its log"])[-1][:300]
@@ -239,39 +244,39 @@ class RayJobs(Scheduler):
         )
 
 
-def _ray_version(told: Any) -> str:
-    version: str = field(told, "ray_version", str)
+def _ray_version(answer: Any) -> str:
+    version: str = field(answer, "ray_version", str)
     return version
 
 
-def _job(told: Any) -> Job:
-    status = field(told, "status", str).lower()
+def _job(answer: Any) -> Job:
+    status = field(answer, "status", str).lower()
     if status not in get_args(JobStatus):
         raise OtherShape("status")
-    began_ms = field(told, "start_time", int, float, NoneType)
+    began_ms = field(answer, "start_time", int, float, NoneType)
     return Job(
-        id=field(told, "submission_id", str),
+        id=field(answer, "submission_id", str),
         status=status,
-        message=" ".join((field(told, "message", str, NoneType) or "").split()),
-        exit_code=field(told, "driver_exit_code", int, NoneType),
+        message=" ".join((field(answer, "message", str, NoneType) or "").split()),
+        exit_code=field(answer, "driver_exit_code", int, NoneType),
         began_at=None if began_ms is None else began_ms / 1000,
-        metadata=field(told, "metadata", dict, NoneType) or {},
+        metadata=field(answer, "metadata", dict, NoneType) or {},
     )
 
 
-def _jobs(told: Any) -> list[Job]:
-    """The jobs that were submitted; a driver that somebody runs on the cluster has no ``submission_id``."""
-    if not isinstance(told, list):
+def _jobs(answer: Any) -> list[Job]:
+    """Return the submitted jobs, without drivers that run on the cluster by themselves: those have no id."""
+    if not isinstance(answer, list):
         raise OtherShape("list of jobs")
-    return [_job(each) for each in told if field(each, "submission_id", str, NoneType)]
+    return [_job(each) for each in answer if field(each, "submission_id", str, NoneType)]
 
 
-def _whether_stopped(told: Any) -> bool:
-    is_stopped: bool = field(told, "stopped", bool)
-    return is_stopped
+def _is_stopped(answer: Any) -> bool:
+    stopped: bool = field(answer, "stopped", bool)
+    return stopped
 
 
-def _log(told: Any) -> str:
-    if "logs" not in (told if isinstance(told, dict) else {}):
+def _log(answer: Any) -> str:
+    if "logs" not in (answer if isinstance(answer, dict) else {}):
         raise OtherShape("logs")
-    return field(told, "logs", str, NoneType) or ""
+    return field(answer, "logs", str, NoneType) or ""
