@@ -1,1 +1,1 @@
-"""Where a job runs: Ray, storage, collectives, trackers. Knows no job."""
+"""Where a job runs: clusters, processes, storage, collectives, trackers. Knows no job."""

@@ -1,6 +1,7 @@
-"""What a cluster has and may get, and how many workers fit there. Knows no kind of cluster, and asks none.
+"""The capacity of a cluster: what it has, what its autoscaler may add, and how many workers fit.
 
-Amounts go by resource name. The names are those of Ray: ``CPU``, ``GPU``, ``memory``, ``accelerator_type:H100``.
+This module knows no kind of cluster and asks none. Amounts are mappings by resource name, with Ray's names: ``CPU``,
+``GPU``, ``memory``, ``accelerator_type:H100``.
 """
 
 import os
@@ -12,11 +13,11 @@ from typing import Literal
 from cluster.storage.typed_json import Number
 
 Placement = Literal["pack", "spread"]
-"""On how few or how many nodes workers are to be: as few as possible, or as many as possible."""
+"""Whether workers go to as few nodes as possible (``pack``) or to as many as possible (``spread``)."""
 
 _ROUNDING = 1e-6
 _ACCELERATOR = "accelerator_type:"
-"""What the name of an accelerator's resource begins with."""
+"""Prefix of the name of an accelerator's resource."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,23 +32,23 @@ class WorkerResources:
         return amounts_text(self.amounts())
 
     def amounts(self) -> dict[str, float]:
-        """The same by resource name."""
+        """Return the amounts by resource name."""
         gpus = {"GPU": float(self.gpus)} if self.gpus else {}
-        # Ray makes one of this resource on each node that has the accelerator, for all workers there.
+        # Each node with the accelerator has one unit of this resource, for all workers there.
         accelerator = {f"{_ACCELERATOR}{self.accelerator}": 0.001} if self.accelerator else {}
         return {"CPU": self.cpus, **gpus, **accelerator}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Places:
-    """The places that the workers of a run may have."""
+    """The resources and placement of the workers of a run."""
 
     resources: WorkerResources
-    """What each reserves."""
+    """What each worker reserves."""
     most: int
-    """For how many there will be places at most."""
+    """The largest number of workers."""
     placement: Placement
-    """On how few or how many nodes they are to be."""
+    """Whether they go to few nodes or to many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,31 +58,31 @@ class Node:
     id: str
     address: str
     resources: Mapping[str, Number]
-    """What it has."""
+    """All its resources."""
     free: Mapping[str, Number]
-    """What nobody has reserved; a moment old."""
+    """Its unreserved resources, as of a moment ago."""
     drains_at: Number | None
-    """The Unix time at which it will be gone, if that is known; infinity: it will, and nobody knows when."""
+    """The Unix time at which a draining node ends, infinity if that is unknown; None: the node is not draining."""
     is_here: bool
-    """This process runs on it."""
+    """This process runs on the node."""
 
     def most(self, worker: WorkerResources) -> int:
-        """The workers that it could hold if nobody else used it."""
+        """Return how many workers fit on the node if it is otherwise unused."""
         return _fitting(worker, self.resources)
 
     def room(self, worker: WorkerResources, own: int) -> int:
-        """The workers that it can hold now, ``own`` of which it holds already."""
+        """Return how many workers fit on the node now, including ``own`` workers that it already holds."""
         return min(self.most(worker), own + _fitting(worker, self.free))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeGroup:
-    """Nodes that are alike, which an autoscaler starts and ends."""
+    """Equal nodes that an autoscaler starts and ends."""
 
     most: int
-    """How many of them there may be."""
+    """The largest number of nodes."""
     resources: Mapping[str, Number]
-    """What each of them has."""
+    """The resources of each node."""
 
     def __str__(self) -> str:
         return f"{self.most} node{'s' * (self.most != 1)} of {amounts_text(self.resources)}"
@@ -89,67 +90,68 @@ class NodeGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What a cluster has, and what it may get."""
+    """What a cluster has, and what its autoscaler may add."""
 
     nodes: tuple[Node, ...]
-    """Those that are alive."""
+    """The nodes that are alive."""
     limits: Mapping[str, Number] | None
-    """What its autoscaler may bring it to, as the cluster tells; none: it has no autoscaler, or that does not tell."""
+    """The total resources that the autoscaler may reach, as it reports; None: no autoscaler, or it reports none."""
     groups: tuple[NodeGroup, ...] = ()
-    """The nodes that its autoscaler may bring it to, as a person has declared; none: nothing is declared."""
+    """The nodes that the autoscaler may reach, as the cluster's description declares them; empty: none declared."""
 
     @property
     def may_grow(self) -> bool:
-        """Whether an autoscaler is known of."""
+        """Whether the cluster is known to have an autoscaler."""
         return self.limits is not None or bool(self.groups)
 
     @property
     def num_gpus(self) -> int:
-        """The GPUs that it has or may get."""
+        """The number of GPUs that the cluster has or may get."""
         there = sum(node.resources.get("GPU", 0.0) for node in self.nodes)
         declared = sum(group.most * group.resources.get("GPU", 0.0) for group in self.groups)
         return int(max(there, declared, (self.limits or {}).get("GPU", 0.0)))
 
     def most(self, worker: WorkerResources) -> int:
-        """The workers that it could hold, with all it may get, if nobody else used it.
+        """Return how many workers fit on the cluster at its largest if it is otherwise unused.
 
-        Of ``limits`` only the sum over all nodes is known, so this may be too many. Ray Train judges by that sum too.
+        ``limits`` is a sum over all nodes, so the result may be too large. Ray Train decides by that sum too.
         """
         there = sum(node.most(worker) for node in self.nodes)
         declared = sum(group.most * _fitting(worker, group.resources) for group in self.groups)
         return max(there, declared, _fitting(worker, self.limits or {}))
 
     def room(self, worker: WorkerResources) -> int:
-        """The workers that it can hold now, beside all that is there."""
+        """Return how many more workers fit on the cluster now."""
         return sum(node.room(worker, 0) for node in self.nodes)
 
     def declared(self, groups: Sequence[NodeGroup]) -> "Capacity":
-        """The same, with what a person has declared of its autoscaler."""
+        """Return this capacity with the groups that the cluster's description declares for its autoscaler."""
         return replace(self, groups=tuple(groups))
 
 
 def node_resources(cpus: float, gpus: int, accelerator: str | None) -> dict[str, float]:
-    """What a node has, by resource name."""
+    """Return the resources of a node by resource name."""
     kind = {f"{_ACCELERATOR}{accelerator}": 1.0} if accelerator else {}
     return {"CPU": cpus, "GPU": float(gpus), **kind}
 
 
 def amounts_text(resources: Mapping[str, float]) -> str:
-    """What workers ask for of some resources, for people."""
-    told = []
+    """Return CPUs, GPUs and accelerators of some amounts as a text for people."""
+    parts = []
     for name, amount in resources.items():
         if name in ("CPU", "GPU"):
-            told.append(f"{amount:g} {name}" if amount < sys.maxsize else f"any number of {name}")  # Ray's "no limit"
+            parts.append(f"{amount:g} {name}" if amount < sys.maxsize else f"any number of {name}")  # Ray's "no limit"
         elif name.startswith(_ACCELERATOR) and amount > 0:
-            told.append(name.removeprefix(_ACCELERATOR))
-    return ", ".join(told) or "nothing"
+            parts.append(name.removeprefix(_ACCELERATOR))
+    return ", ".join(parts) or "nothing"
 
 
 def _fitting(worker: WorkerResources, resources: Mapping[str, float]) -> int:
+    """Return how many workers these resources hold."""
     need = worker.amounts()
     return int(min(max(0.0, resources.get(name, 0.0)) / each for name, each in need.items()) + _ROUNDING)
 
 
 def num_cores() -> int:
-    """The cores of this machine that this process may use."""
+    """Return the number of CPU cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0))

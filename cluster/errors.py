@@ -1,8 +1,8 @@
-"""Every error a person can meet, as one tree; each class carries the exit code of the command line.
+"""The tree of all errors that a person can meet; each class has the exit code of the command line.
 
     LauncherError                1   something went wrong, and the message says what
     ├── TrainingError            1   the training code failed
-    ├── DescriptionError         2   what is written in a description is wrong
+    ├── DescriptionError         2   a description is wrong
     ├── CheckpointError          3   a checkpoint is missing, torn or does not fit
     ├── StorageError             4   the store cannot be read or written
     ├── ClusterError             5   Ray, a node or a worker failed
@@ -17,18 +17,18 @@ from typing import Any, Literal
 
 Cause = Literal[
     "code",  # an exception of the training code
-    "crash",  # the training process ended itself: a fault such as SIGSEGV, or an exit without a word
-    "out_of_memory",  # the host's: the kernel or Ray's memory monitor killed it, or an allocation was refused
+    "crash",  # the training process ended itself: a fault such as SIGSEGV, or an exit without an error report
+    "out_of_memory",  # of the host: the kernel or Ray's memory monitor killed it, or an allocation failed
     "gpu_out_of_memory",
-    "killed",  # by a signal, and nothing says that memory was short
+    "killed",  # by a signal, with no sign that memory was short
     "hung",
-    "node_lost",  # its node is gone, or out of reach
-    "fork_server_lost",  # the server that it was forked from has died, and nobody can tell how it ended itself
+    "node_lost",  # its node is gone or out of reach
+    "fork_server_lost",  # its fork server died, so its own exit code is unknown
     "preempted",  # its node was drained, or taken away with notice
-    "exchange_timeout",  # an exchange took too long, and no worker is to blame
+    "exchange_timeout",  # an exchange took too long, and no worker is known to be the cause
     "connection_lost",  # an exchange broke, and no worker is known to be gone
-    "not_started",  # the agents did not come up: Ray could not place or start them, or they were late
-    "environment",  # its host lacks a module or a file, or has other versions, hardware, code or data than the others
+    "not_started",  # the agents did not start: Ray could not place or start them, or they were late
+    "environment",  # its host lacks a module or file, or differs from others in versions, hardware, code or data
     "storage",
     "checkpoint",
 ]
@@ -36,14 +36,14 @@ Cause = Literal[
 
 
 class LauncherError(Exception):
-    """The root of the tree: caught once, by the command line.
+    """The root of the tree. Only the command line catches it.
 
     Attributes:
-        document: What is known of the run that failed, for ``--json``, if it got as far as that.
-        traceback: The text of the user's traceback, or the last that a process printed; shown once below the message.
+        document: The facts about the failed run for ``--json``; None if there are none yet.
+        traceback: The user's traceback, or the last lines that a process printed; shown once below the message.
         cause: Why a training process that raises this fails.
-        step: The optimizer steps it had completed, if the failure is its own and not the same on every worker.
-        place: At which step and line it was raised, where trying again may help.
+        step: The optimizer steps that it had completed; None: every worker would fail in the same way.
+        place: The step and line of the failure, where another try may help; else empty.
     """
 
     exit_code = 1
@@ -61,7 +61,7 @@ class LauncherError(Exception):
 
 
 class TrainingError(LauncherError):
-    """The model, the data or another part of the user's own code failed."""
+    """The model, the data or another part of the user's code failed."""
 
     exit_code = 1
 
@@ -93,16 +93,20 @@ class ClusterError(LauncherError):
     cause = "connection_lost"
 
 
-class Interrupted(LauncherError):  # noqa: N818  # not an error of anyone
-    """A signal ended the run; what was trained is saved."""
+class Interrupted(LauncherError):  # noqa: N818  # nothing went wrong
+    """A signal ended the run; everything is saved."""
 
     exit_code = 130
 
 
 class FieldError(ValueError):
-    """A field of a description holds a value that makes no sense; ``key`` is relative to the section that raised it.
+    """A field of a description has an invalid value.
 
-    Who reads the description makes a ``DescriptionError`` of it.
+    The reader of the description turns it into a ``DescriptionError``.
+
+    Attributes:
+        key: The key, relative to the section that raised this.
+        problem: What is wrong, as a predicate of the key.
     """
 
     def __init__(self, key: str, problem: str) -> None:
@@ -112,16 +116,16 @@ class FieldError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without its line breaks."""
+    """Return the message of an exception without line breaks."""
     return " ".join(str(error).split())
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:
-    """The first of many names in a line, and how many more there are."""
+    """Return the first names, separated by commas, and the number of the others."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or nothing."""
+    """Return `` (did you mean 'x'?)`` with the known name closest to ``name``; empty if none is close."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,8 +1,8 @@
-"""The interface to a cluster that is used from elsewhere: inspect it, start jobs on it, watch and stop them.
+"""The interface to a remote cluster: inspect it, start jobs on it, watch and stop them.
 
-One subclass for each kind of cluster. A job is one shell command, ``launcher resume RUN_URL``; the same command again
-continues the run. What a run has reached stands in its run directory. The scheduler only tells what is not there: that
-the command has not started yet, or why it ended.
+There is one subclass for each kind of cluster. A job is one shell command, ``launcher resume RUN_URL``; the same
+command again continues the run. The run directory holds the state of the run; the scheduler adds only what is not
+there: that the command has not started yet, or why it ended.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from cluster.capacity import Capacity
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
+"""The states of a job that has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,10 +24,10 @@ class Job:
     Attributes:
         id: The id that it was started with.
         status: Its state.
-        message: The cluster's explanation of that state, in one line; may be empty.
+        message: The cluster's explanation of the state, in one line; may be empty.
         exit_code: The exit code of the command; None while it runs, or if it never started.
         began_at: The Unix time at which it started; None before that.
-        metadata: What it was started with.
+        metadata: The metadata that it was started with.
     """
 
     id: str
@@ -44,9 +45,9 @@ class Needs:
     Attributes:
         store: The URL of the store, which each node must be able to write to and read from.
         variables: The names of environment variables that must be set.
-        check: The folder in the store in which the node proves that it uses this very store, see
+        check: The folder in the store in which the node proves that it uses this same store, see
             ``cluster/inspection/store.py``.
-        modules: What processes import that train or try the run out; for a job that stands by.
+        modules: The modules that training processes and the dry run import; a job on standby preloads them.
     """
 
     store: str
@@ -62,8 +63,8 @@ class NodeReport:
     Attributes:
         id: The node's id, as in ``Capacity``.
         address: The address of its host.
-        versions: The versions of ``python``, ``ray``, ``torch`` and ``launcher``, by these names; that of ``launcher``
-            is a digest of its source.
+        versions: The versions of ``python``, ``ray``, ``torch`` and ``launcher``, by these names; the one of
+            ``launcher`` is a digest of its source.
         missing: The needed variables that are not set on the node.
         store_error: Why the node cannot use the store, in one line; empty if it can.
     """
@@ -80,9 +81,9 @@ class ClusterReport:
     """What an inspection of a cluster found.
 
     Attributes:
-        capacity: The nodes that are alive, and what the cluster may get.
+        capacity: The nodes that are alive, and what the autoscaler may add.
         nodes: One report for each node that answered in time.
-        silent: The addresses of the nodes that did not.
+        silent: The addresses of the nodes that did not answer in time.
     """
 
     capacity: Capacity
@@ -91,7 +92,7 @@ class ClusterReport:
 
 
 class Scheduler(ABC):
-    """Runs commands on a cluster for a process anywhere. Constructing one makes no connection.
+    """Runs commands on a cluster for a process on any machine. The constructor makes no connection.
 
     Every method raises ClusterError, in one line, if the cluster cannot be reached, refuses access or refuses the
     request. Every method returns in bounded time.
@@ -99,13 +100,14 @@ class Scheduler(ABC):
 
     @abstractmethod
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Has each node inspect itself; takes seconds, and no resources that workers reserve."""
+        """Have each node inspect itself, and return the report; takes seconds, and reserves no resources."""
 
     @abstractmethod
     def report(self, job_id: str) -> ClusterReport:
-        """What a job has found that was started to inspect the nodes first, see ``cluster/inspection/nodes.py``.
+        """Wait for the report of a job that begins by inspecting the nodes, see ``cluster/inspection/nodes.py``.
 
-        Waits for the job to print it; a ClusterError says that it has not, in time or before it ended.
+        Raises:
+            ClusterError: As for every method; or the job prints no report in time, or ends without one.
         """
 
     @abstractmethod
@@ -118,7 +120,7 @@ class Scheduler(ABC):
         stop_grace_s: int,
         metadata: Mapping[str, str],
     ) -> Job:
-        """Starts a job, unless the cluster already has one with this id.
+        """Start a job, unless the cluster already has one with this id.
 
         The cluster decides this atomically: of several concurrent calls with the same id, one starts the job. If the
         answer to a call is lost, repeat the call.
@@ -129,25 +131,25 @@ class Scheduler(ABC):
             environment: Variables of the command and its child processes. Anyone with access to the cluster can read
                 them, so they must hold no secrets.
             stop_grace_s: Seconds between SIGINT and SIGKILL when the job is stopped.
-            metadata: Information for people who look at the cluster; something in it that no other call has tells
-                whose job it is.
+            metadata: Information for people who look at the cluster; a value unique to this call shows whether this
+                call started the job.
 
         Returns:
-            The job with this id, whoever started it: it has the metadata of the call that did.
+            The job with this id, with the metadata of the call that started it.
         """
 
     @abstractmethod
     def read(self, job_id: str) -> Job | None:
-        """The state of a job; None if the cluster has no job with this id, or has forgotten it."""
+        """Return the state of a job; None: the cluster does not know the id, or no longer."""
 
     @abstractmethod
     def jobs(self) -> list[Job]:
-        """All jobs that were started through this interface, by anyone, the oldest first."""
+        """Return all jobs that were started through this interface, by any user, the oldest first."""
 
     @abstractmethod
     def stop(self, job_id: str) -> None:
-        """Sends a job SIGINT, and SIGKILL once its grace period is over; returns without waiting for either."""
+        """Have a job receive SIGINT, and SIGKILL after its grace period; return without waiting for either."""
 
     @abstractmethod
     def log(self, job_id: str) -> str:
-        """What a job has written to stdout and stderr so far. The log can be lost with the job's host."""
+        """Return what a job has written to stdout and stderr so far. The log can be lost with the job's host."""

@@ -1,7 +1,8 @@
-"""What a person may write of a cluster, as frozen dataclasses, one for each kind.
+"""The description of a cluster, as frozen dataclasses, one for each kind of cluster.
 
-Imports nothing but the standard library, like the job language. The docstring under a field is its reference text,
-which ``launcher schema --cluster KIND`` prints. Nothing secret belongs here: a token comes from the environment.
+Like the job language, this module imports only the standard library, ``cluster.capacity`` and ``cluster.errors``. The
+docstring under a field is its reference text, which ``launcher schema --cluster KIND`` prints. A description holds no
+secrets: a token comes from the environment.
 """
 
 import json
@@ -18,13 +19,13 @@ _HOST_AND_PORT = re.compile(r"(?:[^\s:/?#\[\]@]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0
 _URL_START = re.compile("^https?://")
 _VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _FOLDER = re.compile(r"/[^\x00-\x1f\x7f:]*[^\x00-\x1f\x7f:/]")
-"""A PATH has its folders between colons."""
+"""An absolute path without a colon, which separates the folders of PATH."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What each worker gets on this cluster, in place of what the job file says; the command line has the last word.
-    A run keeps it only as long as it is there: elsewhere the job file, or that cluster, decides."""
+    """What each worker gets on this cluster, in place of what the job file says; the command line overrides both.
+    It applies to a run only while that is on this cluster: elsewhere the job file, or that cluster, decides."""
 
     cpus: float | None = None
     """CPU cores that each worker reserves."""
@@ -42,27 +43,27 @@ class WorkerSpec:
             raise FieldError("gpus", f"must be 0 or 1, got {self.gpus}; a worker drives one GPU, raise workers.num")
 
     def overrides(self, section: str = "workers") -> list[str]:
-        """The same as changes of a section of a description, by default that of a job."""
+        """Return these values as ``key=value`` changes of a section of a description, by default of a job's."""
         return [f"{section}.{name}={json.dumps(value)}" for name, value in asdict(self).items() if value is not None]
 
     def keeping(self, overrides: Collection[str]) -> "WorkerSpec":
-        """What of it is among these of its ``overrides``."""
+        """Return a copy with only the fields that are among the given items of ``overrides``."""
         names = {override.partition("=")[0].removeprefix("workers.") for override in overrides}
         return replace(self, **{name: None for name in asdict(self) if name not in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeGroupSpec:
-    """Nodes that are alike, which the cluster's autoscaler starts and ends: a worker group of a RayCluster."""
+    """Equal nodes that the cluster's autoscaler starts and ends: a worker group of a RayCluster."""
 
     nodes: int
-    """How many there may be, those that are there now included."""
+    """The largest number of nodes, including those that are there now."""
     cpus: float
-    """CPU cores of each."""
+    """CPU cores of each node."""
     gpus: int = 0
-    """GPUs of each."""
+    """GPUs of each node."""
     accelerator: str | None = None
-    """The accelerator type of each, by Ray's name for it, such as ``H100``."""
+    """The accelerator type of each node, by Ray's name for it, such as ``H100``."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -73,27 +74,27 @@ class NodeGroupSpec:
             raise FieldError("gpus", f"must be at least 0, got {self.gpus}")
 
     def node_group(self) -> NodeGroup:
-        """The same by resource name."""
+        """Return the group with its resources by Ray's names."""
         return NodeGroup(most=self.nodes, resources=node_resources(self.cpus, self.gpus, self.accelerator))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalClusterSpec:
-    """This machine alone; Ray is started in place, and ends with the run."""
+    """This machine alone; Ray is started for the run, and ends with it."""
 
     kind: Literal["local"] = "local"
     worker: WorkerSpec = field(default_factory=WorkerSpec)
 
     @property
     def takes_jobs(self) -> bool:
-        """Whether it runs commands for a process anywhere: no."""
+        """Whether ``launcher submit`` can submit jobs to it: never."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayClusterSpec:
-    """A Ray cluster that is up. Its token comes from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or
-    from ~/.ray/auth_token, and has no place here."""
+    """A running Ray cluster. Its token comes from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or
+    from ~/.ray/auth_token; do not write it here."""
 
     kind: Literal["ray"] = "ray"
     address: str
@@ -105,14 +106,14 @@ class RayClusterSpec:
     ``launcher submit`` checks that they are set there, and sends none."""
     venv: str | None = None
     """The environment on the cluster's head whose bin/ holds ``launcher``, such as /opt/venv, and which Ray was started
-    from; ``launcher submit`` runs it there. Null: it is on the PATH that Ray was started with."""
+    from; ``launcher submit`` runs that launcher. Null: ``launcher`` is on the PATH that Ray was started with."""
     autoscaler: tuple[NodeGroupSpec, ...] = ()
-    """The groups of nodes that the cluster's autoscaler may start; none: it has no autoscaler. Ray does not tell of
+    """The groups of nodes that the cluster's autoscaler may start; none: it has no autoscaler. Ray does not report
     them, so a run that needs more than there is now is refused unless they are written here; then it waits for them,
     for up to ``workers.wait_s``. If nodes that are always there hold workers too, write them as one more group."""
     stop_grace_s: int = 300
     """Seconds that a job of ``launcher submit`` has between SIGINT and SIGKILL when it is stopped on the cluster, to
-    finish its step and to save. Ray itself gives 3 s, which is too short for a checkpoint; 300 s are enough to write
+    finish its step and to save. Ray's default of 3 s is too short for a checkpoint; 300 s are enough to write
     30 GB at 100 MB/s. Raise it for larger checkpoints or slower stores; a save that is cut off costs the steps
     since the newest checkpoint."""
     worker: WorkerSpec = field(default_factory=WorkerSpec)
@@ -126,7 +127,7 @@ class RayClusterSpec:
             advice = "the Jobs API listens at port 8265 of the head" if is_url else "`ray start --head` printed it"
             raise FieldError("address", f"must be HOST:PORT or http(s)://HOST:PORT, got {self.address!r}; {advice}")
         for number, name in enumerate(self.env):
-            if not _VARIABLE.fullmatch(name):  # which may be a secret, so that it is not shown
+            if not _VARIABLE.fullmatch(name):  # it may be a secret, so it is not shown
                 raise FieldError(
                     f"env[{number}]", "must be the name of an environment variable; values have no place here"
                 )
@@ -137,17 +138,17 @@ class RayClusterSpec:
 
     @property
     def node_groups(self) -> list[NodeGroup]:
-        """What its autoscaler may bring it to."""
+        """The nodes that its autoscaler may start, with resources by Ray's names."""
         return [group.node_group() for group in self.autoscaler]
 
     def driver_overrides(self) -> list[str]:
-        """What a driver on it has to be told, as changes of a description of this cluster that has only an address."""
+        """Return what a driver on the cluster needs beside the address, as changes of a description of the cluster."""
         groups = [asdict(group) for group in self.autoscaler]
         return [*self.worker.overrides("worker"), *([f"autoscaler={json.dumps(groups)}"] if groups else [])]
 
     @property
     def takes_jobs(self) -> bool:
-        """Whether it runs commands for a process anywhere: its address is that of its Jobs API."""
+        """Whether ``launcher submit`` can submit jobs to it: its address is a URL, of the Jobs API."""
         return "://" in self.address
 
 

@@ -1,6 +1,6 @@
-"""The versions that the processes of a run must have in common to understand each other.
+"""The versions that all processes of a run must share to understand each other.
 
-Standard library only: a node that is asked for its versions answers at once, and need not import torch for that.
+It imports the standard library only, so that a node can report its versions at once, without importing torch.
 """
 
 import functools
@@ -14,16 +14,16 @@ from pathlib import Path
 from cluster.errors import ClusterError
 
 _OLDEST_RAY, _NEWEST_RAY = (2, 58), (2, 60)
-"""Of the versions of Ray with which the tests pass, as in pyproject.toml; see ``cluster.ray.private_train``."""
+"""The range of Ray versions with which the tests pass, as in pyproject.toml; see ``cluster.ray.private_train``."""
 _TRAINING = ("jobs", "cluster")
 _ALL = (*_TRAINING, "launcher")
 
 
 def check_ray_version() -> None:
-    """Makes sure that the installed Ray is one of those with which the tests pass; does not import it.
+    """Check that the tests pass with the installed version of Ray; do not import it.
 
     Raises:
-        ClusterError: It is another, or there is none.
+        ClusterError: Ray is not installed, or its version is out of range.
     """
     oldest, newest = (".".join(map(str, version)) for version in (_OLDEST_RAY, _NEWEST_RAY))
     advice = f"pip install 'ray[train]>={oldest},<{_NEWEST_RAY[0]}.{_NEWEST_RAY[1] + 1}'"
@@ -40,26 +40,26 @@ def check_ray_version() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of this process: ``python``, ``torch`` and ``launcher``, the last a digest."""
+    """Return this process's versions of ``python``, ``torch`` and ``launcher``, by name; the last is a digest."""
     return {"python": python_version(), "torch": torch_version(), "launcher": launcher_digest()}
 
 
 def python_version() -> str:
-    """The major and the minor version: patches change no bit."""
+    """Return the major and minor version of Python; patch versions change no bit."""
     return ".".join(platform.python_version_tuple()[:2])
 
 
 def torch_version() -> str:
-    """What ``torch.__version__`` is, without the seconds that it takes to import torch; ``none``: it is not installed.
+    """Return ``torch.__version__`` without importing torch, which takes seconds; ``none``: it is not installed.
 
-    The version of the installed package is another: it lacks the version of CUDA.
+    The version of the installed package would not do: it lacks the version of CUDA.
     """
     if "torch" in sys.modules:
         return str(sys.modules["torch"].__version__)
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return "none"
-    # torch writes this file when it is built; it imports nothing of torch.
+    # The build of torch writes this file, which imports nothing of torch.
     spec = importlib.util.spec_from_file_location("_version_of_torch", Path(found.origin).with_name("version.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -69,15 +69,15 @@ def torch_version() -> str:
 
 
 def launcher_digest() -> str:
-    """The digest of the source of the packages that train, whatever of them is imported by now: it decides on bits.
+    """Return the digest of the source of the packages that train, which decides the bits of a run.
 
-    A module of the user's that lies among them, in a checkout, counts here.
+    It covers all files, imported or not, and also a module of the user's in one of these folders of a checkout.
     """
     return _source_digest(_TRAINING)
 
 
 def submission_versions() -> dict[str, str]:
-    """As ``versions``, with the source of all packages in the digest: a cluster must understand what submits to it."""
+    """Return ``versions`` with a digest of all packages: a cluster must understand the launcher that submits to it."""
     return {**versions(), "launcher": _source_digest(_ALL)}
 
 
@@ -90,5 +90,5 @@ def _source_digest(packages: tuple[str, ...]) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

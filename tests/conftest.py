@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from cluster.process import fork_server
-from cluster.process.faults import Fault, write_plan
-from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.storage import retrying_calls
 from cluster.storage.deadline import Started
 from tests.e2e.command import end_all
+from tests.faults.injection import Fault, environment, write_plan
 from tests.janitor import Janitor
 from tests.stores import S3Server, SSHServer, disk_in_memory, s3_server, ssh_server
 
@@ -80,9 +79,11 @@ def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """Writes a plan of faults for the commands that follow."""
 
     def make(*faults: Fault, name: str = "plan.json") -> Path:
-        write_plan(faults, tmp_path / name)
-        monkeypatch.setenv(FAULTS_VARIABLE, str(tmp_path / name))
-        return tmp_path / name
+        plan = tmp_path / name
+        write_plan(faults, plan)
+        for variable, value in environment(plan).items():
+            monkeypatch.setenv(variable, value)
+        return plan
 
     return make
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster.capacity import Node, Places, WorkerResources
 from cluster.errors import StorageError
-from cluster.kinds.ray import Cluster
+from cluster.kinds.cluster import Cluster
 from cluster.process import fork_server
 from cluster.process.agent import Agent, modules_of
 from cluster.process.messages import AgentsLost, AgentsPlaced, ToDriver

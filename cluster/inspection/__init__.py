@@ -1,1 +1,1 @@
-"""Whether the nodes of a cluster are fit for a run."""
+"""Inspection: whether each node of a cluster has what a run needs."""

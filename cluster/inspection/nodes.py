@@ -1,7 +1,7 @@
-"""The inspection of a cluster's nodes: what a node reports about itself, and how the report travels.
+"""Inspection of a cluster's nodes: what a node reports about itself, and how the report is transferred.
 
-The report of all nodes is one line in the log of a job. The line is marked, and it is JSON, so reading it executes
-nothing. This module knows no kind of cluster and needs only what every process of the launcher needs.
+The report of all nodes is one marked line of JSON in the log of a job; reading it executes nothing. This module knows
+no kind of cluster, and imports only what every process of the launcher imports.
 """
 
 import json
@@ -23,21 +23,21 @@ NEEDS_VARIABLE = "LAUNCHER_NODE_NEEDS"
 
 _MARK = "launcher-cluster-report: "
 _STORE_TIMEOUT_S = 30.0
-"""Time limit for the store check of a node; shorter than the time in which a node must answer."""
+"""Time limit for the store check of a node; shorter than the time limit for its answer."""
 
 
 def inspect_node(needs: Needs, node_id: str) -> dict[str, Any]:
-    """What the host of a node has of what is needed: the fields of ``NodeReport`` except ``id`` and ``address``."""
+    """Check this host against the needs; return the fields of ``NodeReport`` except ``id`` and ``address``."""
     return {
         "versions": submission_versions(),
-        # A variable that is set to the empty string is of no use either.
+        # An empty value counts as missing.
         "missing": [name for name in needs.variables if not os.environ.get(name)],
         "store_error": store_error(needs, node_id),
     }
 
 
 def store_error(needs: Needs, node_id: str) -> str:
-    """Why this process cannot read, write and delete in the submitter's store, in one line; empty if it can."""
+    """Return why this process cannot read, write and delete in the submitter's store, in one line; empty if it can."""
     try:
         result_within(_STORE_TIMEOUT_S, start(lambda: answer(Store(needs.store), needs.check, node_id)))
     except StorageError as error:
@@ -48,12 +48,12 @@ def store_error(needs: Needs, node_id: str) -> str:
 
 
 def needs_to_text(needs: Needs) -> str:
-    """Encodes needs for ``NEEDS_VARIABLE``: JSON without ``$``, because Ray expands variables in it."""
+    """Encode needs for ``NEEDS_VARIABLE``: JSON without ``$``, because Ray expands variables in it."""
     return json.dumps(asdict(needs)).replace("$", "\\u0024")
 
 
 def needs_from_text(text: str) -> Needs:
-    """Decodes the value of ``NEEDS_VARIABLE``.
+    """Decode the value of ``NEEDS_VARIABLE``.
 
     Raises:
         ValueError: The text was not made by ``needs_to_text``.
@@ -62,10 +62,10 @@ def needs_from_text(text: str) -> Needs:
 
 
 def needs_of_environment() -> Needs:
-    """The needs that this process was started with.
+    """Return the needs from ``NEEDS_VARIABLE``.
 
     Raises:
-        ClusterError: There are none, or those of another version of the launcher.
+        ClusterError: The variable is not set, or another version of the launcher set it.
     """
     text = os.environ.get(NEEDS_VARIABLE)
     if text is None:
@@ -79,17 +79,17 @@ def needs_of_environment() -> Needs:
 
 
 def report_to_text(report: ClusterReport) -> str:
-    """Encodes a report as one marked line, to be written at once: other output in the log must not split it."""
+    """Encode a report as one marked line. Write it in one call, so that no other output splits it in the log."""
     return f"\n{_MARK}{json.dumps(asdict(report))}\n"
 
 
 def report_from_log(log: str) -> ClusterReport | None:
-    """Finds and decodes the report in the log of the job that makes it; none: the log does not hold it, or not whole.
+    """Find and decode the report in the log of an inspection job; None: the log does not hold the whole report yet.
 
     Raises:
-        ValueError: The log holds several, or the line was not made by ``report_to_text``.
+        ValueError: The log holds several reports, or ``report_to_text`` did not make the line.
     """
-    whole = log[: log.rfind("\n") + 1]  # the job may be writing the last line
+    whole = log[: log.rfind("\n") + 1]  # the job may still be writing the last line
     lines = [line.removeprefix(_MARK) for line in whole.splitlines() if line.startswith(_MARK)]
     if not lines:
         return None
@@ -99,5 +99,5 @@ def report_from_log(log: str) -> ClusterReport | None:
 
 
 def without_report(log: str) -> str:
-    """The log of a job for people, who have no use for the report."""
+    """Return the log of a job without the line of the report, for people."""
     return re.sub(rf"\n{_MARK}.*\n", "", log)

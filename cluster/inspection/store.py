@@ -1,12 +1,12 @@
-"""The check that a cluster's nodes reach the very store that a run is submitted to, and not one of the same name.
+"""Check that all nodes of a cluster use the submitter's store, and not another store with the same URL.
 
-A local folder exists on every host, and is another one on each. So the submitter writes an object with a secret text;
-each node reads it, and writes it to an object of its own; the submitter reads those. All of them lie in one folder of
-the store, which is deleted at the end. A node writes only where the submitter has written, so it creates no store.
-What stays all the same, of a submitter that was killed or a node that wrote after the end, is deleted by a later check.
+A local path may name a different folder on each host. So the submitter writes an object with a random text, each node
+reads it and writes the text to an object of its own, and the submitter reads those. All objects are in one folder of
+the store, which is deleted at the end. A node writes only after it has found the submitter's object, so it creates no
+new store. A later check deletes what a killed submitter, or a node that wrote after the end, left behind.
 
-The cost is one write, two listings, a read for each node and a deletion for each object here, and six requests on each
-node.
+Cost for the submitter: one write, two listings, one read for each node, one deletion for each object. Cost for each
+node: six requests.
 """
 
 import re
@@ -24,17 +24,17 @@ from cluster.storage.store import MissingObject, Store
 
 _SUBMITTER = "submitter"
 _FOLDER = re.compile("launcher-check-([0-9]+)-[0-9a-f]{16}")
-"""The folder of a check; its name has the Unix time, in seconds, at which that began."""
+"""The name of a check's folder, with the Unix time in seconds at which the check began."""
 _LEFT_AFTER_S = 24 * 3600.0
-"""A folder that is older than that is of no check that goes on, however much the clocks of submitters differ."""
+"""Age of a folder whose check has surely ended, even if the clocks of submitters differ by hours."""
 
 
 def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ...]) -> ClusterReport:
-    """Inspects a cluster for a run, and completes the report with what only both sides together can tell.
+    """Inspect a cluster for a run, check the nodes' stores, and return the report.
 
     Args:
         scheduler: The cluster.
-        store: Where the run will lie; nothing of the check stays there.
+        store: The store of the run; the check leaves nothing there.
         variables: The names of environment variables that each node must have.
 
     Raises:
@@ -46,30 +46,30 @@ def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ..
 
 
 class StoreCheck:
-    """A check that goes on, on the side of the submitter.
+    """The submitter's side of a running check.
 
     Args:
-        store: Where the run will lie.
-        folder: Of the check, in the store.
-        text: What the submitter has written there.
+        store: The store of the run.
+        folder: The folder of the check in the store.
+        text: The text that the submitter wrote there.
     """
 
     def __init__(self, store: Store, folder: str, text: str) -> None:
         self._store, self._folder, self._text = store, folder, text
 
     def needs(self, variables: tuple[str, ...], modules: tuple[str, ...] = ()) -> Needs:
-        """What the nodes are to be inspected for: the store, and these environment variables; see ``Needs``."""
+        """Return the needs to inspect the nodes for: this store and check, these environment variables and modules."""
         return Needs(store=self._store.url, variables=variables, check=self._folder, modules=modules)
 
     def completed(self, report: ClusterReport) -> ClusterReport:
-        """A report of the nodes, with what only both sides together can tell."""
+        """Return the report with each node's store error set by comparing what the node wrote."""
         with ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="store-check") as pool:
             errors = list(pool.map(self._answer_error, report.nodes))
         nodes = tuple(replace(node, store_error=error) for node, error in zip(report.nodes, errors))
         return replace(report, nodes=nodes)
 
     def _answer_error(self, node: NodeReport) -> str:
-        """Why a node cannot use this store, or has not proved that it does, in one line; empty if it has."""
+        """Return why a node cannot use this store, or has not proved that it does, in one line; empty if it has."""
         if node.store_error:
             return node.store_error
         try:
@@ -83,10 +83,10 @@ class StoreCheck:
 
 @contextmanager
 def open_check(store: Store) -> Iterator[StoreCheck]:
-    """A check that the nodes of a cluster take part in, as long as the context lasts; nothing of it stays.
+    """Open a check in which nodes can take part while the context lasts; delete its folder at the end.
 
     Args:
-        store: Where the run will lie.
+        store: The store of the run.
 
     Raises:
         StorageError: This process cannot use the store.
@@ -98,7 +98,7 @@ def open_check(store: Store) -> Iterator[StoreCheck]:
 
 
 def answer(store: Store, folder: str, node_id: str) -> None:
-    """The part of a node: shows that it can read, write and delete in the submitter's store.
+    """Prove, on a node, that it can read, write and delete in the submitter's store.
 
     Raises:
         StorageError: It cannot, or this is another store.
@@ -109,7 +109,7 @@ def answer(store: Store, folder: str, node_id: str) -> None:
         raise StorageError(_another_store(store)) from None
     store.at(folder).probe()
     store.write(f"{folder}/{node_id}", text)
-    if not store.exists(f"{folder}/{_SUBMITTER}"):  # the check has ended meanwhile, and nobody sweeps any more
+    if not store.exists(f"{folder}/{_SUBMITTER}"):  # the check has just ended, so nothing else deletes the answer
         store.delete([f"{folder}/{node_id}"])
 
 
@@ -122,12 +122,12 @@ def _another_store(store: Store) -> str:
 
 @contextmanager
 def _temporary_folder(store: Store) -> Iterator[str]:
-    """The name of a new folder in a store, deleted at the end with all in it, and with what others have left."""
+    """Yield the name of a new folder in a store; at the end, delete it with its content, and those of old checks."""
     folder = f"launcher-check-{int(time.time())}-{secrets.token_hex(8)}"
     with store.without_traces():
         try:
             yield folder
-        except BaseException:  # also Ctrl-C; what happened is to be told, not that a folder stays
+        except BaseException:  # also Ctrl-C; that error is reported, not one of the clean-up
             with suppress(StorageError):
                 _delete(store, folder)
             raise
@@ -136,7 +136,7 @@ def _temporary_folder(store: Store) -> Iterator[str]:
 
 
 def _sweep(store: Store) -> None:
-    """Deletes the folders of checks that have ended long ago. Never raises: tidiness is no reason to fail."""
+    """Delete the folders of old checks. Never raise: a failed clean-up is no reason to fail."""
     with suppress(StorageError):
         for name in store.folders():
             match = _FOLDER.fullmatch(name)

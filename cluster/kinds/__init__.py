@@ -1,1 +1,1 @@
-"""Kinds of cluster: where a run finds its workers, and what takes its jobs."""
+"""Kinds of cluster: the interface that runs workers, and one implementation for each kind of cluster description."""

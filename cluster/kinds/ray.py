@@ -1,6 +1,5 @@
-"""Where a run finds its workers: one class for each kind of cluster, all with the methods of ``Cluster``."""
+"""The kinds of cluster that run workers on Ray: Ray on this machine, started for one run, or a joined Ray cluster."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.capacity import Capacity, Node, NodeGroup, Places
 from cluster.errors import ClusterError
+from cluster.kinds.cluster import Cluster
 from cluster.ray import cluster
 
 if TYPE_CHECKING:
@@ -17,95 +17,9 @@ if TYPE_CHECKING:
     from cluster.scheduler import ClusterReport, Needs
 
 
-class Cluster(ABC):
-    """A cluster as a command and its driver see it. To make one costs nothing and reaches nobody."""
-
-    is_this_machine: bool
-    """It is this machine alone."""
-
-    @abstractmethod
-    def joined(self) -> AbstractContextManager[None]:
-        """Entered by a command for as long as it plans and trains.
-
-        Raises:
-            ClusterError: There is no such cluster, or it does not let this process in.
-        """
-
-    @abstractmethod
-    def import_ahead(self) -> None:
-        """Begins to import what ``started`` and ``group`` need, for a process that has something else to wait for."""
-
-    @abstractmethod
-    def capacity(self) -> Capacity | None:
-        """What a cluster that is joined has, and may get; none: it is this machine, of which the plan knows.
-
-        Raises:
-            ClusterError: It is gone.
-        """
-
-    @abstractmethod
-    def inspect(self, needs: "Needs") -> "ClusterReport":
-        """Has each node inspect itself, within ``joined``.
-
-        Raises:
-            ClusterError: It is gone; or it is no cluster that jobs are submitted to.
-        """
-
-    @abstractmethod
-    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
-        """Makes a call in the place of one worker, within ``joined``: it has what a worker has, while no worker has it.
-
-        Args:
-            call: What to call.
-            tell: Takes what is waited for, and where the function runs.
-
-        Returns:
-            What the function returns.
-
-        Raises:
-            ChildProcessError: The process died; the message says how.
-            TimeoutError: The function took longer than it may.
-            ClusterError: There was no room in time, the host is not fit for it, or hosts were lost.
-            StorageError: The user's code cannot be had.
-            Exception: What the function raises.
-        """
-
-    @abstractmethod
-    def started(self) -> AbstractContextManager[None]:
-        """Entered by a driver, within ``joined``, for as long as it has workers.
-
-        Raises:
-            ClusterError: It does not start.
-        """
-
-    @abstractmethod
-    def prepare_group(self, entry: str, places: Places) -> None:
-        """Begins to start what ``group`` with the same arguments needs, within ``joined``; holds no place.
-
-        Args:
-            entry: What each worker will run, see ``Task``.
-            places: What the workers may have.
-        """
-
-    @abstractmethod
-    def group(self, task: "Task", places: Places) -> "WorkerGroup":
-        """The way to the workers of a run, within ``started``; none is there yet.
-
-        Args:
-            task: What each worker is told.
-            places: What they may have.
-        """
-
-    @abstractmethod
-    def nodes(self) -> list[Node]:
-        """The nodes that are alive, within ``started``.
-
-        Raises:
-            ClusterError: It is gone.
-        """
-
-
 class _OnRay(Cluster):
+    """What both kinds share."""
+
     def import_ahead(self) -> None:
         cluster.import_ahead(joins=not self.is_this_machine)
 
@@ -114,12 +28,12 @@ class _OnRay(Cluster):
 
 
 class LocalRay(_OnRay):
-    """Ray on this machine alone, which a driver starts and ends."""
+    """Ray on this machine alone, which the driver starts and ends."""
 
     is_this_machine = True
 
     def __init__(self, num_cpus: int) -> None:
-        """``num_cpus``: the cores that all workers together may reserve."""
+        """``num_cpus``: the CPU cores that all workers together may reserve."""
         self._num_cpus = num_cpus
 
     def joined(self) -> AbstractContextManager[None]:
@@ -128,11 +42,11 @@ class LocalRay(_OnRay):
     def capacity(self) -> None:
         return None
 
-    def inspect(self, needs: "Needs") -> "ClusterReport":  # noqa: ARG002  # nobody submits to it
+    def inspect(self, needs: "Needs") -> "ClusterReport":  # noqa: ARG002  # it takes no jobs
         raise ClusterError("this machine takes no jobs; give --cluster the HOST:PORT of a Ray head")
 
-    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
-        from cluster.process.workplace import call_here  # and with it the stores
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # the call waits for nothing
+        from cluster.process.workplace import call_here  # it imports the stores
 
         return call_here(call)
 
@@ -143,9 +57,8 @@ class LocalRay(_OnRay):
         pass  # Ray is not started yet
 
     def group(self, task: "Task", places: Places) -> "WorkerGroup":
-        from cluster.ray.worker_group import (
-            WorkerGroup,  # and with it the stores, of which a wrong description needs none
-        )
+        # It imports the stores, which a command that refuses its description does not need.
+        from cluster.ray.worker_group import WorkerGroup
 
         group = WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
         group.assign(task)
@@ -153,18 +66,18 @@ class LocalRay(_OnRay):
 
 
 class JoinedRay(_OnRay):
-    """A Ray cluster that is up, and that this host is a node of."""
+    """A running Ray cluster of which this host is a node."""
 
     is_this_machine = False
 
     def __init__(self, address: str, groups: Sequence[NodeGroup] = ()) -> None:
-        """``address``: where its head listens, HOST:PORT. ``groups``: what its autoscaler may start."""
+        """``address``: HOST:PORT of the head. ``groups``: the nodes that the autoscaler may start."""
         self._address = address
         self._groups = groups
         self._hosts: dict[str, Any] = {}
-        """What keeps fork servers on nodes: that of a call is kept for workers there."""
+        """Actors that keep fork servers, by node id: workers use the server that a call started on their node."""
         self._prepared: tuple[tuple[str, Places], WorkerGroup] | None = None
-        """A group that nobody has yet, and what it was prepared for."""
+        """A worker group not yet returned by ``group``, with the entry and places that it was prepared for."""
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -172,18 +85,18 @@ class JoinedRay(_OnRay):
             try:
                 yield
             finally:
-                self._leave_prepared()
+                self._close_prepared()
 
     def capacity(self) -> Capacity:
         return cluster.capacity().declared(self._groups)
 
     def inspect(self, needs: "Needs") -> "ClusterReport":
-        from cluster.ray.inspection import inspect_nodes  # and with it the stores
+        from cluster.ray.inspection import inspect_nodes  # it imports the stores
 
         return inspect_nodes(needs)
 
     def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
-        from cluster.ray.remote_call import call_there  # and with it the stores
+        from cluster.ray.remote_call import call_there  # it imports the stores
 
         return call_there(call, self._hosts, tell)
 
@@ -191,25 +104,25 @@ class JoinedRay(_OnRay):
         return nullcontext()
 
     def prepare_group(self, entry: str, places: Places) -> None:
-        from cluster.ray.worker_group import WorkerGroup  # and with it the stores
+        from cluster.ray.worker_group import WorkerGroup  # it imports the stores
 
         capacity = self.capacity()
         allowed = places
-        if capacity.may_grow:  # an autoscaler brings nothing for what it can never satisfy
+        if capacity.may_grow:  # an autoscaler adds nothing for a request that it can never satisfy
             allowed = replace(places, most=min(places.most, max(1, capacity.most(places.resources))))
         group = WorkerGroup(entry, allowed, self._hosts, is_shared=True, may_grow=capacity.may_grow)
         self._prepared = (entry, places), group
 
     def group(self, task: "Task", places: Places) -> "WorkerGroup":
         if self._prepared is None or self._prepared[0] != (task.entry, places):
-            self._leave_prepared()
+            self._close_prepared()
             self.prepare_group(task.entry, places)
         assert self._prepared is not None
         group, self._prepared = self._prepared[1], None
         group.assign(task)
         return group
 
-    def _leave_prepared(self) -> None:
+    def _close_prepared(self) -> None:
         if self._prepared is not None:
             self._prepared[1].close()
         self._prepared = None

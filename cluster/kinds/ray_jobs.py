@@ -1,121 +1,78 @@
-"""The Jobs API of a Ray cluster: starts jobs on its head and watches them, from anywhere.
+"""The Jobs API of a Ray cluster as a scheduler: starts jobs on the head, watches them and stops them, from anywhere.
 
-This module speaks the HTTP interface that Ray documents, and imports no Ray. Ray's own client has no time limits, takes
-its address from RAY_ADDRESS if that is set, lets ~/.netrc replace the token, and needs ``ray[default]``, while a laptop
-has ``ray[train]``.
-
-Source: Ray Jobs REST API, docs.ray.io, as of Ray 2.60; the names are the same in 2.55.
+``cluster.kinds.jobs_http`` makes the requests. This module knows the paths and the fields of the API.
 """
 
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from types import NoneType
-from typing import Any, TypeVar, get_args
-from urllib.parse import quote, urljoin, urlsplit
+from typing import Any, get_args
+from urllib.parse import quote
 
 import requests
 
 from cluster.errors import ClusterError, one_line
 from cluster.inspection import nodes
+from cluster.kinds.jobs_http import JobsHttp, OtherShape, Refused, field
 from cluster.ray import inspection
-from cluster.ray.token import TOKEN_ADVICE, find_token
 from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.storage.redaction import redacted
 
-_CONNECT_TIMEOUT_S = 10.0
-_ANSWER_TIMEOUT_S = 30.0
-"""For the first job of a session the head starts a process of its own, which takes seconds."""
 _INSPECT_TIMEOUT_S = 180.0
-"""Time limit of an inspection: start a job, join the cluster, and wait for the nodes' answers."""
+"""Time limit of an inspection: start a job, join the cluster and wait for the nodes' answers."""
 _INSPECTION_KEPT_S = 2 * _INSPECT_TIMEOUT_S
-"""How long after the start of an inspection its owner may still ask for it: the time limit, and some slow requests."""
+"""Age up to which the owner of an inspection may still read its log: the time limit, and some slow requests."""
 _POLL_INTERVAL_S = 0.3
 _PATIENCE_S = 10.0
-"""How long requests for a report may fail."""
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+"""How long requests may fail while the report is polled."""
 _NOT_FOUND = (126, 127)
-"""Exit codes of a shell that cannot find a command, or may not execute it."""
+"""Exit codes of a shell that may not execute a command, or cannot find it."""
 _OTHER_LAUNCHER = ("No module named", "No such option")
+"""Words of errors that mean that the launcher on the head is another version."""
 _ERROR = "error: "
-"""How the line begins in which the launcher says why it ends."""
+"""How the line begins in which the launcher reports its error."""
 _INSPECTION = ("launcher", "inspect")
-"""Metadata by which the jobs of inspections are known."""
+"""Key and value of the metadata that mark the job of an inspection."""
 _STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_SIGNAL = {"RAY_JOB_STOP_SIGNAL": "SIGINT"}
-"""How Ray stops a job: it sends the signal to the driver and to all processes that descend from it.
+"""The signal with which Ray stops a job: it goes to the driver and all its descendants.
 
-Those are the training processes on the driver's host, too. They leave SIGINT to the driver, as at a terminal; Ray's
-default, SIGTERM, would kill them, and the steps since the newest checkpoint would be lost.
+Those include the training processes on the driver's host. They ignore SIGINT, as at a terminal; Ray's default, SIGTERM,
+would kill them, and the steps since the newest checkpoint would be lost.
 """
-_Decoded = TypeVar("_Decoded")
-
-
-class _Refused(Exception):  # noqa: N818  # not an error by itself: callers decide
-    """The cluster answered with an HTTP error status; the message is the body."""
-
-    def __init__(self, status: int, body: str) -> None:
-        super().__init__(body)
-        self.status = status
-
-
-class _OtherShape(Exception):  # noqa: N818  # not an error by itself: ``RayJobs`` knows who has answered
-    """An answer has another shape than that of the Jobs API; the message names the field."""
-
-
-class _Bearer(requests.auth.AuthBase):
-    """Sends the token, if there is one. Without an ``auth`` object, requests would send credentials from ~/.netrc."""
-
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token is not None:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
-class _Session(requests.Session):
-    """Takes a redirect for an answer.
-
-    Following one would turn a POST into a GET, and send the request where the person did not mean it. requests parses
-    the place of a redirect even if it is told not to follow it, and raises for what it cannot parse.
-    """
-
-    def get_redirect_target(self, resp: requests.Response) -> None:  # noqa: ARG002  # as requests calls it
-        return None
 
 
 class RayJobs(Scheduler):
     """The Jobs API at one address. Jobs run on the cluster's head."""
 
     def __init__(self, url: str, venv: str | None = None) -> None:
-        """Only assigns. The token is read for each request and never stored.
+        """Make no connection.
 
         Args:
             url: Such as ``http://HEAD:8265``.
-            venv: The environment on the head whose ``bin`` comes first on the PATH of commands; None: the PATH is the
-                head's own.
+            venv: The environment on the head whose ``bin`` comes first on the PATH of commands; None: commands get
+                the PATH that the head was started with.
         """
         self._url = url.rstrip("/")
+        self._api = JobsHttp(self._url)
         self._venv = venv
 
     def ray_version(self) -> str:
-        """The version of Ray on the cluster.
+        """Return the version of Ray on the cluster.
 
         Raises:
             ClusterError: Nothing answers at the address, it is no Ray cluster, or it refuses access.
         """
         try:
-            version = self._request("GET", "/api/version")
-        except _Refused as refused:
-            raise self._no_jobs_api(f"answers {refused.status}") from refused
-        return self._decoded(_ray_version, version)
+            version = self._api.request("GET", "/api/version")
+        except Refused as refused:
+            raise self._api.no_jobs_api(f"answers {refused.status}") from refused
+        return self._api.decoded(_ray_version, version)
 
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Starts a job that inspects the nodes, waits for its report, and deletes those that are long over.
+        """Start a job that inspects the nodes, wait for its report, and delete the jobs of old inspections.
 
         Raises:
             ClusterError: As for every method; or the head has no launcher, or another version of it.
@@ -134,16 +91,16 @@ class RayJobs(Scheduler):
         return report
 
     def report(self, job_id: str) -> ClusterReport:
-        """Polls the log of a job until the report is there.
+        """Poll the log of a job until it holds the report, and return that.
 
         Raises:
-            ClusterError: As for every method; or the job ends without it, or does not print it in time.
+            ClusterError: As for every method; or the job ends without a report, or prints none in time.
         """
         answered_at = time.monotonic()
         deadline = answered_at + _INSPECT_TIMEOUT_S
         while True:
             try:
-                job = self.read(job_id)  # before its log: what it printed before it ended is seen
+                job = self.read(job_id)  # before its log, so that the log of an ended job is complete
                 log = "" if job is None else self.log(job_id)
             except ClusterError:
                 if time.monotonic() - answered_at > _PATIENCE_S:
@@ -180,9 +137,12 @@ class RayJobs(Scheduler):
         stop_grace_s: int,
         metadata: Mapping[str, str],
     ) -> Job:
-        """Starts a job on the cluster's head, see ``Scheduler``; refuses values that contain ``$``."""
+        """Start a job on the cluster's head, see ``Scheduler``.
+
+        Raises:
+            ClusterError: As for every method; or a value contains ``$``, because Ray expands variables in values.
+        """
         variables = {**environment, **_STOP_SIGNAL, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
-        # Ray expands variables in values.
         unsafe = [name for name, value in variables.items() if "$" in value]
         if unsafe:
             raise ClusterError(f"{self._url}: the value of {unsafe[0]} holds a '$', which Ray would replace")
@@ -192,72 +152,73 @@ class RayJobs(Scheduler):
             "runtime_env": {"env_vars": variables},
             "metadata": dict(metadata),
         }
-        refused: _Refused | None = None
+        refused: Refused | None = None
         try:
-            self._request("POST", "/api/jobs/", request)
-        except _Refused as error:  # Ray reports a duplicate id as an internal error
+            self._api.request("POST", "/api/jobs/", request)
+        except Refused as error:  # Ray reports a duplicate id as an internal error
             refused = error
         job = self.read(job_id)
         if job is not None:
             return job
         if refused is None:
-            raise self._no_jobs_api(f"has begun job {job_id}, and knows no such job")
-        raise self._failed("does not begin a job", refused) from refused
+            raise self._api.no_jobs_api(f"has begun job {job_id}, and knows no such job")
+        raise self._api.failed("does not begin a job", refused) from refused
 
     def read(self, job_id: str) -> Job | None:
         try:
-            told = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}")
-        except _Refused as refused:
+            answer = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}")
+        except Refused as refused:
             if refused.status == requests.codes.not_found:
                 return None
-            raise self._failed(f"does not say how job {job_id} is", refused) from refused
-        job = self._decoded(_job, told)
+            raise self._api.failed(f"does not say how job {job_id} is", refused) from refused
+        job = self._api.decoded(_job, answer)
         if job.id != job_id:
-            raise self._no_jobs_api("answers with something else")
+            raise self._api.no_jobs_api("answers with something else")
         return job
 
     def jobs(self) -> list[Job]:
         try:
-            told = self._request("GET", "/api/jobs/")
-        except _Refused as refused:
-            raise self._failed("does not say which jobs there are", refused) from refused
-        return sorted(self._decoded(_jobs, told), key=lambda job: job.began_at or 0.0)
+            answer = self._api.request("GET", "/api/jobs/")
+        except Refused as refused:
+            raise self._api.failed("does not say which jobs there are", refused) from refused
+        return sorted(self._api.decoded(_jobs, answer), key=lambda job: job.began_at or 0.0)
 
     def stop(self, job_id: str) -> None:
         try:
-            told = self._request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
-        except _Refused as refused:
-            raise self._failed(f"does not stop job {job_id}", refused) from refused
-        self._decoded(_whether_stopped, told)
+            answer = self._api.request("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+        except Refused as refused:
+            raise self._api.failed(f"does not stop job {job_id}", refused) from refused
+        self._api.decoded(_is_stopped, answer)
 
     def log(self, job_id: str) -> str:
         try:
-            told = self._request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
-        except _Refused as refused:
-            raise self._failed(f"does not give the log of job {job_id}", refused) from refused
-        return self._decoded(_log, told)
+            answer = self._api.request("GET", f"/api/jobs/{quote(job_id, safe='')}/logs")
+        except Refused as refused:
+            raise self._api.failed(f"does not give the log of job {job_id}", refused) from refused
+        return self._api.decoded(_log, answer)
 
     def _delete_inspections_before(self, own: Job) -> None:
-        """Deletes the inspections that succeeded and began so long before this one that nobody waits for them.
+        """Delete the inspections that succeeded and began long before this one.
 
-        Others may inspect the cluster at the same time, and have yet to read the log of their job. And for a moment
-        after the end of a job Ray still watches it, and writes a job that is deleted then down again, as one that
-        failed. The times of both jobs are those of the cluster's clock.
+        Newer ones stay: others may still have to read the log of theirs. Ray also watches a job for a moment after its
+        end, and records a job that is deleted in that moment again, as failed. Both start times come from the
+        cluster's clock.
         """
         if own.began_at is None:
             return
-        with suppress(ClusterError, _Refused):  # they only stand in the way of people who look at the cluster
+        with suppress(ClusterError, Refused):  # a job that stays only clutters the dashboard
             for job in self.jobs():
                 is_inspection = job.metadata.get(_INSPECTION[0]) == _INSPECTION[1]
                 is_old = job.began_at is not None and own.began_at - job.began_at > _INSPECTION_KEPT_S
                 if is_inspection and job.status == "succeeded" and is_old:
-                    self._request("DELETE", f"/api/jobs/{quote(job.id, safe='')}")
+                    self._api.request("DELETE", f"/api/jobs/{quote(job.id, safe='')}")
 
     def _with_path(self, command: str) -> str:
-        """Puts the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
+        """Put the venv first on the PATH of a command; Ray gives commands the PATH that the head was started with."""
         return command if self._venv is None else f'export PATH={shlex.quote(self._venv)}/bin:"$PATH"; {command}'
 
     def _inspect_failed(self, job: Job, log: str) -> ClusterError:
+        """Return the error for an inspection that ended without a report."""
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
         last = (errors or lines or ["nothing in its log"])[-1][:300]
@@ -282,133 +243,40 @@ class RayJobs(Scheduler):
             "log on the dashboard has more"
         )
 
-    def _request(self, method: str, path: str, content: Any = None) -> Any:
-        """Makes one request and returns the parsed answer. Redirects are not followed.
 
-        Raises:
-            ClusterError: Nothing answers, it is no Ray cluster, or it refuses access.
-            _Refused: The answer has another HTTP error status.
-        """
-        token = find_token()
-        secrets = {"token": token or ""}
-        try:
-            with _Session() as session:
-                answer = session.request(
-                    method,
-                    self._url + path,
-                    json=content,
-                    auth=_Bearer(token),
-                    timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
-                )
-        except requests.RequestException as error:
-            raise ClusterError(
-                f"{self._url}: nobody answers there: {redacted(_root_cause(error), secrets)}; is the cluster up, "
-                "started with --dashboard-host, and the address that of its Jobs API?"
-            ) from error
-        if 300 <= answer.status_code < 400:
-            raise self._redirected(path, answer.headers.get("Location", ""))
-        if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
-            what = "does not take this token" if token else "asks for a token"
-            raise ClusterError(f"{self._url}: {what}; {TOKEN_ADVICE}")
-        if answer.status_code != requests.codes.ok:
-            raise _Refused(answer.status_code, redacted(answer.text, secrets))
-        try:
-            return answer.json()
-        except requests.JSONDecodeError as error:
-            raise self._no_jobs_api("answers with something else") from error
-
-    def _decoded(self, decode: Callable[[Any], _Decoded], told: Any) -> _Decoded:
-        """What an answer says, by a function that raises ``_OtherShape``.
-
-        Raises:
-            ClusterError: It has another shape than the Jobs API's: something else answers in its place.
-        """
-        try:
-            return decode(told)
-        except _OtherShape as error:
-            raise self._no_jobs_api("answers with something else") from error
-
-    def _redirected(self, path: str, location: str) -> ClusterError:
-        """The error for an answer that names another place.
-
-        Only its scheme, host, port and path are shown: the rest may hold a secret.
-        """
-        try:
-            to = urlsplit(urljoin(self._url + path, location))
-            host, port = to.hostname or "", to.port or _DEFAULT_PORTS[to.scheme]
-        except (ValueError, KeyError):  # no URL, or another scheme
-            return self._no_jobs_api("redirects to another place")
-        address = f"{to.scheme}://[{host}]:{port}" if ":" in host else f"{to.scheme}://{host}:{port}"
-        if to.path != path or address == self._url:
-            return self._no_jobs_api(f"redirects to {address}{to.path}")
-        return ClusterError(
-            f"{self._url}: redirects to {address}, which is not followed, for it would get the token; write {address} "
-            "as the address if it is the cluster's own"
-        )
-
-    def _no_jobs_api(self, what: str) -> ClusterError:
-        return ClusterError(
-            f"{self._url}: {what}, and not as the Jobs API does; give the address of Ray's dashboard, port 8265 unless "
-            "told otherwise, on a head that has ray[default]"
-        )
-
-    def _failed(self, what: str, refused: _Refused) -> ClusterError:
-        lines = [line.strip() for line in str(refused).splitlines() if line.strip()]
-        return ClusterError(f"{self._url}: {what}: {lines[-1][:300] if lines else refused.status}; see its dashboard")
+def _ray_version(answer: Any) -> str:
+    version: str = field(answer, "ray_version", str)
+    return version
 
 
-def _field(told: Any, name: str, *kinds: type) -> Any:
-    """A field of an answer.
-
-    Raises:
-        _OtherShape: The answer has no such field, or one of another kind.
-    """
-    value = told.get(name) if isinstance(told, dict) else None
-    if not isinstance(told, dict) or not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _OtherShape(name)
-    return value
-
-
-def _ray_version(told: Any) -> str:
-    return _field(told, "ray_version", str)
-
-
-def _job(told: Any) -> Job:
-    status = _field(told, "status", str).lower()
+def _job(answer: Any) -> Job:
+    status = field(answer, "status", str).lower()
     if status not in get_args(JobStatus):
-        raise _OtherShape("status")
-    began_ms = _field(told, "start_time", int, float, NoneType)
+        raise OtherShape("status")
+    began_ms = field(answer, "start_time", int, float, NoneType)
     return Job(
-        id=_field(told, "submission_id", str),
+        id=field(answer, "submission_id", str),
         status=status,
-        message=" ".join((_field(told, "message", str, NoneType) or "").split()),
-        exit_code=_field(told, "driver_exit_code", int, NoneType),
+        message=" ".join((field(answer, "message", str, NoneType) or "").split()),
+        exit_code=field(answer, "driver_exit_code", int, NoneType),
         began_at=None if began_ms is None else began_ms / 1000,
-        metadata=_field(told, "metadata", dict, NoneType) or {},
+        metadata=field(answer, "metadata", dict, NoneType) or {},
     )
 
 
-def _jobs(told: Any) -> list[Job]:
-    """The jobs that were submitted; a driver that somebody runs on the cluster has no ``submission_id``."""
-    if not isinstance(told, list):
-        raise _OtherShape("list of jobs")
-    return [_job(each) for each in told if _field(each, "submission_id", str, NoneType)]
+def _jobs(answer: Any) -> list[Job]:
+    """Return the submitted jobs, without drivers that run on the cluster by themselves: those have no id."""
+    if not isinstance(answer, list):
+        raise OtherShape("list of jobs")
+    return [_job(each) for each in answer if field(each, "submission_id", str, NoneType)]
 
 
-def _whether_stopped(told: Any) -> bool:
-    return _field(told, "stopped", bool)
+def _is_stopped(answer: Any) -> bool:
+    stopped: bool = field(answer, "stopped", bool)
+    return stopped
 
 
-def _log(told: Any) -> str:
-    if "logs" not in (told if isinstance(told, dict) else {}):
-        raise _OtherShape("logs")
-    return _field(told, "logs", str, NoneType) or ""
-
-
-def _root_cause(error: BaseException) -> str:
-    """The message of the exception that libraries have wrapped in others."""
-    while True:
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            return one_line(error)
-        error = inner
+def _log(answer: Any) -> str:
+    if "logs" not in (answer if isinstance(answer, dict) else {}):
+        raise OtherShape("logs")
+    return field(answer, "logs", str, NoneType) or ""

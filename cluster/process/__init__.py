@@ -1,1 +1,1 @@
-"""One worker is two processes: an agent, and the training process that it starts and watches."""
+"""One worker is two processes: an agent, and the training process that it forks and watches."""

@@ -1,4 +1,4 @@
-"""What a training process does, step by step, and what its time has gone into."""
+"""The activity of a training process: its current phase and step, and the seconds it has spent in each phase."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from cluster.process.messages import DOING, Beat, Doing, Spent
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """Since when something is done, and what was spent until then; whole, so that any thread can read it."""
+    """The current phase, when it began, and the seconds spent before. Replaced as a whole: any thread can read it."""
 
     doing: Doing
     step: int
@@ -18,9 +18,9 @@ class _Mark:
 
 
 class Activity:
-    """What a training process does, step by step, and what it has spent its time on.
+    """Current phase and step of a training process, and its seconds by phase.
 
-    One thread at a time tells it; any other may ask.
+    Thread: one at a time calls ``mark``, ``begin_exchange``, ``end_exchange`` and ``exchanged``; any calls the others.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,25 +30,26 @@ class Activity:
         self._before_exchange: Doing = DOING[0]
 
     def mark(self, doing: Doing, step: int) -> None:
-        """Tells what is done from now on, and the steps completed; costs next to nothing."""
-        if self._first_step is None and doing == "data":  # which every step begins with
+        """Enter a phase, after ``step`` completed optimizer steps; costs next to nothing."""
+        if self._first_step is None and doing == "data":  # the first phase of every step
             self._first_step = step
         now = self._clock()
         self._mark = _Mark(doing, step, now, _spent_until(now, self._mark))
 
     def begin_exchange(self) -> None:
-        """From now on the process waits for what others have to give."""
+        """Enter the phase ``exchange``, in which the process waits for other workers."""
         self._before_exchange = self._mark.doing
         self.mark("exchange", self._mark.step)
 
     def end_exchange(self) -> None:
-        """It goes on with what it did before."""
+        """Return to the phase before ``begin_exchange``."""
         self.mark(self._before_exchange, self._mark.step)
 
     def exchanged(self, seconds: float) -> None:
-        """So much of what counts as ``backward`` was an exchange: a GPU tells of it when it is long over.
+        """Move seconds from ``backward`` to ``exchange``, at most all of ``backward``.
 
-        What the GPU waited while the process waited for something else has no share in the process's time.
+        A GPU reports the duration of an exchange only after the process has left ``backward``. It may have waited while
+        the process was in another phase; that wait took no time from ``backward``, hence the limit.
         """
         mark = self._mark
         seconds = min(seconds, mark.spent["backward"])
@@ -58,11 +59,11 @@ class Activity:
         self._mark = replace(mark, spent=spent)
 
     def spent(self) -> Spent:
-        """Seconds by what was done, since the process began."""
+        """Return the seconds spent in each phase since the process began."""
         return _spent_until(self._clock(), self._mark)
 
     def beat(self) -> Beat:
-        """This moment, for a watcher."""
+        """Return the heartbeat of this moment."""
         mark, now = self._mark, self._clock()
         is_first_step = self._first_step is None or mark.step == self._first_step
         return Beat(mark.doing, mark.step, is_first_step, now - mark.at, _spent_until(now, mark))

@@ -1,7 +1,7 @@
-"""The agent: what runs inside a Ray Train worker. It trains nothing; it starts and watches the process that does.
+"""The agent: the process of a Ray Train worker. It forks and watches the training process, and trains nothing itself.
 
-It passes the training process's reports to the driver and the driver's orders to the training process, keeps what that
-printed, and starts another one when the driver says so.
+It passes reports from the training process to the driver and orders from the driver to the training process, uploads
+the log of the training process, and starts another one when the driver orders it.
 """
 
 import multiprocessing
@@ -24,35 +24,38 @@ from cluster.process.workplace import fork_from
 from cluster.run.run_directory import RunDirectory
 
 HERE_INTERVAL_S = 5.0
-"""How often an agent says that it is there."""
+"""Interval of the heartbeats from an agent to the driver."""
 _WATCH_INTERVAL_S = 1.0
 _LOG_INTERVAL_S = 20.0
 _LAST_LOG_S = 10.0
-"""How long the end of a run waits for the last log to be kept."""
+"""Time limit for the last log upload at the end of a run."""
 
 
 class Channel(Protocol):
-    """The way between agents and the driver."""
+    """The connection of an agent to the driver.
+
+    Thread: any; the agent calls ``post`` from two threads and ``orders_after`` from a third one.
+    """
 
     def post(self, messages: Sequence[ToDriver]) -> None:
-        """Sends messages to the driver; they arrive in order."""
+        """Send messages to the driver; they arrive in order."""
 
     def orders_after(self, version: int) -> Orders:
-        """Waits for orders newer than ``version``."""
+        """Wait for orders newer than ``version``, and return them."""
 
 
 class Agent:
-    """Keeps one training process going, as the driver orders."""
+    """Runs one training process at a time, as the driver orders."""
 
     def __init__(self, channel: Channel, task: Task, *, generation: int, node: str, address: str) -> None:
         """Only assigns.
 
         Args:
-            channel: The way to the driver.
-            task: What the training processes are to do; attempt, host and address follow from the orders.
-            generation: Of the agents that were started together with this one.
+            channel: The connection to the driver.
+            task: What each training process runs; the orders decide its attempt, host and address.
+            generation: The generation of agents that this one was started with.
             node: The id of this agent's node.
-            address: The address of its node.
+            address: The address of this agent's node.
         """
         self._channel = channel
         self._task = task
@@ -61,69 +64,78 @@ class Agent:
         )
         self._run = RunDirectory(task.run_url)
         self._orders = Orders()
-        self._deaf: Exception | None = None
+        self._listen_error: Exception | None = None
         self._child: TrainingProcess | None = None
-        self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not silence the agent
-        self._keeps_logs = True
-        self._keeping: Future[None] | None = None
+        self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not block heartbeats
+        self._logs_are_kept = True
+        self._log_upload: Future[None] | None = None
 
     def run(self) -> None:
-        """Follows orders until they say that the run is over."""
+        """Follow the driver's orders until they end the run.
+
+        Raises:
+            ClusterError: The driver's orders no longer arrive.
+        """
         fork_from(self._task.fork_server, modules_of(self._task.entry))
         self._channel.post([self._hello])
-        said_at = time.monotonic()
-        news, wake = multiprocessing.Pipe(duplex=False)
-        threading.Thread(target=self._listen, args=(wake,), name="orders", daemon=True).start()
+        heartbeat_at = time.monotonic()
+        arrived, sender = multiprocessing.Pipe(duplex=False)
+        threading.Thread(target=self._listen, args=(sender,), name="orders", daemon=True).start()
         try:
             while not self._orders.end:
-                sources = [news, *(self._child.sources() if self._child else [])]
+                sources = [arrived, *(self._child.sources() if self._child else [])]
                 ready = wait(sources, timeout=_WATCH_INTERVAL_S)
                 if self._child is not None:
-                    self._attend(self._child)
-                if news in ready:
-                    self._obey(self._received(news))
-                if time.monotonic() - said_at > HERE_INTERVAL_S:
-                    said_at = time.monotonic()
+                    self._report_on(self._child)
+                if arrived in ready:
+                    self._follow(self._next_orders(arrived))
+                if time.monotonic() - heartbeat_at > HERE_INTERVAL_S:
+                    heartbeat_at = time.monotonic()
                     self._channel.post([StillHere(self._hello.rank, self._hello.id)])
         finally:
             self._end_child()
-            if self._keeping is not None:
-                wait_for([self._keeping], _LAST_LOG_S)
+            if self._log_upload is not None:
+                wait_for([self._log_upload], _LAST_LOG_S)
 
     def _end_child(self) -> None:
         if self._child is not None:
             self._child.kill()
-            self._keep_log(self._child)
+            self._upload_log(self._child)
             self._child.discard_files()
             self._child = None
 
-    def _listen(self, wake: Connection) -> None:
+    def _listen(self, sender: Connection) -> None:
+        """Pass each new version of the orders to the main thread. Thread: ``orders``."""
         try:
             orders = self._channel.orders_after(-1)
             while not orders.end:
-                wake.send(orders)
+                sender.send(orders)
                 orders = self._channel.orders_after(orders.version)
-            wake.send(orders)
-        except Exception as error:  # the border of a thread
-            self._deaf = error
-        wake.close()
+            sender.send(orders)
+        except Exception as error:  # the outermost border of the thread; ``_next_orders`` raises it
+            self._listen_error = error
+        sender.close()
 
-    def _received(self, news: Connection) -> Orders:
-        """The next orders. An agent that hears none any more must not say that it is there: it ends, and is replaced.
+    def _next_orders(self, arrived: Connection) -> Orders:
+        """Return the next orders.
 
         Raises:
-            ClusterError: There are none.
+            ClusterError: No more orders will arrive. The agent must end then: with heartbeats but without orders, the
+                driver would never replace it.
         """
         try:
-            return news.recv()
+            orders: Orders = arrived.recv()
         except EOFError:
-            raise ClusterError(f"the driver's orders do not come any more: {self._deaf}") from self._deaf
+            error = self._listen_error
+            raise ClusterError(f"the driver's orders do not come any more: {error}") from error
+        return orders
 
-    def _obey(self, orders: Orders) -> None:
+    def _follow(self, orders: Orders) -> None:
+        """Start, end or message the training process, so that it does what the orders say."""
         self._orders = orders
         if orders.end:
             return
-        if orders.attempt is None or self._hello.id not in orders.agents:  # other agents take over
+        if orders.attempt is None or self._hello.id not in orders.agents:  # other agents run the attempt
             self._end_child()
             return
         if self._child is None or self._child.task.attempt != orders.attempt:
@@ -136,41 +148,43 @@ class Agent:
         if orders.stop:
             self._child.tell_stop()
 
-    def _attend(self, child: TrainingProcess) -> None:
-        """Passes on what the process said, keeps its log, and reports its end, once."""
-        reports: list[Report] = [*child.reports(), *child.news_of_time()]
+    def _report_on(self, child: TrainingProcess) -> None:
+        """Forward the process's reports to the driver, upload its log at intervals, and report its end once."""
+        reports: list[Report] = [*child.reports(), *child.time_reports()]
         child.oom_kills.look()
         if child.has_ended() and not child.end_reported:
             reports += child.reports()
-            self._keep_log(child)
+            self._upload_log(child)
             reports.append(child.end())
             child.end_reported = True
-        elif (news := child.news_of_progress()) is not None:
-            reports.append(news)
-        elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S and (not self._keeping or self._keeping.done()):
-            self._keep_log(child)
+        elif (report := child.progress_report()) is not None:
+            reports.append(report)
+        elif time.monotonic() - child.log_kept_at > _LOG_INTERVAL_S and (
+            self._log_upload is None or self._log_upload.done()
+        ):
+            self._upload_log(child)
         if reports:
             self._channel.post([FromWorker(child.task.rank, child.task.attempt, report) for report in reports])
 
-    def _keep_log(self, child: TrainingProcess) -> None:
-        """Has the log put into the run directory; a store that fails here must not hurt the run."""
+    def _upload_log(self, child: TrainingProcess) -> None:
+        """Start the upload of the process's log to the run directory; a store that fails here must not end the run."""
         child.log_kept_at = time.monotonic()
         log = child.log()
         if log:
-            self._keeping = self._logs.submit(self._write_log, child.task.attempt, child.task.rank, log)
+            self._log_upload = self._logs.submit(self._write_log, child.task.attempt, child.task.rank, log)
 
     def _write_log(self, attempt: int, rank: int, log: bytes) -> None:
-        """Thread: that of logs."""
+        """Write the log, and report the first of several failures in a row. Thread: ``logs``."""
         try:
             self._run.write_log(attempt, rank, log)
         except StorageError as error:
-            if self._keeps_logs:  # else it has been said
+            if self._logs_are_kept:
                 self._channel.post([LogNotKept(rank, str(error))])
-            self._keeps_logs = False
+            self._logs_are_kept = False
         else:
-            self._keeps_logs = True
+            self._logs_are_kept = True
 
 
 def modules_of(entry: str) -> list[str]:
-    """What a fork server should import ahead for training processes with this entry."""
+    """Return the modules that a fork server preloads for training processes with this entry."""
     return [entry.partition(":")[0], __name__]

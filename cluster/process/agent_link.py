@@ -1,7 +1,7 @@
-"""The training process's end of the wire to its agent: small messages out, orders in, nobody waits.
+"""The training process's connection to its agent: reports and heartbeats out, orders in, without blocking a step.
 
-Messages leave in batches, a few times a second, so that a run of short steps does not spend them on messages; they
-arrive complete and in order. Among them are beats, for the agent alone.
+Reports leave in batches a few times a second, so that a run of short steps does not spend its time on messages. They
+arrive complete and in order. Heartbeats travel in the same batches and stay with the agent.
 """
 
 import math
@@ -20,9 +20,9 @@ _BEAT_INTERVAL_S = 1.0
 
 
 class AgentLink:
-    """Sends messages to the driver and hears its orders; its beats tell of ``activity``.
+    """Sends reports to the driver, receives its orders, and sends heartbeats made from ``activity``.
 
-    The process ends at once when its agent is gone: nobody would hear of what it does.
+    The process ends at once when its agent is gone: nobody would receive its reports.
     """
 
     def __init__(self, connection: Connection, activity: Activity) -> None:
@@ -37,17 +37,17 @@ class AgentLink:
         threading.Thread(target=self._receive, name="link-receive", daemon=True).start()
 
     def send(self, report: Report) -> None:
-        """Queues a report for the driver; returns at once.
+        """Queue a report for the driver and return at once.
 
         Thread: any.
         """
         self._outbox.put(report)
 
     def wait_for_meeting_place(self, timeout_s: float) -> Meet:
-        """Where rank 0 waits for the others.
+        """Wait for the address at which rank 0 opened the store of the process group, and return it.
 
         Raises:
-            TimeoutError: Rank 0 did not announce one in time.
+            TimeoutError: Rank 0 announced none in time.
         """
         try:
             return self._meeting_place.get(timeout=timeout_s)
@@ -55,7 +55,7 @@ class AgentLink:
             raise TimeoutError(f"worker 0 announced no meeting place within {timeout_s:.0f} s") from None
 
     def close(self) -> None:
-        """Sends what is queued and returns when it is on its way."""
+        """Send what is queued, and return once the pipe has taken it."""
         self._closing.set()
         self._sender.join()
 
@@ -65,7 +65,7 @@ class AgentLink:
             is_last = self._closing.wait(_BATCH_INTERVAL_S)
             batch: list[Beat | Report] = []
             now, beat = time.monotonic(), self.activity.beat()
-            # The end of the first step is told at once: from then on the agent watches every step for a hang.
+            # A heartbeat leaves at once after the first step: from then on the shorter time limit for hangs applies.
             if now - beat_at >= _BEAT_INTERVAL_S or beat.is_first_step != was_first_step:
                 beat_at, was_first_step = now, beat.is_first_step
                 batch.append(beat)

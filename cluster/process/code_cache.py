@@ -1,4 +1,4 @@
-"""The code of runs as it lies unpacked on a host, for all processes of a user there, and where they work with it."""
+"""Cache of unpacked code bundles on a host, shared by all processes of a user, and copies of it to work in."""
 
 import fcntl
 import os
@@ -15,25 +15,25 @@ from cluster.run.bundle import DAMAGED, UNFINISHED, check_digest, is_intact, rem
 from cluster.run.run_directory import RunDirectory
 
 _UNUSED_S = 30 * 24 * 3600.0
-"""After that, a bundle that no process uses is removed."""
+"""Age at which a bundle that no process uses is removed."""
 
 _held: dict[Path, int] = {}
-"""The locks that this process, or the one that it was forked from, keeps to its end: file descriptors by path."""
+"""File descriptors, by path, of the locks that this process or the one it was forked from holds until it ends."""
 
 
 def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> Path:
-    """The folder of a run's code on this host, fetched from the run directory unless it is there and intact.
+    """Return the folder of a run's code on this host; fetch it from the run directory unless it is there and intact.
 
-    All processes of this user share it, so it must be nobody's working directory: see ``enter_copy``. It stays as
-    long as this process lives; what processes that have ended have left on this host is removed.
+    All processes of this user share the folder, so none may use it as its working directory: see ``enter_copy``. It
+    stays as long as this process lives. Files that ended processes left on this host are removed.
 
     Args:
-        run: Whose code it is.
+        run: The run directory that holds the bundle.
         sha256: The digest of the bundle.
-        check_store: Read the bundle in any case, since other hosts will have to.
+        check_store: Read the bundle even if it is cached, because other hosts will have to read it.
 
     Raises:
-        StorageError: The bundle is missing or damaged, that is no digest, or there is no safe place to unpack it.
+        StorageError: The bundle is missing or damaged, ``sha256`` is no digest, or there is no safe place to unpack it.
     """
     check_digest(sha256)
     below, locks = cache_folder("code"), cache_folder("code-in-use")
@@ -46,14 +46,14 @@ def fetch_code(run: RunDirectory, sha256: str, *, check_store: bool = False) -> 
 
 
 def enter_copy(unpacked: Path, directory: str | None) -> None:
-    """Changes into a copy of a folder of a run's code: a folder of this process's own, which goes with it.
+    """Copy a folder of the code to a temporary folder of this process, and make that the working directory.
 
-    Also on a host that has the submitter's working directory by its name. What lies in that cannot be told from here to
-    be the same, and a run is to find the same files wherever it goes on.
+    This happens even on a host that has a folder at the path of the submitter's working directory: its files may
+    differ, and a run must find the same files on every host that it continues on.
 
     Args:
-        unpacked: What ``fetch_code`` returns.
-        directory: The folder in the bundle; none: the working directory is empty.
+        unpacked: What ``fetch_code`` returned.
+        directory: The folder in the bundle; None: the working directory is empty.
 
     Raises:
         StorageError: The copy cannot be written.
@@ -69,17 +69,17 @@ def enter_copy(unpacked: Path, directory: str | None) -> None:
 
 
 def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:
-    """Makes a working directory of a process's own from a folder of a bundle.
+    """Copy a folder of a bundle to a working directory.
 
-    Relative paths then find the files that the code came with, and what is written to them reaches no other process.
+    Relative paths then find the files that came with the code, and writing to those files affects no other process.
 
     Args:
-        unpacked: What ``fetch_code`` returns.
-        directory: The folder in the bundle; none: the working directory is empty.
-        to: What to make; it need not exist.
+        unpacked: What ``fetch_code`` returned.
+        directory: The folder in the bundle; None: the working directory is empty.
+        to: The folder to copy to; it need not exist.
 
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The copy cannot be written.
     """
     try:
         to.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -101,10 +101,10 @@ def copy_code(unpacked: Path, directory: str | None, to: Path) -> None:
 
 
 def cache_folder(*names: str) -> Path:
-    """A folder of this user's cache on this host: others must not be able to put code there that this user would run.
+    """Return a folder of this user's cache on this host, with mode 700, so that others cannot put code there.
 
     Raises:
-        StorageError: It cannot be made, or belongs to another user.
+        StorageError: The folder cannot be created, or belongs to another user.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("launcher", *names)
@@ -114,7 +114,7 @@ def cache_folder(*names: str) -> Path:
             raise StorageError(f"{folder}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
         if stat.S_IMODE(status.st_mode) != 0o700:
             folder.chmod(0o700)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         raise StorageError(
             f"code cannot be unpacked on this host: {error}; set XDG_CACHE_HOME to a folder of your own"
         ) from error
@@ -122,10 +122,10 @@ def cache_folder(*names: str) -> Path:
 
 
 def _note_use(lock: Path) -> None:
-    """Keeps a bundle from sweeps as long as this process lives, and notes when it was used.
+    """Protect a bundle from sweeps as long as this process lives, and record the time of its use.
 
-    A lock, and not the number of the process: where hosts share a home, none sees the processes of another. Where the
-    file system has no locks, sweeps get none either, and remove nothing.
+    The protection is a file lock and not a process id: hosts may share a home, and none sees the processes of another.
+    On a file system without locks, a sweep gets no lock either and removes nothing.
     """
     with suppress(OSError):
         if lock not in _held:
@@ -134,10 +134,10 @@ def _note_use(lock: Path) -> None:
 
 
 def _locked(lock: Path, how: int) -> int:
-    """A lock on a file that is there: a sweep may have removed it just before.
+    """Lock a file and return its descriptor. Open it again if a sweep removed it before the lock was taken.
 
     Raises:
-        OSError: It is not to be had.
+        OSError: The lock cannot be taken.
     """
     while True:
         opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
@@ -152,18 +152,18 @@ def _locked(lock: Path, how: int) -> int:
 
 
 def _sweep(below: Path, locks: Path) -> None:
-    """Removes what nobody needs any more of all that is unpacked here. Never raises: tidiness is no reason to fail."""
+    """Remove unused bundles and leftovers of ended processes. Never raise: a failed clean-up is no reason to fail."""
     try:
         names = os.listdir(below)
     except OSError:
         return
     for name in names:
-        digest, unfinished, of = name.partition(UNFINISHED)
+        digest, unfinished, process = name.partition(UNFINISHED)
         digest = digest.partition(DAMAGED)[0]
         with suppress(OSError, StorageError):
             check_digest(digest)
             if unfinished:
-                ended = has_ended(of)
+                ended = has_ended(process)
                 if ended or (ended is None and _is_old(below / name)):
                     remove_folder(below / name)
             else:
@@ -171,19 +171,19 @@ def _sweep(below: Path, locks: Path) -> None:
 
 
 def _remove_unused(folder: Path, lock: Path) -> None:
-    """Removes a bundle, or a damaged one that was put aside, that is old and that no process uses.
+    """Remove a bundle, or a damaged one that was put aside, if it is old and no process uses it.
 
     Raises:
-        OSError: One does, or it cannot be removed.
+        OSError: A process uses it, or it cannot be removed.
     """
     is_damaged = folder.name != lock.name
-    if not lock.exists():  # it comes from another version: its time begins now
+    if not lock.exists():  # another version of the launcher made it: count its age from now
         lock.touch(0o600)
     if not _is_old(folder if is_damaged else lock):
         return
     opened = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
-        if not _is_old(folder if is_damaged else lock):  # it was used in between
+        if not _is_old(folder if is_damaged else lock):  # it was used before the lock was taken
             return
         gone = folder.with_name(f"{lock.name}{UNFINISHED}{owner()}{secrets.token_hex(4)}")
         os.rename(folder, gone)

@@ -1,10 +1,15 @@
-"""The process that others are forked from: what they need is imported, no thread runs in it, no GPU was touched.
+"""The fork server: a process with the needed modules imported, no other thread and no GPU in use, to fork others from.
 
-It is the standard library's fork server, with three things added. Any process of the same user and host can fork
-from it, not only the one that started it: one import of torch, begun while Ray starts, serves all agents of the
-driver's host, every restart of a training process, and the loader processes of each. A process ends with the one that
-asked for it, its parent, though it is the server's child. And the server may die: its processes are then known to be
-lost, and the next fork starts another.
+It is the standard library's fork server with three additions:
+
+- Any process of the same user and host can fork from it, not only the one that started it. One import of torch, begun
+  while Ray starts, serves all agents on the driver's host, every restart of training processes and their loaders.
+- A forked process ends with its parent, the process that asked for it, although it is a child of the server.
+- The server may die. Its processes then count as lost, and the next fork starts another server.
+
+It replaces private parts of ``multiprocessing.forkserver`` (tested with Python 3.11): the module's global
+``_forkserver`` and its ``connect_to_new_process``, and the attributes of ``ForkServer`` that hold the address, the
+process id and the descriptor that keeps the server alive.
 """
 
 import fcntl
@@ -26,29 +31,30 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from typing import Any
 
-# From 3.14 on a client needs a key, which would have to travel; there, every process starts its own server.
+# From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
 _CAN_SHARE = sys.version_info < (3, 14)
 _ORPHAN_WAIT_S = 10.0
 _SAFE_PATH = "PYTHONSAFEPATH"
 _OURS = "launcher"
-"""The value that is this module's own: what is forked from a server may start programs of the user's, and drops it."""
+"""The value of PYTHONSAFEPATH that marks it as set here: forked processes remove it, so that the user's programs, which
+they may start, do not inherit it."""
 _own: Any = multiprocessing.forkserver._forkserver
-"""The server that this process starts, if it starts one."""
+"""The server that this process starts itself, if any."""
 
 
 class ServerLostError(ChildProcessError):
-    """The server died, and with it what it knows of a process that was forked from it, such as how that ended."""
+    """The server died before it reported how a process forked from it ended; nobody else knows that."""
 
 
 def start(modules: Sequence[str]) -> None:
-    """Starts this process's own server, unless it runs, and forks from it from now on.
+    """Start this process's own server unless it runs, and fork from it from now on.
 
-    It imports the modules in the background, and ends with this process. Strings hash alike in all that is forked from
-    it, on every host and in every attempt: sets of them have one order.
+    The server imports the modules in the background and ends with this process. String hashes are the same in every
+    process forked from it, on every host and in every attempt, so that sets of strings iterate in one order.
     """
-    os.environ["PYTHONHASHSEED"] = "0"  # an interpreter reads it when it starts
+    os.environ["PYTHONHASHSEED"] = "0"  # read by the interpreter at its start
     _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
-    # Ctrl-C reaches every process of the terminal; the server, which inherits this mask, has no say in it.
+    # Ctrl-C reaches every process of the terminal; the server inherits this mask and so ignores it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with _safe_path():
@@ -59,54 +65,61 @@ def start(modules: Sequence[str]) -> None:
 
 
 def stop() -> None:
-    """Ends this process's own server, if it runs, at once; what was forked from it goes on."""
-    if _own._forkserver_pid is not None:  # it may be about to die, and pass for one that runs
+    """Kill this process's own server if it runs; the processes forked from it go on."""
+    if _own._forkserver_pid is not None:  # a dying server may still look alive, so kill it in any case
         os.kill(_own._forkserver_pid, signal.SIGKILL)
-        with suppress(FileNotFoundError):  # its socket was removed
+        with suppress(FileNotFoundError):  # its socket is already removed
             _own._stop()
 
 
 def use(address: str, modules: Sequence[str] = ()) -> None:
-    """From now on this process forks from the server at ``address``.
+    """Fork from the server at ``address`` from now on.
 
-    ``modules``: What a server of its own is to import, which takes the place of that one if it dies.
+    Args:
+        address: The address of a server on this host.
+        modules: What this process's own server imports, which replaces that one if it dies.
     """
     _own.set_forkserver_preload([*modules])
     _fork_from(_SharedServer(address))
 
 
 def own_address() -> str | None:
-    """The address of the server that this process has started, or was forked from, if others can use it."""
+    """Return the address of the server that this process forks from; None if other processes cannot use it."""
     server: Any = multiprocessing.forkserver._forkserver
     return server._forkserver_address if _CAN_SHARE else None
 
 
 def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> "ChildProcess":
-    """Starts ``target(*args)`` in a process forked from the server; its standard streams are the server's.
+    """Start ``target(*args)`` in a process forked from the server; its standard streams are the server's.
 
-    If the server has died, one of this process's own takes its place.
+    If the server has died, a server of this process's own replaces it.
     """
     with _hidden_main():
         try:
             return _started(target, args, name)
-        except (ConnectionError, FileNotFoundError, EOFError):  # it has died, or does so before it tells of the process
+        except (ConnectionError, FileNotFoundError, EOFError):  # it died, at the latest before it sent the id
             _replace_server()
             return _started(target, args, name)
 
 
 def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
-    """Calls ``module:function`` in a process of its own, and returns or raises what it returns or raises.
+    """Call ``module:function`` in a forked process; return what it returns, or raise what it raises.
 
-    What the process prints is dropped, unless it dies of something that is no exception.
+    What the process prints is dropped unless it ends without returning or raising.
+
+    Args:
+        function: The function, as ``module:function``.
+        args: Its arguments.
+        timeout_s: The time limit; None: no limit.
 
     Raises:
         ServerLostError: The server died, and the process was killed.
-        ChildProcessError: The process died; the message says how, and ends with what it printed last.
-        TimeoutError: It has not returned in time, and was killed.
+        ChildProcessError: The process died; the message says how and ends with the last line that it printed.
+        TimeoutError: The function did not return in time, and the process was killed.
     """
     with tempfile.NamedTemporaryFile(prefix="launcher-", suffix=".log") as log:
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = fork(_answer, (theirs, log.name, function, args), function)
+        process = fork(_send_result, (theirs, log.name, function, args), function)
         theirs.close()
         try:
             if not ours.poll(timeout_s):
@@ -126,30 +139,32 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
 
 
 def resolve(function: str) -> Callable[..., Any]:
-    """The function that ``module:function`` names; importing its module here and not where it was named."""
+    """Import and return the function that ``module:function`` names."""
     module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return resolved
 
 
 def print_to(log_path: str) -> None:
-    """Sends this process's standard output and error to the end of a file."""
+    """Append this process's standard output and standard error to a file."""
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, not a test's capture
 
 
-def _answer(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
+def _send_result(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
     print_to(log_path)
     try:
-        answer: tuple[Any, Exception | None] = (resolve(function)(*args), None)
-    except Exception as error:  # raised again where the call was made
+        result: tuple[Any, Exception | None] = (resolve(function)(*args), None)
+    except Exception as error:  # the outermost border of the process; ``call`` raises it again
         traceback.print_exc()
-        answer = (None, error)
-    connection.send(answer)
+        result = (None, error)
+    connection.send(result)
 
 
 def _end_of(process: "ChildProcess") -> str:
+    """Return the predicate of a sentence about how the process ended."""
     code = process.exitcode or 0
     if process.is_server_lost:
         return "was lost with its fork server"
@@ -158,9 +173,9 @@ def _end_of(process: "ChildProcess") -> str:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Keeps the interpreters that start within it from importing what lies in the working directory.
+    """Keep interpreters that start in this context from importing files of the working directory.
 
-    They run a program that is given on the command line, and would look there first, such as for ``random``.
+    They run a program given with ``-c``, and would look there first, for ``random`` for example.
     """
     if _SAFE_PATH in os.environ:
         yield
@@ -174,7 +189,7 @@ def _safe_path() -> Iterator[None]:
 
 @contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Keeps a forked process from importing this process's main module a second time, such as Ray's worker script."""
+    """Keep a forked process from importing this process's main module again, such as Ray's worker script."""
     main = sys.modules["__main__"]
     path = main.__dict__.pop("__file__", None)
     try:
@@ -185,42 +200,44 @@ def _hidden_main() -> Iterator[None]:
 
 
 class ChildProcess(ForkServerProcess):
-    """A process that the kernel kills when its parent ends, in whatever way; the server, whose child it is, lives on.
+    """A process that the kernel kills when its parent ends, however that ends; the server, whose child it is, goes on.
 
-    A process that is stopped, or hangs in C, cannot notice by itself that nobody is left to hear of it; it would keep
-    its memory and its GPU. Linux can do this; elsewhere such a process has to be killed by hand.
+    A stopped process, or one that hangs in C, cannot notice the end of its parent by itself; it would keep its memory
+    and its GPU. This works on Linux; on other systems, such a process has to be killed by hand.
     """
 
     _popen: "_Popen"  # set by ``start``
     _lifeline: Connection
-    """The process's end of a pipe over which nothing is ever sent."""
+    """The process's end of a pipe that carries no data."""
     _held: Connection
-    """The parent's end, which the kernel closes with the parent."""
+    """The parent's end, which the kernel closes when the parent ends."""
 
     def start(self) -> None:
         self._lifeline, self._held = multiprocessing.Pipe(duplex=False)
         with self._lifeline, ExitStack() as on_failure:
-            on_failure.enter_context(self._held)  # what was forked nevertheless ends
+            on_failure.enter_context(self._held)  # closes the pipe, which ends a process that was forked all the same
             super().start()
             on_failure.pop_all()
 
     @property
     def is_server_lost(self) -> bool:
-        """Whether the server died before it told of the end of this process, of which nobody else can tell."""
+        """Whether the server died before it reported the end of this process; nobody else knows its exit code."""
         return self._popen.is_server_lost
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The lifeline comes first: to read the rest, such as a dataset, runs the user's code, which may hang.
+        # The lifeline is unpickled first: the rest, such as a dataset, runs the user's code, which may hang.
         state = {name: value for name, value in vars(self).items() if name != "_held"}
         return _tied_process, (self._lifeline,), state
 
     @staticmethod
-    def _Popen(process_obj: BaseProcess) -> "_Popen":  # noqa: N802  # as the standard library calls it
+    def _Popen(process_obj: BaseProcess) -> "_Popen":  # noqa: N802  # the name that the standard library uses
         return _Popen(process_obj)
 
 
 def _tied_process(lifeline: Connection) -> ChildProcess:
-    """Makes a process of the one that reads this, and ties it to its parent.
+    """Have the kernel kill the calling process when its parent ends, and return its process object.
+
+    The forked process calls it when it unpickles its ``ChildProcess``.
 
     Source: fcntl(2), F_SETSIG.
     """
@@ -230,15 +247,16 @@ def _tied_process(lifeline: Connection) -> ChildProcess:
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-        if lifeline.poll():  # the parent ended before
+        if lifeline.poll():  # the parent has already ended
             os.kill(os.getpid(), signal.SIGKILL)
     return ChildProcess.__new__(ChildProcess)
 
 
 class _Popen(popen_forkserver.Popen):
-    """What the parent knows of a process, of whose end the server tells. If the server dies, nobody can.
+    """The parent's handle of a process whose exit code the server reports.
 
-    The standard library then makes up the exit code 255, which a process may end with too, and leaves it running.
+    If the server dies, the standard library invents the exit code 255, which a process may also end with, and leaves
+    the process running. This class marks the process as lost and kills it.
     """
 
     is_server_lost = False
@@ -255,11 +273,11 @@ class _Popen(popen_forkserver.Popen):
 
 
 def _kill_orphan(pid: int) -> None:
-    """Kills a process that a dead server has left, and waits for its end: until then it holds its GPU.
+    """Kill a process that a dead server left, and wait for its end, because it holds its GPU until then.
 
-    Not for ever: one that hangs in the kernel, such as in a driver, ends when that lets it.
+    The wait has a limit: a process that hangs in the kernel, for example in a device driver, may end much later.
     """
-    with suppress(OSError):  # it has ended; or Linux is older than 5.3, and its end cannot be waited for
+    with suppress(OSError):  # it has ended; or Linux is older than 5.3 and cannot wait for it
         os.kill(pid, signal.SIGKILL)
         if sys.platform == "linux":
             process = os.pidfd_open(pid)
@@ -272,7 +290,7 @@ class _Context(ForkServerContext):
 
 
 CONTEXT = _Context()
-"""Makes processes forked from the server, for those that want a context of ``multiprocessing``."""
+"""The ``multiprocessing`` context whose processes are forked from the server, for example for a DataLoader."""
 
 
 def _started(target: Callable[..., None], args: tuple[Any, ...], name: str) -> ChildProcess:
@@ -287,18 +305,18 @@ def _fork_from(server: ForkServer) -> None:
 
 
 def _replace_server() -> None:
-    """Starts a server of this process's own in place of the one that does not answer."""
+    """Start this process's own server in place of the one that does not answer."""
     stop()
     start(_own._preload_modules)
 
 
 class _SharedServer(ForkServer):
-    """The client's side of a server that another process has started, and will end."""
+    """Client of a server that another process started and will end."""
 
     def __init__(self, address: str) -> None:
         super().__init__()
         self._forkserver_address = address
-        # Every request hands over a descriptor that keeps the server alive; this one keeps nothing alive.
+        # Every request sends a descriptor that keeps the server alive; /dev/null keeps nothing alive.
         self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
 
     def ensure_running(self) -> None:

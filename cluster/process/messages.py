@@ -1,11 +1,11 @@
-"""What the processes of a run tell the driver, as frozen dataclasses. What they are told is in ``orders``.
+"""Messages from the processes of a run to the driver, as frozen dataclasses. ``orders`` has those to the processes.
 
     training process  -- Beat, Report -->                              agent
     agent             -- Hello, StillHere, FromWorker, LogNotKept -->  driver
     Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost -->  driver
 
-An agent passes a ``Report`` on as it is, in a ``FromWorker`` that says whose it is. Messages of one sender arrive in
-order. All values are plain, or frozen dataclasses of plain values, so that every process can unpickle them.
+An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
+arrive in order. All values are plain, or frozen dataclasses of plain values, so that every process can unpickle them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from cluster.errors import Cause
 from cluster.run.manifest import Share
 
 Doing = Literal["start", "restore", "data", "forward", "backward", "validation", "storage", "exchange"]
-"""What a training process can be at; within a step, in this order. A process in an exchange waits for the others,
-wherever they are, and so comes last."""
+"""Phase of a training process; within a step, in this order. A process in ``exchange`` waits for the others, so it is
+the furthest of all that have completed the same step, and comes last."""
 DOING: tuple[Doing, ...] = get_args(Doing)
 
 Spent = Mapping[str, float]
@@ -29,16 +29,16 @@ Spent = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life and of progress."""
+    """Heartbeat: the process lives, and this is its progress."""
 
     doing: Doing
-    """What the process does since the last mark."""
+    """The current phase."""
     step: int
-    """The optimizer steps completed by then."""
+    """The optimizer steps completed when the phase began."""
     is_first_step: bool
     """This process has not completed a step yet."""
     for_s: float
-    """Seconds since the last mark, when the beat left."""
+    """Seconds since the phase began."""
     spent: Spent
 
 
@@ -50,18 +50,19 @@ class MeetingPlace:
     """Rank 0 has opened the store of the process group."""
 
     port: int
+    """The port at which the store listens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnvironmentsCompared:
-    """What the bits of this attempt depend on beside the description. Rank 0 says it for all."""
+    """What decides the bits of this attempt, apart from the description. Rank 0 sends it for all."""
 
     workers: Sequence[Mapping[str, Any]]
-    """The environments, as they are stored in the run directory: one for each group of ranks that are alike."""
+    """The environments as stored in the run directory: one for each group of equal ranks."""
     differences: str
-    """What differs between workers and where, in a line; empty if nothing does."""
+    """What differs between workers and where, in one line; empty if nothing does."""
     is_refused: bool
-    """The workers differ so that they do not train."""
+    """The workers do not train because of the differences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,55 +76,55 @@ class TrainingStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FellBack:
-    """A checkpoint is bad, and the one before it is tried. Rank 0 says it for all."""
+    """A checkpoint is bad, and the one before it is tried next. Rank 0 sends it for all."""
 
     step: int
-    """Of the bad checkpoint."""
+    """The step of the bad checkpoint."""
     defect: str
-    """What is wrong with it, in a line."""
+    """What is wrong with it, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowLogged:
-    """A row of the metrics. Rank 0 says it for all."""
+    """A row of the metrics. Rank 0 sends it for all."""
 
     row: Mapping[str, Any]
-    """As it is stored; it has ``step``, ``epoch`` and ``samples``."""
+    """The row as stored; it has ``step``, ``epoch`` and ``samples``."""
     time: float
-    """Unix time at which it was sent, by the clock of the worker."""
+    """The Unix time at which it was sent, by the worker's clock."""
     spent: Spent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatrixMeasured:
-    """A validation gave a matrix, such as a confusion matrix. Rank 0 says it for all."""
+    """A matrix from a validation, such as a confusion matrix. Rank 0 sends it for all."""
 
     name: str
-    """Such as ``val/confusion``."""
+    """The name of the metric, such as ``val/confusion``."""
     step: int
     classes: Sequence[str]
     """The names of rows and columns."""
     values: Sequence[Sequence[float | None]]
-    """By true and predicted class; None where a value is not finite."""
+    """Values by true class, then by predicted class; None where a value is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepEvent:
-    """Something at a step that belongs into the log of events. Rank 0 says it for all."""
+    """An event at a step, for the event log. Rank 0 sends it for all."""
 
     kind: Literal["step_skipped", "early_stop"]
     step: int
     reason: str
-    """In a line, for people."""
+    """The reason in one line, for people."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveSkipped:
-    """All workers skip a checkpoint because this one is still writing the one before."""
+    """All workers skip a checkpoint because this worker is still writing the previous one."""
 
     step: int
     reason: str
-    """In a line, for people."""
+    """The reason in one line, for people."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,40 +133,40 @@ class ShareWritten:
 
     share: Share
     seconds: float
-    """What hashing and writing took."""
+    """Seconds that hashing and writing took."""
     best_step: int | None
-    """The step of the best checkpoint so far, if a metric is watched for it."""
+    """The step of the best checkpoint so far; None if no metric decides which is the best."""
     best_metric: float | None
-    """The value of that metric then."""
+    """The value of that metric at that step."""
     spent: Spent
-    """Up to the step of the checkpoint."""
+    """Seconds by phase up to the step of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A worker has done its work, and all that it has to save is written."""
+    """A worker has ended its work, and has written its share of every checkpoint."""
 
     step: int
     completed: bool
-    """The run has no step left; if False, it stops here."""
+    """The run has no step left; False: it was stopped at this step."""
     spent: Spent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """Why a training process ends, in its own words."""
+    """The error that ends a training process, from the process itself."""
 
     error: str
     """The name of a class of ``cluster.errors``."""
     cause: Cause
     message: str
-    """In a line, for people."""
+    """The error in one line, for people."""
     step: int | None
     """The optimizer steps completed; None: every worker would fail in the same way."""
     place: str
-    """The step and line at which the user's code failed; empty if it was not the user's code."""
+    """The step and line at which the user's code failed; empty if the failure was not in the user's code."""
     traceback: str
-    """Of the user's code, or empty."""
+    """The traceback through the user's code, or empty."""
 
 
 # From an agent to the driver, about its training process.
@@ -176,18 +177,18 @@ class Exited:
     """How a training process ended."""
 
     exit_code: int | None
-    """Negative: the number of the signal that killed it. None: its fork server was lost, and the process with it."""
+    """Negative: the number of the signal that killed it. None: its fork server died, so the exit code is unknown."""
     oom_kill: bool
-    """The kernel has just killed a process for want of memory."""
+    """The kernel has just killed a process because memory ran out."""
     step: int
-    """The optimizer steps completed by its last beat."""
+    """The optimizer steps completed at its last heartbeat."""
     log_tail: str
     """The last lines that it printed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSpent:
-    """What the time of a training process went into: compared with the others', it tells who is slow."""
+    """The seconds of a training process by phase; comparing the processes shows which is the straggler."""
 
     step: int
     spent: Spent
@@ -195,7 +196,7 @@ class TimeSpent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hung:
-    """A training process has made no progress for longer than its limit."""
+    """A training process has made no progress for longer than its time limit."""
 
     step: int
     """The optimizer steps completed."""
@@ -204,14 +205,14 @@ class Hung:
     for_s: float
     """Seconds without progress."""
     is_silent: bool
-    """It does not even send beats: it is stopped, or its host has no time for it."""
+    """It sends no heartbeats either: it is stopped, or its host gives it no processor time."""
     stack: str
-    """The Python stack, innermost call first; of a silent process, what Linux says of its state."""
+    """The Python stack, innermost call first; for a silent process, the state line that Linux reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class GoesOn:
-    """A training process that was said to hang makes progress again."""
+    """A training process reported as hung makes progress again."""
 
 
 Report = (
@@ -231,12 +232,12 @@ Report = (
     | Hung
     | GoesOn
 )
-"""What is said by or about one training process."""
+"""A message from or about one training process."""
 
 
 @dataclass(frozen=True, slots=True)
 class FromWorker:
-    """A report, and which process it is by or about."""
+    """A report with the rank and attempt of its training process."""
 
     rank: int
     attempt: int
@@ -248,13 +249,13 @@ class FromWorker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """An agent is there."""
+    """An agent has started."""
 
     rank: int
     id: str
-    """Of this agent and no other."""
+    """A unique id of this agent."""
     generation: int
-    """Counts starts of the agents of a run."""
+    """How often the agents of the run were started, this start included."""
     node: str
     """The id of its node."""
     address: str
@@ -264,7 +265,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class StillHere:
-    """An agent says every ``HERE_INTERVAL_S`` that it lives."""
+    """Heartbeat of an agent, every ``HERE_INTERVAL_S``."""
 
     rank: int
     id: str
@@ -272,42 +273,42 @@ class StillHere:
 
 @dataclass(frozen=True, slots=True)
 class LogNotKept:
-    """The store has not taken a worker's log. Said once until it takes one again."""
+    """A worker's log could not be written to the store. Sent once, and again only after a write has succeeded."""
 
     rank: int
     reason: str
-    """In a line, for people."""
+    """The error in one line, for people."""
 
 
-# From Ray Train's controller to the driver. They may come late, so each names the generation that it is about.
+# From Ray Train's controller to the driver. They may arrive late, so each has the generation that it is about.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentsPlaced:
-    """Ray holds a place for each agent of a generation, or has let go of them."""
+    """Ray has reserved resources for each agent of a generation, or has released them."""
 
     generation: int
     nodes: Sequence[str]
-    """The ids of the nodes, by rank; empty: the places are free again."""
+    """The ids of the nodes, by rank; empty: the resources are released."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentsUnplaced:
-    """Ray has not found room for all agents, and has started none."""
+    """Ray found no room for all agents, and has started none."""
 
     generation: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentsLost:
-    """Ray has lost agents, or could not start them. The others live until the next start."""
+    """Ray lost agents or could not start them. The other agents live until the next start."""
 
     generation: int
     lost: Mapping[int, str]
-    """What Ray says of each agent that is lost, by rank; empty: all are lost, or none has started."""
+    """Ray's reason for each lost agent, by rank; empty: all are lost, or none was started."""
     reason: str
-    """Why, if no agent is named."""
+    """Ray's reason if ``lost`` is empty."""
 
 
 ToDriver = FromWorker | Hello | StillHere | LogNotKept | AgentsPlaced | AgentsUnplaced | AgentsLost
-"""What the driver hears."""
+"""A message to the driver."""

@@ -1,4 +1,4 @@
-"""What the processes of a run are told, as frozen dataclasses. What they tell is in ``messages``.
+"""Messages to the processes of a run, as frozen dataclasses. ``messages`` has those to the driver.
 
 driver  -- Task, Orders -->  agent
 agent   -- Stop, Meet -->    training process
@@ -9,72 +9,70 @@ from dataclasses import dataclass
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
-"""The address of rank 0 where all workers are on one node."""
+"""The address of rank 0 if all workers are on one node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a training process is to do."""
+    """What a training process runs, and where."""
 
     entry: str
-    """``module:function``, called with the link and this task in the training process. A name, because the agent must
-    not import what the training process needs."""
+    """``module:function``, which the training process calls with its ``AgentLink`` and this task. It is a name because
+    the agent must not import what the training process needs."""
     run_url: str
     """The run directory."""
     import_paths: tuple[str, ...]
     """Folders of the user's own modules."""
     working_directory: str
-    """Where relative paths of the user's data start, without a bundle on every host."""
+    """Without a bundle: the working directory on every host, to which relative paths of the user's data refer."""
     code: str | None = None
-    """The digest of the bundle of the user's own modules, which come before those in folders; None: no bundle."""
+    """The digest of the bundle of the user's modules, which come before those in ``import_paths``; None: no bundle."""
     code_directory: str | None = None
-    """The folder in the bundle of which each training process makes a copy, in which relative paths start; None: they
-    start in an empty folder."""
+    """The folder of the bundle that each training process copies to its working directory; None: that is empty."""
     fork_server: str | None = None
-    """The address of a server to fork from, if there is one on the worker's host."""
+    """The address of the server to fork from; None: the agent starts its own."""
     rank: int = 0
-    """This worker among all."""
+    """The number of this worker, from 0."""
     world_size: int = 1
-    """How many workers there are."""
+    """The number of workers."""
     attempt: int = 0
-    """Counts starts of the worker group's processes, from 0."""
+    """The number of this attempt, from 0: each start of the training processes is one."""
     host: str = LOOPBACK
     """The address of rank 0."""
     address: str = LOOPBACK
-    """This worker's address for the others."""
+    """The address at which the others reach this worker."""
     on_gpu: bool = False
-    """Whether this worker has a GPU, which is visible as the only one."""
+    """This worker has a GPU, the only one visible to it."""
     hang_timeout_s: float = math.inf
     """Seconds without progress after which the training process counts as hung."""
     first_step_timeout_s: float = math.inf
-    """The same, from its start to the end of its first step."""
+    """The same limit from the start of the process to the end of its first step."""
     data_fingerprint: str | None = None
-    """What the plan found of the data, for every worker to compare; None: it is not compared."""
+    """The fingerprint of the data that the plan made, which every worker compares with its own; None: no comparison."""
     may_differ: bool = False
-    """Workers train together even if they differ in what may change bits, such as their GPUs."""
+    """Workers train together even if they differ in something that may change bits, such as their GPUs."""
     content: Any = None
-    """The job, which only the entry understands."""
+    """The job, which only the entry function reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Orders:
-    """All that the driver wants: an agent that comes late, or misses a version, reads the same."""
+    """All that the driver wants: an agent that starts late or misses a version needs only the newest one."""
 
     version: int = 0
     """Grows with every change."""
     attempt: int | None = None
-    """The attempt to run; None: not yet."""
+    """The attempt to run; None: run none yet."""
     agents: frozenset[str] = frozenset()
-    """The ids of the agents that run it. An agent that Ray has lost may live on, and read orders that are not its
-    own."""
+    """The ids of the agents that run the attempt. An agent that Ray has lost may live on and read orders for others."""
     host: str = LOOPBACK
     """The address of rank 0 for the others."""
     meeting_port: int | None = None
-    """The port of rank 0's store in this attempt, once it is known."""
+    """The port of rank 0's store in this attempt; None: not known yet."""
     stop: bool = False
-    """Save and end."""
+    """The training processes save and end."""
     end: bool = False
-    """The run is over: end now."""
+    """The run is over: the agents end now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Meet:
-    """Where the workers of this attempt meet."""
+    """The address of the store at which the workers of this attempt meet."""
 
     host: str
     """The address of rank 0."""
@@ -93,4 +91,4 @@ class Meet:
 
 
 Order = Stop | Meet
-"""What a training process is told while it runs."""
+"""A message to a training process while it runs."""

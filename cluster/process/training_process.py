@@ -1,6 +1,6 @@
-"""The training process: as its agent sees it, and its own first lines.
+"""The training process: its handle in the agent, and the first function that it runs.
 
-It is forked from a server that has torch imported and has touched no GPU, so it is there in a fraction of a second.
+It is forked from a server that has torch imported and has used no GPU, so it starts in a fraction of a second.
 """
 
 import faulthandler
@@ -25,26 +25,30 @@ from cluster.process.messages import DOING, Beat, Exited, Failed, GoesOn, Hung, 
 from cluster.process.orders import Meet, Order, Stop, Task
 from cluster.process.workplace import take_environment, take_place
 
-FAULTS_VARIABLE = "LAUNCHER_FAULTS"
-"""The environment variable that names a plan of faults, see ``cluster.process.faults``."""
+ACTIVITY_VARIABLE = "LAUNCHER_ACTIVITY"
+"""The one hook for fault drills: an environment variable that holds ``module:function``.
+
+If it is set, each training process calls the function with its connection to the agent, its rank and its attempt, and
+uses the ``Activity`` that it returns. The call comes before the user's folders are added to the import path.
+"""
 _TIME_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
 _AT_STORE = ("restore", "storage")
-"""What a process does that lasts as long as its store takes."""
-_FAULT = "Fatal Python error:"
-"""How the stack begins that ``faulthandler`` prints of a process that crashes."""
+"""Phases that last as long as the store takes."""
+_CRASH = "Fatal Python error:"
+"""First words of what ``faulthandler`` prints when a process crashes."""
 _NOISE = ("frame #", "Extension modules:")
-"""Lines about C++ that crashes print, and people do not read."""
+"""How lines about C++ begin that a crash prints and that help nobody."""
 
 
 def standstill_s(beat: Beat) -> float:
-    """The seconds without progress that a beat tells of.
+    """Return the seconds without progress according to a heartbeat.
 
-    Until its own first step is done, wherever the run stands, a process may be long about building, reading, compiling
-    and tuning, so all of that is one. What reads or writes a checkpoint is as slow as its store, which has limits of
-    its own, and does not count.
+    Before its first step, at whatever step of the run, a process may take long to build, read, compile and tune, so all
+    phases up to the end of that step count together. Reading and writing checkpoints never counts: it is as slow as the
+    store, which has time limits of its own.
     """
     if beat.is_first_step:
         return sum(seconds for doing, seconds in beat.spent.items() if doing not in _AT_STORE)
@@ -52,7 +56,7 @@ def standstill_s(beat: Beat) -> float:
 
 
 class TrainingProcess:
-    """A forked process that trains, as its agent sees it."""
+    """An agent's handle of a training process, which it forks."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -62,9 +66,9 @@ class TrainingProcess:
         self._log_path = self._folder / f"worker-{task.rank}.log"
         self._log_path.touch()
         self._connection, theirs = multiprocessing.Pipe()
-        self._met = self._stopped = self._is_hung = False
-        self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until it speaks for itself
-        self._heard_at = self._time_told_at = time.monotonic()
+        self._meeting_place_sent = self._stop_sent = self._is_hung = False
+        self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until its first heartbeat
+        self._received_at = self._time_reported_at = time.monotonic()
         self._process = fork_server.fork(
             run_training,
             (theirs, task, str(self._log_path), dict(os.environ)),
@@ -76,14 +80,14 @@ class TrainingProcess:
         self.oom_kills = OomKills(self._process.pid)
 
     def sources(self) -> list[Connection | int]:
-        """What to wait on for news of the process."""
+        """Return what ``multiprocessing.connection.wait`` waits on for messages and for the end of the process."""
         return ([self._connection] if self._open else []) + ([] if self.end_reported else [self._process.sentinel])
 
     def has_ended(self) -> bool:
         return not self._process.is_alive()
 
     def end(self) -> Exited:
-        """How the process ended, for one that has."""
+        """Return how the process ended; call it only when the process has ended."""
         return Exited(
             exit_code=None if self._process.is_server_lost else self._process.exitcode,
             oom_kill=self.oom_kills.any_lately(),
@@ -92,32 +96,32 @@ class TrainingProcess:
         )
 
     def reports(self) -> list[Report]:
-        """What the process has sent since the last call; does not wait."""
+        """Return the reports that have arrived since the last call, without waiting; keep the newest heartbeat."""
         reports: list[Report] = []
         try:
             while self._open and self._connection.poll():
-                self._heard_at = time.monotonic()
+                self._received_at = time.monotonic()
                 batch: list[Beat | Report] = self._connection.recv()
                 for sent in batch:
                     if isinstance(sent, Beat):
                         self._beat = sent
                     else:
                         reports.append(sent)
-        except (EOFError, OSError):  # it has ended; how is told by its exit code
+        except (EOFError, OSError):  # it has ended; its exit code says how
             self._open = False
         return reports
 
-    def news_of_time(self) -> list[TimeSpent]:
-        """Every few seconds, what the time of the process has gone into."""
+    def time_reports(self) -> list[TimeSpent]:
+        """Return a report of the seconds by phase every few seconds, after the first step."""
         beat, now = self._beat, time.monotonic()
-        if beat.is_first_step or now - self._time_told_at < _TIME_INTERVAL_S:
+        if beat.is_first_step or now - self._time_reported_at < _TIME_INTERVAL_S:
             return []
-        self._time_told_at = now
+        self._time_reported_at = now
         return [TimeSpent(step=beat.step, spent=beat.spent)]
 
-    def news_of_progress(self) -> Hung | GoesOn | None:
-        """A report when the process has made no progress for too long, where it stands; and when it goes on again."""
-        beat, silent_s = self._beat, time.monotonic() - self._heard_at
+    def progress_report(self) -> Hung | GoesOn | None:
+        """Return a report when the process begins to count as hung, and when it makes progress again; else None."""
+        beat, silent_s = self._beat, time.monotonic() - self._received_at
         for_s, hang_timeout_s = silent_s + standstill_s(beat), self.task.hang_timeout_s
         limit_s = self.task.first_step_timeout_s if beat.is_first_step else hang_timeout_s
         is_hung = for_s >= limit_s
@@ -126,7 +130,7 @@ class TrainingProcess:
         self._is_hung = is_hung
         if not is_hung:
             return GoesOn()
-        is_silent = silent_s >= min(limit_s, hang_timeout_s) / 2  # not even its link's thread says anything
+        is_silent = silent_s >= min(limit_s, hang_timeout_s) / 2  # its link's thread sends nothing either
         return Hung(
             step=beat.step,
             doing=beat.doing,
@@ -137,7 +141,7 @@ class TrainingProcess:
         )
 
     def _stack(self) -> str:
-        """The Python stack of the process's main thread, innermost call first, which it prints at a signal."""
+        """Have the process print the Python stack of its main thread, and return it, innermost call first."""
         assert self._process.pid is not None
         before = len(self.log())
         os.kill(self._process.pid, signal.SIGUSR1)
@@ -145,55 +149,61 @@ class TrainingProcess:
         return self.log()[before:].decode(errors="replace").strip()
 
     def tell_meeting_place(self, host: str, port: int) -> None:
-        if not self._met:
-            self._met = True
-            self._tell(Meet(host, port))
+        """Send the address of rank 0's store, once."""
+        if not self._meeting_place_sent:
+            self._meeting_place_sent = True
+            self._send(Meet(host, port))
 
     def tell_stop(self) -> None:
-        if not self._stopped:
-            self._stopped = True
-            self._tell(Stop())
+        """Send the order to save and end, once."""
+        if not self._stop_sent:
+            self._stop_sent = True
+            self._send(Stop())
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing, and waits for its end."""
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._process.join()
 
     def discard_files(self) -> None:
-        """Deletes its log, and the working directory that it had if its host lacks that of the run."""
+        """Delete the log of the process, and its working directory if that was a copy from a bundle."""
         shutil.rmtree(self._folder, ignore_errors=True)
         sweep_own_folders()
 
     def log(self) -> bytes:
-        """What the process printed, or the end of it if it is long."""
+        """Return what the process printed, at most the last 16 MiB."""
         with open(self._log_path, "rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(0, size - _LOG_LIMIT_BYTES))
             return log.read()
 
     def log_tail(self) -> str:
-        """The last lines of the log; of a crash, the whole Python stack."""
+        """Return the last lines of the log; after a crash, the whole Python stack."""
         lines = [line for line in self.log().decode(errors="replace").splitlines() if not line.startswith(_NOISE)]
-        fault = next((number for number, line in enumerate(lines) if line.startswith(_FAULT)), len(lines))
-        return "\n".join(lines[min(fault, max(0, len(lines) - _TAIL_LINES)) :])
+        crash = next((number for number, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
+        return "\n".join(lines[min(crash, max(0, len(lines) - _TAIL_LINES)) :])
 
-    def _tell(self, order: Order) -> None:
+    def _send(self, order: Order) -> None:
         try:
             self._connection.send(order)
-        except OSError:  # it has just ended, which its sentinel tells
+        except OSError:  # it has just ended, which its sentinel shows
             self._open = False
 
 
 def run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
-    """The first lines of a training process: its own log, quiet signals, its place, then the entry.
+    """Run a training process: redirect its output, set its signals, take its place on the host, call the entry.
 
-    ``environment`` is the agent's.
+    Args:
+        connection: The connection to the agent.
+        task: What to run.
+        log_path: The file that takes what the process prints.
+        environment: The agent's environment variables.
     """
     take_environment(environment)
     fork_server.print_to(log_path)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which orders a stop
-    faulthandler.register(signal.SIGUSR1, all_threads=False)  # prints the stack, when the agent wants to know it
-    faulthandler.enable(all_threads=False)  # and when the process crashes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which then orders a stop
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # the agent asks for the stack
+    faulthandler.enable(all_threads=False)  # a crash prints it too
     be_taken_first()
     began = datetime.now(UTC).isoformat(timespec="seconds")
     print(
@@ -204,27 +214,26 @@ def run_training(connection: Connection, task: Task, log_path: str, environment:
     try:
         task = take_place(task)
         fork_server.resolve(task.entry)(link, task)
-    except Exception as error:  # the last door of the process: whatever is not told here, nobody hears of
+    except Exception as error:  # the outermost border of the process: no one else would report it
         traceback.print_exc()
-        link.send(_last_words(error))
+        link.send(_failure_report(error))
         link.close()
         os._exit(1)
     link.close()
 
 
 def _make_activity(connection: Connection, task: Task) -> Activity:
-    """What the process tells of its work; where a plan of faults is given, which no production does, they happen."""
-    plan = os.environ.get(FAULTS_VARIABLE)
-    if plan is None:
+    """Make the activity of this process, by the function that ``ACTIVITY_VARIABLE`` names if it is set."""
+    hook = os.environ.get(ACTIVITY_VARIABLE)
+    if hook is None:
         return Activity()
-    from cluster.process.faults import FaultyActivity
+    activity: Activity = fork_server.resolve(hook)(connection, task.rank, task.attempt)
+    return activity
 
-    return FaultyActivity(connection, Path(plan), task.rank, task.attempt)
 
-
-def _last_words(error: Exception) -> Failed:
-    """What the driver is told of the exception that ends a training process."""
-    if not isinstance(error, LauncherError):  # the entry lets no other out: it is what it needs of its host
+def _failure_report(error: Exception) -> Failed:
+    """Return the report for the exception that ends a training process."""
+    if not isinstance(error, LauncherError):  # the entry raises no others, so the host lacks what its import needs
         what = f"cannot train on this host: {type(error).__name__}: {one_line(error)}"
         error = ClusterError(what, cause="environment", step=0)
     return Failed(
@@ -238,9 +247,9 @@ def _last_words(error: Exception) -> Failed:
 
 
 def _state_of(pid: int | None) -> str:
-    """What Linux says of a process that says nothing itself, such as ``State: T (stopped)``."""
+    """Return the state of a process as Linux reports it, such as ``State:  T (stopped)``; empty if there is none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # no Linux, or just ended
+    except OSError:  # not Linux, or it has just ended
         return ""
     return next((line for line in lines if line.startswith("State")), "")

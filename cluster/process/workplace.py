@@ -1,6 +1,7 @@
-"""A worker's place on a host: the environment it runs in, its working directory, and the user's code.
+"""A worker's place on a host: environment variables, working directory and the user's code.
 
-A training process takes it, and so does the process of a call, which runs a function once where a worker would run.
+A training process takes this place, and so does the process of a ``Call``, which runs a function once where a worker
+would run.
 """
 
 import os
@@ -27,13 +28,13 @@ class Call:
     """A function to call once in the place of one worker.
 
     Attributes:
-        task: Its entry is the function, which is called with the task alone; code and directories are a worker's.
-        modules: What the fork server imports ahead: what the function needs, and what the training processes need that
-            are forked from the same server later.
-        resources: What one worker reserves; the call reserves the same where others could take it.
-        wait_s: The longest wait for a node with room, however often what was found is lost.
-        start_timeout_s: The longest wait for processes to start on the node.
-        timeout_s: The longest that the function may take; none: no limit.
+        task: Its entry is the function, called with the task alone; code and directories are those of a worker.
+        modules: What the fork server preloads: modules that the function needs, and those of the training processes
+            that are forked from the same server later.
+        resources: What one worker reserves; on a shared cluster, the call reserves the same.
+        wait_s: Time limit for finding a node with room, over all tries together.
+        start_timeout_s: Time limit for the start of processes on the node.
+        timeout_s: Time limit for the function; None: no limit.
     """
 
     task: "Task"
@@ -45,11 +46,11 @@ class Call:
 
 
 def fork_from(server: str | None, modules: tuple[str, ...] | list[str]) -> None:
-    """From now on this process forks from the server at an address, or from its own, if there is none.
+    """Fork from the given server from now on.
 
     Args:
-        server: The address.
-        modules: What a server of its own imports.
+        server: The address of the server; None: this process starts its own.
+        modules: What a server of this process preloads.
     """
     if server is None:
         fork_server.start(modules)
@@ -58,29 +59,30 @@ def fork_from(server: str | None, modules: tuple[str, ...] | list[str]) -> None:
 
 
 def take_environment(environment: Mapping[str, str]) -> None:
-    """Gives this process, which was forked, the environment of the process that asked for it.
+    """Give this forked process the environment variables of the process that asked for it.
 
-    In that one Ray says which GPU is whose; the fork server may have another.
+    Ray assigns GPUs by environment variables of that process; those of the fork server may differ.
     """
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # the fork server may have looked for another
+    tempfile.tempdir = None  # the fork server may have cached another folder
     address = fork_server.own_address()
     if address is not None:
-        fork_server.use(address)  # so that loader processes come from it too
+        fork_server.use(address)  # loader processes are forked from it too
 
 
 def take_place(task: "Task") -> "Task":
-    """Enters the working directory of a task, and finds the user's code.
+    """Change to the working directory of a task and make the user's code importable.
 
-    In the process that needs them, and not in its agent: a store that is slow must not silence that one.
+    The process that needs them calls this, and not its agent, because a slow store must not delay the agent's
+    heartbeats.
 
     Returns:
-        The task with what is known now: the import paths and the working directory on this host.
+        The task with the import paths and the working directory on this host.
 
     Raises:
-        OSError: This host lacks the working directory, and the task has no bundle to make a copy from.
-        StorageError: The bundle cannot be fetched, or unpacked here.
+        OSError: This host lacks the working directory, and the task has no bundle to copy it from.
+        StorageError: The bundle cannot be fetched or unpacked here.
     """
     if task.code is None:
         os.chdir(task.working_directory)
@@ -93,22 +95,19 @@ def take_place(task: "Task") -> "Task":
 
 
 def call_here(call: Call) -> Any:
-    """Makes a call on this host, in a process forked from the server that this process forks from.
-
-    Returns:
-        What the function returns.
+    """Make a call on this host, in a forked process, and return what the function returns.
 
     Raises:
         ChildProcessError: The process died; the message says how.
-        TimeoutError: The function took longer than it may.
+        TimeoutError: The function exceeded its time limit.
         ClusterError: This host lacks the working directory.
-        StorageError: The user's code cannot be had.
+        StorageError: The user's code cannot be fetched or unpacked here.
         Exception: What the function raises.
     """
     try:
         return fork_server.call(f"{__name__}:_call", call.task, dict(os.environ), timeout_s=call.timeout_s)
     finally:
-        sweep_own_folders()  # its working directory may have been a copy
+        sweep_own_folders()  # such as its working directory, if that was a copy
 
 
 def _call(task: "Task", environment: Mapping[str, str]) -> Any:

@@ -1,1 +1,1 @@
-"""All that knows Ray: the cluster, the worker group, its policies, calls on a node."""
+"""Everything that uses Ray: the cluster, the worker group, its policies, calls on a node."""

@@ -1,4 +1,4 @@
-"""The Ray cluster: starting one or joining one, and what its nodes have. Ray stays in ``cluster/ray_*.py``."""
+"""The Ray cluster: start one or join one, and read what its nodes have."""
 
 import importlib
 import logging
@@ -15,15 +15,15 @@ from cluster.errors import ClusterError, one_line
 from cluster.ray.token import find_token
 
 PLACEMENT_TIMEOUT_S = 15.0
-"""How long Ray Train waits for room for a group of agents, before it says that there is none."""
-# Set before Ray is imported, for it reads them then. Ray Train passes its own on to its actors.
+"""How long Ray Train waits for room for a group of agents before it gives up."""
+# Ray reads these when it is imported. Ray Train passes its own on to its actors.
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default of 2 s adds 8 s to the shortest run
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, and the driver looks for itself
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_TIMEOUT_S:g}",  # what was free may be taken meanwhile
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it is one more process, and the driver looks itself
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{PLACEMENT_TIMEOUT_S:g}",  # others may have taken what was free
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,18 +34,18 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 def import_ahead(*, joins: bool) -> None:
-    """Begins to import Ray in the background, for a process that has something else to wait for.
+    """Start to import Ray in the background, while the process waits for something else.
 
     Args:
-        joins: A cluster that is up; else it starts its own.
+        joins: The process will join a running cluster; False: it will start one.
     """
     _set_environment(joins=joins)
-    # No daemon: an interpreter that exits in the middle of the import of a C++ library can crash.
+    # Not a daemon thread: an interpreter that exits while it imports a C++ library can crash.
     threading.Thread(target=importlib.import_module, args=("ray.train",), name="import-ray").start()
 
 
 def _set_environment(*, joins: bool) -> None:
-    # A cluster that is up may have no token. Ray reads the mode once, and without it sends none to an address.
+    # A running cluster may have no token. Ray reads the mode once, and sends no token without it.
     token = {} if joins and find_token() is None else {"RAY_AUTH_MODE": "token"}
     for name, value in {**_ENVIRONMENT, **token}.items():
         os.environ.setdefault(name, value)
@@ -53,7 +53,7 @@ def _set_environment(*, joins: bool) -> None:
 
 @contextmanager
 def local_cluster(num_cpus: int) -> Iterator[None]:
-    """A cluster of this machine alone, for as long as the context lasts; it listens on loopback.
+    """Start a cluster of this machine alone, which listens on loopback; it ends with the context.
 
     Raises:
         ClusterError: Ray did not start.
@@ -86,13 +86,13 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
 
 @contextmanager
 def joined_cluster(address: str) -> Iterator[None]:
-    """The cluster whose head listens at ``HOST:PORT``, which this host is a node of.
+    """Join the cluster whose head listens at ``HOST:PORT``, of which this host is a node; leave it with the context.
 
     Raises:
-        ClusterError: There is none, or it does not let this process in.
+        ClusterError: No cluster listens there, or it refuses this process.
     """
     _set_environment(joins=True)
-    _check_listens(address)  # Ray itself would try for minutes
+    _check_listens(address)  # Ray itself would retry for minutes
     import ray
 
     from cluster.ray.private_core import without_working_directory
@@ -126,7 +126,7 @@ def _check_listens(address: str) -> None:
 
 
 def nodes() -> list[Node]:
-    """The nodes of the cluster that are alive.
+    """Return the nodes of the cluster that are alive.
 
     Raises:
         ClusterError: Ray is gone.
@@ -155,7 +155,7 @@ def nodes() -> list[Node]:
 
 
 def capacity() -> Capacity:
-    """What the cluster has, and what it may get.
+    """Return what the cluster has, and what its autoscaler may add.
 
     Raises:
         ClusterError: Ray is gone.
@@ -178,13 +178,13 @@ def _named_errors() -> Iterator[None]:
 
 
 def actor_on(node: str, actor: type, **options: Any) -> Any:
-    """An actor class whose actors live on a node and take no worker's place."""
+    """Return an actor class whose actors live on a node and reserve none of its resources."""
     import ray
 
     return ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node}, **options)(actor)
 
 
 def last_line(error: BaseException) -> str:
-    """What an error of Ray's says in the end, below the tracebacks of other processes."""
+    """Return the last line of an error of Ray's, which comes after the tracebacks of other processes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """Fork servers on the nodes of a Ray cluster other than the driver's.
 
-What an actor imports before it starts its server comes on top of every start, so this module needs next to nothing.
+An actor imports this module before it starts its server, which delays every start; so the module imports very little.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from cluster.ray.cluster import actor_on
 
 
 def host_on(node: str, modules: Sequence[str]) -> Any:
-    """The actor that keeps a fork server on a node, imports done; it begins to live now, unless there is one.
+    """Return the actor that keeps a preloaded fork server on a node; start it unless the node has one.
 
-    It lives as long as the handle that the first call for a node has returned, and so outlives agents: the next ones
-    find the server warm. Its name is known in the driver's own namespace alone.
+    The actor lives as long as the handle that the first call for the node returned. So it outlives agents, and the next
+    agents find the modules imported. Its name is visible in the driver's own namespace alone.
 
     Args:
         node: The id of the node.
-        modules: What its server imports.
+        modules: The modules that its server preloads.
     """
     return actor_on(node, _Host, name=_name(node), get_if_exists=True).remote(modules)
 
 
 def server_here() -> str | None:
-    """The address of the server that a host keeps on the node of this process; none if there is no host."""
+    """Return the address of the fork server on this process's node; None if no actor keeps one there."""
     import ray
 
     try:
@@ -39,12 +39,12 @@ def _name(node: str) -> str:
 
 
 class _Host:
-    """Keeps a server from which training processes are forked. An actor."""
+    """Ray actor: keeps a fork server for the training processes of a node."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self._modules = modules
         fork_server.start(modules)
 
     def address(self) -> str | None:
-        fork_server.start(self._modules)  # another one, if it has died
+        fork_server.start(self._modules)  # replace it if it has died
         return fork_server.own_address()

@@ -1,7 +1,7 @@
-"""The inspection of a Ray cluster's nodes, which runs there as a job: ``python -m cluster.ray.inspection``.
+"""Inspection of the nodes of a Ray cluster, run there as a job: ``python -m cluster.ray.inspection``.
 
-It reads the needs from an environment variable, has every node that is alive inspect itself, and prints the report as
-one marked line, see ``cluster/inspection/nodes.py``. It reserves no resources.
+The job reads the needs from an environment variable, has every living node inspect itself, and prints the report as one
+marked line, see ``cluster/inspection/nodes.py``. It reserves no resources.
 """
 
 import json
@@ -21,18 +21,18 @@ COMMAND = "command -v launcher >/dev/null || exit 127; exec python -P -m cluster
 """
 
 _ANSWER_TIMEOUT_S = 60.0
-"""Time limit for the nodes' answers: each starts a process, and tries a store that may not respond."""
+"""Time limit for the nodes' answers: each starts a process and tries a store that may not respond."""
 
 
 class NodeCheck:
-    """An actor that inspects its node.
+    """Ray actor: inspects its node.
 
     The class is pickled by value, so that a node without the launcher can report that. Its method therefore uses
     nothing of this module, and returns JSON.
     """
 
     def inspect(self, needs: str, node_id: str) -> str:
-        """The fields of ``NodeReport`` except ``id`` and ``address``, as JSON."""
+        """Return the fields of ``NodeReport`` except ``id`` and ``address``, as JSON."""
         import json
         import platform
 
@@ -42,7 +42,7 @@ class NodeCheck:
             from cluster.inspection import nodes
 
             found = nodes.inspect_node(nodes.needs_from_text(needs), node_id)
-        except Exception as error:  # the border of the process: whatever is wrong with the launcher there is the answer
+        except Exception as error:  # the border of the process: any defect of the launcher is a finding
             why = f"launcher cannot be used there: {' '.join(str(error).split())}; install it on every node"
             python = ".".join(platform.python_version_tuple()[:2])
             versions = {"python": python, "torch": "unknown", "launcher": "none"}
@@ -52,10 +52,10 @@ class NodeCheck:
 
 
 def inspect_nodes(needs: Needs) -> ClusterReport:
-    """Inspects the nodes of the cluster that this process has joined.
+    """Inspect the nodes of the cluster that this process has joined.
 
     Raises:
-        ClusterError: It is gone.
+        ClusterError: Ray is gone.
     """
     import ray
     from ray import cloudpickle
@@ -81,7 +81,7 @@ def inspect_nodes(needs: Needs) -> ClusterReport:
 
 
 def main() -> int:
-    """Prints the report, or why there is none; returns the exit code."""
+    """Print the report to stdout, or the error to stderr; return the exit code."""
     try:
         needs, address = nodes.needs_of_environment(), os.environ.get("RAY_ADDRESS")
         if address is None:

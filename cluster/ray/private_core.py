@@ -1,6 +1,6 @@
-"""The private parts of Ray that the program uses: what it relies on in each is said here.
+"""The private parts of Ray that the program uses, each with the behaviour that it relies on.
 
-Those of Ray Train are in ``cluster.ray.private_train``; they take a second to import, and these take no time.
+``cluster.ray.private_train`` has those of Ray Train, whose import takes a second; these cost nothing to import.
 """
 
 from collections.abc import Mapping
@@ -11,30 +11,30 @@ from ray.job_config import JobConfig
 
 
 def without_working_directory() -> JobConfig:
-    """What has ``ray.init`` leave the driver's working directory out of its workers' import paths.
+    """Return the job configuration with which workers do not get the driver's working directory in ``sys.path``.
 
-    Ray puts it first in their ``sys.path``, before the standard library, unless this argument says that the job is one
-    of Ray Client. The argument changes nothing else for a job without a runtime environment of local files.
+    Ray puts that directory first, before the standard library, unless ``_client_job`` marks the job as one of Ray
+    Client. The flag changes nothing else for a job without a runtime environment of local files.
     """
     return JobConfig(_client_job=True)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """What nothing reserves, by the id of the node; up to a heartbeat old."""
+    """Return the unreserved resources by node id; they may be one heartbeat old."""
     free: Mapping[str, Mapping[str, float]] = _ray_state.available_resources_per_node()
     return free
 
 
 def drain_deadlines_ms() -> Mapping[str, int]:
-    """The nodes that are being drained, by id, and when they end, in Unix milliseconds; 0: that is not known."""
+    """Return the draining nodes, by id, with the Unix time in milliseconds at which each ends; 0: unknown."""
     deadlines: Mapping[str, int] = _ray_state.state.get_draining_nodes()
     return deadlines
 
 
 def largest_resources() -> Mapping[str, float] | None:
-    """The most that the cluster may come to have; none: it has no autoscaler.
+    """Return the largest resources that the cluster may grow to; None: it has no autoscaler.
 
-    The sum of what the autoscaler has reported of its node groups. A group, or a resource, without a limit counts as
+    It is the sum over the node groups that the autoscaler has reported. A group or resource without a limit counts as
     ``sys.maxsize``.
     """
     largest: Mapping[str, float] | None = _ray_state.state.get_max_resources_from_cluster_config()
@@ -42,9 +42,9 @@ def largest_resources() -> Mapping[str, float] | None:
 
 
 def accelerator_here() -> str | None:
-    """The type of this machine's GPUs; none: it has none.
+    """Return the type of this machine's GPUs; None: it has no GPU.
 
-    A node that is started here has the resource ``accelerator_type:`` with this name.
+    A Ray node that is started here has the resource ``accelerator_type:`` with this name.
     """
     manager = get_accelerator_manager_for_resource("GPU")
     return None if manager is None else manager.get_current_node_accelerator_type()

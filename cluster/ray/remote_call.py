@@ -1,7 +1,7 @@
-"""One call in the place of a worker on a Ray cluster: what a worker reserves is reserved for as long as it takes.
+"""A call in the place of one worker on a Ray cluster, which reserves a worker's resources while the call lasts.
 
-The reservation is a placement group of one bundle, as Ray Train's are of several: it says exactly when there is room,
-an autoscaler hears of it while there is none, and with it end the processes that live in it.
+The reservation is a placement group of one bundle; Ray Train's have several. Ray says exactly when it has room for the
+group, asks an autoscaler for room if there is none, and ends the processes in the group when it is removed.
 """
 
 import time
@@ -19,30 +19,31 @@ from cluster.ray.policies import why_lost
 
 _MOST_TRIES = 3
 _LOOK_INTERVAL_S = 1
-"""How long Ray is asked at a time whether there is room; meanwhile Ctrl-C is not heard. Ray takes whole seconds."""
+"""How long each wait for room lasts; Python handles Ctrl-C only between waits. Ray takes whole seconds."""
 
 
 class _LostError(Exception):
-    """What one try needs of the cluster was lost."""
+    """A node or process that the call needs was lost; the call may succeed on another try."""
 
 
 def call_there(
     call: Call, hosts: dict[str, Any], tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
 ) -> Any:
-    """Makes a call on a node that has room for one worker; once more, if that is lost.
+    """Make a call on a node that has room for one worker; try again elsewhere if the node or a process is lost.
 
     Args:
-        call: What to call.
-        hosts: Takes the actors that keep fork servers on the nodes, by id: the servers live as long as these.
-        tell: Takes what is waited for, and where the function runs.
-        clock: Seconds that only grow.
+        call: The function, and what it needs.
+        hosts: The actors that keep fork servers on nodes, by node id; new ones are added. A server lives as long as
+            its actor is in here.
+        tell: Called with a line about what the call waits for, or where the function runs.
+        clock: A monotonic clock, in seconds.
 
     Returns:
         What the function returns.
 
     Raises:
         ChildProcessError, TimeoutError, StorageError, Exception: See ``call_here``.
-        ClusterError: There was no room in time, the node is not fit for it, or it was lost too often.
+        ClusterError: There was no room in time, the node cannot run the call, or every try was lost.
     """
     room = _Room(call, tell, clock)
     for number in range(1, _MOST_TRIES):
@@ -78,19 +79,19 @@ def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], r
 
 
 def _located(error: Exception, address: str) -> Exception:
-    """An error of a call, of the class it had, that says on which node it was; a lost fork server is a loss there."""
+    """Return the call's error with the node in its message; a lost fork server becomes a ``_LostError``."""
     if isinstance(error, fork_server.ServerLostError):
         return _LostError(f"node {address}: the process of the call {error}")
     if isinstance(error, LauncherError):
         error.args = (f"node {address}: {error}",)
         return error
     kind = ChildProcessError if isinstance(error, ChildProcessError) else TimeoutError
-    return kind(f"on node {address} {error}")  # they continue a sentence about the process
+    return kind(f"on node {address} {error}")  # their texts are predicates about the process
 
 
 @contextmanager
 def _reserved(call: Call, room: "_Room") -> Iterator[tuple[Any, str, str]]:
-    """The placement group that holds what one worker reserves, and the id and the address of its node."""
+    """Reserve what one worker reserves; yield the placement group, and the id and address of its node."""
     import ray
     from ray.util import placement_group, placement_group_table, remove_placement_group
 
@@ -101,19 +102,19 @@ def _reserved(call: Call, room: "_Room") -> Iterator[tuple[Any, str, str]]:
             room.wait(place)
             node = placement_group_table(place)["bundles_to_node_id"][0]
             addresses = {each.id: each.address for each in nodes()}
-        yield place, node, addresses.get(node, node)  # one that has just died has no address
+        yield place, node, addresses.get(node, node)  # a node that has just died has no address
     finally:
-        with suppress(ray.exceptions.RayError):  # then it ends with Ray
+        with suppress(ray.exceptions.RayError):  # Ray is gone, and the group with it
             remove_placement_group(place)
 
 
 class _Room:
-    """Waits for room, in all tries of a call together no longer than it may.
+    """Waits for room, with one time limit over all tries of a call.
 
     Args:
-        call: For which.
-        tell: Takes what is waited for.
-        clock: Seconds that only grow.
+        call: The call that needs room.
+        tell: Called with a line about what is missing.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, call: Call, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
@@ -121,7 +122,11 @@ class _Room:
         self._waited_s = 0.0
 
     def wait(self, place: Any) -> None:
-        """Returns once a placement group is there."""
+        """Return when the placement group is reserved.
+
+        Raises:
+            ClusterError: The time limit is over.
+        """
         call, looked_at, is_told = self._call, self._clock(), False
         while not place.wait(timeout_seconds=_LOOK_INTERVAL_S):
             if not is_told:
@@ -137,7 +142,7 @@ class _Room:
 
 
 def _server_on(node: str, call: Call, hosts: dict[str, Any]) -> str | None:
-    """The address of a fork server on a node, in which the workers there find their imports done later."""
+    """Return the address of a fork server on a node; workers that start there later fork from it, too."""
     import ray
 
     if node == ray.get_runtime_context().get_node_id():
@@ -148,14 +153,14 @@ def _server_on(node: str, call: Call, hosts: dict[str, Any]) -> str | None:
     try:
         server: str | None = ray.get(hosts[node].address.remote(), timeout=call.start_timeout_s)
     except ray.exceptions.RayError:
-        del hosts[node]  # the next try starts another one
+        del hosts[node]  # the next try starts another actor
         raise
     return server
 
 
 @contextmanager
 def _named_errors(where: str) -> Iterator[None]:
-    """Ray's errors as ours: what may go better elsewhere or later is a loss."""
+    """Turn Ray's errors into ours; one that may not come again on another try becomes a ``_LostError``."""
     from ray import exceptions
 
     try:
@@ -169,13 +174,13 @@ def _named_errors(where: str) -> Iterator[None]:
 
 
 class _Caller:
-    """Has what a worker has; the process that it forks for a call inherits that. An actor."""
+    """Ray actor: holds the resources of one worker; the process that it forks for a call inherits them."""
 
     def started(self) -> None:
-        """Returns once the actor has started."""
+        """Return when the actor has started."""
 
     def call(self, call: Call, server: str | None) -> tuple[Any, Exception | None]:
-        """What the function returns, or raises if it is one of our own errors; others are Ray's to tell."""
+        """Return the function's result, or the error if the caller knows its class; Ray reports other errors."""
         import ray
 
         fork_from(server, call.modules)

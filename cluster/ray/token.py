@@ -1,6 +1,6 @@
-"""The token of a Ray cluster: read from where Ray's own tools read it, never from a description.
+"""The authentication token of a Ray cluster, read from where Ray's own tools read it and never from a description.
 
-No error of this module holds the token or any part of it.
+No error of this module contains the token or a part of it.
 """
 
 import os
@@ -13,16 +13,16 @@ from cluster.errors import ClusterError
 TOKEN_ADVICE = "give the cluster's token in RAY_AUTH_TOKEN, or in the file that RAY_AUTH_TOKEN_PATH names"
 
 _TOKEN = re.compile("[!-~]+")
-"""What an HTTP header can carry after ``Bearer ``."""
+"""What an HTTP header can hold after ``Bearer ``."""
 
 
 def find_token() -> str | None:
-    """The token from RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; None if none of them has one.
+    """Return the token from RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; None: none has one.
 
     Whitespace around it is removed, because many tools end a file or a variable with a newline.
 
     Raises:
-        ClusterError: The named file cannot be read, or the source holds what cannot be a token.
+        ClusterError: The file cannot be read, or what the source holds cannot be a token.
     """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return _checked(token, "RAY_AUTH_TOKEN")
@@ -36,17 +36,17 @@ def find_token() -> str | None:
         raise ClusterError(f"RAY_AUTH_TOKEN_PATH={named}: is not there; {TOKEN_ADVICE}") from None
     except OSError as error:
         raise ClusterError(f"{path}: {error.strerror}; {TOKEN_ADVICE}") from error
-    except UnicodeDecodeError:  # its message quotes the file
+    except UnicodeDecodeError:  # its message would quote the file
         raise _no_token(str(path)) from None
 
 
 def token_files() -> list[Path]:
-    """The files that may hold a token of this user, with or without RAY_AUTH_TOKEN; they need not exist."""
+    """Return the files that may hold a token of this user, even if RAY_AUTH_TOKEN is set; they need not exist."""
     return list(dict.fromkeys([_token_path(), _usual_path()]))
 
 
 def known_tokens() -> list[str]:
-    """The tokens that this user has, from every source that can be read."""
+    """Return this user's tokens from every source that can be read."""
     texts = [os.environ.get("RAY_AUTH_TOKEN", "")]
     for path in token_files():
         with suppress(OSError, UnicodeDecodeError):
@@ -64,7 +64,11 @@ def _usual_path() -> Path:
 
 
 def _checked(token: str, source: str) -> str:
-    """The token, if it can be one; it may be empty."""
+    """Return the token, which may be empty.
+
+    Raises:
+        ClusterError: It cannot be a token.
+    """
     if token and not _TOKEN.fullmatch(token):
         raise _no_token(source)
     return token

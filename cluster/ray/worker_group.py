@@ -1,7 +1,8 @@
-"""Ray Train: runs one agent per worker, and carries messages between agents and driver.
+"""The worker group: one agent per worker on Ray Train, and the messages between agents and driver.
 
-Ray Train places, starts, watches and replaces the agents. It is told nothing of checkpoints and steps: its reports
-are a barrier of all workers, and its own bookkeeping of checkpoints can make a run unstartable.
+Ray Train places, starts, watches and replaces the agents. It learns nothing of steps and checkpoints, because
+``ray.train.report`` is a barrier of all workers, and a damaged checkpoint record of Ray Train's can keep a run from
+starting.
 """
 
 import tempfile
@@ -27,22 +28,23 @@ _RETRY_INTERVAL_S = 1.0
 
 
 class WorkerGroup:
-    """The agents of a run and the way to them, as the driver sees it.
+    """The driver's handle of the agents of a run.
 
-    Every method is for the driver's thread alone.
+    Thread: the driver's alone.
     """
 
     def __init__(self, entry: str, places: Places, hosts: dict[str, Any], *, is_shared: bool, may_grow: bool) -> None:
-        """Starts Ray Train's controller, which waits to be told how many agents to start.
+        """Start Ray Train's controller, which waits until the driver says how many agents to start.
 
         Args:
-            entry: What each worker will run, see ``Task``.
-            places: What they may have. Ray places agents all together or not at all, and takes the placement as a wish:
-                strictly spread agents that have too few nodes would be waited for without end. Nodes that are to hold
-                none are kept free of them by a label, whatever is wished.
-            hosts: What keeps fork servers on nodes, by their ids: they live as long as it is in there.
+            entry: The entry of each training process, see ``Task``.
+            places: What the workers may reserve. Ray places all agents or none, and treats the placement as a
+                preference: a strict spread over too few nodes would wait without end. A label keeps agents off the
+                nodes that must hold none, whatever the placement.
+            hosts: The actors that keep fork servers on nodes, by node id; a server lives as long as its actor is in
+                here.
             is_shared: Others may use the cluster too, and it may have an autoscaler.
-            may_grow: It is known to have one.
+            may_grow: The cluster is known to have an autoscaler.
         """
         import ray
         from ray.train import RunConfig, ScalingConfig
@@ -55,8 +57,8 @@ class WorkerGroup:
         self._hosts = hosts
         self._here = here = ray.get_runtime_context().get_node_id()
         self._forks_here = False
-        """Agents may live beside the driver, and fork from the server of this process."""
-        # Where the driver lives: it must not be lost with a node that only works.
+        """Agents may live on the driver's node, and fork from the server of this process."""
+        # On the driver's node, so that it is not lost with a node that holds only workers.
         self._switchboard: Any = actor_on(here, _Switchboard).remote()
         self._orders = Orders()
         self._wanted = Wanted()
@@ -66,7 +68,7 @@ class WorkerGroup:
             _run_agent,
             train_loop_config={"switchboard": self._switchboard, "driver_node": here},
             scaling_config=ScalingConfig(
-                num_workers=places.most,  # how many there are at a time is told by the steering policy
+                num_workers=places.most,  # the steering policy says how many to start at a time
                 use_gpu=places.resources.gpus > 0,
                 resources_per_worker=places.resources.amounts(),
                 placement_strategy=places.placement.upper(),
@@ -77,10 +79,10 @@ class WorkerGroup:
         self._fit.start()
 
     def assign(self, task: Task) -> None:
-        """Says what each agent is told; from now on an autoscaler is asked for room. Must be called before ``start``.
+        """Set the task of all agents, and start to ask an autoscaler for room. Call it before ``start``.
 
         Args:
-            task: Rank, world size and fork server are filled in.
+            task: The task; each agent fills in rank, world size and fork server.
 
         Raises:
             ClusterError: Ray is gone.
@@ -91,9 +93,10 @@ class WorkerGroup:
             self._ask(self._switchboard.set_wanted, self._wanted)
 
     def prepare(self, nodes: Sequence[Node]) -> None:
-        """Has nodes import ahead what training processes need; to be told of a node as soon as it may hold an agent.
+        """Start fork servers on nodes, so that training processes find their modules imported.
 
-        No autoscaler takes such a node away, until the run ends or the node is released.
+        Call it as soon as a node may hold an agent. An autoscaler keeps such a node until the run ends or ``release``
+        frees it.
         """
         for node in nodes:
             if not node.most(self.resources):
@@ -105,28 +108,28 @@ class WorkerGroup:
                 fork_server.start(self._modules)
 
     def release(self, others_than: frozenset[str]) -> None:
-        """Keeps nothing on nodes that an autoscaler may take away, other than these, by id."""
+        """End the fork servers on all other nodes than these, by id, so that an autoscaler may remove those nodes."""
         if self.may_grow:
             for node in self._hosts.keys() - others_than:
                 del self._hosts[node]
 
     def start(self, num_workers: int, without: frozenset[str]) -> int:
-        """Starts so many agents in place of those there are; they say ``hello`` when they are there.
+        """Start new agents in place of the present ones; each sends a ``Hello`` when it has started.
 
         Args:
-            num_workers: How many; 0: those there are end, and let go of their room.
-            without: The nodes, by id, that are to hold none.
+            num_workers: The number of agents; 0: the present ones end, and release their resources.
+            without: The ids of nodes that must hold no agents.
 
         Returns:
-            Their generation, which they say with ``hello``, and Ray Train with all that it says of them.
+            The generation of the new agents, which is in each ``Hello`` and in each message of Ray Train about them.
 
         Raises:
             ClusterError: Ray is gone.
         """
         self._orders = replace(self._orders, version=self._orders.version + 1, attempt=None, meeting_port=None)
         self._ask(self._switchboard.set_orders, self._orders)
-        # Not with the training function: Ray shows what that is given, and a description may have taken secrets
-        # from the environment. And not once for all: the server to fork from may be another by now.
+        # Not as an argument of the training function: Ray displays those, and a description may hold secrets from the
+        # environment. And at every start, because the address of the fork server may have changed.
         self._ask(self._switchboard.set_task, replace(self._task, fork_server=self._server_here()))
         generation = self._wanted.generation + 1
         self._wanted = replace(self._wanted, generation=generation, num_workers=num_workers, without=without)
@@ -134,20 +137,20 @@ class WorkerGroup:
         return self._wanted.generation
 
     def messages(self, timeout_s: float) -> list[ToDriver]:
-        """The agents' messages since the last call, in order for each agent; waits up to ``timeout_s`` for one.
+        """Return the messages of agents and of Ray Train's controller since the last call, in order for each sender.
 
-        Among them are those of Ray Train's controller.
+        Wait up to ``timeout_s`` for the first one.
 
         Raises:
-            ClusterError: Ray Train has given up on the agents.
+            ClusterError: Ray Train's controller has ended, or Ray is gone.
         """
-        messages = self._ask(self._switchboard.take, timeout_s)
+        messages: list[ToDriver] = self._ask(self._switchboard.take, timeout_s)
         if not messages and self._error is not None:
             raise ClusterError(f"Ray lost the workers: {last_line(self._error)}") from self._error
         return messages
 
     def order(self, **changes: Any) -> None:
-        """Changes the orders of all agents.
+        """Change fields of the orders, for all agents.
 
         Raises:
             ClusterError: Ray is gone.
@@ -156,18 +159,18 @@ class WorkerGroup:
         self._ask(self._switchboard.set_orders, self._orders)
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Ends the agents and their processes, and waits for that."""
-        with suppress(ClusterError):  # they end with Ray
+        """End the agents and their processes, and wait for that."""
+        with suppress(ClusterError):  # Ray is gone, and the agents with it
             self.order(end=True)
             self._ask(self._switchboard.set_wanted, replace(self._wanted, is_over=True))
         self._fit.join(timeout_s)
         self._bookkeeping.cleanup()
 
     def _server_here(self) -> str | None:
-        """The address of this process's server; None: no agents live here, or others cannot use it."""
+        """Return the address of this process's fork server; None: no agents live here, or others cannot use it."""
         if not self._forks_here:
             return None
-        fork_server.start(self._modules)  # another one, if it has died
+        fork_server.start(self._modules)  # replace it if it has died
         return fork_server.own_address()
 
     def _ask(self, method: Any, argument: Any) -> Any:
@@ -181,12 +184,15 @@ class WorkerGroup:
     def _run_fit(self, trainer: Any) -> None:
         try:
             trainer.fit()
-        except Exception as error:  # the driver's thread raises it as its own, in one line
+        except Exception as error:  # the outermost border of the thread; ``messages`` raises it in the driver's
             self._error = error
 
 
 class _Switchboard:
-    """An actor between driver, agents and Ray Train's controller: messages one way, the newest wishes the other."""
+    """Ray actor between driver, agents and Ray Train's controller.
+
+    It queues messages to the driver, and holds the newest task, orders and ``Wanted`` from it.
+    """
 
     def __init__(self) -> None:
         import asyncio
@@ -203,7 +209,7 @@ class _Switchboard:
             self._changed.notify_all()
 
     async def post_of_controller(self, messages: list[ToDriver]) -> bool:
-        """Returns whether the run is over."""
+        """Queue messages of the controller, and return whether the run is over."""
         await self.post(messages)
         return self._wanted.is_over
 
@@ -247,7 +253,7 @@ class _Switchboard:
 
 
 class _RayChannel:
-    """The agent's channel: each message is acknowledged before the next leaves, which keeps their order."""
+    """An agent's ``Channel``: each post is acknowledged before the next one is sent, which keeps their order."""
 
     def __init__(self, switchboard: Any) -> None:
         self._switchboard = switchboard
@@ -262,8 +268,8 @@ class _RayChannel:
 
         while True:
             try:
-                orders = ray.get(self._switchboard.orders_after.remote(version, _ORDERS_WAIT_S))
-            except ray.exceptions.ActorUnavailableError:  # a connection was reset; if the actor is dead, that is told
+                orders: Orders = ray.get(self._switchboard.orders_after.remote(version, _ORDERS_WAIT_S))
+            except ray.exceptions.ActorUnavailableError:  # the connection was reset; a dead actor is another error
                 time.sleep(_RETRY_INTERVAL_S)
                 continue
             if orders.version > version:
@@ -271,7 +277,7 @@ class _RayChannel:
 
 
 def _run_agent(config: Mapping[str, Any]) -> None:
-    """Ray Train's training function."""
+    """Run one agent; Ray Train calls this in each of its workers."""
     import ray
     import ray.train
 
@@ -282,7 +288,7 @@ def _run_agent(config: Mapping[str, Any]) -> None:
         rank=here.get_world_rank(),
         world_size=here.get_world_size(),
         on_gpu=bool(ray.get_gpu_ids()),
-        # None on a node that is new, and has no host yet.
+        # ``server_here`` returns None on a new node without a host actor.
         fork_server=task.fork_server if worker.get_node_id() == config["driver_node"] else server_here(),
     )
     agent = Agent(

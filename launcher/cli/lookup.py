@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import DescriptionError
 
 if TYPE_CHECKING:
-    from cluster.kinds.ray import Cluster
+    from cluster.kinds.cluster import Cluster
     from cluster.run.run_directory import RunDirectory
     from cluster.scheduler import Scheduler
     from cluster.spec import RayClusterSpec

@@ -14,7 +14,7 @@ import click
 from cluster.errors import Interrupted, StorageError
 
 if TYPE_CHECKING:
-    from cluster.kinds.ray import Cluster
+    from cluster.kinds.cluster import Cluster
     from cluster.scheduler import Scheduler
     from launcher.display.progress import Progress
 

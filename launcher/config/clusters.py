@@ -13,7 +13,8 @@ from typing import Any, Final
 import cluster
 from cluster.capacity import num_cores
 from cluster.errors import DescriptionError, FieldError, nearest
-from cluster.kinds.ray import Cluster, JoinedRay, LocalRay
+from cluster.kinds.cluster import Cluster
+from cluster.kinds.ray import JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
 from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec, RayClusterSpec
 from cluster.versions import check_ray_version

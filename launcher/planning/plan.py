@@ -24,7 +24,7 @@ from launcher.planning.placement import check_machine, decide_workers, places_of
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
-    from cluster.kinds.ray import Cluster
+    from cluster.kinds.cluster import Cluster
 
 ENTRY = "jobs.training.worker:main"
 """The entry point of a training process."""

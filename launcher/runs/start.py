@@ -23,7 +23,7 @@ from typing import Any
 
 from cluster.capacity import num_cores
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.kinds.ray import Cluster
+from cluster.kinds.cluster import Cluster
 from cluster.run.lease import DRIVER_KEYS, STATUS_INTERVAL_S, SupersededError
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory

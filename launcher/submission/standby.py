@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from cluster.errors import ClusterError, StorageError
 from cluster.inspection.nodes import needs_of_environment, report_to_text
-from cluster.kinds.ray import Cluster
+from cluster.kinds.cluster import Cluster
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import check_id
 from launcher.planning.plan import import_ahead

@@ -16,7 +16,7 @@ import pytest
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError
 from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_to_text
-from cluster.kinds import ray_jobs
+from cluster.kinds import jobs_http, ray_jobs
 from cluster.kinds.ray_jobs import RayJobs
 from cluster.ray.inspection import COMMAND
 from cluster.scheduler import ClusterReport, Job, Needs, Scheduler
@@ -549,7 +549,7 @@ def test_nobody_there() -> None:
 
 
 def test_one_that_is_silent_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "_ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(jobs_http, "_ANSWER_TIMEOUT_S", 0.2)
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match="timed out"):
         RayJobs(f"http://127.0.0.1:{silent.getsockname()[1]}").ray_version()

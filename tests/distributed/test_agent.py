@@ -19,12 +19,12 @@ from cluster.errors import ClusterError, StorageError
 from cluster.process import fork_server
 from cluster.process.agent import Agent, Channel
 from cluster.process.agent_link import AgentLink
-from cluster.process.faults import Fault, fired, write_plan
 from cluster.process.messages import Beat, Exited, FromWorker, Hello, Hung, LogNotKept, TimeSpent, ToDriver
 from cluster.process.orders import Orders, Task
-from cluster.process.training_process import FAULTS_VARIABLE, standstill_s
+from cluster.process.training_process import standstill_s
 from cluster.run.bundle import CodeFile, make_bundle
 from cluster.run.run_directory import RunDirectory
+from tests.faults.injection import Fault, environment, fired, write_plan
 from tests.processes import state, wait_until
 
 R = TypeVar("R")
@@ -344,7 +344,7 @@ def work_until_killed(link: AgentLink, _: Task) -> None:
 
 
 def run_agent_with_faults(connection: Connection, task: Task, plan: Path) -> None:
-    os.environ[FAULTS_VARIABLE] = str(plan)
+    os.environ |= environment(plan)
     driver = TriesAgain()
     agent(driver, task).run()
     connection.send(driver.heard)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.process.faults import fired, release
 from tests import launcher_without_ray
+from tests.faults.injection import fired, release
 
 CHECKOUT = Path(__file__).parents[2]
 JOBS = CHECKOUT / "jobs"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import Fault, fired
 from tests.e2e.command import JOBS, Ended, Running, checkpointed, events, interrupt, launcher, rows
+from tests.faults.injection import Fault, fired
 from tests.faults.planned import Bits, bits, undisturbed
 
 SHORT = ("train.epochs=2", "checkpoint.every_steps=10", "tracking.mode=disabled")

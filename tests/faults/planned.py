@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.run.run_directory import RunDirectory
 from launcher.config.description import load
 from tests.distributed.team_process import run_job
 from tests.e2e.command import JOBS, Ended, rows
+from tests.faults.injection import PLAN_VARIABLE
 from tests.processes import descendants
 
 _LINGERERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
@@ -66,7 +66,7 @@ def processes_of(plan: Path) -> dict[int, str]:
 
     They have the plan in their environment, or, without Ray, were forked from this process's server.
     """
-    named = f"{FAULTS_VARIABLE}={plan}".encode()
+    named = f"{PLAN_VARIABLE}={plan}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

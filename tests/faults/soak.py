@@ -5,7 +5,7 @@
 
 A schedule is a function of the seed and its number, and nothing else. It is the life of one run: it begins, goes on
 elsewhere with other numbers of workers after each stop, interruption or kill, and completes. What happens within the
-training processes is a plan of ``cluster.process.faults``. What happens to others is done from here, when a ``note`` or
+training processes is a plan of ``tests.faults.injection``. What happens to others is done from here, when a ``note`` or
 a ``hold`` of the plan says that its moment has come: the run is ended, its driver is paused until another one has it,
 its disk is full for a while. Every fourth run is elastic, on hosts of its own that lose their power, are cut off and
 come back.
@@ -30,11 +30,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.process.faults import Fault, Kind, fired, write_plan
-from cluster.process.training_process import FAULTS_VARIABLE
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, Running, launcher
 from tests.faults.hosts import HEAD_SETTINGS, Host, hosts, start_ray, why_there_can_be_none
+from tests.faults.injection import Fault, Kind, environment, fired, write_plan
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, processes_of, undisturbed, wait_for_end_of
 from tests.stores import disk_in_memory
 
@@ -255,7 +254,7 @@ class Stage:
         """
         (self._folder / "tmp").mkdir(parents=True)
         os.environ["TMPDIR"] = str(self._folder / "tmp")  # what a kill leaves there goes with the folder
-        os.environ[FAULTS_VARIABLE] = str(self.plan)
+        os.environ |= environment(self.plan)
         write_plan(self._schedule.faults, self.plan)
         with self._disk():
             for number, life in enumerate(self._schedule.lives):

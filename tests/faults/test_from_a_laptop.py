@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from cluster.process.faults import Fault, fired, release
-from cluster.process.training_process import FAULTS_VARIABLE
+from cluster.process.training_process import ACTIVITY_VARIABLE
 from tests.e2e.command import JOBS, Ended, Running, launcher, rows
 from tests.faults.hosts import HEAD_SETTINGS, JOBS_API, RAY, Host, wait_for_jobs_api
+from tests.faults.injection import Fault, fired, release
 
 pytestmark = pytest.mark.slow
 
@@ -139,7 +139,7 @@ def test_from_a_laptop(make_hosts, tmp_path: Path, make_plan, monkeypatch: pytes
         head.power_off()  # and with it the driver; the next one is not asked to stop
         off_at = time.monotonic()
         assert ask("status", run).document["status"] == "running"
-        monkeypatch.delenv(FAULTS_VARIABLE)  # nothing else is held
+        monkeypatch.delenv(ACTIVITY_VARIABLE)  # nothing else is held
         fourth.start_ray(environment=of(fourth, HEAD_SETTINGS))
         home = launcher(
             "run", "digits.yaml", *changes, "workers.num=1", f"store={tmp_path / 'home'}", "--json", cwd=folder

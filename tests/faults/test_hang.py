@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import Fault, fired
 from tests.e2e.command import JOBS, Ended, events, launcher
 from tests.faults import planned
+from tests.faults.injection import Fault, fired
 from tests.faults.planned import Bits, bits
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_all_hang_before_their_first_step(tmp_path: Path, make_plan, undisturbed
     assert_same(ended, tmp_path / "runs/digits", undisturbed)
     (hung,) = events(tmp_path / "runs/digits", "worker_hung")
     assert (hung["doing"], hung["step"], hung["is_first_step"]) == ("data", 0, True)
-    assert "faults.py" in hung["stack"]
+    assert "injection.py" in hung["stack"]
     assert "has not done its first step after" in ended.stderr
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, checkpointed, events
 from tests.faults.hosts import HEAD_SETTINGS, RAY, Host, start_ray
+from tests.faults.injection import Fault, fired, release
 from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import EXIT_CODE, Fault, fired
 from tests.e2e.command import JOBS, Running, events, interrupt, launcher
+from tests.faults.injection import EXIT_CODE, Fault, fired
 from tests.faults.planned import Bits, assert_nothing_was_lost, bits, undisturbed, wait_for_end_of
 
 pytestmark = pytest.mark.slow

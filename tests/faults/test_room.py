@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import Fault, fired, release
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
 from tests.faults.hosts import NETWORK_INTERFACE, Host
+from tests.faults.injection import Fault, fired, release
 from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow

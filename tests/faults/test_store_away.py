@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.process.faults import Fault, fired, release
 from tests.e2e.command import JOBS, Running, checkpointed, launcher
+from tests.faults.injection import Fault, fired, release
 from tests.faults.planned import bits, undisturbed
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from cluster.process.faults import Fault, fired, release
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from tests.e2e.command import JOBS, Running, launcher
+from tests.faults.injection import Fault, fired, release
 from tests.faults.planned import Bits, undisturbed
 from tests.processes import descendants, memory
 from tests.stores import S3_SECRET, Proxy, S3Server, SSHServer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.process.faults import Fault, FaultyActivity, InjectedFault, fired, read_plan, release, write_plan
+from tests.faults.injection import Fault, FaultyActivity, InjectedFault, fired, read_plan, release, write_plan
 
 
 def activity(plan: Path, rank: int = 0, attempt: int = 0) -> FaultyActivity:

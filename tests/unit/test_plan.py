@@ -11,7 +11,7 @@ import pytest
 
 from cluster.capacity import Capacity, Node, Places, WorkerResources
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.kinds.ray import Cluster
+from cluster.kinds.cluster import Cluster
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from cluster.process.workplace import Call

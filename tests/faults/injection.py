@@ -1,8 +1,10 @@
-"""Faults as data: what goes wrong in which training process, at which moment. Tests and drills plan them.
+"""Fault injection: which training process fails, how, and at which moment of its work.
 
-A plan is a JSON file that the environment variable ``LAUNCHER_FAULTS`` names; without it, this module is never
-imported. A fault happens at a mark of the work, once in the whole life of a run, however many processes pass there;
-a file beside the plan, written just before it happens, says so. This module knows marks and signals, and no job.
+A plan is a JSON file of faults. Commands that run with ``environment(plan)`` make their training processes call
+``faulty_activity`` through the product's one hook for drills, ``ACTIVITY_VARIABLE``. A fault fires at a mark of the
+activity, once in the life of a run, however many processes pass that mark; just before it fires, the process writes a
+proof file beside the plan. This module knows marks and signals, and no job. The modules that training processes import
+must stay cheap, so it imports nothing of the other tests.
 """
 
 import json
@@ -23,9 +25,12 @@ from typing import Any, Literal, get_args
 
 from cluster.process.activity import Activity
 from cluster.process.messages import DOING, Doing
+from cluster.process.training_process import ACTIVITY_VARIABLE
 
+PLAN_VARIABLE = "LAUNCHER_FAULTS"
+"""The environment variable that holds the path of the plan."""
 EXIT_CODE = 3
-"""Of a process that ends by the fault ``exit``."""
+"""The exit code of a process that the fault ``exit`` ends."""
 
 Kind = Literal["kill", "stop", "hang", "hold", "raise", "exit", "note"]
 Victim = Literal["training", "agent", "fork_server", "loader"]
@@ -82,6 +87,19 @@ def write_plan(faults: Sequence[Fault], path: Path) -> None:
 
 def read_plan(path: Path) -> list[Fault]:
     return [Fault(**fault) for fault in json.loads(path.read_text())]
+
+
+def environment(plan: Path) -> dict[str, str]:
+    """Return the environment variables with which a command's training processes follow a plan.
+
+    They must be able to import this module: ``PYTHONPATH`` holds the checkout, on each host and where Ray is started.
+    """
+    return {ACTIVITY_VARIABLE: f"{__name__}:{faulty_activity.__name__}", PLAN_VARIABLE: str(plan)}
+
+
+def faulty_activity(connection: Connection, rank: int, attempt: int) -> "FaultyActivity":
+    """Make the activity of a training process that follows the plan in its environment."""
+    return FaultyActivity(connection, Path(os.environ[PLAN_VARIABLE]), rank, attempt)
 
 
 def fired(path: Path) -> dict[int, dict[str, Any]]:
