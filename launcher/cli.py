@@ -103,7 +103,7 @@ def run(job: str, overrides: tuple[str, ...], take_over: bool, cluster_name: str
     description = load(path, changes)
     if cluster.is_this_machine:
         _cheap_checks(description)
-    from launcher.runs.start import begin
+    from launcher.runs.begin import begin
 
     def work(display: "Progress") -> dict[str, Any]:
         return begin(description, path.parent, cluster, display, take_over=take_over)
@@ -173,7 +173,7 @@ def resume(
                 "give --cluster the Jobs API of a cluster"
             )
         cluster = open_cluster(spec)
-        from launcher.runs.start import resume as resume_run
+        from launcher.runs.resume import resume as resume_run
 
         def work(display: "Progress") -> dict[str, Any]:
             return resume_run(
@@ -192,7 +192,7 @@ def _resume_from_standby(
         raise DescriptionError("--standby: waits for a submission; name it with --submission")
     cluster, changes = _cluster(cluster_name, overrides)
     from cluster.run.run_directory import RunDirectory
-    from launcher.runs.start import resume as resume_run
+    from launcher.runs.resume import resume as resume_run
     from launcher.submission.standby import stand_by
 
     run_directory = RunDirectory(run_url)
@@ -233,7 +233,7 @@ def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json
     else:
         cluster = open_cluster(spec)
         description = load(path, changes)
-        from launcher.runs.start import plan_only
+        from launcher.runs.begin import plan_only
 
         with contextlib.closing(open_progress(sys.stderr)) as display, _joined(cluster):
             made = plan_only(description, path.parent, cluster, display)

@@ -30,17 +30,11 @@ from launcher.config.description import Description, Difference, parse
 from launcher.display.progress import Progress
 from launcher.planning.nodes import check_nodes, fit, own_versions
 from launcher.planning.plan import DryRunResult, Plan, checked_store, modules_for, try_job
-from launcher.runs.start import (
-    changes_of,
-    check_unchanged,
-    compare,
-    find_description,
-    git_state,
-    left_to_plan,
-    one_line,
-    placed_at,
-    run_directory,
-)
+from launcher.runs.begin import one_line, run_directory
+from launcher.runs.changes import changes_of, compare
+from launcher.runs.environment import git_state
+from launcher.runs.found_description import find_description
+from launcher.runs.resumed_plan import check_unchanged, left_to_plan, placed_at
 from launcher.submission.handover import STANDBY, HandOver, OvertakenError, Standby, make_job_id, numbered, submitter
 from launcher.submission.standby import WAIT_S
 from launcher.watching.status import is_driven, read_status
