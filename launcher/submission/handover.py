@@ -232,9 +232,8 @@ class HandOver:
         """
         deadline = time.monotonic() + _TAKE_UP_S
         while True:
-            job = _asked_again(
-                lambda: self._scheduler.read(standby.job_id)
-            )  # before the store, so that an answer of a job that ended is seen
+            # Before the store, so that the answer of a job that has ended is seen.
+            job = _asked_again(lambda: self._scheduler.read(standby.job_id))
             if self._run.submissions.is_answered(standby.submission_id):
                 return True
             if job is None or job.status in ENDED:
