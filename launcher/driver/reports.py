@@ -1,4 +1,4 @@
-"""What the driver does with each report of a training process."""
+"""Dispatch the reports of training processes to the parts of the driver."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from launcher.driver.stragglers import Stragglers
 
 
 class Reports:
-    """Hears the training processes of one attempt after the other."""
+    """Handles the reports of training processes, attempt after attempt."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Reports:
         self._attempt = Attempt()
 
     def agents_complete(self, shards: list[int]) -> None:
-        """All agents are there, which have so many shards, by rank."""
+        """Begin to compare workers for stragglers; ``shards``: the number of shards of each rank."""
         self._stragglers = Stragglers(shards)
 
     def attempt_started(self, attempt: Attempt) -> None:
-        """From now on other processes speak."""
+        """Forget the reports of earlier processes."""
         self._attempt = attempt
         self._pending.attempt_started(self._membership.num_workers)
         self._stragglers.restarted()
 
     def hear(self, rank: int, report: messages.Report) -> None:
-        """Does what a report of the present attempt asks for."""
+        """Handle a report of the current attempt."""
         match report:
             case messages.MeetingPlace(port=port):
                 self._membership.group.order(meeting_port=port)
@@ -91,7 +91,7 @@ class Reports:
                 self._failures.goes_on(rank)
 
     def warn_if_overdue(self, now: float) -> None:
-        """Says once that no checkpoint comes, and who holds it up."""
+        """Warn once if a checkpoint is overdue, and name the workers that delay it."""
         step, saved_step = self._run_log.state.step, self._run_log.saved_step
         overdue = self._pending.overdue(now, step=step, saved_step=saved_step)
         if overdue is None:
@@ -124,14 +124,14 @@ class Reports:
             tell(f"{self._membership.where(news.rank)} {news.text}")
 
     def _on_save_skipped(self, rank: int, skipped: messages.SaveSkipped) -> None:
-        """A worker is not ready for a checkpoint, so that all leave it out."""
+        """Record that all workers skip a checkpoint because one is not ready."""
         step, reason = skipped.step, skipped.reason
         self._pending.left_out(rank, reason)
         self._run_log.event("checkpoint_left_out", step=step, rank=rank, reason=reason)
         self._run_log.display.message(f"step {step}: checkpoint left out: {self._membership.where(rank)}: {reason}")
 
     def _on_share(self, rank: int, written: messages.ShareWritten) -> None:
-        """A worker has written its share of a checkpoint. With the last share it becomes one."""
+        """Take a worker's share of a checkpoint; with the last share, have the checkpoint committed."""
         whole = self._pending.share(rank, written)
         if whole is None:
             return

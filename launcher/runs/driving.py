@@ -1,13 +1,16 @@
 """Wiring of the driver's process: run log, tracker, cluster and workers, from the lease to the pictures at the end."""
 
 import contextlib
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import CheckpointError, LauncherError, StorageError
 from cluster.kinds.ray import Cluster
+from cluster.process.orders import Task
 from cluster.run.lease import SupersededError
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
@@ -17,13 +20,13 @@ from launcher.code.user_code import UserCode, lasting_directory
 from launcher.config.description import Description
 from launcher.display.plots import draw
 from launcher.display.progress import Progress
-from launcher.driver.driver import Driver, make_task
+from launcher.driver.driver import Driver
 from launcher.driver.goodput import taken_over
 from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.planning.placement import places_of
-from launcher.planning.plan import Plan
+from launcher.planning.plan import ENTRY, Plan
 from launcher.runs.environment import environment_with_attempt
 from launcher.runs.rewind import first_workers, go_back
 
@@ -81,7 +84,7 @@ def drive_run(
 
     def make_membership() -> Membership:
         stack.enter_context(cluster.started())
-        task = make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
+        task = _make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
         return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
     try:
@@ -97,6 +100,17 @@ def drive_run(
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
     return run_log.document() | {"interrupted": driver.interrupted}
+
+
+def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
+    """Return the task that every training process of the run gets."""
+    return replace(
+        code.task(ENTRY, run.url, spec),
+        hang_timeout_s=spec.workers.hang_timeout_s,
+        first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
+        data_fingerprint=data_fingerprint,
+        may_differ=may_differ or not spec.train.exact,
+    )
 
 
 def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence[Mapping[str, Any]]) -> RunState:

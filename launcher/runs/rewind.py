@@ -10,7 +10,7 @@ from typing import Any
 from cluster.errors import CheckpointError, DescriptionError, listed
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
-from launcher.driver.run_log import event_row
+from launcher.driver.pending_writes import event_row
 
 
 def checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
