@@ -135,9 +135,9 @@ class Driver:
         match message:
             case messages.FromWorker(rank, attempt, report):
                 if attempt == self._attempt.number:  # else it comes from a process of an earlier attempt
-                    self._reports.hear(rank, report)
+                    self._reports.handle(rank, report)
             case messages.StillHere():
-                membership.heard(message, self._clock())
+                membership.heartbeat(message, self._clock())
             case messages.LogNotKept(rank, reason):
                 self._display.warn(f"worker {rank}: log not kept: {reason}")
             case _ if message.generation != membership.generation:
@@ -250,7 +250,7 @@ class Driver:
             self._display.warn(f"{what}; the run stops at the newest checkpoint")
             self._regroup()
             return
-        self._display.warn(f"{what}; starting anew from the newest checkpoint{later}")
+        self._display.warn(f"{what}; restarting from the newest checkpoint{later}")
         if verdict.needs_agents or self._change is not None:
             self._regroup()
             self._gathering.start_at = now + verdict.wait_s

@@ -66,8 +66,8 @@ class Environments:
     def step_done(self) -> None:
         """Record that the current workers have completed a step, so that later nodes are compared with them."""
         if self._workers is not self._last_workers and changes(self._last_workers, self._workers):
-            self._membership.forget()
-        self._membership.trains()
+            self._membership.clear_proven()
+        self._membership.mark_proven()
         self._last_workers = self._workers
 
     def leave_out_unfit(self, failure: Failure) -> bool:

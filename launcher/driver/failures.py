@@ -123,7 +123,7 @@ class Failures:
         """Take the report that a worker makes no progress; the workers that wait for it report the same."""
         self._hung[rank] = hung
 
-    def goes_on(self, rank: int) -> None:
+    def recovered(self, rank: int) -> None:
         """Take the report that a hung worker makes progress again."""
         self._hung.pop(rank, None)
 

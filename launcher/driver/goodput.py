@@ -39,9 +39,9 @@ class Ledger:
     """A part; or ``_TRAINING``, which is divided into parts."""
     _preparing: str = "startup"
     """The phase from the start of an attempt until it trains: ``startup``, later ``recovery``."""
-    _told: dict[str, float] = field(default_factory=dict)
+    _reported: dict[str, float] = field(default_factory=dict)
     """Seconds by part that rank 0 has reported of the current attempt."""
-    _kept: dict[str, float] = field(default_factory=dict)
+    _covered: dict[str, float] = field(default_factory=dict)
     """Seconds of these that a checkpoint covers."""
 
     def waiting(self, now: float) -> None:
@@ -54,19 +54,21 @@ class Ledger:
 
     def training_began(self, now: float, spent: Mapping[str, float]) -> None:
         """Begin training; ``spent``: seconds that rank 0 has spent so far, by progress mark."""
-        self._kept = {"restore": spent["restore"]}
+        self._covered = {"restore": spent["restore"]}
         self._begin(_TRAINING, now)
 
-    def told(self, spent: Mapping[str, float]) -> None:
+    def reported(self, spent: Mapping[str, float]) -> None:
         """Take what rank 0 reports: the seconds that it has spent since its process began, by progress mark."""
         if self._phase == _TRAINING:  # a report after the end of the attempt is of lost time
-            self._told = _in_parts(spent)
+            self._reported = _in_parts(spent)
 
     def saved(self, spent: Mapping[str, float]) -> None:
         """Take note of a checkpoint, which covers what rank 0 had spent by then."""
         if self._phase == _TRAINING:
-            self._kept = _in_parts(spent)
-            self._told = {part: max(length, self._told.get(part, 0.0)) for part, length in self._kept.items()}
+            self._covered = _in_parts(spent)
+            self._reported = {
+                part: max(length, self._reported.get(part, 0.0)) for part, length in self._covered.items()
+            }
 
     def failed(self, now: float) -> None:
         """Book uncovered time as lost and begin recovery; may be called several times for one failure."""
@@ -75,24 +77,25 @@ class Ledger:
 
     def parked(self, now: float) -> None:
         """Book a group of workers that saved and left, so that nothing is lost; wait for the next group."""
-        self._kept = self._told
+        self._covered = self._reported
         self._begin("waiting", now, unkept="recovery")
 
     def ended(self, now: float, *, kept: bool) -> None:
         """Book the end of the run; ``kept``: a checkpoint covers everything that was reported."""
         if kept:
-            self._kept = self._told
+            self._covered = self._reported
         self._begin("closing", now, unkept="closing" if kept else "lost")
 
     def parts(self, now: float) -> dict[str, float]:
         """Return the seconds by part until now; uncovered time counts in the parts that were reported."""
         seconds = dict(self.booked)
-        _add(seconds, _divided(now - self.begun_at, self._told, "compute" if self._phase == _TRAINING else self._phase))
+        rest = "compute" if self._phase == _TRAINING else self._phase
+        _add(seconds, _divided(now - self.begun_at, self._reported, rest))
         return {part: round(seconds.get(part, 0.0), 3) for part in PARTS}
 
     def unsaved(self) -> dict[str, float]:
         """Return the seconds of these that no checkpoint covers yet, by part."""
-        return {part: round(length - self._kept.get(part, 0.0), 3) for part, length in self._told.items()}
+        return {part: round(length - self._covered.get(part, 0.0), 3) for part, length in self._reported.items()}
 
     def _begin(self, phase: str, now: float, *, unkept: str = "lost") -> None:
         """Book the phase that is over and begin the next.
@@ -103,11 +106,11 @@ class Ledger:
             unkept: The part for time of an attempt that no checkpoint covers.
         """
         is_attempt = self._phase == _TRAINING
-        _add(self.booked, _divided(now - self.begun_at, self._kept, unkept if is_attempt else self._phase))
+        _add(self.booked, _divided(now - self.begun_at, self._covered, unkept if is_attempt else self._phase))
         if is_attempt:
             self._preparing = "recovery"
         self._phase, self.begun_at = phase, now
-        self._told, self._kept = {}, {}
+        self._reported, self._covered = {}, {}
 
 
 def taken_over(parts: Mapping[str, float], unsaved: Mapping[str, float]) -> dict[str, float]:

@@ -87,7 +87,7 @@ class Membership:
         self._addresses: dict[str, str] = {}
         """The addresses of all nodes that were ever seen, by node id."""
         self._known_hosts: set[str] = set()
-        """The addresses of hosts on which any workers of this run have trained; ``forget`` does not clear them."""
+        """The addresses of hosts on which any workers of this run have trained; ``clear_proven`` keeps them."""
         self._looked_at = -math.inf
         self._room_since = math.inf
         """Since when there has been room for more workers."""
@@ -132,7 +132,7 @@ class Membership:
         self.agents[hello.rank] = hello
         self._heard_at[hello.rank] = now
 
-    def heard(self, here: StillHere, now: float) -> None:
+    def heartbeat(self, here: StillHere, now: float) -> None:
         """Record the heartbeat of an agent; one of a former agent is ignored."""
         agent = self.agents.get(here.rank)
         if agent is not None and agent.id == here.id:
@@ -169,14 +169,14 @@ class Membership:
         """Whether Ray could not place the agents of the last start."""
         return self._unplaced > 0
 
-    def trains(self) -> None:
+    def mark_proven(self) -> None:
         """Record that the current agents have completed a step, so that their nodes fit this run."""
         for agent in self.agents.values():
             self._proven.add(agent.node)
             self._known_hosts.add(agent.address)
             self._left_out.pop(agent.node, None)  # it may have joined just as no new nodes were to be used
 
-    def forget(self) -> None:
+    def clear_proven(self) -> None:
         """Count all nodes as newcomers again, because workers with another environment train now."""
         self._proven.clear()
 

@@ -36,7 +36,7 @@ class PendingCheckpoints:
         self._saved_step: int | None = None
         self._since = 0.0
         """When the newest checkpoint was committed, or training resumed from it."""
-        self._is_told = False
+        self._is_reported = False
         self.attempt_started(0)
 
     def attempt_started(self, num_workers: int) -> None:
@@ -78,10 +78,10 @@ class PendingCheckpoints:
             saved_step: The step of the newest checkpoint.
         """
         if saved_step != self._saved_step:
-            self._saved_step, self._since, self._is_told, self._left_out = saved_step, now, False, None
-        if self._is_told or step - saved_step < _INTERVALS * self._interval or now - self._since < _LEAST_S:
+            self._saved_step, self._since, self._is_reported, self._left_out = saved_step, now, False, None
+        if self._is_reported or step - saved_step < _INTERVALS * self._interval or now - self._since < _LEAST_S:
             return None
-        self._is_told = True
+        self._is_reported = True
         if self._whole_step > saved_step:
             return Overdue((), f"the store has not taken the manifest of step {self._whole_step}")
         if not self._shares:

@@ -49,9 +49,9 @@ class Reports:
         """Forget the reports of earlier processes."""
         self._attempt = attempt
         self._pending.attempt_started(self._membership.num_workers)
-        self._stragglers.restarted()
+        self._stragglers.restart()
 
-    def hear(self, rank: int, report: messages.Report) -> None:
+    def handle(self, rank: int, report: messages.Report) -> None:
         """Handle a report of the current attempt."""
         match report:
             case messages.MeetingPlace(port=port):
@@ -65,7 +65,7 @@ class Reports:
                 self._run_log.display.warn(f"{defect}; the checkpoint before it is used")
             case messages.RowLogged():
                 self._environments.step_done()
-                self._ledger.told(report.spent)
+                self._ledger.reported(report.spent)
                 self._run_log.row(report.row, report.time)
             case messages.MatrixMeasured():
                 self._run_log.matrix(report)
@@ -88,7 +88,7 @@ class Reports:
             case messages.Hung():
                 self._failures.hung(rank, report)
             case messages.GoesOn():
-                self._failures.goes_on(rank)
+                self._failures.recovered(rank)
 
     def warn_if_overdue(self, now: float) -> None:
         """Warn once if a checkpoint is overdue, and name the workers that delay it."""
@@ -114,12 +114,12 @@ class Reports:
             self._run_log.begins_at(started.step)
             self._pending.training_began(self._clock())
 
-    def _on_time_spent(self, rank: int, told: messages.TimeSpent) -> None:
+    def _on_time_spent(self, rank: int, report: messages.TimeSpent) -> None:
         self._environments.step_done()
-        for news in self._stragglers.heard(rank, told.step, told.spent):
+        for news in self._stragglers.add_report(rank, report.step, report.spent):
             kind = "worker_recovered" if news.what is None else "worker_slow"
             node = self._membership.agents[news.rank].address
-            self._run_log.event(kind, step=told.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
+            self._run_log.event(kind, step=report.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
             tell = self._run_log.display.message if news.what is None else self._run_log.display.warn
             tell(f"{self._membership.where(news.rank)} {news.text}")
 
@@ -148,5 +148,5 @@ class Reports:
         if finished.step > attempt.began_at:
             self._environments.step_done()
         if rank == 0:
-            self._ledger.told(finished.spent)
+            self._ledger.reported(finished.spent)
         self._run_log.reached(finished.step)

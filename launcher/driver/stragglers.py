@@ -54,15 +54,15 @@ class Stragglers:
         self._shards = tuple(shards)
         self._slow_at: list[str | None] = [None] * len(shards)
         """The last news of each rank."""
-        self.restarted()
+        self.restart()
 
-    def restarted(self) -> None:
+    def restart(self) -> None:
         """Restart the windows, because the workers count from zero again; the news so far still hold."""
-        self._begins: dict[int, _Told] = {}
-        self._ends: dict[int, _Told] = {}
+        self._begins: dict[int, _Report] = {}
+        self._ends: dict[int, _Report] = {}
         self._recent: list[deque[_Finding]] = [deque(maxlen=_WINDOWS) for _ in self._shards]
 
-    def heard(self, rank: int, step: int, spent: Mapping[str, float]) -> list[News]:
+    def add_report(self, rank: int, step: int, spent: Mapping[str, float]) -> list[News]:
         """Take a worker's report, and return what is new of any worker.
 
         Args:
@@ -70,7 +70,7 @@ class Stragglers:
             step: The step that it has completed.
             spent: Seconds since its process began, by progress mark.
         """
-        self._ends[rank] = _Told(step, spent)
+        self._ends[rank] = _Report(step, spent)
         self._begins.setdefault(rank, self._ends[rank])
         ranks = range(len(self._shards))
         if len(ranks) == 1 or len(self._ends) < len(ranks):
@@ -99,7 +99,7 @@ class Stragglers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Report:
     """A worker's report."""
 
     step: int
@@ -134,7 +134,7 @@ class _Finding:
     factor: float
 
 
-def _mean_step(begin: _Told, end: _Told, shards: int) -> _Step:
+def _mean_step(begin: _Report, end: _Report, shards: int) -> _Step:
     per_step = {doing: (end.spent[doing] - begin.spent[doing]) / (end.step - begin.step) for doing in end.spent}
     work = {what: sum(per_step[doing] for doing in marks) for what, marks in _WORK.items()}
     return _Step(work, sum(work.values()) + per_step["exchange"], shards)

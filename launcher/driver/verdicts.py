@@ -10,7 +10,7 @@ Kind = Literal["machine", "preemption", "code"]
 """Who is responsible for a failure; each kind has its own limit in ``workers.max_failures``."""
 
 
-_SMALLER = "begin anew with smaller micro-batches: a lower train.global_batch or more train.shards"
+_SMALLER = "start a new run with smaller micro-batches: a lower train.global_batch or more train.shards"
 _ADVICE: dict[Cause, str] = {
     "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
     "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",

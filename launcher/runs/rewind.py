@@ -62,7 +62,7 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
         CheckpointError: The checkpoint has been replaced: another driver went on before this one took the lease.
     """
     if run.checkpoints.manifest(to.step) != to:
-        raise CheckpointError(f"{run.checkpoints.url(to.step)}: was written anew meanwhile; look again, then go back")
+        raise CheckpointError(f"{run.checkpoints.url(to.step)}: was rewritten meanwhile; look again, then go back")
     beyond = [step for step in run.checkpoints.steps() if step > to.step]
     status, metrics = run.read_status() or {}, run.metrics()
     best = status.get("best")

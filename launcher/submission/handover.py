@@ -233,7 +233,7 @@ class HandOver:
         deadline = time.monotonic() + _TAKE_UP_S
         while True:
             # Before the store, so that the answer of a job that has ended is seen.
-            job = _asked_again(lambda: self._scheduler.read(standby.job_id))
+            job = _ask_twice(lambda: self._scheduler.read(standby.job_id))
             if self._run.submissions.is_answered(standby.submission_id):
                 return True
             if job is None or job.status in ENDED:
@@ -247,12 +247,12 @@ class HandOver:
         try:
             return self._begin(job_id, submission_id)
         except ClusterError as error:
-            if not self._knows_no(job_id):
+            if not self._has_no_job(job_id):
                 raise
             self._run.submissions.withdraw(submission_id)  # so that a job which starts late ends
             raise NothingBegunError(f"{error}; no job has begun, submit the run again") from error
 
-    def _knows_no(self, job_id: str) -> bool:
+    def _has_no_job(self, job_id: str) -> bool:
         """Return whether the cluster answers that it has no such job."""
         try:
             return self._scheduler.read(job_id) is None
@@ -271,7 +271,7 @@ class HandOver:
         environment = {} if needs is None else {NEEDS_VARIABLE: needs_to_text(needs)}
         standby = {} if needs is None else {STANDBY: "1"}
         command = make_command(self._run.url, submission_id, self._place, stands_by=needs is not None)
-        return _asked_again(
+        return _ask_twice(
             lambda: self._scheduler.begin(
                 job_id,
                 command,
@@ -293,7 +293,7 @@ def _is_for(submission_id: str, job: Job) -> bool:
     return job.metadata.get("submission") == submission_id
 
 
-def _asked_again(ask: Callable[[], T]) -> T:
+def _ask_twice(ask: Callable[[], T]) -> T:
     """Ask the cluster, and once more after a failure: perhaps only the answer was lost.
 
     Raises:
