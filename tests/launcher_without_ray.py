@@ -245,7 +245,7 @@ def main() -> None:
     sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
     from launcher.cli import main as launcher
     from launcher.config import clusters
-    from launcher.runs import start
+    from launcher.runs import driving
     from launcher.submission import handover
 
     replaced: Any = clusters
@@ -256,7 +256,7 @@ def main() -> None:
         if scheduler.is_held:  # then no job tells that it has found its submission
             replaced = handover
             replaced._TAKE_UP_S = 0.0
-    replaced = start
+    replaced = driving
     replaced.draw = partial(fork_server.call, "launcher.display.plots:draw")
     launcher()
 

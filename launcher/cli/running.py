@@ -44,7 +44,7 @@ def run(job: str, overrides: tuple[str, ...], take_over: bool, cluster_name: str
     description = load(path, job_overrides)
     if cluster.is_this_machine:
         _check_machine(description)
-    from launcher.runs.start import begin
+    from launcher.runs.begin import begin
 
     def work(display: "Progress") -> dict[str, Any]:
         return begin(description, path.parent, cluster, display, take_over=take_over)
@@ -116,7 +116,7 @@ def resume(
                 "give --cluster the Jobs API of a cluster"
             )
         cluster = open_cluster(cluster_spec)
-        from launcher.runs.start import resume as resume_run
+        from launcher.runs.resume import resume as resume_run
 
         def work(display: "Progress") -> dict[str, Any]:
             return resume_run(
@@ -135,7 +135,7 @@ def _resume_from_standby(
         raise DescriptionError("--standby: waits for a submission; name it with --submission")
     cluster, job_overrides = find_cluster(cluster_name, overrides)
     from cluster.run.run_directory import RunDirectory
-    from launcher.runs.start import resume as resume_run
+    from launcher.runs.resume import resume as resume_run
     from launcher.submission.standby import stand_by
 
     run_directory = RunDirectory(run_url)
@@ -176,7 +176,7 @@ def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json
     else:
         cluster = open_cluster(cluster_spec)
         description = load(path, job_overrides)
-        from launcher.runs.start import plan_only
+        from launcher.runs.begin import plan_only
 
         with contextlib.closing(open_progress(sys.stderr)) as display, joined(cluster):
             plan_made = plan_only(description, path.parent, cluster, display)

@@ -1,1 +1,1 @@
-"""The user's code: which files belong to a run, and where they are found."""
+"""The user's code: which files are packed for a run, and from where modules are imported."""

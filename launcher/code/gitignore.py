@@ -1,9 +1,9 @@
-"""Which files git ignores, by the .gitignore files around them.
+"""Which files git ignores, according to the .gitignore files around them.
 
-The files alone decide, as they are the same on every machine: not .git/info/exclude, not a list in the user's home, and
-not git's index, in which an ignored file may be tracked. ``pathspec`` translates the patterns, each of which is asked
-about one entry only, never about what lies above it: a caller that goes from the top down does not enter an ignored
-folder, and that is how git does it.
+Only .gitignore files count, because they are the same on every machine: not .git/info/exclude, not the user's global
+list, and not git's index, in which an ignored file may be tracked. ``pathspec`` translates the patterns. A pattern is
+matched against one entry, never against the folders above it: as in git, the caller walks from the top down and does
+not enter ignored folders.
 """
 
 import os
@@ -17,33 +17,37 @@ from pathspec import GitIgnoreSpec
 from cluster.errors import DescriptionError
 
 _END = "/\0"
-"""Follows each pattern and each path, so that a pattern for a folder does not match what is in the folder."""
+"""Appended to each pattern and each path, so that a pattern for a folder does not match the entries of the folder."""
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _PatternFile:
     """One .gitignore file."""
 
     folder: str
-    """Its folder, with a slash at the end."""
+    """The folder of the file, with a slash at the end."""
     for_folders: GitIgnoreSpec
+    """All patterns."""
     for_others: GitIgnoreSpec
-    """Without the patterns that end in a slash; git applies these to no symbolic link."""
+    """The patterns that do not end in a slash; git applies the others to folders only, not to symbolic links."""
 
 
 @dataclass(frozen=True, slots=True)
 class GitIgnore:
     """The .gitignore files that apply in a folder."""
 
-    files: tuple[_File, ...] = ()
+    files: tuple[_PatternFile, ...] = ()
     """Outermost first."""
 
     @classmethod
     def above(cls, folder: Path) -> "GitIgnore":
-        """Those of the folders above an absolute one, up to the root of its git checkout; none if it is in no checkout.
+        """Return those of the folders above a folder, up to the root of its git checkout; none outside a checkout.
+
+        Args:
+            folder: An absolute path.
 
         Raises:
-            DescriptionError: One cannot be read, or has a pattern that is not supported.
+            DescriptionError: A file cannot be read, or has a pattern that is not supported.
         """
         inside = [folder]
         while not os.path.exists(inside[-1] / ".git"):
@@ -56,19 +60,22 @@ class GitIgnore:
         return found
 
     def inside(self, folder: Path) -> "GitIgnore":
-        """Those that apply in a folder, which lies directly in the folder that these apply in.
+        """Return those that apply in a subfolder: these, and its own file.
+
+        Args:
+            folder: A direct subfolder of the folder in which these apply.
 
         Raises:
-            DescriptionError: Its own cannot be read, or has a pattern that is not supported.
+            DescriptionError: The subfolder's file cannot be read, or has a pattern that is not supported.
         """
         outer = () if os.path.exists(folder / ".git") else self.files  # another checkout, such as a submodule
         path = folder / ".gitignore"
-        if os.path.islink(path) or not os.path.isfile(path):  # git does not follow such a link either
+        if os.path.islink(path) or not os.path.isfile(path):  # git does not follow a link here either
             return GitIgnore(outer)
         return GitIgnore((*outer, _read(path)))
 
     def ignores(self, path: Path, *, is_folder: bool) -> bool:
-        """Whether git ignores an entry of the folder that these apply in; a symbolic link is not a folder."""
+        """Return whether git ignores an entry of the folder in which these apply; a symbolic link is not a folder."""
         for file in reversed(self.files):
             spec = file.for_folders if is_folder else file.for_others
             include = spec.check_file(str(path).removeprefix(file.folder) + _END).include
@@ -77,7 +84,7 @@ class GitIgnore:
         return False
 
 
-def _read(path: Path) -> _File:
+def _read(path: Path) -> _PatternFile:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -93,18 +100,18 @@ def _read(path: Path) -> _File:
         for_folders.append(exact)
         if not pattern.endswith("/"):
             for_others.append(exact)
-    return _File(os.path.join(path.parent, ""), _spec(for_folders), _spec(for_others))
+    return _PatternFile(os.path.join(path.parent, ""), _spec(for_folders), _spec(for_others))
 
 
 def _trimmed(line: str) -> str:
-    """A line without the spaces at its end, save one after an odd number of backslashes."""
+    """Return a line without trailing spaces, but keep one after an odd number of backslashes, which escape it."""
     trimmed = line.rstrip(" ")
     is_escaped = (len(trimmed) - len(trimmed.rstrip("\\"))) % 2 == 1
     return trimmed + " " if is_escaped and len(trimmed) < len(line) else trimmed
 
 
 def _exact(pattern: str) -> str:
-    """The pattern that matches the same entries, each followed by ``_END``."""
+    """Return the pattern that matches the same entries with ``_END`` appended."""
     sign = "!" if pattern.startswith("!") else ""
     body = pattern.removeprefix(sign).removesuffix("/")
     body = f"/{body.removeprefix('/')}" if "/" in body else f"**/{body}"
@@ -112,11 +119,11 @@ def _exact(pattern: str) -> str:
 
 
 def _is_supported(pattern: str) -> bool:
-    """Whether pathspec reads a pattern as git does: not with ``[:alpha:]``, a ``\\/``, or a slash within brackets."""
+    """Return whether pathspec reads a pattern as git does: not ``[:alpha:]``, ``\\/``, or a slash in brackets."""
     if "[:" in pattern:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of the module re: a set that it may read in another way one day
+        warnings.simplefilter("error")  # the module re warns of a set that it may read differently one day
         try:
             return all(compiled.include is not None for compiled in _spec([pattern]).patterns)
         except (ValueError, re.error, Warning):
@@ -124,4 +131,4 @@ def _is_supported(pattern: str) -> bool:
 
 
 def _spec(patterns: list[str]) -> GitIgnoreSpec:
-    return GitIgnoreSpec.from_lines(patterns, backend="simple")  # the same everywhere, whatever else is installed
+    return GitIgnoreSpec.from_lines(patterns, backend="simple")  # the same on every machine

@@ -1,6 +1,6 @@
-"""Where a run finds the user's own modules: in folders of this machine, or in a bundle that its directory holds.
+"""Where a run finds the user's own modules: in folders of this machine, or in a bundle in its run directory.
 
-A run that was submitted has a bundle, and takes it along wherever it goes on. One that was begun in place has none.
+A run that was submitted has a bundle, and uses it wherever it goes on. A run begun by ``launcher run`` has none.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ class UserCode:
     """Where the user's own modules are.
 
     Attributes:
-        folders: The import paths that every host has; of a bundle, all is in it.
-        sha256: The digest of the bundle; none: there is no bundle.
-        unpacked: The folder of the bundle on this host.
-        submitted_from: The working directory of whoever made the bundle, for people to know.
-        directory: The folder in the bundle in a copy of which relative paths start; none: they start in an empty one.
-        git: The revision of the bundle's source, and the digest of its changes; none: it is in no repository.
-        submission_id: Of the submission that brings the bundle, which the run has yet to take; none: no new one does.
+        folders: Import paths that every host has; empty with a bundle, which contains all modules.
+        sha256: The digest of the bundle; None: there is no bundle.
+        unpacked: The folder of the unpacked bundle on this host.
+        submitted_from: The working directory of the submitter, for information.
+        directory: The folder in the bundle from which relative paths start, in a copy; None: they start in an empty
+            folder.
+        git: The git revision of the bundle's source, and the digest of its changes; None: it is in no repository.
+        submission_id: The submission that the bundle comes from, which the run has yet to take; None: the run has it.
     """
 
     folders: tuple[str, ...] = ()
@@ -41,16 +42,16 @@ class UserCode:
 
     @property
     def import_paths(self) -> tuple[str, ...]:
-        """On this host, the first to be searched first."""
+        """The import paths on this host, in search order."""
         return self.folders if self.unpacked is None else (self.unpacked, *self.folders)
 
     def task(self, entry: str, run_url: str, content: Any) -> Task:
-        """What a process is told that runs with this code, on whatever host.
+        """Return the task of a process that runs with this code on any host.
 
         Args:
-            entry: ``module:function``.
+            entry: The function to call, ``module:function``.
             run_url: The run whose directory holds the bundle.
-            content: What the entry is for.
+            content: The argument of the function.
         """
         return Task(
             entry=entry,
@@ -64,20 +65,20 @@ class UserCode:
 
 
 def has_bundle(run: RunDirectory) -> bool:
-    """Whether a run that exists has a bundle."""
+    """Return whether an existing run has a bundle."""
     return run.read_environment().get("code") is not None
 
 
 def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
-    """The code that a run goes on with: a bundle, fetched and verified, or folders of this machine.
+    """Return the code with which a run goes on: a bundle, fetched and verified, or folders of this machine.
 
-    The working directory becomes the one in which relative paths of its description start: of a run with a bundle, a
-    folder of this process's own, which goes with it, with a copy of what the bundle has of the submitter's; else that
-    of whoever began the run, if this machine has it.
+    Changes the working directory to the one from which relative paths of the description start. With a bundle that is a
+    temporary folder of this process, with a copy of the bundle's part of the submitter's working directory. Without one
+    it is the working directory in which the run was begun, if this machine has it.
 
     Args:
-        run: It exists.
-        submission_id: Of the submission that it takes; none: it goes on with the code it had.
+        run: The run.
+        submission_id: The submission that it takes; None: it goes on with the code that it has.
 
     Raises:
         StorageError: The bundle is missing or damaged, or cannot be unpacked here.
@@ -112,6 +113,7 @@ def find_code(run: RunDirectory, submission_id: str | None = None) -> UserCode:
 
 
 def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
+    """Unpack the bundle on this host and change into a copy of its working directory; return the code with it."""
     assert code.sha256 is not None
     unpacked = fetch_code(run, code.sha256, check_store=True)
     enter_copy(unpacked, code.directory)
@@ -119,19 +121,20 @@ def _fetch(run: RunDirectory, code: UserCode) -> UserCode:
 
 
 def lasting_directory(run_id: str) -> str:
-    """Where this process puts what must outlive it: the working directory, unless that goes with the process.
+    """Return a folder for files that must outlive this process.
 
-    Then it is a folder of this user's cache, the same one for every attempt of a run on this host.
+    That is the working directory; or, if that is deleted with the process, a folder in the user's cache, the same for
+    every attempt of a run on this host.
 
     Args:
-        run_id: A plain name that no other run has.
+        run_id: A name, without slashes, that no other run has.
     """
     here = os.getcwd()
     return str(cache_folder("records", run_id)) if is_own(here) else here
 
 
 def import_root(folder: Path) -> Path:
-    """The folder from which modules in a folder are imported: a package is imported from the folder above it."""
+    """Return the import path of the modules in a folder: the folder itself, or the one above its outermost package."""
     folder = folder.resolve()
     while (folder / "__init__.py").exists():
         folder = folder.parent
@@ -139,14 +142,14 @@ def import_root(folder: Path) -> Path:
 
 
 def make_import_paths(folder: Path) -> tuple[str, ...]:
-    """Where the user's own modules are looked for: from the job file's folder, and from the working directory.
+    """Return the import paths of the user's own modules: that of the job file's folder, then the working directory.
 
-    For a description that is shipped, from the working directory alone: its folder is the launcher's own.
+    For a shipped description it is the working directory alone, because its folder is the launcher's own.
     """
     roots = [] if is_shipped(folder) else [str(import_root(folder))]
     return tuple(dict.fromkeys([*roots, os.getcwd()]))
 
 
 def code_folder(folder: Path) -> Path:
-    """The folder that is the user's, to name it: that of the job file; of one that is shipped the working directory."""
+    """Return the user's folder for messages: the job file's; for a shipped description the working directory."""
     return Path.cwd() if is_shipped(folder) else folder.resolve()

@@ -1,1 +1,1 @@
-"""The driver: who works, what failures come to, what is written down."""
+"""The driver: start workers, listen to them, recover from their failures, and record the run."""

@@ -1,21 +1,21 @@
-"""The attempt under way: the training processes that were started together."""
+"""The current attempt: the training processes that were started together."""
 
 from dataclasses import dataclass, field
 
 NONE = -1
-"""The number of an attempt that has not started."""
+"""The attempt number while no attempt is running."""
 
 
 @dataclass(slots=True)
 class Attempt:
-    """What is known of the training processes that were started last.
+    """State of the training processes that were started last.
 
     Attributes:
-        number: Counts attempts from 0; ``NONE``: none is under way.
-        began_at: The step at which these began, or those before them while they have not said so.
-        trains: Rank 0 has restored the state.
-        finished: The workers, by rank, that have done their work.
-        completed: No step is left in the run.
+        number: The attempt number, from 0; ``NONE`` while no attempt is running.
+        began_at: The step from which this attempt trains; until it is known, that of the attempt before.
+        trains: Whether rank 0 has restored the state.
+        finished: The ranks whose workers have finished.
+        completed: Whether no step of the run is left.
     """
 
     number: int = NONE

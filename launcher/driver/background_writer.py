@@ -1,11 +1,11 @@
-"""Work that must be done in the end, behind the back of a loop that must not wait for it.
+"""Background writer: retries store writes in a thread of its own, so that the driver loop never blocks.
 
-One function is called in a thread of its own: when asked, every few seconds, and again for as long as the store fails
-it. It has to bear being called again wherever it was when it failed. What it does is its owner's business; it only says
-when a step of it is done, for then the store has answered. So work that takes long is told from a store that is away.
+The thread calls one function: when asked, every few seconds, and again while the store fails. The function must be safe
+to call again after a failure at any point. It yields after each finished step, because then the store has answered:
+that tells slow work from a store that is away.
 
-A store may fail one thing and answer others: a full disk still lists. So it fails from the last step before the failure
-until a step is done that no try has done since.
+A store may fail one operation and answer others: a full disk can still be listed. So the store counts as failing from
+the last finished step before the failure until a step finishes that no try since then has finished.
 """
 
 import random
@@ -19,20 +19,22 @@ from cluster.errors import StorageError
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
 HANGS_S = 15.0
-"""A step that takes so long counts as one that the store has failed."""
+"""A step that takes longer counts as a failure of the store."""
 _LEFT_S = 5.0
-"""How long a person who abandons a run still waits for its last words."""
+"""How long the last writes may take once the user abandons the run."""
 
 
 class BackgroundWriter:
-    """Calls ``work`` in a thread, between entering and leaving.
+    """Calls ``work`` in a thread between ``__enter__`` and ``__exit__``.
+
+    Thread: ``work`` runs in the background thread; the public methods are for the owner's thread.
 
     Args:
-        work: What to do. After each step it yields the step's name, the same in each call; or None after one of many
-            steps alike, each of which is progress. A ``StorageError`` is tried again.
-        interval_s: Seconds after which it is called without being asked.
-        patience_s: Seconds that the store may fail it, before that is an error.
-        clock: Seconds that only grow.
+        work: The function to call. After each step it yields the step's name, the same in each call; or None after one
+            of many similar steps, each of which is progress. After a ``StorageError`` it is called again.
+        interval_s: Seconds after which ``work`` is called without being asked.
+        patience_s: Seconds for which the store may fail before that is an error.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class BackgroundWriter:
         self._news = threading.Condition()
         self._asked = self._done = 0
         self._is_left = False
-        self._since: float | None = None  # when the step that is being done, or fails, was tried first; none while idle
-        self._answered_at = 0.0  # when a step was done last, or the newest try began
+        self._since: float | None = None  # when the current or failing step was tried first; None while idle
+        self._answered_at = 0.0  # when the last step finished, or the newest try began
         self._last_error: StorageError | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="background", daemon=True)  # a call may never come back
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)  # a call may never return
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,40 +63,40 @@ class BackgroundWriter:
 
     def __exit__(self, *_: object) -> None:
         self._leave()
-        self._thread.join(_LEFT_S)  # so that nothing is torn by the end of the process, unless it hangs
+        self._thread.join(_LEFT_S)  # so that the end of the process tears no write, unless the write hangs
 
     def ask(self) -> None:
-        """Has the work done soon, with all that there is to do by now."""
+        """Have ``work`` called soon, after everything that has been added by now."""
         with self._news:
             self._asked += 1
             self._news.notify_all()
 
     @property
     def failing(self) -> tuple[float, str] | None:
-        """Since when the store fails the work, by the clock, and how; none while it answers."""
+        """When the store began to fail, by the clock, and the error; None while it answers."""
         since, error, silent_s = self._since, self._last_error, self._clock() - self._answered_at
         if since is None or (error is None and silent_s < HANGS_S):
             return None
         return since, str(error) if error else f"a call has not come back for {silent_s:.0f} s"
 
     def check(self) -> None:
-        """Raises what has ended the work, if something has.
+        """Raise the error that ended the thread, if there is one.
 
         Raises:
-            StorageError: The store has failed it for longer than patience lasts.
+            StorageError: The store has failed for longer than ``patience_s``.
         """
         failing, now = self.failing, self._clock()
-        # A call that comes back is judged by the thread; one that does not, here.
+        # The thread judges calls that return; a call that does not return is judged here.
         if failing is not None and now - failing[0] > self._patience_s and now - self._answered_at > HANGS_S:
             self._give_up(failing[1])
         if self._error is not None:
             raise self._error
 
     def finish(self, is_abandoned: Callable[[], bool] = lambda: False) -> None:
-        """Waits until all that there is to do by now is done; a moment only, once that is abandoned.
+        """Wait until everything added by now is written; only ``_LEFT_S`` once the user abandons it.
 
         Raises:
-            LauncherError: It could not be done.
+            LauncherError: It could not be written.
         """
         self.ask()
         asked, began_at = self._asked, self._clock()
@@ -119,7 +121,7 @@ class BackgroundWriter:
         self._leave()
 
     def _run(self) -> None:
-        failures, known = 0, set[str]()  # tries that have failed in a row, and the steps that they have done
+        failures, known = 0, set[str]()  # consecutive failed tries, and the steps that they finished
         while not self._is_left:
             with self._news:
                 if not failures:
@@ -144,13 +146,13 @@ class BackgroundWriter:
                     self._give_up(str(error))
                     return
                 pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
-                # The last try is made when patience ends, not before.
+                # Make the last try when patience ends, not before.
                 pause_s = max(0.0, min(pause_s, since + self._patience_s - self._clock()))
                 failures += 1
                 with self._news:
                     self._news.wait_for(lambda: self._is_left, pause_s)
                 continue
-            except Exception as error:  # the border of a thread: told by ``check``
+            except Exception as error:  # the outermost border of a thread; ``check`` raises it
                 with self._news:
                     self._error = error
                     self._news.notify_all()

@@ -1,23 +1,18 @@
-"""The life of a run: gather workers, listen to them, turn their failures into another attempt or the end, finish.
+"""The driver's loop: gather workers, handle their messages, turn failures into another attempt or the end, and finish.
 
-The driver trains nothing. With its run log it owns what must be one: the tracker, the display, the events, the metrics
-and the moment at which a checkpoint becomes one. Workers send it small messages and never wait for it.
+The driver trains nothing. With its run log it owns what a run has one of: tracker, display, events, metrics, and the
+commit of a checkpoint. Workers send it small messages and never wait for it.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cluster.errors import Interrupted, LauncherError
 from cluster.process import messages
-from cluster.process.orders import Task
 from cluster.run.lease import STATUS_INTERVAL_S
-from cluster.run.run_directory import RunDirectory
 from jobs.sampling import shard_block
 from jobs.spec import JobSpec
-from launcher.code.user_code import UserCode
 from launcher.driver.attempt import NONE, Attempt
 from launcher.driver.environments import Environments
 from launcher.driver.failure_reports import FailureReports
@@ -29,11 +24,10 @@ from launcher.driver.reports import Reports
 from launcher.driver.run_log import RunLog
 from launcher.driver.stop_conditions import StopConditions
 from launcher.driver.verdicts import GiveUp
-from launcher.planning.plan import ENTRY
 
 
 class Driver:
-    """Runs one job on workers that it starts, to its end."""
+    """Runs one job to its end, on workers that it starts."""
 
     def __init__(
         self,
@@ -48,10 +42,10 @@ class Driver:
 
         Args:
             spec: The job.
-            run_url: What to call the run.
-            run_log: Where it is written what happens.
-            first_workers: The environments of those that the run began with; None: nobody has told of them yet.
-            clock: Seconds that only grow.
+            run_url: The run, for messages.
+            run_log: Records what happens.
+            first_workers: The environments of the workers that the run began on; None: not known yet.
+            clock: A monotonic clock in seconds.
         """
         self._spec = spec
         self._run_url = run_url
@@ -67,16 +61,18 @@ class Driver:
         self._stop_reason: str | None = None
         self._attempt = Attempt()
         self._change: Change | None = None
-        """Under way: the workers save, and others take their place."""
+        """The change in progress: the current workers save, then others replace them."""
 
     def drive(self, make_membership: Callable[[], Membership]) -> None:
-        """Runs until the workers have finished; the state then tells how.
+        """Run until the workers have finished; the state then has the result.
+
+        Thread: the main thread, because of signal handlers.
 
         Args:
-            make_membership: Opens the way to workers, of which none is there yet.
+            make_membership: Starts Ray and returns the membership, without any workers.
 
         Raises:
-            LauncherError: The run failed, or was interrupted twice; what was committed is intact.
+            LauncherError: The run failed, or was interrupted twice; committed checkpoints are intact.
         """
         with self._stop.catching_signals():
             try:
@@ -93,11 +89,11 @@ class Driver:
 
     @property
     def interrupted(self) -> bool:
-        """A signal asked the run to stop."""
+        """Whether a signal has asked the run to stop."""
         return self._stop.num_signals > 0
 
     def _wire(self, membership: Membership) -> None:
-        """Makes the parts that need the workers' group."""
+        """Make the parts that need the workers' group."""
         spec, run_log = self._spec, self._run_log
         self._membership = membership
         self._gathering = Gathering(spec.workers, self._run_url, membership, run_log)
@@ -123,7 +119,7 @@ class Driver:
 
     @property
     def _is_over(self) -> bool:
-        """All workers have finished, and no others are to go on; or none are there, and none are wanted any more."""
+        """Whether the run ends: all workers have finished and no others follow, or none are left or wanted."""
         if not self._have_finished:
             return False
         has_ended = self._attempt.completed or self._stop_reason is not None
@@ -131,21 +127,21 @@ class Driver:
 
     @property
     def _have_finished(self) -> bool:
-        """No worker is left that has work to do."""
+        """Whether no worker is left that trains."""
         return len(self._attempt.finished) >= self._membership.num_workers
 
     def _hear(self, message: messages.ToDriver) -> None:
         membership = self._membership
         match message:
             case messages.FromWorker(rank, attempt, report):
-                if attempt == self._attempt.number:  # else it is from a process of an earlier attempt
-                    self._reports.hear(rank, report)
+                if attempt == self._attempt.number:  # else it comes from a process of an earlier attempt
+                    self._reports.handle(rank, report)
             case messages.StillHere():
-                membership.heard(message, self._clock())
+                membership.heartbeat(message, self._clock())
             case messages.LogNotKept(rank, reason):
                 self._display.warn(f"worker {rank}: log not kept: {reason}")
             case _ if message.generation != membership.generation:
-                pass  # it is about agents that others have replaced
+                pass  # it is about agents that have been replaced
             case messages.Hello():
                 membership.joined(message, self._clock())
                 if membership.is_complete:
@@ -161,7 +157,7 @@ class Driver:
     # Attempts.
 
     def _start_attempt(self) -> None:
-        """Has the agents, which are all there, start their training processes."""
+        """Have all agents start their training processes."""
         membership, state = self._membership, self._run_log.state
         self._attempt = Attempt(state.attempts, began_at=self._attempt.began_at)
         state.attempts += 1
@@ -187,17 +183,17 @@ class Driver:
         self._display.phase("building the model on the workers")
 
     def _regroup(self) -> None:
-        """Lets go of the agents; others start as soon as there is room for them, from the newest checkpoint."""
+        """Drop the agents; others start from the newest checkpoint as soon as there is room for them."""
         self._membership.disband()
         self._ledger.waiting(self._clock())
         self._failures.attempt_started(0)
         self._environments.attempt_ended()
-        # Some may have finished, but the last checkpoint is not whole without the others.
+        # Some workers may have finished, but the last checkpoint is not whole without the others' shares.
         self._attempt, self._change = Attempt(began_at=self._attempt.began_at), None
         self._run_log.reached(self._run_log.saved_step)
 
     def _plan_change(self, change: Change) -> None:
-        """Has the workers save and leave, so that others go on without a step lost; or without, if there is no time."""
+        """Have the workers save and leave, so that no step is lost; if there is no time for that, regroup at once."""
         step = self._run_log.state.step
         self._failures.draining(change.leaving)
         if change.ends_here:
@@ -220,8 +216,8 @@ class Driver:
         self._membership.group.order(stop=True)
 
     def _on_agents_lost(self, lost: Mapping[int, str], reason: str) -> None:
-        """Ray has lost agents, or could not start them. The others can only be replaced with them."""
-        if self._have_finished:  # they have done their work, or been let go of
+        """Handle agents that Ray has lost or could not start; Ray can only replace the whole group."""
+        if self._have_finished:  # they have finished, or were dropped
             return
         self._ledger.failed(self._clock())
         self._run_log.event("agents_lost", step=self._run_log.state.step, lost=lost, reason=reason)
@@ -231,10 +227,10 @@ class Driver:
             self._regroup()
 
     def _judge(self, now: float) -> None:
-        """Does what the failures of workers ask for.
+        """Act on the verdict on failures of workers: start another attempt, regroup, or end the run.
 
         Raises:
-            LauncherError: They end the run.
+            LauncherError: The failure ends the run.
         """
         verdict = self._failures.verdict(now)
         if verdict is None:
@@ -250,11 +246,11 @@ class Driver:
         later = f" in {verdict.wait_s} s" if verdict.wait_s else ""
         self._attempt.trains = False
         self._stop.first_start_is_over()
-        if self._stop_reason is not None or self._why_stop(now) is not None:  # others would only be started to stop
+        if self._stop_reason is not None or self._why_stop(now) is not None:  # new workers would only start to stop
             self._display.warn(f"{what}; the run stops at the newest checkpoint")
             self._regroup()
             return
-        self._display.warn(f"{what}; starting anew from the newest checkpoint{later}")
+        self._display.warn(f"{what}; restarting from the newest checkpoint{later}")
         if verdict.needs_agents or self._change is not None:
             self._regroup()
             self._gathering.start_at = now + verdict.wait_s
@@ -264,7 +260,7 @@ class Driver:
     # Time.
 
     def _check_time(self) -> None:
-        """Does what is to be done every moment.
+        """Do everything that depends on time; called several times a second.
 
         Raises:
             LauncherError: The run ends.
@@ -288,24 +284,24 @@ class Driver:
         self._see_to_workers(now)
 
     def _account(self, now: float) -> None:
-        """Brings up to date what is counted in time."""
+        """Update the counts of time and failures in the state."""
         state = self._run_log.state
         state.seconds = self._seconds_before + now - self._started_at
         state.time, state.unsaved = self._ledger.parts(now), self._ledger.unsaved()
         state.failures = {str(kind): count for kind, count in self._failures.counts.items()}
 
     def _see_to_workers(self, now: float) -> None:
-        """Starts workers where there are none, and sees whether others would be better than those that train."""
+        """Start workers if there are none, notice late and silent agents, and begin a change of workers."""
         membership, is_settled = self._membership, self._run_log.is_settled
         if self._change is not None and self._have_finished and is_settled:
             self._ledger.parked(now)
-            self._regroup()  # all have saved
+            self._regroup()  # all workers have saved
         if not membership.num_workers:
             if self._stop_reason is None:
                 self._gathering.gather(now)
         elif not membership.is_complete:
             late = membership.late(now)
-            if late and is_settled:  # else it cannot be judged yet, and they may come
+            if late and is_settled:  # else ``_judge`` waits for the store, and they may join meanwhile
                 self._on_agents_lost({}, late)
         elif is_settled and (silent := membership.silent(now)):
             self._on_agents_lost(silent, "")
@@ -317,7 +313,7 @@ class Driver:
                 self._plan_change(change)
 
     def _ask_to_stop(self, reason: str) -> None:
-        """Has the workers save and end; if none trains there is nothing to save, and the run ends at once."""
+        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once."""
         self._stop_reason = reason
         self._run_log.event("stop_requested", step=self._run_log.state.step, reason=reason)
         if self._attempt.trains:
@@ -335,14 +331,3 @@ class Driver:
         self._ledger.ended(now, kept=error is None)
         self._account(now)
         self._run_log.close(status, error, lambda: self._stop.num_signals > 1)
-
-
-def make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
-    """What every training process of the run is told."""
-    return replace(
-        code.task(ENTRY, run.url, spec),
-        hang_timeout_s=spec.workers.hang_timeout_s,
-        first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
-        data_fingerprint=data_fingerprint,
-        may_differ=may_differ or not spec.train.exact,
-    )

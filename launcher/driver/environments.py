@@ -1,4 +1,4 @@
-"""What the workers of a run are like, and what to do about nodes whose workers do not fit the others."""
+"""Compare the environments of workers, and leave out nodes whose environments do not fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from launcher.driver.verdicts import Failure
 
 
 class Environments:
-    """The environments of the workers, attempt by attempt."""
+    """Tracks the environments of the workers from attempt to attempt."""
 
     def __init__(
         self,
@@ -20,27 +20,34 @@ class Environments:
         run_log: RunLog,
         first_workers: Sequence[Mapping[str, Any]] | None,
     ) -> None:
-        """Only assigns. ``first_workers``: of those that the run began with; None: nobody has told of them yet."""
+        """Only assigns.
+
+        Args:
+            run_url: The run.
+            membership: Its workers.
+            run_log: Records events and shows warnings.
+            first_workers: The environments of the workers that the run began on; None: not known yet.
+        """
         self._run_url = run_url
         self._membership = membership
         self._run_log = run_log
         self._first_workers = first_workers
         self._last_workers: Sequence[Mapping[str, Any]] = ()
-        """Of the workers that did a step last."""
+        """Environments of the workers that completed a step last."""
         self._workers: Sequence[Mapping[str, Any]] = ()
-        """Of the present attempt's workers."""
+        """Environments of the workers of the current attempt."""
         self._refused: EnvironmentsCompared | None = None
-        """What was told of the workers of the present attempt, if they differ so that they do not train."""
+        """The comparison of the current attempt, if its workers refuse to train because they differ."""
         self._warned_of: set[str] = set()
-        """The differences between workers that a person knows of."""
+        """Differences that were already shown as a warning."""
 
     def attempt_ended(self) -> None:
-        """What was told was of workers that are gone."""
+        """Forget the comparison of the attempt that ended."""
         self._refused = None
 
     def compared(self, compared: EnvironmentsCompared) -> None:
-        """Records what the bits of this attempt depend on, and warns, once, of differences that may change them."""
-        if compared.is_refused:  # the workers end, and say why
+        """Record the environments of this attempt, and warn once of differences that may change the bits."""
+        if compared.is_refused:  # the workers end, and report why
             self._refused = compared
             return
         self._workers = compared.workers
@@ -57,18 +64,18 @@ class Environments:
                 self._run_log.display.warn(f"{what}: {how}; the bits may differ from an undisturbed run's")
 
     def step_done(self) -> None:
-        """The workers that are there have done a step: they are what others have to be like."""
+        """Record that the current workers have completed a step, so that later nodes are compared with them."""
         if self._workers is not self._last_workers and changes(self._last_workers, self._workers):
-            self._membership.forget()
-        self._membership.trains()
+            self._membership.clear_proven()
+        self._membership.mark_proven()
         self._last_workers = self._workers
 
     def leave_out_unfit(self, failure: Failure) -> bool:
-        """Does without the nodes that have joined a run that trained without them, and on which it does not train.
+        """Leave out the nodes that joined a training run and caused this failure, because their environment is unfit.
 
         Returns:
-            Whether there are any. None are left out if others are in the way too, or if nobody is left without them:
-            then the run is to end, and to say why.
+            Whether nodes were left out. None are if nodes that trained before are unfit too, or if no usable node would
+            remain: then the failure ends the run.
         """
         unfit = self._unfit_newcomers(failure)
         if not unfit:
@@ -88,7 +95,7 @@ class Environments:
         return True
 
     def _unfit_newcomers(self, failure: Failure) -> frozenset[str]:
-        """The ids of these nodes."""
+        """Return the ids of the nodes to leave out; empty: none."""
         membership = self._membership
         newcomers = membership.newcomers()
         if failure.cause != "environment":
@@ -96,12 +103,12 @@ class Environments:
         if self._refused is not None:
             groups = self._refused.workers
             odd = unlike(self._last_workers, groups)
-            if odd or len(groups) == 1:  # all are alike, and have other data than was planned with
+            if odd or len(groups) == 1:  # all are alike, and have other data than the plan
                 unfit = membership.nodes_of(rank for group in odd or groups for rank in group["ranks"])
-            else:  # they differ in what those before did not have, such as a module that prepares data
+            else:  # they differ in what earlier workers did not report, such as a module that prepares data
                 unfit = newcomers
         elif failure.rank is not None:
             unfit = membership.nodes_of(failure.ranks or [failure.rank])
-        else:  # Ray does not say which it was
+        else:  # Ray does not say which worker it was
             unfit = newcomers if len(newcomers) == 1 else frozenset()
         return unfit if unfit <= newcomers and membership.goes_on_without(unfit) else frozenset()

@@ -1,4 +1,4 @@
-"""What a person and the run directory are told of a failure."""
+"""Report a failure to the user and in the run directory."""
 
 from cluster.errors import LauncherError
 from launcher.driver.attempt import NONE
@@ -8,7 +8,7 @@ from launcher.driver.verdicts import Failure, GiveUp
 
 
 class FailureReports:
-    """Says where, what and when of a failure."""
+    """Describes failures: which worker, what happened, at which step."""
 
     def __init__(self, run_url: str, membership: Membership, run_log: RunLog) -> None:
         """Only assigns."""
@@ -17,7 +17,7 @@ class FailureReports:
         self._run_log = run_log
 
     def note(self, failure: Failure) -> None:
-        """Writes a failure down."""
+        """Record a failure in the status and in the events."""
         node, address = (None, None) if failure.rank is None else self._membership.place_of(failure.rank)
         told = {
             "cause": failure.cause,
@@ -34,13 +34,13 @@ class FailureReports:
             self._run_log.event("worker_lost", **told, reason=failure.message, **last)
 
     def line(self, failure: Failure) -> str:
-        """A failure in a line: where, what, when."""
+        """Return a failure in one line: which worker, what happened, at which step."""
         if failure.rank is None:
             return failure.message
         return f"{self._membership.where(failure.rank)}: {failure.message} at step {self._step_of(failure)}"
 
     def final_error(self, verdict: GiveUp, attempt: int) -> LauncherError:
-        """What the run ends with: what happened, what to do, where more is told, and what is left."""
+        """Return the error that ends the run: what happened, what to do, where the log is, the newest checkpoint."""
         failure, step = verdict.failure, self._run_log.saved_step
         what = f"{self.line(failure)}, {verdict.why}" if verdict.why else self.line(failure)
         has_log = failure.rank is not None and attempt != NONE and not failure.traceback
@@ -50,5 +50,5 @@ class FailureReports:
         return failure.error(line, traceback=failure.traceback or failure.log_tail)
 
     def _step_of(self, failure: Failure) -> int:
-        """The steps completed by then, as the later of two says: what an agent knows is a second old."""
+        """Return the steps completed at the failure: the later of two reports, as that of an agent is a second old."""
         return max(self._run_log.state.step, failure.step or 0)

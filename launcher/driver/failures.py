@@ -1,7 +1,7 @@
-"""From what workers say of their ends to what is to be done: the cause, whose fault it was, whether to try again.
+"""Failure policy: turn the reports of failed workers into one verdict: cause, responsible party, restart or stop.
 
-One failure has many messages: workers that lose a peer fail too, and those that wait for a hung one make no progress
-either. Here they become one verdict. Nothing here starts, stops or writes anything; the time comes in as a number.
+One failure causes many reports: workers that lose a peer fail too, and workers that wait for a hung one make no
+progress either. This module has no side effects, and gets the time as a number.
 """
 
 import signal
@@ -23,11 +23,11 @@ from jobs.spec import MaxFailuresSpec
 from launcher.driver.verdicts import Failure, GiveUp, Kind, TryAgain
 
 _LONGEST_BACK_OFF_S = 60
-"""Between starts of agents that fail one after the other; the first is tried again after a second, then it doubles."""
+"""Longest pause between consecutive failed starts of agents; the first pause is one second, then it doubles."""
 _LAST_WORDS_S = 5.0
-"""How long the last words of workers are waited for once one has failed: the cause, if it lost a peer, or a save."""
+"""How long to wait for the other workers' reports after a failure: for its cause, if a peer was lost, or for a save."""
 _CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
-"""What workers die of when another one is gone or hung: the cause only if that is all that anyone says."""
+"""Causes that follow from another worker's loss or hang; they count only if no worker reports another cause."""
 _ERRORS: dict[str, type[LauncherError]] = {
     error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
 }
@@ -39,48 +39,49 @@ _IN_FIRST_STEP = {
     "backward": "in the first backward pass, where torch.compile compiles",
     "exchange": "waiting for the others",
 }
-"""What a process is at that has not done its first step, by its mark."""
+"""What a process does that has not completed its first step, by progress mark."""
 _EXCHANGING = ("backward", "exchange")
-"""Marks at which workers give each other what they have."""
+"""Progress marks at which workers communicate."""
 _SIGNS_OF_LOSS: dict[str, Cause] = {
-    "running low on memory": "out_of_memory",  # its memory monitor
+    "running low on memory": "out_of_memory",  # Ray's memory monitor
     "node was preempted": "preempted",
     "by node preemption": "preempted",
     "node was terminated expectedly": "preempted",
     "node was terminated": "node_lost",
     "node has died": "node_lost",
-    "is unavailable": "node_lost",  # alive, as far as Ray knows, and out of reach
+    "is unavailable": "node_lost",  # alive according to Ray, and unreachable
     "No module named": "environment",
     "cannot import name": "environment",
-    "Can't get attribute": "environment",  # of a module that is another version's
-    "has said nothing": "hung",  # stopped or cut off, and Ray has not noticed
-    "has been hanging": "hung",  # by Ray Train's own health check
+    "Can't get attribute": "environment",  # of a module in another version
+    "has said nothing": "hung",  # stopped or disconnected, and Ray has not noticed
+    "has been hanging": "hung",  # from Ray Train's health check
 }
-"""What is said of an agent that is lost, the most telling first; of any other Ray says that its process died."""
+"""Phrases in Ray's reasons for a lost agent, the most specific first; without one of them its process died."""
 _KINDS_OF_LOSS: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
-"""All others are the machine's doing."""
+"""Who is responsible for the loss of an agent; for causes not listed, the machine."""
 _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
-"""Exit codes of processes that ended themselves, by a fault of their own."""
+"""Exit codes of processes that crashed by a fault of their own."""
 _NCCL = "ProcessGroupNCCL"
-"""Names itself in the log of a process that it aborts, for another worker is gone or silent."""
+"""In the log of a process that NCCL aborted because another worker is gone or silent."""
 _TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
-"""What a worker may die of because its node is being drained."""
+"""Causes that count as preemption while the worker's node is being drained."""
 
 
 class Failures:
-    """What the workers of the present attempt have said, and the failures of all attempts before it."""
+    """Collects the reports of the current attempt, and counts the failures of all attempts."""
 
     def __init__(self, max_failures: MaxFailuresSpec) -> None:
         self._max_failures = max_failures
         self.counts: dict[Kind, int] = {"machine": 0, "preemption": 0, "code": 0}
-        """The failures so far, by whose doing they were."""
+        """Number of failures so far, by responsible party."""
         self._places: set[str] = set()
+        """Steps and lines at which the code has failed."""
         self._failed_starts = 0
-        """Of agents, one after the other."""
+        """Consecutive failed starts of agents."""
         self.attempt_started(0)
 
     def attempt_started(self, num_workers: int) -> None:
-        """What was said before is of processes that are gone; there are so many now, 0 while agents start."""
+        """Forget the reports of earlier processes; there are ``num_workers`` now, 0 while agents start."""
         self._num_workers = num_workers
         if num_workers:
             self._failed_starts = 0
@@ -95,16 +96,16 @@ class Failures:
         self._waits_since: float | None = None
 
     def failed(self, rank: int, failed: Failed) -> None:
-        """A worker says why it ends. Of a lost peer that is a consequence; the cause is on its way."""
+        """Take a worker's report why it ends. If that is a lost peer, wait for a report of the cause."""
         if failed.cause in _CONSEQUENCES:
             self._broken[rank] = failed
         elif self._fatal is None:
             self._fatal, self._waits_since = (rank, failed), None
 
     def exited(self, rank: int, exited: Exited) -> None:
-        """An agent says how its training process ended."""
+        """Take an agent's report how its training process ended."""
         self._exits[rank] = exited
-        if exited.exit_code is None:  # what else it said follows from that, such as that its loaders are gone
+        if exited.exit_code is None:  # its other reports follow from that, such as lost loader processes
             self._broken.pop(rank, None)
             if self._fatal is not None and self._fatal[0] == rank:
                 self._fatal = None
@@ -119,34 +120,37 @@ class Failures:
             )
 
     def hung(self, rank: int, hung: Hung) -> None:
-        """A worker makes no progress; nor do the others, which wait for it."""
+        """Take the report that a worker makes no progress; the workers that wait for it report the same."""
         self._hung[rank] = hung
 
-    def goes_on(self, rank: int) -> None:
-        """A worker that made no progress does again."""
+    def recovered(self, rank: int) -> None:
+        """Take the report that a hung worker makes progress again."""
         self._hung.pop(rank, None)
 
     def finished(self, rank: int) -> None:
-        """A worker has done its work: however its process ends, it is no failure any more."""
+        """Take the report that a worker has finished; the end of its process is no failure then."""
         self._finished.add(rank)
 
     def lost(self, lost: Mapping[int, str], reason: str) -> None:
-        """Agents are lost, by rank, and their training processes with them.
+        """Record lost agents, whose training processes are lost too.
 
         Args:
-            lost: What is said of each; empty: all are lost, or did not start.
-            reason: Why, if none is named.
+            lost: The reason for each, by rank; empty: all agents are lost, or did not start.
+            reason: The reason, if ``lost`` is empty.
         """
         self._lost |= lost
         if not lost:
             self._all_lost = reason or "Ray does not say why"
 
     def draining(self, ranks: Collection[int]) -> None:
-        """The nodes of these workers are being taken away; whatever takes the workers with them is that."""
+        """Record that the nodes of these workers are being drained, so that their loss counts as preemption."""
         self._draining.update(ranks)
 
     def verdict(self, now: float) -> TryAgain | GiveUp | None:
-        """What is to be done by now; None while nothing is, or last words are waited for."""
+        """Return what to do; None: nothing, or more reports are awaited.
+
+        Counts the failure each time: act on a verdict before asking for the next.
+        """
         failure = self._first_failure(now)
         if failure is None:
             return None
@@ -184,11 +188,11 @@ class Failures:
             if rank not in self._finished | self._broken.keys():
                 return _of_exit(rank, exited)
         if any(hung.is_silent for hung in self._hung.values()) or 0 < self._num_workers == len(self._hung):
-            return self._of_hang()  # one that has not said so works, and the others wait for it
+            return self._of_hang()  # a worker that does not report a hang works, and the others wait for it
         return self._of_exchange() if self._broken and has_waited else None
 
     def _of_exception(self, rank: int, failed: Failed) -> Failure:
-        """What a worker says of itself; of one alone, a second time at the same step and line is the code's fault."""
+        """Return the failure that a worker reports of itself; the code is at fault if a line of it is named."""
         cause = failed.cause
         kind: Kind | None = "code" if failed.place else None
         if cause == "crash" and rank in self._exits and self._exits[rank].oom_kill:
@@ -205,7 +209,7 @@ class Failures:
         )
 
     def _of_agents(self) -> Failure:
-        """The agent of whose loss most is said."""
+        """Return the failure of the lost agent whose reason is the most specific."""
         otherwise: Cause = "killed" if self._num_workers else "not_started"
         causes = {rank: _cause_of_loss(reason, otherwise) for rank, reason in self._lost.items()}
         telling = [*_SIGNS_OF_LOSS.values(), otherwise]
@@ -215,13 +219,13 @@ class Failures:
         return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank, ranks=ranks)
 
     def _of_all_agents(self, reason: str) -> Failure:
-        """Agents that did not start, or that Ray has given up together."""
+        """Return the failure of agents that did not start, or that Ray ended together."""
         cause = _cause_of_loss(reason, "killed" if self._num_workers else "not_started")
         what = "the workers were lost" if self._num_workers else "the workers did not start"
         return Failure(cause=cause, message=f"{what}: {reason}", kind=_KINDS_OF_LOSS.get(cause, "machine"), rank=None)
 
     def _of_hang(self) -> Failure:
-        """The worker that the others wait for: one that is silent, or else one that is behind them."""
+        """Return the failure of the worker that the others wait for: a silent one, or else the one furthest behind."""
         ranks = sorted(self._hung, key=lambda rank: (self._hung[rank].step, DOING.index(self._hung[rank].doing)))
         silent = [rank for rank in ranks if self._hung[rank].is_silent]
         rank = (silent or ranks)[0]
@@ -242,7 +246,7 @@ class Failures:
             message=what,
             rank=rank,
             step=step,
-            # If it stands at the same line again, it is neither slow nor has it had bad luck.
+            # Two first steps that hang at the same line are no accident: the second one ends the run.
             place=f"first step after {step}, {doing}, {line}" if found.is_first_step and line and not silent else "",
             limit="workers.first_step_timeout_s" if found.is_first_step else "workers.hang_timeout_s",
             hang={
@@ -257,7 +261,10 @@ class Failures:
         )
 
     def _of_exchange(self) -> Failure:
-        """Exchanges broke, and nobody says why. If all others waited in vain for one that is silent, it hangs."""
+        """Return the failure of a broken exchange without a reported cause.
+
+        If every other worker timed out waiting for one that is silent, that one hangs.
+        """
         rank, first = next(iter(self._broken.items()))
         silent = sorted(set(range(self._num_workers)) - self._broken.keys() - self._exits.keys())
         if silent and all(failed.cause == "exchange_timeout" for failed in self._broken.values()):
@@ -269,7 +276,7 @@ class Failures:
 
 
 def _of_exit(rank: int, exited: Exited) -> Failure:
-    """How a process ended that did not say why."""
+    """Return the failure of a process that ended without a report."""
     code = exited.exit_code
     failed = partial(Failure, rank=rank, step=exited.step, log_tail=exited.log_tail)
     if code is None:
@@ -292,6 +299,6 @@ def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:
 
 
 def _innermost(stack: str) -> str:
-    """The innermost call of a stack as ``faulthandler`` prints it, or what else is known."""
+    """Return the innermost call of a stack printed by ``faulthandler``, or the process state, or an empty text."""
     lines = [line.strip() for line in stack.splitlines()]
     return next((line for line in lines if line.startswith(("File ", "State"))), "")

@@ -1,4 +1,4 @@
-"""Starting workers as soon as there is room for them, and saying what is waited for until then."""
+"""Start workers as soon as there is room for them, and report what is missing until then."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,16 @@ from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 
 _ASK_AFTER_S = 10.0
-"""How long there is too little room before Ray is asked for it all the same.
+"""How long there is too little room before Ray is asked to place the workers anyway.
 
-Then the run stands in line, and an autoscaler brings nodes for what Ray has no room for. What Ray Train asks of an
-autoscaler is not enough: nodes that others use meet it, and more than there may be, with what others ask, brings none.
+Then the run waits in Ray's queue, and an autoscaler starts nodes for what Ray cannot place. Ray Train's own request to
+the autoscaler is not enough: nodes that other jobs use satisfy it, and a request that exceeds the limit together with
+those of others starts no node.
 """
 
 
 class Gathering:
-    """Finds room for the workers of a run. Times come in as numbers: seconds that only grow."""
+    """Waits for room for the workers of a run. Times are passed in, in seconds of a monotonic clock."""
 
     def __init__(self, workers: WorkersSpec, run_url: str, membership: Membership, run_log: RunLog) -> None:
         """Only assigns."""
@@ -26,15 +27,15 @@ class Gathering:
         self._run_log = run_log
         self._waiting_since: float | None = None
         self.start_at = 0.0
-        """Workers are not started before."""
+        """Start no workers before this time."""
 
     @property
     def waits(self) -> bool:
-        """There is too little room."""
+        """Whether the run waits for room."""
         return self._waiting_since is not None
 
     def gather(self, now: float) -> None:
-        """Starts workers if there is room for them, unless it is too early to try again.
+        """Start workers if there is room for them, unless it is too early to try again.
 
         Raises:
             ClusterError: There has been no room for longer than ``workers.wait_s``.
@@ -51,14 +52,14 @@ class Gathering:
                 self._run_log.display.phase(_starting(room))
             membership.start(room, now)
         elif membership.holds_room:
-            # While this run waits for more, others may need what its former agents hold. Two runs that each held what
-            # the other one waits for would wait for ever.
+            # Release the places of former agents while waiting for more: two runs that each hold what the other one
+            # waits for would be deadlocked.
             membership.start(0, now)
         elif membership.group.is_shared and waited_s >= _ASK_AFTER_S:
             membership.start(self._workers.least, now)
 
     def placed(self, nodes: Sequence[str], now: float) -> None:
-        """Ray holds room for the agents that were to start, on these nodes by rank; none: the room is let go of."""
+        """Record the nodes, by rank, on which Ray has placed the agents; empty: they have released their places."""
         self._membership.placed(nodes, now)
         if not nodes:
             return
@@ -71,10 +72,10 @@ class Gathering:
         state.workers, state.waits_for, self._waiting_since = count, None, None
 
     def _note_wait(self, now: float) -> float:
-        """Makes known that room is waited for, and for what; returns for how many seconds by now.
+        """Report that the run waits for room, and for what; return how long it has waited, in seconds.
 
         Raises:
-            ClusterError: Longer than that is wanted.
+            ClusterError: It has waited for longer than ``workers.wait_s``.
         """
         shortage, limit_s = self._membership.shortage(), self._workers.wait_s
         run_log = self._run_log

@@ -1,7 +1,7 @@
-"""The workers of a run: who is there, where, and how many there should be.
+"""Membership: which workers a run has, on which nodes, and how many it should have.
 
-How many there should be follows from what is written and what the cluster has room for. Time comes in as a
-number: nothing here looks at a clock.
+How many it should have follows from ``workers.num`` and from the room in the cluster. Times are passed in: nothing here
+reads a clock.
 """
 
 import math
@@ -17,30 +17,29 @@ from cluster.process.orders import LOOPBACK
 from cluster.ray.cluster import PLACEMENT_TIMEOUT_S
 from cluster.ray.worker_group import WorkerGroup
 from jobs.spec import WorkersSpec
+from launcher.driver.steady_room import SteadyRoom
 
 _LOOK_INTERVAL_S = 1.0
+"""How often to look for more room, and for nodes that are drained."""
 _SETTLE_S = 5.0
-"""How long there must be room for more workers before they are taken: each change costs a few seconds."""
-_LAG_S = 0.5
-"""How late Ray may tell of what has become free; on an overloaded machine it was 0.13 s."""
-_UNSTEADY_S = 5.0
-"""How long room that does not stay the same is looked at, before the least of it is believed."""
+"""How long there must be room for more workers before they are started: each change costs a few seconds."""
 _PLACEMENT_S = 2 * PLACEMENT_TIMEOUT_S
-"""How long Ray may take to say whether it has room for agents, with the start or the change of its controller."""
+"""How long Ray may take to place agents or fail to, with the start or the replacement of its controller."""
 _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
+"""An agent is silent after this time at the earliest: a limit near its heartbeat interval would find all silent."""
 MOST_MISFITS = 10
-"""How often nodes that join may turn out not to fit before no others are taken: each costs a save and two starts."""
+"""How many joining nodes may turn out unfit before no new ones are used: each costs a save and two starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Other workers are wanted than those there are.
+    """The workers should be replaced by others.
 
     Attributes:
-        reason: Why, for people.
-        leave_by: The Unix time by which some of them will be gone; infinity: no matter when, or nobody knows.
-        ends_here: The driver's own host is one that goes, and no other can take its place.
-        leaving: The workers, by rank, whose nodes are taken away.
+        reason: Why, for messages.
+        leave_by: The Unix time by which some workers will be gone; infinity: none will, or it is not known when.
+        ends_here: Whether the driver's own node is being drained, which ends the run here.
+        leaving: The ranks of workers whose nodes are being drained.
     """
 
     reason: str
@@ -50,91 +49,101 @@ class Change:
 
 
 class Membership:
-    """The agents of a run, which the driver replaces as a group."""
+    """The agents of a run, which the driver starts and replaces as a group."""
 
     def __init__(self, group: WorkerGroup, workers: WorkersSpec, look: Callable[[], Sequence[Node]]) -> None:
-        """Only assigns. ``look``: the nodes of the cluster that are alive."""
+        """Only assigns.
+
+        Args:
+            group: Starts and stops the agents.
+            workers: The ``workers`` section of the job.
+            look: Returns the nodes of the cluster that are alive.
+        """
         self.group = group
         self.num_workers = 0
-        """Those that were asked for; 0: none."""
+        """The number of agents that were started; 0: none."""
         self.generation = 0
-        """Of the agents that were started last."""
+        """The number of the last start; messages of agents of an earlier one are ignored."""
         self.agents: dict[int, Hello] = {}
-        """What each said when it came, by rank."""
+        """The agents that have joined, by rank, each with its first message."""
         self._workers = workers
         self._look = look
         self._starting_since = -math.inf
-        """When the agents were asked for; once they hold places, when those were told of."""
+        """When the agents were started; once Ray has placed them, when it said so."""
         self._heard_at: dict[int, float] = {}
+        """The time of the last heartbeat, by rank."""
         self._held: Counter[str] = Counter()
+        """The number of places that agents of this run hold, by node."""
         self._unplaced = 0
-        """How many agents Ray did not find room for, the last time; 0: it did."""
+        """The number of agents that Ray could not place at the last start; 0: it placed them."""
         self._placed: Sequence[str] = ()
-        """The nodes of those that were started last, by rank, as far as that is known."""
+        """The nodes of the last start, by rank, as far as they are known."""
         self._proven: set[str] = set()
-        """The nodes, by id, that those who train now have trained on; others are newcomers."""
+        """The ids of nodes on which the current workers have trained; other nodes are newcomers."""
         self._left_out: dict[str, str] = {}
-        """The nodes, by id, that are not used, and why."""
+        """Why nodes are not used, by node id."""
         self._num_misfits = 0
-        """How often nodes were left out."""
+        """How many times nodes were left out."""
         self._addresses: dict[str, str] = {}
-        """Of all nodes that were ever seen, by id."""
+        """The addresses of all nodes that were ever seen, by node id."""
         self._known_hosts: set[str] = set()
-        """The addresses of the hosts that any workers of this run have trained on; ``forget`` leaves them."""
+        """The addresses of hosts on which any workers of this run have trained; ``clear_proven`` keeps them."""
         self._looked_at = -math.inf
         self._room_since = math.inf
-        self._seen: tuple[int, float] | None = None
-        """The room while no agents are there, and since when it has been that."""
-        self._least: tuple[int, float] | None = None
-        """The least room of the looks that have not told it yet, and the time of the first of them."""
+        """Since when there has been room for more workers."""
+        self._steady_room = SteadyRoom()
+        """Observed while there are no agents."""
 
     @property
     def num_placed(self) -> int:
-        """Those of them that hold a place: all, or none yet."""
+        """The number of current agents that hold a place: all, or 0."""
         return self._held.total() if self.num_workers else 0
 
     @property
     def holds_room(self) -> bool:
-        """Agents hold places, also if they are no longer counted on."""
+        """Whether agents hold places, including former agents."""
         return bool(self._held)
 
     @property
     def is_complete(self) -> bool:
-        """All are there."""
+        """Whether all agents have joined."""
         return 0 < self.num_workers == len(self.agents)
 
     @property
     def host(self) -> str:
-        """The address of rank 0 for the others."""
+        """The address at which the other workers reach rank 0."""
         is_one_node = len({agent.node for agent in self.agents.values()}) == 1
         return LOOPBACK if is_one_node else self.agents[0].address
 
     def where(self, rank: int) -> str:
-        """A worker, for people."""
+        """Return the name of a worker for messages, with its node if that is known."""
         _, address = self.place_of(rank)
         return f"worker {rank}" if address is None else f"worker {rank} on node {address}"
 
     def place_of(self, rank: int) -> tuple[str | None, str | None]:
-        """The node of a worker, by id, and its address, as far as they are known; it may not have said a word yet."""
+        """Return the node id and the address of a worker, None if unknown; the agent may not have joined yet."""
         if agent := self.agents.get(rank):
             return agent.node, agent.address
         node = self._node_of(rank)
         return node, None if node is None else self._addresses.get(node)
 
     def joined(self, hello: Hello, now: float) -> None:
-        """An agent is there."""
+        """Record that an agent has joined."""
         self.agents[hello.rank] = hello
         self._heard_at[hello.rank] = now
 
-    def heard(self, here: StillHere, now: float) -> None:
-        """An agent says that it is there still, as all do every few seconds; also one that is no longer counted."""
+    def heartbeat(self, here: StillHere, now: float) -> None:
+        """Record the heartbeat of an agent; one of a former agent is ignored."""
         agent = self.agents.get(here.rank)
         if agent is not None and agent.id == here.id:
             self._heard_at[here.rank] = now
 
     def silent(self, now: float) -> dict[int, str]:
-        """The agents that say nothing any more, though Ray has not lost them: stopped, or cut off."""
-        # A limit as short as the time between two words of an agent would find all of them silent.
+        """Return the agents whose heartbeats stopped though Ray has not lost them: suspended, or disconnected.
+
+        Returns:
+            What to report of each, by rank.
+        """
         limit_s = max(self._workers.hang_timeout_s, _LEAST_SILENCE_S)
         return {
             rank: f"its agent has said nothing for {now - self._heard_at[rank]:.0f} s"
@@ -143,7 +152,7 @@ class Membership:
         }
 
     def placed(self, nodes: Sequence[str], now: float) -> None:
-        """The nodes, by id, that hold a place for an agent of this run, by its rank; none: they have let go of them."""
+        """Record the node ids on which Ray has placed the agents, by rank; empty: the places are released."""
         self._held = Counter(nodes)
         self._placed = nodes or self._placed
         if nodes:
@@ -151,75 +160,75 @@ class Membership:
             self.group.release(frozenset(nodes))
 
     def unplaced(self) -> None:
-        """Ray has not found room for all the agents that were to start: none of them is there."""
+        """Record that Ray could not place all agents, so that none was started."""
         self._unplaced = self.num_workers
         self.disband()
 
     @property
     def is_unplaced(self) -> bool:
-        """The agents that were to start last found no room."""
+        """Whether Ray could not place the agents of the last start."""
         return self._unplaced > 0
 
-    def trains(self) -> None:
-        """The agents that are there have done a step: their nodes are fit for this run."""
+    def mark_proven(self) -> None:
+        """Record that the current agents have completed a step, so that their nodes fit this run."""
         for agent in self.agents.values():
             self._proven.add(agent.node)
             self._known_hosts.add(agent.address)
-            self._left_out.pop(agent.node, None)  # it may have joined just as no others were to be taken
+            self._left_out.pop(agent.node, None)  # it may have joined just as no new nodes were to be used
 
-    def forget(self) -> None:
-        """Others than before train now: the nodes that were fit for those are newcomers again."""
+    def clear_proven(self) -> None:
+        """Count all nodes as newcomers again, because workers with another environment train now."""
         self._proven.clear()
 
     def newcomers(self) -> frozenset[str]:
-        """The nodes of the last start, by id, that have joined a run that has trained without them."""
+        """Return the ids of nodes of the last start that joined after the run had trained without them."""
         return frozenset(self._placed) - self._proven if self._proven else frozenset()
 
     def nodes_of(self, ranks: Iterable[int]) -> frozenset[str]:
-        """The nodes of workers of the last start, by id, as far as they are known."""
+        """Return the ids of the nodes of workers of the last start, as far as they are known."""
         return frozenset(node for rank in ranks if (node := self._node_of(rank)) is not None)
 
     def goes_on_without(self, nodes: frozenset[str]) -> bool:
-        """Whether other nodes are there that could hold workers; after too many misfits, that have held some."""
+        """Return whether workers could run without these nodes; after too many misfits only on known hosts."""
         others = [node for node in self._nodes() if node.id not in nodes | self._left_out.keys()]
         if self._num_misfits + 1 >= MOST_MISFITS:
             others = [node for node in others if self._is_known(node)]
         return any(node.most(self.group.resources) for node in others)
 
     def leave_out(self, nodes: frozenset[str], why: str) -> str:
-        """Starts no agent on these nodes any more; returns which they are, for people."""
+        """Start no more agents on these nodes; return their names for messages."""
         self._num_misfits += 1
-        if self.takes_no_others:  # what runs on these hosts has changed
+        if self.takes_no_others:  # the software on these hosts has changed
             self._known_hosts -= {self._addresses.get(node, "") for node in nodes}
         self._left_out |= dict.fromkeys(nodes, why)
         return _named([self._addresses.get(node, node) for node in sorted(nodes)])
 
     @property
     def takes_no_others(self) -> bool:
-        """Too many have not fitted: agents are started only on hosts that workers of this run have trained on."""
+        """Whether agents start only on hosts on which this run has trained, because too many new nodes were unfit."""
         return self._num_misfits >= MOST_MISFITS
 
     def disband(self) -> None:
-        """The agents are no longer counted on; others will be started as soon as there is room."""
+        """Forget the agents; others will be started as soon as there is room."""
         self.num_workers, self.agents = 0, {}
         self._looked_at, self._room_since = -math.inf, math.inf
-        self._seen = self._least = None
+        self._steady_room = SteadyRoom()
 
     def start(self, num_workers: int, now: float) -> None:
-        """Starts so many agents in place of those there are; 0: those end."""
+        """Start ``num_workers`` agents in place of the current ones; 0: only end those."""
         self.disband()
         self.num_workers, self._starting_since = num_workers, now
-        self._held = Counter()  # the former agents let go of their places, and what is said of them counts no more
+        self._held = Counter()  # former agents release their places, and messages about them are ignored
         self._placed = ()
         if num_workers:
-            self._nodes()  # where they may come to be
+            self._nodes()  # prepare the nodes on which they may be placed
         self.generation = self.group.start(num_workers, frozenset(self._left_out))
 
     def late(self, now: float) -> str:
-        """What to say of agents that have not started in time, and of their nodes; nothing if there are none.
+        """Return a message about agents that have not joined in time, with their nodes; empty: none is late.
 
-        Their time begins when they hold places. Until Ray tells of those, they have the time that it may take to find
-        them in addition.
+        ``workers.start_timeout_s`` counts from their placement. Until Ray has placed them they also have the time that
+        placement may take.
         """
         limit_s = self._workers.start_timeout_s
         if self.is_complete or now - self._starting_since <= limit_s + (0.0 if self._held else _PLACEMENT_S):
@@ -238,33 +247,22 @@ class Membership:
         )
 
     def room(self, now: float) -> int | None:
-        """The workers to start now, if none are there: as many as fit and are wanted; 0 if that is too few.
-
-        None: it is too early to tell, for what former agents have held may become free yet.
-
-        Room that others take and free all the time never stays the same. Of that the least is told, every few seconds.
+        """Return how many workers to start now, while there are none: as many as fit and are wanted.
 
         Args:
-            now: Seconds that only grow.
+            now: The time, in seconds of a monotonic clock.
+
+        Returns:
+            0: there is room for fewer than ``workers.num`` allows. None: it is too early to tell, because former agents
+            may still release places.
         """
-        room = self._fitting(self._nodes())
-        if self._seen is None or self._seen[0] != room:
-            self._seen = room, now
-        least, since = self._least or (room, now)
-        least = min(least, room)
-        self._least = None
-        if room == self._workers.most or now - self._seen[1] >= _LAG_S:
-            return room
-        if now - since >= _UNSTEADY_S:
-            return least
-        self._least = least, since
-        return None
+        return self._steady_room.observe(self._fitting(self._nodes()), self._workers.most, now)
 
     def change(self, now: float) -> Change | None:
-        """What should change about workers that are all there; looks at the cluster every second.
+        """Return why the current workers should be replaced; None: they should not. Looks every second.
 
         Args:
-            now: Seconds that only grow.
+            now: The time, in seconds of a monotonic clock.
         """
         if now - self._looked_at < _LOOK_INTERVAL_S:
             return None
@@ -289,7 +287,7 @@ class Membership:
         return Change(f"there is room for {fitting} workers")
 
     def shortage(self) -> str:
-        """What there is, beside what is needed, where workers have to be waited for."""
+        """Return a message with the room that there is and the room that is needed."""
         nodes = self._nodes()
         if self._unplaced and self._fitting(nodes):
             return (
@@ -306,6 +304,7 @@ class Membership:
         )
 
     def _nodes(self) -> Sequence[Node]:
+        """Return the nodes that are alive, after preparing those that may get workers."""
         nodes = self._look()
         self._addresses |= {node.id: node.address for node in nodes}
         if self.takes_no_others:
@@ -316,26 +315,32 @@ class Membership:
         return nodes
 
     def _is_prepared(self, node: Node) -> bool:
-        """Where an autoscaler takes idle nodes away, none is kept from it by what is prepared there for nobody."""
+        """Return whether to prepare a node for workers.
+
+        In a cluster with an autoscaler only nodes that will get workers are prepared: a node with something on it would
+        not be idle, so the autoscaler would keep it.
+        """
         if node.is_here or self._held[node.id] or not self.group.may_grow:
             return True
         is_starting = self.num_workers > 0 and not self._held
         return is_starting and self._room_on(node) > 0
 
     def _is_known(self, node: Node) -> bool:
-        """Whether workers of this run have trained on its host; where Ray is started anew, the node is another."""
+        """Return whether this run has trained on the node's host; a restart of Ray gives the host another node id."""
         return node.address in self._known_hosts
 
     def _node_of(self, rank: int) -> str | None:
         return self._placed[rank] if rank < len(self._placed) else None
 
     def _fitting(self, nodes: Sequence[Node]) -> int:
+        """Return how many workers fit, at most the wanted number; 0 if that is too few."""
         fits = min(self._workers.most, sum(map(self._room_on, nodes)))
         return fits if fits >= self._workers.least else 0
 
     def _room_on(self, node: Node) -> int:
-        is_taken = node.drains_at is None and node.id not in self._left_out
-        return node.room(self.group.resources, self._held[node.id]) if is_taken else 0
+        """Return how many workers fit on a node, including those that it holds."""
+        is_usable = node.drains_at is None and node.id not in self._left_out
+        return node.room(self.group.resources, self._held[node.id]) if is_usable else 0
 
 
 def _named(nodes: Sequence[str]) -> str:

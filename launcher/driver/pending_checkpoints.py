@@ -1,6 +1,6 @@
-"""Checkpoints on their way: the shares heard so far, and who holds up a checkpoint that is overdue.
+"""Pending checkpoints: join the shares that workers have written, and find the worker that delays an overdue one.
 
-Nothing here looks at a clock: times come in as numbers.
+Times are passed in: nothing here reads a clock.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from cluster.process.messages import ShareWritten
 from cluster.run.manifest import Manifest, join
 
 _INTERVALS = 3
-"""A checkpoint is overdue if the newest is so many intervals old"""
+"""A checkpoint is overdue if the newest one is this many intervals old"""
 _LEAST_S = 30.0
-"""and at least so many seconds: what workers tell is late by a moment, in which short steps make many intervals."""
+"""and at least this many seconds: reports arrive a moment late, in which short steps make many intervals."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """No checkpoint has come for too long.
+    """A checkpoint is overdue.
 
     Attributes:
-        ranks: The workers that hold it up; none: no worker does, or it is not known which.
-        reason: Why there is none, in a line.
+        ranks: The workers that delay it; empty: no worker does, or it is not known which.
+        reason: Why there is none, in one line.
     """
 
     ranks: tuple[int, ...]
@@ -28,37 +28,37 @@ class Overdue:
 
 
 class PendingCheckpoints:
-    """Joins the shares that workers write, and notices when no checkpoint comes."""
+    """Joins the shares of a checkpoint that workers write, and notices overdue checkpoints."""
 
     def __init__(self, interval: int) -> None:
-        """``interval``: steps between checkpoints that are made on schedule."""
+        """``interval``: steps between scheduled checkpoints."""
         self._interval = interval
         self._saved_step: int | None = None
         self._since = 0.0
-        """When the newest checkpoint came, or training went on from it."""
-        self._is_told = False
+        """When the newest checkpoint was committed, or training resumed from it."""
+        self._is_reported = False
         self.attempt_started(0)
 
     def attempt_started(self, num_workers: int) -> None:
-        """Other processes train; shares of earlier ones become no checkpoint any more."""
+        """Drop the shares of earlier processes: they become no checkpoint any more."""
         self._num_workers = num_workers
         self._shares: dict[int, dict[int, ShareWritten]] = {}
-        """What workers have written of checkpoints that are not whole yet, by step and rank."""
+        """Shares of checkpoints that are not whole yet, by step and rank."""
         self._whole_step = 0
         self._left_out: Overdue | None = None
 
     def training_began(self, now: float) -> None:
-        """The workers stand at the newest checkpoint, or at the beginning."""
+        """Restart the time of the next checkpoint: training begins from the newest one, or from step 0."""
         self._since = now
 
     def left_out(self, rank: int, reason: str) -> None:
-        """The workers leave checkpoints out because of one of them."""
+        """Record that all workers skip a checkpoint because ``rank`` is not ready."""
         self._left_out = Overdue((rank,), reason)
 
     def share(self, rank: int, written: ShareWritten) -> tuple[Manifest, dict[int, ShareWritten]] | None:
-        """A worker has written its share; with the last one, the manifest of the checkpoint, and all shares by rank."""
+        """Take a share that a worker has written; with the last one, return the manifest and all shares by rank."""
         step = written.share.step
-        if step <= self._whole_step:  # the share of a worker that had no part to write
+        if step <= self._whole_step:  # a share without parts, which the checkpoint did not need
             return None
         shares = self._shares.setdefault(step, {})
         shares[rank] = written
@@ -70,18 +70,18 @@ class PendingCheckpoints:
         return manifest, shares
 
     def overdue(self, now: float, *, step: int, saved_step: int) -> Overdue | None:
-        """Who holds up the next checkpoint if it is overdue; told once until a checkpoint comes.
+        """Return who delays the next checkpoint if it is overdue; only once per checkpoint.
 
         Args:
-            now: Seconds that only grow.
+            now: The time, in seconds of a monotonic clock.
             step: The steps completed.
             saved_step: The step of the newest checkpoint.
         """
         if saved_step != self._saved_step:
-            self._saved_step, self._since, self._is_told, self._left_out = saved_step, now, False, None
-        if self._is_told or step - saved_step < _INTERVALS * self._interval or now - self._since < _LEAST_S:
+            self._saved_step, self._since, self._is_reported, self._left_out = saved_step, now, False, None
+        if self._is_reported or step - saved_step < _INTERVALS * self._interval or now - self._since < _LEAST_S:
             return None
-        self._is_told = True
+        self._is_reported = True
         if self._whole_step > saved_step:
             return Overdue((), f"the store has not taken the manifest of step {self._whole_step}")
         if not self._shares:

@@ -1,4 +1,4 @@
-"""What the driver does with each report of a training process."""
+"""Dispatch the reports of training processes to the parts of the driver."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from launcher.driver.stragglers import Stragglers
 
 
 class Reports:
-    """Hears the training processes of one attempt after the other."""
+    """Handles the reports of training processes, attempt after attempt."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Reports:
         self._attempt = Attempt()
 
     def agents_complete(self, shards: list[int]) -> None:
-        """All agents are there, which have so many shards, by rank."""
+        """Begin to compare workers for stragglers; ``shards``: the number of shards of each rank."""
         self._stragglers = Stragglers(shards)
 
     def attempt_started(self, attempt: Attempt) -> None:
-        """From now on other processes speak."""
+        """Forget the reports of earlier processes."""
         self._attempt = attempt
         self._pending.attempt_started(self._membership.num_workers)
-        self._stragglers.restarted()
+        self._stragglers.restart()
 
-    def hear(self, rank: int, report: messages.Report) -> None:
-        """Does what a report of the present attempt asks for."""
+    def handle(self, rank: int, report: messages.Report) -> None:
+        """Handle a report of the current attempt."""
         match report:
             case messages.MeetingPlace(port=port):
                 self._membership.group.order(meeting_port=port)
@@ -65,7 +65,7 @@ class Reports:
                 self._run_log.display.warn(f"{defect}; the checkpoint before it is used")
             case messages.RowLogged():
                 self._environments.step_done()
-                self._ledger.told(report.spent)
+                self._ledger.reported(report.spent)
                 self._run_log.row(report.row, report.time)
             case messages.MatrixMeasured():
                 self._run_log.matrix(report)
@@ -88,10 +88,10 @@ class Reports:
             case messages.Hung():
                 self._failures.hung(rank, report)
             case messages.GoesOn():
-                self._failures.goes_on(rank)
+                self._failures.recovered(rank)
 
     def warn_if_overdue(self, now: float) -> None:
-        """Says once that no checkpoint comes, and who holds it up."""
+        """Warn once if a checkpoint is overdue, and name the workers that delay it."""
         step, saved_step = self._run_log.state.step, self._run_log.saved_step
         overdue = self._pending.overdue(now, step=step, saved_step=saved_step)
         if overdue is None:
@@ -114,24 +114,24 @@ class Reports:
             self._run_log.begins_at(started.step)
             self._pending.training_began(self._clock())
 
-    def _on_time_spent(self, rank: int, told: messages.TimeSpent) -> None:
+    def _on_time_spent(self, rank: int, report: messages.TimeSpent) -> None:
         self._environments.step_done()
-        for news in self._stragglers.heard(rank, told.step, told.spent):
+        for news in self._stragglers.add_report(rank, report.step, report.spent):
             kind = "worker_recovered" if news.what is None else "worker_slow"
             node = self._membership.agents[news.rank].address
-            self._run_log.event(kind, step=told.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
+            self._run_log.event(kind, step=report.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
             tell = self._run_log.display.message if news.what is None else self._run_log.display.warn
             tell(f"{self._membership.where(news.rank)} {news.text}")
 
     def _on_save_skipped(self, rank: int, skipped: messages.SaveSkipped) -> None:
-        """A worker is not ready for a checkpoint, so that all leave it out."""
+        """Record that all workers skip a checkpoint because one is not ready."""
         step, reason = skipped.step, skipped.reason
         self._pending.left_out(rank, reason)
         self._run_log.event("checkpoint_left_out", step=step, rank=rank, reason=reason)
         self._run_log.display.message(f"step {step}: checkpoint left out: {self._membership.where(rank)}: {reason}")
 
     def _on_share(self, rank: int, written: messages.ShareWritten) -> None:
-        """A worker has written its share of a checkpoint. With the last share it becomes one."""
+        """Take a worker's share of a checkpoint; with the last share, have the checkpoint committed."""
         whole = self._pending.share(rank, written)
         if whole is None:
             return
@@ -148,5 +148,5 @@ class Reports:
         if finished.step > attempt.began_at:
             self._environments.step_done()
         if rank == 0:
-            self._ledger.told(finished.spent)
+            self._ledger.reported(finished.spent)
         self._run_log.reached(finished.step)

@@ -1,13 +1,13 @@
-"""What a run leaves behind while it goes on: rows, checkpoints, events and status, and what people see of them.
+"""Run log: rows, checkpoints, events and status of a run, for the run directory, the tracker and the display.
 
-The driver decides what happens; here it is written down. There is one of it, and one run directory, tracker and
-display that it writes to. The run directory is written behind the driver's back: it never waits for the store.
+The driver decides; this module records. A run has one run log, one run directory, one tracker and one display. The
+run directory is written in the background, so that the driver never waits for the store.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Self
 
 from cluster.errors import LauncherError
@@ -20,34 +20,18 @@ from jobs.spec import JobSpec
 from launcher.display.progress import Progress
 from launcher.driver.background_writer import BackgroundWriter
 from launcher.driver.goodput import goodput
+from launcher.driver.pending_writes import PendingWrites, Save
 from launcher.driver.run_state import RunState
 from launcher.planning.plan import Plan
 
 _RATE_WINDOW_S = 20.0
-_RETENTION_S = 2.0
-"""How long old checkpoints are removed at the least; else they would pile up where there is always more to write."""
-
-
-def event_row(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Something that happens now, for the log of events."""
-    return {"time": round(time.time(), 3), "kind": kind, **content}
-
-
-@dataclass(frozen=True, slots=True)
-class _Save:
-    """A checkpoint whose files are written, and that does not exist yet."""
-
-    manifest: Manifest
-    best: tuple[int | None, float | None]
-    seconds: float
-    committed: Callable[[], None]
+"""The time over which throughput is averaged."""
 
 
 class RunLog:
-    """The books of a run, which this process has claimed; they are kept between entering and leaving.
+    """Records a run whose lease this process holds. Writing starts at ``__enter__`` and ends at ``__exit__``.
 
-    While the store is away they are kept in memory: the rows and events of that time, the newest status, the newest
-    matrix of each name, and the saves whose files were written before.
+    Thread: the driver's thread, for all methods but ``write``.
     """
 
     def __init__(
@@ -61,35 +45,31 @@ class RunLog:
         tracker: Tracker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Only assigns. ``state``: at the newest checkpoint, with what earlier invocations of the run counted.
+        """Only assigns.
 
-        ``clock``: seconds that only grow.
+        Args:
+            spec: The job.
+            plan: What follows from it.
+            run: Its run directory.
+            state: The state at the newest checkpoint, with what earlier drivers of the run counted.
+            display: Shows progress.
+            tracker: Takes the rows.
+            clock: A monotonic clock in seconds.
         """
         self.state = state
         self.display = display
         self.saved_step = state.step
         """The step of the newest checkpoint."""
         self.save_s = 0.0
-        """What the last save took."""
+        """How long the last save took."""
         self._spec = spec
         self._plan = plan
         self._run = run
         self._tracker = tracker
         self._clock = clock
-        self._metrics = run.metrics()
-        self._events = run.events()
         self._rates: deque[tuple[float, int]] = deque()
-        self._bad_steps: set[int] = set()
-        self._begun_at: int | None = None  # where the workers went on last
-        self._matrices: dict[str, dict[str, Any]] = {}
-        self._saves: deque[_Save] = deque()
-        self._committed: deque[_Save] = deque()
-        self._newest_save: _Save | None = None  # after which not all that is old has been removed yet
-        self._status = self.document() | {"unsaved": self.state.unsaved}
-        self._status_at = 0.0  # when it was written last
-        self._is_closing = False
-        self._is_stop_requested = False
         self._away_since: float | None = None
+        self._pending = PendingWrites(run, spec.checkpoint.keep, self._status(), clock)
         self._background = BackgroundWriter(self.write, STATUS_INTERVAL_S, spec.checkpoint.patience_s, clock)
 
     def __enter__(self) -> Self:
@@ -100,7 +80,7 @@ class RunLog:
         self._background.__exit__()
 
     def document(self) -> dict[str, Any]:
-        """The ``--json`` document."""
+        """Return the ``--json`` document."""
         state = asdict(self.state)
         del state["unsaved"]
         return {
@@ -114,14 +94,14 @@ class RunLog:
         }
 
     def event(self, kind: str, **content: Any) -> None:
-        """Events are rare, and the last one before a machine dies is the one that matters: each is stored at once."""
-        self._tell(kind, content)
+        """Record an event, and have it written at once: the last event before a machine dies matters most."""
+        self._pending.add_event(kind, content)
         self._background.ask()
 
     def begins_at(self, step: int) -> None:
-        """The workers stand at a step; rows beyond it will be made anew."""
-        self._begun_at = step
-        self._metrics.cut(step + 1)
+        """Record that training starts at ``step``; drop later rows, because they will be computed again."""
+        self._pending.begun_at = step
+        self._pending.metrics.cut(step + 1)
         self.event("training", step=step)
         self.reached(step)
         self.saved_step = step
@@ -129,15 +109,20 @@ class RunLog:
         self.display.phase(f"training from step {step}" if step else "training")
 
     def reached(self, step: int) -> None:
-        """The workers have completed so many steps; the newest row may be of an earlier one."""
+        """Record that the workers have completed ``step`` steps; the newest row may be of an earlier one."""
         state = self.state
         state.step, state.epoch = step, step // self._plan.steps_per_epoch
         state.samples = step * self._spec.train.global_batch
 
     def row(self, row: Mapping[str, Any], sent_at: float) -> None:
-        """A step was made; ``sent_at``: when, by the clock of the workers."""
+        """Record the row of a step.
+
+        Args:
+            row: The row.
+            sent_at: When the worker sent it, in seconds by the worker's clock.
+        """
         state = self.state
-        self._metrics.append(row)
+        self._pending.metrics.append(row)
         self._tracker.log({**row, **self._throughput(sent_at, row["samples"])})
         self.reached(row["step"])
         metrics = {name: value for name, value in row.items() if "/" in name}
@@ -153,13 +138,13 @@ class RunLog:
         )
 
     def matrix(self, matrix: MatrixMeasured) -> None:
-        """A validation came to a matrix. The newest is kept; one that is measured again is the same."""
+        """Record a matrix of a validation; only the newest of each name is kept."""
         document = {"step": matrix.step, "classes": matrix.classes, "values": matrix.values}
-        self._matrices[matrix.name.replace("/", "-")] = document
+        self._pending.add_matrix(matrix.name.replace("/", "-"), document)
 
     def fell_back(self, step: int, defect: str) -> None:
-        """A checkpoint is bad, and an older one is used; it stays for somebody to look at."""
-        self._bad_steps.add(step)
+        """Record that a checkpoint is bad and an older one is used; the bad one is kept for inspection."""
+        self._pending.add_bad_step(step)
         self.event("fell_back", step=step, defect=defect)
 
     def checkpoint(
@@ -169,42 +154,43 @@ class RunLog:
         seconds: float,
         committed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Workers have written the files of a checkpoint; it exists as soon as its manifest is in the store.
+        """Commit a checkpoint whose files the workers have written; it exists once its manifest is in the store.
 
         Args:
-            manifest: Of the files.
-            best: Step and value of the best checkpoint by then, if one is watched for.
-            seconds: What the save took.
+            manifest: The manifest.
+            best: Step and value of the best checkpoint so far; None where no metric is watched.
+            seconds: How long the save took.
             committed: Called by ``tend`` once the checkpoint exists.
         """
-        self._saves.append(_Save(manifest, best, seconds, committed))
+        self._pending.add_save(Save(manifest, best, seconds, committed))
         self._background.ask()
 
     @property
     def save_interval(self) -> int:
-        """Steps between checkpoints that are made on schedule."""
+        """Steps between scheduled checkpoints."""
         return self._spec.checkpoint.every_steps or self._plan.steps_per_epoch
 
     @property
     def is_settled(self) -> bool:
-        """Whether the store answers, and every save is a checkpoint: workers that start now find the newest."""
-        return not self._saves and not self._committed and self._background.failing is None
+        """Whether the store answers and every save is committed, so that workers that start now find the newest."""
+        return not self._pending.has_saves and self._background.failing is None
 
     @property
     def is_stop_requested(self) -> bool:
-        """Whether somebody has asked for a stop, in the run directory."""
-        return self._is_stop_requested
+        """Whether somebody has requested a stop in the run directory."""
+        return self._pending.is_stop_requested
 
     def tend(self) -> None:
-        """Takes note of what has been written, and of a store that goes away or is back. Never waits.
+        """Take note of what has been written, and of a store that goes away or comes back. Never waits.
 
         Raises:
             SupersededError: Another driver has taken the run over.
-            StorageError: The store has been away for longer than patience lasts.
+            StorageError: The store has been away for longer than ``checkpoint.patience_s``.
         """
-        while self._committed:
-            self._note(self._committed[0])
-            self._committed.popleft()
+        committed = self._pending.committed
+        while committed:
+            self._note(committed[0])
+            committed.popleft()
         failing = self._background.failing
         if failing is not None and self._away_since is None:
             self._away_since, error = failing
@@ -217,25 +203,32 @@ class RunLog:
         self._background.check()
 
     def flush(self) -> None:
-        """Has stored what is not yet stored, and how the run stands."""
-        self._status = self.document() | {"unsaved": self.state.unsaved}
+        """Have everything pending written soon, and the status of now."""
+        self._pending.status = self._status()
         self._background.ask()
 
     def close(self, status: str, error: LauncherError | None, is_abandoned: Callable[[], bool]) -> None:
-        """Closes the books. A store that fails here, after a failure, must not hide that failure.
+        """Write everything, and how the run ended. A store that fails now does not hide an earlier failure.
+
+        Args:
+            status: ``completed``, ``stopped`` or ``failed``.
+            error: Why the run failed or was interrupted; None: it did not, and was not.
+            is_abandoned: Whether the user wants to wait no longer.
 
         Raises:
-            LauncherError: What happened was not written: the run is not complete, or it is another driver's.
+            LauncherError: Something could not be written, so the run is not complete; or another driver has taken it
+                over.
         """
         failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
         try:
-            if not self.is_settled or (status == "completed" and self._newest_save is not None):
-                self._background.finish(is_abandoned)  # one that is stopped leaves what is old to the next driver
+            # A run that is stopped leaves old checkpoints to its next driver.
+            if not self.is_settled or (status == "completed" and self._pending.has_old_checkpoints):
+                self._background.finish(is_abandoned)
             self.tend()
             self.state.status = status
             self.state.error = None if error is None else str(error)
             self.event(status, step=self.state.step, **failure)
-            self._is_closing = True
+            self._pending.is_closing = True
             self.flush()
             self._background.finish(is_abandoned)
         except LauncherError as late:
@@ -246,107 +239,17 @@ class RunLog:
                 self.display.warn(f"the run directory could not be closed: {late}")
 
     def write(self) -> Iterator[str | None]:
-        """Writes what there is to write, then removes old checkpoints.
+        """Write everything that is pending; see ``PendingWrites.write``.
 
-        Called in the background, and again after a failure.
-
-        Yields:
-            After each step, what ``BackgroundWriter`` wants to know.
-
-        Raises:
-            LauncherError: What was not written stays to be written.
+        Thread: the background thread.
         """
-        is_closing, saves = self._is_closing, list(self._saves)  # first: what they stand for is there by now
-        for step in self._write_news(is_closing, saves):
-            yield step
-            self._run.stay_alive()  # on a slow store all of them together take long
-        self._write_status()
-        yield "status"
-        if is_closing:
-            self._run.check_lease()  # else it would end well, and not know that the run is another's
-        elif self._newest_save is not None:
-            yield from self._retain(self._newest_save)
+        return self._pending.write()
 
-    def _write_news(self, is_closing: bool, saves: Sequence[_Save]) -> Iterator[str]:
-        """Writes what the status stands for."""
-        self._run.check_lease()
-        yield "claim"
-        if self._begun_at is not None:  # older than what the run was claimed with, if that is bad
-            self._run.checkpoints.fence(self._begun_at)
-        yield "fence"
-        self._metrics.flush()
-        yield "metrics"
-        for save in saves:
-            self._commit(save)
-            yield "checkpoint"
-        yield "checkpoint"
-        self._events.flush()
-        yield "events"
-        for name in list(self._matrices):
-            matrix = self._matrices[name]
-            self._run.write_matrix(name, matrix)
-            if self._matrices[name] is matrix:
-                del self._matrices[name]
-            yield "matrix"
-        yield "matrix"
-        if is_closing:
-            self._run.clear_stop()
-            self._metrics.publish()
-            yield "copy of metrics"
-            self._events.publish()
-            yield "copy of events"
+    def _status(self) -> dict[str, Any]:
+        return self.document() | {"unsaved": self.state.unsaved}
 
-    def _commit(self, save: _Save) -> None:
-        """Rows first, which are written by now, then the manifest: what is committed is whole."""
-        manifest = save.manifest
-        self._run.check_lease()
-        self._run.checkpoints.commit(manifest)
-        self._bad_steps.discard(manifest.step)
-        self._tell("checkpoint", {"step": manifest.step, "state_sha256": manifest.state_sha256})
-        self._newest_save = save
-        self._committed.append(save)
-        self._saves.popleft()
-        self._events.flush()
-
-    def _retain(self, save: _Save) -> Iterator[str | None]:
-        """Removes old checkpoints; after a while, if there is something to write, the rest is left for the next time.
-
-        It may take long. A driver whose status is old looks dead, so that is written meanwhile.
-        """
-        began_at = self._clock()
-        keep, bad = self._spec.checkpoint.keep, frozenset(self._bad_steps)
-        check, removed = self._run.check_lease, list[int]()
-        try:
-            for step in self._run.checkpoints.retain(save.manifest.step, keep, save.best[0], bad, check):
-                if step is not None:
-                    removed.append(step)
-                yield None
-                if self._has_news and self._clock() - began_at >= _RETENTION_S:
-                    return
-                if self._clock() - self._status_at >= STATUS_INTERVAL_S:
-                    self._write_status()
-                    yield "status"
-        finally:
-            if removed:
-                self._tell("checkpoints_removed", {"steps": sorted(removed)})
-        self._newest_save = None
-        self._events.flush()
-
-    @property
-    def _has_news(self) -> bool:
-        """Whether there is something to write that is not to wait until all old checkpoints are removed."""
-        return bool(self._saves) or self._is_closing or not self._events.is_flushed
-
-    def _write_status(self) -> None:
-        self._run.write_status(self._status)
-        self._status_at = self._clock()
-        self._is_stop_requested = self._run.is_stop_requested()
-
-    def _tell(self, kind: str, content: dict[str, Any]) -> None:
-        self._events.append(event_row(kind, content))
-
-    def _note(self, save: _Save) -> None:
-        """A checkpoint exists."""
+    def _note(self, save: Save) -> None:
+        """Take note of a checkpoint that exists now."""
         manifest, (best_step, value) = save.manifest, save.best
         self.state.state_sha256 = manifest.state_sha256
         self.saved_step, self.save_s = manifest.step, save.seconds
@@ -355,7 +258,7 @@ class RunLog:
         save.committed()
 
     def _throughput(self, sent_at: float, samples: int) -> dict[str, float]:
-        """Images per second over the last moments, by the workers' clock."""
+        """Return the images per second over the last ``_RATE_WINDOW_S``, by the workers' clock; {} at the first row."""
         self._rates.append((sent_at, samples))
         while self._rates[-1][0] - self._rates[0][0] > _RATE_WINDOW_S:
             self._rates.popleft()

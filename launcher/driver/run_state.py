@@ -1,4 +1,4 @@
-"""What the driver knows of its run, as the status tells it."""
+"""The state of a run, as its status shows it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class RunState:
-    """What the driver knows of the run, and its status tells."""
+    """The state of a run, which the driver updates and writes as the run's status."""
 
     status: str = "running"
     step: int = 0
@@ -18,18 +18,18 @@ class RunState:
     state_sha256: str | None = None
     attempts: int = 0
     workers: int = 0
-    """Workers that train now, or did last."""
+    """Number of workers that train now, or trained last."""
     waits_for: str | None = None
-    """What has to be waited for before training can go on."""
+    """The resources that the run waits for before it can train; None: it does not wait."""
     worker_hours: float = 0.0
     seconds: float = 0.0
     time: dict[str, float] = field(default_factory=dict)
-    """Seconds by what they went into, as ``launcher.driver.goodput`` tells them apart."""
+    """Wall time in seconds, by the parts of ``launcher.driver.goodput``."""
     unsaved: dict[str, float] = field(default_factory=dict)
-    """Of these, what is lost if the driver dies now."""
+    """Seconds of ``time`` that no checkpoint covers yet, by part: lost if the driver dies now."""
     images_per_second: float | None = None
     failures: dict[str, int] = field(default_factory=dict)
-    """The failures of this invocation, by whose doing they were."""
+    """Number of failures under this driver, by responsible party."""
     failure: dict[str, Any] | None = None
-    """The last failure of a worker, also while the run goes on again."""
+    """The last failure of a worker; it stays while the run goes on."""
     error: str | None = None

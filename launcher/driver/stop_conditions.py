@@ -1,4 +1,4 @@
-"""When a run should stop: at a signal, at a person's request, or at a limit of its description."""
+"""When a run should stop: on a signal, on a request in its directory, or at a limit of its description."""
 
 import contextlib
 import signal
@@ -9,10 +9,10 @@ from launcher.driver.run_log import RunLog
 
 
 class StopConditions:
-    """Notices signals, and looks at requests and limits."""
+    """Counts signals, and checks requests and limits."""
 
     def __init__(self, spec: JobSpec, run_log: RunLog, started_at: float) -> None:
-        """Only assigns. ``started_at``: when this driver began, by the clock that ``reason`` is given the time of."""
+        """Only assigns. ``started_at``: when this driver began, by the clock of ``reason``'s ``now``."""
         self._spec = spec
         self._run_log = run_log
         self._started_at = started_at
@@ -21,15 +21,15 @@ class StopConditions:
         """SIGINT and SIGTERM since ``catching_signals`` was entered."""
 
     def first_start_is_over(self) -> None:
-        """Workers have trained, or failed: from now on every limit counts."""
+        """Have every limit count from now on: workers have trained, or failed."""
         self._is_first_start = False
 
     def reason(self, now: float, *, waits_for_room: bool) -> str | None:
-        """Why the run should stop; None: it should go on.
+        """Return why the run should stop; None: it should go on.
 
-        A limit that passes during the first start waits for the workers' first step: one that is shorter than a start
-        would otherwise let no ``resume`` get anywhere. That start has limits of its own; where it fails, or while there
-        is no room for workers, nobody makes progress, and the limit ends the run without a step.
+        A limit that is reached during the first start takes effect after the workers' first step: otherwise a limit
+        shorter than a start would keep every ``resume`` from making progress. The start has timeouts of its own; if it
+        fails, or while there is no room for workers, the limit ends the run without a step.
         """
         if self.num_signals:
             return "stopping on a signal"
@@ -47,7 +47,7 @@ class StopConditions:
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Within it, SIGINT and SIGTERM ask for a stop; the second one does not wait for it.
+        """Count SIGINT and SIGTERM inside the block: the first one asks for a stop, the second one abandons the run.
 
         Thread: the main thread, as for every change of a signal handler.
         """

@@ -1,10 +1,10 @@
-"""Who is slower than the others, and at what.
+"""Stragglers: find workers that are slower than the others, and at what.
 
-All workers take a step in the same time: the fast ones wait in the exchange for the slow one. So what tells them
-apart is what each does by itself, before the others can go on: reading data, computing, and for rank 0, saving. A
-wire that is slow makes everybody wait alike and is nobody's; the run's account shows it, as exchange.
+All workers take the same time for a step, because the fast ones wait for the slow one in the exchange. So workers are
+compared by the time of their own work before the exchange: reading data, computing, and for rank 0, saving. A slow
+network makes all workers wait alike and is no straggler; goodput shows it as exchange.
 
-Nothing here looks at a clock: seconds come with what the workers tell.
+Nothing here reads a clock: the workers report seconds.
 """
 
 from collections import deque
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from statistics import median, mode
 
 _FACTOR = 1.5
-"""A worker that takes so many times as long as the others is slow"""
+"""A worker is slow if its own work takes this many times as long as that of the others"""
 _LEAST_SHARE = 0.1
-"""if that makes so much of its step, exchange included: else nobody would gain if it were faster."""
+"""and the delay is at least this share of its step, exchange included: else a faster worker would gain nothing."""
 _WINDOWS = 3
-"""One after the other in which it must be, or must no longer be: a machine with other things to do has bad moments."""
+"""Consecutive windows in which a worker must be slow, or no longer be: a busy machine has bad moments."""
 _LEAST_STEPS = 10
-"""Of a window: one long step does not make one."""
+"""Steps in a window, so that one long step does not decide it."""
 _WORK = {"data": ("data",), "compute": ("forward", "backward"), "storage": ("storage",)}
-"""What a worker does by itself, and the marks that it is made of."""
+"""Kinds of a worker's own work, and the progress marks that each consists of."""
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """A worker has become slow, has become so at something else, or has caught up.
+    """A worker has become slow, has become slow at something else, or keeps up again.
 
     Attributes:
         rank: The worker.
-        what: What most of its delay goes into, one of ``data``, ``compute`` and ``storage``; None: it keeps up again.
-        factor: How many times as long as the others it takes for its part of a step.
+        what: The kind of work with most of the delay: ``data``, ``compute`` or ``storage``; None: it keeps up again.
+        factor: The time of its own work in a step, as a multiple of the others'.
     """
 
     rank: int
@@ -40,31 +40,37 @@ class News:
 
     @property
     def text(self) -> str:
-        """What the worker does, for people."""
+        """The news in words, to follow the worker's name."""
         if self.what is None:
             return "keeps up with the others again"
         return f"takes {self.factor:g} times as long as the others for its part of a step, mostly over {self.what}"
 
 
 class Stragglers:
-    """Compares the workers of a group, window by window; one is over when all have told of enough steps."""
+    """Compares the workers of a group, window by window; a window ends when all have reported enough steps."""
 
     def __init__(self, shards: Sequence[int]) -> None:
-        """``shards``: of each rank. Who has more of them has more to do, and is not slow for that."""
+        """``shards``: the number of shards of each rank; a worker with more has more work, and is not slow for that."""
         self._shards = tuple(shards)
         self._slow_at: list[str | None] = [None] * len(shards)
-        """What was said last of each rank."""
-        self.restarted()
+        """The last news of each rank."""
+        self.restart()
 
-    def restarted(self) -> None:
-        """The same workers count from zero again; what was said of them need not be said again."""
-        self._begins: dict[int, _Told] = {}
-        self._ends: dict[int, _Told] = {}
+    def restart(self) -> None:
+        """Restart the windows, because the workers count from zero again; the news so far still hold."""
+        self._begins: dict[int, _Report] = {}
+        self._ends: dict[int, _Report] = {}
         self._recent: list[deque[_Finding]] = [deque(maxlen=_WINDOWS) for _ in self._shards]
 
-    def heard(self, rank: int, step: int, spent: Mapping[str, float]) -> list[News]:
-        """A worker, its first step behind it, tells how far it is, and what it has spent on what since it began."""
-        self._ends[rank] = _Told(step, spent)
+    def add_report(self, rank: int, step: int, spent: Mapping[str, float]) -> list[News]:
+        """Take a worker's report, and return what is new of any worker.
+
+        Args:
+            rank: The worker, which has completed its first step.
+            step: The step that it has completed.
+            spent: Seconds since its process began, by progress mark.
+        """
+        self._ends[rank] = _Report(step, spent)
         self._begins.setdefault(rank, self._ends[rank])
         ranks = range(len(self._shards))
         if len(ranks) == 1 or len(self._ends) < len(ranks):
@@ -76,7 +82,7 @@ class Stragglers:
         return [news for rank in ranks if (news := self._judge(rank, steps)) is not None]
 
     def _judge(self, rank: int, steps: Sequence["_Step"]) -> News | None:
-        """Adds a window to what is known of a worker."""
+        """Add a window to those of a worker; return the news, if there is some."""
         recent, before = self._recent[rank], self._slow_at[rank]
         recent.append(_compare(steps[rank], [*steps[:rank], *steps[rank + 1 :]]))
         if len(recent) < _WINDOWS:
@@ -93,14 +99,22 @@ class Stragglers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Report:
+    """A worker's report."""
+
     step: int
     spent: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The mean step of a worker in a window: seconds of its own work, by what it is; and of all with the exchange."""
+    """The mean step of a worker in a window.
+
+    Attributes:
+        work: Seconds of its own work, by kind.
+        with_exchange: Seconds of its own work and the exchange.
+        shards: The number of its shards.
+    """
 
     work: Mapping[str, float]
     with_exchange: float
@@ -108,23 +122,26 @@ class _Step:
 
     @property
     def own(self) -> float:
+        """Seconds of its own work."""
         return sum(self.work.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
+    """What a worker was slow at in a window, or None; and its time as a multiple of the others'."""
+
     what: str | None
     factor: float
 
 
-def _mean_step(begin: _Told, end: _Told, shards: int) -> _Step:
+def _mean_step(begin: _Report, end: _Report, shards: int) -> _Step:
     per_step = {doing: (end.spent[doing] - begin.spent[doing]) / (end.step - begin.step) for doing in end.spent}
     work = {what: sum(per_step[doing] for doing in marks) for what, marks in _WORK.items()}
     return _Step(work, sum(work.values()) + per_step["exchange"], shards)
 
 
 def _compare(step: _Step, others: Sequence[_Step]) -> _Finding:
-    """Whether a worker was slow in a window, and at what."""
+    """Return whether a worker was slow in a window, and at what."""
     expected = _expected(step, others, lambda other: other.own)
     factor = step.own / expected
     if factor < _FACTOR or step.own - expected < _LEAST_SHARE * step.with_exchange:
@@ -137,9 +154,9 @@ def _compare(step: _Step, others: Sequence[_Step]) -> _Finding:
 
 
 def _expected(step: _Step, others: Sequence[_Step], seconds_of: Callable[[_Step], float]) -> float:
-    """What the others let expect of a worker, by step or by shard, whichever is more.
+    """Return the seconds to expect of a worker given the others', per step or per shard, whichever is more.
 
-    More shards take longer, by right. With fewer, even one that is slow may be done as soon as the others are.
+    A worker with more shards may take longer. One with fewer shards delays nobody while it takes no longer per step.
     """
     by_step = median(seconds_of(other) for other in others)
     by_shard = median(seconds_of(other) / other.shards for other in others)

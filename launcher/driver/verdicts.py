@@ -1,4 +1,4 @@
-"""A failure, and what is to be done about it."""
+"""A failure, and the verdict on it: try again or give up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any, Literal
 from cluster.errors import Cause, ClusterError, LauncherError
 
 Kind = Literal["machine", "preemption", "code"]
-"""Whose doing a failure was; each has a budget of its own."""
+"""Who is responsible for a failure; each kind has its own limit in ``workers.max_failures``."""
 
 
-_SMALLER = "begin anew with smaller micro-batches: a lower train.global_batch or more train.shards"
+_SMALLER = "start a new run with smaller micro-batches: a lower train.global_batch or more train.shards"
 _ADVICE: dict[Cause, str] = {
     "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
     "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",
@@ -24,26 +24,26 @@ _ADVICE: dict[Cause, str] = {
     "not_started": "see /tmp/ray/session_latest/logs there, or raise workers.start_timeout_s; then resume",
     "environment": "give every node the same modules, files and versions, then resume",
 }
-"""What to do about a failure that is not survived. Other causes say it themselves, or it is for the code's author."""
+"""Advice by cause, for a failure that ends the run. Messages of other causes include theirs, or the code is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What is known of a failure: of the worker that failed first, for the others follow from it.
+    """A failure of the worker that failed first; the failures of the others follow from it.
 
     Attributes:
         cause: Why it failed.
-        message: What happened to it, in a line, for people; not where and when.
-        kind: Whose doing it was; None: trying again does not help.
-        rank: The worker; None: it is the same for all.
-        ranks: All workers of which the same is said, if there are several.
-        step: The optimizer steps it had completed; None: it did not say.
-        error: What the run ends with, if it does.
-        place: The step and line at which the code failed.
-        traceback: Of the user's code.
-        log_tail: What a process printed last that could not say why it ended.
-        hang: What is known of where it stands, if it hung.
-        limit: The key of the limit that it exceeded, if it hung.
+        message: What happened, in one line, without where and when.
+        kind: Who is responsible; None: trying again does not help.
+        rank: The worker; None: it concerns all workers.
+        ranks: All workers with the same cause, if there are several.
+        step: The optimizer steps that the worker had completed; None: not known.
+        error: The type of the error if the failure ends the run.
+        place: The step and line at which the code failed; empty: not known, or not the code's failure.
+        traceback: The traceback of the user's code.
+        log_tail: The last output of a process that ended without a report.
+        hang: The event of a hang; None: it did not hang.
+        limit: The key of the time limit that a hang exceeded.
     """
 
     cause: Cause
@@ -62,12 +62,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """All training processes are to be started anew.
+    """Restart all training processes.
 
     Attributes:
-        failure: Why.
-        needs_agents: The agents too, for some were lost.
-        wait_s: Seconds to wait before that: more and more where agents do not start.
+        failure: The failure.
+        needs_agents: Whether to restart the agents too, because some were lost.
+        wait_s: Seconds to wait first; it doubles while agents fail to start.
     """
 
     failure: Failure
@@ -77,11 +77,11 @@ class TryAgain:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The run is to end.
+    """End the run.
 
     Attributes:
-        failure: Of what.
-        why: Why it is not tried again, such as ``and workers.max_failures.code=3 is used up``; or nothing.
+        failure: The failure.
+        why: Why it is not tried again, such as ``and workers.max_failures.code=3 is used up``; empty: see the failure.
     """
 
     failure: Failure
@@ -89,5 +89,5 @@ class GiveUp:
 
     @property
     def advice(self) -> str:
-        """What to do about it, if it can be said."""
+        """What the user can do; empty: not known."""
         return _ADVICE.get(self.failure.cause, "").format(limit=self.failure.limit)

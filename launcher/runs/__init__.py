@@ -1,1 +1,1 @@
-"""A run begun, continued, rewound, branched, exported."""
+"""Begin, resume, rewind, branch and export a run."""

@@ -1,6 +1,6 @@
-"""The weights of a checkpoint, in a file that others read: safetensors, or ONNX with the model itself.
+"""Export the weights of a checkpoint as safetensors, or the model with its weights as ONNX.
 
-What was written is read back and checked before it counts as written. Imports torch.
+The file is read back and compared before the export succeeds. This module imports torch.
 """
 
 import contextlib
@@ -31,56 +31,57 @@ from launcher.runs.rewind import checkpoint_at
 Which = Literal["model", "ema"]
 
 _SAMPLES = 3
-"""An ONNX model is made from two samples and checked with three: the size of a batch must not be a part of it."""
+"""The ONNX model is traced with a batch of two samples and checked with three, so a fixed batch size is noticed."""
 _TOLERANCE = 1e-4
-"""Between torch and onnxruntime, as a share of the largest output: their kernels add in other orders, so float32
-rounding (6e-8 a sum) differs and adds up over the layers; 1e-4 leaves room for a hundred of these, and is far below
-what a wrong weight, layer or input would do."""
+"""Largest difference between torch and onnxruntime, as a share of the largest output. Their kernels add in different
+orders, so float32 rounding (6e-8 a sum) differs and accumulates over the layers; 1e-4 leaves room for a hundred layers,
+and a wrong weight, layer or input causes far more."""
 _TOLERANCE_16_BIT = 2e-2
-"""The same where outputs have 8 or 11 bits."""
+"""The same for outputs with 8 or 11 significant bits: bfloat16 and float16."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSource:
-    """Weights and where they are from."""
+    """Weights and the checkpoint that they come from."""
 
     run: RunDirectory
     manifest: Manifest
     which: Which
     tensors: Mapping[str, Tensor]
-    """By their names in the model."""
+    """By parameter or buffer name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportFile:
-    """A file to be."""
+    """The file to write."""
 
     folder: Store
     name: str
 
     @property
     def url(self) -> str:
-        """Where it lies, or will."""
+        """The URL of the file."""
         return f"{self.folder.url.rstrip('/')}/{self.name}"
 
 
 def export(run: RunDirectory, *, to: str | None, at: int | None, which: Which, force: bool) -> dict[str, Any]:
-    """Writes the weights of a checkpoint to a file.
+    """Write the weights of a checkpoint to a file.
 
     Args:
-        run: Whose checkpoint it is.
-        to: A path or URL that ends in ``.safetensors`` or ``.onnx``; by default a file here, named like the run.
-        at: The step of the checkpoint; by default the newest good one.
-        which: The weights that were trained, or their average.
-        force: Overwrite a file.
+        run: The run.
+        to: A path or URL ending in ``.safetensors`` or ``.onnx``; None: ``RUN.safetensors`` in the working directory.
+        at: The step of the checkpoint; None: the newest good one.
+        which: The trained weights, or their moving average.
+        force: Overwrite an existing file.
 
     Returns:
-        What was written, for ``--json``.
+        The ``--json`` document: what was written.
 
     Raises:
-        DescriptionError: The file exists or is of another kind, the run keeps no average, or its model has no ONNX.
+        DescriptionError: The file exists or has another suffix, the run keeps no average, or its model cannot be
+            exported as ONNX.
         CheckpointError: There is no such checkpoint, it is bad, or it does not fit the description.
-        StorageError: What was written is not what is read.
+        StorageError: The file reads back with other bytes than were written.
     """
     target = _target(to or f"{run.name}.safetensors", force)
     is_onnx = target.name.endswith(".onnx")
@@ -116,7 +117,7 @@ def _target(to: str, force: bool) -> ExportFile:
 
 
 def _read(run: RunDirectory, at: int | None, which: Which) -> ExportSource:
-    """Reads the one file that is needed."""
+    """Read the weights; of the checkpoint, only their file is read."""
     checkpoints, file = run.checkpoints, WEIGHTS_FILES[which]
     if at is not None:
         manifest = checkpoint_at(run, at, checkpoints.steps())
@@ -141,7 +142,7 @@ def _read(run: RunDirectory, at: int | None, which: Which) -> ExportSource:
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors have the same bits; NaN is equal to itself here."""
+    """Return whether two sets of tensors have the same bits; a NaN equals itself."""
     return left.keys() == right.keys() and all(_bits(left[name]) == _bits(right[name]) for name in left)
 
 
@@ -161,11 +162,11 @@ def _require_onnx() -> None:
 
 
 def _to_onnx(source: ExportSource, about: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """The model with these weights, and how far onnxruntime's outputs of it are from torch's."""
-    with contextlib.redirect_stdout(sys.stderr):  # the exporter tells of its progress, and the user's code may print
+    """Return the ONNX file, and ``largest_difference`` between the outputs of onnxruntime and torch."""
+    with contextlib.redirect_stdout(sys.stderr):  # the exporter prints its progress, and the user's code may print
         model, inputs = _model_and_inputs(source)
         try:
-            # Two samples: of one, the exporter would take the size of the batch for a constant.
+            # Two samples: the exporter would take a batch size of 1 for a constant.
             program = torch.export.export(model, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
             exported = torch.onnx.export(program, input_names=["input"], output_names=["output"], verbose=False)
             assert exported is not None
@@ -173,7 +174,7 @@ def _to_onnx(source: ExportSource, about: Mapping[str, Any]) -> tuple[bytes, dic
             for name, value in about.items():
                 proto.metadata_props.add(key=name, value=str(value))
             data = proto.SerializeToString()
-        except Exception as error:  # the model is the user's own code, and the exporter raises of many kinds
+        except Exception as error:  # user code runs here, and the exporter raises many types
             raise DescriptionError(
                 f"model: has no ONNX, torch.onnx.export raised {type(error).__name__}: {one_line(error)[:300]}; "
                 "export .safetensors"
@@ -182,7 +183,10 @@ def _to_onnx(source: ExportSource, about: Mapping[str, Any]) -> tuple[bytes, dic
 
 
 def _model_and_inputs(source: ExportSource) -> tuple[nn.Module, Tensor]:
-    """The model of the run's description with the weights, and some samples as it is validated with."""
+    """Return the run's model with the weights, and a batch of its validation samples (else training samples).
+
+    Changes the working directory and the import path of this process.
+    """
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
     code = find_code(source.run)
     search_last(code.import_paths)
@@ -209,10 +213,10 @@ def _inputs(dataset: Any, spec: JobSpec) -> Tensor:
 
 
 def _check_onnx(data: bytes, model: nn.Module, inputs: Tensor) -> float:
-    """The largest difference of outputs, as a share of the largest output.
+    """Return the largest difference of outputs between onnxruntime and torch, as a share of the largest output.
 
     Raises:
-        DescriptionError: It is more than rounding explains, or the outputs are not one tensor.
+        DescriptionError: The difference is more than rounding explains, or the output is not one tensor.
     """
     import onnxruntime
 

@@ -1,7 +1,7 @@
-"""The past of a run, changed before it goes on: going back to a step, and branching at one.
+"""Go back to a checkpoint of a run, or copy one into a branch.
 
-Both are prepared here, in the store alone. Whether the run may go on at all is decided before, by
-``launcher.runs.start``: what is wrong must not cost anything.
+This module only changes the store. ``launcher.runs.resume`` checks first whether the run may go on, so that a command
+that is refused changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,19 +10,19 @@ from typing import Any
 from cluster.errors import CheckpointError, DescriptionError, listed
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
-from launcher.driver.run_log import event_row
+from launcher.driver.pending_writes import event_row
 
 
 def checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
-    """The manifest of one of a run's checkpoints.
+    """Return the manifest of a checkpoint of a run.
 
     Args:
-        run: Whose it is.
-        step: Of the checkpoint.
-        steps: Those that the run has checkpoints of.
+        run: The run.
+        step: The step of the checkpoint.
+        steps: The steps of all checkpoints of the run.
 
     Raises:
-        CheckpointError: There is none, or its manifest is bad.
+        CheckpointError: There is no such checkpoint, or its manifest is bad.
     """
     if step not in steps:
         there = f"there are those of steps {listed(steps, most=20)}" if steps else "there is none yet"
@@ -34,7 +34,11 @@ def checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifes
 
 
 def good_checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Manifest:
-    """The same, after the whole checkpoint was read and verified."""
+    """Return the same after reading and verifying the whole checkpoint.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is bad.
+    """
     manifest = checkpoint_at(run, step, steps)
     try:
         run.checkpoints.verify(manifest)
@@ -44,23 +48,27 @@ def good_checkpoint_at(run: RunDirectory, step: int, steps: Sequence[int]) -> Ma
 
 
 def go_back(run: RunDirectory, to: Manifest) -> None:
-    """Makes a checkpoint the newest, and its step the last that was trained; what lies beyond counts no more.
+    """Make a checkpoint the newest one of the run, so that later checkpoints and rows no longer count.
 
-    Nothing is deleted, for a driver that takes over meanwhile may build on it: retention does that as the run passes.
-    This process has claimed the run, which so is no longer complete. A kill before the fence leaves a run that goes on
-    from its newest checkpoint; from the fence on, it goes on from this one.
+    Nothing is deleted, because a driver that takes over meanwhile may build on it; retention deletes later checkpoints
+    when the run passes their steps. The caller holds the lease, so the run's status is no longer ``completed``. If this
+    process is killed before the fence is written, the run goes on from its newest checkpoint; after that, from ``to``.
+
+    Args:
+        run: The run.
+        to: The manifest of the checkpoint.
 
     Raises:
-        CheckpointError: It is no longer there: another driver went on before this one claimed the run.
+        CheckpointError: The checkpoint has been replaced: another driver went on before this one took the lease.
     """
     if run.checkpoints.manifest(to.step) != to:
-        raise CheckpointError(f"{run.checkpoints.url(to.step)}: was written anew meanwhile; look again, then go back")
+        raise CheckpointError(f"{run.checkpoints.url(to.step)}: was rewritten meanwhile; look again, then go back")
     beyond = [step for step in run.checkpoints.steps() if step > to.step]
     status, metrics = run.read_status() or {}, run.metrics()
     best = status.get("best")
     kept = best if best is not None and best["step"] <= to.step else None
     run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
-    _note(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
+    _write_event(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
     run.check_lease()
     run.checkpoints.fence(to.step)
     metrics.cut(to.step + 1)
@@ -68,14 +76,14 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
 
 
 def branch_directory(run: RunDirectory, new: str) -> RunDirectory:
-    """Where a branch of a run is to lie, where nothing may lie yet.
+    """Return the run directory for a branch, after checking that it is empty.
 
     Args:
-        run: What is branched.
-        new: A name, for a run beside it; or a URL or a path, which has a ``/``.
+        run: The run to branch from.
+        new: A name, for a run beside it; or a URL or a path, which contains a ``/``.
 
     Raises:
-        DescriptionError: Something is there.
+        DescriptionError: The directory is a run, or is not empty.
     """
     branch = RunDirectory(new if "/" in new else f"{run.url.rpartition('/')[0]}/{new}")
     if branch.is_known():
@@ -93,21 +101,21 @@ def copy_run(
     code: str | None,
     warn: Callable[[str], None],
 ) -> Manifest:
-    """Makes a run of another one's checkpoint, and of its rows up to there; the other is only read.
+    """Copy a checkpoint of a run, and its rows up to that step, into a new run; the old run is only read.
 
     Args:
-        run: What is branched.
-        branch: An empty directory.
+        run: The run to branch from.
+        branch: An empty run directory.
         job: The description of the branch.
-        steps: Of the checkpoints to begin at: the last one that is good is taken.
-        code: The digest of the bundle that the branch takes along; none: there is no bundle.
-        warn: Told of those that are bad.
+        steps: The steps of the checkpoints that may be copied; the last good one is.
+        code: The digest of the code bundle to copy; None: there is no bundle.
+        warn: Called with a line for each bad checkpoint.
 
     Returns:
-        The manifest of the checkpoint taken.
+        The manifest of the copied checkpoint.
 
     Raises:
-        CheckpointError: None is good; there is no branch, then.
+        CheckpointError: No checkpoint is good; then there is no branch.
     """
     branch.take_lease()
     manifest = _copy_newest(run, branch, steps, warn)
@@ -116,32 +124,33 @@ def copy_run(
         if row["step"] <= manifest.step:
             metrics.append(row)
     metrics.flush()
-    # Also what it began with, and on which workers: the bits of this state depend on it.
+    # Copy also with what and on which workers the run began: the bits of the copied state depend on it.
     branch.write_environment(run.read_environment() | ({} if code is None else {"code": code}))
     if code is not None:
         branch.write_code(code, run.read_code(code))
     workers = first_workers(run.events().read())
     if workers is not None:
-        _note(branch, "environment", workers=workers)
-    _note(branch, "branched", source=run.url, step=manifest.step, state_sha256=manifest.state_sha256)
-    branch.write_job(job)  # last: it makes it a run, which would begin anew if it had no checkpoint
+        _write_event(branch, "environment", workers=workers)
+    _write_event(branch, "branched", source=run.url, step=manifest.step, state_sha256=manifest.state_sha256)
+    branch.write_job(job)  # last: with job.yaml it is a run, which would begin at step 0 if it had no checkpoint
     return manifest
 
 
 def first_workers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """The environments of the workers that a run began on, from its events; none: they have not told of them."""
+    """Return the environments of the workers on which a run began; None: no event records them."""
     return next((event["workers"] for event in events if event["kind"] == "environment" and "workers" in event), None)
 
 
 def _copy_newest(
     run: RunDirectory, branch: RunDirectory, steps: Sequence[int], warn: Callable[[str], None]
 ) -> Manifest:
+    """Copy the last good checkpoint of ``steps``; return its manifest."""
     for step in reversed(steps):
         try:
             manifest = run.checkpoints.manifest(step)
             run.checkpoints.copy_to(branch.checkpoints, manifest)
         except CheckpointError as error:
-            branch.checkpoints.discard_after(-1)  # as far as it was copied
+            branch.checkpoints.discard_after(-1)  # delete the partial copy
             if len(steps) == 1:
                 raise
             warn(f"{error}; the checkpoint before it is used")
@@ -150,7 +159,7 @@ def _copy_newest(
     raise CheckpointError(f"{run.url}: has no good checkpoint to branch from; train it first, or restore one")
 
 
-def _note(run: RunDirectory, kind: str, **content: Any) -> None:
+def _write_event(run: RunDirectory, kind: str, **content: Any) -> None:
     events = run.events()
     events.append(event_row(kind, content))
     events.flush()

@@ -1,1 +1,1 @@
-"""A run handed over to a cluster."""
+"""Hand a run over to a cluster."""

@@ -1,16 +1,11 @@
-"""Handing a run over to a cluster: the job that stands by for it, and the submission that the job takes up.
+"""Hand a run over to a cluster: start a job on standby, then write the submission that this job takes.
 
-The cluster begins a job of one name once. Each job has the number of its submission in its name, and takes the
-submission that it was begun for, and no other.
+The cluster starts one job per name. A job's name has the number of its submission, and the job takes only the
+submission that it was started for.
 """
 
-import getpass
-import hashlib
 import math
-import os
-import re
 import shlex
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -23,72 +18,28 @@ from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, UnreadableSubmissionError, make_id
 from cluster.scheduler import ENDED, Job, Needs, Scheduler
 from cluster.spec import RayClusterSpec
-from launcher.config.clusters import PREFIX
+from launcher.submission.job_command import make_command, numbered, submitter
 from launcher.submission.standby import HAND_OVER_S
 
 T = TypeVar("T")
 
 STANDBY = "standby"
-"""What the metadata of a job has that was begun before its submission was written."""
+"""Key in the metadata of a job that was started before its submission was written."""
 _ASK_AGAIN_S = 2.0
 _LOOK_INTERVAL_S = 0.2
 _TAKE_UP_S = 15.0
-"""How long a job may take to tell that it has found its submission: as long as it may take to end."""
-_DIGITS = 12
-"""Of the digest of a run's URL, in the names of its jobs."""
-_LONGEST_NAME = 40
-
-
-def make_job_id(run_url: str, number: int) -> str:
-    """What a run is called on a cluster when it is begun for the ``number``-th time, from 0.
-
-    The same everywhere for one spelling of the URL, so that of two who submit a new run at once each finds the job of
-    the other.
-    """
-    name = re.sub("[^A-Za-z0-9_-]", "-", run_url.rstrip("/").rpartition("/")[2])[:_LONGEST_NAME]
-    return f"{name}-{hashlib.sha256(run_url.encode()).hexdigest()[:_DIGITS]}-{number}"
-
-
-def numbered(job_id: str, number: int) -> str:
-    """What a job would be called if it had another number."""
-    return f"{job_id.rpartition('-')[0]}-{number}"
-
-
-def make_command(run_url: str, submission_id: str, place: RayClusterSpec, *, stands_by: bool) -> str:
-    """What takes up a submission, as a line for the shell of a host of the cluster; Ray names the cluster there.
-
-    The same command again goes on with the run.
-
-    Args:
-        run_url: Whose submission it is.
-        submission_id: Its id.
-        place: The description of the cluster.
-        stands_by: The submission is yet to be written.
-    """
-    standby = " --standby" if stands_by else ""
-    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id}{standby} --json"
-    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.driver_overrides())
-    return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
-
-
-def submitter() -> dict[str, str]:
-    """``user`` and ``host`` of this process."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
-        user = str(os.getuid())
-    return {"user": user, "host": socket.gethostname()}
+"""How long a job may take to write that it has found its submission, which is as long as it may take to end."""
 
 
 class NothingBegunError(ClusterError):
-    """No job has begun for a submission, and nothing is left of it."""
+    """No job has started for a submission, and the submission is withdrawn."""
 
 
 class OvertakenError(NothingBegunError):
-    """Somebody else has submitted the same run at the same time.
+    """Somebody else has submitted the same run at the same time, and won.
 
     Attributes:
-        job_id: Of their job, which lives.
+        job_id: The name of their job, which is alive.
     """
 
     def __init__(self, job_id: str) -> None:
@@ -98,14 +49,14 @@ class OvertakenError(NothingBegunError):
 
 @dataclass(kw_only=True, slots=True)
 class Standby:
-    """A job that stands by, see ``launcher.submission.standby``.
+    """A job on standby, see ``launcher.submission.standby``.
 
     Attributes:
-        number: How many jobs of the run were begun before.
-        job_id: What the cluster calls it.
-        submission_id: Of the submission that it waits for.
-        asked_at: When the cluster was asked for it, by ``time.monotonic``.
-        is_used: Its submission is written, so that it goes on without this process.
+        number: The number of earlier jobs of the run.
+        job_id: The name of the job on the cluster.
+        submission_id: The submission that it waits for.
+        asked_at: When the cluster was asked to start it, by ``time.monotonic``.
+        is_used: Whether its submission is written, so that the job goes on without this process.
     """
 
     number: int
@@ -116,7 +67,7 @@ class Standby:
 
     @property
     def is_in_time(self) -> bool:
-        """Whether it waits long enough for a submission that is written now."""
+        """Whether the job still waits if its submission is written now."""
         return time.monotonic() - self.asked_at < HAND_OVER_S
 
 
@@ -124,11 +75,11 @@ class HandOver:
     """Hands a run over to a cluster.
 
     Args:
-        run: Which; it may not exist yet.
-        known: The ids of the submissions that it had when it was decided to submit it: others are of somebody else.
-        scheduler: The cluster.
-        place: Its description.
-        tell: Takes what is done.
+        run: The run, which may not exist yet.
+        known: The ids of the run's submissions when this process first looked; any other is somebody else's.
+        scheduler: The Jobs API of the cluster.
+        place: The description of the cluster.
+        tell: Shows what is being done.
     """
 
     def __init__(
@@ -144,18 +95,19 @@ class HandOver:
 
     @contextmanager
     def standby(self, job_id: str, number: int, needs: Needs) -> Iterator[Standby]:
-        """A job that stands by, with that number or the next one that nobody else has.
+        """Start a job on standby, with ``number`` or the next free number.
 
-        At the end it is stopped, unless it is used. If the cluster does not answer, it ends by itself.
+        At the end of the block the job is stopped unless it is used. If the cluster does not answer then, the job ends
+        by itself once its wait is over.
 
         Args:
-            job_id: What a job of the run is called, with any number.
-            number: How many jobs of the run were begun before.
-            needs: What the nodes are inspected for.
+            job_id: The name of a job of the run, with any number.
+            number: The number of earlier jobs of the run.
+            needs: What the job inspects the nodes for.
 
         Raises:
             OvertakenError: Somebody else has submitted the run meanwhile.
-            ClusterError: The cluster does not begin one.
+            ClusterError: The cluster does not start a job.
         """
         while True:
             standby = Standby(
@@ -178,28 +130,28 @@ class HandOver:
             number += 1
 
     def submit(self, submission: Submission, standby: Standby) -> str:
-        """Writes a submission for the job that stands by, or begins another one for it if that is gone.
+        """Write a submission for the job on standby, or start another job for it if that one is gone.
 
-        Of two who do so at the same moment one sees the submission of the other and takes back its own. If neither
-        does, both jobs begin, and all but the one that claims the run end.
+        Of two processes that do so at the same time, one sees the other's submission and withdraws its own. If neither
+        sees the other's, both jobs start, and the one that does not get the lease ends.
 
         Args:
-            submission: With the number and the name of the job that stands by.
-            standby: That.
+            submission: The submission, with the number and the name of the job on standby.
+            standby: That job.
 
         Returns:
-            What the cluster calls the job.
+            The name of the job.
 
         Raises:
-            OvertakenError: Somebody else has submitted the run meanwhile, and nothing of this submission is left.
-            Interrupted, LauncherError: A job may have begun, if the message says so.
+            OvertakenError: Somebody else has submitted the run meanwhile, and this submission is withdrawn.
+            Interrupted, LauncherError: A job may have started, if the message says so.
         """
         newest = self._check_overtaken()
         if standby.is_in_time and newest <= standby.number:
             standby.is_used = True
             try:
                 with self.may_run(standby.job_id):
-                    self._run.submissions.write(submission, standby.submission_id)  # the run itself stays as it is
+                    self._run.submissions.write(submission, standby.submission_id)  # changes nothing else of the run
                     self._check_overtaken(below=standby.number)
                     if self._is_taken_up(standby):
                         return standby.job_id
@@ -223,14 +175,14 @@ class HandOver:
 
     @contextmanager
     def may_run(self, job_id: str) -> Iterator[None]:
-        """Within it, whatever ends this process leaves a job that may run, and says so.
+        """Add to errors raised in the block that a job may have started.
 
         Args:
-            job_id: What the cluster calls it.
+            job_id: The name of the job.
 
         Raises:
-            Interrupted: By Ctrl-C.
-            LauncherError: Any other than ``NothingBegunError``, with that added.
+            Interrupted: In place of KeyboardInterrupt.
+            LauncherError: As raised in the block, with the job added unless it is a ``NothingBegunError``.
         """
         try:
             yield
@@ -250,16 +202,16 @@ class HandOver:
             raise
 
     def _check_overtaken(self, below: float = math.inf) -> int:
-        """Makes sure that nobody else has submitted the run to this cluster meanwhile, with a job that lives.
+        """Check that nobody else has submitted the run to this cluster meanwhile, with a job that is alive.
 
         Args:
-            below: Only submissions with lower numbers count.
+            below: Ignore submissions with this number or a higher one.
 
         Returns:
             The highest number of the submissions of the run; -1: it has none.
 
         Raises:
-            OvertakenError: Somebody has.
+            OvertakenError: Somebody else has.
         """
         reports = self._run.submissions.reports()
         for report in reports:
@@ -273,13 +225,15 @@ class HandOver:
         return reports[-1].number if reports else -1
 
     def _is_taken_up(self, standby: Standby) -> bool:
-        """Whether a job takes the submission that was written for it: not if it ended while it stood by.
+        """Return whether the job takes the submission that was written for it: False if it ended before it saw it.
 
-        It tells so in the run directory. A job that lives and tells nothing has a store that is slow, and will.
+        The job answers in the run directory. If it is alive and has not answered in time, its store is slow, and it
+        counts as taken up.
         """
         deadline = time.monotonic() + _TAKE_UP_S
         while True:
-            job = _asked_again(lambda: self._scheduler.read(standby.job_id))  # before the store: what it wrote is seen
+            # Before the store, so that the answer of a job that has ended is seen.
+            job = _ask_twice(lambda: self._scheduler.read(standby.job_id))
             if self._run.submissions.is_answered(standby.submission_id):
                 return True
             if job is None or job.status in ENDED:
@@ -289,34 +243,35 @@ class HandOver:
             time.sleep(_LOOK_INTERVAL_S)
 
     def _begin_or_withdraw(self, job_id: str, submission_id: str) -> Job:
-        """As ``_begin``; takes a submission back if the cluster answers that it has begun no job for it."""
+        """Do the same as ``_begin``; withdraw the submission if the cluster answers that no job has started for it."""
         try:
             return self._begin(job_id, submission_id)
         except ClusterError as error:
-            if not self._knows_no(job_id):
+            if not self._has_no_job(job_id):
                 raise
-            self._run.submissions.withdraw(submission_id)  # so that a job which comes late ends
+            self._run.submissions.withdraw(submission_id)  # so that a job which starts late ends
             raise NothingBegunError(f"{error}; no job has begun, submit the run again") from error
 
-    def _knows_no(self, job_id: str) -> bool:
-        """Whether the cluster answers that it has no such job."""
+    def _has_no_job(self, job_id: str) -> bool:
+        """Return whether the cluster answers that it has no such job."""
         try:
             return self._scheduler.read(job_id) is None
         except ClusterError:
             return False
 
     def _begin(self, job_id: str, submission_id: str, needs: Needs | None = None) -> Job:
-        """Begins a job for a submission, unless there is one by that name; returns the one that is there.
+        """Start a job for a submission unless there is one of that name; return the job of that name.
 
         Args:
-            job_id: What it is called.
-            submission_id: Of the submission.
-            needs: What the nodes are inspected for by a job that stands by; none: the submission is written.
+            job_id: The name of the job.
+            submission_id: The submission that it takes.
+            needs: What a job on standby inspects the nodes for; None: the submission is written already, so the job
+                does not stand by.
         """
         environment = {} if needs is None else {NEEDS_VARIABLE: needs_to_text(needs)}
         standby = {} if needs is None else {STANDBY: "1"}
         command = make_command(self._run.url, submission_id, self._place, stands_by=needs is not None)
-        return _asked_again(
+        return _ask_twice(
             lambda: self._scheduler.begin(
                 job_id,
                 command,
@@ -327,7 +282,7 @@ class HandOver:
         )
 
     def _stop(self, standby: Standby) -> None:
-        """Stops a job that stands by; one of that name may be somebody else's."""
+        """Stop a job on standby, unless the job of that name is somebody else's."""
         with suppress(ClusterError):
             job = self._scheduler.read(standby.job_id)
             if job is not None and job.status not in ENDED and _is_for(standby.submission_id, job):
@@ -338,11 +293,11 @@ def _is_for(submission_id: str, job: Job) -> bool:
     return job.metadata.get("submission") == submission_id
 
 
-def _asked_again(ask: Callable[[], T]) -> T:
-    """What a cluster answers, at the second try if not at the first: perhaps only the answer was lost.
+def _ask_twice(ask: Callable[[], T]) -> T:
+    """Ask the cluster, and once more after a failure: perhaps only the answer was lost.
 
     Raises:
-        ClusterError: Neither time.
+        ClusterError: The cluster did not answer either time.
     """
     try:
         return ask()

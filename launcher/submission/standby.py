@@ -1,9 +1,9 @@
-"""A job on standby: a cluster starts it while the submitter still checks the run, so that neither waits for the other.
+"""A job on standby: the cluster starts it while the submitter still checks the run, to save its start-up time.
 
-The job joins the cluster, has the nodes inspect themselves, prints their report, and has its host import what workers
-there need. It then waits for its submission to be written, and takes up the run. Before that it changes nothing of the
-run and holds no resources that workers reserve. The submitter stops a job that it does not need; a job whose submitter
-died ends by itself.
+The job joins the cluster, has the nodes inspect themselves, prints their report, and imports on its host what workers
+need. It then waits for its submission to be written, and resumes the run. Until then it changes nothing of the run and
+holds no resources of workers. The submitter stops a job that it does not need; a job whose submitter died ends by
+itself after ``WAIT_S``.
 """
 
 import sys
@@ -20,7 +20,8 @@ from launcher.planning.plan import import_ahead
 WAIT_S = 300.0
 """How long a job waits for its submission."""
 HAND_OVER_S = WAIT_S - 60.0
-"""How long after it asked for the job a submitter may still count on that: the rest is for slow requests."""
+"""How long after asking for the job a submitter may still write its submission; the rest of the wait is for slow
+requests."""
 _LOOK_INTERVAL_S = 0.2
 
 
@@ -33,20 +34,18 @@ def stand_by(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Prints the report of the nodes to stderr, and returns once the submission is there.
-
-    Then the submission has a sign of life, by which the submitter knows that it is taken up.
+    """Print the report of the nodes to stderr, wait for the submission, and acknowledge it with a sign of life.
 
     Args:
-        run: Which will be submitted; it need not exist.
-        submission_id: Of the submission for which this job was begun.
-        cluster: This process has joined it.
-        tell: Takes what the job is at.
-        clock, sleep: Seconds that only grow, and waiting for some.
+        run: The run that will be submitted; it need not exist.
+        submission_id: The submission for which this job was started.
+        cluster: The cluster, which this process has joined.
+        tell: Shows what the job is doing.
+        clock, sleep: A monotonic clock in seconds, and its ``sleep``.
 
     Raises:
-        DescriptionError: That is no id.
-        ClusterError: The cluster is gone; or no submission came in time.
+        DescriptionError: ``submission_id`` is not an id.
+        ClusterError: The cluster is gone; or the submission was not written in time.
     """
     check_id(submission_id)
     deadline, needs = clock() + WAIT_S, needs_of_environment()
@@ -65,7 +64,10 @@ def stand_by(
 
 
 def _is_acknowledged(run: RunDirectory, submission_id: str) -> bool:
-    """Whether the submission is there; the submitter is told so. A store that is away may come back."""
+    """Return whether the submission is there; if so, write the sign of life by which the submitter knows it.
+
+    A store that does not answer counts as no submission yet: it may answer at the next look.
+    """
     try:
         if not run.submissions.is_there(submission_id):
             return False

@@ -11,7 +11,7 @@ from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
 from launcher.config.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
 from launcher.config.description import load, parse
 from launcher.config.reference import entries
-from launcher.runs.start import changes_of
+from launcher.runs.changes import changes_of
 
 SHIPPED = Path(__file__).parents[2] / "cluster"
 JOB = Path(__file__).parents[2] / "jobs/digits.yaml"

@@ -26,7 +26,7 @@ from cluster.process.code_cache import copy_code, enter_copy, fetch_code
 from cluster.run import bundle
 from cluster.run.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
 from cluster.run.run_directory import RunDirectory
-from launcher.code import packing as code
+from launcher.code import listing, packing
 from launcher.code.packing import directory_in_code, pack, pack_job
 from launcher.code.user_code import lasting_directory
 
@@ -358,7 +358,7 @@ def test_the_limit_is_met_to_the_byte(folder):
 
 
 def test_too_many_files_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(code, "MAX_FILES", 5)
+    monkeypatch.setattr(listing, "MAX_FILES", 5)
     write(folder, "job.yaml", "a/1", "a/2", "a/3", "b/1")
     assert len(pack(folder).names) == 5
     write(folder, "c/1")
@@ -448,7 +448,7 @@ def test_the_file_of_the_token_is_refused_by_whatever_name(folder, token, monkey
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "kept.bin"))
         write(folder, **{".gitignore": "kept.bin"})
         link(folder, "mine.txt", "kept.bin")
-    monkeypatch.setattr(code, "known_tokens", list)
+    monkeypatch.setattr(packing, "known_tokens", list)
     assert "would be uploaded: mine.txt; add" in refusal(folder)
 
 

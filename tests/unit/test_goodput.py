@@ -30,7 +30,7 @@ class TestLedger:
         assert nonzero(ledger, 110.0) == {"startup": 6.5, "waiting": 2, "restore": 1.5}
 
         told = spent(start=2, restore=1.5, data=1, forward=2, backward=3, exchange=0.5, validation=4, storage=5)
-        ledger.told(told)
+        ledger.reported(told)
         began = {"startup": 6.5, "waiting": 2, "restore": 1.5, "data": 1, "validation": 4, "storage": 5}
         assert nonzero(ledger, 126.0) == began | {"compute": 5.5, "exchange": 0.5}
 
@@ -44,16 +44,16 @@ class TestLedger:
         ledger = Ledger(begun_at=0.0)
         ledger.training_began(10.0, spent())
         ledger.saved(spent(forward=4.0, data=1.0))
-        ledger.told(spent(forward=7.0, data=2.0))
+        ledger.reported(spent(forward=7.0, data=2.0))
         assert ledger.unsaved() == {"data": 1, "compute": 3, "exchange": 0, "validation": 0, "storage": 0}
         ledger.failed(20.0)
-        ledger.told(spent(forward=9.0))  # by a process that does not know yet
+        ledger.reported(spent(forward=9.0))  # by a process that does not know yet
         assert nonzero(ledger, 20.5) == {"startup": 10, "recovery": 0.5, "data": 1, "compute": 4, "lost": 5}
         ledger.failed(21.0)
         assert nonzero(ledger, 22.0) == {"startup": 10, "recovery": 2, "data": 1, "compute": 4, "lost": 5}
 
         ledger.training_began(23.0, spent(restore=1.0))
-        ledger.told(spent(forward=2.0, restore=1.0))
+        ledger.reported(spent(forward=2.0, restore=1.0))
         ledger.ended(25.0, kept=True)
         assert nonzero(ledger, 25.0) == {
             "startup": 10, "recovery": 2, "restore": 1, "data": 1, "compute": 6, "lost": 5,
@@ -62,7 +62,7 @@ class TestLedger:
     def test_a_run_that_loses_its_workers_waits_for_others(self) -> None:
         ledger = Ledger(begun_at=0.0)
         ledger.training_began(2.0, spent())
-        ledger.told(spent(forward=3.0))
+        ledger.reported(spent(forward=3.0))
         ledger.failed(5.0)
         ledger.waiting(6.0)
         ledger.workers_there(16.0)
@@ -73,7 +73,7 @@ class TestLedger:
         ledger = Ledger(begun_at=0.0)
         ledger.training_began(2.0, spent())
         ledger.saved(spent(forward=1.0))
-        ledger.told(spent(forward=3.0, storage=1.0))
+        ledger.reported(spent(forward=3.0, storage=1.0))
         ledger.parked(6.5)
         ledger.workers_there(10.0)
         ledger.training_began(12.0, spent(restore=0.5))
@@ -98,7 +98,7 @@ class TestLedger:
     def test_a_checkpoint_can_tell_more_than_the_rows_before_it(self) -> None:
         ledger = Ledger(begun_at=0.0)
         ledger.training_began(0.0, spent())
-        ledger.told(spent(data=1.0))
+        ledger.reported(spent(data=1.0))
         ledger.saved(spent(data=2.0, storage=1.0))
         assert nonzero(ledger, 3.0) == {"data": 2, "storage": 1}
         assert set(ledger.unsaved().values()) == {0}
@@ -106,7 +106,7 @@ class TestLedger:
     def test_messages_that_arrive_late_do_not_make_more_time(self) -> None:
         ledger = Ledger(begun_at=0.0)
         ledger.training_began(2.0, spent(restore=5.0))
-        ledger.told(spent(forward=3.0, data=1.0))
+        ledger.reported(spent(forward=3.0, data=1.0))
         assert nonzero(ledger, 4.0) == {"restore": 2, "compute": 1.5, "data": 0.5}
         ledger.ended(4.0, kept=True)
         assert nonzero(ledger, 4.0) == {"restore": 2, "compute": 1.5, "data": 0.5}
@@ -124,7 +124,7 @@ class TestLedger:
                 case 0:
                     ledger.training_began(now, told)
                 case 1:
-                    draw.choice([ledger.told, ledger.saved])(told)
+                    draw.choice([ledger.reported, ledger.saved])(told)
                 case 2:
                     draw.choice([ledger.waiting, ledger.workers_there, ledger.failed, ledger.parked])(now)
             parts = ledger.parts(now)

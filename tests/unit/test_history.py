@@ -9,7 +9,7 @@ from cluster.run.checkpoints import Survey
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from launcher.driver.run_log import event_row
+from launcher.driver.pending_writes import event_row
 from launcher.runs.rewind import branch_directory, copy_run, first_workers, go_back, good_checkpoint_at
 from tests import saved
 

@@ -63,7 +63,7 @@ def hear(
     pace = pace or Stragglers(shards)
     spent = [dict.fromkeys(DOING, 1.0) for _ in shards]
     for rank, seconds in enumerate(spent):
-        assert pace.heard(rank, 5, dict(seconds)) == []
+        assert pace.add_report(rank, 5, dict(seconds)) == []
     said: Said = {}
     for number, window in enumerate(windows, start=1):
         period = max(map(sum, window)) + wire
@@ -72,7 +72,7 @@ def hear(
             step = {"data": data, "forward": compute / 4, "backward": compute * 3 / 4, "exchange": waits}
             for doing, milliseconds in (step | {"storage": sum(save), "validation": 100.0 * rank}).items():
                 spent[rank][doing] += steps * milliseconds / 1000
-            for news in pace.heard(rank, 5 + number * steps, dict(spent[rank])):
+            for news in pace.add_report(rank, 5 + number * steps, dict(spent[rank])):
                 said.setdefault(number, []).append((news.rank, news.what, news.factor))
     return said
 
@@ -103,9 +103,9 @@ def test_few_steps_make_no_window() -> None:
 def test_after_a_restart_it_is_not_said_again() -> None:
     pace = Stragglers((2, 2))
     assert hear([DATA] * 4, pace=pace) == {3: [(1, "data", 2.7)]}
-    pace.restarted()
+    pace.restart()
     assert hear([DATA] * 4, pace=pace) == {}
-    pace.restarted()
+    pace.restart()
     assert hear([EVEN] * 4, pace=pace) == {3: [(1, None, 1.0)]}
 
 
@@ -129,7 +129,7 @@ def test_what_is_said_to_people() -> None:
     for spent_s in range(10):
         for rank, data_s in enumerate((spent_s, 3.21 * spent_s if spent_s < 4 else 9.63 + spent_s)):
             spent = dict.fromkeys(DOING, 0.0) | {"data": data_s}
-            texts += [news.text for news in pace.heard(rank, 10 * spent_s, spent)]
+            texts += [news.text for news in pace.add_report(rank, 10 * spent_s, spent)]
     assert texts == [
         "takes 3.2 times as long as the others for its part of a step, mostly over data",
         "keeps up with the others again",

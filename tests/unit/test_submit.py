@@ -26,7 +26,8 @@ from launcher.config.description import ClusterOverride, Description, load, pars
 from launcher.planning.nodes import own_versions
 from launcher.submission import handover as hand_over_module
 from launcher.submission import submit as submit_module
-from launcher.submission.handover import STANDBY, make_command, make_job_id
+from launcher.submission.handover import STANDBY
+from launcher.submission.job_command import make_command, make_job_id
 from launcher.submission.standby import WAIT_S
 from launcher.submission.submit import submit, submit_again
 from launcher.watching.status import read_status

@@ -17,8 +17,10 @@ from cluster.storage.store import Store
 from launcher.code.user_code import UserCode, find_code
 from launcher.config.description import Description, parse
 from launcher.planning.plan import Plan, decide
-from launcher.runs import start
-from launcher.runs.start import begin, resume
+from launcher.runs import begin as begin_module
+from launcher.runs import driving, planning_sign, resumed_plan, takeover
+from launcher.runs.begin import begin, plan_only
+from launcher.runs.resume import resume
 from tests.launcher_without_ray import Machine
 from tests.processes import wait_until
 from tests.schedulers import URL
@@ -53,6 +55,12 @@ class AtOnce:
         pass
 
 
+def plan_with(monkeypatch: pytest.MonkeyPatch, make_plan: Callable[..., Any]) -> None:
+    """Has both a run that begins and one that goes on make their plan so."""
+    monkeypatch.setattr(begin_module, "make_plan", make_plan)
+    monkeypatch.setattr(resumed_plan, "make_plan", make_plan)
+
+
 @pytest.fixture
 def run() -> RunDirectory:
     fresh_faults()
@@ -72,9 +80,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Pair]:
     def train(*_: Any) -> None:
         raise Training
 
-    monkeypatch.setattr(start, "make_plan", make_plan)
-    monkeypatch.setattr(start, "_open_tracker", train)
-    monkeypatch.setattr(start, "BackgroundWriter", AtOnce)
+    plan_with(monkeypatch, make_plan)
+    monkeypatch.setattr(driving, "_open_tracker", train)
+    monkeypatch.setattr(planning_sign, "BackgroundWriter", AtOnce)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return pairs
@@ -202,7 +210,7 @@ def test_a_person_is_told_that_the_code_at_hand_is_not_used(run, planned, tmp_pa
 @pytest.mark.parametrize("take_over", [True, False])
 def test_who_takes_a_run_over_waits_for_no_room(run, planned, monkeypatch, tmp_path, take_over, has_begun):  # noqa: ARG001
     """The driver that is to be replaced has it."""
-    may_wait, make_plan = list[bool](), start.make_plan
+    may_wait, make_plan = list[bool](), begin_module.make_plan
 
     def plan(*arguments: Any, **options: Any) -> Plan:
         may_wait.append(options["may_wait"])
@@ -211,7 +219,7 @@ def test_who_takes_a_run_over_waits_for_no_room(run, planned, monkeypatch, tmp_p
     if has_begun:
         take(run, submit(run, 0)[0])
         run.write_status({"status": "stopped", "step": 0})
-    monkeypatch.setattr(start, "make_plan", plan)
+    plan_with(monkeypatch, plan)
     with pytest.raises(Training):
         begin(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said(), take_over=take_over)
     assert may_wait == [not take_over]
@@ -221,7 +229,7 @@ def test_who_takes_a_run_over_waits_for_no_room(run, planned, monkeypatch, tmp_p
 def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeypatch, who):  # noqa: ARG001
     """A person who takes the submission at home says nothing for the job, which lives or not."""
     submission_id, _ = submit(run, 0)
-    make_plan, said, signs = start.make_plan, Said(), list[SignOfLife | None]()
+    make_plan, said, signs = begin_module.make_plan, Said(), list[SignOfLife | None]()
     is_job = who == "its job"
 
     def plan(*arguments: Any, **options: Any) -> Plan:
@@ -230,9 +238,9 @@ def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeyp
         signs.append(run.submissions.read_sign(submission_id))
         return make_plan(*arguments, **options)
 
-    monkeypatch.setattr(start, "make_plan", plan)
+    plan_with(monkeypatch, plan)
     if not is_job:
-        monkeypatch.delattr(start, "BackgroundWriter")
+        monkeypatch.delattr(planning_sign, "BackgroundWriter")
     with pytest.raises(Training):
         resume(run, (), Machine(2), said, submission_id=submission_id if is_job else None)
     assert [sign and sign.doing for sign in signs] == ["waiting for room" if is_job else None]
@@ -242,8 +250,8 @@ def test_while_it_plans_a_job_says_elsewhere_what_it_is_at(run, planned, monkeyp
 
 def test_nor_does_a_plan_alone(planned, monkeypatch, tmp_path):  # noqa: ARG001
     may_wait: list[bool] = []
-    monkeypatch.setattr(start, "make_plan", lambda *_, **options: may_wait.append(options["may_wait"]))
-    start.plan_only(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said())
+    plan_with(monkeypatch, lambda *_, **options: may_wait.append(options["may_wait"]))
+    plan_only(parse(TEXT, "digits.yaml"), tmp_path, Machine(2), Said())
     assert may_wait == [False]
 
 
@@ -254,14 +262,14 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
     def meanwhile(self, planned, monkeypatch) -> list[Callable[[], object]]:  # noqa: ARG002  # it plans before this
         """What others do before the plan is made."""
         others: list[Callable[[], object]] = []
-        make_plan = start.make_plan
+        make_plan = begin_module.make_plan
 
         def plan_late(*arguments: Any, may_wait: bool) -> Plan:
             while others:
                 others.pop()()
             return make_plan(*arguments, may_wait=may_wait)
 
-        monkeypatch.setattr(start, "make_plan", plan_late)
+        plan_with(monkeypatch, plan_late)
         return others
 
     def rival(self, run: RunDirectory, *overrides: str) -> RunDirectory:
@@ -311,7 +319,7 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
 
     def test_a_driver_that_seemed_to_be_gone_writes_again(self, run, meanwhile, monkeypatch):
         other = self.rival(run)
-        monkeypatch.setattr(start, "is_driven", lambda *_: False)
+        monkeypatch.setattr(takeover, "is_driven", lambda *_: False)
         meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
         self.is_left_alone(lambda: resume(run, (), Machine(2), Said()))
         other.check_lease()
@@ -329,13 +337,13 @@ def test_a_submission_that_is_withdrawn_while_its_job_plans(
 ) -> None:
     """Its submitter has found that somebody else was faster."""
     submission_id, pair = submit(run, 0)
-    make_plan: Any = start.make_plan
+    make_plan: Any = begin_module.make_plan
 
     def make_plan_and_withdraw(*args: Any, **named: Any) -> Plan:
         run.submissions.withdraw(submission_id)
         return make_plan(*args, **named)
 
-    monkeypatch.setattr(start, "make_plan", make_plan_and_withdraw)
+    plan_with(monkeypatch, make_plan_and_withdraw)
     with pytest.raises(ClusterError, match="was withdrawn; nothing is left to do for this job$"):
         resume(run, (), Machine(2), Said(), submission_id=submission_id)
     assert (planned, run.read_status(), run.exists()) == ([pair], None, False)

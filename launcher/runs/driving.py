@@ -1,0 +1,172 @@
+"""Wiring of the driver's process: run log, tracker, cluster and workers, from the lease to the pictures at the end."""
+
+import contextlib
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cluster.errors import CheckpointError, LauncherError, StorageError
+from cluster.kinds.cluster import Cluster
+from cluster.process.orders import Task
+from cluster.run.lease import SupersededError
+from cluster.run.manifest import Manifest
+from cluster.run.run_directory import RunDirectory
+from cluster.tracking.tracker import Tracker, TrackerSettings, open_tracker
+from jobs.spec import JobSpec
+from launcher.code.user_code import UserCode, lasting_directory
+from launcher.config.description import Description
+from launcher.display.plots import draw
+from launcher.display.progress import Progress
+from launcher.driver.driver import Driver
+from launcher.driver.goodput import taken_over
+from launcher.driver.membership import Membership
+from launcher.driver.run_log import RunLog
+from launcher.driver.run_state import RunState
+from launcher.planning.placement import places_of
+from launcher.planning.plan import ENTRY, Plan
+from launcher.runs.environment import environment_with_attempt
+from launcher.runs.rewind import first_workers, go_back
+
+
+def drive_run(
+    run: RunDirectory,
+    description: Description,
+    plan: Plan,
+    code: UserCode,
+    cluster: Cluster,
+    display: Progress,
+    back_to: Manifest | None = None,
+    *,
+    may_differ: bool,
+) -> dict[str, Any]:
+    """Take the lease of a run, write its documents, start Ray and the workers, and drive them to the end.
+
+    Args:
+        run: The run, which may not exist yet.
+        description: Its description.
+        plan: What follows from it.
+        code: The user's code.
+        cluster: Where the workers run; this process has joined it.
+        display: Shows progress.
+        back_to: The checkpoint to go back to first; None: go on from the newest good one.
+        may_differ: Whether workers may train although they differ.
+
+    Returns:
+        The ``--json`` document.
+
+    Raises:
+        LauncherError: The run failed, or another driver took it over.
+    """
+    spec = description.spec
+    if plan.why_cpu:
+        display.warn(plan.why_cpu)
+    run.clear_stop()  # a request to an earlier driver; one that comes after the lease is taken is for this driver
+    run.take_lease()
+    if back_to is not None:
+        go_back(run, back_to)
+    # From this write on the run exists, and can be resumed from anywhere.
+    run.write_description(description.text, environment_with_attempt(run, plan, code))
+    if code.submission_id is not None:
+        run.submissions.mark_taken(code.submission_id)
+    run.stay_alive()
+    tracker = _open_tracker(run, description, display)
+    run.stay_alive()
+    events = run.events().read()
+    state = _state_so_far(run, spec, plan, events)
+    run.stay_alive()
+    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
+    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, first_workers=first_workers(events))
+
+    stack = contextlib.ExitStack()
+
+    def make_membership() -> Membership:
+        stack.enter_context(cluster.started())
+        task = _make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
+        return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
+
+    try:
+        display.phase("starting Ray")
+        with run_log, stack:
+            driver.drive(make_membership)
+    except LauncherError as error:
+        error.document = run_log.document()
+        raise
+    finally:
+        pictures = _write_pictures(run, spec.name, display)
+        summary = {name: value for name, value in run_log.document().items() if isinstance(value, (int, float, str))}
+        summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
+        tracker.finish(summary, pictures, succeeded=state.status != "failed")
+    return run_log.document() | {"interrupted": driver.interrupted}
+
+
+def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
+    """Return the task that every training process of the run gets."""
+    return replace(
+        code.task(ENTRY, run.url, spec),
+        hang_timeout_s=spec.workers.hang_timeout_s,
+        first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
+        data_fingerprint=data_fingerprint,
+        may_differ=may_differ or not spec.train.exact,
+    )
+
+
+def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence[Mapping[str, Any]]) -> RunState:
+    """Return the state that earlier drivers of the run have left in its directory."""
+    status, state = run.read_status(), RunState()
+    if status is not None and "seconds" in status:  # else a driver took the lease, and never began
+        state.seconds, state.best = status["seconds"], status["best"]
+        state.time = taken_over(status["time"], status.get("unsaved", {}))
+        state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
+    for event in events:
+        if event["kind"] == "attempt_started":  # written at once; the status of a killed driver may be older
+            state.attempts = event["attempt"] + 1
+    for row in run.metrics().read():
+        state.metrics |= {name: value for name, value in row.items() if "/" in name}
+    steps = run.checkpoints.steps()
+    if steps:
+        state.step, state.epoch = steps[-1], steps[-1] // plan.steps_per_epoch
+        state.samples = steps[-1] * spec.train.global_batch
+        with contextlib.suppress(CheckpointError):  # the workers report it and use the checkpoint before
+            state.state_sha256 = run.checkpoints.manifest(steps[-1]).state_sha256
+    return state
+
+
+def _open_tracker(run: RunDirectory, description: Description, display: Progress) -> Tracker:
+    run_id = run.read_tracker_id()
+    if run_id is None:
+        run_id = secrets.token_hex(8)
+        run.write_tracker_id(run_id)
+    tracking = description.spec.tracking
+    settings = TrackerSettings(
+        mode=tracking.mode,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group,
+        tags=tracking.tags,
+        name=description.spec.name,
+        run_id=run_id,
+        directory=os.environ.get("WANDB_DIR") or lasting_directory(run_id),
+        config=description.document,
+    )
+    return open_tracker(settings, display.warn, past=run.metrics().read())
+
+
+def _write_pictures(run: RunDirectory, name: str, display: Progress) -> dict[str, bytes]:
+    """Draw the pictures of the run and write them; return them by name.
+
+    A store that fails now only causes a warning, so that it does not hide how the run ended.
+    """
+    try:
+        pictures = draw(run.metrics().read(), run.read_matrices(), name)
+        run.check_lease()
+        for picture, png in pictures.items():
+            run.write_picture(picture, png)
+    except StorageError as error:
+        display.warn(f"the pictures were not written: {error}")
+        return {}
+    except SupersededError:  # the error that ended the run says so
+        return {}
+    return pictures
