@@ -18,7 +18,7 @@ from cluster.host.import_paths import own_modules
 from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
-    from jobs.build.components import Components
+    from jobs.components.build import Components
 
 _NONE = "none"
 _VARIABLES = (

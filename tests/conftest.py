@@ -19,7 +19,7 @@ from tests.stores import S3Server, SSHServer, disk_in_memory, s3_server, ssh_ser
 
 _JANITOR = pytest.StashKey[Janitor]()
 _FORKED_NEEDS = (
-    "jobs.training.worker", "jobs.build.metrics", "launcher.planning.dry_run", "launcher.display.plots",
+    "jobs.training.worker", "jobs.components.metrics", "launcher.planning.dry_run", "launcher.display.plots",
     "matplotlib.backends.backend_agg", "matplotlib.figure", "tests.launcher_without_ray",
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""

@@ -1,7 +1,7 @@
 """Search order for the user's own modules: after everything else.
 
 So nothing that the program or its libraries import, often late, is ever a user's file that happens to have the same
-name. ``jobs.build.shadowing`` reports a user's module that is not found for this reason.
+name. ``jobs.components.shadowing`` reports a user's module that is not found for this reason.
 """
 
 import os

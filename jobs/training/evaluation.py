@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import nn
 
 from cluster.errors import TrainingError
-from jobs.build.losses import GlobalLoss
-from jobs.build.metric_values import MetricValues
+from jobs.components.losses import GlobalLoss
+from jobs.components.metric_values import MetricValues
 from jobs.data.loader import seed_draws, seed_host_draws
 from jobs.parallel.step_report import exact_sum
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 
 if TYPE_CHECKING:  # importing it imports torchmetrics; only jobs with metrics pay for that
-    from jobs.build.metrics import MetricSet
+    from jobs.components.metrics import MetricSet
 
 
 @torch.no_grad()

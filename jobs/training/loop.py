@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from cluster.process.messages import Doing, MatrixMeasured, StepEvent
-from jobs.build.components import Components
 from jobs.checkpoint.loop_state import LoopState
+from jobs.components.build import Components
 from jobs.data.loader import training_batches, validation_batches
 from jobs.parallel.step_report import StepReport, StepReports
 from jobs.parallel.worker_team import Team

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from cluster.errors import TrainingError, listed
-from jobs.build.losses import GlobalLoss
+from jobs.components.losses import GlobalLoss
 from jobs.parallel.step_report import StepReport
 from jobs.sampling import StepPlan
 from jobs.spec import JobSpec

@@ -17,10 +17,10 @@ from cluster.process.messages import FellBack
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.manifest import Manifest, divide
 from cluster.run.run_directory import RunDirectory
-from jobs.build.components import Components
 from jobs.checkpoint.layout import decode, memory_of
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.warm_start import Weights, WeightsSource, load_weights, match_weights, read_weights
+from jobs.components.build import Components
 from jobs.parallel.worker_team import Team
 from jobs.spec import InitSpec
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
 from cluster.process.messages import Doing
-from jobs.build.components import Components
-from jobs.build.optimizers import set_trainable
+from jobs.components.build import Components
+from jobs.components.optimizers import set_trainable
 from jobs.data.loader import seed_draws
 from jobs.parallel.step_report import StepOutcome
 from jobs.parallel.worker_team import Team

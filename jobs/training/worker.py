@@ -31,9 +31,9 @@ from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from cluster.versions import launcher_digest, versions
-from jobs.build.components import Components, build_parts, worker_device
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
+from jobs.components.build import Components, build_parts, worker_device
 from jobs.environment import differences, grouped, make_environment
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec

@@ -300,5 +300,5 @@ def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:
 
 def _innermost(stack: str) -> str:
     """Return the innermost call of a stack printed by ``faulthandler``, or the process state, or an empty text."""
-    lines = [line.strip() for line in stack.splitlines()]
+    lines = [" ".join(line.split()) for line in stack.splitlines()]  # Linux puts a tab behind "State:"
     return next((line for line in lines if line.startswith(("File ", "State"))), "")

@@ -13,10 +13,10 @@ from torch.utils.data import default_collate
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, nearest, one_line
 from cluster.process.orders import Task
-from jobs.build.components import Components, build_parts, worker_device
-from jobs.build.optimizers import set_trainable
 from jobs.checkpoint.layout import lay_out
 from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
+from jobs.components.build import Components, build_parts, worker_device
+from jobs.components.optimizers import set_trainable
 from jobs.data.loader import KeyedDataset, seed_draws, shape_of, to_device
 from jobs.environment import code_digests
 from jobs.sampling import draw_key

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.build.losses import CLASS_NUMBER_LOSSES, GlobalLoss, first, fits_into, has_classes, is_integral, number_type
+from jobs.components.losses import (
+    CLASS_NUMBER_LOSSES,
+    GlobalLoss,
+    first,
+    fits_into,
+    has_classes,
+    is_integral,
+    number_type,
+)
 from jobs.data.loader import shape_of
 from launcher.planning.loss_values import check_output_values, check_target_values, name_of
 from launcher.planning.micro_batch import MicroBatch, all_targets, first_of

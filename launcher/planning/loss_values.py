@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.build.losses import GlobalLoss
+from jobs.components.losses import GlobalLoss
 from launcher.planning.micro_batch import MicroBatch, all_targets, first_of
 
 _TAKE_LOG_PROBABILITIES = (nn.NLLLoss, nn.KLDivLoss, nn.CTCLoss)

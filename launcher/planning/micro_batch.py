@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.build.components import listed_targets
+from jobs.components.build import listed_targets
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ def modules_for(spec: JobSpec) -> tuple[str, ...]:
 
     All of them on a host are forked from one server, so torch is imported once, and not in this process.
     """
-    return (*modules_of(ENTRY), _DRY_RUN.partition(":")[0], *(["jobs.build.metrics"] if spec.metrics else []))
+    return (*modules_of(ENTRY), _DRY_RUN.partition(":")[0], *(["jobs.components.metrics"] if spec.metrics else []))
 
 
 def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:

@@ -1,1 +1,1 @@
-"""Begin, resume, rewind, branch and export a run."""
+"""A run begun, resumed, rewound, branched, exported."""

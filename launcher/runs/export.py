@@ -20,8 +20,8 @@ from cluster.host.import_paths import search_last
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.build.components import build_parts
 from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights
+from jobs.components.build import build_parts
 from jobs.data.loader import KeyedDataset
 from jobs.spec import JobSpec
 from launcher.code.user_code import find_code

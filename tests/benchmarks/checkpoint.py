@@ -160,9 +160,9 @@ def _arm(
     from cluster.process.agent_link import AgentLink
     from cluster.process.messages import RowLogged
     from cluster.run.run_directory import RunDirectory
-    from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
     from jobs.checkpoint.saver import Saver
+    from jobs.components.build import build_parts
     from jobs.parallel.worker_team import Team
     from jobs.training.loop import Loop
 

@@ -114,8 +114,8 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     from cluster.process.activity import Activity
     from cluster.process.agent_link import AgentLink
     from cluster.process.messages import RowLogged
-    from jobs.build.components import build_parts
     from jobs.checkpoint.loop_state import LoopState
+    from jobs.components.build import build_parts
     from jobs.parallel.worker_team import Team
     from jobs.training.loop import Loop
 
@@ -145,7 +145,7 @@ def _bare(settings: _Settings, rank: int) -> Callable[[Gate], None]:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader
 
-    from jobs.build.components import build_parts
+    from jobs.components.build import build_parts
 
     parts = build_parts(settings.job(exact=True), torch.device("cpu"))  # the same weights, and the same data
     torch.set_num_threads(1)

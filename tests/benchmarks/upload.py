@@ -59,7 +59,7 @@ def _parts() -> Any:
     """What a worker trains with, after one step: the optimizer has its state too."""
     import torch
 
-    from jobs.build.components import build_parts
+    from jobs.components.build import build_parts
     from launcher.config.description import parse
 
     torch.set_num_threads(1)

@@ -36,9 +36,9 @@ from cluster.process.messages import (
 from cluster.process.orders import LOOPBACK, Meet, Task
 from cluster.run.manifest import Share, join
 from cluster.run.run_directory import RunDirectory
-from jobs.build.components import build_parts
 from jobs.checkpoint.layout import decode
 from jobs.checkpoint.loop_state import LoopState
+from jobs.components.build import build_parts
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.worker import compare_environments, meet, train

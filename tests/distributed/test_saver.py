@@ -15,9 +15,9 @@ from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.local import SyncedLocalFileSystem
-from jobs.build.components import build_parts
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
+from jobs.components.build import build_parts
 from jobs.parallel.worker_team import Team
 from jobs.training.loop import Loop
 from jobs.training.worker import meet

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy, dropout
 
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
-from jobs.build.losses import build_loss
-from jobs.build.metric_values import MetricValues
-from jobs.build.metrics import build_metrics
-from jobs.build.targets import Builder
+from jobs.components.losses import build_loss
+from jobs.components.metric_values import MetricValues
+from jobs.components.metrics import build_metrics
+from jobs.components.targets import Builder
 from jobs.data.loader import validation_batches
 from jobs.parallel.worker_team import Team
 from jobs.spec import LossSpec, Target

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import jobs
-from jobs.build.targets import Builder
+from jobs.components.targets import Builder
 from jobs.data import LabelledImages, digits, image_folder, read_image, synthetic_images
 from launcher.config.description import load
 from tests.images import make_image_folder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs import environment
-from jobs.build.components import Components
+from jobs.components.build import Components
 from jobs.environment import Environment, changes, code_digests, make_environment, unlike
 
 HERE = Environment(

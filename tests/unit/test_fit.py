@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.build.components import listed_targets
-from jobs.build.losses import GlobalLoss, build_loss
-from jobs.build.targets import Builder
+from jobs.components.build import listed_targets
+from jobs.components.losses import GlobalLoss, build_loss
+from jobs.components.targets import Builder
 from jobs.spec import LossSpec, Target
 from launcher.planning.loss_checks import MicroBatch, check_fit, check_mean
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812  # as torch's own documentation ha
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
-from jobs.build.losses import GlobalLoss, build_loss
-from jobs.build.targets import Builder
+from jobs.components.losses import GlobalLoss, build_loss
+from jobs.components.targets import Builder
 from jobs.spec import LossSpec, Target
 
 FEATURES, WIDTH, CLASSES = 7, 30, 5

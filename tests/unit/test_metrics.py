@@ -10,9 +10,9 @@ import torchmetrics
 from torch import Tensor
 
 from cluster.errors import DescriptionError
-from jobs.build.metric_values import Matrix, MetricValues
-from jobs.build.metrics import MetricSet, build_metrics, class_names
-from jobs.build.targets import Builder
+from jobs.components.metric_values import Matrix, MetricValues
+from jobs.components.metrics import MetricSet, build_metrics, class_names
+from jobs.components.targets import Builder
 from jobs.spec import Target
 
 SAMPLES, BATCH, CLASSES = 45, 6, 5

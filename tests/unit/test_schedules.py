@@ -13,10 +13,10 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cluster.errors import DescriptionError
-from jobs.build.components import rates_digest
-from jobs.build.schedules import Schedule, build_schedule, plan_value
-from jobs.build.targets import Builder
 from jobs.checkpoint.layout import decode
+from jobs.components.build import rates_digest
+from jobs.components.schedules import Schedule, build_schedule, plan_value
+from jobs.components.targets import Builder
 from jobs.sampling import StepPlan
 from jobs.spec import GroupSpec, OptimizerSpec, PlanValue, SchedulerSpec, Target
 from tests.states import encode
@@ -629,7 +629,7 @@ class TestPreview:
         assert build_schedule(None, optimizer_of(), Builder(), STEPS).preview(STEPS) == ()
 
     def test_a_very_long_run_is_played_in_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("jobs.build.schedules._MOST_PLAYED", 20)
+        monkeypatch.setattr("jobs.components.schedules._MOST_PLAYED", 20)
         schedule = build(optimizer_of(groups=2), "ExponentialLR", gamma=0.9, interval="step")
 
         assert [step for step, _ in schedule.preview(STEPS)] == [1, 5, 10]

@@ -11,8 +11,8 @@ import pytest
 import jobs.models
 from cluster.errors import DescriptionError
 from cluster.host import import_paths
-from jobs.build.shadowing import REQUIRED, check_imports
-from jobs.build.targets import resolve
+from jobs.components.shadowing import REQUIRED, check_imports
+from jobs.components.targets import resolve
 
 CHECKOUT = Path(__file__).parents[2]
 MODEL = "class Model:\n    pass\n"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError
-from jobs.build.targets import Builder, resolve
+from jobs.components.targets import Builder, resolve
 from jobs.spec import PlanValue, Target
 
 HERE = __name__

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from cluster.errors import DescriptionError, nearest, one_line
-from jobs.build.shadowing import find_shadowed
+from jobs.components.shadowing import find_shadowed
 from jobs.spec import PlanValue, Target
 
 

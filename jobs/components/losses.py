@@ -1,8 +1,8 @@
 """A loss as numerator and denominator, so that its mean can be taken over the global batch.
 
 The mean of the shards' means is not the mean of the batch once samples have weights or are ignored. So a loss returns
-the sum over a micro-batch and the denominator of that sum, and the sum is divided by the denominators of all shards. This
-module knows how the losses of torch.nn are called; the dry run checks that output and target fit the loss.
+the sum over a micro-batch and the denominator of that sum, and the sum is divided by the denominators of all shards.
+This module knows how the losses of torch.nn are called; the dry run checks that output and target fit the loss.
 """
 
 import functools
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
+from jobs.components.targets import Builder, check_arguments, resolve
 from jobs.spec import LossSpec, Target
-from jobs.build.targets import Builder, check_arguments, resolve
 
 CLASS_NUMBER_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 """Losses whose targets are class numbers."""
@@ -92,7 +92,7 @@ class GlobalLoss:
             self.weighs_targets = self._reduction == "mean" and (function.weight is not None or ignores)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "GlobalLoss":
-        """Moves class weights and other buffers of the loss to ``device``, as ``dtype``, the type of the model's numbers."""
+        """Moves class weights and other buffers of the loss to ``device``, as ``dtype``, the model's number type."""
         if isinstance(self.function, nn.Module):
             self.function.to(device, dtype)
         elif isinstance(self.function, functools.partial):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A square matrix of values over classes, such as a confusion matrix: true classes in rows, predicted in columns."""
+    """A square matrix over classes, such as a confusion matrix: true classes in rows, predicted in columns."""
 
     classes: list[str]
     """The names of the rows, and of the columns."""

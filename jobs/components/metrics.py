@@ -21,10 +21,10 @@ from torchmetrics import audio, classification, clustering, detection, image, no
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from cluster.errors import DescriptionError, one_line
+from jobs.components.metric_values import Matrix, MetricValues
+from jobs.components.targets import Builder
 from jobs.data.loader import shape_of
-from jobs.build.metric_values import Matrix, MetricValues
 from jobs.spec import Target
-from jobs.build.targets import Builder
 
 State = Tensor | list[Tensor]
 """One state of a metric, as ``Metric.add_state`` declares it."""
@@ -94,7 +94,7 @@ class MetricSet:
         """Computes the metrics over the batches of all workers; leaves out values that are not finite.
 
         Args:
-            shares: The share of every rank, in rank order; of W ranks, rank r measured the batches r, r + W, r + 2W, ...
+            shares: The share of every rank, in rank order; of W ranks, rank r measured batches r, r + W, r + 2W, ...
         """
         measured = MetricValues()
         for name, metric in self._metrics.items():

@@ -22,9 +22,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from cluster.errors import DescriptionError, one_line
+from jobs.components.targets import Builder, check_arguments, resolve
 from jobs.sampling import StepPlan
 from jobs.spec import PlanValue, SchedulerSpec, Target
-from jobs.build.targets import Builder, check_arguments, resolve
 
 _FUNCTIONS = ("lr_lambda", "scale_fn")
 """Arguments that are functions of one number. Text there is an import path; in other arguments it stays text."""
@@ -38,7 +38,7 @@ _Keys = dict[LRScheduler, str]
 
 
 def plan_value(steps: StepPlan, value: PlanValue) -> int:
-    """Returns the number of ``${plan.total_steps}``, ``${plan.steps_per_epoch}`` or ``${plan.steps:EPOCHS}``, in steps."""
+    """Returns the steps of ``${plan.total_steps}``, ``${plan.steps_per_epoch}`` or ``${plan.steps:EPOCHS}``."""
     if value.name == "total_steps":
         return steps.total_steps
     if value.name == "steps_per_epoch":
@@ -262,7 +262,7 @@ def _check_lengths(spec: SchedulerSpec, scheduler: LRScheduler, steps: StepPlan,
 
 
 def _with_ticks(scheduler: LRScheduler, key: str, ticks: int, keys: _Keys) -> Iterator[tuple[LRScheduler, str, int]]:
-    """Yields the schedule and those nested in it, each with its key and how often it advances; 0 or less means never."""
+    """Yields the schedule and those nested in it, each with its key and how often it advances (never: 0 or less)."""
     yield scheduler, key, ticks
     if isinstance(scheduler, ChainedScheduler):
         for child in scheduler._schedulers:

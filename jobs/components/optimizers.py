@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError, nearest
+from jobs.components.targets import Builder, check_arguments, resolve
 from jobs.spec import GroupSpec, OptimizerSpec
-from jobs.build.targets import Builder, check_arguments, resolve
 
 _TYPE_PREFIX = "type:"
 
@@ -47,8 +47,8 @@ def group_parameters(model: nn.Module, groups: tuple[GroupSpec, ...], steps_per_
         The groups, and a last one for parameters that no pattern matches, if there are any.
 
     Raises:
-        DescriptionError: A pattern matches no parameter, or only parameters that an earlier pattern matches or the model
-            freezes; or two names of one tensor match different groups.
+        DescriptionError: A pattern matches no parameter, or only parameters that an earlier pattern matches or the
+            model freezes; or two names of one tensor match different groups.
     """
     matching = [_matching(model, group.match) for group in groups]
     names_by_group: list[list[str]] = [[] for _ in range(len(groups) + 1)]  # the last one is for the rest
@@ -68,7 +68,9 @@ def group_parameters(model: nn.Module, groups: tuple[GroupSpec, ...], steps_per_
             key = f"optimizer.groups[{number}].match"
             raise DescriptionError(_why_empty(model, key, group.match, matching[number]))
         from_step = group.from_step if group.from_epoch is None else group.from_epoch * steps_per_epoch
-        found.append(ParameterGroup(group.match, tuple(names_by_group[number]), group.args, group.lr_scale, from_step or 0))
+        found.append(
+            ParameterGroup(group.match, tuple(names_by_group[number]), group.args, group.lr_scale, from_step or 0)
+        )
     return [*found, ParameterGroup("(rest)", tuple(names_by_group[-1]), {})] if names_by_group[-1] else found
 
 
@@ -146,7 +148,7 @@ def _base_rate(spec: OptimizerSpec, function: Callable[..., Any], key: str) -> f
 
 
 def set_trainable(model: nn.Module, groups: Sequence[ParameterGroup], step: int) -> bool:
-    """Freezes the groups whose ``from_step`` is after ``step`` and unfreezes the others; returns whether any changed."""
+    """Freezes the groups whose ``from_step`` is after ``step``, unfreezes the others; returns whether any changed."""
     parameters = dict(model.named_parameters())
     changed = False
     for group in groups:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cluster.errors import ClusterError, DescriptionError
+from jobs.components.losses import GlobalLoss, build_loss
+from jobs.components.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
+from jobs.components.schedules import Schedule, build_schedule, plan_value
+from jobs.components.shadowing import check_imports
+from jobs.components.targets import Builder
 from jobs.data.loader import seed_draws
-from jobs.build.losses import GlobalLoss, build_loss
-from jobs.build.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.sampling import StepPlan, draw_key
-from jobs.build.schedules import Schedule, build_schedule, plan_value
-from jobs.build.shadowing import check_imports
 from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
-from jobs.build.targets import Builder
 
 if TYPE_CHECKING:
-    from jobs.build.metrics import MetricSet
+    from jobs.components.metrics import MetricSet
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -196,7 +196,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     loss = build_loss(spec.loss, builder).to(device, number_type(model))
     metrics = None
     if spec.metrics:
-        from jobs.build.metrics import build_metrics, class_names  # torchmetrics takes a second or two to import
+        from jobs.components.metrics import build_metrics, class_names  # torchmetrics takes a second or two to import
 
         metrics = build_metrics(spec.metrics, builder, class_names(val_set)).to(device)
     groups = group_parameters(model, spec.optimizer.groups, steps.steps_per_epoch)

@@ -1,0 +1,1 @@
+"""From names in a description to objects: loss, optimizer, schedule, metrics."""
