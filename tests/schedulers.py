@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,11 +103,15 @@ class LocalScheduler(Scheduler):
     ) -> Job:
         assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
         assert stop_grace_s > 0
+        new = self.folder / f"new-{uuid.uuid4().hex}"
+        new.mkdir()
+        (new / "needs").write_text(environment.get(NEEDS_VARIABLE, ""))
+        (new / "metadata").write_text(json.dumps(dict(metadata)))
         try:
-            (self._jobs / job_id).mkdir()
-        except FileExistsError:
+            new.rename(self._jobs / job_id)  # with all that others may read of it
+        except OSError:  # there is one of this name
+            shutil.rmtree(new)
             return self._known(job_id)
-        (self._jobs / job_id / "needs").write_text(environment.get(NEEDS_VARIABLE, ""))
         hold = shlex.quote(str(self.folder / "hold"))
         code = shlex.quote(str(self._jobs / job_id / "exit_code"))
         begun = shlex.quote(str(self._jobs / job_id / "begun"))
@@ -127,7 +133,7 @@ class LocalScheduler(Scheduler):
                 stderr=log,
                 start_new_session=True,
             )
-        began = {"pid": process.pid, "started": identity.started(process.pid), "at": time.time(), "of": dict(metadata)}
+        began = {"pid": process.pid, "started": identity.started(process.pid), "at": time.time()}
         (self._jobs / job_id / "new").write_text(json.dumps(began))
         (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
         return self._known(job_id)
@@ -151,10 +157,11 @@ class LocalScheduler(Scheduler):
         if not job.is_dir():
             return None
         status: JobStatus = "pending"
-        exit_code, began_at, metadata = None, None, dict[str, str]()
+        exit_code, began_at = None, None
+        metadata: dict[str, str] = json.loads((job / "metadata").read_text())
         with suppress(FileNotFoundError):
             process = json.loads((job / "process").read_text())
-            began_at, metadata = process["at"], process["of"]
+            began_at = process["at"]
             is_alive = identity.started(process["pid"]) == process["started"]
             is_held = self.is_held and not (job / "begun").exists()
             ended: JobStatus = "stopped" if (job / "stopped").exists() else "failed"

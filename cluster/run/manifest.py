@@ -20,8 +20,8 @@ from cluster.storage.typed_json import from_json, short
 _SCHEMA = 2
 _MAX_MANIFEST_BYTES = 1 << 26
 _MAX_PART_BYTES = 1 << 32
-_MAX_KEYS = 100_000
-"""Per JSON object: an error would list every unknown key."""
+_MAX_KEYS = 1_000_000
+"""Per JSON object: an error would list every unknown key. A run with many classes has a metric for each."""
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Utc = Annotated[

@@ -251,9 +251,14 @@ class Submissions:
         write_document(self._store, f"{submission_id}.sign.json", asdict(sign))
 
     def read_sign(self, submission_id: str) -> SignOfLife | None:
-        """Returns the last heartbeat of a submission's job, or None if it wrote none or has deleted it."""
+        """Returns the last heartbeat of a submission's job, or None if there is none that can be read."""
         document = read_document(self._store, f"{submission_id}.sign.json")
-        return None if document is None else SignOfLife(doing=document["doing"], time=document["time"])
+        if document is None:
+            return None
+        try:
+            return from_json(SignOfLife, json.dumps(document), ignores_unknown=True)
+        except ValueError:  # not written by this launcher: it says nothing of the job
+            return None
 
     def delete_sign(self, submission_id: str) -> None:
         """Deletes the heartbeat of a submission's job; no more will follow."""

@@ -20,6 +20,6 @@ class DirectS3FileSystem(S3FileSystem):
     retries: ClassVar[int] = 1  # else the store's retries multiply with these, which come on top of botocore's
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.session: Any = AioSession(**self.kwargs)  # as s3fs makes it
-        self.session.unregister("before-call.s3", add_expect_header)
+        session: Any = AioSession()
+        session.unregister("before-call.s3", add_expect_header)
+        super().__init__(**{"session": session, **options})  # s3fs keeps a session that it is given, also to reconnect

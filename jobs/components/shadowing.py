@@ -18,7 +18,8 @@ from cluster.host.import_paths import OWN_PACKAGES, own_modules, users_paths
 
 REQUIRED = frozenset(
     {
-        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "ray", "requests", "rich",
+        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "psutil", "pydantic", "ray",
+        "requests", "rich",
         "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
     }
 )  # fmt: skip

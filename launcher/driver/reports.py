@@ -137,8 +137,8 @@ class Reports:
             return
         manifest, shares = whole
         best = (written.best_step, written.best_metric)
-        seconds = max(other.seconds for other in shares.values())
-        self._run_log.checkpoint(manifest, best, seconds, lambda: self._ledger.saved(shares[0].spent))
+        seconds, spent = max(other.seconds for other in shares.values()), shares[0].spent
+        self._run_log.checkpoint(manifest, best, seconds, lambda: self._ledger.saved(spent))
 
     def _on_finished(self, rank: int, finished: messages.Finished) -> None:
         attempt = self._attempt

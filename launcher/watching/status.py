@@ -37,7 +37,9 @@ NOT_BEGUN: dict[str, Any] = {
 
 
 def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, Any]:
-    """Return the ``--json`` document of a run; costs one listing and one small object.
+    """Return the ``--json`` document of a run.
+
+    Of a run that goes on or is complete it costs one listing and one small object.
 
     Args:
         run: The run.

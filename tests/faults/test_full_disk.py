@@ -129,7 +129,7 @@ def life(run: RunDirectory, number: int) -> Iterator[Callable[[], Any]]:
     record.state.status = "completed"
     record.event("completed")
     record.flush()
-    record._is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
+    record._pending.is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
     yield write
 
 

@@ -293,7 +293,7 @@ class TestHangs:
             ([hung(0, "backward", step=8), hung(1, "backward")], 1, "no progress for 300 s in backward"),
             ([hung(0, "forward"), hung(1, "backward")], 0, "no progress for 300 s in forward"),
             ([hung(0, "backward"), hung(1, "backward", is_silent=True, stack="State:\tT (stopped)")], 1,
-             "no progress for 300 s in backward, State:\tT (stopped)"),
+             "no progress for 300 s in backward, State: T (stopped)"),
             ([hung(0, "backward"), hung(1, "backward")], 0,
              "no progress for 300 s in backward, and so for all: what they exchange is stuck"),
             ([hung(0, "data"), hung(1, "data")], 0, "no progress for 300 s in data, and so for all"),

@@ -84,7 +84,7 @@ def changed(change: Any) -> str:
         (changed(lambda found: found.pop("silent")), "silent: Field required"),
         (
             changed(lambda found: found["nodes"][0].update(more=1)),
-            r"nodes\[0\]\.more: Unexpected keyword",
+            r"nodes\[0\]\.more: unknown key",
         ),
         (
             changed(lambda found: found["nodes"][0].update(missing="KEY")),

@@ -11,7 +11,8 @@ from launcher.cli import main
 from launcher.config.clusters import load_cluster, open_scheduler
 from launcher.config.description import parse
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 DECLARED = re.findall(r"^\| [^|]+ \| `([a-z_]+: .+)` \|$", README, flags=re.MULTILINE)
 AROUND = """\
 name: x
@@ -61,3 +62,25 @@ def test_every_verb_has_a_line() -> None:
 def test_every_exit_code_has_a_line() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \| ", README, flags=re.MULTILINE)}
     assert codes == {0, *(error.exit_code for error in [LauncherError, *LauncherError.__subclasses__()])}
+
+
+def test_every_place_that_it_names_is_there() -> None:
+    places = re.findall(r"`((?:launcher|jobs|cluster|tests)/[\w./]*)`", README)
+    assert len(places) > 20
+    assert [place for place in places if not (ROOT / place).exists()] == []
+
+
+def test_its_map_has_every_room_and_no_other() -> None:
+    (drawn,) = re.findall(r"## The rooms\n\n```\n(.+?)```", README, flags=re.DOTALL)
+    floor, named = "", set()
+    for line in drawn.splitlines():
+        names = re.findall(r"^([a-z]+)/ |(?<=  )([a-z]+)/(?= )", line)
+        for top, room in names:
+            floor = top or floor
+            named |= {f"{floor}/{room}"} if room else set()
+    rooms = {
+        str(path.parent.relative_to(ROOT))
+        for floor in ("launcher", "jobs", "cluster")
+        for path in (ROOT / floor).glob("*/__init__.py")
+    }
+    assert named == rooms

@@ -72,6 +72,13 @@ def test_of_one_number_the_one_that_was_taken_counts_and_else_the_later(submissi
     assert submissions.standing(late) == "superseded"
 
 
+@pytest.mark.parametrize("document", [{"time": 7.0}, {"doing": "x", "time": "now"}, {"doing": 1, "time": 7.0}])
+def test_a_sign_of_something_else_says_nothing(submissions, tmp_path, document):
+    submission_id = submissions.write(FIRST)
+    (tmp_path / f"run/submissions/{submission_id}.sign.json").write_text(json.dumps(document))
+    assert submissions.read_sign(submission_id) is None
+
+
 def test_a_sign_of_life_answers_nothing(submissions, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 7.0)
     submission_id = submissions.write(FIRST)
