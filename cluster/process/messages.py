@@ -40,6 +40,7 @@ class Beat:
     for_s: float
     """Seconds since the phase began."""
     spent: Spent
+    """Seconds since the process began, by phase."""
 
 
 # From a training process to the driver.
@@ -72,6 +73,7 @@ class TrainingStarted:
     step: int
     """The optimizer steps that the state has completed."""
     spent: Spent
+    """Seconds since the process began, by phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +95,7 @@ class RowLogged:
     time: float
     """The Unix time at which it was sent, by the worker's clock."""
     spent: Spent
+    """Seconds since the process began, by phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +105,7 @@ class MatrixMeasured:
     name: str
     """The name of the metric, such as ``val/confusion``."""
     step: int
+    """The optimizer steps completed at the validation."""
     classes: Sequence[str]
     """The names of rows and columns."""
     values: Sequence[Sequence[float | None]]
@@ -113,7 +117,9 @@ class StepEvent:
     """An event at a step, for the event log. Rank 0 sends it for all."""
 
     kind: Literal["step_skipped", "early_stop"]
+    """An update was skipped because a value was not finite, or the run ends early because a metric stalled."""
     step: int
+    """The optimizer steps completed."""
     reason: str
     """The reason in one line, for people."""
 
@@ -123,6 +129,7 @@ class SaveSkipped:
     """All workers skip a checkpoint because this worker is still writing the previous one."""
 
     step: int
+    """The step of the skipped checkpoint."""
     reason: str
     """The reason in one line, for people."""
 
@@ -132,6 +139,7 @@ class ShareWritten:
     """A worker has written its share of a checkpoint."""
 
     share: Share
+    """The step, the manifest entries of the parts written, and what is the same on all workers."""
     seconds: float
     """Seconds that hashing and writing took."""
     best_step: int | None
@@ -147,9 +155,11 @@ class Finished:
     """A worker has ended its work, and has written its share of every checkpoint."""
 
     step: int
+    """The optimizer steps completed."""
     completed: bool
     """The run has no step left; False: it was stopped at this step."""
     spent: Spent
+    """Seconds since the process began, by phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +169,7 @@ class Failed:
     error: str
     """The name of a class of ``cluster.errors``."""
     cause: Cause
+    """The kind of failure, on which the driver's decision depends."""
     message: str
     """The error in one line, for people."""
     step: int | None
@@ -191,7 +202,9 @@ class TimeSpent:
     """The seconds of a training process by phase; comparing the processes shows which is the straggler."""
 
     step: int
+    """The optimizer steps completed."""
     spent: Spent
+    """Seconds since the process began, by phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +214,9 @@ class Hung:
     step: int
     """The optimizer steps completed."""
     doing: Doing
+    """The phase in which it stands still."""
     is_first_step: bool
+    """It has not completed a step yet, so ``first_step_timeout_s`` is its limit."""
     for_s: float
     """Seconds without progress."""
     is_silent: bool
@@ -240,8 +255,11 @@ class FromWorker:
     """A report with the rank and attempt of its training process."""
 
     rank: int
+    """The rank of the training process."""
     attempt: int
+    """The attempt of the training process, from 0."""
     report: Report
+    """The report, unchanged."""
 
 
 # From an agent to the driver, about itself.
@@ -252,6 +270,7 @@ class Hello:
     """An agent has started."""
 
     rank: int
+    """The rank of this agent."""
     id: str
     """A unique id of this agent."""
     generation: int
@@ -261,6 +280,7 @@ class Hello:
     address: str
     """The address of its node."""
     pid: int
+    """The process id of this agent on its node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +288,9 @@ class StillHere:
     """Heartbeat of an agent, every ``HERE_INTERVAL_S``."""
 
     rank: int
+    """The rank of this agent."""
     id: str
+    """The unique id of this agent, as in its ``Hello``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +298,7 @@ class LogNotKept:
     """A worker's log could not be written to the store. Sent once, and again only after a write has succeeded."""
 
     rank: int
+    """The rank of the worker."""
     reason: str
     """The error in one line, for people."""
 
@@ -288,6 +311,7 @@ class AgentsPlaced:
     """Ray has reserved resources for each agent of a generation, or has released them."""
 
     generation: int
+    """The generation of the agents."""
     nodes: Sequence[str]
     """The ids of the nodes, by rank; empty: the resources are released."""
 
@@ -297,6 +321,7 @@ class AgentsUnplaced:
     """Ray found no room for all agents, and has started none."""
 
     generation: int
+    """The generation of the agents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +329,7 @@ class AgentsLost:
     """Ray lost agents or could not start them. The other agents live until the next start."""
 
     generation: int
+    """The generation of the agents."""
     lost: Mapping[int, str]
     """Ray's reason for each lost agent, by rank; empty: all are lost, or none was started."""
     reason: str
