@@ -131,6 +131,7 @@ class Share:
     """The parts of a checkpoint that one of several workers has written."""
 
     step: int
+    """Optimizer steps completed."""
     num_parts: Mapping[str, int]
     """Number of parts of each file, the same on all workers."""
     parts: Mapping[PartKey, Part]
@@ -138,8 +139,11 @@ class Share:
     state_files: Collection[str]
     """The files that ``state_sha256`` covers."""
     metrics: Mapping[str, float]
+    """The newest metrics at this step."""
     versions: Mapping[str, str]
+    """The libraries that made it, by name."""
     created: str
+    """When it was made: ISO 8601, UTC."""
 
 
 def join(shares: Sequence[Share]) -> Manifest | None:
