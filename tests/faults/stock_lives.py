@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from cluster.storage.store import Store
+from cluster.storage.file_systems import Location
 from tests.crashing import Faults, crashing
 from tests.faults.enumeration import Act, Begun, Content, MixedError, parsed
 
@@ -55,7 +55,8 @@ class StockRuns:
 
     def live(self, url: str, last: int, by: str) -> Begun:
         """The life of a controller and its rank 0."""
-        fs, path = Store(url)._make(lambda fs, path: (fs, path), "")
+        location = Location(url)
+        fs, path = location.file_system(), location.path("")
         folder, _, name = path.rpartition("/")
         storage = StorageContext(folder, name, storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)))
         manager = CheckpointManager(checkpoint_config=CheckpointConfig(num_to_keep=KEEP), storage_context=storage)

@@ -111,7 +111,7 @@ def drive(name: str, last: int) -> int:
     record.state.status = "completed"
     record.event("completed", by=name)
     record.flush()
-    record._is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
+    record._pending.is_closing = True  # what ``close`` sets, before it waits for the thread that is not here
     list(record.write())
     return begun
 
