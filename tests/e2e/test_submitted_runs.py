@@ -363,7 +363,7 @@ def test_a_run_is_followed_from_anywhere_to_its_end(laptop, cluster, tmp_path):
     assert f"resuming {run}" in followed.stdout
     last = cluster.log(job_id).splitlines()[-1]
     assert json.loads(last)["status"] == "completed", "what it says after the end of the run"
-    assert followed.stdout.splitlines()[-1] == last
+    assert followed.stdout.splitlines().count(last) == 1, "the workers' logs may come after it"
     assert launcher("logs", run, *CLUSTER, cwd=tmp_path).stdout.endswith(without_report(cluster.log(job_id)))
 
 
