@@ -9,11 +9,17 @@
     └── Interrupted            130   a signal ended the run, with everything saved
 
 A message is one line of the form ``where: what, got value; what to do``.
+
+An error that is pickled arrives as its class of this tree, with its text: a subclass elsewhere, its arguments and what
+caused it may be unknown to the process that receives it.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+
+MAX_CHARACTERS = 2_000
+"""Longest line of an error: the message of an exception of the user's may hold a whole array."""
 
 Cause = Literal[
     "code",  # an exception of the training code
@@ -59,6 +65,9 @@ class LauncherError(Exception):
         self.step = step
         self.place = place
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (class_in_tree(self), str(self), self.traceback, self.cause, self.step, self.place)
+
 
 class TrainingError(LauncherError):
     """The model, the data or another part of the user's code failed."""
@@ -99,6 +108,20 @@ class Interrupted(LauncherError):  # noqa: N818  # nothing went wrong
     exit_code = 130
 
 
+_TREE = (LauncherError, TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError, Interrupted)
+
+
+def class_in_tree(error: LauncherError) -> type[LauncherError]:
+    """Return the class of the tree above that an error belongs to; a class defined elsewhere counts as its base."""
+    return next(kind for kind in type(error).__mro__ if kind in _TREE)
+
+
+def _received(
+    kind: type[LauncherError], message: str, traceback: str, cause: Cause, step: int | None, place: str
+) -> LauncherError:
+    return kind(message, traceback, cause=cause, step=step, place=place)
+
+
 class FieldError(ValueError):
     """A field of a description has an invalid value.
 
@@ -116,8 +139,22 @@ class FieldError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks."""
-    return " ".join(str(error).split())
+    """Return the message of an exception without line breaks, at most ``MAX_CHARACTERS`` of it."""
+    return " ".join(text_of(error).split())[:MAX_CHARACTERS]
+
+
+def text_of(error: BaseException) -> str:
+    """Return the message of an exception, which may be of the user's class, as text to store; long lines are cut."""
+    try:
+        text = str(error)
+    except Exception:  # the user's own __str__ failed
+        text = "its text cannot be read"
+    return storable("\n".join(line[:MAX_CHARACTERS] for line in text.split("\n")))
+
+
+def storable(text: str) -> str:
+    """Return a text that UTF-8 can hold: bytes of a file name that are no UTF-8 become escapes such as ``\\udcff``."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:

@@ -31,6 +31,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from typing import Any
 
+from cluster.errors import LauncherError, TrainingError, one_line, storable
+
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
 _CAN_SHARE = sys.version_info < (3, 14)
 _ORPHAN_WAIT_S = 10.0
@@ -103,7 +105,7 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> "Chil
 
 
 def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
-    """Call ``module:function`` in a forked process; return what it returns, or raise what it raises.
+    """Call ``module:function`` in a forked process; return what it returns, or raise its error.
 
     What the process prints is dropped unless it ends without returning or raising.
 
@@ -113,6 +115,8 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
         timeout_s: The time limit; None: no limit.
 
     Raises:
+        LauncherError: What the function raised. An exception of another class, which may exist in that process alone,
+            becomes a ``TrainingError`` with its text and its traceback.
         ServerLostError: The server died, and the process was killed.
         ChildProcessError: The process died; the message says how and ends with the last line that it printed.
         TimeoutError: The function did not return in time, and the process was killed.
@@ -156,10 +160,12 @@ def print_to(log_path: str) -> None:
 def _send_result(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
     print_to(log_path)
     try:
-        result: tuple[Any, Exception | None] = (resolve(function)(*args), None)
-    except Exception as error:  # the outermost border of the process; ``call`` raises it again
-        traceback.print_exc()
+        result: tuple[Any, LauncherError | None] = (resolve(function)(*args), None)
+    except LauncherError as error:
         result = (None, error)
+    except Exception as error:  # the outermost border of the process; ``call`` raises it again
+        what = f"{type(error).__name__}: {one_line(error)}"
+        result = (None, TrainingError(what, storable(traceback.format_exc())))
     connection.send(result)
 
 

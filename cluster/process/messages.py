@@ -5,14 +5,15 @@
     Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost -->  driver
 
 An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
-arrive in order. All values are plain, or frozen dataclasses of plain values, so that every process can unpickle them.
+arrive in order. All values are plain, classes of ``cluster.errors``, or frozen dataclasses of these, so that every
+process can unpickle them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from cluster.errors import Cause
+from cluster.errors import Cause, LauncherError
 from cluster.run.manifest import Share
 
 Doing = Literal["start", "restore", "data", "forward", "backward", "validation", "storage", "exchange"]
@@ -166,8 +167,8 @@ class Finished:
 class Failed:
     """The error that ends a training process, from the process itself."""
 
-    error: str
-    """The name of a class of ``cluster.errors``."""
+    error: type[LauncherError]
+    """Its class in the tree of ``cluster.errors``."""
     cause: Cause
     """The kind of failure, on which the driver's decision depends."""
     message: str

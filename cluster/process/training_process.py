@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from cluster.errors import ClusterError, LauncherError, one_line
+from cluster.errors import MAX_CHARACTERS, ClusterError, LauncherError, class_in_tree, one_line, storable
 from cluster.host.oom import OomKills, be_taken_first
 from cluster.host.scratch import make_own_folder, sweep_own_folders
 from cluster.process import fork_server
@@ -178,10 +178,11 @@ class TrainingProcess:
             return log.read()
 
     def log_tail(self) -> str:
-        """Return the last lines of the log; after a crash, the whole Python stack."""
+        """Return the last lines of the log, long ones cut; after a crash, the whole Python stack."""
         lines = [line for line in self.log().decode(errors="replace").splitlines() if not line.startswith(_NOISE)]
         crash = next((number for number, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
-        return "\n".join(lines[min(crash, max(0, len(lines) - _TAIL_LINES)) :])
+        last = lines[min(crash, max(0, len(lines) - _TAIL_LINES)) :]
+        return "\n".join(line[:MAX_CHARACTERS] for line in last)
 
     def _send(self, order: Order) -> None:
         try:
@@ -237,12 +238,12 @@ def _failure_report(error: Exception) -> Failed:
         what = f"cannot train on this host: {type(error).__name__}: {one_line(error)}"
         error = ClusterError(what, cause="environment", step=0)
     return Failed(
-        error=type(error).__name__,
+        error=class_in_tree(error),
         cause=error.cause,
-        message=str(error),
+        message=storable(str(error)),
         step=error.step,
         place=error.place,
-        traceback=error.traceback,
+        traceback=storable(error.traceback),
     )
 
 

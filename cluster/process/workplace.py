@@ -102,7 +102,7 @@ def call_here(call: Call) -> Any:
         TimeoutError: The function exceeded its time limit.
         ClusterError: This host lacks the working directory.
         StorageError: The user's code cannot be fetched or unpacked here.
-        Exception: What the function raises.
+        LauncherError: What the function raises, see ``fork_server.call``.
     """
     try:
         return fork_server.call(f"{__name__}:_call", call.task, dict(os.environ), timeout_s=call.timeout_s)

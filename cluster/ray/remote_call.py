@@ -42,7 +42,7 @@ def call_there(
         What the function returns.
 
     Raises:
-        ChildProcessError, TimeoutError, StorageError, Exception: See ``call_here``.
+        ChildProcessError, TimeoutError, LauncherError: See ``call_here``.
         ClusterError: There was no room in time, the node cannot run the call, or every try was lost.
     """
     room = _Room(call, tell, clock)
@@ -180,7 +180,7 @@ class _Caller:
         """Return when the actor has started."""
 
     def call(self, call: Call, server: str | None) -> tuple[Any, Exception | None]:
-        """Return the function's result, or the error if the caller knows its class; Ray reports other errors."""
+        """Return the function's result, or its error; Ray reports errors of this process."""
         import ray
 
         fork_from(server, call.modules)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from cluster.errors import text_of
 from cluster.process import fork_server
 from jobs.sampling import StepPlan, draw_key
 
@@ -29,7 +30,13 @@ class KeyedDataset(Dataset[Any]):
     def __getitem__(self, key: SampleKey) -> Any:
         epoch, number = key
         seed_host_draws(draw_key("sample", self._seed, epoch, number))
-        return self._dataset[number]
+        try:
+            return self._dataset[number]
+        except Exception as error:  # the user's own code
+            # torch sends the class of a loader's exception, and waits without end if that cannot be pickled.
+            if get_worker_info() is None or type(error).__module__ == "builtins":
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {text_of(error)}") from error
 
 
 def seed_host_draws(key: int) -> None:

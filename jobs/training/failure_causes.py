@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 import jobs
-from cluster.errors import Cause, ClusterError, LauncherError, TrainingError
+from cluster.errors import MAX_CHARACTERS, Cause, ClusterError, LauncherError, TrainingError, storable, text_of
 
+_MAX_LINES = 200
+"""Most lines of a message below a traceback."""
 _EXCHANGE_SIGNS = ("gloo/transport/", "caused pair closure", "NCCL error")
 """What gloo, whose errors have no type of their own, and NCCL report when another worker is gone or silent."""
 
@@ -39,13 +41,13 @@ def to_launcher_error(error: BaseException, step: int) -> LauncherError:
 
 def cause_of_broken_exchange(error: BaseException) -> Cause:
     """Returns whether an exchange between workers timed out or broke for another reason."""
-    timed_out = isinstance(error, TimeoutError) or re.search("time(d )?out", str(error), re.IGNORECASE)
+    timed_out = isinstance(error, TimeoutError) or re.search("time(d )?out", text_of(error), re.IGNORECASE)
     return "exchange_timeout" if timed_out else "connection_lost"
 
 
 def message_of(error: BaseException) -> str:
     """Returns the message of an exception in one line, without torch's stack or that of a loader process."""
-    text = re.sub(r".*gloo/transport/\S+\] |\. This is typically caused by.*| to Tensor$", "", str(error).strip())
+    text = re.sub(r".*gloo/transport/\S+\] |\. This is typically caused by.*| to Tensor$", "", text_of(error).strip())
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.rpartition("\n")[2].partition(": ")[2]
     return text.partition("\n")[0]
@@ -53,7 +55,7 @@ def message_of(error: BaseException) -> str:
 
 def cause_of(error: BaseException) -> Cause:
     """Returns why an exception ends a training process, by its type and its message."""
-    text = str(error)
+    text = text_of(error)
     if isinstance(error, torch.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
         return "gpu_out_of_memory"
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
@@ -70,13 +72,14 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def _user_traceback(error: BaseException) -> str:
-    """Returns the text of the traceback without the frames of ``jobs`` at its top."""
+    """Returns the text of the traceback without the frames of ``jobs`` at its top; cuts long lines, and many."""
     own = os.path.join(os.path.dirname(os.path.abspath(jobs.__file__)), "")
     frames = traceback.extract_tb(error.__traceback__)
     while frames and frames[0].filename.startswith(own):
         frames.pop(0)
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-    return "Traceback (most recent call last):\n" + "".join(lines)
+    said = storable("".join(traceback.format_exception_only(error))).splitlines(keepends=True)[:_MAX_LINES]
+    cut = [line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]}...\n" for line in said]
+    return "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames), *cut])
 
 
 def _line(error: BaseException) -> str:

@@ -163,7 +163,7 @@ def named_errors(source: str) -> Iterator[None]:
     try:
         yield
     except DescriptionError as error:
-        raise DescriptionError(f"{source}: {error}") from error
+        raise DescriptionError(f"{source}: {error}", error.traceback) from error
 
 
 def _read_document(language: Language, text: str, source: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,7 @@ from functools import partial
 
 from cluster.errors import (
     Cause,
-    CheckpointError,
     ClusterError,
-    LauncherError,
-    StorageError,
     TrainingError,
     listed,
 )
@@ -28,9 +25,6 @@ _LAST_WORDS_S = 5.0
 """How long to wait for the other workers' reports after a failure: for its cause, if a peer was lost, or for a save."""
 _CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
 """Causes that follow from another worker's loss or hang; they count only if no worker reports another cause."""
-_ERRORS: dict[str, type[LauncherError]] = {
-    error.__name__: error for error in (TrainingError, CheckpointError, StorageError, ClusterError)
-}
 _IN_FIRST_STEP = {
     "start": "meeting the others or building model and data sets",
     "restore": "reading the checkpoint",
@@ -111,7 +105,7 @@ class Failures:
                 self._fatal = None
         elif exited.exit_code == -signal.SIGABRT and _NCCL in exited.log_tail:
             self._broken[rank] = Failed(
-                error=ClusterError.__name__,
+                error=ClusterError,
                 cause="exchange_timeout" if "operation timeout" in exited.log_tail else "connection_lost",
                 message="NCCL aborted it",
                 step=exited.step,
@@ -203,7 +197,7 @@ class Failures:
             kind=kind,
             rank=None if failed.step is None else rank,
             step=failed.step,
-            error=_ERRORS[failed.error],
+            error=failed.error,
             place=failed.place if kind == "code" else "",
             traceback=failed.traceback,
         )

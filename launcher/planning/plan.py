@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import DescriptionError, StorageError
+from cluster.errors import DescriptionError, StorageError, TrainingError
 from cluster.process import fork_server
 from cluster.process.agent import modules_of
 from cluster.process.orders import Task
@@ -238,13 +238,15 @@ def _make_call(spec: JobSpec, task: Task, gpus: int) -> Call:
 
 
 def _with_described_errors(dry_run: Callable[[], DryRunResult]) -> DryRunResult:
-    """Run the dry run; a process that died or hung becomes a ``DescriptionError``.
+    """Run the dry run; a process that died or hung, or code that failed, becomes a ``DescriptionError``.
 
     Raises:
         DescriptionError: The dry run failed, died or took too long.
     """
     try:
         return dry_run()
+    except TrainingError as error:  # what the parts of the dry run do not expect; they name their key otherwise
+        raise DescriptionError(f"the dry run failed: {error}; see the traceback for where", error.traceback) from error
     except ChildProcessError as error:
         raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
     except TimeoutError as error:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, TrainingError, class_in_tree
 from cluster.process import fork_server
+from tests.errors import all_kinds, error_of, facts
 from tests.processes import state, wait_until
 
 HERE = __name__
@@ -69,6 +70,34 @@ def test_strings_hash_alike_in_every_process() -> None:
 def test_it_raises_what_the_function_raises() -> None:
     with pytest.raises(DescriptionError, match="job.yaml: no"):
         fork_server.call(f"{HERE}:refuse")
+
+
+def refuse_with(kind: str) -> None:
+    raise error_of(fork_server.resolve(kind))
+
+
+def test_it_raises_every_error_as_its_class_in_the_tree() -> None:
+    for kind in all_kinds():
+        error = error_of(kind)
+        with pytest.raises(class_in_tree(error)) as caught:
+            fork_server.call(f"{HERE}:refuse_with", f"{kind.__module__}:{kind.__qualname__}")
+        assert facts(caught.value) == facts(error)
+
+
+def refuse_in_private() -> None:
+    class PrivateError(Exception):
+        def __init__(self, *, what: str) -> None:
+            super().__init__(f"{what} is private")
+            self.file = open(os.devnull)  # noqa: SIM115
+
+    raise PrivateError(what="it")
+
+
+def test_an_exception_that_only_its_process_knows_arrives_as_text() -> None:
+    with pytest.raises(TrainingError) as caught:
+        fork_server.call(f"{HERE}:refuse_in_private")
+    assert str(caught.value) == "PrivateError: it is private"
+    assert "in refuse_in_private" in caught.value.traceback
 
 
 def test_a_death_is_told_with_the_last_words() -> None:
@@ -154,10 +183,15 @@ def with_own_server(function: str) -> Any:
     return fork_server.call(f"{HERE}:{function}")
 
 
+def loss_with_own_server() -> str:
+    with pytest.raises(fork_server.ServerLostError) as caught:
+        with_own_server("die_with_server")
+    return str(caught.value)
+
+
 def test_a_call_outlives_its_server() -> None:
     fork_server.call(f"{HERE}:with_own_server", "kill_server")
-    with pytest.raises(fork_server.ServerLostError, match="was lost with its fork server"):
-        fork_server.call(f"{HERE}:with_own_server", "die_with_server")
+    assert fork_server.call(f"{HERE}:loss_with_own_server") == "was lost with its fork server"
 
 
 def lose_own_server(how: str) -> tuple[int, int]:

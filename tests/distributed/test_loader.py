@@ -1,4 +1,4 @@
-"""Loader processes end with the training process that they load for, whatever they are at."""
+"""Loader processes: they end with the training process that they load for, and their errors reach it."""
 
 import ctypes
 import os
@@ -10,6 +10,7 @@ import torch
 
 from cluster.process import fork_server
 from jobs.data.loader import validation_batches
+from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
 
 
@@ -39,16 +40,39 @@ class Samples:
             ctypes.PyDLL(None).pause()  # in C, where Python hears no signal
 
 
+class BadSamples(Samples):
+    """Samples that raise an exception of a class that no other process can find."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        class BadSampleError(Exception):
+            def __init__(self, *, number: int) -> None:
+                super().__init__(f"sample {number} is bad")
+
+        raise BadSampleError(number=number)
+
+
+def train_on_bad(folder: str) -> str:
+    """Returns the message of the failure that a bad sample leads to."""
+    try:
+        train_on(BadSamples("", Path(folder)))
+    except RuntimeError as error:
+        return message_of(error)
+    return "no failure"
+
+
 def train(place: str, folder: Path) -> None:
-    """Takes one batch, as a training process does."""
+    """Takes one batch, as a training process does, and no other."""
+    train_on(Samples(place, folder))
+    threading.Event().wait()
+
+
+def train_on(samples: Samples) -> None:
     address = fork_server.own_address()
     assert address is not None
     fork_server.use(address)
-    batches = validation_batches(
-        Samples(place, folder), batch_size=2, seed=0, rank=0, world_size=1, loaders=2, device=torch.device("cpu")
-    )
-    next(batches)
-    threading.Event().wait()
+    next(validation_batches(
+        samples, batch_size=2, seed=0, rank=0, world_size=1, loaders=2, device=torch.device("cpu")
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["reading the dataset", "reading a sample", "waiting for more to do"])
@@ -61,3 +85,9 @@ def test_loaders_end_with_their_training_process(tmp_path: Path, place: str) -> 
     training.kill()
     training.join()
     wait_until(lambda: not any(map(state, loaders)), limit_s=5)
+
+
+def test_an_exception_that_cannot_be_sent_ends_the_training_process_too(tmp_path: Path) -> None:
+    fork_server.start([__name__])
+    message = fork_server.call(f"{__name__}:train_on_bad", str(tmp_path), timeout_s=60.0)
+    assert message == "BadSampleError: sample 0 is bad"

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from cluster.capacity import Node, WorkerResources
-from cluster.errors import Cause, ClusterError, TrainingError
+from cluster.errors import Cause, ClusterError, LauncherError, TrainingError
 from cluster.process.messages import (
     DOING,
     AgentsLost,
@@ -255,7 +255,7 @@ def failure(
     cause: Cause,
     message: str,
     *,
-    error: str = "ClusterError",
+    error: type[LauncherError] = ClusterError,
     step: int | None = None,
     place: str = "",
     traceback: str = "",
@@ -264,7 +264,7 @@ def failure(
 
 
 def failed(rank: int, attempt: int, *, place: str = "", step: int | None = None) -> ToDriver:
-    raised = failure("code", "ValueError: bad", error="TrainingError", step=step, place=place, traceback="T")
+    raised = failure("code", "ValueError: bad", error=TrainingError, step=step, place=place, traceback="T")
     return one(raised, rank, attempt)
 
 
@@ -512,7 +512,7 @@ class TestEnvironments:
     FIRST = [{"ranks": [0, 1], **HERE}]
     ALONE: list[ToDriver] = [one(compared(FIRST), rank=0), one(started(step=0), rank=0)]
     """A worker says what it is like, and begins to train, alone."""
-    LACKS_MODULE = failure("environment", "No module named 'x'", error="TrainingError", step=0)
+    LACKS_MODULE = failure("environment", "No module named 'x'", error=TrainingError, step=0)
 
     def told(self, workers: list[dict[str, Any]], attempt: int = 0, differences: str = "") -> list[ToDriver]:
         return [one(compared(workers, differences), 0, attempt), *both(started(step=0), attempt)]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.errors import Cause
+from cluster.errors import Cause, ClusterError, LauncherError, StorageError, TrainingError
 from cluster.process.messages import Doing, Exited, Failed, Hung
 from cluster.ray.policies import why_lost
 from jobs.spec import MaxFailuresSpec
@@ -25,8 +25,10 @@ NCCL = "[rank1]:[E] [ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collecti
 
 
 def failed(cause: Cause, rank: int = 1, *, place: str = "", step: int | None = 3, text: str = "words") -> News:
-    errors: dict[Cause, str] = {"storage": "StorageError", "code": "TrainingError", "out_of_memory": "TrainingError"}
-    error = errors.get(cause, "ClusterError")
+    errors: dict[Cause, type[LauncherError]] = {
+        "storage": StorageError, "code": TrainingError, "out_of_memory": TrainingError
+    }  # fmt: skip
+    error = errors.get(cause, ClusterError)
     words = Failed(error=error, cause=cause, message=text, step=step, place=place, traceback="")
     return lambda failures: failures.failed(rank, words)
 
