@@ -99,7 +99,7 @@ class ClusterError(LauncherError):
     """The cluster could not start, hold or finish the workers."""
 
     exit_code = 5
-    cause = "connection_lost"
+    cause: Cause = "connection_lost"
 
 
 class Interrupted(LauncherError):  # noqa: N818  # nothing went wrong

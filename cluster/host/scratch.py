@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cluster.host.identity import place, started
+from cluster.host.temporary_folder import in_temporary_folder
 
 _OWNER = re.compile("([0-9]+)-([0-9]+)-([0-9a-f]{12})-")
 _PRIVATE = 0o700
@@ -30,14 +31,15 @@ def make_own_folder() -> Path:
     """Makes a new, empty, private folder that is removed when this process exits.
 
     Raises:
-        OSError: The temporary folder cannot be written to.
+        TemporaryFolderError: The temporary folder cannot be written to.
     """
-    parent = _parent_folder()
-    if parent is None:  # another user has the name: better a folder that nobody sweeps than none
-        folder = Path(tempfile.mkdtemp(prefix=owner()))
-    else:
-        folder = parent / f"{owner()}{secrets.token_hex(4)}"
-        folder.mkdir(mode=_PRIVATE)
+    with in_temporary_folder():
+        parent = _parent_folder()
+        if parent is None:  # another user has the name: better a folder that nobody sweeps than none
+            folder = Path(tempfile.mkdtemp(prefix=owner()))
+        else:
+            folder = parent / f"{owner()}{secrets.token_hex(4)}"
+            folder.mkdir(mode=_PRIVATE)
     _made.append(folder)
     atexit.register(_remove_if_owner, folder, os.getpid())
     return folder

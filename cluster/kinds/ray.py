@@ -9,6 +9,7 @@ from cluster.capacity import Capacity, Node, NodeGroup, Places
 from cluster.errors import ClusterError
 from cluster.kinds.cluster import Cluster
 from cluster.ray import cluster
+from cluster.ray.session_folder import check_session_folder
 
 if TYPE_CHECKING:
     from cluster.process.orders import Task
@@ -37,6 +38,7 @@ class LocalRay(_OnRay):
         self._num_cpus = num_cpus
 
     def joined(self) -> AbstractContextManager[None]:
+        check_session_folder()
         return nullcontext()
 
     def capacity(self) -> None:

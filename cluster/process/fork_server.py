@@ -29,9 +29,11 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ForkServer, read_signed
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from cluster.errors import LauncherError, TrainingError, one_line, storable
+from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
 
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
 _CAN_SHARE = sys.version_info < (3, 14)
@@ -53,12 +55,16 @@ def start(modules: Sequence[str]) -> None:
 
     The server imports the modules in the background and ends with this process. String hashes are the same in every
     process forked from it, on every host and in every attempt, so that sets of strings iterate in one order.
+
+    Raises:
+        TemporaryFolderError: Its socket cannot be made in the temporary folder.
     """
     os.environ["PYTHONHASHSEED"] = "0"  # read by the interpreter at its start
     _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
     # Ctrl-C reaches every process of the terminal; the server inherits this mask and so ignores it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        _check_temporary_folder()
         with _safe_path():
             _own.ensure_running()
     finally:
@@ -121,7 +127,9 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
         ChildProcessError: The process died; the message says how and ends with the last line that it printed.
         TimeoutError: The function did not return in time, and the process was killed.
     """
-    with tempfile.NamedTemporaryFile(prefix="launcher-", suffix=".log") as log:
+    with in_temporary_folder():
+        log = tempfile.NamedTemporaryFile(prefix="launcher-", suffix=".log")  # noqa: SIM115
+    with log:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = fork(_send_result, (theirs, log.name, function, args), function)
         theirs.close()
@@ -175,6 +183,13 @@ def _end_of(process: "ChildProcess") -> str:
     if process.is_server_lost:
         return "was lost with its fork server"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _check_temporary_folder() -> None:
+    """Check that the server's socket, and those of loader processes, can be made in the temporary folder."""
+    with in_temporary_folder():
+        parent, name = os.path.split(get_temp_dir())
+    check_socket_path(parent, f"{name}/listener-12345678")
 
 
 @contextmanager

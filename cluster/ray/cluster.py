@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError, one_line
+from cluster.ray.session_folder import logs_path
 from cluster.ray.token import find_token
 
 PLACEMENT_TIMEOUT_S = 15.0
@@ -77,7 +78,7 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
         )
     except (RuntimeError, OSError, ConnectionError) as error:
         what = str(error).strip().partition("\n")[0]
-        raise ClusterError(f"Ray did not start on this machine: {what}; see /tmp/ray/session_latest/logs") from error
+        raise ClusterError(f"Ray did not start on this machine: {what}; see {logs_path()}") from error
     try:
         yield
     finally:
@@ -174,7 +175,7 @@ def _named_errors() -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, RuntimeError) as error:
-        raise ClusterError(f"Ray is gone: {last_line(error)}; see /tmp/ray/session_latest/logs") from error
+        raise ClusterError(f"Ray is gone: {last_line(error)}; see {logs_path()}") from error
 
 
 def actor_on(node: str, actor: type, **options: Any) -> Any:

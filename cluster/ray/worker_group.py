@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.capacity import Node, Places
 from cluster.errors import ClusterError
+from cluster.host.temporary_folder import in_temporary_folder
 from cluster.process import fork_server
 from cluster.process.agent import Agent, modules_of
 from cluster.process.messages import ToDriver
@@ -22,6 +23,7 @@ from cluster.process.orders import Orders, Task
 from cluster.ray.cluster import actor_on, last_line
 from cluster.ray.fork_servers import host_on, server_here
 from cluster.ray.policies import Wanted, own_generation, steered_trainer
+from cluster.ray.session_folder import logs_path
 
 _ORDERS_WAIT_S = 30.0
 _RETRY_INTERVAL_S = 1.0
@@ -63,7 +65,8 @@ class WorkerGroup:
         self._orders = Orders()
         self._wanted = Wanted()
         self._error: BaseException | None = None
-        self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-", ignore_cleanup_errors=True)
+        with in_temporary_folder():
+            self._bookkeeping = tempfile.TemporaryDirectory(prefix="launcher-ray-train-", ignore_cleanup_errors=True)
         trainer = steered_trainer(self._switchboard)(
             _run_agent,
             train_loop_config={"switchboard": self._switchboard, "driver_node": here},
@@ -179,7 +182,7 @@ class WorkerGroup:
         try:
             return ray.get(method.remote(argument))
         except ray.exceptions.RayError as error:
-            raise ClusterError(f"Ray is gone: {last_line(error)}; see /tmp/ray/session_latest/logs") from error
+            raise ClusterError(f"Ray is gone: {last_line(error)}; see {logs_path()}") from error
 
     def _run_fit(self, trainer: Any) -> None:
         try:

@@ -2,11 +2,13 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.errors import DescriptionError
+from cluster.host.temporary_folder import TemporaryFolderError
 from launcher.cli.lookup import find_cluster, find_run, find_scheduler
 from launcher.cli.options import (
     cluster_option,
@@ -166,20 +168,20 @@ def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json
 
     cluster_spec, job_overrides = load_cluster(cluster_name, overrides)
     path = find_job(job)
-    if cluster_spec.takes_jobs:
-        jobs_spec = jobs_cluster(cluster_spec)
-        description = load(path, job_overrides)
-        from launcher.submission.submit import plan_there
+    with contextlib.closing(open_progress(sys.stderr)) as display, _settings_checked():
+        if cluster_spec.takes_jobs:
+            jobs_spec = jobs_cluster(cluster_spec)
+            description = load(path, job_overrides)
+            from launcher.submission.submit import plan_there
 
-        with contextlib.closing(open_progress(sys.stderr)) as display:
             plan_made = plan_there(description, path.parent, open_scheduler(jobs_spec), jobs_spec, display)
-    else:
-        cluster = open_cluster(cluster_spec)
-        description = load(path, job_overrides)
-        from launcher.runs.begin import plan_only
+        else:
+            cluster = open_cluster(cluster_spec)
+            description = load(path, job_overrides)
+            from launcher.runs.begin import plan_only
 
-        with contextlib.closing(open_progress(sys.stderr)) as display, joined(cluster):
-            plan_made = plan_only(description, path.parent, cluster, display)
+            with joined(cluster):
+                plan_made = plan_only(description, path.parent, cluster, display)
     show(plan_made.as_dict(), plan_text(description.spec, plan_made), as_json)
 
 
@@ -206,6 +208,19 @@ def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, 
         return submit_run(description, path.parent, scheduler, jobs_spec, display)
 
     submit_and_show(work, scheduler, wait=wait, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _settings_checked() -> Iterator[None]:
+    """Context of a command that only checks: a temporary folder that cannot be used is an error of what it was given.
+
+    Raises:
+        DescriptionError: The variable that names the folder must be changed.
+    """
+    try:
+        yield
+    except TemporaryFolderError as error:
+        raise DescriptionError(str(error)) from error
 
 
 def _check_machine(description: "Description") -> None:

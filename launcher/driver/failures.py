@@ -47,6 +47,7 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
     "No module named": "environment",
     "cannot import name": "environment",
     "Can't get attribute": "environment",  # of a module in another version
+    "TMPDIR: ": "environment",  # of an agent that cannot make files or sockets in its temporary folder
     "has said nothing": "hung",  # stopped or disconnected, and Ray has not noticed
     "has been hanging": "hung",  # from Ray Train's health check
 }

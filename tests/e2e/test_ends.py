@@ -1,5 +1,6 @@
 """Ends other than the last step: a stalled metric, a loss that is no number, a request from outside, a time limit."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,9 @@ def test_a_run_stops_at_its_time_limit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_whose_ray_does_not_start_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "no folder").touch()
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no folder"))
+    folder = tempfile.mkdtemp()  # a shorter path than a test's own folder has
+    (Path(folder) / "ray").touch()
+    monkeypatch.setenv("RAY_TMPDIR", folder)
     ended = launcher("run", JOBS / "digits.yaml", "tracking.mode=disabled", "--json", cwd=tmp_path, on_ray=True)
 
     assert ended.exit_code == 5, ended.stderr

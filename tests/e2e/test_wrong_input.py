@@ -120,3 +120,20 @@ def assert_refused(exit_code: int, stdout: str, stderr: str, expected: str) -> N
 def is_ray_running() -> bool:
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # Ray may be half imported
     return is_initialized is not None and is_initialized()
+
+
+@pytest.mark.parametrize(("verb", "exit_code"), [("plan", 2), ("run", 5)])
+def test_a_temporary_folder_whose_path_is_too_long(
+    verb: str, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.delenv("RAY_TMPDIR")
+
+    ended = launcher(verb, DIGITS, cwd=tmp_path, on_ray=True)  # it is refused before Ray starts
+
+    assert ended.exit_code == exit_code, ended.stderr
+    assert re.search(r"^error: TMPDIR: must be a path of at most 39 bytes.*; set it to", ended.stderr, re.MULTILINE)
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()

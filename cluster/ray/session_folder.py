@@ -1,0 +1,40 @@
+"""The folder of Ray's sockets and logs on this host: ``ray`` in ``RAY_TMPDIR``, ``TMPDIR`` or ``/tmp``."""
+
+import os
+import sys
+import tempfile
+
+from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
+
+_LONGEST_SOCKET = "ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""Ray names a session after the time of its start and the process that starts it."""
+_ROOM_BYTES = 2**20
+"""Room for the logs of a short session."""
+
+
+def logs_path() -> str:
+    """Return the folder of the newest session's logs."""
+    return os.path.join(_parent()[1], "ray", "session_latest", "logs")
+
+
+def check_session_folder() -> None:
+    """Check that Ray can start a session on this host.
+
+    Raises:
+        TemporaryFolderError: Its sockets would have too long paths, or there is no room, or no right, to write.
+    """
+    variable, parent = _parent()
+    check_socket_path(parent, _LONGEST_SOCKET, variable)
+    with in_temporary_folder(parent, variable):
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(bytes(_ROOM_BYTES))
+
+
+def _parent() -> tuple[str, str]:
+    """Return the variable that names Ray's temporary folder, and the folder.
+
+    Source: ``get_default_system_temp_dir`` of ``ray._common.utils``.
+    """
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
+    return next(((name, os.environ[name]) for name in names if name in os.environ), ("TMPDIR", "/tmp"))  # noqa: S108
