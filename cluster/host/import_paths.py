@@ -10,6 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 OWN_PACKAGES = ("jobs", "cluster", "launcher")
+REQUIRED = frozenset(
+    {
+        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "psutil", "pydantic", "ray",
+        "requests", "rich",
+        "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
+    }
+)  # fmt: skip
+"""The packages that the launcher needs, as in pyproject.toml."""
 _INSTALLED = {"site-packages", "dist-packages"}
 _STANDARD_LIBRARY = Path(os.__file__).parent
 

@@ -14,16 +14,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 from cluster.errors import DescriptionError
-from cluster.host.import_paths import OWN_PACKAGES, own_modules, users_paths
-
-REQUIRED = frozenset(
-    {
-        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "psutil", "pydantic", "ray",
-        "requests", "rich",
-        "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
-    }
-)  # fmt: skip
-"""The packages that the launcher needs, as in pyproject.toml."""
+from cluster.host.import_paths import OWN_PACKAGES, REQUIRED, own_modules, users_paths
 
 
 @dataclass(frozen=True, slots=True)

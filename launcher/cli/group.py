@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from cluster.errors import Interrupted, LauncherError
-from launcher.cli import reading, running
+from cluster.errors import DescriptionError, Interrupted, LauncherError
+from launcher.cli import python_path, reading, running
 from launcher.cli.options import JSON_REQUESTED
 from launcher.cli.output import show
 
@@ -21,6 +21,9 @@ class _ErrorBorder(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send SIGTERM where a person presses Ctrl-C
         try:
+            if python_path.problem:
+                ctx.meta[JSON_REQUESTED] = "--json" in ctx.args  # no verb has read it yet
+                raise DescriptionError(python_path.problem)
             return super().invoke(ctx)
         except LauncherError as error:
             click.echo(f"error: {error}", err=True)

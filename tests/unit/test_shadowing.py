@@ -11,7 +11,8 @@ import pytest
 import jobs.models
 from cluster.errors import DescriptionError
 from cluster.host import import_paths
-from jobs.components.shadowing import REQUIRED, check_imports
+from cluster.host.import_paths import REQUIRED
+from jobs.components.shadowing import check_imports
 from jobs.components.targets import resolve
 
 CHECKOUT = Path(__file__).parents[2]
