@@ -74,7 +74,7 @@ class Layout:
         first = bisect_right(self.offsets, wanted.start) - 1
         for number in range(max(0, first), bisect_left(self.offsets, wanted.stop)):
             offset, content = self.offsets[number], self.contents[number]
-            data = _bytes_of(content)
+            data = bytes_of(content)
             begin, end = max(wanted.start, offset), min(wanted.stop, offset + data.numel())
             if begin < end:
                 target = buffer[begin - wanted.start : end - wanted.start]
@@ -227,7 +227,7 @@ def _cut(begin: int, spans: list[tuple[int, int]]) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in zip(cuts, cuts[1:]))
 
 
-def _bytes_of(content: bytes | Tensor) -> Tensor:
+def bytes_of(content: bytes | Tensor) -> Tensor:
     """Returns the bytes as uint8 [bytes]; a view of the tensor's memory where it is contiguous."""
     if isinstance(content, bytes):
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cluster.errors import ClusterError, DescriptionError
 from jobs.components.losses import GlobalLoss, build_loss
+from jobs.components.model_checks import check_model
 from jobs.components.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.shadowing import check_imports
@@ -174,9 +175,8 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
         DescriptionError: Something cannot be built as written.
     """
     numerics(spec, device)
-    seed_draws(draw_key("data", spec.seed), device)
-    train_set = _dataset(spec.data.train, "data.train")
-    val_set = None if spec.data.val is None else _dataset(spec.data.val, "data.val")
+    train_set = _dataset(spec, spec.data.train, "data.train", device)
+    val_set = None if spec.data.val is None else _dataset(spec, spec.data.val, "data.val", device)
     steps = StepPlan(len(train_set), spec.train.global_batch, spec.train.shards, spec.train.epochs)
     if steps.steps_per_epoch == 0:
         raise DescriptionError(
@@ -188,8 +188,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     builder = Builder(lambda value: plan_value(steps, value))
     seed_draws(draw_key("model", spec.seed), device)
     model = builder.build(spec.model, "model")
-    if not isinstance(model, nn.Module):
-        raise DescriptionError(f"model must be a torch.nn.Module, got {type(model).__name__} from {spec.model.path}")
+    check_model(model, spec)
     model.to(device)
     if spec.train.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -267,8 +266,9 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
         torch.backends.cudnn.deterministic = spec.train.deterministic
 
 
-def _dataset(target: Target, key: str) -> Any:
-    """Builds a map-style dataset."""
+def _dataset(spec: JobSpec, target: Target, key: str, device: torch.device) -> Any:
+    """Builds a map-style dataset, each from the same seed, so that a random split into parts is the same split."""
+    seed_draws(draw_key("data", spec.seed), device)
     dataset = Builder().build(target, key)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DescriptionError(
