@@ -9,7 +9,6 @@ checkpoint holds, and a resumed run would train on with other numbers.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -105,14 +104,13 @@ def rehearse_training(spec: JobSpec, components: Components, micro_batches: list
         DescriptionError: A part of a step raises, the state cannot be saved or loaded, or the second step differs.
     """
     shards = min(_MOST_SHARDS, spec.train.shards)
-    spec = replace(spec, train=replace(spec.train, shards=shards, global_batch=shards * spec.train.micro_batch))
     components.model.train()
     if components.scaler is not None:  # its first scale overflows in many models, and it would skip the update
         components.scaler.load_state_dict(components.scaler.state_dict() | {"scale": 1.0})
     before = _Snapshot(components)
     if spec.train.compile:
         components.model.compile()
-    with _team_of_one(spec, components.device) as team:
+    with _team_of_one(spec, components.device, shards) as team:
         for micro_batch in micro_batches[:-1]:
             try:
                 return _take_twice(spec, components, team, [micro_batch] * shards, before)
@@ -158,7 +156,7 @@ def rehearse_validation(spec: JobSpec, components: Components, batches: list[Any
         DescriptionError: The model, or its copy with averaged weights, or the loss raises.
     """
     in_order = [(components.in_memory_order(inputs), target) for inputs, target in batches]
-    with _team_of_one(spec, components.device) as team, components.autocast():
+    with _team_of_one(spec, components.device, 1) as team, components.autocast():
         try:
             with suppress(TrainingError):  # every target of these batches is ignored, which others need not be
                 # Without metrics: some cannot be computed of a few samples.
@@ -229,13 +227,13 @@ def _part_that_differs(before: _Snapshot, components: Components, step: _Step) -
 
 
 @contextmanager
-def _team_of_one(spec: JobSpec, device: torch.device) -> Iterator[Team]:
+def _team_of_one(spec: JobSpec, device: torch.device, shards: int) -> Iterator[Team]:
     """Open the process groups of a worker that is alone."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[name] = interface_of("127.0.0.1")  # by default, the one that the host's name resolves to
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    team = Team(rank=0, world_size=1, shards=spec.train.shards, exact=spec.train.exact, device=device)
+    team = Team(rank=0, world_size=1, shards=shards, exact=spec.train.exact, device=device)
     try:
         yield team
     finally:
