@@ -59,7 +59,7 @@ def _advice(parameter: inspect.Parameter | None, text: str) -> str | None:
         return None
     if text.lower() in ("true", "false") and _takes(parameter, bool, r"\bbool\b"):
         return f"write {text.lower()} without quotes, or {DECODE} for a value from the environment"
-    if re.fullmatch(NUMBER, text) and _takes(parameter, (int, float), r"\b(int|float)\b"):
+    if re.fullmatch(NUMBER, text.lstrip("+-")) and _takes(parameter, (int, float), r"\b(int|float)\b"):
         return NUMBER_FROM_TEXT
     return None
 

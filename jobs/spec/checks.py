@@ -10,8 +10,8 @@ from jobs.spec.target import Target
 
 DECODE: Final = "${oc.decode:${oc.env:NAME}}"
 """How a value from the environment is written that is not to be text: a variable is text until it is decoded."""
-NUMBER: Final = r"(?i:[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?)"
-"""A decimal number as people write it."""
+NUMBER: Final = r"(?i:([-+]?[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?)"
+"""A decimal number in YAML, which has none with a sign and nothing between that and the point."""
 NUMBER_FROM_TEXT: Final = f"remove the quotes, or write {DECODE} for a number from the environment"
 """What to do about text in place of a number."""
 

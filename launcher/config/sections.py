@@ -137,8 +137,8 @@ def _advice(hint: Any, value: Any) -> str:
     if (int in members or float in members) and isinstance(value, str) and re.fullmatch(FLOAT, value):
         return f"; {NUMBER_FROM_TEXT}"
     takes_list = any(typing.get_origin(member) is tuple for member in members)
-    if takes_list and isinstance(value, str) and (written := list_in(value)):
-        return f"; write a list, {written}"
+    if takes_list and isinstance(value, str) and re.fullmatch(r"\(.*\)", value):
+        return f"; write a list, {list_in(value) or f'[{value[1:-1]}]'}"
     return ""
 
 

@@ -180,6 +180,8 @@ def _of_python(text: str) -> str | None:
         return f"-.{text[1:]}" if text[0] == "-" else f".{text.removeprefix('+')}"
     if re.fullmatch(rf"[-+](?=\.){NUMBER}", text):  # YAML wants a digit between sign and point
         return str(float(text))
+    if re.fullmatch("[-+]?0o[0-7]+", text):
+        return str(int(text, 8))
     written = list_in(text)
     return written and f"a list, {written}"
 

@@ -108,6 +108,7 @@ READ_AS_TEXT = {
     "nan": "write .nan",
     "-.5": "write -0.5",
     "+.5e-3": "write 0.0005",
+    "0o17": "write 15",
 }
 
 
@@ -152,6 +153,8 @@ def test_a_tuple_between_braces_on_the_command_line() -> None:
 def test_a_tuple_for_a_key_that_takes_a_list() -> None:
     problem = "must be a whole number or a list of whole numbers, got '(1, 4)'; write a list, [1, 4]"
     assert message("workers.num=(1, 4)") == f"command line: workers.num {problem}"
+    problem = "must be a list of text, got '(a, b)'; write a list, [a, b]"
+    assert message("tracking.tags=(a, b)") == f"command line: tracking.tags {problem}"
 
 
 MEANT = [
