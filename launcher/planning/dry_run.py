@@ -79,7 +79,7 @@ def _try_components(
     parts.optimizer.zero_grad(set_to_none=True)
     measured |= _check_validation(parts, spec, max_samples)
     _check_watched(spec, measured)
-    checkpoint_bytes = rehearse_training(spec, parts, [_rehearsed(parts, train), (train.inputs, train.target)])
+    checkpoint_bytes = rehearse_training(spec, parts, _rehearsed(parts, train))
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
@@ -112,7 +112,7 @@ def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set
     length, size = len(parts.val_set), parts.steps.micro_batch
     first = _read(parts, spec, "data.val", list(range(min(size, length, max_samples))))
     measured = _forward(parts, spec, first)[2]
-    batches = [_rehearsed(parts, first)]
+    batches = _rehearsed(parts, first)[:1]
     begin_of_last = (length - 1) // size * size
     if begin_of_last:  # it may be shorter than the others
         last = _read(parts, spec, "data.val", list(range(begin_of_last, length))[:_MOST_REHEARSED_ON_CPU])
@@ -126,10 +126,12 @@ def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set
     return measured
 
 
-def _rehearsed(parts: Components, batch: MicroBatch) -> tuple[Any, Any]:
-    """Return the part of a batch to rehearse with: all of it on a GPU, whose memory it must fit into."""
-    most = len(batch.numbers) if parts.device.type == "cuda" else _MOST_REHEARSED_ON_CPU
-    return shortened(batch.inputs, most), shortened(batch.target, most)
+def _rehearsed(parts: Components, batch: MicroBatch) -> list[tuple[Any, Any]]:
+    """Return what to rehearse with: the batch on a GPU, whose memory it must fit into; else a few samples first."""
+    whole = (batch.inputs, batch.target)
+    if parts.device.type == "cuda" or len(batch.numbers) <= _MOST_REHEARSED_ON_CPU:
+        return [whole]
+    return [shortened(whole, _MOST_REHEARSED_ON_CPU), whole]
 
 
 def _accelerator_here(spec: JobSpec) -> str | None:
