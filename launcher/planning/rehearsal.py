@@ -103,44 +103,43 @@ def rehearse_training(spec: JobSpec, components: Components, micro_batches: list
     Raises:
         DescriptionError: A part of a step raises, the state cannot be saved or loaded, or the second step differs.
     """
-    shards = min(_MOST_SHARDS, spec.train.shards)
     components.model.train()
     if components.scaler is not None:  # its first scale overflows in many models, and it would skip the update
         components.scaler.load_state_dict(components.scaler.state_dict() | {"scale": 1.0})
     before = _Snapshot(components)
     if spec.train.compile:
         components.model.compile()
-    with _team_of_one(spec, components.device, shards) as team:
-        for micro_batch in micro_batches[:-1]:
-            try:
-                return _take_twice(spec, components, team, [micro_batch] * shards, before)
-            except DescriptionError:
-                components.optimizer.zero_grad(set_to_none=True)
-                before.load(components)
-        return _take_twice(spec, components, team, [micro_batches[-1]] * shards, before)
-
-
-def _take_twice(spec: JobSpec, components: Components, team: Team, micro_batches: list[Any], before: _Snapshot) -> int:
-    """Take the first step, load the state before it, and take it again; return the bytes of a checkpoint after it."""
-    rehearsed = _Step(spec, components, team, micro_batches)
+    for micro_batch in micro_batches[:-1]:
+        try:
+            return _take_twice(spec, components, micro_batch, before)
+        except (DescriptionError, TrainingError):
+            components.optimizer.zero_grad(set_to_none=True)
+            before.load(components)
     try:
-        tallies = rehearsed.take(0)
-    except TrainingError:  # every target of this micro-batch is ignored, which others need not be
+        return _take_twice(spec, components, micro_batches[-1], before)
+    except TrainingError:  # every target of these samples is ignored, which others need not be
         return before.size
-    after = _Snapshot(components)
-    before.load(components)
-    is_same = has_same_bits(rehearsed.take(0), tallies) and after.is_state_of(components)
-    if spec.train.exact and spec.train.deterministic and not is_same:
-        raise DescriptionError(
-            f"{_part_that_differs(before, components, rehearsed)} differs when the first step is repeated from a "
-            "checkpoint of the state before it: it depends on something that no checkpoint holds, such as a "
-            "counter or a generator of its own; keep that in a buffer of the model or in the optimizer's state, "
-            "draw from the generators of torch, random and numpy, or write train.exact: false"
-        )
-    after.load(components)
-    last_thaw = max(group.from_step for group in components.groups)
-    if last_thaw:
-        rehearsed.take(last_thaw)
+
+
+def _take_twice(spec: JobSpec, components: Components, micro_batch: Any, before: _Snapshot) -> int:
+    """Take the first step, load the state before it, and take it again; return the bytes of a checkpoint after it."""
+    shards = min(_MOST_SHARDS, spec.train.shards)
+    with _team_of_one(spec, components.device, shards) as team:
+        rehearsed = _Step(spec, components, team, [micro_batch] * shards)
+        tallies, after = rehearsed.take(0), _Snapshot(components)
+        before.load(components)
+        is_same = has_same_bits(rehearsed.take(0), tallies) and after.is_state_of(components)
+        if spec.train.exact and spec.train.deterministic and not is_same:
+            raise DescriptionError(
+                f"{_part_that_differs(before, components, rehearsed)} differs when the first step is repeated from a "
+                "checkpoint of the state before it: it depends on something that no checkpoint holds, such as a "
+                "counter or a generator of its own; keep that in a buffer of the model or in the optimizer's state, "
+                "draw from the generators of torch, random and numpy, or write train.exact: false"
+            )
+        after.load(components)
+        last_thaw = max(group.from_step for group in components.groups)
+        if last_thaw:
+            rehearsed.take(last_thaw)
     return after.size
 
 
