@@ -155,6 +155,7 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
     steps = run.checkpoints.steps()
     if steps:
         state.step, state.epoch = steps[-1], steps[-1] // plan.steps_per_epoch
+        state.saved_step = steps[-1]
         state.samples = steps[-1] * spec.train.global_batch
         with contextlib.suppress(CheckpointError):  # the workers report it and use the checkpoint before
             state.state_sha256 = run.checkpoints.manifest(steps[-1]).state_sha256

@@ -67,7 +67,8 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
     status, metrics = run.read_status() or {}, run.metrics()
     best = status.get("best")
     kept = best if best is not None and best["step"] <= to.step else None
-    run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
+    at = {"step": to.step, "saved_step": to.step, "state_sha256": to.state_sha256}
+    run.write_status(status | at | {"best": kept, "error": None})
     _write_event(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
     run.check_lease()
     run.checkpoints.fence(to.step)

@@ -144,7 +144,14 @@ def drive(
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
     run.take_lease()
-    record = RunLog(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
+    record = RunLog(
+        spec=spec,
+        plan=plan,
+        run=run,
+        state=RunState(step=step, saved_step=step or None),
+        display=display,
+        tracker=NoTracker(),
+    )
     group.is_settled = lambda: record.is_settled
     driver = Driver(
         spec=spec, run_url=run.url, run_log=record, signals=signals or StopSignals(), first_workers=first_workers,
@@ -1120,6 +1127,15 @@ class TestLimits:
         document, _ = drive(run, script, max_seconds=9.0)
 
         assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 1)
+
+
+class TestSavedStep:
+    def test_it_is_that_of_the_newest_checkpoint(self, run: RunDirectory) -> None:
+        script: Script = [HELLO, [*both(started(step=0)), saved(0, 5), row(7)], [died(1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, max_failures=MaxFailuresSpec(machine=0))
+        status = run.read_status() or {}
+        assert (status["status"], status["step"], status["saved_step"]) == ("failed", 7, 5)
 
 
 class TestSignals:
