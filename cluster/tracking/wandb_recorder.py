@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -265,7 +266,7 @@ def how_to_sync(folder: str | None) -> str:
     if folder is None:
         return "metrics are in the run directory"
     offline = Path(folder).name.startswith("offline-")
-    return f"upload it later with: wandb sync {'' if offline else '--no-skip-online '}{folder}"
+    return f"upload it later with: wandb sync {'' if offline else '--no-skip-online '}{shlex.quote(folder)}"
 
 
 def _main() -> None:

@@ -126,6 +126,8 @@ def drive_run(
         summary = {name: value for name, value in run_log.document().items() if isinstance(value, (int, float, str))}
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
+        if tracker.sync_command is not None:
+            display.message(f"W&B: recorded offline; upload it with: {tracker.sync_command}")
     return run_log.document() | {"interrupted": signals.first is not None}
 
 
