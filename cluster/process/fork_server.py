@@ -31,6 +31,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from typing import Any
 
+from cluster.host.signals import kept_from_children
+
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
 _CAN_SHARE = sys.version_info < (3, 14)
 _ORPHAN_WAIT_S = 10.0
@@ -54,13 +56,10 @@ def start(modules: Sequence[str]) -> None:
     """
     os.environ["PYTHONHASHSEED"] = "0"  # read by the interpreter at its start
     _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
-    # Ctrl-C reaches every process of the terminal; the server inherits this mask and so ignores it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with _safe_path():
-            _own.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with kept_from_children(), _safe_path():
+        ensure_tracker_running()  # it unblocks SIGINT, which the server must not get while it imports
+    with kept_from_children(), _safe_path():
+        _own.ensure_running()
     _fork_from(_own)
 
 
