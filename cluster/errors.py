@@ -157,6 +157,11 @@ def storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def in_short(error: BaseException) -> str:
+    """Return at most 300 characters of ``one_line``; torch's texts about shapes can fill a screen."""
+    return one_line(error)[:300]
+
+
 def listed(names: Sequence[object], most: int = 8) -> str:
     """Return the first names, separated by commas, and the number of the others."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")

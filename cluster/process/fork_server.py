@@ -33,6 +33,7 @@ from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from cluster.errors import LauncherError, TrainingError, one_line, storable
+from cluster.host.signals import kept_from_children
 from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
 
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
@@ -61,14 +62,11 @@ def start(modules: Sequence[str]) -> None:
     """
     os.environ["PYTHONHASHSEED"] = "0"  # read by the interpreter at its start
     _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
-    # Ctrl-C reaches every process of the terminal; the server inherits this mask and so ignores it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        _check_temporary_folder()
-        with _safe_path():
-            _own.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    _check_temporary_folder()
+    with kept_from_children(), _safe_path():
+        ensure_tracker_running()  # it unblocks SIGINT, which the server must not get while it imports
+    with kept_from_children(), _safe_path():
+        _own.ensure_running()
     _fork_from(_own)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from cluster.errors import MAX_CHARACTERS, ClusterError, LauncherError, class_in_tree, one_line, storable
 from cluster.host.oom import OomKills, be_taken_first
 from cluster.host.scratch import make_own_folder, sweep_own_folders
+from cluster.host.signals import ignore_stops
 from cluster.process import fork_server
 from cluster.process.activity import Activity
 from cluster.process.agent_link import AgentLink
@@ -31,6 +32,8 @@ ACTIVITY_VARIABLE = "LAUNCHER_ACTIVITY"
 If it is set, each training process calls the function with its connection to the agent, its rank and its attempt, and
 uses the ``Activity`` that it returns. The call comes before the user's folders are added to the import path.
 """
+_SHOW_STACK = signal.SIGQUIT
+"""The signal by which the agent has a training process print its stack; no scheduler sends it, unlike SIGUSR1."""
 _TIME_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_LIMIT_BYTES = 16 * 2**20
@@ -144,7 +147,7 @@ class TrainingProcess:
         """Have the process print the Python stack of its main thread, and return it, innermost call first."""
         assert self._process.pid is not None
         before = len(self.log())
-        os.kill(self._process.pid, signal.SIGUSR1)
+        os.kill(self._process.pid, _SHOW_STACK)
         time.sleep(_STACK_WAIT_S)
         return self.log()[before:].decode(errors="replace").strip()
 
@@ -202,8 +205,8 @@ def run_training(connection: Connection, task: Task, log_path: str, environment:
     """
     take_environment(environment)
     fork_server.print_to(log_path)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which then orders a stop
-    faulthandler.register(signal.SIGUSR1, all_threads=False)  # the agent asks for the stack
+    ignore_stops()  # they are for the driver, which then orders a stop
+    faulthandler.register(_SHOW_STACK, all_threads=False)
     faulthandler.enable(all_threads=False)  # a crash prints it too
     be_taken_first()
     began = datetime.now(UTC).isoformat(timespec="seconds")

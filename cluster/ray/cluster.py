@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError, one_line
+from cluster.host.signals import kept_from_children
 from cluster.ray.session_folder import logs_path
 from cluster.ray.token import find_token
 
@@ -62,20 +63,21 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     _set_environment(joins=False)
     import ray
 
-    from cluster.ray.private_core import without_working_directory
+    from cluster.ray.private_core import without_signal_handlers, without_working_directory
 
     try:
         # An explicit address: without one, Ray joins whatever cluster it finds on the machine.
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            job_config=without_working_directory(),
-        )
+        with kept_from_children(), without_signal_handlers():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                job_config=without_working_directory(),
+            )
     except (RuntimeError, OSError, ConnectionError) as error:
         what = str(error).strip().partition("\n")[0]
         raise ClusterError(f"Ray did not start on this machine: {what}; see {logs_path()}") from error
@@ -96,15 +98,16 @@ def joined_cluster(address: str) -> Iterator[None]:
     _check_listens(address)  # Ray itself would retry for minutes
     import ray
 
-    from cluster.ray.private_core import without_working_directory
+    from cluster.ray.private_core import without_signal_handlers, without_working_directory
 
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            job_config=without_working_directory(),
-        )
+        with without_signal_handlers():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=without_working_directory(),
+            )
     except (RuntimeError, OSError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"--cluster {address}: {one_line(error)[:300]}; give the HOST:PORT that `ray start --head` printed, on a "

@@ -3,9 +3,12 @@
 ``cluster.ray.private_train`` has those of Ray Train, whose import takes a second; these cost nothing to import.
 """
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from ray._private import state as _ray_state
+from ray._private import utils as _ray_utils
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.job_config import JobConfig
 
@@ -17,6 +20,25 @@ def without_working_directory() -> JobConfig:
     Client. The flag changes nothing else for a job without a runtime environment of local files.
     """
     return JobConfig(_client_job=True)
+
+
+@contextmanager
+def without_signal_handlers() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray starts in this context.
+
+    ``ray.init`` sets one that ends the process, and those of the node that it starts, at once; it does so through
+    ``set_sigterm_handler`` alone. Its C++ core then sets another, below Python's, that prints a stack; setting Python's
+    again removes that. (Ray 2.60)
+
+    Thread: the main thread, as for every change of a signal handler.
+    """
+    handler, set_handler = signal.getsignal(signal.SIGTERM), _ray_utils.set_sigterm_handler
+    _ray_utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        _ray_utils.set_sigterm_handler = set_handler
+        signal.signal(signal.SIGTERM, handler)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:

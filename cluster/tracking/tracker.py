@@ -14,6 +14,10 @@ class Tracker(Protocol):
     def url(self) -> str | None:
         """The run's page, or the local folder for ``wandb sync``; None until it is known."""
 
+    @property
+    def sync_command(self) -> str | None:
+        """The command that uploads what this attempt and earlier ones have recorded offline here; None: nothing."""
+
     def log(self, row: Row) -> None:
         """Record one row and return at once. Steps only grow; a step that is recorded already is skipped."""
 
@@ -49,7 +53,7 @@ def open_tracker(settings: TrackerSettings, warn: Callable[[str], None], past: I
 class NoTracker:
     """Records nothing."""
 
-    url = None
+    url = sync_command = None
 
     def log(self, row: Row) -> None:
         """Do nothing."""
@@ -61,7 +65,7 @@ class NoTracker:
 class MemoryTracker:
     """Keeps everything in memory: the reference for what a tracker records."""
 
-    url = None
+    url = sync_command = None
 
     def __init__(self, past: Iterable[Row] = ()) -> None:
         self.rows: list[dict[str, float | int]] = [dict(row) for row in past]

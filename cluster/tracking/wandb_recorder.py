@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,8 +34,10 @@ from typing import IO, Any, Literal
 Row = Mapping[str, float | int]
 """Metrics of one step; the key ``step`` is always present."""
 
-ABORT = signal.SIGUSR1
-"""The signal by which the driver ends a recorder that is late."""
+ABORT = signal.SIGQUIT
+"""The signal by which the driver ends a recorder that is late; no scheduler sends it."""
+_IGNORED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What may be sent to all processes of a job. The recorder ends when its input ends, with the driver."""
 
 _DISK_FULL_BYTES = 64 * 1024
 """Less free space than this counts as a full disk: wandb-core writes in blocks of 32 KiB."""
@@ -263,7 +266,7 @@ def how_to_sync(folder: str | None) -> str:
     if folder is None:
         return "metrics are in the run directory"
     offline = Path(folder).name.startswith("offline-")
-    return f"upload it later with: wandb sync {'' if offline else '--no-skip-online '}{folder}"
+    return f"upload it later with: wandb sync {'' if offline else '--no-skip-online '}{shlex.quote(folder)}"
 
 
 def _main() -> None:
@@ -276,7 +279,8 @@ def _main() -> None:
     signal.signal(signal.SIGINT, recorder.give_up_connecting)
     signal.signal(signal.SIGALRM, recorder.give_up_connecting)
     signal.signal(ABORT, recorder.abort)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends when its input ends, with the driver
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     recorder.introduce()
     try:
         recorder.record(sys.stdin)

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster.tracking import wandb_recorder
@@ -54,6 +56,14 @@ class WandbTracker:
         self._listener = threading.Thread(target=self._listen, name="tracker-listen", daemon=True)
         self._listener.start()
         threading.Thread(target=self._feed, args=(past,), name="tracker-feed", daemon=True).start()
+
+    @property
+    def sync_command(self) -> str | None:
+        if self._folder is None or not Path(self._folder).name.startswith("offline-"):
+            return None
+        records = sorted(Path(self._folder).parent.glob(f"offline-run-*-{self._settings.run_id}"))
+        unsynced = [str(record) for record in records if not any(record.glob("*.wandb.synced"))]
+        return shlex.join(["wandb", "sync", *unsynced]) if unsynced else None
 
     def log(self, row: Row) -> None:
         if self._is_finished:

@@ -29,6 +29,8 @@ WEIGHTS_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
 """The file with each kind of weights."""
 STATE_FILES = (MODEL_FILE, "optimizer.safetensors", "optimizer.json")
 """The files that the manifest's ``state_sha256`` covers: model, optimizer and schedule."""
+TRAINING_FILES = ("training.safetensors", "training.json")
+"""All other state; ``buffers`` in it are those that forward has changed and no state dict holds."""
 
 PART_BYTES = 4 * 2**20
 """The most bytes in one part of a file."""
@@ -74,7 +76,7 @@ class Layout:
         first = bisect_right(self.offsets, wanted.start) - 1
         for number in range(max(0, first), bisect_left(self.offsets, wanted.stop)):
             offset, content = self.offsets[number], self.contents[number]
-            data = _bytes_of(content)
+            data = bytes_of(content)
             begin, end = max(wanted.start, offset), min(wanted.stop, offset + data.numel())
             if begin < end:
                 target = buffer[begin - wanted.start : end - wanted.start]
@@ -119,9 +121,7 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
         if EMA_FILE in files:
             state["ema"] = safetensors.torch.load(files[EMA_FILE])
         for stem in ("optimizer", "training"):
-            tensors = files.get(f"{stem}.safetensors")
-            tree = json.loads(files[f"{stem}.json"])
-            state |= unpack(tree, {} if tensors is None else safetensors.torch.load(tensors))
+            state |= _decode_tree(files, stem)
         return state
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
@@ -143,9 +143,30 @@ def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Ten
     return {name.removeprefix(_AVERAGE_PREFIX): tensor for name, tensor in named if name.startswith(_AVERAGE_PREFIX)}
 
 
+def decode_buffers(files: Mapping[str, bytes]) -> dict[str, dict[str, Tensor | None]]:
+    """Returns the buffers in ``TRAINING_FILES``, by root and name, on the CPU.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    try:
+        buffers: dict[str, dict[str, Tensor | None]] = _decode_tree(files, "training").get("buffers", {})
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
+    return buffers
+
+
 def memory_of(buffer: Tensor) -> memoryview:
     """Returns a writable view of a tensor's memory. Shapes: buffer uint8 [bytes], on the CPU."""
     return memoryview(cast(Any, buffer.numpy()))
+
+
+def _decode_tree(files: Mapping[str, bytes], stem: str) -> dict[str, Any]:
+    tensors = files.get(f"{stem}.safetensors")
+    tree: dict[str, Any] = unpack(
+        json.loads(files[f"{stem}.json"]), {} if tensors is None else safetensors.torch.load(tensors)
+    )
+    return tree
 
 
 class _Writer:
@@ -227,7 +248,7 @@ def _cut(begin: int, spans: list[tuple[int, int]]) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in zip(cuts, cuts[1:]))
 
 
-def _bytes_of(content: bytes | Tensor) -> Tensor:
+def bytes_of(content: bytes | Tensor) -> Tensor:
     """Returns the bytes as uint8 [bytes]; a view of the tensor's memory where it is contiguous."""
     if isinstance(content, bytes):
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from cluster.errors import CheckpointError, DescriptionError, listed, nearest
 from cluster.run.checkpoints import Checkpoints
@@ -21,6 +20,7 @@ from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject, Store
 from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights
+from jobs.components.averaging import MovingAverage
 from jobs.spec import InitSpec
 
 _SAFETENSORS = ".safetensors"
@@ -138,7 +138,7 @@ def match_weights(model: nn.Module, spec: InitSpec, weights: Weights) -> LoadRep
     )
 
 
-def load_weights(model: nn.Module, ema: AveragedModel | None, weights: Weights, report: LoadReport) -> None:
+def load_weights(model: nn.Module, ema: MovingAverage | None, weights: Weights, report: LoadReport) -> None:
     """Copies the tensors that the report lists into the model, and the model into ``ema``.
 
     Shapes: each tensor has the shape of its namesake in the model; ``match_weights`` has checked it.
@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, ema: AveragedModel | None, weights: Weights, 
     loaded = {name: weights.tensors[name] for name in report.loaded if name in weights.tensors}
     model.load_state_dict({**model.state_dict(), **loaded})
     if ema is not None:
-        ema.module.load_state_dict(model.state_dict())
+        ema.copy_from(model)
 
 
 # --- Reading ---

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import CheckpointError, ClusterError, DescriptionError
+from jobs.components.averaging import MovingAverage
+from jobs.components.buffers import MODEL, Buffers, UnsavedBuffers, copy_buffers
 from jobs.components.losses import GlobalLoss, build_loss
+from jobs.components.model_checks import check_model
 from jobs.components.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.shadowing import check_imports
@@ -34,8 +36,11 @@ class Components:
     spec: JobSpec
     device: torch.device
     model: nn.Module
-    ema: AveragedModel | None
+    ema: MovingAverage | None
     loss: GlobalLoss
+    buffers: Buffers
+    """Of the model and of the loss."""
+    unsaved_buffers: UnsavedBuffers
     metrics: "MetricSet | None"
     groups: list[ParameterGroup]
     optimizer: torch.optim.Optimizer
@@ -65,7 +70,15 @@ class Components:
         return inputs
 
     def state(self) -> dict[str, Any]:
-        """Returns the state of the components for a checkpoint; its tensors are the live ones, not copies."""
+        """Returns the state of the components for a checkpoint; its tensors are the live ones, not copies.
+
+        Raises:
+            CheckpointError: A buffer has another shape or type than it was built with.
+        """
+        try:
+            buffers = self.unsaved_buffers.state_dict()
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -73,6 +86,7 @@ class Components:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "described": self._described(),
+            **({"buffers": buffers} if buffers else {}),
         }
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
@@ -88,6 +102,7 @@ class Components:
         for key, what in (("optimizer", "optimizer._target_"), ("parameters", "the parameters of optimizer.groups")):
             if was[key] != now[key]:
                 raise ValueError(f"{what} changed, and moments belong to the old; begin a new run with init_from")
+        self.unsaved_buffers.load_state_dict(state.get("buffers", {}), state["model"], self.device)
         self.model.load_state_dict(state["model"])
         if was == now:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -97,6 +112,9 @@ class Components:
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": arguments})
             self.schedule.play_to(step, self.steps)
         if self.ema is not None:
+            if state["ema"] is None:
+                raise ValueError("train.ema_decay needs the average that the checkpoint keeps, and it keeps none")
+            copy_buffers(self.model, self.ema.module)  # its state has those alone that are persistent
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
@@ -174,9 +192,8 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
         DescriptionError: Something cannot be built as written.
     """
     numerics(spec, device)
-    seed_draws(draw_key("data", spec.seed), device)
-    train_set = _dataset(spec.data.train, "data.train")
-    val_set = None if spec.data.val is None else _dataset(spec.data.val, "data.val")
+    train_set = _dataset(spec, spec.data.train, "data.train", device)
+    val_set = None if spec.data.val is None else _dataset(spec, spec.data.val, "data.val", device)
     steps = StepPlan(len(train_set), spec.train.global_batch, spec.train.shards, spec.train.epochs)
     if steps.steps_per_epoch == 0:
         raise DescriptionError(
@@ -188,12 +205,13 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     builder = Builder(lambda value: plan_value(steps, value))
     seed_draws(draw_key("model", spec.seed), device)
     model = builder.build(spec.model, "model")
-    if not isinstance(model, nn.Module):
-        raise DescriptionError(f"model must be a torch.nn.Module, got {type(model).__name__} from {spec.model.path}")
+    check_model(model, spec)
     model.to(device)
     if spec.train.channels_last:
         model.to(memory_format=torch.channels_last)
     loss = build_loss(spec.loss, builder).to(device, number_type(model))
+    buffers = Buffers({MODEL: model, **loss.modules()})
+    buffers.own_memory()
     metrics = None
     if spec.metrics:
         from jobs.components.metrics import build_metrics, class_names  # torchmetrics takes a second or two to import
@@ -212,13 +230,15 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     check_imports()
     ema = None
     if spec.train.ema_decay is not None:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.train.ema_decay))
+        ema = MovingAverage(model, spec.train.ema_decay)
     return Components(
         spec=spec,
         device=device,
         model=model,
         ema=ema,
         loss=loss,
+        buffers=buffers,
+        unsaved_buffers=UnsavedBuffers(buffers),
         metrics=metrics,
         groups=groups,
         optimizer=optimizer,
@@ -267,8 +287,9 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
         torch.backends.cudnn.deterministic = spec.train.deterministic
 
 
-def _dataset(target: Target, key: str) -> Any:
-    """Builds a map-style dataset."""
+def _dataset(spec: JobSpec, target: Target, key: str, device: torch.device) -> Any:
+    """Builds a map-style dataset, each from the same seed, so that a random split into parts is the same split."""
+    seed_draws(draw_key("data", spec.seed), device)
     dataset = Builder().build(target, key)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise DescriptionError(

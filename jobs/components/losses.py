@@ -2,20 +2,21 @@
 
 The mean of the shards' means is not the mean of the batch once samples have weights or are ignored. So a loss returns
 the sum over a micro-batch and the denominator of that sum, and the sum is divided by the denominators of all shards.
-This module knows how the losses of torch.nn are called; the dry run checks that output and target fit the loss.
+The dry run checks that output and target fit the loss.
 """
 
 import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, TrainingError
+from jobs.components.buffers import Buffers
+from jobs.components.loss_calls import call_of
 from jobs.components.targets import Builder, check_arguments, resolve
 from jobs.spec import LossSpec, Target
 
@@ -25,30 +26,6 @@ _IGNORING = (nn.CrossEntropyLoss, nn.NLLLoss)
 """Those of them that ignore one class number, and divide by the class weights of the other targets."""
 _DEFAULT_IGNORE_INDEX = -100
 """torch's default. Most data has no such label, so a loss with the default does not exchange weights in every step."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossCall:
-    """How a loss is called."""
-
-    num_outputs: int
-    """The number of tensors that it takes from the model's output."""
-    arguments: Callable[[Any, Any], tuple[Any, ...]]
-    """Returns the loss's arguments, given output and target."""
-    class_dim: int = 1
-    """The dimension of the output that runs over classes."""
-
-
-_PLAIN = LossCall(1, lambda output, target: (output, target))
-_CALLS: dict[type, LossCall] = {
-    nn.CosineEmbeddingLoss: LossCall(2, lambda output, target: (*output, target)),
-    nn.MarginRankingLoss: LossCall(2, lambda output, target: (*output, target)),
-    nn.TripletMarginLoss: LossCall(3, lambda output, _: tuple(output)),
-    nn.TripletMarginWithDistanceLoss: LossCall(3, lambda output, _: tuple(output)),
-    nn.GaussianNLLLoss: LossCall(2, lambda output, target: (output[0], target, output[1])),
-    # log_probs_TNC; the target is (targets, input_lengths, target_lengths)
-    nn.CTCLoss: LossCall(1, lambda output, target: (output, *target), class_dim=2),
-}
 
 
 class GlobalLoss:
@@ -71,7 +48,7 @@ class GlobalLoss:
         """
         self.spec = spec
         self.function = function
-        self.call = next((call for base, call in _CALLS.items() if isinstance(function, base)), _PLAIN)
+        self.call = call_of(function)
         self.takes_class_numbers = spec.target in ("index", "one_hot") or (
             spec.target is None and isinstance(function, CLASS_NUMBER_LOSSES)
         )
@@ -90,6 +67,13 @@ class GlobalLoss:
             self._ignore_index = function.ignore_index
             ignores = "ignore_index" in spec.factory.args or function.ignore_index != _DEFAULT_IGNORE_INDEX
             self.weighs_targets = self._reduction == "mean" and (function.weight is not None or ignores)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns the loss if it is a module, or the modules among the arguments of a loss function, by their keys."""
+        if isinstance(self.function, nn.Module):
+            return {"loss": self.function}
+        arguments = self.function.keywords if isinstance(self.function, functools.partial) else {}
+        return {f"loss.{name}": value for name, value in arguments.items() if isinstance(value, nn.Module)}
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "GlobalLoss":
         """Moves class weights and other buffers of the loss to ``device``, as ``dtype``, the model's number type."""
@@ -132,13 +116,23 @@ class GlobalLoss:
     def numerator(self, output: Any, target: Any) -> tuple[Tensor, float]:
         """Returns the loss summed over a micro-batch, and its denominator if the targets do not decide that.
 
+        Raises:
+            TrainingError: The loss changes its class weights, while the mean is taken with those it had before.
+
         Shapes: output and target with N samples in dimension 0 -> a scalar that can be differentiated, a number.
         """
+        weights = self._class_weights()
+        version = None if weights is None else weights._version
         loss = self._terms(output, target)
+        if weights is not self._class_weights() or (weights is not None and weights._version != version):
+            raise TrainingError(
+                f"loss: {self.spec.factory.path} changes its weight in forward, and the global batch is divided by the "
+                "weights that targets had before; write a loss without reduction, which returns its own mean"
+            )
         if loss.dim() == 0 and self._reduction != "sum":
             # A user's loss returns the mean over the micro-batch as a scalar, or one value per term.
             samples = next(_lengths([target, output]), 1)
-            return loss * samples, samples
+            return loss.to(torch.promote_types(loss.dtype, torch.float32)) * samples, samples
         if isinstance(self.function, nn.CTCLoss) and self._reduction == "mean":
             loss = loss / target[2].clamp(min=1).to(loss)
         # A sum in bfloat16 keeps three digits.
@@ -171,15 +165,20 @@ class GlobalLoss:
     def as_written(self, output: Any, target: Any) -> Tensor | None:
         """Returns the loss of one micro-batch with the reduction of the description; None if it has no reductions.
 
+        The loss's buffers are as before afterwards.
+
         Shapes: as the loss returns it: a scalar, or one value per term for ``reduction: none``.
         """
         if self._reduction is None:
             return None
+        buffers = Buffers(self.modules())
+        before = buffers.take(with_values=True)
         self._set_reduction(self._reduction)
         try:
             return self._terms(output, target)
         finally:
             self._set_reduction("none")
+            buffers.put(before)
 
     def ignores_unsaid(self, counted: float, targets: float) -> bool:
         """Returns whether the loss ignores some targets by torch's default, while its mean is taken over all.
@@ -228,6 +227,10 @@ class GlobalLoss:
             correct = ((output.detach().argmax(1) == target) & counted).sum(dtype=torch.float64)
             count = counted.sum(dtype=torch.float64)
         return torch.stack([numerator.detach().double(), correct, count])
+
+    def _class_weights(self) -> Tensor | None:
+        """Returns the class weights that the denominator is summed from; None if there are none."""
+        return self.function.weight if self.weighs_targets and isinstance(self.function, _IGNORING) else None
 
     def _set_reduction(self, reduction: str) -> None:
         self.function.reduction = reduction  # type: ignore[attr-defined]  # called only if it has one

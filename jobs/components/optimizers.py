@@ -11,6 +11,7 @@ from torch import nn
 
 from cluster.errors import DescriptionError, nearest
 from jobs.components.targets import Builder, check_arguments, resolve
+from jobs.components.texts import check_texts
 from jobs.spec import GroupSpec, OptimizerSpec
 
 _TYPE_PREFIX = "type:"
@@ -132,6 +133,7 @@ def build_optimizer(
         key = f"optimizer.groups[{number}]"
         if group.pattern != "(rest)":
             check_arguments(function, sorted({*group.args, *spec.factory.args}), key, given=1)
+            check_texts(function, group.args, key)
         scaled = {} if group.lr_scale is None else {"lr": group.lr_scale * _base_rate(spec, function, key)}
         torch_groups.append({"params": [parameters[name] for name in group.names], **group.args, **scaled})
     optimizer: torch.optim.Optimizer = builder.build(spec.factory, "optimizer", torch_groups, bare_names=[torch.optim])

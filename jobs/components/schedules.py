@@ -204,6 +204,11 @@ def _function(value: Any, key: str, builder: Builder) -> Any:
     if value is None:
         return None
     if isinstance(value, str):
+        if not all(part.isidentifier() for part in value.split(".")):
+            raise DescriptionError(
+                f"{key} must be the import path of a function, got {value!r}; write the function in a module beside "
+                "the job file, and its path here, such as mine.decay"
+            )
         function = resolve(value, key)
         check_arguments(function, [], key, given=1)
         # torch saves the __dict__ of callables that are not plain functions; a built-in has none.

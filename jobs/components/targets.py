@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import DescriptionError, nearest, one_line
 from jobs.components.shadowing import find_shadowed
+from jobs.components.texts import check_texts
 from jobs.spec import PlanValue, Target
 
 
@@ -149,6 +150,7 @@ class Builder:
         """
         function = resolve(target.path, key, bare_names)
         build_nested = nested or (lambda inner, inner_key: self.build(inner, inner_key))
+        check_texts(function, target.args, key)
         arguments = {name: self._value(value, f"{key}.{name}", build_nested) for name, value in target.args.items()}
         if target.partial:
             return functools.partial(function, *positional, **arguments)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.data.class_folders import class_names, image_names
 from jobs.data.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split, read_image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""The suffixes of image files, in upper or lower case; other files are ignored."""
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
+"""Names of folders that hold a split. A root with no others has no class folders."""
 
 
 def image_folder(
@@ -33,6 +34,9 @@ def image_folder(
     ``train/``. Otherwise the SHA-256 of an image's name within ``root`` decides its split, so adding or removing images
     moves no other image to the other split.
 
+    Hidden files and folders are passed over at every depth, and so are folders that systems leave, such as
+    ``__MACOSX`` or ``lost+found``. Links are followed; a folder that several paths lead to counts once.
+
     Args:
         root: The folder; ``~`` is the home folder.
         split: ``train`` or ``val``; None takes all images of a root without splits.
@@ -47,7 +51,8 @@ def image_folder(
         A sample is (image_3HW, label), float32.
 
     Raises:
-        ValueError: The folder does not exist, or lacks images or classes; or an argument is wrong.
+        ValueError: The folder does not exist, cannot be read, or lacks images, classes or a split; a link leads
+            nowhere; two classes have the same folder; or an argument is wrong.
     """
     check_split(split, None)
     check_per_channel(3, mean=mean, std=std)
@@ -62,7 +67,12 @@ def image_folder(
     if split_on_disk and split is None:
         raise ValueError(f"split must be train or val, got None; {folder} holds both as folders")
 
-    classes = _class_names(folder / "train" if split_on_disk else folder, exclude)
+    classes = class_names(folder / "train" if split_on_disk else folder, exclude)
+    if not split_on_disk and all(name.lower() in _SPLITS for name in classes):
+        raise ValueError(
+            f"{folder} must hold train/ and val/, or a folder per class, got {_first_names(classes)}; rename those, or "
+            "name one of them as root"
+        )
     if num_classes is not None and len(classes) != num_classes:
         raise ValueError(
             f"{folder} must hold num_classes={num_classes} classes, got {len(classes)}; set num_classes, "
@@ -70,7 +80,8 @@ def image_folder(
         )
     home = folder / str(split) if split_on_disk else folder
     may_lack_classes = split_on_disk and split == "val"
-    strange = set(_class_names(home, exclude)) - set(classes)
+    present = class_names(home, exclude)
+    strange = set(present) - set(classes)
     if strange:
         raise ValueError(
             f"{home} must hold classes of train/ only, got {_first_names(sorted(strange))}; move them there"
@@ -78,8 +89,9 @@ def image_folder(
 
     names: list[str] = []
     labels: list[int] = []
+    images = image_names(home, present)
     for label, class_name in enumerate(classes):
-        own = _image_names(home, class_name)
+        own = images.get(class_name, [])
         if not own and not may_lack_classes:
             raise ValueError(f"{home / class_name} must hold images, got none; add some, or name it in exclude")
         if split is not None and not split_on_disk:
@@ -95,25 +107,6 @@ def image_folder(
 
 def _read_named(home: bytes, names_N: np.ndarray, index: int) -> Tensor:
     return read_image(os.path.join(home, names_N[index]))
-
-
-def _class_names(folder: Path, exclude: Collection[str]) -> list[str]:
-    """Returns the names of the folders in a folder, sorted, without hidden and excluded ones."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    classes = sorted(set(names) - set(exclude))
-    if not classes:
-        raise ValueError(f"{folder} must hold a folder of images per class, got no folder; name another root")
-    return classes
-
-
-def _image_names(home: Path, class_name: str) -> list[str]:
-    """Returns the images below a class's folder as sorted names, relative to ``home``, with forward slashes."""
-    names = []
-    for folder, _, files in os.walk(home / class_name, followlinks=True):
-        within = Path(folder).relative_to(home).as_posix()
-        names += [f"{within}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted(names)
 
 
 def _validates(name: str, val_fraction: float) -> bool:

@@ -94,6 +94,12 @@ def validation_batches(
         yield to_device(batch, device)
 
 
+def single_samples(dataset: Any, numbers: Sequence[int], *, seed: int, loaders: int) -> Iterator[Any]:
+    """Yields training samples of epoch 0, each as a batch of one, read by ``loaders`` processes."""
+    keys = [[(0, number)] for number in numbers]
+    yield from _data_loader(KeyedDataset(dataset, seed), keys, loaders, torch.device("cpu"))
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """Returns a batch, a tree of any structure, with its tensors on ``device``; does not wait for the copy."""
     if isinstance(batch, torch.Tensor):

@@ -94,7 +94,7 @@ class Team:
             self._exchange.step_done()
 
     def share_buffers(self, buffers: Sequence[Tensor]) -> None:
-        """Overwrites the model's buffers on every rank with those of rank 0, which holds shard 0.
+        """Overwrites buffers of model and loss on every rank with those of rank 0, which holds shard 0.
 
         Sends one message per dtype.
 

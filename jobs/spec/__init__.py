@@ -5,14 +5,17 @@ itself and against others; the plan checks what needs the data, the model or the
 its reference text, which ``launcher schema`` prints.
 """
 
-from jobs.spec.checks import NUMBER_FROM_TEXT
+from jobs.spec.checks import DECODE, NUMBER, NUMBER_FROM_TEXT
 from jobs.spec.components import GroupSpec, InitSpec, LossSpec, OptimizerSpec, SchedulerSpec
 from jobs.spec.job import BestSpec, CheckpointSpec, DataSpec, JobSpec, TrackingSpec, watched_metrics
+from jobs.spec.literals import list_in
 from jobs.spec.resources import MaxFailuresSpec, WorkersSpec
 from jobs.spec.target import PlanValue, Target
 from jobs.spec.training import EarlyStopSpec, TrainSpec
 
 __all__ = [
+    "DECODE",
+    "NUMBER",
     "NUMBER_FROM_TEXT",
     "BestSpec",
     "CheckpointSpec",
@@ -30,5 +33,6 @@ __all__ = [
     "TrackingSpec",
     "TrainSpec",
     "WorkersSpec",
+    "list_in",
     "watched_metrics",
 ]

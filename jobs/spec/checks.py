@@ -1,14 +1,19 @@
 """Checks that several sections of the job language share."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from cluster.errors import FieldError
 from jobs.spec.target import Target
 
-NUMBER_FROM_TEXT = "remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from the environment"
-"""What to do about text in place of a number: an environment variable is text until it is decoded."""
+DECODE: Final = "${oc.decode:${oc.env:NAME}}"
+"""How a value from the environment is written that is not to be text: a variable is text until it is decoded."""
+NUMBER: Final = r"(?i:([-+]?[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?)"
+"""A decimal number in YAML, which has none with a sign and nothing between that and the point."""
+NUMBER_FROM_TEXT: Final = f"remove the quotes, or write {DECODE} for a number from the environment"
+"""What to do about text in place of a number."""
 
 
 def at_least(spec: object, lowest: int, *names: str) -> None:
@@ -23,7 +28,8 @@ def learning_rate(args: Mapping[str, Any]) -> None:
     """Refuses a learning rate that is text, not finite or not above 0."""
     lr = args.get("lr")
     if isinstance(lr, str):
-        raise FieldError("lr", f"must be a number, got {lr!r}; {NUMBER_FROM_TEXT}")
+        advice = NUMBER_FROM_TEXT if re.fullmatch(NUMBER, lr) else "write a learning rate such as 0.1"
+        raise FieldError("lr", f"must be a number, got {lr!r}; {advice}")
     if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
         raise FieldError("lr", f"must be finite and above 0, got {lr}; write a learning rate such as 0.1")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cluster.errors import TrainingError
+from jobs.components.buffers import MODEL, Buffers
 from jobs.components.losses import GlobalLoss
 from jobs.components.metric_values import MetricValues
 from jobs.data.loader import seed_draws, seed_host_draws
@@ -30,6 +31,9 @@ def evaluate(
     model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
 ) -> MetricValues:
     """Measures loss, accuracy and the declared metrics over the batches of all workers, each sample once.
+
+    Every batch begins with the same buffers, and all buffers are as before afterwards: which batches a worker measures
+    must not matter.
 
     Args:
         model: Called with the inputs of a batch; in evaluation mode meanwhile.
@@ -51,6 +55,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    buffers = Buffers({MODEL: model, **loss.modules()})
+    at_start = buffers.take(with_values=True)
     rows = []  # of each batch, float64 [4]: loss sum, correct, counted, weight
     for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
         seed_draws(draw_key("evaluation", seed, number), team.device)
@@ -60,6 +66,7 @@ def evaluate(
         rows.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
         if metrics is not None:
             metrics.update(*loss.measured(output, target))
+        buffers.put(at_start)
     model.train(was_training)
     tallies = team.gather_rows([row.tolist() for row in torch.stack(rows).cpu()] if rows else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))

@@ -43,6 +43,8 @@ def restore_newest(
     Collective: every rank.
     """
     link.activity.mark("restore", state.step)
+    # As DDP does with the model before the first step: buffers that were drawn without the seed are those of rank 0.
+    team.share_buffers([*components.buffers.take(with_values=False).tensors, *components.unsaved_buffers.initial])
     steps = team.from_rank_0(run.checkpoints.steps)
     for step in reversed(steps):
         try:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
 from cluster.process.messages import Doing
+from jobs.components.buffers import Snapshot
 from jobs.components.build import Components
 from jobs.components.optimizers import set_trainable
 from jobs.data.loader import seed_draws
@@ -36,7 +37,7 @@ class TrainingStep:
         self._components = components
         self._team = team
         self._mark = mark
-        self._buffers = list(components.model.buffers())
+        self._buffers = components.buffers
         self._thaw_steps = {group.from_step for group in components.groups}
         self._replica: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
@@ -49,7 +50,7 @@ class TrainingStep:
             micro_batches: One (input, target) for each of this worker's shards, in shard order, on its device.
 
         Raises:
-            TrainingError: Every target of the global batch is ignored.
+            TrainingError: Every target of the global batch is ignored, or a buffer has got another shape or type.
 
         Collective: every rank.
         """
@@ -58,14 +59,13 @@ class TrainingStep:
             self._set_trainable(step)
         # Every shard starts from the buffers as they are now; all workers end the step with those of shard 0.
         may_skip = self._spec.train.on_nonfinite == "skip"
-        needs_copy = len(self._team.block) > 1 or may_skip
-        buffers_at_start = [buffer.clone() for buffer in self._buffers] if needs_copy else []
+        buffers_at_start = self._buffers.take(with_values=len(self._team.block) > 1 or may_skip)
 
         tallies, denominator = self._compute_gradients(step, micro_batches, buffers_at_start)
         skipped = may_skip and not self._is_finite(tallies)
         rates = tuple(float(group["lr"]) for group in self._components.optimizer.param_groups)
         if skipped:
-            self._set_buffers(buffers_at_start)
+            self._buffers.put(buffers_at_start)
         else:
             self._update_weights()
         self._components.optimizer.zero_grad(set_to_none=True)
@@ -73,12 +73,15 @@ class TrainingStep:
         return StepOutcome(tallies, denominator, rates, skipped)
 
     def _compute_gradients(
-        self, step: int, micro_batches: Sequence[Any], buffers_at_start: list[Tensor]
+        self, step: int, micro_batches: Sequence[Any], buffers_at_start: Snapshot
     ) -> tuple[Tensor, float]:
         """Runs forward and backward on this worker's shards; leaves the gradient of the global batch in ``.grad``.
 
         Returns:
             The tally of each shard of this worker, and what the loss of the global batch was divided by.
+
+        Raises:
+            TrainingError: Every target of the global batch is ignored, or a buffer has got another shape or type.
 
         Shapes: tallies float64 [shards of this worker, 3], on the worker's device.
         """
@@ -87,11 +90,11 @@ class TrainingStep:
         assert replica is not None, "take() makes it"
         tallies = []
         denominator = self._denominator_from_targets(step, micro_batches)
-        buffers_of_first: list[Tensor] = []
+        buffers_of_first: Snapshot | None = None
         for shard, (inputs, target) in zip(team.block, micro_batches):
             is_first, is_last = shard == team.block[0], shard == team.block[-1]
             if not is_first:
-                self._set_buffers(buffers_at_start)
+                self._buffers.put(buffers_at_start)
             seed_draws(draw_key("step", spec.seed, step, shard), team.device)
             with nullcontext() if is_last else replica.no_sync():  # workers exchange gradients once, in the last pass
                 with components.autocast():
@@ -108,11 +111,15 @@ class TrainingStep:
             else:
                 team.set_aside_gradients(shard, self._trained)
             tallies.append(loss.tally(output, target, numerator))
-            if is_first and not is_last:
-                buffers_of_first = [buffer.clone() for buffer in self._buffers]
-        self._set_buffers(buffers_of_first)
-        team.share_buffers(self._buffers)
+            misfit = self._buffers.misfit(buffers_at_start)
+            if misfit is not None:
+                raise TrainingError(f"step {step + 1}: {misfit}")
+            if is_first:
+                buffers_of_first = self._buffers.take(with_values=not is_last)
+        assert buffers_of_first is not None, "a worker has at least one shard"
         assert denominator is not None, "a worker has at least one shard"
+        self._buffers.put(buffers_of_first)
+        team.share_buffers(buffers_of_first.tensors)
         return torch.stack(tallies), denominator
 
     def _denominator_from_targets(self, step: int, micro_batches: Sequence[Any]) -> float | None:
@@ -137,7 +144,7 @@ class TrainingStep:
         if components.scaler is not None:
             components.scaler.unscale_(components.optimizer)
         if train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._trained, train.clip_norm)
+            clip_norm(self._trained, train.clip_norm)
         if train.clip_value is not None:
             nn.utils.clip_grad_value_(self._trained, train.clip_value)
         if components.scaler is None:
@@ -174,7 +181,12 @@ class TrainingStep:
             self._replica = self._team.replicate(components.model)
             self._trained = [parameter for parameter in components.model.parameters() if parameter.requires_grad]
 
-    def _set_buffers(self, values: list[Tensor]) -> None:
-        """Copies ``values`` into the model's buffers, in order; does nothing if there are none."""
-        if values:
-            torch._foreach_copy_(self._buffers, values)
+
+def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
+    """Scales gradients down to ``max_norm``, as ``clip_grad_norm_`` does, with the norm of narrow types in float32.
+
+    In float16 a norm above 65,504 is infinite, and the gradient would be scaled to 0.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, nn.utils.get_total_norm(wide))

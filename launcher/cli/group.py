@@ -10,31 +10,48 @@ from typing import Any
 import click
 
 from cluster.errors import DescriptionError, Interrupted, LauncherError
+from cluster.host.signals import ASKING, stop_signals
 from launcher.cli import python_path, reading, running
 from launcher.cli.options import JSON_REQUESTED
 from launcher.cli.output import show
+from launcher.cli.streams import make_lasting
 
 
 class _ErrorBorder(click.Group):
     """Turns every ``LauncherError`` of a verb into its one-line text and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send SIGTERM where a person presses Ctrl-C
+        make_lasting()
+        _interrupt_on_signals()
         try:
             if python_path.problem:
                 ctx.meta[JSON_REQUESTED] = "--json" in ctx.args  # no verb has read it yet
                 raise DescriptionError(python_path.problem)
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted") from None
         except LauncherError as error:
             click.echo(f"error: {error}", err=True)
             if error.traceback:
                 click.echo(error.traceback, err=True)
             if ctx.meta.get(JSON_REQUESTED):
-                show({"status": "failed", **(error.document or {}), "error": str(error)}, "", as_json=True)
+                status = "stopped" if isinstance(error, Interrupted) else "failed"
+                show({"status": status, **(error.document or {}), "error": str(error)}, "", as_json=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted before training began", err=True)
-            ctx.exit(Interrupted.exit_code)
+
+
+def _interrupt_on_signals() -> None:
+    """Have every signal that asks for a stop do what Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        for number in ASKING:  # a closed terminal tells it more than once, which must not interrupt the clean-up
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in stop_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, interrupt)
 
 
 @click.group(cls=_ErrorBorder, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.errors import Interrupted, StorageError
+from launcher.cli.streams import write_out
 
 if TYPE_CHECKING:
     from cluster.kinds.cluster import Cluster
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 
 
 def show(document: Any, text: str, as_json: bool) -> None:
-    """Print a result on stdout: the document as JSON, or the text."""
-    click.echo(json.dumps(_without_nonfinite(document), allow_nan=False) if as_json else text)
+    """Print a result on stdout: the document as JSON, or the text; if nobody reads it, that is no error.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    write_out(json.dumps(_without_nonfinite(document), allow_nan=False) if as_json else text)
 
 
 def warn(text: str) -> None:

@@ -12,6 +12,7 @@ from cluster.errors import CheckpointError
 from launcher.cli.lookup import find_job_of_run, find_run, find_scheduler
 from launcher.cli.options import jobs_cluster_option, json_option, run_argument
 from launcher.cli.output import show, warn
+from launcher.cli.streams import write_out
 
 
 @click.command()
@@ -102,7 +103,8 @@ def logs(run_url: str, worker: int | None, follow: bool, cluster_name: str | Non
     job = find_job_of_run(run_directory, cluster_name)
     for name, piece in log_pieces(run_directory, worker, follow=follow, warn=warn, job=job):
         click.echo(f"--- {name}", err=True)
-        click.echo(piece, nl=not piece.endswith("\n"))
+        if not write_out(piece, end="" if piece.endswith("\n") else "\n"):
+            return
 
 
 @click.command()

@@ -126,7 +126,7 @@ def _read_spec(text: str, source: str, overrides: Sequence[str]) -> ClusterSpec:
 
 def _named_files() -> dict[str, Path]:
     """Return the cluster files by name; the user's own replace shipped ones of the same name."""
-    files = [path for folder in (_SHIPPED, _own_folder()) for path in folder.glob("*.yaml")]
+    files = [path for folder in (_SHIPPED, _own_folder()) for path in folder.glob("[!.]*.yaml")]
     return {path.stem: path for path in files}
 
 

@@ -17,9 +17,9 @@ from jobs.spec import JobSpec
 from launcher.config.differences import MISSING, Difference, differences, flatten
 from launcher.config.interpolation import resolve
 from launcher.config.keys import is_within, show
-from launcher.config.overrides import key_of, set_override
+from launcher.config.overrides import key_of, refuse_python_in, set_override
 from launcher.config.sections import build_section, with_defaults
-from launcher.config.yaml_reader import read_yaml, syntax_problem, to_yaml
+from launcher.config.yaml_reader import read_yaml, refuse_python, syntax_problem, to_yaml
 
 __all__ = [
     "JOBS", "MISSING", "ClusterOverride", "Description", "Difference", "Language", "differences", "flatten", "load",
@@ -154,6 +154,7 @@ def read(
             or _is_valid(language, _read_document(language, text, source, defaults or {}))
         )
         raise _error(_COMMAND_LINE if by_override else source, error) from error
+    _refuse_python(text, source, overrides)  # last, since the language says what a key of its own needs
     return spec, to_yaml(written)
 
 
@@ -186,6 +187,19 @@ def _build_spec(language: Language, written: dict[str, Any]) -> tuple[Any, dict[
     section = language.section_of(written)
     written = with_defaults(section, written)
     return build_section(section, resolve(written)[0], ""), written
+
+
+def _refuse_python(text: str, source: str, overrides: Sequence[str]) -> None:
+    """Refuse values of Python, such as ``None``, that YAML reads as text."""
+    try:
+        refuse_python(text)
+    except FieldError as error:
+        raise _error(source, error) from error
+    try:
+        for override in overrides:
+            refuse_python_in(override)
+    except FieldError as error:
+        raise _error(_COMMAND_LINE, error) from error
 
 
 def _is_valid(language: Language, written: dict[str, Any]) -> bool:

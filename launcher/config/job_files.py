@@ -41,4 +41,4 @@ def is_shipped(folder: Path) -> bool:
 
 
 def _descriptions(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in folder.glob("*.yaml")}
+    return {path.stem: path for path in folder.glob("[!.]*.yaml")}

@@ -1,14 +1,18 @@
 """Overrides from the command line: ``key=value``; each sets the whole value of its key."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 
 from cluster.errors import FieldError
 from launcher.config.keys import clipped, join, show
-from launcher.config.yaml_reader import read_yaml
+from launcher.config.yaml_reader import read_yaml, refuse_python
+
+_NAME = "value"
+"""The key under which the value of an override is read."""
 
 
 def key_of(override: str) -> str:
@@ -25,24 +29,43 @@ def set_override(job: dict[str, Any], override: str) -> str:
     return _set(job, path, _override_value(key, text), "")
 
 
+def refuse_python_in(override: str) -> None:
+    """Refuse a value of Python, such as ``None``, in an override that ``set_override`` has set.
+
+    Raises:
+        FieldError: It has one.
+    """
+    key, _, text = override.partition("=")
+    if not text.startswith("*"):
+        with _named(key):
+            refuse_python(f"{_NAME}: {text}")
+
+
 def _override_value(key: str, text: str) -> Any:
     if not text.strip():
         raise FieldError(key, f"has no value; write {key}=null for none")
     if text.startswith("*"):  # a pattern and no YAML alias: one value has no anchor that an alias could refer to
         return text
-    name = "value"
-    line = f"{name}: {text}".rstrip()
+    line = f"{_NAME}: {text}".rstrip()
     try:
-        value = read_yaml(line)[name]
+        with _named(key):
+            value = read_yaml(line)[_NAME]
         end = yaml.compose(line, Loader=yaml.SafeLoader).value[0][1].end_mark.index
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         raise FieldError(key, f"must be a YAML value, got {clipped(repr(text))}: {problem}; quote it") from error
-    except FieldError as error:
-        raise FieldError(key + error.key.removeprefix(name), error.problem) from error
     if end != len(line):  # YAML would drop what follows a # or a line break
         raise FieldError(key, f"must be one YAML value, got {clipped(repr(text))}; quote it")
     return value
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the key of an override in the place of ``_NAME`` in errors."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(key + error.key.removeprefix(_NAME), error.problem) from error
 
 
 def _set(parent: Any, path: Sequence[str], value: Any, at: str) -> str:

@@ -13,7 +13,7 @@ from keyword import iskeyword
 from typing import Any, Literal
 
 from cluster.errors import FieldError, nearest
-from jobs.spec import NUMBER_FROM_TEXT, PlanValue, Target
+from jobs.spec import NUMBER_FROM_TEXT, PlanValue, Target, list_in
 from launcher.config.keys import join, show
 from launcher.config.reference import (
     default_of,
@@ -38,8 +38,8 @@ def with_defaults(hint: Any, value: Any) -> Any:
         return [with_defaults(typing.get_args(hint)[0], item) for item in value]
     section = next((member for member in union_members(hint) if dataclasses.is_dataclass(member)), None)
     shorthand = shorthand_of(section)
-    if isinstance(value, str) and shorthand and ("${" not in value or shorthand != "_target_"):
-        value = {shorthand: value}
+    if isinstance(value, str) and shorthand and not _means_null(hint, value):
+        value = value if "${" in value and shorthand == "_target_" else {shorthand: value}
     if not is_section(section) or not isinstance(value, dict):
         return value
     hints = typing.get_type_hints(section)
@@ -74,6 +74,8 @@ def build_section(section: Any, value: dict[Any, Any], key: str) -> Any:
         raise FieldError(join(key, str(name) or "''"), f"is not a known key{suggestion}")
     for name, field in own.items():
         if name in value:
+            if _means_null(hints[name], value[name]):
+                raise _wrong_type(hints[name], value[name], join(key, name))
             values[name] = _value(hints[name], value[name], join(key, name))
         elif is_required(field):
             raise FieldError(join(key, name), f"is missing; write {type_words(hints[name])}")
@@ -101,7 +103,18 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return float(value)
         if type(value) is member:
             return _text(value, key) if member is str else value
-    raise FieldError(key, f"must be {type_words(hint)}, got {show(value)}{_advice(hint, value)}")
+    raise _wrong_type(hint, value, key)
+
+
+def _wrong_type(hint: Any, value: Any, key: str) -> FieldError:
+    return FieldError(key, f"must be {type_words(hint)}, got {show(value)}{_advice(hint, value)}")
+
+
+def _means_null(hint: Any, value: Any) -> bool:
+    """Return whether a value is a word for null: Python's or, where the key may be null, that of another language."""
+    if not isinstance(value, str):
+        return False
+    return value == "None" or (type(None) in union_members(hint) and value.lower() in ("none", "null", "nil"))
 
 
 def _advice(hint: Any, value: Any) -> str:
@@ -109,6 +122,10 @@ def _advice(hint: Any, value: Any) -> str:
     members = union_members(hint)
     if isinstance(value, PlanValue):
         return "; only arguments of model, data, loss, optimizer and scheduler can wait for the plan"
+    if type(None) in members and (value is False or _means_null(hint, value)):
+        return "; write null"
+    if value is None or _means_null(hint, value):
+        return "; write it, or remove the key"
     if str in members and isinstance(value, (bool, int, float)):
         return "; quote it"
     literals = [member for member in members if typing.get_origin(member) is Literal]
@@ -119,8 +136,9 @@ def _advice(hint: Any, value: Any) -> str:
         return f"; write {int(value)}" if value.is_integer() else "; write a whole number"
     if (int in members or float in members) and isinstance(value, str) and re.fullmatch(FLOAT, value):
         return f"; {NUMBER_FROM_TEXT}"
-    if value is None:
-        return "; write it, or remove the key"
+    takes_list = any(typing.get_origin(member) is tuple for member in members)
+    if takes_list and isinstance(value, str) and re.fullmatch(r"\(.*\)", value):
+        return f"; write a list, {list_in(value) or f'[{value[1:-1]}]'}"
     return ""
 
 

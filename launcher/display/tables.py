@@ -69,6 +69,10 @@ def summary(result: Mapping[str, Any]) -> str:
 def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every known fact in a summary."""
     known = {name: value for name, value in result.items() if value is not None}
+    if "saved_step" in known:
+        yield "checkpoint", f"step {known['saved_step']:,}"
+    elif "saved_step" in result and result["status"] in ("stopped", "failed"):
+        yield "checkpoint", "none yet, so resume begins at step 0"
     yield from ((name, number(value)) for name, value in _metrics(result).items() if value is not None)
     if best := _best(result):
         yield "best", best

@@ -23,6 +23,7 @@ from launcher.driver.membership import Change, Membership
 from launcher.driver.reports import Reports
 from launcher.driver.run_log import RunLog
 from launcher.driver.stop_conditions import StopConditions
+from launcher.driver.stop_signals import StopSignals
 from launcher.driver.verdicts import GiveUp
 
 
@@ -35,6 +36,7 @@ class Driver:
         spec: JobSpec,
         run_url: str,
         run_log: RunLog,
+        signals: StopSignals,
         first_workers: Sequence[Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -44,6 +46,7 @@ class Driver:
             spec: The job.
             run_url: The run, for messages.
             run_log: Records what happens.
+            signals: Counts the signals that ask the run to stop.
             first_workers: The environments of the workers that the run began on; None: not known yet.
             clock: A monotonic clock in seconds.
         """
@@ -57,7 +60,8 @@ class Driver:
         self._seconds_before = run_log.state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(run_log.state.time))
         self._failures = Failures(spec.workers.max_failures)
-        self._stop = StopConditions(spec, run_log, self._started_at)
+        self._signals = signals
+        self._stop = StopConditions(spec, run_log, signals, self._started_at)
         self._stop_reason: str | None = None
         self._attempt = Attempt()
         self._change: Change | None = None
@@ -66,31 +70,23 @@ class Driver:
     def drive(self, make_membership: Callable[[], Membership]) -> None:
         """Run until the workers have finished; the state then has the result.
 
-        Thread: the main thread, because of signal handlers.
-
         Args:
-            make_membership: Starts Ray and returns the membership, without any workers.
+            make_membership: Returns the membership, without any workers.
 
         Raises:
             LauncherError: The run failed, or was interrupted twice; committed checkpoints are intact.
         """
-        with self._stop.catching_signals():
+        try:
+            self._wire(make_membership())
+            self._ledger.waiting(self._clock())
             try:
-                self._wire(make_membership())
-                self._ledger.waiting(self._clock())
-                try:
-                    self._listen()
-                finally:
-                    self._membership.group.close()
-            except LauncherError as error:
-                self._end("stopped" if isinstance(error, Interrupted) else "failed", error)
-                raise
-            self._end("completed" if self._attempt.completed else "stopped")
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal has asked the run to stop."""
-        return self._stop.num_signals > 0
+                self._listen()
+            finally:
+                self._membership.group.close()
+        except LauncherError as error:
+            self._end("stopped" if isinstance(error, Interrupted) else "failed", error)
+            raise
+        self._end("completed" if self._attempt.completed else "stopped")
 
     def _wire(self, membership: Membership) -> None:
         """Make the parts that need the workers' group."""
@@ -276,7 +272,7 @@ class Driver:
             self._run_log.flush()
         if self._run_log.is_settled:
             self._judge(now)
-        if self._stop.num_signals > 1:
+        if self._signals.is_abandoned:
             raise Interrupted(f"abandoned at step {self._run_log.state.step}; launcher resume {self._run_url}")
         reason = self._why_stop(now)
         if reason is not None and self._stop_reason is None:
@@ -330,4 +326,4 @@ class Driver:
         now = self._clock()
         self._ledger.ended(now, kept=error is None)
         self._account(now)
-        self._run_log.close(status, error, lambda: self._stop.num_signals > 1)
+        self._run_log.close(status, error, lambda: self._signals.is_abandoned)

@@ -58,8 +58,6 @@ class RunLog:
         """
         self.state = state
         self.display = display
-        self.saved_step = state.step
-        """The step of the newest checkpoint."""
         self.save_s = 0.0
         """How long the last save took."""
         self._spec = spec
@@ -104,7 +102,7 @@ class RunLog:
         self._pending.metrics.cut(step + 1)
         self.event("training", step=step)
         self.reached(step)
-        self.saved_step = step
+        self.state.saved_step = step or None
         self._rates.clear()
         self.display.phase(f"training from step {step}" if step else "training")
 
@@ -164,6 +162,11 @@ class RunLog:
         """
         self._pending.add_save(Save(manifest, best, seconds, committed))
         self._background.ask()
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint; 0: there is none, and training would start from its beginning."""
+        return self.state.saved_step or 0
 
     @property
     def save_interval(self) -> int:
@@ -252,7 +255,7 @@ class RunLog:
         """Take note of a checkpoint that exists now."""
         manifest, (best_step, value) = save.manifest, save.best
         self.state.state_sha256 = manifest.state_sha256
-        self.saved_step, self.save_s = manifest.step, save.seconds
+        self.state.saved_step, self.save_s = manifest.step, save.seconds
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         save.committed()

@@ -10,6 +10,8 @@ class RunState:
 
     status: str = "running"
     step: int = 0
+    saved_step: int | None = None
+    """The step of the newest checkpoint, from which ``resume`` goes on; None: there is none."""
     epoch: int = 0
     """Epochs completed."""
     samples: int = 0

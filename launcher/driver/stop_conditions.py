@@ -1,24 +1,20 @@
 """When a run should stop: on a signal, on a request in its directory, or at a limit of its description."""
 
-import contextlib
-import signal
-from collections.abc import Iterator
-
 from jobs.spec import JobSpec
 from launcher.driver.run_log import RunLog
+from launcher.driver.stop_signals import StopSignals
 
 
 class StopConditions:
-    """Counts signals, and checks requests and limits."""
+    """Checks signals, requests and limits."""
 
-    def __init__(self, spec: JobSpec, run_log: RunLog, started_at: float) -> None:
+    def __init__(self, spec: JobSpec, run_log: RunLog, signals: StopSignals, started_at: float) -> None:
         """Only assigns. ``started_at``: when this driver began, by the clock of ``reason``'s ``now``."""
         self._spec = spec
         self._run_log = run_log
+        self._signals = signals
         self._started_at = started_at
         self._is_first_start = True
-        self.num_signals = 0
-        """SIGINT and SIGTERM since ``catching_signals`` was entered."""
 
     def first_start_is_over(self) -> None:
         """Have every limit count from now on: workers have trained, or failed."""
@@ -31,8 +27,8 @@ class StopConditions:
         shorter than a start would keep every ``resume`` from making progress. The start has timeouts of its own; if it
         fails, or while there is no room for workers, the limit ends the run without a step.
         """
-        if self.num_signals:
-            return "stopping on a signal"
+        if self._signals.first is not None:
+            return f"stopping on {self._signals.first.name}"
         if self._run_log.is_stop_requested:
             return "stopping as asked by launcher stop"
         if self._is_first_start and not waits_for_room:
@@ -44,20 +40,3 @@ class StopConditions:
         if budget is not None and self._run_log.state.worker_hours > budget:
             return f"stopping at workers.max_worker_hours={budget:g}"
         return None
-
-    @contextlib.contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """Count SIGINT and SIGTERM inside the block: the first one asks for a stop, the second one abandons the run.
-
-        Thread: the main thread, as for every change of a signal handler.
-        """
-
-        def count(*_: object) -> None:
-            self.num_signals += 1
-
-        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

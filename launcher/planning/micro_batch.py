@@ -20,9 +20,11 @@ class MicroBatch:
     numbers: list[int]
     """The numbers of the samples in the dataset."""
     inputs: Any
+    """The inputs of the samples, stacked, on the device."""
     target: Any
-    output: Any
-    """The model's output for ``inputs``."""
+    """Their targets, stacked, on the device."""
+    output: Any = None
+    """The model's output for ``inputs``; None until it is computed."""
 
 
 def all_targets(batch: MicroBatch) -> tuple[Tensor, Sequence[int]]:
@@ -47,3 +49,14 @@ def first_of(chosen: Tensor, targets: Tensor, numbers: Sequence[int]) -> tuple[i
     """
     place = tuple(chosen.nonzero()[0])
     return numbers[int(place[0])], targets[place].item()
+
+
+def shortened(batch: Any, length: int) -> Any:
+    """Return the first samples of a batch, a tree that ``default_collate`` made; its leaves are tensors and lists."""
+    if isinstance(batch, Tensor) or (isinstance(batch, list) and batch and isinstance(batch[0], (str, bytes))):
+        return batch[:length]
+    if isinstance(batch, dict):
+        return {name: shortened(value, length) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(shortened(value, length) for value in batch))
+    return type(batch)(shortened(value, length) for value in batch)

@@ -12,7 +12,7 @@ from launcher.code.user_code import UserCode, code_folder, find_code, has_bundle
 from launcher.config.description import Description, parse
 from launcher.display.progress import Progress
 from launcher.planning.plan import Plan, make_plan
-from launcher.runs.driving import drive_run
+from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.resume import continue_run
 from launcher.runs.takeover import check_not_driven_since, meet_other_driver, observe
 
@@ -50,8 +50,9 @@ def begin(
     cluster.import_ahead()
     plan = make_plan(description, run.url, code, cluster, display.phase, may_wait=not take_over)
     display.message(one_line(description.spec, plan))
-    check_not_driven_since(run, observed, take_over=take_over)
-    return drive_run(run, description, plan, code, cluster, display, may_differ=False)
+    with ready_to_drive(cluster, display) as signals:
+        check_not_driven_since(run, observed, take_over=take_over)
+        return drive_run(run, description, plan, code, cluster, display, signals, may_differ=False)
 
 
 def plan_only(description: Description, folder: Path, cluster: Cluster, display: Progress) -> Plan:

@@ -1,14 +1,15 @@
-"""Wiring of the driver's process: run log, tracker, cluster and workers, from the lease to the pictures at the end."""
+"""Wiring of the driver's process: run log, tracker, cluster and workers, from Ray's start to the last picture."""
 
 import contextlib
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.errors import CheckpointError, LauncherError, StorageError
+from cluster.errors import CheckpointError, Interrupted, LauncherError, StorageError
+from cluster.host.signals import ABANDONING, stop_signals
 from cluster.kinds.cluster import Cluster
 from cluster.process.orders import Task
 from cluster.run.lease import SupersededError
@@ -25,10 +26,36 @@ from launcher.driver.goodput import taken_over
 from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
+from launcher.driver.stop_signals import StopSignals
 from launcher.planning.placement import places_of
 from launcher.planning.plan import ENTRY, Plan
 from launcher.runs.environment import environment_with_attempt
 from launcher.runs.rewind import first_workers, go_back
+
+
+@contextlib.contextmanager
+def ready_to_drive(cluster: Cluster, display: Progress) -> Iterator[StopSignals]:
+    """Start what workers need, and count signals from then on: one that comes while Ray starts must not tear that.
+
+    Enter it before anything is written to a run directory, so that a run whose cluster does not start leaves none, and
+    one that is resumed stays as it was.
+
+    Thread: the main thread, because of signal handlers.
+
+    Yields:
+        The signals, for ``drive_run``.
+
+    Raises:
+        ClusterError: The start failed.
+        Interrupted: A signal came meanwhile.
+    """
+    signals = StopSignals()
+    display.phase("starting Ray")
+    with signals.caught(), cluster.started():
+        if signals.first is not None:
+            raise Interrupted(f"{signals.first.name} came before training began; nothing was changed")
+        signals.interrupting = stop_signals()
+        yield signals
 
 
 def drive_run(
@@ -38,19 +65,21 @@ def drive_run(
     code: UserCode,
     cluster: Cluster,
     display: Progress,
+    signals: StopSignals,
     back_to: Manifest | None = None,
     *,
     may_differ: bool,
 ) -> dict[str, Any]:
-    """Take the lease of a run, write its documents, start Ray and the workers, and drive them to the end.
+    """Take the lease of a run, write its documents, start the workers, and drive them to the end.
 
     Args:
         run: The run, which may not exist yet.
         description: Its description.
         plan: What follows from it.
         code: The user's code.
-        cluster: Where the workers run; this process has joined it.
+        cluster: Where the workers run; it is started.
         display: Shows progress.
+        signals: From ``ready_to_drive``, in whose context this is called.
         back_to: The checkpoint to go back to first; None: go on from the newest good one.
         may_differ: Whether workers may train although they differ.
 
@@ -61,6 +90,7 @@ def drive_run(
         LauncherError: The run failed, or another driver took it over.
     """
     spec = description.spec
+    signals.interrupting = ()  # from now on a signal asks for a stop in order
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     run.clear_stop()  # a request to an earlier driver; one that comes after the lease is taken is for this driver
@@ -78,28 +108,27 @@ def drive_run(
     state = _state_so_far(run, spec, plan, events)
     run.stay_alive()
     run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
-    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, first_workers=first_workers(events))
-
-    stack = contextlib.ExitStack()
+    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, signals=signals, first_workers=first_workers(events))
 
     def make_membership() -> Membership:
-        stack.enter_context(cluster.started())
         task = _make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
         return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
     try:
-        display.phase("starting Ray")
-        with run_log, stack:
+        with run_log:
             driver.drive(make_membership)
     except LauncherError as error:
         error.document = run_log.document()
         raise
     finally:
+        signals.interrupting = ABANDONING  # the others have nothing left to stop
         pictures = _write_pictures(run, spec.name, display)
         summary = {name: value for name, value in run_log.document().items() if isinstance(value, (int, float, str))}
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
-    return run_log.document() | {"interrupted": driver.interrupted}
+        if tracker.sync_command is not None:
+            display.message(f"W&B: recorded offline; upload it with: {tracker.sync_command}")
+    return run_log.document() | {"interrupted": signals.first is not None}
 
 
 def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
@@ -128,6 +157,7 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
     steps = run.checkpoints.steps()
     if steps:
         state.step, state.epoch = steps[-1], steps[-1] // plan.steps_per_epoch
+        state.saved_step = steps[-1]
         state.samples = steps[-1] * spec.train.global_batch
         with contextlib.suppress(CheckpointError):  # the workers report it and use the checkpoint before
             state.state_sha256 = run.checkpoints.manifest(steps[-1]).state_sha256

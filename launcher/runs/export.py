@@ -20,7 +20,7 @@ from cluster.host.import_paths import search_last
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.checkpoint.layout import WEIGHTS_FILES, decode_weights
+from jobs.checkpoint.layout import TRAINING_FILES, WEIGHTS_FILES, decode_buffers, decode_weights
 from jobs.components.build import build_parts
 from jobs.data.loader import KeyedDataset
 from jobs.spec import JobSpec
@@ -49,6 +49,8 @@ class ExportSource:
     which: Which
     tensors: Mapping[str, Tensor]
     """By parameter or buffer name."""
+    unsaved_buffers: Mapping[str, Mapping[str, Tensor | None]]
+    """Changed buffers that are not among the tensors, by root and name; read for ONNX alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def export(run: RunDirectory, *, to: str | None, at: int | None, which: Which, f
     is_onnx = target.name.endswith(".onnx")
     if is_onnx:
         _require_onnx()
-    source = _read(run, at, which)
+    source = _read(run, at, which, is_onnx=is_onnx)
     about = {
         "run": run.url,
         "step": source.manifest.step,
@@ -116,15 +118,16 @@ def _target(to: str, force: bool) -> ExportFile:
     return target
 
 
-def _read(run: RunDirectory, at: int | None, which: Which) -> ExportSource:
-    """Read the weights; of the checkpoint, only their file is read."""
+def _read(run: RunDirectory, at: int | None, which: Which, *, is_onnx: bool) -> ExportSource:
+    """Read the weights, and for ONNX the buffers beside them; no other file of the checkpoint is read."""
     checkpoints, file = run.checkpoints, WEIGHTS_FILES[which]
+    wanted = [file, *(TRAINING_FILES if is_onnx else ())]
     if at is not None:
         manifest = checkpoint_at(run, at, checkpoints.steps())
-        files = checkpoints.read_files(manifest, [file])
+        files = checkpoints.read_files(manifest, wanted)
     else:
         defects: list[str] = []
-        newest = checkpoints.newest_good(lambda _, error: defects.append(str(error)), [file])
+        newest = checkpoints.newest_good(lambda _, error: defects.append(str(error)), wanted)
         if newest is None:
             why = f"no checkpoint is good; the newest, {defects[0]}" if defects else "has no checkpoint; train it first"
             raise CheckpointError(f"{run.url}: {why}")
@@ -138,7 +141,7 @@ def _read(run: RunDirectory, at: int | None, which: Which) -> ExportSource:
         tensors = decode_weights(files[file], which)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoints.url(manifest.step)}: {file} {error}") from error
-    return ExportSource(run, manifest, which, tensors)
+    return ExportSource(run, manifest, which, tensors, decode_buffers(files) if is_onnx else {})
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
@@ -194,8 +197,9 @@ def _model_and_inputs(source: ExportSource) -> tuple[nn.Module, Tensor]:
         parts = build_parts(description.spec, torch.device("cpu"))
         inputs = _inputs(parts.train_set if parts.val_set is None else parts.val_set, description.spec)
     try:
+        parts.unsaved_buffers.load_state_dict(source.unsaved_buffers, source.tensors, parts.device)
         parts.model.load_state_dict(source.tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         url = source.run.checkpoints.url(source.manifest.step)
         raise CheckpointError(f"{url}: does not fit the model of the description: {one_line(error)}") from error
     return parts.model.eval(), inputs

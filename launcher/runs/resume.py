@@ -15,7 +15,7 @@ from launcher.code.user_code import UserCode, find_code
 from launcher.config.description import Description
 from launcher.display.progress import Progress
 from launcher.runs.changes import changes_of, compare, unsafe_changes
-from launcher.runs.driving import drive_run
+from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.found_description import find_description
 from launcher.runs.planning_sign import planning_sign
 from launcher.runs.resumed_plan import placed_at, plan_to_resume
@@ -127,10 +127,11 @@ def continue_run(
         display.message(f"resuming {run.url}")
     else:
         display.message(f"going back to step {at} of {run.url}")
-    check_not_driven_since(run, observed, take_over=take_over)
-    if to_take is not None and not run.submissions.is_there(to_take):
-        raise ClusterError(f"{run.url}: submission {to_take} was withdrawn; nothing is left to do for this job")
-    return drive_run(run, wanted, plan, code, cluster, display, back_to, may_differ=force)
+    with ready_to_drive(cluster, display) as signals:
+        check_not_driven_since(run, observed, take_over=take_over)
+        if to_take is not None and not run.submissions.is_there(to_take):
+            raise ClusterError(f"{run.url}: submission {to_take} was withdrawn; nothing is left to do for this job")
+        return drive_run(run, wanted, plan, code, cluster, display, signals, back_to, may_differ=force)
 
 
 def _branch(
@@ -157,9 +158,10 @@ def _branch(
         display.message(f"changed {change}")
     reached = max(steps, default=0)
     plan = plan_to_resume(run, wanted, reached, code, cluster, display.phase, force=force, may_wait=True)
-    manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
-    display.message(f"branching from step {manifest.step} of {run.url}")
-    return drive_run(branch, wanted, plan, code, cluster, display, may_differ=force)
+    with ready_to_drive(cluster, display) as signals:
+        manifest = copy_run(run, branch, wanted.text, steps, code.sha256, display.warn)
+        display.message(f"branching from step {manifest.step} of {run.url}")
+        return drive_run(branch, wanted, plan, code, cluster, display, signals, may_differ=force)
 
 
 def _branch_overrides(branch: RunDirectory, stored: Description, overrides: Sequence[str]) -> list[str]:

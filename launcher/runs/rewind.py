@@ -4,10 +4,12 @@ This module only changes the store. ``launcher.runs.resume`` checks first whethe
 that is refused changes nothing.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cluster.errors import CheckpointError, DescriptionError, listed
+from cluster.errors import CheckpointError, DescriptionError, StorageError, listed
+from cluster.run.lease import SupersededError
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory
 from launcher.driver.pending_writes import event_row
@@ -67,7 +69,8 @@ def go_back(run: RunDirectory, to: Manifest) -> None:
     status, metrics = run.read_status() or {}, run.metrics()
     best = status.get("best")
     kept = best if best is not None and best["step"] <= to.step else None
-    run.write_status(status | {"step": to.step, "state_sha256": to.state_sha256, "best": kept, "error": None})
+    at = {"step": to.step, "saved_step": to.step, "state_sha256": to.state_sha256}
+    run.write_status(status | at | {"best": kept, "error": None})
     _write_event(run, "went_back", step=to.step, state_sha256=to.state_sha256, discarded=beyond)
     run.check_lease()
     run.checkpoints.fence(to.step)
@@ -118,6 +121,29 @@ def copy_run(
         CheckpointError: No checkpoint is good; then there is no branch.
     """
     branch.take_lease()
+    try:
+        return _copy_all(run, branch, job, steps, code, warn)
+    except BaseException:  # also Ctrl-C: half a branch would keep others from using its name
+        with contextlib.suppress(StorageError, SupersededError):
+            branch.check_lease()
+            branch.store.delete(branch.store.names())
+        raise
+
+
+def first_workers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the environments of the workers on which a run began; None: no event records them."""
+    return next((event["workers"] for event in events if event["kind"] == "environment" and "workers" in event), None)
+
+
+def _copy_all(
+    run: RunDirectory,
+    branch: RunDirectory,
+    job: str,
+    steps: Sequence[int],
+    code: str | None,
+    warn: Callable[[str], None],
+) -> Manifest:
+    """Copy as ``copy_run`` does; what a failure leaves is no run."""
     manifest = _copy_newest(run, branch, steps, warn)
     metrics = branch.metrics()
     for row in run.metrics().read():
@@ -134,11 +160,6 @@ def copy_run(
     _write_event(branch, "branched", source=run.url, step=manifest.step, state_sha256=manifest.state_sha256)
     branch.write_job(job)  # last: with job.yaml it is a run, which would begin at step 0 if it had no checkpoint
     return manifest
-
-
-def first_workers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Return the environments of the workers on which a run began; None: no event records them."""
-    return next((event["workers"] for event in events if event["kind"] == "environment" and "workers" in event), None)
 
 
 def _copy_newest(

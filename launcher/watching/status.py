@@ -30,8 +30,8 @@ _CLOCK_ERROR_S = 3600.0
 """The largest difference between the clocks of two machines: stores refuse requests long before."""
 _LOOK_INTERVAL_S = 0.5
 NOT_BEGUN: dict[str, Any] = {
-    "run": "", "status": "running", "step": 0, "epoch": 0, "samples": 0, "metrics": {}, "best": None, "workers": 0,
-    "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
+    "run": "", "status": "running", "step": 0, "saved_step": None, "epoch": 0, "samples": 0, "metrics": {},
+    "best": None, "workers": 0, "attempts": 0, "failure": None, "state_sha256": None, "seconds": 0.0,
 }  # fmt: skip
 """The status document of a run that has not begun."""
 
@@ -45,6 +45,20 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
         run: The run.
         silence_s: How long a driver on another host may write nothing before it counts as gone, in seconds.
     """
+    return with_newest_checkpoint(run, _read_document(run, silence_s))
+
+
+def with_newest_checkpoint(run: RunDirectory, document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document of a run; if the run has stopped or failed, with the step from which ``resume`` goes on.
+
+    The last status of a driver may be older than its last checkpoint, which may be bad or gone, too.
+    """
+    if document["status"] not in ("stopped", "failed"):
+        return document
+    return document | {"saved_step": max(run.checkpoints.survey().manifests, default=None)}
+
+
+def _read_document(run: RunDirectory, silence_s: float) -> dict[str, Any]:
     status = run.read_status()
     # For a run that goes on or is complete, the submission adds nothing; skipping it makes listings cheap.
     if not _goes_on_or_is_complete(status, silence_s):

@@ -18,7 +18,15 @@ from cluster.run.run_directory import RunDirectory, list_runs
 from cluster.run.submissions import Submission
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage.store import Store
-from launcher.watching.status import LONG_SILENCE_S, NOT_BEGUN, SILENCE_S, about_submission, read_status, read_statuses
+from launcher.watching.status import (
+    LONG_SILENCE_S,
+    NOT_BEGUN,
+    SILENCE_S,
+    about_submission,
+    read_status,
+    read_statuses,
+    with_newest_checkpoint,
+)
 
 _STOP_INTERVAL_S = 0.5
 _LOG_LINES = 3
@@ -96,7 +104,8 @@ class SubmittedJob:
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
         log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
-        return document | _about(job) | {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
+        ended = {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
+        return with_newest_checkpoint(self.run, document | _about(job) | ended)
 
     def stopped(self, deadline: float) -> dict[str, Any]:
         """Stop the job of a run that has not begun, wait for its end, and mark the submission as stopped.

@@ -7,6 +7,7 @@ the local records to ``wandb sync``, as a user would.
 import io
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -263,6 +264,19 @@ class TestOffline(WandbContract):
     def recorded(self) -> Recorded:
         sync(sorted(Path(self.driver.settings.directory).glob("wandb/offline-run-*-run1")), self.server)
         return Recorded.by_wandb(self.server.runs["run1"])
+
+    def test_the_command_that_uploads_it_names_the_records_that_are_not_uploaded(self, tmp_path: Path) -> None:
+        folder = tmp_path / "my records"
+        for number in (1, 2):
+            tracker = open_tracker(replace(self.driver.settings, mode="offline", directory=str(folder)), print)
+            tracker.log({"step": number})
+            tracker.finish({}, {})
+            assert tracker.sync_command is not None
+            program, verb, *records = shlex.split(tracker.sync_command)
+            assert (program, verb, len(records)) == ("wandb", "sync", number)
+            assert sorted(folder.glob("wandb/offline-run-*-run1")) == [Path(record) for record in records]
+        sync([Path(records[0])], self.server)
+        assert tracker.sync_command == shlex.join(["wandb", "sync", records[1]])
 
     def test_nothing_is_sent(self) -> None:
         tracker = self.open([])

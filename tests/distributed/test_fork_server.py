@@ -37,6 +37,13 @@ def are_hashes_random() -> bool:
     return bool(sys.flags.hash_randomization)
 
 
+def get_signals() -> int:
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    return len(numbers)
+
+
 def refuse() -> None:
     raise DescriptionError("job.yaml: no")
 
@@ -65,6 +72,11 @@ def test_it_returns_what_the_function_returns(capfd: pytest.CaptureFixture[str])
 
 def test_strings_hash_alike_in_every_process() -> None:
     assert not fork_server.call(f"{HERE}:are_hashes_random")
+
+
+def test_signals_that_reach_many_processes_do_not_reach_a_forked_one() -> None:
+    """A closed terminal and a scheduler send them to all; only the driver acts on them."""
+    assert fork_server.call(f"{HERE}:get_signals") == 4
 
 
 def test_it_raises_what_the_function_raises() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, Ended, events, launcher, rows
@@ -75,3 +76,43 @@ def test_exported_with_its_model(home: Path) -> None:
     assert {entry.key: entry.value for entry in model.metadata_props}["step"] == "22"
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, "any size of a batch"
     assert json.loads(exported.stdout)["tensors"] > 0
+
+
+WARMING = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    \"\"\"Grows with the steps that it has seen, which no state dict holds.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + 1
+        return self.net(x) * torch.clamp(self.seen / 20, max=1.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_buffer_that_no_state_dict_holds_goes_wherever_the_run_goes(tmp_path: Path) -> None:
+    (tmp_path / "warming.py").write_text(WARMING)
+    model = ("model={_target_: warming.Model}", "train.max_steps=8", "checkpoint.every_steps=4")
+    run = launcher("run", JOBS / "digits.yaml", *SHORT[2:], *model, "workers.num=1", cwd=tmp_path)
+    assert run.exit_code == 0, run.stderr
+    branched = launcher("resume", "runs/digits", "--at", 4, "--as", "branch", "workers.num=2", "--json", cwd=tmp_path)
+    assert branched.document["state_sha256"] == run.document["state_sha256"], branched.stderr
+    for file in ("a.safetensors", "a.onnx"):
+        exported = launcher("export", "runs/branch", "--to", file, "--json", cwd=tmp_path)
+        assert exported.exit_code == 0, exported.stderr
+    import onnxruntime
+
+    weights = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert weights.keys() == {"net.1.weight", "net.1.bias"}
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: torch.zeros(2, 1, 32, 32).numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), (weights["net.1.bias"] * 8 / 20).expand(2, 10))

@@ -79,9 +79,9 @@ def test_progress_is_plain_lines_without_a_terminal(ended: Ended) -> None:
     assert not [line for line in lines if "pid=" in line or "WARNING" in line]
 
 
-@pytest.mark.usefixtures("ended")
-def test_w_and_b_has_a_record(home: Path) -> None:
-    assert list(home.glob("wandb/offline-run-*/run-*.wandb"))
+def test_w_and_b_has_a_record_and_the_end_says_how_to_upload_it(ended: Ended, home: Path) -> None:
+    (record,) = home.glob("wandb/offline-run-*/run-*.wandb")
+    assert f"W&B: recorded offline; upload it with: wandb sync {record.parent}" in ended.stderr.splitlines()
 
 
 def test_a_second_run_does_nothing(ended: Ended, home: Path) -> None:

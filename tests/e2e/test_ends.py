@@ -68,14 +68,25 @@ def test_a_run_stops_at_its_time_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_ray_does_not_start_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_ray_does_not_start_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that exists, whether it is resumed or branched from, stays as it was."""
+    run = tmp_path / "runs/digits"
+    overrides = ("train.max_steps=3", "tracking.mode=disabled", "--json")
+    begun = launcher("run", JOBS / "digits.yaml", *overrides, cwd=tmp_path)
+    assert begun.exit_code == 0, begun.stderr
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
     folder = tempfile.mkdtemp()  # a shorter path than a test's own folder has
     (Path(folder) / "ray").touch()
     monkeypatch.setenv("RAY_TMPDIR", folder)
-    ended = launcher("run", JOBS / "digits.yaml", "tracking.mode=disabled", "--json", cwd=tmp_path, on_ray=True)
-
-    assert ended.exit_code == 5, ended.stderr
-    assert ended.document["status"] == "failed"
-    assert ended.document["error"].startswith("Ray did not start on this machine: ")
-    status = launcher("status", "runs/digits", "--json", cwd=tmp_path).document
-    assert (status["status"], status["error"]) == ("failed", ended.document["error"])
+    for command in (
+        ("run", JOBS / "digits.yaml", "name=other", *overrides),
+        ("resume", run, "train.max_steps=6", "--json"),
+        ("resume", run, "train.max_steps=6", "--as", "branch", "--json"),
+    ):
+        ended = launcher(*command, cwd=tmp_path, on_ray=True)
+        assert ended.exit_code == 5, ended.stderr
+        assert ended.document["status"] == "failed"
+        assert ended.document["error"].startswith("Ray did not start on this machine: ")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]

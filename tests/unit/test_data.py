@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -208,6 +209,138 @@ class TestImageFolder:
         dataset = image_folder(root, num_classes=2)
 
         assert dataset.targets.tolist() == [0, 0, 1, 1, 1]
+
+    def test_what_systems_and_tools_leave_is_passed_over_at_every_depth(self, tmp_path: Path) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        (root / "class_000" / "deeper").mkdir()
+        Image.new("RGB", (8, 8)).save(root / "class_000" / "deeper" / "image.png")
+        left = [
+            ".ipynb_checkpoints", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN",
+            "System Volume Information", "lost+found", ".git", ".Trashes", "__pycache__",
+        ]  # fmt: skip
+        for folder in (root, root / "class_000", root / "class_000" / "deeper"):
+            for name in left:
+                (folder / name).mkdir()
+                Image.new("RGB", (8, 8)).save(folder / name / "image.png")
+            for name in ("._image_0000.jpg", ".hidden.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+                (folder / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+
+        dataset = image_folder(root)
+
+        assert (dataset.classes, dataset.targets.tolist()) == (("class_000", "class_001"), [0, 0, 0, 1, 1])
+        assert len(samples(dataset)) == 5  # each can be decoded
+
+    @pytest.mark.parametrize("target", [".", "..", "../..", "../class_000", "../class_001", "inner"])
+    def test_a_folder_counts_once_whatever_links_lead_to_it(self, tmp_path: Path, target: str) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        (root / "class_000" / "inner").mkdir()
+        shutil.move(root / "class_000" / "image_0000.jpg", root / "class_000" / "inner")
+        before = image_folder(root)
+        for place in ("class_000/again", "class_000/another", "class_000/inner/again"):
+            (root / place).symlink_to((root / "class_000" / target).absolute())
+        (root / "again").symlink_to(".")
+
+        after = image_folder(root)
+
+        assert (after.classes, digest(after)) == (before.classes, digest(before))
+
+    def test_links_to_elsewhere_are_followed_once(self, tmp_path: Path) -> None:
+        pool = make_image_folder(tmp_path / "pool", num_classes=3, per_class=2)
+        in_pool = pixels(image_folder(pool))
+        (tmp_path / "root" / "cat").mkdir(parents=True)
+        (tmp_path / "root" / "dog").symlink_to(pool / "class_000")  # a class that is a link
+        for name in ("b", "a"):  # two links to one folder
+            (tmp_path / "root" / "cat" / name).symlink_to(pool / "class_001")
+        (tmp_path / "root" / "cat" / "one.jpg").symlink_to(pool / "class_002" / "image_0000.jpg")
+        (pool / "class_000" / "home").symlink_to(tmp_path / "root")
+
+        dataset = image_folder(tmp_path / "root")
+
+        assert (dataset.classes, dataset.targets.tolist()) == (("cat", "dog"), [0, 0, 0, 1, 1])
+        assert pixels(dataset) == [*in_pool[2:5], *in_pool[:2]]
+
+    def test_the_order_is_not_that_of_the_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=3, per_class=3)
+        pool = make_image_folder(tmp_path / "pool", num_classes=1, per_class=2, seed=1)
+        for name in ("x", "y"):
+            (root / "class_001" / name).symlink_to(pool / "class_000")
+        before, scandir = image_folder(root), os.scandir
+
+        class Backwards:
+            def __init__(self, folder: object) -> None:
+                with scandir(folder) as listed:  # type: ignore[call-overload]
+                    self._entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
+
+            def __enter__(self) -> list:
+                return self._entries
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        monkeypatch.setattr(os, "scandir", Backwards)
+        after = image_folder(root)
+
+        assert (after.classes, digest(after)) == (before.classes, digest(before))
+
+    @pytest.mark.parametrize(
+        ("link", "target", "message"),
+        [
+            ("class_000/gone.jpg", "nowhere.jpg", "root/class_000/gone.jpg is a link that leads nowhere; repair or"),
+            ("class_000/gone", "nowhere", "root/class_000/gone is a link that leads nowhere; repair or remove it"),
+            ("class_002", "nowhere", "root/class_002 is a link that leads nowhere; repair or remove it"),
+            ("class_000/self", "self", "root/class_000/self is a link that leads nowhere; repair or remove it"),
+            ("class_002", "class_001", "root/class_002 and {tmp}/root/class_001 are the same folder, in two classes; "),
+        ],
+    )
+    def test_links_that_lose_images_are_errors(self, tmp_path: Path, link: str, target: str, message: str) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        (root / link).symlink_to(target)
+
+        with pytest.raises(ValueError, match="^" + re.escape(f"{tmp_path}/{message.format(tmp=tmp_path)}")):
+            image_folder(root)
+
+    def test_links_from_two_classes_to_one_folder_are_an_error(self, tmp_path: Path) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        pool = make_image_folder(tmp_path / "pool", num_classes=1, per_class=2)
+        for name in ("class_000", "class_001"):
+            (root / name / "more").symlink_to(pool / "class_000")
+
+        expected = f"{root}/class_001/more and {root}/class_000/more are the same folder, in two classes; remove one"
+        with pytest.raises(ValueError, match="^" + re.escape(expected)):
+            image_folder(root)
+
+    def test_a_folder_that_cannot_be_read_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        (root / "class_001" / "inner").mkdir()
+        scandir = os.scandir
+
+        def refused(folder: Path) -> object:
+            if folder == root / "class_001" / "inner":
+                raise PermissionError(13, "Permission denied", str(folder))
+            return scandir(folder)
+
+        monkeypatch.setattr(os, "scandir", refused)  # root may read everything
+
+        with pytest.raises(ValueError, match=r"class_001/inner cannot be read, Permission denied; correct that, or"):
+            image_folder(root)
+
+    def test_pipes_are_no_images(self, tmp_path: Path) -> None:
+        root = make_image_folder(tmp_path / "root", num_classes=2, per_class=2)
+        os.mkfifo(root / "class_000" / "pipe")
+        assert len(image_folder(root)) == 4
+
+        os.mkfifo(root / "class_000" / "pipe.png")
+        with pytest.raises(ValueError, match=r"class_000/pipe\.png is no file; repair or remove it$"):
+            image_folder(root)
+
+    @pytest.mark.parametrize("names", [["train"], ["train", "valid"], ["Train", "Val", "test"]])
+    def test_misnamed_splits_are_no_classes(self, tmp_path: Path, names: list[str]) -> None:
+        for name in names:
+            make_image_folder(tmp_path / name, num_classes=2, per_class=2)
+
+        expected = f"{tmp_path} must hold train/ and val/, or a folder per class, got {', '.join(sorted(names))}; "
+        with pytest.raises(ValueError, match="^" + re.escape(expected)):
+            image_folder(tmp_path, "train")
 
     def test_excluded_folders_are_no_classes(self, tmp_path: Path) -> None:
         root = make_image_folder(tmp_path / "root", num_classes=3, per_class=2)

@@ -5,6 +5,7 @@ The worker group is a script; everything else is the product's own, on a store i
 
 import io
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import fsspec
 import pytest
 
 from cluster.capacity import Node, WorkerResources
-from cluster.errors import Cause, ClusterError, LauncherError, TrainingError
+from cluster.errors import Cause, ClusterError, Interrupted, LauncherError, TrainingError
 from cluster.process.messages import (
     DOING,
     AgentsLost,
@@ -49,6 +50,7 @@ from launcher.driver.driver import Driver
 from launcher.driver.membership import MOST_MISFITS, Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
+from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
 
 Script = list[list[ToDriver] | float]
@@ -129,6 +131,7 @@ def drive(
     first_workers: list[dict[str, Any]] | None = None,
     screen: io.StringIO | None = None,
     is_shared: bool = False,
+    signals: StopSignals | None = None,
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run.
@@ -141,9 +144,19 @@ def drive(
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=100, end_step=100)
     display = open_progress(screen or io.StringIO(), clock=lambda: group.now)
     run.take_lease()
-    record = RunLog(spec=spec, plan=plan, run=run, state=RunState(step=step), display=display, tracker=NoTracker())
+    record = RunLog(
+        spec=spec,
+        plan=plan,
+        run=run,
+        state=RunState(step=step, saved_step=step or None),
+        display=display,
+        tracker=NoTracker(),
+    )
     group.is_settled = lambda: record.is_settled
-    driver = Driver(spec=spec, run_url=run.url, run_log=record, first_workers=first_workers, clock=lambda: group.now)
+    driver = Driver(
+        spec=spec, run_url=run.url, run_log=record, signals=signals or StopSignals(), first_workers=first_workers,
+        clock=lambda: group.now,
+    )  # fmt: skip
     scripted: Any = group
     try:
         with record:
@@ -1114,6 +1127,40 @@ class TestLimits:
         document, _ = drive(run, script, max_seconds=9.0)
 
         assert (document["status"], document["step"], document["attempts"]) == ("stopped", 5, 1)
+
+
+class TestSavedStep:
+    def test_it_is_that_of_the_newest_checkpoint(self, run: RunDirectory) -> None:
+        script: Script = [HELLO, [*both(started(step=0)), saved(0, 5), row(7)], [died(1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, max_failures=MaxFailuresSpec(machine=0))
+        status = run.read_status() or {}
+        assert (status["status"], status["step"], status["saved_step"]) == ("failed", 7, 5)
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        "numbers",
+        [(signal.SIGINT,), (signal.SIGHUP,) * 3, (signal.SIGUSR1, signal.SIGTERM), (signal.SIGUSR2, signal.SIGHUP)],
+    )
+    def test_they_stop_a_run(self, run: RunDirectory, numbers: tuple[signal.Signals, ...]) -> None:
+        """A closed terminal sends SIGHUP more than once; Slurm sends SIGUSR1, and SIGTERM when the time is up."""
+        signals = StopSignals()
+        for number in numbers:
+            signals.count(number)
+        document, _ = drive(run, [[]], signals=signals)
+
+        assert document["status"] == "stopped"
+        (stopping,) = events(run, "stop_requested")
+        assert stopping["reason"] == f"stopping on {numbers[0].name}"
+
+    @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+    def test_a_second_one_that_is_sent_on_purpose_abandons_it(self, run: RunDirectory, second: signal.Signals) -> None:
+        signals = StopSignals()
+        for number in (signal.SIGHUP, signal.SIGTERM, second):
+            signals.count(number)
+        with pytest.raises(Interrupted, match="abandoned at step 0"):
+            drive(run, [], signals=signals)
 
 
 class TestLeaving:

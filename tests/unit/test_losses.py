@@ -603,6 +603,38 @@ def test_what_a_loss_makes_of_a_batch_alone_can_be_asked() -> None:
     assert build(f"{__name__}.squares", {}).as_written(torch.zeros(2), torch.zeros(2)) is None
 
 
+class Counting(nn.Module):
+    """A loss that counts its calls, and weighs by the count."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        loss = self.calls * (output - target)
+        return loss if self.reduction == "none" else loss.mean()
+
+
+def test_a_batch_alone_leaves_no_trace_in_a_loss_with_buffers() -> None:
+    loss = build(f"{__name__}.Counting", {})
+    alone = loss.as_written(torch.ones(4), torch.zeros(4))
+    total, count = loss.numerator(torch.ones(4), torch.zeros(4))
+    assert alone is not None
+    assert alone.item() == total.item() / count == 1
+
+
+def half_mean(output: Tensor, target: Tensor) -> Tensor:
+    return (output.half() - target.half()).abs().mean()
+
+
+def test_a_mean_in_float16_is_multiplied_in_float32() -> None:
+    """In float16 the sum over 128 samples would be infinite, and in bfloat16 keep three digits."""
+    total, count = build(f"{__name__}.half_mean", {}).numerator(torch.full((128,), 1000.0), torch.zeros(128))
+    assert (total.dtype, total.item(), count) == (torch.float32, 128000.0, 128)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("name", "args", "message"),

@@ -98,7 +98,7 @@ def record(run: RunDirectory) -> RunLog:
         spec=bare_job(checkpoint=CheckpointSpec(keep=1)),
         plan=plan,
         run=run,
-        state=RunState(step=5),
+        state=RunState(step=5, saved_step=5),
         display=display,
         tracker=NoTracker(),
         clock=lambda: SlowFileSystem.now,

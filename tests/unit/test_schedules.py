@@ -471,6 +471,11 @@ MISTAKES = {
     # Functions
     "a bare function": ("LambdaLR", {"lr_lambda": "halved"},
         "scheduler.lr_lambda._target_ must be an import path such as package.module.Name, got 'halved'"),
+    "milestones as in Python": ("MultiStepLR", {"milestones": "(3, 8)"},
+        "scheduler.milestones is text, got '(3, 8)'; write a list, [3, 8], without quotes"),
+    "a function in place of its path": ("LambdaLR", {"lr_lambda": "lambda epoch: 0.95 ** epoch"},
+        "scheduler.lr_lambda must be the import path of a function, got 'lambda epoch: 0.95 ** epoch'; write the "
+        "function in a module beside the job file, and its path here, such as mine.decay"),
     "a misspelt function": ("LambdaLR", {"lr_lambda": f"{HERE}.halvd"},
         f"scheduler.lr_lambda._target_ '{HERE}.halvd': {HERE} has no 'halvd' (did you mean 'halved'?)"),
     "a misspelt function in a list": ("LambdaLR", {"lr_lambda": [f"{HERE}.halved", f"{HERE}.halvd"]},
@@ -503,8 +508,8 @@ MISTAKES = {
         "scheduler.T_max must be at least 3, the epochs that it runs for, got 2, after which the rate rises again; "
         "write ${train.epochs}, or take CosineAnnealingWarmRestarts"),
     "a length in quotes": ("CosineAnnealingLR", {"T_max": "12"},
-        "scheduler.T_max must be at least 3, the epochs that it runs for, got '12', after which the rate rises again; "
-        "write ${train.epochs}, or take CosineAnnealingWarmRestarts"),
+        "scheduler.T_max is text, got '12'; remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a number from "
+        "the environment"),
     "a polynomial in a sequence": (
         "SequentialLR", nested("PolynomialLR", total_iters=6) | {"interval": "step"},
         "scheduler.schedulers[1].total_iters must be at least 7, the steps that it runs for, got 6, after which the "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import pytest
 
 from cluster.errors import ClusterError
 from cluster.run import lease
+from cluster.run.manifest import Share, join
 from cluster.run.run_directory import RunDirectory
+from launcher.display.tables import summary
 from launcher.driver.background_writer import HANGS_S
 from launcher.watching import status
 from launcher.watching.status import SILENCE_S, is_driven, refuse_if_running
@@ -139,6 +142,42 @@ def test_a_node_that_died_is_told_within_a_minute_and_a_slow_store_is_no_death(r
     if expected == "failed":
         assert document["error"] == f"the driver on node-1 has said nothing for {ago_s:.0f} s; resume goes on"
         assert document["step"] == 4
+
+
+def keep(run: RunDirectory, step: int) -> str:
+    """Writes a checkpoint; returns the name of its one part."""
+    part = run.checkpoints.write_part(step, ("model", 0), f"weights of {step}".encode())
+    share = Share(
+        step=step, num_parts={"model": 1}, parts={("model", 0): part}, state_files=["model"], metrics={}, versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    manifest = join([share])
+    assert manifest is not None
+    run.checkpoints.commit(manifest)
+    return part.object
+
+
+@pytest.mark.parametrize("ending", ["stopped", "failed", "killed", "not begun"])
+def test_the_end_of_a_run_tells_from_where_it_goes_on(run: RunDirectory, ending: str) -> None:
+    """The step that a driver wrote last may be later than the newest checkpoint, and earlier."""
+    if ending == "killed":
+        die_elsewhere(run, 600.0)
+    elif ending == "not begun":
+        run.write_status({"status": "failed", "error": "no"})
+    else:
+        run.write_status({"status": ending, "step": 7, "saved_step": 6})
+    document = status.read_status(run)
+    assert document["saved_step"] is None
+    assert "none yet, so resume begins at step 0" in summary(document)
+
+    keep(run, 5)
+    part = keep(run, 6)
+    document = status.read_status(run)
+    assert document["saved_step"] == 6
+    assert re.search("^ +checkpoint +step 6$", summary(document), re.MULTILINE)
+
+    run.store.delete([f"checkpoints/{part}"])
+    assert status.read_status(run)["saved_step"] == 5, "resume passes over one that lacks a part"
 
 
 def test_the_clocks_of_two_machines_may_differ_a_little() -> None:

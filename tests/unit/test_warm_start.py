@@ -10,13 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cluster.errors import CheckpointError, DescriptionError, LauncherError, StorageError
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.checkpoint.warm_start import LoadReport, Weights, WeightsSource, load_weights, match_weights, read_weights
+from jobs.components.averaging import MovingAverage
 from jobs.spec import InitSpec
 from tests import saved
 from tests.states import encode
@@ -60,7 +60,7 @@ def match(model: nn.Module, tensors: dict[str, Tensor], **spec: Any) -> LoadRepo
     return match_weights(model, InitSpec(url="s3://runs/digits", **spec), weights(tensors))
 
 
-def load(model: nn.Module, tensors: dict[str, Tensor], ema: AveragedModel | None = None, **spec: Any) -> LoadReport:
+def load(model: nn.Module, tensors: dict[str, Tensor], ema: MovingAverage | None = None, **spec: Any) -> LoadReport:
     report = match(model, tensors, **spec)
     load_weights(model, ema, weights(tensors), report)
     return report
@@ -220,7 +220,7 @@ def test_the_optimizer_and_the_memory_layout_stay() -> None:
 def test_the_average_begins_at_the_loaded_weights() -> None:
     model, source = Net(), Net()
     nn.init.normal_(source.norm.running_mean)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema = MovingAverage(model, 0.9)
     load(model, held(source), ema, exclude=("head.*",))
     assert all(tensor.equal(held(model)[name]) for name, tensor in held(ema.module).items())
     assert ema.module.norm.running_mean.equal(source.norm.running_mean)
@@ -308,7 +308,7 @@ def run(place: str) -> Run:
     return Run(run.url, models)
 
 
-def save(checkpoints: Checkpoints, step: int, model: nn.Module, ema: AveragedModel | None = None) -> None:
+def save(checkpoints: Checkpoints, step: int, model: nn.Module, ema: MovingAverage | None = None) -> None:
     average = None if ema is None else ema.state_dict()
     state = {"model": model.state_dict(), "optimizer": {}, "scheduler": {}, "ema": average}
     saved.save(checkpoints, step, encode(state))
@@ -366,7 +366,7 @@ def test_a_bad_newest_checkpoint_is_passed_over_and_told_of(run: Run) -> None:
 
 def test_averaged_weights(place: str) -> None:
     run, model = RunDirectory(f"{place}/averaged"), Net()
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ema = MovingAverage(model, 0.9)
     nn.init.normal_(ema.module.head.weight)
     save(run.checkpoints, 5, model, ema)
     averaged, trained = read(run.url, weights="ema"), read(run.url)

@@ -1,0 +1,71 @@
+"""The signals that ask for a stop: which count, what they interrupt, and what a child inherits."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.host.signals import ASKING, ignore_stops, kept_from_children, stop_signals
+from launcher.driver.stop_signals import StopSignals
+
+OF_MANY = {signal.SIGINT, *ASKING}
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, *OF_MANY)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_one_that_was_ignored_at_the_start_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shell's command in the background
+    signals = StopSignals()
+    with signals.caught():
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.first is None
+        signal.raise_signal(signal.SIGINT)
+        assert signals.first == signal.SIGINT
+    assert signal.SIGHUP not in stop_signals()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OF_MANY])
+def test_one_is_counted_while_a_run_is_driven(number: signal.Signals) -> None:
+    signals = StopSignals()
+    with signals.caught():
+        signal.raise_signal(number)
+    assert (signals.first, signals.is_abandoned) == (number, False)
+
+
+def test_one_that_comes_before_training_interrupts_it() -> None:
+    signals = StopSignals()
+    signals.interrupting = stop_signals()
+    with signals.caught(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGUSR1)
+    assert signals.first == signal.SIGUSR1
+
+
+def test_a_closed_terminal_that_tells_it_again_is_ignored_after_the_run() -> None:
+    signals = StopSignals()
+    with signals.caught():
+        signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert not signals.is_abandoned
+
+
+def test_what_starts_meanwhile_inherits_a_mask() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with kept_from_children():
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= OF_MANY
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_program_that_a_training_process_starts_may_handle_them() -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_MANY)
+    ignore_stops()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & OF_MANY
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number in OF_MANY:
+        signal.raise_signal(number)
