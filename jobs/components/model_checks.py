@@ -41,7 +41,7 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"model: {name} is a {type(module).__name__}, whose shape is unknown until its first batch; write its "
             "number of inputs, or call the model on a sample where you build it"
         )
-    if isinstance(module, nn.SyncBatchNorm):
+    if isinstance(module, nn.SyncBatchNorm) and module.training:
         raise DescriptionError(
             f"model: {name} is a SyncBatchNorm, whose result depends on the number of workers; take BatchNorm, which "
             "sees the micro-batch of one shard here, and lower train.shards for larger batches"

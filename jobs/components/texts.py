@@ -11,15 +11,20 @@ from typing import Any
 from cluster.errors import DescriptionError
 from jobs.spec import DECODE, NUMBER, NUMBER_FROM_TEXT, list_in
 
-_TEXT = r"\b(str|bytes|AnyStr|Literal|PathLike|\w*Path)\b"
-"""What annotations of parameters that take text hold."""
+_NUMBERS = {"int", "float", "bool", "complex", "Number", "Tensor", "ndarray"}
+_OTHERS = {
+    "tuple", "Tuple", "list", "List", "Sequence", "MutableSequence", "Iterable", "Collection", "dict", "Dict",
+    "Mapping", "Optional", "Union", "None", "NoneType", "builtins", "typing", "collections", "abc", "numbers", "numpy",
+    "torch",
+}  # fmt: skip
+"""With ``_NUMBERS``, the words of annotations that name no type of text."""
 
 
 def check_texts(function: Callable[..., Any], args: Mapping[str, Any], key: str) -> None:
     """Checks that no argument of a callable is text where the callable wants another type, as far as it says.
 
-    Text that reads as a list of numbers must not meet a parameter unless its annotation or its default is text. Text
-    that reads as a number, or as true or false, must not meet one whose annotation or default is of that type.
+    Text that reads as a list, a number, true or false must not meet a parameter whose annotation names other types
+    alone or, without an annotation, whose default is of another type.
 
     Raises:
         DescriptionError: An argument, or an item of one, is such a text.
@@ -27,8 +32,11 @@ def check_texts(function: Callable[..., Any], args: Mapping[str, Any], key: str)
     parameters = _parameters(function)
     for name, value in args.items():
         parameter = parameters.get(name)
-        for where, text in _texts(value, f"{key}.{name}"):
-            if (parameter is None or not _takes(parameter, str, _TEXT)) and (advice := _advice(parameter, text)):
+        if parameter is None:
+            continue
+        takes_no_text = _takes_no_text(parameter) if isinstance(value, str) else _has_no_text(parameter)
+        for where, text in _texts(value, f"{key}.{name}") if takes_no_text else ():
+            if advice := _advice(parameter, text):
                 raise DescriptionError(f"{where} is text, got {text!r}; {advice}")
 
 
@@ -51,21 +59,39 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{key}[{number}]")
 
 
-def _advice(parameter: inspect.Parameter | None, text: str) -> str | None:
-    """Returns what to write in place of a text; None if a parameter that takes no text may want it all the same."""
+def _advice(parameter: inspect.Parameter, text: str) -> str | None:
+    """Returns what to write in place of a text; None if it reads as nothing else that the parameter takes."""
     if written := list_in(text):
         return f"write a {'mapping' if written[0] == '{' else 'list'}, {written}, without quotes"
-    if parameter is None:
-        return None
-    if text.lower() in ("true", "false") and _takes(parameter, bool, r"\bbool\b"):
+    if text.lower() in ("true", "false") and (isinstance(parameter.default, bool) or "bool" in _words(parameter)):
         return f"write {text.lower()} without quotes, or {DECODE} for a value from the environment"
-    if re.fullmatch(NUMBER, text.lstrip("+-")) and _takes(parameter, (int, float), r"\b(int|float)\b"):
+    if re.fullmatch(NUMBER, text.lstrip("+-")):
         return NUMBER_FROM_TEXT
     return None
 
 
-def _takes(parameter: inspect.Parameter, types: type | tuple[type, ...], annotated: str) -> bool:
-    """Returns whether a parameter's default is of a type, or its annotation names it."""
+def _takes_no_text(parameter: inspect.Parameter) -> bool:
+    """Returns whether the annotation of a parameter, or else its default, says that it is no text."""
+    words = _words(parameter)
+    if words:
+        return words <= _NUMBERS | _OTHERS
+    return isinstance(parameter.default, (bool, int, float, tuple, list, dict))
+
+
+def _has_no_text(parameter: inspect.Parameter) -> bool:
+    """Returns whether the annotation of a parameter, or else its default, says that its items are no text."""
+    words = _words(parameter)
+    if words:
+        return words <= _NUMBERS | _OTHERS and not words.isdisjoint(_NUMBERS)
+    default = parameter.default
+    return (
+        isinstance(default, (tuple, list)) and bool(default) and all(isinstance(item, (int, float)) for item in default)
+    )
+
+
+def _words(parameter: inspect.Parameter) -> set[str]:
+    """Returns the words of an annotation; empty if there is none."""
     annotation = parameter.annotation
-    words = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return isinstance(parameter.default, types) or re.search(annotated, words) is not None
+    if annotation is inspect.Parameter.empty:
+        return set()
+    return set(re.findall(r"\w+", annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)))

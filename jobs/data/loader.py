@@ -5,12 +5,12 @@ random generators before every sample, by the key of that sample.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from cluster.errors import text_of
 from cluster.process import fork_server
@@ -95,9 +95,13 @@ def validation_batches(
 
 
 def single_samples(dataset: Any, numbers: Sequence[int], *, seed: int, loaders: int) -> Iterator[Any]:
-    """Yields training samples of epoch 0, each as a batch of one, read by ``loaders`` processes."""
+    """Hands the dataset to ``loaders`` processes; returns an iterator over samples of epoch 0, not collated.
+
+    Raises:
+        Exception: The dataset cannot be pickled, and there are loader processes.
+    """
     keys = [[(0, number)] for number in numbers]
-    yield from _data_loader(KeyedDataset(dataset, seed), keys, loaders, torch.device("cpu"))
+    return iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, torch.device("cpu"), collate=_only))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -131,11 +135,21 @@ class _TrainingKeys:
                 yield [(epoch, number) for number in self._steps.samples(self._seed, batch, shard).tolist()]
 
 
+def _only(samples: list[Any]) -> Any:
+    (sample,) = samples
+    return sample
+
+
 def _data_loader(
-    dataset: KeyedDataset, keys: _TrainingKeys | Sequence[Sequence[SampleKey]], loaders: int, device: torch.device
+    dataset: KeyedDataset,
+    keys: _TrainingKeys | Sequence[Sequence[SampleKey]],
+    loaders: int,
+    device: torch.device,
+    collate: Callable[[list[Any]], Any] = default_collate,
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
+        collate_fn=collate,
         batch_sampler=keys,  # type: ignore[arg-type]  # torch declares a Sampler, but uses any iterable
         num_workers=loaders,
         # Forking a worker would break the threads it has by now; its fork server has none, and has torch imported.

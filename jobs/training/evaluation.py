@@ -5,7 +5,8 @@ whole validation is repeated from the same weights.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,21 @@ from jobs.sampling import draw_key
 
 if TYPE_CHECKING:  # importing it imports torchmetrics; only jobs with metrics pay for that
     from jobs.components.metrics import MetricSet
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and then each of its modules into the mode that it had.
+
+    A model may keep some of its modules, such as frozen batch norms, in evaluation mode while it trains.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -53,21 +69,19 @@ def evaluate(
 
     Collective: every rank.
     """
-    was_training = model.training
-    model.eval()
     buffers = Buffers({MODEL: model, **loss.modules()})
     at_start = buffers.take(with_values=True)
     rows = []  # of each batch, float64 [4]: loss sum, correct, counted, weight
-    for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
-        seed_draws(draw_key("evaluation", seed, number), team.device)
-        output = model(inputs)
-        numerator, own = loss.numerator(output, target)
-        weight = loss.weight(target, numerator, own)
-        rows.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
-        if metrics is not None:
-            metrics.update(*loss.measured(output, target))
-        buffers.put(at_start)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
+            seed_draws(draw_key("evaluation", seed, number), team.device)
+            output = model(inputs)
+            numerator, own = loss.numerator(output, target)
+            weight = loss.weight(target, numerator, own)
+            rows.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+            if metrics is not None:
+                metrics.update(*loss.measured(output, target))
+            buffers.put(at_start)
     tallies = team.gather_rows([row.tolist() for row in torch.stack(rows).cpu()] if rows else [], width=4)
     total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
     if weight_sum == 0:

@@ -67,7 +67,7 @@ class TrainingStep:
         if skipped:
             self._buffers.put(buffers_at_start)
         else:
-            self._update_weights()
+            self._update_weights(step)
         self._components.optimizer.zero_grad(set_to_none=True)
         self._components.schedule.step_done()
         return StepOutcome(tallies, denominator, rates, skipped)
@@ -135,8 +135,10 @@ class TrainingStep:
             raise TrainingError(f"step {step + 1}: every target of the global batch is ignored")
         return weight
 
-    def _update_weights(self) -> None:
+    def _update_weights(self, step: int) -> None:
         """Clips the gradient, updates the weights and their moving average.
+
+        An optimizer may draw random numbers: the generators are seeded by ``step``, the same on every rank.
 
         A gradient scaler skips the update if the gradient overflowed, and lowers its scale.
         """
@@ -147,6 +149,7 @@ class TrainingStep:
             clip_norm(self._trained, train.clip_norm)
         if train.clip_value is not None:
             nn.utils.clip_grad_value_(self._trained, train.clip_value)
+        seed_draws(draw_key("update", self._spec.seed, step), self._team.device)
         if components.scaler is None:
             components.optimizer.step()
         else:

@@ -4,13 +4,12 @@ It runs in a process of its own, in the place of a worker. That process imports 
 they print, leak or crash stays there.
 """
 
-import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, in_short, nearest
 from cluster.process.orders import Task
@@ -21,18 +20,19 @@ from jobs.data.loader import seed_draws, shape_of, to_device
 from jobs.environment import code_digests
 from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
+from jobs.training.evaluation import evaluation_mode
 from jobs.training.failure_causes import cause_of
 from launcher.planning.loss_checks import check_fit, check_mean
-from launcher.planning.micro_batch import MicroBatch, shortened
+from launcher.planning.micro_batch import MicroBatch
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
-from launcher.planning.rehearsal import rehearse_training, rehearse_validation
-from launcher.planning.sample_checks import check_read_again, read_samples, stack
+from launcher.planning.rehearsal import Snapshot, rehearse
+from launcher.planning.same_bits import has_same_bits
+from launcher.planning.sample_checks import read_samples, stack
 
 _MAX_SAMPLES_ON_CPU = 32
 """A larger micro-batch takes long on a CPU and finds no more mistakes."""
-_MOST_REHEARSED_ON_CPU = 4
-"""A rehearsal repeats on a few of the samples what was checked on all of them."""
-_MOST_THREADS = 4
+_FEW_SAMPLES = 4
+"""A rehearsal on a CPU repeats on a few of the samples what was checked on all of them."""
 
 
 def try_out(task: Task) -> DryRunResult:
@@ -50,10 +50,7 @@ def try_out(task: Task) -> DryRunResult:
     device = worker_device(on_gpu=task.on_gpu)
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
     try:
-        parts = build_parts(spec, device)
-        # The bits of a dry run are nobody's, and it lasts seconds, so it may use more threads than a worker.
-        torch.set_num_threads(max(spec.train.threads, min(_MOST_THREADS, os.cpu_count() or 1)))
-        return _try_components(spec, parts, max_samples, task.import_paths, launcher_modules)
+        return _try_components(spec, build_parts(spec, device), max_samples, task.import_paths, launcher_modules)
     except (DescriptionError, RuntimeError) as error:
         original = error.__cause__ or error
         if cause_of(original) != "gpu_out_of_memory":
@@ -72,14 +69,18 @@ def _try_components(
     data_fingerprint = parts.data_fingerprint()  # before any sample is read, as in workers
     init_from = None if spec.init_from is None else _load_init_weights(spec.init_from, parts)
     groups, rates = _group_plans(parts), parts.schedule.preview(parts.steps)  # before a step advances them
+    before = Snapshot(parts)
     # Unfreeze every group: those that are frozen at first must get gradients, too.
     set_trainable(parts.model, parts.groups, step=parts.steps.total_steps)
-    train = _read(parts, spec, "data.train", parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist())
-    loss, measured = _compute_gradients(parts, spec, train)
-    parts.optimizer.zero_grad(set_to_none=True)
+    numbers = parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist()
+    train, few = _read(parts, spec, "data.train", [numbers, numbers[:_FEW_SAMPLES]])
+    loss, counts, measured = _compute_gradients(parts, spec, train, before)
     measured |= _check_validation(parts, spec, max_samples)
     _check_watched(spec, measured)
-    checkpoint_bytes = rehearse_training(spec, parts, _rehearsed(parts, train))
+    checkpoint_bytes = before.size
+    if counts:
+        on_gpu = parts.device.type == "cuda"  # its memory must have room for all samples
+        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train])
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
@@ -97,41 +98,54 @@ def _try_components(
     )
 
 
-def _read(parts: Components, spec: JobSpec, key: str, numbers: list[int]) -> MicroBatch:
+def _read(parts: Components, spec: JobSpec, key: str, batches: list[list[int]]) -> list[MicroBatch]:
+    """Read the samples of some batches, each once."""
     dataset = parts.train_set if key == "data.train" else parts.val_set
-    samples = read_samples(dataset, numbers, key, spec.seed)
-    check_read_again(dataset, samples[:_MAX_SAMPLES_ON_CPU], numbers, key, spec)
-    inputs, target = to_device(stack(samples, key), parts.device)
-    return MicroBatch(key, dataset, numbers, inputs, target)
+    numbers = list(dict.fromkeys(number for batch in batches for number in batch))
+    samples = dict(zip(numbers, read_samples(dataset, numbers, key, spec)))
+    read = []
+    for batch in batches:
+        inputs, target = to_device(stack([samples[number] for number in batch], key), parts.device)
+        read.append(MicroBatch(key, dataset, batch, inputs, target))
+    return read
 
 
 def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set[str]:
-    """Check and validate the first and the last batch of ``data.val``; return the names of what is measured."""
+    """Check the first and the last batch of ``data.val``; return the names of what is measured."""
     if parts.val_set is None:
         return set()
     length, size = len(parts.val_set), parts.steps.micro_batch
-    first = _read(parts, spec, "data.val", list(range(min(size, length, max_samples))))
+    begin_of_last = (length - 1) // size * size  # the last one may be shorter
+    starts = dict.fromkeys([0, begin_of_last])
+    first, *others = _read(
+        parts, spec, "data.val", [[*range(start, min(start + size, length))][:max_samples] for start in starts]
+    )
     measured = _forward(parts, spec, first)[2]
-    batches = _rehearsed(parts, first)[:1]
-    begin_of_last = (length - 1) // size * size
-    if begin_of_last:  # it may be shorter than the others
-        last = _read(parts, spec, "data.val", list(range(begin_of_last, length))[:_MOST_REHEARSED_ON_CPU])
+    for last in others:
         try:
             _forward(parts, spec, last)
         except DescriptionError as error:
             samples = f"{len(last.numbers)} sample{'s' * (len(last.numbers) > 1)}"
             raise DescriptionError(f"the last batch of data.val, of {samples}: {error}") from error
-        batches.append((last.inputs, last.target))
-    rehearse_validation(spec, parts, batches)
     return measured
 
 
-def _rehearsed(parts: Components, batch: MicroBatch) -> list[tuple[Any, Any]]:
-    """Return what to rehearse with: the batch on a GPU, whose memory it must fit into; else a few samples first."""
-    whole = (batch.inputs, batch.target)
-    if parts.device.type == "cuda" or len(batch.numbers) <= _MOST_REHEARSED_ON_CPU:
-        return [whole]
-    return [shortened(whole, _MOST_REHEARSED_ON_CPU), whole]
+def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch]) -> int:
+    """Rehearse on the first of the batches on which no part fails: some losses fail on a few samples.
+
+    Returns:
+        The bytes of a checkpoint after a step.
+
+    Raises:
+        DescriptionError: See ``rehearse``, of the last batch.
+    """
+    *earlier, last = batches
+    for batch in earlier:
+        try:
+            return rehearse(spec, parts, before, (batch.inputs, batch.target))
+        except DescriptionError:
+            parts = build_parts(spec, parts.device)  # DDP has left hooks on parameters whose gradient it waited for
+    return rehearse(spec, parts, before, (last.inputs, last.target))
 
 
 def _accelerator_here(spec: JobSpec) -> str | None:
@@ -160,8 +174,21 @@ def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:
     )
 
 
-def _compute_gradients(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[float, set[str]]:
-    """Compute gradients on some samples; return their loss and the names of the metrics of a step."""
+def _compute_gradients(
+    parts: Components, spec: JobSpec, batch: MicroBatch, before: Snapshot
+) -> tuple[float, bool, set[str]]:
+    """Compute gradients on some samples and drop them.
+
+    Args:
+        parts: The components; their forward pass has not run yet.
+        spec: The description.
+        batch: The samples.
+        before: The state of the components.
+
+    Returns:
+        The loss, whether any target counts, and the names of the metrics of a step.
+    """
+    initial = dict(parts.model.named_parameters())
     numerator, denominator, measured = _forward(parts, spec, batch)
     if not numerator.isfinite():
         raise DescriptionError(
@@ -173,7 +200,26 @@ def _compute_gradients(parts: Components, spec: JobSpec, batch: MicroBatch) -> t
         (numerator / denominator if denominator else numerator).backward()
     except RuntimeError as error:
         raise DescriptionError(f"loss: backward raised RuntimeError: {in_short(error)}") from error
-    trained = [(name, parameter) for name, parameter in parts.model.named_parameters() if parameter.requires_grad]
+    for name, parameter in parts.model.named_parameters():
+        if initial.get(name) is not parameter:
+            raise DescriptionError(
+                f"model: forward makes the parameter {name}, and the optimizer already has its parameters; make it in "
+                "__init__"
+            )
+        weight = before.weight(name)
+        if weight is not None and not has_same_bits(parameter.detach().cpu(), weight):
+            raise DescriptionError(
+                f"model: forward changes the parameter {name}, on each worker by its own samples; change weights "
+                "before the model is returned, or in the optimizer"
+            )
+    _check_gradients(parts.model)
+    parts.optimizer.zero_grad(set_to_none=True)
+    mean = numerator.item() / denominator if denominator else 0.0
+    return mean, denominator > 0, measured
+
+
+def _check_gradients(model: nn.Module) -> None:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = [name for name, parameter in trained if parameter.grad is None]
     if without:
         raise DescriptionError(
@@ -187,27 +233,29 @@ def _compute_gradients(parts: Components, spec: JobSpec, batch: MicroBatch) -> t
             f"model: {sparse[0]} gets a sparse gradient, which workers cannot sum in one order; write sparse=False in "
             "its layer"
         )
-    return numerator.item() / denominator if denominator else 0.0, measured  # 0: no target of this micro-batch counts
 
 
 def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tensor, float, set[str]]:
     """Return numerator and denominator of the loss over some samples, and the names of their metrics.
 
+    Training samples go through the model in the modes that its modules were built with, and others through the model
+    that validation takes, in evaluation mode.
+
     Shapes: numerator [], with a graph if the samples are of ``data.train``.
     """
     train, inputs, target = batch.key == "data.train", batch.inputs, batch.target
-    parts.model.train(train)
+    model = parts.model if train else parts.validated_model
     seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
-    with parts.autocast(), torch.set_grad_enabled(train):
+    with parts.autocast(), torch.set_grad_enabled(train), nullcontext() if train else evaluation_mode(model):
         try:
-            output = parts.model(parts.in_memory_order(inputs))
+            output = model(parts.in_memory_order(inputs))
         except Exception as error:  # the model is the user's own code
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise DescriptionError(
                 f"model: forward on inputs{shape} raised {type(error).__name__}: {in_short(error)}; "
                 f"make model and {batch.key} fit"
             ) from error
-        check_fit(parts.loss, replace(batch, output=output), parts.model)
+        check_fit(parts.loss, replace(batch, output=output), model)
         try:
             as_written = parts.loss.as_written(output, target)
             if as_written is not None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cluster.errors import DescriptionError
 from jobs.components.losses import GlobalLoss
+from jobs.training.evaluation import evaluation_mode
 from launcher.planning.micro_batch import MicroBatch, all_targets, first_of
 
 _TAKE_LOG_PROBABILITIES = (nn.NLLLoss, nn.KLDivLoss, nn.CTCLoss)
@@ -85,15 +86,11 @@ def _far_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Return the model's outputs for inputs far outside its data; none if the inputs are not floating-point."""
     if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
         return []
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             return [model(inputs * scale) for scale in (100.0, -100.0)]
     except Exception:  # user code may fail on such inputs; the real ones were checked before
         return []
-    finally:
-        model.train(was_training)
 
 
 def _any_dims(tensor: Tensor) -> list[tuple[int, ...]]:

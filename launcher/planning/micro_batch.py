@@ -49,14 +49,3 @@ def first_of(chosen: Tensor, targets: Tensor, numbers: Sequence[int]) -> tuple[i
     """
     place = tuple(chosen.nonzero()[0])
     return numbers[int(place[0])], targets[place].item()
-
-
-def shortened(batch: Any, length: int) -> Any:
-    """Return the first samples of a batch, a tree that ``default_collate`` made; its leaves are tensors and lists."""
-    if isinstance(batch, Tensor) or (isinstance(batch, list) and batch and isinstance(batch[0], (str, bytes))):
-        return batch[:length]
-    if isinstance(batch, dict):
-        return {name: shortened(value, length) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
-        return type(batch)(*(shortened(value, length) for value in batch))
-    return type(batch)(shortened(value, length) for value in batch)

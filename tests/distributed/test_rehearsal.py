@@ -4,6 +4,7 @@ Each dry run is a process of its own, as in the product, because it sets much of
 """
 
 import itertools
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,51 @@ class Records(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         self.file.seek(number)
         return torch.full((FEATURES,), self.file.read(1)[0] / 256), number % CLASSES
+
+
+class LazyRecords(Records):
+    """Opens its file in the process that reads, as those of h5py and LMDB do."""
+
+    def __init__(self) -> None:
+        self.file = None
+
+    def __getitem__(self, number: int) -> Any:
+        self.file = self.file or Path(__file__).open("rb")  # noqa: SIM115
+        return super().__getitem__(number)
+
+
+class Mappings(Transformed):
+    """Samples whose input is a mapping and no dict."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x)
+
+    def __getitem__(self, number: int) -> Any:
+        x, target = super().__getitem__(number)
+        return UserDict(x=x), target
+
+
+class InPlace(Transformed):
+    """Changes its own tensors, and returns views of them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x.add_(torch.rand(FEATURES)))
+
+
+class Pictures(Transformed):
+    """Samples that nobody has made tensors of."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: object())  # type: ignore[arg-type, return-value]
+
+
+def standardised() -> Transformed:
+    return Transformed(standardise)
+
+
+def standardise(x: Tensor) -> Tensor:
+    wide = x.repeat(20_000)
+    return (x - wide.mean()) / wide.std()
 
 
 def part(which: int) -> Any:
@@ -168,6 +214,61 @@ class Words(nn.Module):
         return output
 
 
+class OfMappings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = line()
+
+    def forward(self, inputs: Any) -> Tensor:
+        output: Tensor = self.line(inputs["x"])
+        return output
+
+
+class Selecting(nn.Module):
+    """Takes the eight largest values of a batch, which must have them, in validation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = line()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.line(x)
+        return output + output.sum(1).topk(8).values.mean()
+
+
+class Experts(nn.Module):
+    """Uses its second expert in batches of more than a few samples alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([line(), line()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.experts[0](x)
+        return output + self.experts[1](x) if len(x) > 4 or not self.training else output
+
+
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(2, CLASSES, max_norm=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.words((x[:, 0] > 0.5).long())
+        return output
+
+
+class MadeLate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.head = line(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.head = self.head or nn.Linear(CLASSES, CLASSES)
+        output: Tensor = self.head(self.line(x))
+        return output
+
+
 def half_headed() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, FEATURES), line().half())
 
@@ -231,6 +332,31 @@ class CountingSGD(torch.optim.SGD):
         return super().step(closure)
 
 
+class OfNarrowMoments(torch.optim.SGD):
+    """Its moments are wider than the weights, and torch narrows what it loads."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                moment = self.state[parameter].setdefault("moment", torch.zeros(parameter.shape))
+                moment.mul_(0.9).add_(parameter.grad.float())
+        return super().step(closure)
+
+
+def narrow() -> nn.Module:
+    return Narrow()
+
+
+class Narrow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = line().bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.line(x.bfloat16())
+        return output.float()
+
+
 class WantsEveryGradient(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -260,7 +386,7 @@ def job(**parts: Any) -> JobSpec:
             factory=Target(f"{HERE}.{parts['optimizer']}" if "optimizer" in parts else "SGD", {"lr": 0.1}),
             groups=parts.get("groups", ()),
         ),
-        train=TrainSpec(global_batch=32, shards=2, **parts.get("train", {})),
+        train=TrainSpec(global_batch=32, shards=parts.get("shards", 2), **parts.get("train", {})),
     )
 
 
@@ -290,9 +416,22 @@ def server() -> None:
             {"model": "Squeezing", "val_args": {"length": 33}},
             "^the last batch of data.val, of 1 sample: model",
         ),
-        ({"train_set": "with_lambda", "loaders": 1}, "^data.train: handing it to a loader process, .*lambda"),
-        ({"val_set": "with_lambda", "loaders": 1}, "^data.val: handing it to a loader process, .*data.loaders: 0$"),
+        ({"train_set": "with_lambda", "loaders": 1}, "^data.train: handing it to a loader process raised .*lambda"),
+        (
+            {"val_set": "with_lambda", "loaders": 1},
+            "^data.val: handing it to a loader process raised .*data.loaders: 0$",
+        ),
         ({"train_set": "Records", "loaders": 1}, "^data.train: handing it to a loader .* cannot pickle '_io.Buffered"),
+        ({"train_set": "Pictures"}, "^data.train: samples cannot be stacked to a batch: "),
+        (
+            {"model": "Renormed"},
+            "^model: forward changes the parameter words.weight, on each worker by its own samples",
+        ),
+        ({"model": "MadeLate"}, "^model: forward makes the parameter head.weight, .*; make it in __init__$"),
+        (
+            {"model": "narrow", "optimizer": "OfNarrowMoments"},
+            "^checkpoint: optimizer.state.0.moment differs after it ",
+        ),
         ({"optimizer": "NotLoading"}, "^checkpoint: loading the state that was just saved raised KeyError: 'moments'"),
         (
             {"optimizer": "WantsEveryGradient", "groups": (GroupSpec(match="bias", from_epoch=1),)},
@@ -315,7 +454,8 @@ UNREPEATABLE = {
     "a counter of the optimizer": ({"optimizer": "CountingSGD"}, "optimizer: its update"),
     "a generator of the data": ({"train_set": "with_own_generator"}, "data.train: sample"),
     "a generator of the data in a loader": ({"train_set": "with_own_generator", "loaders": 2}, "data.train: sample"),
-    "a generator of the validation data": ({"val_set": "with_own_generator"}, "data.val: sample 0 differed"),
+    "tensors that the data changes": ({"train_set": "InPlace"}, "data.train: sample"),
+    "a generator of the validation data": ({"val_set": "with_own_generator"}, "data.val: sample"),
 }
 
 
@@ -341,6 +481,11 @@ def test_what_no_resume_would_repeat(what: str) -> None:
         {"loaders": 1},
         {"loss": "loss_of_many"},
         {"model": "FailingOnFew"},
+        {"model": "Experts", "shards": 1},
+        {"model": "Selecting"},
+        {"model": "OfMappings", "train_set": "Mappings", "val_set": "Mappings"},
+        {"train_set": "LazyRecords", "loaders": 1},
+        {"train_set": "standardised", "loaders": 1},
         {"train": {"precision": "fp16"}},
         {"train": {"precision": "bf16", "ema_decay": 0.9, "clip_norm": 1.0}},
         {"optimizer": "CountingSGD", "train": {"deterministic": False}},
@@ -351,7 +496,11 @@ def test_what_no_resume_would_repeat(what: str) -> None:
 def test_what_runs_is_accepted(parts: dict[str, Any]) -> None:
     tried = dry_run(job(**parts))
 
-    assert (tried.trial_samples, tried.num_val_samples) == (16, parts.get("val_args", {}).get("length", SAMPLES))
+    micro_batch = 32 // parts.get("shards", 2)
+    assert (tried.trial_samples, tried.num_val_samples) == (
+        micro_batch,
+        parts.get("val_args", {}).get("length", SAMPLES),
+    )
 
 
 def test_it_does_not_change_the_plan() -> None:

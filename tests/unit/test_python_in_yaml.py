@@ -1,5 +1,6 @@
 """What people write as in Python where YAML reads text: tuples, ``None``, numbers; and what is left as text."""
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,22 @@ def test_what_may_be_text_is_no_list(text: str) -> None:
 
 
 class Plain:
-    def __init__(self, size, name="x", rate: float = 0.1, flag=False, **more):  # type: ignore[no-untyped-def]
-        self.size, self.name, self.rate, self.flag, self.more = size, name, rate, flag, more
+    def __init__(self, size, name="x", shape=(1, 1), rate: float = 0.1, flag=False, **more):  # type: ignore[no-untyped-def]
+        self.size, self.name, self.shape, self.rate, self.flag, self.more = size, name, shape, rate, flag, more
+
+
+class Sized:
+    def __init__(self, size: "tuple[int, int] | list[int] | dict[int, list[float]] | None", count: "int | None" = 1):
+        self.size, self.count = size, count
 
 
 class Says:
-    def __init__(self, path: "str | None" = None, sizes: list[str] | None = None, label: str | int = 3) -> None:
-        self.made = (path, sizes, label)
+    def __init__(
+        self, path: "str | None" = None, sizes: list[str] | None = None, label: str | int = 3,
+        items: list[Any] | None = None,
+        tag: Any = 0, key: Hashable = 0, count: "int | Quantity" = 3,  # type: ignore[name-defined]  # noqa: F821
+    ) -> None:  # fmt: skip
+        self.made = (path, sizes, label, items, tag, key, count)
 
 
 def build(name: str, args: dict[str, Any]) -> Any:
@@ -204,27 +214,43 @@ DECODE = "${oc.decode:${oc.env:NAME}} for a"
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ({"size": "(32, 32)"}, "model.size is text, got '(32, 32)'; write a list, [32, 32], without quotes"),
-        ({"size": ["(1, 2)"]}, "model.size[0] is text, got '(1, 2)'; write a list, [1, 2], without quotes"),
-        ({"size": {"a": "[0.9, 1]"}}, "model.size.a is text, got '[0.9, 1]'; write a list, [0.9, 1], without quotes"),
-        ({"size": "{0: 1.5}"}, "model.size is text, got '{0: 1.5}'; write a mapping, {0: 1.5}, without quotes"),
-        ({"size": 1, "other": "(1, 2)"}, "model.other is text, got '(1, 2)'; write a list, [1, 2], without quotes"),
-        ({"size": 1, "rate": "1e-3"},
+        ({"shape": "(32, 32)"}, "model.shape is text, got '(32, 32)'; write a list, [32, 32], without quotes"),
+        ({"shape": ["(1, 2)"]}, "model.shape[0] is text, got '(1, 2)'; write a list, [1, 2], without quotes"),
+        ({"rate": "1e-3"},
          f"model.rate is text, got '1e-3'; remove the quotes, or write {DECODE} number from the environment"),
-        ({"size": 1, "flag": "False"},
+        ({"flag": "False"},
          f"model.flag is text, got 'False'; write false without quotes, or {DECODE} value from the environment"),
     ],
 )  # fmt: skip
 def test_text_where_a_component_takes_none(args: dict[str, Any], expected: str) -> None:
     with pytest.raises(DescriptionError) as caught:
-        build("Plain", args)
+        build("Plain", {"size": 1, **args})
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"size": "(32, 32)"}, "model.size is text, got '(32, 32)'; write a list, [32, 32], without quotes"),
+        ({"size": {0: "[0.9, 1]"}}, "model.size.0 is text, got '[0.9, 1]'; write a list, [0.9, 1], without quotes"),
+        ({"size": "{0: 1.5}"}, "model.size is text, got '{0: 1.5}'; write a mapping, {0: 1.5}, without quotes"),
+        ({"size": None, "count": "5"},
+         f"model.count is text, got '5'; remove the quotes, or write {DECODE} number from the environment"),
+    ],
+)  # fmt: skip
+def test_text_where_an_annotation_names_other_types(args: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DescriptionError) as caught:
+        build("Sized", args)
     assert str(caught.value) == expected
 
 
 def test_text_where_a_component_may_take_it() -> None:
-    made = build("Plain", {"size": "10", "name": "(1, 2)", "other": "false"})
-    assert (made.size, made.name, made.more) == ("10", "(1, 2)", {"other": "false"})
-    assert build("Says", {"path": "(1, 2)", "sizes": ["[1]"], "label": "3"}).made == ("(1, 2)", ["[1]"], "3")
+    made = build("Plain", {"size": "[1, 2]", "name": "(1, 2)", "other": "(1, 2)"})
+    assert (made.size, made.name, made.more) == ("[1, 2]", "(1, 2)", {"other": "(1, 2)"})
+    meant = {
+        "path": "(1, 2)", "sizes": ["[1]"], "label": "3", "items": ["[1]"], "tag": "5", "key": "007", "count": "3",
+    }  # fmt: skip
+    assert build("Says", meant).made == tuple(meant.values())
 
 
 @pytest.mark.parametrize("in_group", [False, True])
