@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, DescriptionError, LauncherError, in_short
 from cluster.host.interfaces import interface_of
@@ -65,7 +65,9 @@ class Snapshot:
         Raises:
             DescriptionError: The components do not take back what they gave.
         """
-        tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}  # optimizers keep what they load
+        tensors = {  # a model copies what it loads, and others may keep it
+            name: tensor if name.startswith("model.") else tensor.clone() for name, tensor in self._tensors.items()
+        }
         try:
             components.load_state(unpack(json.loads(self._tree), tensors), step=0)
         except Exception as error:  # model, optimizer and schedule may be the user's own
@@ -96,7 +98,8 @@ def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batc
         The bytes of a checkpoint after the step.
 
     Raises:
-        DescriptionError: A part of a step raises, the state cannot be saved or loaded, or the second step differs.
+        DescriptionError: A part of a step raises, a parameter gets no gradient, the state cannot be saved or loaded, or
+            the second step differs.
     """
     before.load(components)
     if components.scaler is not None:  # its first scale overflows in many models, and it would skip the update
@@ -172,10 +175,28 @@ class _Step:
         return {"model: the output": output, "loss: its value": loss, "model: the gradient": gradients}
 
     def _marked_update(self, *args: Any, **kwargs: Any) -> Any:
+        _check_gradients(self._components.model)
         self._is_updating = True
         result = self._update(*args, **kwargs)
         self._is_updating = False
         return result
+
+
+def _check_gradients(model: nn.Module) -> None:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    without = [name for name, parameter in trained if parameter.grad is None]
+    if without:
+        raise DescriptionError(
+            f"model: {without[0]} gets no gradient from the loss"
+            + (f", nor do {len(without) - 1} more" if len(without) > 1 else "")
+            + "; use it in forward, or set its requires_grad to False in the model"
+        )
+    sparse = [name for name, parameter in trained if parameter.grad is not None and parameter.grad.is_sparse]
+    if sparse:
+        raise DescriptionError(
+            f"model: {sparse[0]} gets a sparse gradient, which workers cannot sum in one order; write sparse=False in "
+            "its layer"
+        )
 
 
 def _part_that_differs(before: Snapshot, components: Components, step: _Step) -> str:

@@ -14,7 +14,9 @@ def has_same_bits(one: Any, other: Any) -> bool:
     Objects of other types count as the same: nobody knows how to compare them.
     """
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes_of(one), _bytes_of(other))
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return torch.equal(_words_of(one), _words_of(other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(has_same_bits(value, other[name]) for name, value in one.items())
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
@@ -26,7 +28,8 @@ def has_same_bits(one: Any, other: Any) -> bool:
     return True
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return the memory of a tensor. Shapes: any -> uint8 [bytes]."""
+def _words_of(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor as integers. Shapes: any -> [elements, or more]."""
     plain = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    return plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    memory = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return memory.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(memory.element_size(), torch.uint8))

@@ -99,14 +99,14 @@ def test_on_a_cpu_it_is_part_of_a_micro_batch() -> None:
     tried, moved = fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=False))
 
     assert tried.trial_samples == 32
-    assert moved == [("cpu:0", 32), ("cpu:0", 4), ("cpu:0", 32)], "a few to rehearse with"
+    assert moved == [("cpu:0", 32), ("cpu:0", 2), ("cpu:0", 32), ("cpu:0", 32), ("cpu:0", 2)]
 
 
 def test_on_a_gpu_it_is_a_whole_one() -> None:
     tried, moved = fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=True))
 
     assert tried.trial_samples == MICRO_BATCH
-    assert moved == [("cpu:0", MICRO_BATCH), ("cpu:0", 4), ("cpu:0", VAL_SAMPLES)]
+    assert moved == [("cpu:0", MICRO_BATCH), ("cpu:0", 2), ("cpu:0", VAL_SAMPLES), ("cpu:0", VAL_SAMPLES), ("cpu:0", 2)]
 
 
 @pytest.mark.parametrize("where", ["build", "forward", "backward"])
