@@ -89,6 +89,11 @@ class Buffers:
         root, path = self._paths[key[0]]
         return root, f"{path}.{key[1]}" if path else key[1]
 
+    def place(self, key: _Key) -> tuple[nn.Module, str]:
+        """Returns the module that has a buffer, and the buffer's name in it."""
+        number, name = key
+        return self._modules[number], name
+
     def owner(self, root: str, name: str) -> tuple[nn.Module, str]:
         """Returns the module that a buffer belongs to, and the buffer's name in it.
 
@@ -120,6 +125,7 @@ class UnsavedBuffers:
     def __init__(self, buffers: Buffers) -> None:
         """Copies the values to compare with; to be called when the modules are built."""
         self._buffers = buffers
+        self._built = {key for key, _ in buffers}
         self._kinds = {key: _kind(tensor) for key, tensor in buffers if tensor is not None}
         self._initial = {
             key: tensor.detach().clone()
@@ -169,6 +175,8 @@ class UnsavedBuffers:
     ) -> None:
         """Restores what ``state_dict`` returned; to be called before the model's state dict is loaded.
 
+        Buffers that the state does not name become what they were built as, whatever forward has made of them since.
+
         Args:
             state: The buffers by root and name.
             model: The model's state dict. A buffer that forward registers is persistent if this holds it.
@@ -177,6 +185,7 @@ class UnsavedBuffers:
         Raises:
             ValueError: A buffer belongs to another model or loss.
         """
+        self._reset()
         for root, buffers in state.items():
             for name, saved in buffers.items():
                 module, own_name = self._buffers.owner(root, name)
@@ -192,6 +201,20 @@ class UnsavedBuffers:
                         f"{root}: buffer {name} is {_text(_kind(saved))} in the checkpoint and "
                         f"{_text(_kind(tensor))} in the job"
                     )
+
+    def _reset(self) -> None:
+        """Makes the buffers that no state dict holds what they were built as."""
+        for key, tensor in list(self._buffers):
+            module, name = self._buffers.place(key)
+            if key not in self._built:
+                delattr(module, name)
+            elif key not in self._kinds:
+                module._buffers[name] = None
+            elif key in self._initial:
+                if tensor is None or _kind(tensor) != self._kinds[key]:
+                    module._buffers[name] = self._initial[key].clone()
+                else:
+                    tensor.detach().copy_(self._initial[key])
 
 
 @torch.no_grad()

@@ -137,6 +137,8 @@ class _TrainingKeys:
 
 def _only(samples: list[Any]) -> Any:
     (sample,) = samples
+    if get_worker_info() is not None:
+        default_collate([sample])  # what cannot be stacked may be what no process can send, and torch would wait for it
     return sample
 
 

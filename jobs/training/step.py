@@ -191,5 +191,13 @@ def clip_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
     In float16 a norm above 65,504 is infinite, and the gradient would be scaled to 0.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, nn.utils.get_total_norm(wide))
+    if all(gradient.dtype.itemsize >= 4 for gradient in gradients):
+        norm = nn.utils.get_total_norm(gradients)
+    else:
+        norms = [torch.linalg.vector_norm(each, dtype=_at_least_float32(each.dtype)).float() for each in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

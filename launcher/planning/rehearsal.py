@@ -9,7 +9,7 @@ would train on with other numbers.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +47,7 @@ class Snapshot:
         Raises:
             DescriptionError: The state holds something that a checkpoint cannot hold.
         """
-        try:
-            state = components.state()
-            self.size = lay_out(state).size
-        except CheckpointError as error:
-            raise DescriptionError(f"{error}") from error
-        self._tree, tensors = _packed(state)
+        self._trees, tensors, self.size = _packed(components)
         self._tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def weight(self, name: str) -> Tensor | None:
@@ -69,7 +64,8 @@ class Snapshot:
             name: tensor if name.startswith("model.") else tensor.clone() for name, tensor in self._tensors.items()
         }
         try:
-            components.load_state(unpack(json.loads(self._tree), tensors), step=0)
+            state = {key: unpack(json.loads(tree), tensors) for key, tree in self._trees.items()}
+            components.load_state(state, step=0)
         except Exception as error:  # model, optimizer and schedule may be the user's own
             raise DescriptionError(
                 f"checkpoint: loading the state that was just saved raised {type(error).__name__}: {in_short(error)}; "
@@ -78,9 +74,9 @@ class Snapshot:
 
     def first_difference(self, components: Components) -> str | None:
         """Return the name of a value that components have otherwise than here; None if all have the same bits."""
-        tree, tensors = _packed(components.state())
-        if tree != self._tree:
-            return "what is no tensor"
+        trees, tensors, _ = _packed(components)
+        if trees != self._trees:
+            return next(key for key in self._trees.keys() | trees.keys() if self._trees.get(key) != trees.get(key))
         different = (name for name, tensor in tensors.items() if not has_same_bits(tensor.cpu(), self._tensors[name]))
         return next(different, None)
 
@@ -220,14 +216,24 @@ def _team_of_one(device: torch.device, *, exact: bool) -> Iterator[Team]:
         os.environ[name] = interface_of("127.0.0.1")  # by default, the one that the host's name resolves to
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    team = Team(rank=0, world_size=1, shards=1, exact=exact, device=device)
-    try:
+    with ExitStack() as on_exit:
+        on_exit.callback(dist.destroy_process_group)
+        team = Team(rank=0, world_size=1, shards=1, exact=exact, device=device)
+        on_exit.pop_all()
+        on_exit.callback(team.close)
         yield team
-    finally:
-        team.close()
 
 
-def _packed(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Return a state as JSON with a name in place of each tensor, and the tensors by name."""
+def _packed(components: Components) -> tuple[dict[str, str], dict[str, Tensor], int]:
+    """Return the state of components as JSON by key, with a name in place of each tensor; its tensors; its bytes.
+
+    Raises:
+        DescriptionError: The state holds something that a checkpoint cannot hold.
+    """
     tensors: dict[str, Tensor] = {}
-    return json.dumps(pack(state, "", tensors), sort_keys=True), tensors
+    try:
+        state = components.state()
+        trees = {key: json.dumps(pack(value, key, tensors), sort_keys=True) for key, value in state.items()}
+        return trees, tensors, lay_out(state).size
+    except CheckpointError as error:
+        raise DescriptionError(f"{error}") from error

@@ -27,18 +27,19 @@ def read_samples(dataset: Any, numbers: list[int], key: str, spec: JobSpec) -> l
         DescriptionError: The dataset cannot be handed to a loader process or raised an exception, a sample is no pair
             (input, target) of what can be stacked, or it differs the second time.
     """
-    samples, copies = [], {}
+    samples, copies = [], dict[int, Any]()
+    most_again = _MOST_READ_AGAIN if spec.train.exact else 0
     for number, sample in zip(numbers, _read(dataset, numbers, key, spec)):
         if not (isinstance(sample, (tuple, list)) and len(sample) == 2):
             raise DescriptionError(
                 f"{key}: sample {number} must be a pair (input, target), got {type(sample).__name__}"
             )
         samples.append(sample)
-        copies[number] = stack([sample], key)  # a copy: the dataset may change its own tensors
-    if not spec.train.exact:
-        return samples
+        copy = stack([sample], key)  # a copy: the dataset may change its own tensors
+        if len(copies) < most_again:
+            copies[number] = copy
     # In another order: a generator in the dataset would give each sample what it gave another before.
-    again = numbers[:_MOST_READ_AGAIN][::-1]
+    again = list(copies)[::-1]
     for number, sample in zip(again, _read(dataset, again, key, spec, " when it was read again")):
         if not has_same_bits(stack([sample], key), copies[number]):
             raise DescriptionError(

@@ -4,6 +4,7 @@ Each dry run is a process of its own, as in the product, because it sets much of
 """
 
 import itertools
+import threading
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,10 +111,14 @@ class InPlace(Transformed):
 
 
 class Pictures(Transformed):
-    """Samples that nobody has made tensors of."""
+    """Samples that nobody has made tensors of, and that no process can send to another."""
 
     def __init__(self) -> None:
-        super().__init__(lambda _: object())  # type: ignore[arg-type, return-value]
+        super().__init__(picture)
+
+
+def picture(_: Tensor) -> Any:
+    return threading.Lock()
 
 
 def standardised() -> Transformed:
@@ -142,8 +147,8 @@ class Counting(nn.Module):
         self.calls = 0
         self.generator = torch.Generator().manual_seed(1)
         self.where = where
-        if where == "buffer":
-            self.register_buffer("seen", torch.zeros(()))
+        if where in ("buffer", "buffer in no state dict"):
+            self.register_buffer("seen", torch.zeros(()), persistent=where == "buffer")
         else:
             self.seen = torch.zeros(())
 
@@ -154,6 +159,23 @@ class Counting(nn.Module):
             self.calls += 1
             self.seen += 1
         return self.line(x) * (self.calls if self.where == "attribute" else self.seen)
+
+
+class MakingBuffers(nn.Module):
+    """One buffer is None until forward makes it, and another is not even declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = line()
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.late = torch.zeros(()) if self.late is None else self.late + 1
+        if not hasattr(self, "later"):
+            self.register_buffer("later", torch.zeros(()), persistent=False)
+        self.later = self.later + 1
+        output: Tensor = self.line(x)
+        return output * (1 + self.late + self.later)
 
 
 class Shrinking(torch.autograd.Function):
@@ -299,6 +321,16 @@ class CountingLoss(nn.Module):
         return nn.functional.cross_entropy(output, target) * self.calls
 
 
+class BufferedLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(output, target) * self.calls
+
+
 def loss_of_many(output: Tensor, target: Tensor) -> Tensor:
     """Has nothing to compare in a few samples."""
     loss = nn.functional.cross_entropy(output, target)
@@ -423,6 +455,7 @@ def server() -> None:
         ),
         ({"train_set": "Records", "loaders": 1}, "^data.train: handing it to a loader .* cannot pickle '_io.Buffered"),
         ({"train_set": "Pictures"}, "^data.train: samples cannot be stacked to a batch: "),
+        ({"train_set": "Pictures", "loaders": 1}, "^data.train: sample .* raised TypeError: .*found <class '_thread"),
         (
             {"model": "Renormed"},
             "^model: forward changes the parameter words.weight, on each worker by its own samples",
@@ -473,6 +506,9 @@ def test_what_no_resume_would_repeat(what: str) -> None:
     "parts",
     [
         {"model": "Counting", "model_args": {"where": "buffer"}},
+        {"model": "Counting", "model_args": {"where": "buffer in no state dict"}},
+        {"model": "MakingBuffers"},
+        {"loss": "BufferedLoss"},
         {"model": "Keeping"},
         {"model": "Squeezing", "val_args": {"length": 34}},
         {"train_set": "with_seeded_generators"},
