@@ -160,6 +160,9 @@ def print_to(log_path: str) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # Python has no stream for a descriptor that was closed when the server started.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", 1, closefd=False)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text file, not a test's capture
 
 
@@ -339,5 +342,5 @@ class _SharedServer(ForkServer):
         self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
 
     def ensure_running(self) -> None:
-        with _safe_path():
+        with kept_from_children(), _safe_path():
             ensure_tracker_running()

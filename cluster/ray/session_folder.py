@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 
-from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
+from cluster.host.temporary_folder import TemporaryFolderError, check_socket_path, in_temporary_folder
 
 _LONGEST_SOCKET = "ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
 """Ray names a session after the time of its start and the process that starts it."""
@@ -21,9 +21,12 @@ def check_session_folder() -> None:
     """Check that Ray can start a session on this host.
 
     Raises:
-        TemporaryFolderError: Its sockets would have too long paths, or there is no room, or no right, to write.
+        TemporaryFolderError: Its sockets would have too long paths, or there is no room, or no right, to write; or
+            the variable that names the folder is empty.
     """
     variable, parent = _parent()
+    if not parent:  # Ray takes it for the folder of its sockets all the same
+        raise TemporaryFolderError(f"{variable}: must not be empty; unset it, or set it to a folder")
     check_socket_path(parent, _LONGEST_SOCKET, variable)
     with in_temporary_folder(parent, variable):
         os.makedirs(parent, exist_ok=True)
@@ -37,4 +40,4 @@ def _parent() -> tuple[str, str]:
     Source: ``get_default_system_temp_dir`` of ``ray._common.utils``.
     """
     names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)
-    return next(((name, os.environ[name]) for name in names if name in os.environ), ("TMPDIR", "/tmp"))  # noqa: S108
+    return next(((name, os.environ[name]) for name in names if name in os.environ), (names[-1], "/tmp"))  # noqa: S108

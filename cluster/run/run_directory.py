@@ -99,6 +99,21 @@ class RunDirectory:
         """
         self._held_lease().check()
 
+    def delete_begun(self, code: str | None) -> None:
+        """Deletes what the driver that holds the lease has written to an empty directory, except for a submission.
+
+        The description is deleted first, so that a run which is deleted in part does not begin again, at step 0.
+
+        Args:
+            code: The digest of the code bundle that the driver has written; a submission needs that too.
+        """
+        names = self.store.names()
+        kept = {name for name in names if name.startswith(f"{_CODE}/")}
+        if code is not None and not any(name.startswith(f"{_SUBMISSIONS}/") for name in names):
+            kept.discard(_code_object(code))
+        own = [name for name in names if name not in kept and not name.startswith(f"{_SUBMISSIONS}/")]
+        self.store.delete(sorted(own, key=lambda name: name != _JOB))
+
     def metrics(self) -> RowLog:
         """Opens the metrics: one row per logged step. The driver keeps the log it got."""
         return self._log(_METRICS, key="step")

@@ -4,12 +4,13 @@ With ``--json``, stdout holds exactly one JSON document, and everything else is 
 and wandb itself, so that ``launcher --help`` and ``launcher list`` need none of them.
 """
 
+import contextlib
 import signal
 from typing import Any
 
 import click
 
-from cluster.errors import DescriptionError, Interrupted, LauncherError
+from cluster.errors import DescriptionError, Interrupted, LauncherError, StorageError
 from cluster.host.signals import ASKING, stop_signals
 from launcher.cli import python_path, reading, running
 from launcher.cli.options import JSON_REQUESTED
@@ -36,8 +37,10 @@ class _ErrorBorder(click.Group):
             if error.traceback:
                 click.echo(error.traceback, err=True)
             if ctx.meta.get(JSON_REQUESTED):
-                status = "stopped" if isinstance(error, Interrupted) else "failed"
-                show({"status": status, **(error.document or {}), "error": str(error)}, "", as_json=True)
+                # It is the command that was interrupted; whether the run has stopped, only its document says.
+                status = "interrupted" if isinstance(error, Interrupted) else "failed"
+                with contextlib.suppress(StorageError):  # the verb's own error decides the exit code
+                    show({"status": status, **(error.document or {}), "error": str(error)}, "", as_json=True)
             ctx.exit(error.exit_code)
 
 

@@ -44,7 +44,11 @@ def _hidden(folders: list[str], names: frozenset[str], whose: str, real: str, *,
     for folder in folders:
         if folder == real:
             return ""
-        for entry in sorted(os.listdir(folder)):
+        try:
+            entries = sorted(os.listdir(folder))
+        except OSError:  # this user may not list it
+            continue
+        for entry in entries:
             name = entry.removesuffix(".py")
             is_package = packages and os.path.isfile(os.path.join(folder, entry, "__init__.py"))
             if name in names and (is_package or name != entry):

@@ -20,7 +20,7 @@ def make_lasting() -> None:
         try:
             os.fstat(number)
         except OSError:  # it is closed: the next file to be opened must not become the stream of every child
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _lasting(1, sys.stdout, raises=True)
     if sys.stderr is sys.__stderr__:

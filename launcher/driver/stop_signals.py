@@ -18,7 +18,13 @@ class StopSignals:
         self.first: signal.Signals | None = None
         """The signal that came first; None: none has come."""
         self.interrupting: Collection[int] = ()
-        """The signals that raise ``KeyboardInterrupt`` too, while the driver's loop does not run."""
+        """The signals that raise ``KeyboardInterrupt`` too, while the driver's loop does not run.
+
+        Once one has, only those that are sent on purpose raise again: a closed terminal sends more than one SIGHUP, and
+        the second must not interrupt the clean-up.
+        """
+        self.raises_if_abandoned = False
+        """Whether a second Ctrl-C or SIGTERM raises ``KeyboardInterrupt``, for while nobody reads ``is_abandoned``."""
         self._num_abandoning = 0
 
     @property
@@ -42,4 +48,7 @@ class StopSignals:
         self.first = self.first or signal.Signals(number)
         self._num_abandoning += number in ABANDONING
         if number in self.interrupting:
+            self.interrupting = [each for each in self.interrupting if each in ABANDONING]
+            raise KeyboardInterrupt
+        if self.raises_if_abandoned and self.is_abandoned and number in ABANDONING:
             raise KeyboardInterrupt

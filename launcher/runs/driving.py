@@ -52,9 +52,9 @@ def ready_to_drive(cluster: Cluster, display: Progress) -> Iterator[StopSignals]
     signals = StopSignals()
     display.phase("starting Ray")
     with signals.caught(), cluster.started():
+        signals.interrupting = stop_signals()
         if signals.first is not None:
             raise Interrupted(f"{signals.first.name} came before training began; nothing was changed")
-        signals.interrupting = stop_signals()
         yield signals
 
 
@@ -91,6 +91,7 @@ def drive_run(
     """
     spec = description.spec
     signals.interrupting = ()  # from now on a signal asks for a stop in order
+    signals.raises_if_abandoned = True  # until the driver's loop runs: the store may not answer
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     run.clear_stop()  # a request to an earlier driver; one that comes after the lease is taken is for this driver
@@ -114,6 +115,7 @@ def drive_run(
         task = _make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
         return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
+    signals.raises_if_abandoned = False
     try:
         with run_log:
             driver.drive(make_membership)
@@ -121,14 +123,23 @@ def drive_run(
         error.document = run_log.document()
         raise
     finally:
+        _finish(run, spec.name, run_log, tracker, signals)
+    return run_log.document() | {"interrupted": signals.first is not None}
+
+
+def _finish(run: RunDirectory, name: str, run_log: RunLog, tracker: Tracker, signals: StopSignals) -> None:
+    """Draw the pictures and finish the tracker's run. Ctrl-C cuts that short, and does not hide how the run ended."""
+    display, state = run_log.display, run_log.state
+    try:
         signals.interrupting = ABANDONING  # the others have nothing left to stop
-        pictures = _write_pictures(run, spec.name, display)
+        pictures = _write_pictures(run, name, display)
         summary = {name: value for name, value in run_log.document().items() if isinstance(value, (int, float, str))}
         summary |= {f"time/{part}": seconds for part, seconds in state.time.items()}
         tracker.finish(summary, pictures, succeeded=state.status != "failed")
-        if tracker.sync_command is not None:
-            display.message(f"W&B: recorded offline; upload it with: {tracker.sync_command}")
-    return run_log.document() | {"interrupted": signals.first is not None}
+    except KeyboardInterrupt:
+        display.warn("interrupted: pictures may be missing, and the tracker may lack the end of the run")
+    if tracker.sync_command is not None:
+        display.message(f"W&B: recorded offline; upload it with: {tracker.sync_command}")
 
 
 def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:

@@ -4,7 +4,6 @@ This module only changes the store. ``launcher.runs.resume`` checks first whethe
 that is refused changes nothing.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,10 +88,7 @@ def branch_directory(run: RunDirectory, new: str) -> RunDirectory:
         DescriptionError: The directory is a run, or is not empty.
     """
     branch = RunDirectory(new if "/" in new else f"{run.url.rpartition('/')[0]}/{new}")
-    if branch.is_known():
-        raise DescriptionError(f"{branch.url}: is a run already; give the branch another name")
-    if names := branch.store.names():
-        raise DescriptionError(f"{branch.url}: is not empty, it holds {names[0]}; give the branch another name")
+    _check_empty(branch)
     return branch
 
 
@@ -112,27 +108,44 @@ def copy_run(
         job: The description of the branch.
         steps: The steps of the checkpoints that may be copied; the last good one is.
         code: The digest of the code bundle to copy; None: there is no bundle.
-        warn: Called with a line for each bad checkpoint.
+        warn: Called with a line for each bad checkpoint, and for a copy that could not be deleted.
 
     Returns:
         The manifest of the copied checkpoint.
 
     Raises:
         CheckpointError: No checkpoint is good; then there is no branch.
+        DescriptionError: The directory is no longer empty; it is left as it is.
     """
+    _check_empty(branch)  # again: planning may have waited an hour for room
     branch.take_lease()
     try:
         return _copy_all(run, branch, job, steps, code, warn)
     except BaseException:  # also Ctrl-C: half a branch would keep others from using its name
-        with contextlib.suppress(StorageError, SupersededError):
-            branch.check_lease()
-            branch.store.delete(branch.store.names())
+        _delete_copy(branch, code, warn)
         raise
 
 
 def first_workers(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Return the environments of the workers on which a run began; None: no event records them."""
     return next((event["workers"] for event in events if event["kind"] == "environment" and "workers" in event), None)
+
+
+def _check_empty(branch: RunDirectory) -> None:
+    if branch.is_known():
+        raise DescriptionError(f"{branch.url}: is a run already; give the branch another name")
+    if names := branch.store.names():
+        raise DescriptionError(f"{branch.url}: is not empty, it holds {names[0]}; give the branch another name")
+
+
+def _delete_copy(branch: RunDirectory, code: str | None, warn: Callable[[str], None]) -> None:
+    try:
+        branch.check_lease()
+        branch.delete_begun(code)
+    except SupersededError as error:
+        warn(f"{error}; what was copied is left to that driver")
+    except StorageError as error:
+        warn(f"{error}; delete what is left of the branch, {branch.url}, or give the next one another name")
 
 
 def _copy_all(

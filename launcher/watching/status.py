@@ -45,7 +45,7 @@ def read_status(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, An
         run: The run.
         silence_s: How long a driver on another host may write nothing before it counts as gone, in seconds.
     """
-    return with_newest_checkpoint(run, _read_document(run, silence_s))
+    return with_newest_checkpoint(run, read_without_checkpoints(run, silence_s))
 
 
 def with_newest_checkpoint(run: RunDirectory, document: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def with_newest_checkpoint(run: RunDirectory, document: dict[str, Any]) -> dict[
     return document | {"saved_step": max(run.checkpoints.survey().manifests, default=None)}
 
 
-def _read_document(run: RunDirectory, silence_s: float) -> dict[str, Any]:
+def read_without_checkpoints(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, Any]:
+    """Return the same without a look at the checkpoints, for tables; ``saved_step`` is what the last driver wrote."""
     status = run.read_status()
     # For a run that goes on or is complete, the submission adds nothing; skipping it makes listings cheap.
     if not _goes_on_or_is_complete(status, silence_s):
@@ -133,7 +134,7 @@ def read_statuses(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
     def document(run: RunDirectory) -> dict[str, Any]:
         try:
-            return read_status(run)
+            return read_without_checkpoints(run)
         except UnreadableSubmissionError as error:
             about = {"run": run.url, "status": "failed", "error": str(error)}
             return NOT_BEGUN | without_driver(run.read_status() or {}) | about
@@ -240,7 +241,7 @@ def refuse_if_running(run: RunDirectory) -> dict[str, Any]:
     Raises:
         ClusterError: The run is running.
     """
-    status, written = read_status(run, LONG_SILENCE_S), run.read_status()
+    status, written = read_without_checkpoints(run, LONG_SILENCE_S), run.read_status()
     is_running = written is not None and written["status"] == "running"
     if status["status"] == "running" or (is_running and is_driven(run, dict(written or {}))):
         raise ClusterError(f"{run.url}: is running, at step {status['step']}; stop it first, nothing was changed")

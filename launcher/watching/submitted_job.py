@@ -25,6 +25,7 @@ from launcher.watching.status import (
     about_submission,
     read_status,
     read_statuses,
+    read_without_checkpoints,
     with_newest_checkpoint,
 )
 
@@ -86,12 +87,16 @@ class SubmittedJob:
 
         ``job_status`` is None if the state is unknown; ``job_message`` then says why.
         """
+        return with_newest_checkpoint(self.run, self._document(silence_s))
+
+    def _document(self, silence_s: float) -> dict[str, Any]:
+        """Return the same without a look at the checkpoints."""
         job, unknown = None, ""
         try:
             job = self.read()  # before the directory, so that what the job wrote before it ended is seen
         except ClusterError as error:
             unknown = str(error)
-        document = read_status(self.run, silence_s)
+        document = read_without_checkpoints(self.run, silence_s)
         newest = document.get("cluster", self.submission.cluster)
         if newest != self.submission.cluster:  # the run was submitted elsewhere since
             status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
@@ -105,7 +110,7 @@ class SubmittedJob:
         why = why_ended(job, document, self.scheduler)
         log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
         ended = {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
-        return with_newest_checkpoint(self.run, document | _about(job) | ended)
+        return document | _about(job) | ended
 
     def stopped(self, deadline: float) -> dict[str, Any]:
         """Stop the job of a run that has not begun, wait for its end, and mark the submission as stopped.

@@ -1,5 +1,7 @@
 """Going back to a step and branching at one, in the store."""
 
+import hashlib
+
 import fsspec
 import pytest
 from crashing_file_system import CrashingFileSystem, Killed, copy_of_store, fresh_faults, restore
@@ -13,6 +15,7 @@ from launcher.runs.rewind import branch_directory, copy_run, first_workers, go_b
 from tests import saved
 
 STEPS = [5, 10, 15]
+CODE = hashlib.sha256(b"zip").hexdigest()
 
 
 @pytest.fixture
@@ -191,6 +194,52 @@ class TestBranching:
         with pytest.raises(CheckpointError, match="has no good checkpoint to branch from"):
             branch(run, [])
         assert open_run("new").store.names() == [], "its name can be used"
+
+    @pytest.mark.parametrize("has_begun", [True, False])
+    def test_a_run_that_began_there_meanwhile_is_left_as_it_is(self, run, has_begun):
+        other = open_run("new")
+        other.take_lease()
+        if has_begun:
+            other.write_job("name: new\n")
+        before = copy_of_store()
+        with pytest.raises(DescriptionError, match="/new: is a run already" if has_begun else "/new: is not empty"):
+            branch(run, [10])
+        assert copy_of_store() == before
+        other.check_lease()
+
+    def test_a_failed_copy_leaves_what_somebody_else_has_written(self, run, monkeypatch):
+        """A submission, and its code, which may be the branch's own."""
+        run.write_code(CODE, b"zip")
+        written = RunDirectory.write_job
+
+        def interrupt(new: RunDirectory, text: str) -> None:
+            written(new, text)
+            new.store.write("submissions/1.json", b"{}")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(RunDirectory, "write_job", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            copy_run(run, open_run("new"), "name: new\n", [10], CODE, pytest.fail)
+        assert open_run("new").store.names() == [f"code/{CODE}.zip", "submissions/1.json"]
+
+    @pytest.mark.parametrize("at", [1, 3])
+    def test_a_copy_that_is_deleted_in_part_is_no_run(self, run, monkeypatch, at):
+        written, faults, warnings = RunDirectory.write_job, CrashingFileSystem.faults, list[str]()
+
+        def interrupt(new: RunDirectory, text: str) -> None:
+            written(new, text)
+            faults.at, faults.kind = len(faults.calls) + at, "refused"
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(RunDirectory, "write_job", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            copy_run(run, open_run("new"), "name: new\n", [10], None, warnings.append)
+        assert (faults.fired, len(warnings)) == (1, 1)
+        assert warnings[0].endswith(
+            "; delete what is left of the branch, crash://runs/new, or give the next one another name"
+        )
+        assert open_run("new").store.names()
+        assert not open_run("new").exists()
 
     @pytest.mark.parametrize("kind", ["before", "torn", "after"])
     def test_a_kill_at_any_call_leaves_a_whole_branch_or_no_run(self, run, kind):

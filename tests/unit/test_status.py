@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run import lease
+from cluster.run.checkpoints import Checkpoints, Survey
 from cluster.run.manifest import Share, join
 from cluster.run.run_directory import RunDirectory
 from launcher.display.tables import summary
@@ -178,6 +179,18 @@ def test_the_end_of_a_run_tells_from_where_it_goes_on(run: RunDirectory, ending:
 
     run.store.delete([f"checkpoints/{part}"])
     assert status.read_status(run)["saved_step"] == 5, "resume passes over one that lacks a part"
+
+
+def test_a_table_reads_no_checkpoints(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def survey(_: Checkpoints) -> Survey:
+        raise StorageError("checkpoints: cannot be read")
+
+    run.write_status({"status": "stopped", "step": 7, "saved_step": 6})
+    monkeypatch.setattr(Checkpoints, "survey", survey)
+    (document,) = status.read_statuses([run])
+    assert (document["status"], document["saved_step"]) == ("stopped", 6)
+    with pytest.raises(StorageError):
+        status.read_status(run)
 
 
 def test_the_clocks_of_two_machines_may_differ_a_little() -> None:

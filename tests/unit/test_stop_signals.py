@@ -47,6 +47,29 @@ def test_one_that_comes_before_training_interrupts_it() -> None:
     assert signals.first == signal.SIGUSR1
 
 
+def test_a_closed_terminal_does_not_interrupt_the_clean_up_and_ctrl_c_does() -> None:
+    signals = StopSignals()
+    signals.interrupting = stop_signals()
+    with signals.caught():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_one_interrupts_a_store_that_does_not_answer(second: signal.Signals) -> None:
+    signals = StopSignals()
+    signals.raises_if_abandoned = True
+    with signals.caught():
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+
+
 def test_a_closed_terminal_that_tells_it_again_is_ignored_after_the_run() -> None:
     signals = StopSignals()
     with signals.caught():

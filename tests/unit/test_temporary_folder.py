@@ -3,12 +3,14 @@
 import errno
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.host import temporary_folder
 from cluster.host.scratch import make_own_folder
 from cluster.host.temporary_folder import TemporaryFolderError, check_socket_path, in_temporary_folder
 from cluster.kinds.ray import LocalRay
@@ -69,6 +71,26 @@ def test_ray_is_not_started_where_it_cannot_run(
 
     assert (caught.value.exit_code, caught.value.cause) == (5, "environment")
     assert logs_path() == f"{folders[how]}/ray/session_latest/logs"
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_an_empty_variable_is_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(TemporaryFolderError, match=f"^{variable}: must not be empty; unset it, or set it to a folder$"):
+        LocalRay(2).joined()
+
+
+@pytest.mark.parametrize(("platform", "variable"), [("linux", "TMPDIR"), ("darwin", "RAY_TMPDIR")])
+def test_the_variable_that_ray_reads_there_is_named(
+    platform: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(temporary_folder, "_MAX_SOCKET_BYTES", 20)
+    with pytest.raises(TemporaryFolderError, match=f"^{variable}: must be a path of at most "):
+        LocalRay(2).joined()
 
 
 @pytest.mark.parametrize("name", ["a b", "none yet", "é"])
