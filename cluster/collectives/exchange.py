@@ -1,24 +1,30 @@
-"""Sums gradients between workers in one fixed order.
+"""Sums gradients between workers in one fixed order, at the least traffic between hosts.
 
-The order is that of ``summation_tree``. A worker folds the shards of its own block as far as the tree allows. Between
-workers, each owns one slice of a bucket, receives all workers' partial sums of it, finishes the tree, and sends the
-slice to all. A worker transfers as many bytes as in a ring all-reduce.
+The order is that of ``summation_tree``. A worker folds the shards of its own block as far as the tree allows. Then the
+peers of each level of ``topology`` exchange slices: each receives the partial sums of its slice and folds them further.
+After the last level every slice is complete, and the levels pass the slices back in reverse order.
+
+For gradients of B bytes on H hosts, 2 B (H - 1) / H bytes leave a host, if its block of shards is one subtree. That is
+the least possible. A block of k subtrees sends k partial sums instead of one in the first half.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.collectives.summation_tree import Fold, Node, complete_subtrees
+from cluster.collectives.topology import Peers, exchange_levels
 from cluster.process.activity import Activity
 
-_Message = tuple[int, int, Tensor]
-"""(other rank, number of the message between the two, tensor to send or to receive into)."""
+_SLICE_ALIGNMENT = 16
+"""Slices begin at multiples of this many bytes, so that kernels and NCCL move whole vectors."""
 
 
 class TreeExchange:
@@ -34,25 +40,29 @@ class TreeExchange:
         *,
         shards: int,
         blocks: Sequence[range],
+        hosts: Sequence[int],
         rank: int,
         device: torch.device,
         timeout_s: float | None = None,
     ) -> None:
-        """Opens its own process group, so that its collectives never queue behind DDP's or the loop's.
+        """Opens its own process groups, so that its collectives never queue behind DDP's or the loop's.
 
         Args:
             shards: Number of shards of a step.
             blocks: The contiguous shards of each rank, in rank order.
+            hosts: The number of workers on each host, in rank order.
             rank: This worker's rank.
             device: The device of the gradients.
             timeout_s: The longest wait for the other ranks; None: torch's default.
         """
         self._shards = shards
-        self._world_size = len(blocks)
         self._last_leaf = (blocks[rank][-1], blocks[rank][-1] + 1)
-        self._nodes_by_rank = [complete_subtrees(block, shards) for block in blocks]
-        self._rank = rank
-        self._group = new_group(timeout_s)
+        levels = exchange_levels(blocks, hosts)
+        self._levels = [
+            _SliceExchange(next(peers for peers in level if rank in peers.ranks), rank, shards, timeout_s)
+            for level in levels
+        ]
+        self._num_pieces = math.prod(max(peers.num_slices for peers in level) for level in levels)
         self._fold_aside = Fold(shards)
         self._number_of: dict[Tensor, int] = {}
         self._on_gpu = device.type == "cuda"
@@ -151,55 +161,91 @@ class TreeExchange:
         for node, partial in zip(nodes, earlier):
             fold.push(node, partial)
         fold.push(self._last_leaf, buffer)
-        if self._world_size == 1:
-            if fold.sums[0] is not buffer:
-                buffer.copy_(fold.sums[0])
-            return
-        bounds = [buffer.numel() * rank // self._world_size for rank in range(self._world_size + 1)]
-        slices = [slice(*ends) for ends in zip(bounds, bounds[1:])]
-        own = buffer[slices[self._rank]]
-        partials = self._exchange_slices(fold.sums, slices)
-        total = Fold(self._shards)
-        for nodes_of_rank, sums in zip(self._nodes_by_rank, partials):
-            for node, partial in zip(nodes_of_rank, sums):
-                total.push(node, partial)
-        if total.sums[0].data_ptr() != own.data_ptr():  # rank 0 with one partial sum adds up in the bucket
-            own.copy_(total.sums[0])
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        self._communicate(
-            sends=[(rank, 0, own) for rank in others], receives=[(rank, 0, buffer[slices[rank]]) for rank in others]
-        )
+        sums = fold.sums
+        # Gathers need slices of one length, so a bucket whose length does not divide is gathered elsewhere.
+        length = self._padded_length(buffer)
+        whole = buffer if length == buffer.numel() else buffer.new_empty(length)
+        region = whole
+        to_gather: list[tuple[_SliceExchange, Tensor]] = []
+        for level in self._levels:
+            sums = level.scatter(sums, region.numel())
+            to_gather.append((level, region))
+            if level.own_slice is None:
+                break
+            region = region.view(level.num_slices, -1)[level.own_slice]
+        else:
+            (total,) = sums
+            if total is not buffer:
+                region[: total.numel()].copy_(total)
+        for level, region in reversed(to_gather):
+            level.gather(region)
+        if whole is not buffer:
+            buffer.copy_(whole[: buffer.numel()])
 
-    def _exchange_slices(self, sums: list[Tensor], slices: list[slice]) -> list[list[Tensor]]:
-        """Returns all workers' partial sums of this worker's slice, in rank order.
+    def _padded_length(self, buffer: Tensor) -> int:
+        """Returns the length of a bucket, rounded up so that all slices are equal and aligned."""
+        if not self._levels:
+            return buffer.numel()
+        unit = self._num_pieces * max(1, _SLICE_ALIGNMENT // buffer.itemsize)
+        return math.ceil(buffer.numel() / unit) * unit
+
+
+class _SliceExchange:
+    """The exchange of slices among the peers of one level.
+
+    Collective: every rank in ``peers.ranks`` constructs it and calls its methods in the same order. Every rank of the
+    default group constructs equally many, because torch names groups by their count.
+    """
+
+    def __init__(self, peers: Peers, rank: int, shards: int, timeout_s: float | None) -> None:
+        self._group = new_group(timeout_s, ranks=peers.ranks)
+        self._peers = peers
+        self._shards = shards
+        self._nodes = [complete_subtrees(block, shards) for block in peers.blocks]
+        self.num_slices = peers.num_slices
+        place = peers.ranks.index(rank)
+        self.own_slice = place if place < peers.num_slices else None
+
+    def scatter(self, sums: list[Tensor], region_length: int) -> list[Tensor]:
+        """Sends each peer the partial sums of its slice; returns the partial sums of all peers in this rank's slice.
+
+        Args:
+            sums: This rank's partial sums of a region of the bucket.
+            region_length: The padded length of the region, of which the sums may lack an end.
 
         Shapes:
-            sums: [length of the bucket] each -> for each rank, one tensor [this rank's slice] per partial sum.
+            sums: [length of the region] each -> [length of this rank's slice] each, none if it owns no slice.
         """
-        own = sums[0][slices[self._rank]]
-        received = [
-            [partial[slices[rank]] for partial in sums]
-            if rank == self._rank
-            else [torch.empty_like(own) for _ in self._nodes_by_rank[rank]]
-            for rank in range(self._world_size)
-        ]
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        self._communicate(
-            sends=[(rank, number, partial[slices[rank]]) for rank in others for number, partial in enumerate(sums)],
-            receives=[(rank, number, into) for rank in others for number, into in enumerate(received[rank])],
+        length, slice_length = sums[0].numel(), region_length // self.num_slices
+        bounds = [min(number * slice_length, length) for number in range(self.num_slices + 1)]
+        ends = list(pairwise(bounds)) + [(length, length)] * (len(self._peers.ranks) - self.num_slices)
+        own_length = 0 if self.own_slice is None else ends[self.own_slice][1] - ends[self.own_slice][0]
+        packed = sums[0] if len(sums) == 1 else torch.cat([each[begin:end] for begin, end in ends for each in sums])
+        received = packed.new_empty(sum(map(len, self._nodes)), own_length)
+        dist.all_to_all_single(
+            received.view(-1),
+            packed,
+            [len(nodes) * own_length for nodes in self._nodes],
+            [len(sums) * (end - begin) for begin, end in ends],
+            group=self._group,
         )
-        return received
+        if self.own_slice is None:
+            return []
+        fold = Fold(self._shards)
+        for node, partial in zip(chain.from_iterable(self._nodes), received):
+            fold.push(node, partial)
+        return fold.sums
 
-    def _communicate(self, *, sends: list[_Message], receives: list[_Message]) -> None:
-        """Sends and receives at once. Slices of a bucket with fewer elements than workers may be empty."""
-        operations = [
-            dist.P2POp(operation, tensor, rank, self._group, number)
-            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
-            for rank, number, tensor in messages
-            if tensor.numel()
-        ]
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
+    def gather(self, region: Tensor) -> None:
+        """Completes a region, in place, of which each peer with a slice has that slice.
+
+        Shapes:
+            region: [padded length of the region], ``num_slices`` equal slices.
+        """
+        if self.num_slices == 1:
+            dist.broadcast(region, self._peers.ranks[0], group=self._group)
+        else:
+            all_gather_flat(region, region.view(self.num_slices, -1)[self.own_slice], group=self._group)
 
 
 def sum_by_backend(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -253,15 +299,23 @@ def _event_on_stream() -> torch.cuda.Event:
     return event
 
 
-def new_group(timeout_s: float | None, backend: str | None = None) -> dist.ProcessGroup:
-    """Opens a process group of all ranks; ``timeout_s``: the longest wait for other ranks, None: torch's default.
+def new_group(
+    timeout_s: float | None, backend: str | None = None, ranks: Sequence[int] | None = None
+) -> dist.ProcessGroup:
+    """Opens a process group.
 
-    Collective: every rank.
+    Args:
+        timeout_s: The longest wait for other ranks, in seconds; None: torch's default.
+        backend: None: that of the default group.
+        ranks: Its members; None: all ranks.
+
+    Collective: every member.
     """
     # A group without a timeout gets torch's default, not the default group's.
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    members = None if ranks is None else list(ranks)
+    group = dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=ranks is not None)
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.collectives.exchange import ExchangeWaits, TreeExchange, all_gather_flat, new_group, sum_by_backend
+from cluster.collectives.topology import workers_by_host
 from cluster.errors import LauncherError
 from cluster.process.activity import Activity
+from cluster.process.orders import LOOPBACK
 from jobs.parallel.step_report import exact_sum
 from jobs.sampling import shard_block
 
@@ -41,6 +43,7 @@ class Team:
         shards: int,
         exact: bool,
         device: torch.device,
+        address: str = LOOPBACK,
         timeout_s: float | None = None,
         activity: Activity | None = None,
     ) -> None:
@@ -52,6 +55,8 @@ class Team:
             shards: The number of shards in a step.
             exact: If True, sum gradients along the summation tree; if False, by the backend's all-reduce.
             device: Where the gradients are.
+            address: The address of this worker's host: workers with the same one exchange gradients with each other
+                before anything leaves the host.
             timeout_s: The longest wait for another worker, in seconds; None: torch's default.
             activity: Records how long this worker waits for the others.
         """
@@ -63,8 +68,9 @@ class Team:
         self.cpu_group = new_group(timeout_s, "gloo")
         self._exchange = None
         if exact:
+            hosts = workers_by_host(self.gather(address))
             self._exchange = TreeExchange(
-                shards=shards, blocks=self.blocks, rank=rank, device=device, timeout_s=timeout_s
+                shards=shards, blocks=self.blocks, hosts=hosts, rank=rank, device=device, timeout_s=timeout_s
             )
         self._activity = activity or Activity()
         self._waits = ExchangeWaits(self._activity, device)

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -93,30 +93,35 @@ class Outcome:
         return digest
 
 
-def run_job(spec: JobSpec, world_size: int, *, stop_after: int | None = None) -> Outcome:
+def run_job(
+    spec: JobSpec, world_size: int, *, hosts: Sequence[int] | None = None, stop_after: int | None = None
+) -> Outcome:
     """Trains the run of this name in the spec's store, from where it stands; no rank may fail.
 
     Args:
         spec: The job.
         world_size: Workers.
+        hosts: The number of workers on each host, which the workers believe; None: all are on one.
         stop_after: Rank 0 hears a wish to stop when it has told of this step.
     """
-    outcome = run_processes(train_job, spec, world_size, stop_after=stop_after)
+    outcome = run_processes(train_job, spec, world_size, hosts=hosts, stop_after=stop_after)
     assert not outcome.failures, "\n".join(outcome.failures.values())
     return outcome
 
 
-def train_job(link: AgentLink, task: Task, stop_after: int | None = None) -> str:
+def train_job(link: AgentLink, task: Task, hosts: Sequence[int] | None = None, stop_after: int | None = None) -> str:
     """``jobs.training.worker.main`` taken apart, for a look at the state that this rank ends with."""
     spec: JobSpec = task.content
     device = torch.device("cpu")
     meet(link, task, TIMEOUT_S)
+    addresses = [f"host-{number}" for number, count in enumerate(hosts or [task.world_size]) for _ in range(count)]
     team = Team(
         rank=task.rank,
         world_size=task.world_size,
         shards=spec.train.shards,
         exact=spec.train.exact,
         device=device,
+        address=addresses[task.rank],
         activity=link.activity,
     )
     parts = build_parts(spec, device)

@@ -15,6 +15,12 @@ def assert_same(outcome: Outcome, other: Outcome) -> None:
     assert outcome.digest == other.digest
 
 
+@pytest.fixture(scope="module")
+def six_shards(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The full job with 6 shards on one worker."""
+    return run_job(full_job(tmp_path_factory.mktemp("six"), "run", shards=6), world_size=1)
+
+
 def test_the_full_job_trains(undisturbed: Outcome) -> None:
     """What the tests below compare is worth it: the run learns, and its state changes all the time."""
     assert [row["step"] for row in undisturbed.rows] == list(range(1, STEPS + 1))
@@ -27,12 +33,24 @@ def test_any_number_of_workers_gives_the_same_bits(undisturbed: Outcome, tmp_pat
     assert_same(run_job(full_job(tmp_path, "run"), world_size), undisturbed)
 
 
-def test_uneven_blocks_that_cut_across_the_tree_give_the_same_bits(tmp_path: Path) -> None:
-    """Of 6 shards summed as (0-3) + (4-5), 2 workers have 3 each, 3 workers 2 each, and 4 have 1, 2, 1 and 2."""
-    alone, *together = (run_job(full_job(tmp_path, f"run-{n}", shards=6), world_size=n) for n in (1, 2, 3, 4))
+@pytest.mark.parametrize("hosts", [(1, 1, 1, 1), (2, 2), (3, 1), (1, 3), (1, 2, 1), (2, 1)], ids=str)
+def test_any_hosts_give_the_same_bits(undisturbed: Outcome, tmp_path: Path, hosts: tuple[int, ...]) -> None:
+    assert_same(run_job(full_job(tmp_path, "run"), sum(hosts), hosts=hosts), undisturbed)
 
-    for outcome in together:
-        assert_same(outcome, alone)
+
+@pytest.mark.parametrize("hosts", [(1, 2), (2, 2), (3, 2, 1), (4, 2)], ids=str)
+def test_any_hosts_of_uneven_blocks_give_the_same_bits(
+    six_shards: Outcome, tmp_path: Path, hosts: tuple[int, ...]
+) -> None:
+    assert_same(run_job(full_job(tmp_path, "run", shards=6), sum(hosts), hosts=hosts), six_shards)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_uneven_blocks_that_cut_across_the_tree_give_the_same_bits(
+    six_shards: Outcome, tmp_path: Path, world_size: int
+) -> None:
+    """Of 6 shards summed as (0-3) + (4-5), 2 workers have 3 each, 3 workers 2 each, and 4 have 1, 2, 1 and 2."""
+    assert_same(run_job(full_job(tmp_path, "run", shards=6), world_size), six_shards)
 
 
 def test_bfloat16_gives_the_same_bits(tmp_path: Path) -> None:
