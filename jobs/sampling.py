@@ -1,4 +1,4 @@
-"""Sampling: which samples and which random keys belong to a step, as pure functions of the description.
+"""Sampling: which shards a worker has, and which samples and random keys a step, as pure functions.
 
 No function here keeps a state. A permutation maps a position in an epoch to a sample and is computed for that position
 alone, so a run over a billion samples starts at any step at once. A random draw is seeded by its purpose, so it does
@@ -6,6 +6,8 @@ not depend on the number of workers or restarts.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +67,92 @@ class StepPlan:
         return permute(positions, self.num_samples, draw_key("order", seed, self.epoch_of(batch)))
 
 
-def shard_block(shards: int, world_size: int, rank: int) -> range:
-    """Returns the contiguous shards of one rank; the numbers of shards of two ranks differ by at most one."""
-    return range(rank * shards // world_size, (rank + 1) * shards // world_size)
+def shard_blocks(shards: int, hosts: Sequence[int]) -> list[range]:
+    """Returns the contiguous shards of each rank: no rank has more than ceil(shards / workers), and each has one.
+
+    The slowest worker bounds a step, so how many shards the others have is free. The blocks of hosts, and then those of
+    the workers of a host, begin where few partial sums remain to be sent: at the ends of large subtrees of the
+    summation tree. Where that makes no difference, they are even.
+
+    The largest number of partial sums of a host, for 64 shards on hosts of 8 workers:
+
+        hosts          1  2  3  4  5  6  7  8
+        even blocks    1  1  5  1  5  4  4  1
+        these blocks   1  1  2  1  1  1  1  1
+
+    Args:
+        shards: The number of shards in a step.
+        hosts: The number of workers on each host, in rank order; at most ``shards`` in all.
+    """
+    most = math.ceil(shards / sum(hosts))
+    return [
+        block
+        for num_workers, host_block in zip(hosts, _divide(range(shards), hosts, most, shards))
+        for block in _divide(host_block, [1] * num_workers, most, shards)
+    ]
+
+
+def _divide(block: range, parts: Sequence[int], most: int, shards: int) -> list[range]:
+    """Returns the block divided among parts with these numbers of workers, each of 1 to ``most`` shards per worker.
+
+    Dynamic programming over the boundaries that ``_round_boundaries`` proposes. It minimises the largest number of
+    partial sums of a part, then how many parts have so many, then the same for one fewer, and so on; then the distance
+    from the even boundaries. Those are always proposed, so no part has more partial sums than the worst even one.
+    """
+    # A part weighs more than all parts together with one partial sum fewer.
+    weights = [(len(parts) + 1) ** count for count in range(2 * shards.bit_length() + 1)]
+    num_workers, num_before = sum(parts), 0
+    paths = {block.start: (0, 0, block.start)}
+    """The best path to each boundary: its weight, its distance from the even one, and the boundary before."""
+    steps = []
+    for part in parts:
+        num_before += part
+        num_after = num_workers - num_before
+        first = max(block.start + num_before, block.stop - most * num_after)
+        last = min(block.start + most * num_before, block.stop - num_after)
+        even = block.start + len(block) * num_before // num_workers
+        longer = {}
+        for end in _round_boundaries(even, range(first, last + 1)):
+            ways = [
+                (weight + weights[_num_partial_sums(start, end, shards)], distance + abs(end - even), start)
+                for start, (weight, distance, _) in paths.items()
+                if part <= end - start <= most * part
+            ]
+            if ways:
+                longer[end] = min(ways)
+        paths = longer
+        steps.append(paths)
+    end, blocks = block.stop, []
+    for paths in reversed(steps):
+        start = paths[end][2]
+        blocks.append(range(start, end))
+        end = start
+    return blocks[::-1]
+
+
+def _round_boundaries(even: int, allowed: range) -> set[int]:
+    """Returns the even boundary and its nearest multiples of each power of two on both sides, as far as allowed."""
+    boundaries = {even}
+    size = 2
+    while size < 2 * len(allowed):
+        below = even // size * size
+        boundaries |= {boundary for boundary in (below, below + size) if boundary in allowed}
+        size *= 2
+    return boundaries
+
+
+def _num_partial_sums(start: int, end: int, shards: int) -> int:
+    """Returns the number of complete subtrees in the shards [start, end), without building the tree.
+
+    Subtrees grow from ``start`` up to the middle, the number that divides by the largest power of two, and shrink from
+    there to ``end``: one for each bit of either distance.
+    """
+    if end == shards:  # the last subtree may lack its end
+        size = (start ^ (end - 1)).bit_length()
+        return ((((end - 1) >> size) + 1 << size) - start).bit_count()
+    size = (start ^ end).bit_length() - 1
+    middle = end >> size << size
+    return (middle - start).bit_count() + (end - middle).bit_count()
 
 
 def draw_key(purpose: str, *numbers: int) -> int:

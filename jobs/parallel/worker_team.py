@@ -15,7 +15,7 @@ from cluster.errors import LauncherError
 from cluster.process.activity import Activity
 from cluster.process.orders import LOOPBACK
 from jobs.parallel.step_report import exact_sum
-from jobs.sampling import shard_block
+from jobs.sampling import shard_blocks
 
 _T = TypeVar("_T")
 
@@ -55,20 +55,20 @@ class Team:
             shards: The number of shards in a step.
             exact: If True, sum gradients along the summation tree; if False, by the backend's all-reduce.
             device: Where the gradients are.
-            address: The address of this worker's host: workers with the same one exchange gradients with each other
-                before anything leaves the host.
+            address: The address of this worker's host: workers with the same one share a range of shards, and exchange
+                gradients with each other before anything leaves the host.
             timeout_s: The longest wait for another worker, in seconds; None: torch's default.
             activity: Records how long this worker waits for the others.
         """
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.blocks = [shard_block(shards, world_size, other) for other in range(world_size)]
-        self.block = self.blocks[rank]
         self.cpu_group = new_group(timeout_s, "gloo")
+        hosts = workers_by_host(self.gather(address))
+        self.blocks = shard_blocks(shards, hosts)
+        self.block = self.blocks[rank]
         self._exchange = None
         if exact:
-            hosts = workers_by_host(self.gather(address))
             self._exchange = TreeExchange(
                 shards=shards, blocks=self.blocks, hosts=hosts, rank=rank, device=device, timeout_s=timeout_s
             )

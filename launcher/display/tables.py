@@ -129,7 +129,8 @@ def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -
 
 def plan_text(spec: JobSpec, plan: "Plan") -> str:
     """Return everything that a plan decides, as text."""
-    workers = ", ".join(f"{count} shard{'s' * (count > 1)}" for count in plan.shards_by_worker)
+    at_most = "at most " if spec.train.shards % plan.num_workers else ""
+    shards = f"{at_most}{plan.most_shards} shard{'s' * (plan.most_shards > 1)} each"
     bounds = "" if spec.workers.least == spec.workers.most else f" of {spec.workers.least} to {spec.workers.most}"
     limit = f"; train.max_steps ends it at {plan.end_step:,}" if plan.end_step < plan.total_steps else ""
     unused = f"; {plan.unused_per_epoch:,} others each epoch wait for the next" if plan.unused_per_epoch else ""
@@ -143,7 +144,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("validation", validation),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
-        ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {workers}"),
+        ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {shards}"),
         *([("no GPU", plan.why_cpu)] if plan.why_cpu else []),
         *([("wait", plan.why_wait)] if plan.why_wait else []),
         *([("placement", "spread over as many nodes as there is room on")] if spec.workers.placement != "pack" else []),

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cluster.collectives.topology import workers_by_host
 from cluster.errors import Interrupted, LauncherError
 from cluster.process import messages
 from cluster.run.lease import STATUS_INTERVAL_S
-from jobs.sampling import shard_block
+from jobs.sampling import shard_blocks
 from jobs.spec import JobSpec
 from launcher.driver.attempt import NONE, Attempt
 from launcher.driver.environments import Environments
@@ -141,8 +142,8 @@ class Driver:
             case messages.Hello():
                 membership.joined(message, self._clock())
                 if membership.is_complete:
-                    shards, count = self._spec.train.shards, membership.num_workers
-                    self._reports.agents_complete([len(shard_block(shards, count, rank)) for rank in range(count)])
+                    hosts = workers_by_host([agent.address for _, agent in sorted(membership.agents.items())])
+                    self._reports.agents_complete(list(map(len, shard_blocks(self._spec.train.shards, hosts))))
             case messages.AgentsPlaced(nodes=nodes):
                 self._gathering.placed(nodes, self._clock())
             case messages.AgentsUnplaced():

@@ -5,6 +5,7 @@ which builds the components and trains on one real micro-batch; on a cluster it 
 worker is started, and nothing is left behind.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from cluster.process.orders import Task
 from cluster.process.workplace import Call, call_here
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.sampling import StepPlan, shard_block
+from jobs.sampling import StepPlan
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description, named_errors
@@ -102,7 +103,8 @@ class Plan:
     """Samples beyond the last whole batch; other samples in every epoch."""
     num_workers: int
     """The number of workers at the start; an elastic run may change it."""
-    shards_by_worker: tuple[int, ...]
+    most_shards: int
+    """The largest number of shards of a worker; who has how many depends on the hosts."""
     gpus: int
     """GPUs per worker."""
     why_cpu: str
@@ -266,7 +268,6 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
     with named_errors(description.source):
         decision = decide_workers(spec, capacity, tried.gpus_here, tried.accelerator_here)
     steps, num_workers = tried.steps, decision.num_workers
-    blocks = [shard_block(spec.train.shards, num_workers, rank) for rank in range(num_workers)]
     return Plan(
         run=RunDirectory(store.at(spec.name)).url,
         num_samples=steps.num_samples,
@@ -277,7 +278,7 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         end_step=min(steps.total_steps, spec.train.max_steps or steps.total_steps),
         unused_per_epoch=steps.num_samples % steps.global_batch,
         num_workers=num_workers,
-        shards_by_worker=tuple(map(len, blocks)),
+        most_shards=math.ceil(spec.train.shards / num_workers),
         gpus=decision.gpus,
         why_cpu=decision.why_cpu,
         why_wait=why_wait(spec, capacity, decision.gpus),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.spec import JobSpec
 from tests.distributed.small_job import STEPS, STEPS_PER_EPOCH, full_job
 from tests.distributed.team_process import Outcome, run_job
 
@@ -19,6 +20,16 @@ def assert_same(outcome: Outcome, other: Outcome) -> None:
 def six_shards(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The full job with 6 shards on one worker."""
     return run_job(full_job(tmp_path_factory.mktemp("six"), "run", shards=6), world_size=1)
+
+
+@pytest.fixture(scope="module")
+def twelve_shards(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The full job with 12 shards on one worker."""
+    return run_job(job_of_12_shards(tmp_path_factory.mktemp("twelve")), world_size=1)
+
+
+def job_of_12_shards(store: Path) -> JobSpec:
+    return full_job(store, "run", shards=12, global_batch=24, epochs=2)
 
 
 def test_the_full_job_trains(undisturbed: Outcome) -> None:
@@ -38,19 +49,20 @@ def test_any_hosts_give_the_same_bits(undisturbed: Outcome, tmp_path: Path, host
     assert_same(run_job(full_job(tmp_path, "run"), sum(hosts), hosts=hosts), undisturbed)
 
 
-@pytest.mark.parametrize("hosts", [(1, 2), (2, 2), (3, 2, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("hosts", [(2,), (3,), (4,), (1, 2), (2, 2), (3, 2, 1), (4, 2)], ids=str)
 def test_any_hosts_of_uneven_blocks_give_the_same_bits(
     six_shards: Outcome, tmp_path: Path, hosts: tuple[int, ...]
 ) -> None:
+    """Of 6 shards summed as (0-3) + (4-5), 2 workers have 3 each, 3 have 2 each, and 4 have 2 or 1."""
     assert_same(run_job(full_job(tmp_path, "run", shards=6), sum(hosts), hosts=hosts), six_shards)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_uneven_blocks_that_cut_across_the_tree_give_the_same_bits(
-    six_shards: Outcome, tmp_path: Path, world_size: int
+@pytest.mark.parametrize("hosts", [(4,), (1, 3), (2, 2), (1, 2, 1)], ids=str)
+def test_blocks_that_cut_across_the_tree_give_the_same_bits(
+    twelve_shards: Outcome, tmp_path: Path, hosts: tuple[int, ...]
 ) -> None:
-    """Of 6 shards summed as (0-3) + (4-5), 2 workers have 3 each, 3 workers 2 each, and 4 have 1, 2, 1 and 2."""
-    assert_same(run_job(full_job(tmp_path, "run", shards=6), world_size), six_shards)
+    """Of 12 shards summed as (0-7) + (8-11), 4 workers have 3 each: no other blocks are as short."""
+    assert_same(run_job(job_of_12_shards(tmp_path), sum(hosts), hosts=hosts), twelve_shards)
 
 
 def test_bfloat16_gives_the_same_bits(tmp_path: Path) -> None:

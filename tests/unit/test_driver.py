@@ -297,6 +297,27 @@ def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
     return [event for event in run.events().read() if event["kind"] == kind]
 
 
+class TestStragglers:
+    @pytest.mark.parametrize(
+        ("seconds", "slow"), [((2.0, 1.0, 1.0), []), ((1.0, 1.0, 2.0), [2])], ids=["with two shards", "with one"]
+    )
+    def test_workers_are_compared_by_the_shards_that_their_hosts_give_them(
+        self, run: RunDirectory, seconds: Sequence[float], slow: list[int]
+    ) -> None:
+        """Of 4 shards, worker 0, which is alone on its host, has two, and the others have one each."""
+        windows: Script = [
+            [one(TimeSpent(step=20 * count, spent=SPENT | {"forward": count * spent}), rank)
+             for rank, spent in enumerate(seconds)]
+            for count in range(1, 6)
+        ]  # fmt: skip
+        agents = hello("a", "b", "b")
+        script: Script = [[agents[0], *reversed(agents[1:])], all_of(3, started(step=0)), *windows, done(3, 0)]
+
+        drive(run, script, lambda _: [node("a", 1), node("b", 2)], num=3)
+
+        assert [event["rank"] for event in events(run, "worker_slow")] == slow
+
+
 class TestHangs:
     @pytest.mark.parametrize(
         ("reports", "blamed", "reason"),

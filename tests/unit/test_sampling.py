@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jobs.sampling import StepPlan, draw_key, permute, shard_block
+from jobs.sampling import StepPlan, draw_key, permute
 
 
 def positions(length: int) -> np.ndarray:
@@ -70,16 +70,6 @@ class TestDrawKey:
 
     def test_numbers_do_not_run_into_one_another(self) -> None:
         assert draw_key("step", 1, 12) != draw_key("step", 11, 2)
-
-
-class TestShardBlock:
-    @pytest.mark.parametrize("shards", range(1, 18))
-    def test_blocks_are_contiguous_balanced_and_everything(self, shards: int) -> None:
-        for world_size in range(1, shards + 1):
-            blocks = [shard_block(shards, world_size, rank) for rank in range(world_size)]
-
-            assert [shard for block in blocks for shard in block] == list(range(shards))
-            assert {len(block) for block in blocks} <= {shards // world_size, -(-shards // world_size)}
 
 
 class TestStepPlan:

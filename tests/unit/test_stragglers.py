@@ -43,6 +43,14 @@ OTHER_GROUPS: dict[str, tuple[tuple[int, ...], Window, Said]] = {
     "the one with two shards is slow": ((1, 1, 2), [(2, 10), (2, 10), (4, 40)], {3: [(2, "compute", 1.8)]}),
     "one with one shard is slow": ((1, 1, 2), [(2, 30), (2, 10), (4, 20)], {3: [(0, "compute", 1.8)]}),
     "slow, and not waited for": ((1, 1, 2), [(2, 20), (2, 10), (4, 20)], {}),
+    "one has three times the shards": ((1, 3), [(2, 10), (6, 30)], {}),
+    "and is slow": ((1, 3), [(2, 10), (6, 60)], {3: [(1, "compute", 1.8)]}),
+    "most have three times the shards": ((1, 3, 3), [(2, 10), (6, 30), (6, 30)], {}),
+    "the one with few of them is slow, and waited for": (
+        (1, 3, 3), [(2, 60), (6, 30), (6, 30)], {3: [(0, "compute", 1.7)]},
+    ),
+    "and is not waited for": ((1, 3, 3), [(6, 30), (6, 30), (6, 30)], {}),
+    "shards of one to three": ((1, 2, 3, 3), [(2, 10), (4, 20), (6, 30), (6, 30)], {}),
     "two of eight, as of a node": (
         (1,) * 8, [(2, 10)] * 6 + [(14, 10)] * 2, {3: [(6, "data", 2.0), (7, "data", 2.0)]},
     ),

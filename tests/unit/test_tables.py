@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.spec import WorkersSpec
+from jobs.spec import TrainSpec, WorkersSpec
 from launcher.display.tables import (
     checkpoints_table,
     duration,
@@ -181,7 +181,7 @@ class TestSummary:
 class TestPlan:
     PLAN = Plan(
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
-        total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, shards_by_worker=(2, 2), gpus=0, why_cpu="",
+        total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
         why_wait="", groups=(), parameters=10, checkpoint_bytes=100, trial_samples=16, trial_loss=1.0,
         data_fingerprint="ab", rates=(), init_from=None,
     )  # fmt: skip
@@ -190,6 +190,16 @@ class TestPlan:
         text = plan_text(bare_job(), self.PLAN)
         assert "placement" not in text
         assert "wait" not in text
+
+    def test_how_many_shards_a_worker_has(self) -> None:
+        def workers(shards: int, num_workers: int, most_shards: int) -> str:
+            spec = bare_job(train=TrainSpec(global_batch=24, shards=shards), workers=WorkersSpec(num=num_workers))
+            text = plan_text(spec, replace(self.PLAN, num_workers=num_workers, most_shards=most_shards))
+            return next(line for line in text.splitlines() if line.startswith("workers"))
+
+        assert workers(4, 2, 2) == "workers     2 on CPU with gloo: 2 shards each"
+        assert workers(4, 4, 1) == "workers     4 on CPU with gloo: 1 shard each"
+        assert workers(4, 3, 2) == "workers     3 on CPU with gloo: at most 2 shards each"
 
     def test_how_workers_are_placed_and_what_is_waited_for(self) -> None:
         spec = bare_job(workers=WorkersSpec(num=2, placement="spread"))
