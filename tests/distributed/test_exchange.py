@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.collectives import exchange
+from cluster.collectives import slice_exchange
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.parallel.worker_team import Team
@@ -47,9 +47,9 @@ class _Counting:
 
     def __init__(self, host_of: Sequence[int], rank: int) -> None:
         self._host_of, self._rank = host_of, rank
-        self._calls = dist.all_to_all_single, exchange.all_gather_flat, dist.broadcast
+        self._calls = dist.all_to_all_single, slice_exchange.all_gather_flat, dist.broadcast
         self.sent = Sent()
-        replaced: Any = exchange
+        replaced: Any = slice_exchange
         replaced.dist.all_to_all_single = self._all_to_all
         replaced.all_gather_flat = self._all_gather
         replaced.dist.broadcast = self._broadcast
