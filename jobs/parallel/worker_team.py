@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.collectives.exchange import ExchangeWaits, TreeExchange, all_gather_flat, new_group, sum_by_backend
+from cluster.collectives.exchange import TreeExchange, sum_by_backend
+from cluster.collectives.exchange_waits import ExchangeWaits
+from cluster.collectives.groups import all_gather_flat, new_group
 from cluster.collectives.topology import workers_by_host
 from cluster.errors import LauncherError
 from cluster.process.activity import Activity
