@@ -3,14 +3,13 @@
 from itertools import product
 
 from cluster.collectives.topology import Level, Peers, exchange_levels, workers_by_host
-from jobs.sampling import shard_block
+from jobs.sampling import shard_blocks
 
 LAYOUTS = [hosts for number in (1, 2, 3, 4) for hosts in product((1, 2, 3, 4), repeat=number)]
 
 
 def levels_of(hosts: tuple[int, ...], shards: int) -> list[Level]:
-    workers = sum(hosts)
-    return exchange_levels([shard_block(shards, workers, rank) for rank in range(workers)], hosts)
+    return exchange_levels(shard_blocks(shards, hosts), hosts)
 
 
 def test_workers_of_a_host_are_neighbours() -> None:
@@ -69,8 +68,8 @@ def test_every_rank_has_its_place_at_every_level() -> None:
 def test_every_slice_gets_the_sum_of_all_shards() -> None:
     """What the peers of a level bring is what they have got at the level before."""
     for hosts in LAYOUTS:
-        workers, shards = sum(hosts), sum(hosts) + 1
-        summed = {rank: shard_block(shards, workers, rank) for rank in range(workers)}
+        shards = sum(hosts) + 1
+        summed = dict(enumerate(shard_blocks(shards, hosts)))
         for level in levels_of(hosts, shards):
             for peers in level:
                 assert all(summed[rank] == block for rank, block in zip(peers.ranks, peers.blocks))
