@@ -73,6 +73,7 @@ def main(link: AgentLink, task: Task) -> None:
             shards=spec.train.shards,
             exact=spec.train.exact,
             device=device,
+            bucket_mb=spec.train.bucket_mb,
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )

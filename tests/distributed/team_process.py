@@ -117,6 +117,7 @@ def train_job(link: AgentLink, task: Task, stop_after: int | None = None) -> str
         shards=spec.train.shards,
         exact=spec.train.exact,
         device=device,
+        bucket_mb=spec.train.bucket_mb,
         activity=link.activity,
     )
     parts = build_parts(spec, device)
