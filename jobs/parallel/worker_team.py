@@ -46,6 +46,7 @@ class Team:
         exact: bool,
         device: torch.device,
         address: str = LOOPBACK,
+        bucket_mb: float | None = None,
         timeout_s: float | None = None,
         activity: Activity | None = None,
     ) -> None:
@@ -59,12 +60,14 @@ class Team:
             device: Where the gradients are.
             address: The address of this worker's host: workers with the same one share a range of shards, and exchange
                 gradients with each other before anything leaves the host.
+            bucket_mb: The size of DDP's buckets in MiB; None: torch's default.
             timeout_s: The longest wait for another worker, in seconds; None: torch's default.
             activity: Records how long this worker waits for the others.
         """
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self._bucket_mb = bucket_mb
         self.cpu_group = new_group(timeout_s, "gloo")
         hosts = workers_by_host(self.gather(address))
         self.blocks = shard_blocks(shards, hosts)
@@ -82,7 +85,9 @@ class Team:
 
         Source: https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
         """
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS)
+        replica = DistributedDataParallel(
+            model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS
+        )
         replica.register_comm_hook(None, self._sum_bucket)
         return replica
 

@@ -41,6 +41,10 @@ _RAY_PORT = 6379
 _OBJECT_STORE_BYTES = 100 * 2**20
 _RAY_START_TIMEOUT_S = 120.0
 _POLL_INTERVAL_S = 0.02
+_LIMITED_QUEUE = "burst 128kb latency 50ms"
+"""Of a limited cable: with it a single TCP connection gets 95% of the rate; the rest is headers."""
+_COUNTER_OF_BYTES_SENT = 8
+"""Its place among the counters of an interface in /proc/net/dev."""
 
 
 def why_there_can_be_none() -> str | None:
@@ -142,6 +146,13 @@ class Host:
         """Makes its cable whole again."""
         self._switch.run(f"ip link set {self._port} up")
 
+    def limit(self, mbit_per_s: float | None) -> None:
+        """Limits its cable in both directions, to so many bits of packets; None: no limit, as after ``power_on``."""
+        assert self._inside is not None, f"{self.name} is off"
+        discipline = "noqueue" if mbit_per_s is None else f"tbf rate {mbit_per_s}mbit {_LIMITED_QUEUE}"
+        self._inside.run(f"tc qdisc replace dev {NETWORK_INTERFACE} root {discipline}")
+        self._switch.run(f"tc qdisc replace dev {self._port} root {discipline}")
+
     def command(
         self, arguments: Sequence[object], cwd: Path, environment: Mapping[str, str] | None = None
     ) -> list[str]:
@@ -199,6 +210,13 @@ class Host:
             assert self._ray.poll() is None, f"Ray did not start on {self.name}: {said}"
             assert time.monotonic() < deadline, f"Ray has not started on {self.name}: {said}"
             time.sleep(_POLL_INTERVAL_S)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of packets that have left it through its cable since it was powered on."""
+        assert self._inside is not None, f"{self.name} is off"
+        counters = Path(f"/proc/{self._inside.pid}/net/dev").read_text().partition(f"{NETWORK_INTERFACE}:")[2]
+        return int(counters.split()[_COUNTER_OF_BYTES_SENT])
 
     @property
     def runs_ray(self) -> bool:

@@ -1,0 +1,280 @@
+"""What the exact exchange costs between hosts, beside plain DDP: ``python -m tests.benchmarks.exchange``; needs root.
+
+Each layout has hosts of its own, which are namespaces on this machine, wired to one switch (``tests/faults/hosts.py``).
+``3+2+1:8`` is three hosts with three, two and one worker, and eight shards in a step; without a number there is one
+shard for each worker. A worker is a process of one thread that speaks gloo. It holds three arms: the product's
+exchange (``exact``), DDP with its defaults (``ddp``), and that once more (``ddp again``, A/A), which shows what of a
+difference is noise. They take turns in short blocks of steps, in another order in every round, so that a machine whose
+speed drifts hurts all alike.
+
+A step is a backward pass for each shard of the worker. The model has nine parameters and computes next to nothing, so
+a step is little but the exchange; in training that computes, a part of it is hidden behind the backward pass. At 20 MB,
+DDP fills two buckets of gradients, the first of 1 MB. Before anything counts, and once at each rate, the gradients of
+all arms are compared with the sum over all shards, and the SHA-256 of those of ``exact`` must be the same on every
+worker, and the same for all layouts with as many shards.
+
+Measured for each layout, rate and arm:
+- *bytes*: those that leave a host through its interface, headers and acknowledgements included, in a step, divided by
+  the bytes of the gradients; of the host that sends most. Beside it the least that an all-reduce between hosts can do
+  with: 2(H-1)/H.
+- *step*: the median and the quartiles over rounds of the time of a step. A barrier before every block, outside the
+  clock, lines the workers up; a block takes as long as its slowest worker.
+- *ratio*: the same of (its block / the block of ``ddp`` in the same round).
+- *tail*: the median over rounds of the time from the last gradient that a worker has computed to the end of its
+  step, the mean over workers.
+
+A rate limits the interface of each host in both directions, in Mbit/s of packets. The machine has fewer cores than
+there are workers, and all hosts share them: without a limit on the rate, the times are those of its memory and its
+kernel. A layout of one host has no link, and is measured without a limit alone. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.benchmarks.arms import Quartiles
+from tests.benchmarks.exchange_worker import TIMEOUT_S, Block, Measured, Place, sizes_of, work
+from tests.faults.hosts import CHECKOUT, NETWORK_INTERFACE, Host, hosts, why_there_can_be_none
+
+_ARMS = ("exact", "ddp", "ddp again")
+_LAYOUTS = ("1x4", "2x1", "2x4", "3x2", "3+2+1", "3+2+1:8", "4x2")
+_RATES = ("unlimited", "1000", "300")
+_WARM_UP_STEPS = 2
+"""Of each arm, at each rate; DDP chooses its buckets after the first of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The number of workers on each host, and of shards."""
+
+    name: str
+    workers: tuple[int, ...]
+    shards: int
+
+    @classmethod
+    def parse(cls, name: str) -> "_Layout":
+        of_hosts, _, shards = name.partition(":")
+        if "x" in of_hosts:
+            num_hosts, per_host = map(int, of_hosts.split("x"))
+            workers = (per_host,) * num_hosts
+        else:
+            workers = tuple(map(int, of_hosts.split("+")))
+        layout = cls(name, workers, int(shards) if shards else sum(workers))
+        if min(workers, default=0) < 1 or layout.shards < sum(workers):
+            raise ValueError(f"{name}: a host has at least one worker, and a worker at least one shard")
+        return layout
+
+    @property
+    def least(self) -> float:
+        """What an all-reduce must send from some host, in multiples of what it sums."""
+        return 2 * (len(self.workers) - 1) / len(self.workers)
+
+
+def _rate(text: str) -> float | None:
+    return None if text == "unlimited" else float(text)
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """All blocks of an arm in a layout at a rate."""
+
+    step_s: list[float] = field(default_factory=list)
+    tail_s: list[float] = field(default_factory=list)
+    bytes_sent: list[list[int]] = field(default_factory=list)
+    """For each block, of each host."""
+
+
+class _Workers:
+    """The workers of a layout, on hosts of their own."""
+
+    def __init__(self, layout: _Layout, machines: Sequence[Host], sizes: tuple[int, ...], folder: Path) -> None:
+        self.hosts = machines
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._layout = layout
+        self._sizes = sizes
+        self._folder = folder
+        self._pipes: list[Connection] = []
+
+    def start(self) -> None:
+        for number, host in zip(self._layout.workers, self.hosts):
+            for _ in range(number):
+                self._start(host)
+
+    def run(self, block: Block) -> list[Measured]:
+        """Runs steps of an arm; what each worker measures, by rank.
+
+        Raises:
+            SystemExit: A worker has ended, or has not answered in time.
+        """
+        for rank, pipe in enumerate(self._pipes):
+            self._send(rank, pipe, block)
+        answers: dict[int, Measured] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        waited_for = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waited_for:
+            ready = wait(waited_for, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(min(waited_for.values()), f"has not answered for {TIMEOUT_S:.0f} s")
+            for pipe in ready:
+                rank = waited_for.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    self._fail(rank, "has ended")
+        return [answer for _, answer in sorted(answers.items())]
+
+    def close(self) -> None:
+        """Closes the pipes, at which workers that run no block end."""
+        for pipe in self._pipes:
+            pipe.close()
+
+    def _start(self, host: Host) -> None:
+        rank = len(self._pipes)
+        ours, theirs = Pipe()
+        self._pipes.append(ours)
+        code = f"from {work.__module__} import work; work({theirs.fileno()})"
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": NETWORK_INTERFACE}
+        with theirs, open(self._log(rank), "wb") as log:
+            self.processes.append(
+                subprocess.Popen(
+                    host.command([sys.executable, "-c", code], CHECKOUT, environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs.fileno(),),
+                )
+            )
+        place = Place(
+            rank=rank,
+            world_size=sum(self._layout.workers),
+            shards=self._layout.shards,
+            meeting_address=self.hosts[0].address,
+            address=host.address,
+            sizes=self._sizes,
+        )
+        self._send(rank, ours, place)
+
+    def _send(self, rank: int, pipe: Connection, message: Place | Block) -> None:
+        try:
+            pipe.send(message)
+        except BrokenPipeError:
+            self._fail(rank, "has ended")
+
+    def _fail(self, rank: int, how: str) -> NoReturn:
+        raise SystemExit(f"{self._layout.name}: worker {rank} {how}; its log:\n{self._log(rank).read_text()}")
+
+    def _log(self, rank: int) -> Path:
+        return self._folder / f"{rank}.log"
+
+
+@contextmanager
+def _workers(layout: _Layout, sizes: tuple[int, ...]) -> Iterator[_Workers]:
+    """The workers of a layout for as long as the context lasts."""
+    names = [f"host-{number}" for number, _ in enumerate(layout.workers, start=1)]
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="launcher-benchmark-"))
+        machines = stack.enter_context(hosts(*names))
+        workers = _Workers(layout, machines, sizes, Path(folder))
+        stack.callback(workers.close)
+        workers.start()
+        yield workers
+    for process in workers.processes:
+        process.wait()  # its host has ended, and it with that
+
+
+def _digest(told: Sequence[Measured], layout: _Layout) -> str:
+    digests = {measured.sha256 for measured in told}
+    if len(digests) > 1:
+        raise SystemExit(f"{layout.name}: workers have different gradients: {digests}")
+    (digest,) = digests
+    assert digest is not None, "it was asked for"
+    return digest
+
+
+def _measure(workers: _Workers, num_rounds: int, steps: int) -> dict[str, _Blocks]:
+    """Runs all blocks of all arms at the rate that the hosts have now."""
+    blocks: dict[str, _Blocks] = {arm: _Blocks() for arm in _ARMS}
+    for number in range(num_rounds):
+        for arm in random.Random(number).sample(_ARMS, len(_ARMS)):
+            before = [host.bytes_sent for host in workers.hosts]
+            told = workers.run(Block(arm, steps, is_checked=False))
+            blocks[arm].bytes_sent.append([host.bytes_sent - sent for host, sent in zip(workers.hosts, before)])
+            blocks[arm].step_s.append(max(measured.step_s for measured in told))
+            blocks[arm].tail_s.append(statistics.fmean(measured.tail_s for measured in told))
+    return blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layouts", nargs="+", default=_LAYOUTS, help="hosts x workers, or workers + workers: shards")
+    parser.add_argument("--rates", nargs="+", default=_RATES, help="of each host, in Mbit/s; or: unlimited")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm; at least 2")
+    parser.add_argument("--block", type=int, default=2, help="steps of an arm in a row")
+    parser.add_argument("--mb", type=float, default=20.0, help="megabytes of gradients in float32")
+    arguments = parser.parse_args()
+    try:
+        layouts, rates = [_Layout.parse(name) for name in arguments.layouts], [_rate(text) for text in arguments.rates]
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.rounds < 2:
+        parser.error(f"--rounds: two are the fewest with quartiles, got {arguments.rounds}")
+    if (lack := why_there_can_be_none()) is not None:
+        raise SystemExit(lack)
+
+    sizes = sizes_of(arguments.mb)
+    num_bytes = 4 * sum(sizes)
+    print(f"{num_bytes / 1e6:.1f} MB of gradients, gloo workers of 1 thread; n={arguments.rounds} blocks of", end=" ")
+    print(f"{arguments.block} steps; median (quartiles); ratios are to ddp")
+    head = f"{'layout':8} {'shards':>6} {'Mbit/s':>9} {'arm':9} {'bytes':>5} {'least':>5}"
+    print(f"{head} {'step ms':>8} {'quartiles':>15} {'ratio':>6} {'quartiles':>11} {'tail ms':>8}")
+    rows: list[dict[str, Any]] = []
+    digests: defaultdict[int, set[str]] = defaultdict(set)
+    for layout in layouts:
+        with _workers(layout, sizes) as workers:
+            for rate in rates if len(layout.workers) > 1 else [None]:
+                for host in workers.hosts:
+                    host.limit(rate)
+                told_rate = "unlimited" if rate is None else f"{rate:g}"
+                for arm in _ARMS:
+                    told = workers.run(Block(arm, _WARM_UP_STEPS, is_checked=True))
+                    if arm == "exact":
+                        digests[layout.shards].add(_digest(told, layout))
+                if len(digests[layout.shards]) > 1:
+                    raise SystemExit(f"{layout.name}: exact has other gradients than with other workers")
+                blocks = _measure(workers, arguments.rounds, arguments.block)
+                for arm, own in blocks.items():
+                    by_host = [sum(of_blocks) for of_blocks in zip(*own.bytes_sent)]
+                    sent = max(by_host) / (arguments.rounds * arguments.block * num_bytes)
+                    step_ms = Quartiles.of([1000 * seconds for seconds in own.step_s])
+                    ratio = Quartiles.of([a / b for a, b in zip(own.step_s, blocks["ddp"].step_s)])
+                    tail_ms = 1000 * statistics.median(own.tail_s)
+                    print(f"{layout.name:8} {layout.shards:6} {told_rate:>9} {arm:9}", end=" ")
+                    print(f"{sent:5.2f} {layout.least:5.2f} {step_ms:8.1f} {ratio:6.3f} {tail_ms:8.1f}", flush=True)
+                    rows.append({
+                        "layout": layout.name, "shards": layout.shards, "mbit_per_s": rate, "arm": arm,
+                        "bytes": round(sent, 3), "least": round(layout.least, 3),
+                        "step_ms": [round(value, 1) for value in (step_ms.low, step_ms.median, step_ms.high)],
+                        "ratio": [round(value, 3) for value in (ratio.low, ratio.median, ratio.high)],
+                        "tail_ms": round(tail_ms, 1),
+                    })  # fmt: skip
+    print(json.dumps({
+        "rows": rows, "gradient_bytes": num_bytes, "rounds": arguments.rounds, "block": arguments.block,
+        "exact_sha256": {shards: next(iter(digest)) for shards, digest in digests.items()},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
