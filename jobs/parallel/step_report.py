@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.collectives.exchange import all_gather_flat
+from cluster.collectives.groups import all_gather_flat
 
 TALLY_SIZE = 3
 """The length of a micro-batch's tally: loss sum, correct samples, counted samples."""

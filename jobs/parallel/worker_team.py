@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.collectives.exchange import ExchangeWaits, TreeExchange, all_gather_flat, new_group, sum_by_backend
+from cluster.collectives.exchange import TreeExchange, sum_by_backend
+from cluster.collectives.exchange_waits import ExchangeWaits
+from cluster.collectives.groups import all_gather_flat, new_group
 from cluster.collectives.topology import workers_by_host
 from cluster.errors import LauncherError
 from cluster.process.activity import Activity
@@ -44,6 +46,7 @@ class Team:
         exact: bool,
         device: torch.device,
         address: str = LOOPBACK,
+        bucket_mb: float | None = None,
         timeout_s: float | None = None,
         activity: Activity | None = None,
     ) -> None:
@@ -57,12 +60,14 @@ class Team:
             device: Where the gradients are.
             address: The address of this worker's host: workers with the same one exchange gradients with each other
                 before anything leaves the host.
+            bucket_mb: The size of DDP's buckets in MiB; None: torch's default.
             timeout_s: The longest wait for another worker, in seconds; None: torch's default.
             activity: Records how long this worker waits for the others.
         """
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self._bucket_mb = bucket_mb
         self.blocks = [shard_block(shards, world_size, other) for other in range(world_size)]
         self.block = self.blocks[rank]
         self.cpu_group = new_group(timeout_s, "gloo")
@@ -80,7 +85,9 @@ class Team:
 
         Source: https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
         """
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS)
+        replica = DistributedDataParallel(
+            model, bucket_cap_mb=self._bucket_mb, gradient_as_bucket_view=True, **_WITHOUT_BUFFERS
+        )
         replica.register_comm_hook(None, self._sum_bucket)
         return replica
 

@@ -7,6 +7,9 @@ from typing import Literal
 from cluster.errors import FieldError
 from jobs.spec.checks import at_least
 
+_SMALLEST_BUCKET_MB, _LARGEST_BUCKET_MB = 0.001, 1_000_000
+"""1 KiB: below it nearly every gradient is a bucket of its own. 1 TB: above it torch's count of bytes may overflow."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStopSpec:
@@ -49,6 +52,10 @@ class TrainSpec:
     for the life of a run."""
     exact: bool = True
     """Sum gradients in one fixed order, so that any number of workers gives the same bits; false: by all-reduce."""
+    bucket_mb: float | None = None
+    """MiB of gradients in a bucket: workers exchange each bucket while the backward pass computes the next. A gradient
+    is never split, so a bucket may hold more. Null: torch's default, 1 for the first bucket and 25 for the others.
+    Changes no bit while ``exact`` is true."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass: float32, or autocast to bfloat16, or to float16 with a gradient scaler."""
     tf32: bool = False
@@ -98,6 +105,12 @@ class TrainSpec:
             limit = getattr(self, name)
             if limit is not None and not 0 < limit < math.inf:
                 raise FieldError(name, f"must be finite and above 0, got {limit}; null turns {what} off")
+        if self.bucket_mb is not None and not _SMALLEST_BUCKET_MB <= self.bucket_mb <= _LARGEST_BUCKET_MB:
+            raise FieldError(
+                "bucket_mb",
+                f"must lie between {_SMALLEST_BUCKET_MB} and {_LARGEST_BUCKET_MB}, got {self.bucket_mb}; "
+                "null chooses torch's default",
+            )
         if self.clip_norm is not None and self.clip_value is not None:
             raise FieldError("clip_value", "cannot stand beside clip_norm; keep one of them")
         if self.validate_every_epochs is not None and self.validate_every_steps is not None:

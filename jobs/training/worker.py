@@ -74,6 +74,7 @@ def main(link: AgentLink, task: Task) -> None:
             exact=spec.train.exact,
             device=device,
             address=task.address,
+            bucket_mb=spec.train.bucket_mb,
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )

@@ -104,7 +104,7 @@ def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batc
     if spec.train.compile and components.device.type == "cuda":  # another machine may compile nothing, and need not
         components.model.compile()
     is_exact = spec.train.exact and spec.train.deterministic
-    with _team_of_one(components.device, exact=spec.train.exact) as team:
+    with _team_of_one(components.device, exact=spec.train.exact, bucket_mb=spec.train.bucket_mb) as team:
         rehearsed = _Step(spec, components, team, micro_batch)
         tallies, after = rehearsed.take(0), Snapshot(components)
         before.load(components)
@@ -210,7 +210,7 @@ def _part_that_differs(before: Snapshot, components: Components, step: _Step) ->
 
 
 @contextmanager
-def _team_of_one(device: torch.device, *, exact: bool) -> Iterator[Team]:
+def _team_of_one(device: torch.device, *, exact: bool, bucket_mb: float | None) -> Iterator[Team]:
     """Open the process groups of a worker that is alone and has one shard."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[name] = interface_of("127.0.0.1")  # by default, the one that the host's name resolves to
@@ -218,7 +218,7 @@ def _team_of_one(device: torch.device, *, exact: bool) -> Iterator[Team]:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with ExitStack() as on_exit:
         on_exit.callback(dist.destroy_process_group)
-        team = Team(rank=0, world_size=1, shards=1, exact=exact, device=device)
+        team = Team(rank=0, world_size=1, shards=1, exact=exact, device=device, bucket_mb=bucket_mb)
         on_exit.pop_all()
         on_exit.callback(team.close)
         yield team

@@ -1,5 +1,7 @@
 """Changes of a run's description: which ones there are, and which ones leave the bits of the run as they are."""
 
+from collections.abc import Sequence
+
 from cluster.errors import DescriptionError
 from cluster.run.run_directory import RunDirectory
 from launcher.config.description import Description, Difference, differences, parse
@@ -8,6 +10,8 @@ _SAFE_KEYS = (
     "name", "store", "workers", "tracking", "checkpoint", "train.max_steps", "train.max_seconds", "data.loaders",
 )  # fmt: skip
 """Keys that may change during a run: no bit of its state depends on them."""
+_SAFE_IF_EXACT = ("train.bucket_mb",)
+"""Keys that may also change while ``train.exact`` is true; the sum of the backend's all-reduce depends on them."""
 
 
 def changes_of(stored: str, wanted: Description) -> list[Difference]:
@@ -18,9 +22,10 @@ def changes_of(stored: str, wanted: Description) -> list[Difference]:
     return differences(parse(stored, wanted.source, wanted.of_cluster).spec, wanted.spec)
 
 
-def unsafe_changes(changes: list[Difference]) -> list[Difference]:
-    """Return the changes that may alter the bits of a run."""
-    return [change for change in changes if not _is_safe(change.key)]
+def unsafe_changes(changes: list[Difference], wanted: Description) -> list[Difference]:
+    """Return the changes that may alter the bits of a run that goes on with the wanted description."""
+    safe_keys = _SAFE_KEYS + (_SAFE_IF_EXACT if wanted.spec.train.exact else ())
+    return [change for change in changes if not _is_in(change.key, safe_keys)]
 
 
 def compare(
@@ -32,7 +37,7 @@ def compare(
         DescriptionError: A change is unsafe, and ``force`` is False.
     """
     changes = changes_of(stored.text, wanted)
-    unsafe = unsafe_changes(changes)
+    unsafe = unsafe_changes(changes, wanted)
     if unsafe and not force:
         listed = "; ".join(map(str, unsafe))
         raise DescriptionError(
@@ -42,5 +47,5 @@ def compare(
     return changes, not unsafe
 
 
-def _is_safe(key: str) -> bool:
-    return any(key == safe or key.startswith(safe + ".") for safe in _SAFE_KEYS)
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)

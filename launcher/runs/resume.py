@@ -148,7 +148,7 @@ def _branch(
 ) -> dict[str, Any]:
     """Copy the newest good checkpoint of ``steps`` into a new run, and drive that run."""
     changes = changes_of(stored.text, wanted)
-    unsafe = unsafe_changes(changes)
+    unsafe = unsafe_changes(changes, wanted)
     if unsafe and not force:
         raise DescriptionError(
             f"{wanted.source}: the branch has another description: {'; '.join(map(str, unsafe))}; "

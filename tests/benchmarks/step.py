@@ -120,7 +120,10 @@ def _launched(settings: _Settings, rank: int, messages: Connection, *, exact: bo
     from jobs.training.loop import Loop
 
     spec, device = settings.job(exact), torch.device("cpu")
-    team = Team(rank=rank, world_size=settings.workers, shards=spec.train.shards, exact=exact, device=device)
+    team = Team(
+        rank=rank, world_size=settings.workers, shards=spec.train.shards, exact=exact, device=device,
+        bucket_mb=spec.train.bucket_mb,
+    )  # fmt: skip
     parts = build_parts(spec, device)
     link = AgentLink(messages, Activity())
 

@@ -122,6 +122,7 @@ def train_job(link: AgentLink, task: Task, hosts: Sequence[int] | None = None, s
         exact=spec.train.exact,
         device=device,
         address=addresses[task.rank],
+        bucket_mb=spec.train.bucket_mb,
         activity=link.activity,
     )
     parts = build_parts(spec, device)

@@ -44,10 +44,11 @@ KEYS: dict[str, Sequence[Any]] = {
     "norm": (True, False),
     "on_nonfinite": ("stop", "skip"),
     "loaders": (0, 2),
+    "bucket_mb": (None, 0.01),
 }
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}
 """How far the change of a tensor may be from that of plain torch, as a part of its length. Rounding comes to 2e-5 and
-5e-2 of it; gradients at the wrong places to about 1."""
+0.1 of it, as between plain torch in 16 and in 32 bits; gradients at the wrong places to about 1."""
 
 
 def pairwise(keys: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -75,6 +76,7 @@ def described(case: Mapping[str, Any], store: Path) -> JobSpec:
         job.train,
         **{"clip_norm": None, "clip_value": None} | case["clip"],
         **{key: case[key] for key in ("precision", "channels_last", "shards", "ema_decay", "on_nonfinite")},
+        bucket_mb=case["bucket_mb"],
         max_steps=STEPS,
     )
     thawing = (GroupSpec(match="conv2.*", from_step=THAWED_AT),) if case["thaws"] else ()
@@ -148,6 +150,7 @@ def id_of(case: Mapping[str, Any]) -> str:
         "workers": "{}, {} workers".format(*case["workers"]),
         "optimizer": case["optimizer"].path,
         "loss": "weighted" if case["loss"] else "",
+        "bucket_mb": "small buckets",
     }
     told = {key: words.get(key, key if value is True else value) for key, value in case.items() if value}
     return ", ".join(str(told[key]) for key in told)
@@ -166,7 +169,7 @@ def test_same_bits_and_right(case: dict[str, Any], tmp_path: Path) -> None:
     job = described(case, tmp_path)
     first, second = case["workers"]
 
-    alone = run_job(replace(job, name="alone"), 1)
+    alone = run_job(replace(job, name="alone", train=replace(job.train, bucket_mb=None)), 1)
     run_job(replace(job, train=replace(job.train, max_steps=RESUMED_AT)), first)
     together = run_job(job, second)
 

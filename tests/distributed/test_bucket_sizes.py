@@ -1,0 +1,49 @@
+"""``train.bucket_mb`` changes how many exchanges a step has, and no bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
+from jobs.parallel.worker_team import Team
+from jobs.training.worker import meet
+from tests.distributed.small_job import Net, full_job
+from tests.distributed.team_process import TIMEOUT_S, Outcome, run_job, run_processes
+
+MANY, ONE = 0.001, 100.0
+SIZES = {"DDP's default": None, "many": MANY, "one": ONE}
+
+
+def count_buckets(link: AgentLink, task: Task) -> dict[str, int]:
+    """The number of buckets in a step, for each size."""
+    meet(link, task, TIMEOUT_S)
+    found = {}
+    for name, size in SIZES.items():
+        team = Team(rank=0, world_size=1, shards=1, exact=True, device=torch.device("cpu"), bucket_mb=size)
+        replica = team.replicate(Net())
+        for _ in range(2):  # in its first step DDP has one bucket, from which it learns the order of the gradients
+            replica(torch.randn(4, 1, 8, 8)).sum().backward()
+            team.step_done()
+        # gradients are views of their buckets
+        gradients = [parameter.grad for parameter in replica.parameters() if parameter.grad is not None]
+        found[name] = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
+    return found
+
+
+def test_the_number_of_buckets(tmp_path: Path) -> None:
+    outcome = run_processes(count_buckets, full_job(tmp_path, "run"), world_size=1)
+
+    assert not outcome.failures, outcome.failures[0]
+    assert outcome.results[0] == {"DDP's default": 2, "many": 6, "one": 1}
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("bucket_mb", [MANY, ONE])
+def test_any_size_gives_the_same_bits(undisturbed: Outcome, tmp_path: Path, bucket_mb: float, world_size: int) -> None:
+    outcome = run_job(full_job(tmp_path, "run", bucket_mb=bucket_mb), world_size)
+
+    assert outcome.rows == undisturbed.rows
+    assert outcome.digests == undisturbed.digests
+    assert outcome.digest == undisturbed.digest
