@@ -23,9 +23,14 @@ Measured for each layout, rate and arm:
 - *tail*: the median over rounds of the time from the last gradient that a worker has computed to the end of its
   step, the mean over workers.
 
-A rate limits the interface of each host in both directions, in Mbit/s of packets. The machine has fewer cores than
+A rate limits the interface of each host in both directions, in Mbit/s of packets: a plain socket gets 957 of 1000 and
+287 of 300. The machine has fewer cores than
 there are workers, and all hosts share them: without a limit on the rate, the times are those of its memory and its
 kernel. A layout of one host has no link, and is measured without a limit alone. The last line is JSON.
+
+Results: torch 2.14, 2 cores, 20 MB, n=5 blocks of 2 steps, 300 Mbit/s; a step of ``exact`` beside one of ``ddp``. When
+every worker exchanged slices with every other, whatever their hosts: 2x4 2,353 ms (4.01 B) beside 1,029 ms (1.75 B),
+3x2 1,685 ms (2.67 B) beside 983 ms (1.67 B).
 """
 
 import argparse
