@@ -52,6 +52,42 @@ def test_what_a_host_is(make_hosts, tmp_path: Path) -> None:
     second.wait(timeout=60)
 
 
+def test_a_cable_has_a_rate_and_a_counter(make_hosts, tmp_path: Path) -> None:
+    """The benchmark of the exchange rests on this."""
+    sender, receiver = make_hosts("sender", "receiver")
+    num_bytes, mbit_per_s, burst = 4_000_000, 50, 2**17
+    receive = f"""
+import socket, time
+server = socket.create_server(("{receiver.address}", 80))
+print("listening", flush=True)
+connection, _ = server.accept()
+begin, left = time.monotonic(), {num_bytes}
+while left:
+    left -= len(connection.recv(left))
+print(time.monotonic() - begin)
+"""
+    send = f"import socket; socket.create_connection(('{receiver.address}', 80)).sendall(bytes({num_bytes}))"
+
+    def transfer() -> tuple[float, int]:
+        """Sends the bytes; the seconds of that, and what has left the sender."""
+        command = receiver.command([sys.executable, "-c", receive], tmp_path)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "listening\n"
+            before = sender.bytes_sent
+            subprocess.run(sender.command([sys.executable, "-c", send], tmp_path), check=True)
+            seconds = float(server.stdout.read())
+        return seconds, sender.bytes_sent - before
+
+    least_s = 8 * (num_bytes - burst) / (mbit_per_s * 1e6)
+    for host in (sender, receiver):
+        host.limit(mbit_per_s)
+        seconds, sent = transfer()
+        assert seconds > least_s, f"with a limit on {host.name}"
+        assert num_bytes < sent < 1.2 * num_bytes
+        host.limit(None)
+
+
 def test_power_and_cables(make_hosts, tmp_path: Path, make_plan) -> None:
     """The third of three hosts loses its power, the second is cut off. Both come back, the second set up in another
     way; the third is drained.
