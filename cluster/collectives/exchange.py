@@ -7,7 +7,8 @@ direction works on one bucket at a time, so that neighbouring buckets use the li
 once.
 
 For gradients of B bytes on H hosts, 2 B (H - 1) / H bytes leave a host, if its block of shards is one subtree. That is
-the least possible. A block of k subtrees sends k partial sums instead of one in the first half.
+the least possible for the host that sends most. A block of k subtrees sends k partial sums instead of one in the first
+half.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,11 @@ class TreeExchange:
         self._levels = open_levels(exchange_levels(blocks, hosts), rank, shards, timeout_s)
         self._fold_aside = Fold(shards)
         self._number_of: dict[Tensor, int] = {}
+        self._failure: Exception | None = None
         self._on_gpu = device.type == "cuda"
         # A collective that waits inside DDP's own callbacks can deadlock, because ranks run callbacks in
         # different orders; threads (or streams) take the buckets in the order of DDP's calls.
-        num_lines = 2 * len(self._levels) + 1
+        num_lines = max(1, 2 * len(self._levels))
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="exchange") for _ in range(num_lines)]
         self._streams = [torch.cuda.Stream(device) for _ in range(num_lines)] if self._on_gpu else []
 
@@ -86,7 +88,7 @@ class TreeExchange:
         nodes = list(self._fold_aside.nodes)
         summing = self._sum(buffer, nodes, earlier)
         if self._on_gpu:
-            return self._enqueue(buffer, summing)
+            return self._enqueue(buffer, earlier, summing)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         self._threads[0].submit(self._run, 0, summing, future, buffer)
         return future
@@ -121,22 +123,32 @@ class TreeExchange:
             thread.shutdown()
 
     def _run(self, line: int, summing: Iterator[None], future: torch.futures.Future[Tensor], buffer: Tensor) -> None:
-        """Runs a part of a sum in the thread of its line, and hands the rest over to the next one."""
+        """Runs a part of a sum in the thread of its line, and hands the rest over to the next one.
+
+        After a failure, no other bucket is exchanged: its messages would meet those of the bucket that has failed.
+        """
         try:
+            if self._failure is not None:
+                raise self._failure
             with torch.no_grad():
                 next(summing)
         except StopIteration:
             future.set_result(buffer)
         except Exception as error:  # the backward pass that waits for the future raises it
+            self._failure = error
             future.set_exception(error)  # type: ignore[arg-type]  # the stub asks for a result
         else:
             self._threads[line + 1].submit(self._run, line + 1, summing, future, buffer)
 
-    def _enqueue(self, buffer: Tensor, summing: Iterator[None]) -> torch.futures.Future[Tensor]:
+    def _enqueue(
+        self, buffer: Tensor, earlier: Sequence[Tensor], summing: Iterator[None]
+    ) -> torch.futures.Future[Tensor]:
         """Enqueues a sum behind the gradients. The future has a device, so DDP waits on the GPU, not here."""
         before = torch.cuda.current_stream(buffer.device)
         for stream in self._streams:
             stream.wait_stream(before)
+            for tensor in (buffer, *earlier):
+                tensor.record_stream(stream)
             with torch.cuda.stream(stream):
                 next(summing, None)
             before = stream
@@ -148,40 +160,38 @@ class TreeExchange:
     def _sum(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> Iterator[None]:
         """Replaces the bucket of the last shard by the sum over all shards, in place.
 
-        Yields where another line goes on: one that works on one bucket at a time, like the collective that follows.
+        Yields where another line goes on.
 
         Shapes:
             buffer, each of earlier: [length of the bucket].
         """
-        self._use(buffer, *earlier)
         fold = Fold(self._shards)
         for node, partial in zip(nodes, earlier):
             fold.push(node, partial)
         fold.push(self._last_leaf, buffer)
-        sums = fold.sums
-        # Gathers need slices of one length, so a bucket whose length does not divide is gathered elsewhere.
-        length = self._levels[0].padded_length(buffer) if self._levels else buffer.numel()
-        whole = buffer if length == buffer.numel() else buffer.new_empty(length)
-        for level in self._levels:
-            sums = level.scatter(sums, whole.numel())
-            yield
-            self._use(whole, *sums)
-        if sums and sums[0] is not buffer:
-            (total,) = sums
-            own = self._levels[-1].own_slice(whole) if self._levels else whole
-            own[: total.numel()].copy_(total)
-        for level in reversed(self._levels):
-            level.gather(whole)
-            yield
-            self._use(whole)
-        if whole is not buffer:
-            buffer.copy_(whole[: buffer.numel()])
+        if self._levels:
+            yield from self._exchange(0, fold.sums, buffer)
+        elif fold.sums[0] is not buffer:
+            buffer.copy_(fold.sums[0])
 
-    def _use(self, *tensors: Tensor) -> None:
-        """Tells the allocator that tensors that another line has allocated are in use by this one."""
-        if self._on_gpu:
-            for tensor in tensors:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    def _exchange(self, number: int, sums: Sequence[Tensor], region: Tensor) -> Iterator[None]:
+        """Replaces a region of a bucket by the sum over all shards.
+
+        Args:
+            number: The number of the level.
+            sums: The partial sums of the region that this worker has.
+            region: Where to put the sum. It may be the first of the partial sums.
+        """
+        level = self._levels[number]
+        own = level.own_slice(region)
+        with level.scattered(sums) as sums_of_own:
+            yield
+            if number + 1 < len(self._levels):
+                yield from self._exchange(number + 1, sums_of_own, own)
+                yield
+            elif sums_of_own and sums_of_own[0].data_ptr() != own.data_ptr():  # the first peer may add up in the region
+                own.copy_(sums_of_own[0])
+        level.gather(region)
 
 
 def sum_by_backend(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

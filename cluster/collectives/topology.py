@@ -2,7 +2,8 @@
 
 A network between hosts is slower than the links inside one. So the workers of a host add up their gradients before
 anything leaves it, and each of them sends a slice of the sum. Where hosts have different numbers of workers, some of a
-larger host hand their sums to a neighbour first, so that every host has the same number of slices to exchange.
+larger host hand their sums to a neighbour first, so that every host has the same number of slices to exchange. A host
+of 8 beside one of 1 then has a worker that receives 7 whole sums, though no more leaves the host.
 """
 
 from collections.abc import Iterator, Sequence

@@ -21,6 +21,10 @@ from jobs.sampling import shard_blocks
 
 _T = TypeVar("_T")
 
+BUCKET_MB_BETWEEN_CPU_HOSTS = 3.0
+"""So small that one bucket is on its way between hosts while the next one is summed inside them, and that the last one,
+for which a step waits, is short. GPUs keep torch's size: a call costs them more than the bytes."""
+
 # DDP must not send buffers; share_buffers does, from the rank of shard 0. Up to torch 2.11 the argument has its old
 # name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -60,18 +64,21 @@ class Team:
             device: Where the gradients are.
             address: The address of this worker's host: workers with the same one share a range of shards, and exchange
                 gradients with each other before anything leaves the host.
-            bucket_mb: The size of DDP's buckets in MiB; None: torch's default.
+            bucket_mb: The size of DDP's buckets in MiB; None: 3 for exact sums between hosts of CPUs, else
+                torch's default.
             timeout_s: The longest wait for another worker, in seconds; None: torch's default.
             activity: Records how long this worker waits for the others.
         """
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self._bucket_mb = bucket_mb
         self.cpu_group = new_group(timeout_s, "gloo")
         hosts = workers_by_host(self.gather(address))
         self.blocks = shard_blocks(shards, hosts)
         self.block = self.blocks[rank]
+        if bucket_mb is None and exact and device.type == "cpu" and len(hosts) > 1:
+            bucket_mb = BUCKET_MB_BETWEEN_CPU_HOSTS
+        self._bucket_mb = bucket_mb
         self._exchange = None
         if exact:
             self._exchange = TreeExchange(

@@ -54,8 +54,8 @@ class TrainSpec:
     """Sum gradients in one fixed order, so that any number of workers gives the same bits; false: by all-reduce."""
     bucket_mb: float | None = None
     """MiB of gradients in a bucket: workers exchange each bucket while the backward pass computes the next. A gradient
-    is never split, so a bucket may hold more. Null: torch's default, 1 for the first bucket and 25 for the others.
-    Changes no bit while ``exact`` is true."""
+    is never split, so a bucket may hold more. Null: torch's default, 1 for the first bucket and 25 for the others;
+    between hosts of CPUs 3, if ``exact``. Changes no bit while ``exact`` is true."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass: float32, or autocast to bfloat16, or to float16 with a gradient scaler."""
     tf32: bool = False
@@ -109,7 +109,7 @@ class TrainSpec:
             raise FieldError(
                 "bucket_mb",
                 f"must lie between {_SMALLEST_BUCKET_MB} and {_LARGEST_BUCKET_MB}, got {self.bucket_mb}; "
-                "null chooses torch's default",
+                "null chooses a size",
             )
         if self.clip_norm is not None and self.clip_value is not None:
             raise FieldError("clip_value", "cannot stand beside clip_norm; keep one of them")

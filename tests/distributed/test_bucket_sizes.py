@@ -13,7 +13,7 @@ from tests.distributed.small_job import Net, full_job
 from tests.distributed.team_process import TIMEOUT_S, Outcome, run_job, run_processes
 
 MANY, ONE = 0.001, 100.0
-SIZES = {"DDP's default": None, "many": MANY, "one": ONE}
+SIZES = {"torch's default": None, "many": MANY, "one": ONE}
 
 
 def count_buckets(link: AgentLink, task: Task) -> dict[str, int]:
@@ -36,13 +36,13 @@ def test_the_number_of_buckets(tmp_path: Path) -> None:
     outcome = run_processes(count_buckets, full_job(tmp_path, "run"), world_size=1)
 
     assert not outcome.failures, outcome.failures[0]
-    assert outcome.results[0] == {"DDP's default": 2, "many": 6, "one": 1}
+    assert outcome.results[0] == {"torch's default": 2, "many": 6, "one": 1}
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-@pytest.mark.parametrize("bucket_mb", [MANY, ONE])
-def test_any_size_gives_the_same_bits(undisturbed: Outcome, tmp_path: Path, bucket_mb: float, world_size: int) -> None:
-    outcome = run_job(full_job(tmp_path, "run", bucket_mb=bucket_mb), world_size)
+@pytest.mark.parametrize("hosts", [(1,), (3,), (4,), (1, 1), (2, 2), (3, 1), (1, 2, 1)], ids=str)
+def test_many_buckets_give_the_same_bits(undisturbed: Outcome, tmp_path: Path, hosts: tuple[int, ...]) -> None:
+    """Several of them are under way at once, at every level of the exchange."""
+    outcome = run_job(full_job(tmp_path, "run", bucket_mb=MANY), sum(hosts), hosts=hosts)
 
     assert outcome.rows == undisturbed.rows
     assert outcome.digests == undisturbed.digests

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.collectives import slice_exchange
+from cluster.collectives.buffer_pool import BufferPool
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.parallel.worker_team import Team
@@ -32,51 +33,35 @@ class Sent:
     """What one rank has sent for one bucket, and what has become of the bucket."""
 
     total: list[float] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
-    """The collectives that this rank took part in."""
-    there: int = 0
-    """Messages with partial sums."""
-    back: int = 0
-    """Messages with finished slices."""
+    messages: list[int] = field(default_factory=list)
+    """The messages that each call has sent."""
     leaving: int = 0
     """Bytes for other hosts."""
 
 
 class _Counting:
-    """Counts what this rank sends through the functions of ``torch.distributed`` that an exchange calls."""
+    """Counts what this rank sends."""
 
     def __init__(self, host_of: Sequence[int], rank: int) -> None:
         self._host_of, self._rank = host_of, rank
-        self._calls = dist.all_to_all_single, slice_exchange.all_gather_flat, dist.broadcast
+        self._all_to_all = slice_exchange.all_to_all
         self.sent = Sent()
-        replaced: Any = slice_exchange
-        replaced.dist.all_to_all_single = self._all_to_all
-        replaced.all_gather_flat = self._all_gather
-        replaced.dist.broadcast = self._broadcast
+        slice_exchange.all_to_all = self.all_to_all
 
-    def _all_to_all(self, received: Tensor, packed: Tensor, receives: list[int], sends: list[int], group: Any) -> None:
-        self.sent.calls.append("all_to_all")
-        self.sent.there += self._send(group, [length * packed.itemsize for length in sends])
-        self._calls[0](received, packed, receives, sends, group=group)
-
-    def _all_gather(self, region: Tensor, own: Tensor, group: Any) -> None:
-        self.sent.calls.append("all_gather")
-        self.sent.back += self._send(group, [own.nbytes] * dist.get_world_size(group))
-        self._calls[1](region, own, group=group)
-
-    def _broadcast(self, region: Tensor, source: int, group: Any) -> None:
-        self.sent.calls.append("broadcast")
-        self.sent.back += self._send(group, [region.nbytes * (source == self._rank)] * dist.get_world_size(group))
-        self._calls[2](region, source, group=group)
-
-    def _send(self, group: Any, num_bytes: Sequence[int]) -> int:
+    def all_to_all(self, received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         others = [
-            (peer, length)
-            for peer, length in zip(dist.get_process_group_ranks(group), num_bytes)
-            if length and peer != self._rank
+            (peer, each.nbytes)
+            for peer, each in zip(dist.get_process_group_ranks(group), sent)
+            if peer != self._rank and each.numel()
         ]
-        self.sent.leaving += sum(length for peer, length in others if self._host_of[peer] != self._host_of[self._rank])
-        return len(others)
+        self.sent.messages.append(len(others))
+        self.sent.leaving += sum(size for peer, size in others if self._host_of[peer] != self._host_of[self._rank])
+        self._all_to_all(received, sent, group)
+
+
+def halves(messages: list[int]) -> tuple[list[int], list[int]]:
+    """Every level scatters, and then every level gathers."""
+    return messages[: len(messages) // 2], messages[len(messages) // 2 :]
 
 
 def gradient(shard: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -165,7 +150,8 @@ def test_a_host_sends_no_more_than_it_must(
             assert leaving <= 2 * (4 * length + padding) * (num_hosts - 1) / num_hosts
         for sent in by_rank:
             assert sent.total == expected
-            assert max(sent.there, sent.back) <= (most - 1) + (num_hosts - 1)
+            scattered, gathered = (sum(half) for half in halves(sent.messages))
+            assert max(scattered, gathered) <= (most - 1) + (num_hosts - 1)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +182,47 @@ def test_the_number_of_calls_does_not_depend_on_the_number_of_workers(
     for hosts in ((2, 2), (4, 4), (2, 2, 2)):
         for by_rank in exchanged(hosts, shards=12):
             for sent in by_rank:
-                assert sent.calls == ["all_to_all", "all_to_all", "all_gather", "all_gather"]
+                assert len(sent.messages) == 4
+
+
+def fail_in_one_bucket(link: AgentLink, task: Task) -> str:
+    """Takes a step of many buckets, of which rank 1 cannot exchange the third; returns the error that it gets."""
+    meet(link, task, TIMEOUT_S)
+    team = Team(
+        rank=task.rank,
+        world_size=task.world_size,
+        shards=4,
+        exact=True,
+        device=torch.device("cpu"),
+        address=f"host-{task.rank // 2}",
+        bucket_mb=0.001,
+        timeout_s=20.0,
+    )
+    widths = range(10, 50, 2)
+    replica = team.replicate(nn.Sequential(*(nn.Linear(width, width + 2) for width in widths)))
+    replica(torch.ones(1, widths[0])).sum().backward()  # a first step, after which DDP has many buckets
+    team.step_done()
+    lend, lent = BufferPool.lend, 0
+
+    def fail_once(pool: BufferPool, like: Tensor, length: int) -> Any:
+        nonlocal lent
+        lent += 1
+        if task.rank == 1 and lent == 3:
+            raise MemoryError("no memory for a bucket")
+        return lend(pool, like, length)
+
+    BufferPool.lend = fail_once  # type: ignore[assignment, method-assign]
+    try:
+        replica(torch.ones(1, widths[0])).sum().backward()
+    except Exception as error:  # a peer of the rank that failed gets another one
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_failure_in_one_bucket_is_the_error_of_the_step(tmp_path: Path) -> None:
+    """A bucket that follows must not meet the messages of the one that failed: gloo would end the process."""
+    job = full_job(tmp_path, "run", shards=4, global_batch=4)
+    outcome = run_processes(fail_in_one_bucket, job, 4)
+
+    assert "no memory for a bucket" in outcome.results[1], outcome
+    assert all("no error" not in outcome.results[rank] for rank in (0, 2, 3)), outcome

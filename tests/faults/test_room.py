@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.collectives.topology import workers_by_host
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
 from tests.faults.hosts import NETWORK_INTERFACE, Host
@@ -77,6 +78,9 @@ def test_a_cluster_that_is_shared(make_hosts, tmp_path: Path, make_plan) -> None
     release(plan, 0)
     for name, run in (("first", first), ("second", second)):
         assert_undisturbed(run.wait(), runs / name)
+    (attempt,) = events(runs / "first", "attempt_started")
+    addresses_by_rank = [worker["address"] for worker in attempt["workers"]]
+    assert sorted(workers_by_host(addresses_by_rank)) == [1, 2], "workers of a host have neighbouring ranks"
 
     addresses = {}
     for placement in ("spread", "pack"):
