@@ -9,21 +9,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet18
 
 from jobs.parallel.worker_team import Team
 
 TIMEOUT_S = 180.0
 """The longest that workers may take to meet, to exchange gradients, or to run a block of steps."""
 _PORT = 29500
-_SHARES = (0.47, 0.29, 0.15, 0.06, 0.02, 0.01)
-"""Of the numbers in the parameters; each gets an odd number of them."""
-_SMALL = (2048, 1000, 10)
-"""The numbers in the other parameters, as of biases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +37,8 @@ class Place:
     """The address of this worker's host."""
     sizes: tuple[int, ...]
     """The numbers in each parameter."""
+    bucket_mb: float | None
+    """The size of a bucket in MiB; None: the default of each arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,13 @@ class Measured:
 
 
 def sizes_of(megabytes: float) -> tuple[int, ...]:
-    """The numbers in each parameter of a model with so many megabytes of gradients in float32."""
-    numbers = megabytes * 10**6 / 4
-    return tuple(int(share * numbers) | 1 for share in _SHARES) + _SMALL
+    """The numbers in each parameter of a ResNet-18 that is scaled to so many megabytes of gradients in float32.
+
+    They are odd, so that no bucket divides by a number of workers.
+    """
+    with torch.device("meta"):
+        numbers = [parameter.numel() for parameter in resnet18().parameters()]
+    return tuple(int(number * megabytes * 10**6 / 4 / sum(numbers)) | 1 for number in numbers)
 
 
 def work(pipe: int) -> None:
@@ -93,17 +97,17 @@ def _work(pipe: Connection) -> None:
         shards=place.shards,
         exact=True,
         device=torch.device("cpu"),
+        bucket_mb=place.bucket_mb,
         timeout_s=TIMEOUT_S,
         address=place.address,
     )
-    samples = [_sample(shard, place.sizes) for shard in team.block]
     expected = [torch.zeros(size) for size in place.sizes]
     for shard in range(place.shards):
-        torch._foreach_add_(expected, _sample(shard, place.sizes), alpha=1 / place.shards)
+        torch._foreach_add_(expected, _gradients(shard, place.sizes, 1 / place.shards))
     arms = {
-        "exact": _Arm(place, lambda model: _exact(team, model, samples, place)),
-        "ddp": _Arm(place, lambda model: _plain(model, samples, place)),
-        "ddp again": _Arm(place, lambda model: _plain(model, samples, place)),
+        "exact": _Arm(place, lambda model: _exact(team, model, place)),
+        "ddp": _Arm(place, lambda model: _plain(team.block, model, place)),
+        "ddp again": _Arm(place, lambda model: _plain(team.block, model, place)),
     }
     while True:
         try:
@@ -149,30 +153,45 @@ class _Arm:
 
 
 class _Model(nn.Module):
-    """Parameters whose gradients are the sample: next to nothing to compute, and everything to send."""
+    """Parameters whose gradients are given: nothing to compute, and everything to send."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(torch.zeros(size) for size in sizes)
 
-    def forward(self, sample: Sequence[Tensor]) -> Tensor:
-        return torch.stack([torch.dot(*pair) for pair in zip(self.weights, sample)]).sum()
+    def forward(self, gradients: Sequence[Tensor]) -> Tensor:
+        outputs: list[Tensor] = [_Given.apply(*pair) for pair in zip(self.weights, gradients)]
+        return torch.stack(outputs).sum()
 
 
-def _sample(shard: int, sizes: Sequence[int]) -> list[Tensor]:
+class _Given(torch.autograd.Function):
+    """A scalar whose gradient by the weight is given."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
+def _gradients(shard: int, sizes: Sequence[int], factor: float) -> list[Tensor]:
     generator = torch.Generator().manual_seed(shard)
-    return [torch.randn(size, generator=generator) for size in sizes]
+    return [torch.randn(size, generator=generator) * factor for size in sizes]
 
 
-def _exact(team: Team, model: _Model, samples: Sequence[list[Tensor]], place: Place) -> Callable[[], None]:
+def _exact(team: Team, model: _Model, place: Place) -> Callable[[], None]:
     """The exchange of the product, used as in ``jobs.training.step``."""
+    by_shard = [_gradients(shard, place.sizes, 1 / place.shards) for shard in team.block]
     replica, parameters = team.replicate(model), list(model.parameters())
 
     def step() -> None:
-        for shard, sample in zip(team.block, samples):
+        for shard, gradients in zip(team.block, by_shard):
             is_last = shard == team.block[-1]
             with nullcontext() if is_last else replica.no_sync():
-                (replica(sample) / place.shards).backward()
+                replica(gradients).backward()
             if is_last:
                 team.step_done()
             else:
@@ -181,13 +200,14 @@ def _exact(team: Team, model: _Model, samples: Sequence[list[Tensor]], place: Pl
     return step
 
 
-def _plain(model: _Model, samples: Sequence[list[Tensor]], place: Place) -> Callable[[], None]:
-    """What one would write by hand: DDP with its defaults, which averages over the workers."""
-    replica = DistributedDataParallel(model)
+def _plain(block: range, model: _Model, place: Place) -> Callable[[], None]:
+    """What one would write by hand: DDP, which averages over the workers."""
+    by_shard = [_gradients(shard, place.sizes, place.world_size / place.shards) for shard in block]
+    replica = DistributedDataParallel(model, bucket_cap_mb=place.bucket_mb)
 
     def step() -> None:
-        for number, sample in enumerate(samples, start=1):
-            with nullcontext() if number == len(samples) else replica.no_sync():
-                (replica(sample) * (place.world_size / place.shards)).backward()
+        for number, gradients in enumerate(by_shard, start=1):
+            with nullcontext() if number == len(by_shard) else replica.no_sync():
+                replica(gradients).backward()
 
     return step

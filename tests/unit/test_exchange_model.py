@@ -132,8 +132,14 @@ def test_slow_cables_decide_in_namespaces(mbit_per_s: float) -> None:
 
 @pytest.mark.parametrize("exchange", [flat, hierarchical, ring])
 def test_the_rate_of_a_machine_is_told_from_a_step_without_a_limit(exchange: Exchange) -> None:
-    rate = moving_rate(exchange, 2, 4, 20e6, unlimited_step_s=0.5)
+    rate = moving_rate(exchange, 2, 4, 20e6, exchange_s=0.5)
     assert step_s(exchange, Cluster(2, 4, FREE, FREE, rate), [20e6]) == pytest.approx(0.5)
+
+
+def test_an_exchange_begins_when_the_gradients_are_computed() -> None:
+    cluster = on_one_machine(2, 4, 300.0, moved_bytes_per_s=4e9)
+    at_once, later = predicted_step_s(cluster, 20e6, 3.0), predicted_step_s(cluster, 20e6, 3.0, computed_s=2.0)
+    assert later == pytest.approx({name: seconds + 2.0 for name, seconds in at_once.items()})
 
 
 def test_the_processors_decide_where_nothing_limits_the_cables() -> None:
