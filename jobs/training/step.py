@@ -23,6 +23,7 @@ from jobs.parallel.step_report import StepOutcome
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
+from jobs.training.aligned_gradients import AlignedGradients, rounds_by_address
 
 
 class TrainingStep:
@@ -38,6 +39,10 @@ class TrainingStep:
         self._team = team
         self._mark = mark
         self._buffers = components.buffers
+        needs_aligned = spec.train.exact and (
+            spec.train.clip_norm is not None or rounds_by_address(components.optimizer)
+        )
+        self._aligned = AlignedGradients() if needs_aligned else None
         self._thaw_steps = {group.from_step for group in components.groups}
         self._replica: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
@@ -143,6 +148,8 @@ class TrainingStep:
         A gradient scaler skips the update if the gradient overflowed, and lowers its scale.
         """
         components, train = self._components, self._spec.train
+        if self._aligned is not None:
+            self._aligned.align(self._trained)
         if components.scaler is not None:
             components.scaler.unscale_(components.optimizer)
         if train.clip_norm is not None:

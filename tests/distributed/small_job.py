@@ -96,6 +96,22 @@ class OddNet(nn.Module):
         return self.head(relu(self.shared_again(relu(self.shared(hidden_NK)))))
 
 
+class RowSums(torch.optim.Optimizer):
+    """Multiplies gradients by a vector: a product that rounds by the addresses of its factors."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.dim() == 2:
+                    sums_N1 = (parameter.grad @ torch.ones(parameter.shape[1])).unsqueeze(1)
+                    parameter.sub_(parameter.grad / (1 + sums_N1.abs()), alpha=group["lr"])
+
+
 class Images:
     """A pattern per class, in noise.
 

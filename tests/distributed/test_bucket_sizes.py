@@ -1,5 +1,6 @@
 """``train.bucket_mb`` changes how many exchanges a step has, and no bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.parallel.worker_team import Team
+from jobs.spec import OptimizerSpec
 from jobs.training.worker import meet
-from tests.distributed.small_job import Net, full_job
+from tests.distributed.small_job import Net, full_job, target
 from tests.distributed.team_process import TIMEOUT_S, Outcome, run_job, run_processes
 
 MANY, ONE = 0.001, 100.0
@@ -47,3 +49,14 @@ def test_many_buckets_give_the_same_bits(undisturbed: Outcome, tmp_path: Path, h
     assert outcome.rows == undisturbed.rows
     assert outcome.digests == undisturbed.digests
     assert outcome.digest == undisturbed.digest
+
+
+def test_an_optimizer_that_multiplies_matrices_gets_the_same_bits(tmp_path: Path) -> None:
+    """Its products round by the addresses of the gradients, and these lie elsewhere in buckets of another size."""
+
+    def digest(size: float | None, world_size: int) -> str:
+        job = full_job(tmp_path, f"{size}-{world_size}", bucket_mb=size, clip_norm=None)
+        optimizer = OptimizerSpec(factory=target("RowSums", lr=0.01))
+        return run_job(replace(job, optimizer=optimizer, scheduler=None), world_size).digest
+
+    assert digest(None, 1) == digest(0.01, 1) == digest(0.01, 3)
