@@ -11,6 +11,7 @@ from typing import Any
 from cluster.collectives.topology import workers_by_host
 from cluster.errors import Interrupted, LauncherError
 from cluster.process import messages
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.lease import STATUS_INTERVAL_S
 from jobs.sampling import shard_blocks
 from jobs.spec import JobSpec
@@ -144,11 +145,11 @@ class Driver:
                 if membership.is_complete:
                     hosts = workers_by_host([agent.address for _, agent in sorted(membership.agents.items())])
                     self._reports.agents_complete(list(map(len, shard_blocks(self._spec.train.shards, hosts))))
-            case messages.AgentsPlaced(nodes=nodes):
+            case AgentsPlaced(nodes=nodes):
                 self._gathering.placed(nodes, self._clock())
-            case messages.AgentsUnplaced():
+            case AgentsUnplaced():
                 membership.unplaced()
-            case messages.AgentsLost(lost=lost, reason=reason):
+            case AgentsLost(lost=lost, reason=reason):
                 self._on_agents_lost(lost, reason)
 
     # Attempts.

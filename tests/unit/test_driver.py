@@ -19,9 +19,6 @@ from cluster.capacity import Node, WorkerResources
 from cluster.errors import Cause, ClusterError, Interrupted, LauncherError, TrainingError
 from cluster.process.messages import (
     DOING,
-    AgentsLost,
-    AgentsPlaced,
-    AgentsUnplaced,
     Doing,
     EnvironmentsCompared,
     Exited,
@@ -41,6 +38,7 @@ from cluster.process.messages import (
     ToDriver,
     TrainingStarted,
 )
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.manifest import Part, Share
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
