@@ -26,6 +26,7 @@ Cause = Literal[
     "crash",  # the training process ended itself: a fault such as SIGSEGV, or an exit without an error report
     "out_of_memory",  # of the host: the kernel or Ray's memory monitor killed it, or an allocation failed
     "gpu_out_of_memory",
+    "gpu_lost",  # its GPU or the driver failed, is used by another process, or is held by one that cannot be killed
     "killed",  # by a signal, with no sign that memory was short
     "hung",
     "node_lost",  # its node is gone or out of reach

@@ -26,8 +26,9 @@ from cluster.errors import StorageError
 from cluster.kinds.cluster import Cluster
 from cluster.process import fork_server
 from cluster.process.agent import Agent, modules_of
-from cluster.process.messages import AgentsLost, AgentsPlaced, ToDriver
+from cluster.process.messages import ToDriver
 from cluster.process.orders import Orders, Task
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced
 from cluster.process.workplace import Call, call_here
 from cluster.scheduler import ClusterReport, Needs
 from tests.schedulers import FOLDER_VARIABLE, LocalScheduler, a_cluster, answered

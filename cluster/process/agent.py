@@ -29,6 +29,10 @@ _WATCH_INTERVAL_S = 1.0
 _LOG_INTERVAL_S = 20.0
 _LAST_LOG_S = 10.0
 """Time limit for the last log upload at the end of a run."""
+_LAST_KILL_S = 10.0
+"""Time limit for the end of the training process at the end of a run."""
+_UNKILLABLE_AFTER_S = 30.0
+"""How long a killed process may take to end: a GPU takes 1 to 3 seconds, and much pinned memory some more."""
 
 
 class Channel(Protocol):
@@ -60,12 +64,20 @@ class Agent:
         self._channel = channel
         self._task = task
         self._hello = Hello(
-            rank=task.rank, id=uuid.uuid4().hex, generation=generation, node=node, address=address, pid=os.getpid()
+            rank=task.rank,
+            id=uuid.uuid4().hex,
+            generation=generation,
+            node=node,
+            address=address,
+            pid=os.getpid(),
+            gpu=os.environ.get("CUDA_VISIBLE_DEVICES", "") if task.on_gpu else "",
         )
         self._run = RunDirectory(task.run_url)
         self._orders = Orders()
         self._listen_error: Exception | None = None
         self._child: TrainingProcess | None = None
+        self._unkillable_reported = False
+        """Whether the driver knows that the killed child does not end."""
         self._logs = ThreadPoolExecutor(1, thread_name_prefix="logs")  # a store that hangs must not block heartbeats
         self._logs_are_kept = True
         self._log_upload: Future[None] | None = None
@@ -85,24 +97,37 @@ class Agent:
             while not self._orders.end:
                 sources = [arrived, *(self._child.sources() if self._child else [])]
                 ready = wait(sources, timeout=_WATCH_INTERVAL_S)
-                if self._child is not None:
+                if self._child is not None and self._child.killed_at is None:
                     self._report_on(self._child)
                 if arrived in ready:
-                    self._follow(self._next_orders(arrived))
+                    self._orders = self._next_orders(arrived)
+                self._follow(self._orders)
                 if time.monotonic() - heartbeat_at > HERE_INTERVAL_S:
                     heartbeat_at = time.monotonic()
                     self._channel.post([StillHere(self._hello.rank, self._hello.id)])
         finally:
-            self._end_child()
+            self._end_child(_LAST_KILL_S)
             if self._log_upload is not None:
                 wait_for([self._log_upload], _LAST_LOG_S)
 
-    def _end_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._upload_log(self._child)
-            self._child.discard_files()
-            self._child = None
+    def _end_child(self, limit_s: float) -> bool:
+        """Kill the training process if there is one; return whether it has ended, within ``limit_s`` seconds.
+
+        Tell the driver, once, of a process that does not end.
+        """
+        child = self._child
+        if child is None:
+            return True
+        if not child.kill(limit_s):
+            report = child.unkillable(self._hello)
+            if report.for_s >= _UNKILLABLE_AFTER_S and not self._unkillable_reported:
+                self._unkillable_reported = True
+                self._channel.post([report])
+            return False
+        self._upload_log(child)
+        child.discard_files()
+        self._child, self._unkillable_reported = None, False
+        return True
 
     def _listen(self, sender: Connection) -> None:
         """Pass each new version of the orders to the main thread. Thread: ``orders``."""
@@ -131,17 +156,21 @@ class Agent:
         return orders
 
     def _follow(self, orders: Orders) -> None:
-        """Start, end or message the training process, so that it does what the orders say."""
-        self._orders = orders
+        """Start, end or message the training process, so that it does what the orders say; repeated until it does.
+
+        No process starts before the one before it has ended, which may hold the GPU.
+        """
         if orders.end:
             return
-        if orders.attempt is None or self._hello.id not in orders.agents:  # other agents run the attempt
-            self._end_child()
+        attempt = orders.attempt if self._hello.id in orders.agents else None  # else other agents run the attempt
+        is_current = self._child is not None and self._child.task.attempt == attempt
+        if not is_current and not self._end_child(_WATCH_INTERVAL_S):
             return
-        if self._child is None or self._child.task.attempt != orders.attempt:
-            self._end_child()
+        if attempt is None:
+            return
+        if self._child is None:
             address = LOOPBACK if orders.host == LOOPBACK else self._hello.address
-            task = replace(self._task, attempt=orders.attempt, host=orders.host, address=address)
+            task = replace(self._task, attempt=attempt, host=orders.host, address=address)
             self._child = TrainingProcess(task)
         if orders.meeting_port is not None:
             self._child.tell_meeting_place(orders.host, orders.meeting_port)

@@ -9,7 +9,8 @@ It is the standard library's fork server with three additions:
 
 It replaces private parts of ``multiprocessing.forkserver`` (tested with Python 3.11): the module's global
 ``_forkserver`` and its ``connect_to_new_process``, and the attributes of ``ForkServer`` that hold the address, the
-process id and the descriptor that keeps the server alive.
+process id and the descriptor that keeps the server alive. From ``multiprocessing.process`` it takes ``_children``, the
+processes that are waited for when the interpreter ends.
 """
 
 import fcntl
@@ -23,22 +24,23 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import popen_forkserver
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from multiprocessing.forkserver import ForkServer, read_signed
+from multiprocessing.forkserver import ForkServer
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
 from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from cluster.errors import LauncherError, TrainingError, one_line, storable
+from cluster.gpu_errors import SIGNS
+from cluster.host.processes import state_of
 from cluster.host.signals import kept_from_children
 from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
+from cluster.process.popen import LAST_WAIT_S, Popen
 
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
 _CAN_SHARE = sys.version_info < (3, 14)
-_ORPHAN_WAIT_S = 10.0
 _SAFE_PATH = "PYTHONSAFEPATH"
 _OURS = "launcher"
 """The value of PYTHONSAFEPATH that marks it as set here: forked processes remove it, so that the user's programs, which
@@ -136,13 +138,13 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
                 raise TimeoutError(f"has not returned within {timeout_s:g} s")
             result, error = ours.recv()
         except EOFError:
-            process.join()
+            process.join(LAST_WAIT_S)
             printed = log.read().decode(errors="replace").strip().splitlines()
             kind = ServerLostError if process.is_server_lost else ChildProcessError
-            raise kind(f"{_end_of(process)}{': ' + printed[-1] if printed else ''}") from None
+            telling = [line for line in printed if any(sign in line for sign in SIGNS)] or printed
+            raise kind(f"{_end_of(process)}{': ' + telling[-1] if telling else ''}") from None
         finally:
-            process.kill()
-            process.join()
+            process.kill_within(LAST_WAIT_S)
     if error is not None:
         raise error
     return result
@@ -180,6 +182,8 @@ def _send_result(connection: Connection, log_path: str, function: str, args: tup
 
 def _end_of(process: "ChildProcess") -> str:
     """Return the predicate of a sentence about how the process ended."""
+    if process.is_alive():
+        return f"answers no more and does not end, {' '.join(state_of(process.pid).split())}"
     code = process.exitcode or 0
     if process.is_server_lost:
         return "was lost with its fork server"
@@ -228,7 +232,7 @@ class ChildProcess(ForkServerProcess):
     and its GPU. This works on Linux; on other systems, such a process has to be killed by hand.
     """
 
-    _popen: "_Popen"  # set by ``start``
+    _popen: Popen  # set by ``start``
     _lifeline: Connection
     """The process's end of a pipe that carries no data."""
     _held: Connection
@@ -241,6 +245,19 @@ class ChildProcess(ForkServerProcess):
             super().start()
             on_failure.pop_all()
 
+    def kill_within(self, limit_s: float) -> bool:
+        """Kill the process, and wait for its end at most ``limit_s`` seconds; return whether it has ended.
+
+        A process that hangs in the kernel, for example in the driver of a GPU, cannot be killed. No one waits for such
+        a process then: at the end of the interpreter, ``multiprocessing`` would do so without a limit.
+        """
+        self.kill()
+        self.join(limit_s)
+        if self.is_alive():
+            multiprocessing.process._children.discard(self)  # type: ignore[attr-defined]
+            return False
+        return True
+
     @property
     def is_server_lost(self) -> bool:
         """Whether the server died before it reported the end of this process; nobody else knows its exit code."""
@@ -252,8 +269,8 @@ class ChildProcess(ForkServerProcess):
         return _tied_process, (self._lifeline,), state
 
     @staticmethod
-    def _Popen(process_obj: BaseProcess) -> "_Popen":  # noqa: N802  # the name that the standard library uses
-        return _Popen(process_obj)
+    def _Popen(process_obj: BaseProcess) -> Popen:  # noqa: N802  # the name that the standard library uses
+        return Popen(process_obj)
 
 
 def _tied_process(lifeline: Connection) -> ChildProcess:
@@ -272,39 +289,6 @@ def _tied_process(lifeline: Connection) -> ChildProcess:
         if lifeline.poll():  # the parent has already ended
             os.kill(os.getpid(), signal.SIGKILL)
     return ChildProcess.__new__(ChildProcess)
-
-
-class _Popen(popen_forkserver.Popen):
-    """The parent's handle of a process whose exit code the server reports.
-
-    If the server dies, the standard library invents the exit code 255, which a process may also end with, and leaves
-    the process running. This class marks the process as lost and kills it.
-    """
-
-    is_server_lost = False
-
-    def poll(self, flag: int = os.WNOHANG) -> int | None:
-        if self.returncode is None and wait([self.sentinel], 0 if flag == os.WNOHANG else None):
-            try:
-                self.returncode = read_signed(self.sentinel)
-            except EOFError:
-                self.is_server_lost = True
-                _kill_orphan(self.pid)
-                self.returncode = -signal.SIGKILL
-        return self.returncode
-
-
-def _kill_orphan(pid: int) -> None:
-    """Kill a process that a dead server left, and wait for its end, because it holds its GPU until then.
-
-    The wait has a limit: a process that hangs in the kernel, for example in a device driver, may end much later.
-    """
-    with suppress(OSError):  # it has ended; or Linux is older than 5.3 and cannot wait for it
-        os.kill(pid, signal.SIGKILL)
-        if sys.platform == "linux":
-            process = os.pidfd_open(pid)
-            wait([process], _ORPHAN_WAIT_S)
-            os.close(process)
 
 
 class _Context(ForkServerContext):

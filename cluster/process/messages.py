@@ -1,8 +1,8 @@
 """Messages from the processes of a run to the driver, as frozen dataclasses. ``orders`` has those to the processes.
 
     training process  -- Beat, Report -->                              agent
-    agent             -- Hello, StillHere, FromWorker, LogNotKept -->  driver
-    Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost -->  driver
+    agent             -- Hello, StillHere, FromWorker, LogNotKept, Unkillable -->  driver
+    Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost             -->  driver
 
 An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
 arrive in order. All values are plain, classes of ``cluster.errors``, or frozen dataclasses of these, so that every
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cluster.errors import Cause, LauncherError
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.manifest import Share
 
 Doing = Literal["start", "restore", "data", "forward", "backward", "validation", "storage", "exchange"]
@@ -224,6 +225,8 @@ class Hung:
     """It sends no heartbeats either: it is stopped, or its host gives it no processor time."""
     stack: str
     """The Python stack, innermost call first; for a silent process, the state line that Linux reports."""
+    on_gpu: bool = False
+    """It computes on a GPU, for which it waits at whatever line needs a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +285,8 @@ class Hello:
     """The address of its node."""
     pid: int
     """The process id of this agent on its node."""
+    gpu: str = ""
+    """The GPU that Ray gave this agent, as in CUDA_VISIBLE_DEVICES; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +299,31 @@ class StillHere:
     """The unique id of this agent, as in its ``Hello``."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unkillable:
+    """A training process does not end though it was killed, so it holds its GPU, and its agent starts no other.
+
+    Sent once per process. The heartbeats of the agent go on.
+    """
+
+    rank: int
+    """The rank of the agent."""
+    id: str
+    """The unique id of the agent, as in its ``Hello``."""
+    generation: int
+    """The generation of the agent."""
+    attempt: int
+    """The attempt of the training process, which is over."""
+    pid: int
+    """The id of the training process on the node of the agent."""
+    for_s: float
+    """Seconds since it was killed."""
+    state: str
+    """The state line that Linux reports, such as ``State:  D (disk sleep)``; empty if it reports none."""
+    on_gpu: bool
+    """It computed on a GPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogNotKept:
     """A worker's log could not be written to the store. Sent once, and again only after a write has succeeded."""
@@ -304,38 +334,5 @@ class LogNotKept:
     """The error in one line, for people."""
 
 
-# From Ray Train's controller to the driver. They may arrive late, so each has the generation that it is about.
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentsPlaced:
-    """Ray has reserved resources for each agent of a generation, or has released them."""
-
-    generation: int
-    """The generation of the agents."""
-    nodes: Sequence[str]
-    """The ids of the nodes, by rank; empty: the resources are released."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentsUnplaced:
-    """Ray found no room for all agents, and has started none."""
-
-    generation: int
-    """The generation of the agents."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentsLost:
-    """Ray lost agents or could not start them. The other agents live until the next start."""
-
-    generation: int
-    """The generation of the agents."""
-    lost: Mapping[int, str]
-    """Ray's reason for each lost agent, by rank; empty: all are lost, or none was started."""
-    reason: str
-    """Ray's reason if ``lost`` is empty."""
-
-
-ToDriver = FromWorker | Hello | StillHere | LogNotKept | AgentsPlaced | AgentsUnplaced | AgentsLost
+ToDriver = FromWorker | Hello | StillHere | LogNotKept | Unkillable | AgentsPlaced | AgentsUnplaced | AgentsLost
 """A message to the driver."""

@@ -13,16 +13,28 @@ import time
 import traceback
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from cluster.errors import MAX_CHARACTERS, ClusterError, LauncherError, class_in_tree, one_line, storable
+from cluster.gpu_errors import SIGNS
 from cluster.host.oom import OomKills, be_taken_first
+from cluster.host.processes import state_of
 from cluster.host.scratch import make_own_folder, sweep_own_folders
 from cluster.host.signals import ignore_stops
 from cluster.process import fork_server
 from cluster.process.activity import Activity
 from cluster.process.agent_link import AgentLink
-from cluster.process.messages import DOING, Beat, Exited, Failed, GoesOn, Hung, Report, TimeSpent
+from cluster.process.messages import (
+    DOING,
+    Beat,
+    Exited,
+    Failed,
+    GoesOn,
+    Hello,
+    Hung,
+    Report,
+    TimeSpent,
+    Unkillable,
+)
 from cluster.process.orders import Meet, Order, Stop, Task
 from cluster.process.workplace import take_environment, take_place
 
@@ -64,6 +76,8 @@ class TrainingProcess:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.end_reported = False
+        self.killed_at: float | None = None
+        """When the process was killed; None: it was not."""
         self.log_kept_at = time.monotonic()
         self._folder = make_own_folder()
         self._log_path = self._folder / f"worker-{task.rank}.log"
@@ -140,7 +154,8 @@ class TrainingProcess:
             is_first_step=beat.is_first_step,
             for_s=round(for_s, 1),
             is_silent=is_silent,
-            stack=_state_of(self._process.pid) if is_silent else self._stack(),
+            on_gpu=self.task.on_gpu,
+            stack=state_of(self._process.pid) if is_silent else self._stack(),
         )
 
     def _stack(self) -> str:
@@ -163,10 +178,30 @@ class TrainingProcess:
             self._stop_sent = True
             self._send(Stop())
 
-    def kill(self) -> None:
-        """Kill the process and wait for its end."""
-        self._process.kill()
-        self._process.join()
+    def kill(self, limit_s: float) -> bool:
+        """Kill the process, and wait for its end at most ``limit_s`` seconds; return whether it has ended."""
+        if self.killed_at is None:
+            self.killed_at = time.monotonic()
+        return self._process.kill_within(limit_s)
+
+    def unkillable(self, hello: Hello) -> Unkillable:
+        """Return the report that the process does not end, though it was killed.
+
+        Args:
+            hello: The first message of its agent.
+        """
+        assert self.killed_at is not None
+        assert self._process.pid is not None
+        return Unkillable(
+            rank=self.task.rank,
+            id=hello.id,
+            generation=hello.generation,
+            attempt=self.task.attempt,
+            pid=self._process.pid,
+            for_s=round(time.monotonic() - self.killed_at, 1),
+            state=state_of(self._process.pid),
+            on_gpu=self.task.on_gpu,
+        )
 
     def discard_files(self) -> None:
         """Delete the log of the process, and its working directory if that was a copy from a bundle."""
@@ -181,10 +216,15 @@ class TrainingProcess:
             return log.read()
 
     def log_tail(self) -> str:
-        """Return the last lines of the log, long ones cut; after a crash, the whole Python stack."""
+        """Return the last lines of the log, long ones cut; after a crash, the whole Python stack.
+
+        Lines about a failure of the GPU come first, however much was printed after them.
+        """
         lines = [line for line in self.log().decode(errors="replace").splitlines() if not line.startswith(_NOISE)]
         crash = next((number for number, line in enumerate(lines) if line.startswith(_CRASH)), len(lines))
-        last = lines[min(crash, max(0, len(lines) - _TAIL_LINES)) :]
+        begin = min(crash, max(0, len(lines) - _TAIL_LINES))
+        telling = [next((line for line in reversed(lines[:begin]) if sign in line), None) for sign in SIGNS]
+        last = [*(line for line in telling if line is not None), *lines[begin:]]
         return "\n".join(line[:MAX_CHARACTERS] for line in last)
 
     def _send(self, order: Order) -> None:
@@ -248,12 +288,3 @@ def _failure_report(error: Exception) -> Failed:
         place=error.place,
         traceback=storable(error.traceback),
     )
-
-
-def _state_of(pid: int | None) -> str:
-    """Return the state of a process as Linux reports it, such as ``State:  T (stopped)``; empty if there is none."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # not Linux, or it has just ended
-        return ""
-    return next((line for line in lines if line.startswith("State")), "")

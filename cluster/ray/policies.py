@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from cluster.process.messages import AgentsLost, AgentsPlaced, AgentsUnplaced
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.ray.cluster import last_line
 
 _CONTROLLER_WAIT_S = 0.5

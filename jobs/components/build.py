@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import CheckpointError, ClusterError, DescriptionError
+from cluster.errors import CheckpointError, ClusterError, DescriptionError, one_line
+from cluster.gpu_errors import gpu_error
 from jobs.components.averaging import MovingAverage
 from jobs.components.buffers import MODEL, Buffers, UnsavedBuffers, copy_buffers
 from jobs.components.losses import GlobalLoss, build_loss
@@ -26,6 +28,8 @@ from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 if TYPE_CHECKING:
     from jobs.components.metrics import MetricSet
 
+_UNFIT_HOST = ("driver on your system is too old", "Found no NVIDIA driver", "not compiled with CUDA")
+"""What torch says of a GPU that it cannot use because of what is installed on the host."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -168,21 +172,36 @@ def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, step
 def worker_device(*, on_gpu: bool) -> torch.device:
     """Returns the device of a worker: the CPU, or the one GPU that it sees, which becomes the current device.
 
+    Runs a kernel on the GPU, so that a broken or occupied one fails here and not in the middle of the user's code.
+
     Raises:
-        ClusterError: The worker was given a GPU, but torch sees none.
+        ClusterError: The worker was given a GPU, but torch cannot use it.
     """
     if not on_gpu:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ClusterError(
-            f"a worker has a GPU here, and torch {torch.__version__} sees none; give this host a driver and a torch "
-            "for it, or write workers.gpus=0",
+    device = torch.device("cuda", 0)
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device)
+        torch.cuda.synchronize(device)
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        raise unusable_gpu(error) from error
+    return device
+
+
+def unusable_gpu(error: Exception) -> ClusterError:
+    """Returns the error for a GPU that fails before anything has run on it."""
+    said = re.split(" Search for `cuda| CUDA kernel errors might", one_line(error))[0]  # torch adds its advice
+    found = gpu_error(str(error))
+    is_unfit = any(sign in said for sign in _UNFIT_HOST) or (found is not None and found.cause == "environment")
+    if is_unfit:
+        return ClusterError(
+            f"a worker has a GPU here, and torch {torch.__version__} cannot use it: {said}; give this host a driver "
+            "and a torch that fit it, or write workers.gpus=0",
             cause="environment",
             step=0,
         )
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
-    return device
+    return ClusterError(f"the GPU cannot be used: {said}", cause="gpu_lost", step=0)
 
 
 def build_parts(spec: JobSpec, device: torch.device) -> Components:

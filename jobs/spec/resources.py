@@ -14,9 +14,9 @@ class MaxFailuresSpec:
     """How many failures of each kind a run recovers from; one more ends it. Null: no limit."""
 
     machine: int | None = 10
-    """Failures of the machine: lost workers and nodes, workers that do not start, and processes that are killed, hang
-    or run out of the machine's memory. Failed starts are retried after growing delays of at most 60 seconds. A hang in
-    the first step of a process ends the run if it repeats at the same step and line."""
+    """Failures of the machine: lost workers, nodes and GPUs, workers that do not start, and processes that are killed,
+    hang or run out of the machine's memory. Failed starts are retried after growing delays of at most 60 seconds. A
+    hang in the first step of a process ends the run if it repeats at the same step and line."""
     preemption: int | None = None
     """Workers lost because their node was drained or preempted with notice."""
     code: int | None = 3

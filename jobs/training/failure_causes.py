@@ -14,11 +14,14 @@ import torch.distributed as dist
 
 import jobs
 from cluster.errors import MAX_CHARACTERS, Cause, ClusterError, LauncherError, TrainingError, storable, text_of
+from cluster.gpu_errors import GpuError, gpu_error
 
 _MAX_LINES = 200
 """Most lines of a message below a traceback."""
 _EXCHANGE_SIGNS = ("gloo/transport/", "caused pair closure", "NCCL error")
 """What gloo, whose errors have no type of their own, and NCCL report when another worker is gone or silent."""
+_PINNING_SIGNS = ("pin_memory", "pin memory thread", "cudaHost", "HostAllocator")
+"""In the text of an error, or in the line that raised it, if CUDA lacked page-locked memory of the host."""
 
 
 def to_launcher_error(error: BaseException, step: int) -> LauncherError:
@@ -28,6 +31,9 @@ def to_launcher_error(error: BaseException, step: int) -> LauncherError:
         error: What the training process raised.
         step: The optimizer steps it has completed.
     """
+    broken = gpu_error_of(error)
+    if broken is not None:
+        return _of_gpu(error, broken, step)
     cause = cause_of(error)
     if cause in ("exchange_timeout", "connection_lost"):
         return ClusterError(f"lost the others: {message_of(error)}", cause=cause, step=step)
@@ -53,8 +59,40 @@ def message_of(error: BaseException) -> str:
     return text.partition("\n")[0]
 
 
+def gpu_error_of(error: BaseException) -> GpuError | None:
+    """Returns the error of this process's GPU or of a kernel on it that an exception tells of; None: neither failed.
+
+    After a kernel has failed, every call to CUDA fails. Libraries report that in words of their own, so CUDA is asked.
+    """
+    text = text_of(error)
+    is_of_loader = text.startswith("Caught ") and "in DataLoader worker process" in text  # it has no GPU of its own
+    found = None if is_of_loader else gpu_error(text)
+    if found is None:
+        return gpu_error(sticky_error())
+    if found.cause == "gpu_out_of_memory" and not isinstance(error, torch.OutOfMemoryError) and _is_pinning(error):
+        return GpuError(found.text, "out_of_memory")
+    return found
+
+
+def sticky_error() -> str:
+    """Returns what CUDA answers to every call since a kernel failed; empty: it works, or this process does not use it.
+
+    Unlike a synchronization, the question does not wait for kernels, which may themselves wait for other workers.
+    """
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.current_stream().query()
+    except RuntimeError as error:
+        return text_of(error)
+    return ""
+
+
 def cause_of(error: BaseException) -> Cause:
     """Returns why an exception ends a training process, by its type and its message."""
+    broken = gpu_error_of(error)
+    if broken is not None:
+        return broken.cause
     text = text_of(error)
     if isinstance(error, torch.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
         return "gpu_out_of_memory"
@@ -69,6 +107,23 @@ def cause_of(error: BaseException) -> Cause:
         if text.startswith("DataLoader worker") and "exited unexpectedly" in text:
             return "crash"
     return "code"
+
+
+def _of_gpu(error: BaseException, broken: GpuError, step: int) -> LauncherError:
+    """Returns the error for the failure of a GPU; no line is part of its place, as CUDA reports failures late."""
+    message = f"{type(error).__name__}: {message_of(error)}"
+    if broken.text not in message:  # of a library that met what CUDA answers
+        message += f" (CUDA error: {broken.text})"
+    if broken.cause in ("gpu_lost", "environment"):
+        return ClusterError(message, cause=broken.cause, step=step, place=broken.place(step))
+    return TrainingError(message, _user_traceback(error), cause=broken.cause, step=step, place=broken.place(step))
+
+
+def _is_pinning(error: BaseException) -> bool:
+    """Returns whether CUDA failed to get page-locked memory, of which the host has none left, and not the GPU."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1:]
+    said = [text_of(error), *(f"{frame.filename} {frame.line}" for frame in innermost)]
+    return any(sign in each for sign in _PINNING_SIGNS for each in said)
 
 
 def _user_traceback(error: BaseException) -> str:

@@ -37,7 +37,13 @@ from jobs.components.build import Components, build_parts, worker_device
 from jobs.environment import differences, grouped, make_environment
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
-from jobs.training.failure_causes import cause_of_broken_exchange, message_of, to_launcher_error
+from jobs.training.failure_causes import (
+    cause_of_broken_exchange,
+    gpu_error_of,
+    message_of,
+    sticky_error,
+    to_launcher_error,
+)
 from jobs.training.loop import Loop
 from jobs.training.restore import restore_newest
 
@@ -63,6 +69,8 @@ def main(link: AgentLink, task: Task) -> None:
     try:
         meet(link, task, spec.workers.timeout_s)
     except (OSError, RuntimeError) as error:  # the user's code has not run yet
+        if gpu_error_of(error) is not None:
+            raise to_launcher_error(error, 0) from error
         raise ClusterError(
             f"did not meet the others: {message_of(error)}", cause=cause_of_broken_exchange(error), step=0
         ) from error
@@ -82,6 +90,8 @@ def main(link: AgentLink, task: Task) -> None:
         compare_environments(link, task, components, team)
         train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, components, state, team)
     except DescriptionError as error:  # the plan built the same on its host, so this host differs
+        if gpu_error_of(error) is not None:
+            raise to_launcher_error(error, 0) from error
         raise ClusterError(str(error), cause="environment", step=0) from error
     except LauncherError:
         raise
@@ -131,8 +141,10 @@ def train(
     try:
         loop.run()
     except Exception:
-        with contextlib.suppress(StorageError):  # the first failure is the one to report
-            saver.wait()
+        # After a kernel has failed, NCCL's watchdog aborts this process within moments: the report must come first.
+        if not sticky_error():
+            with contextlib.suppress(StorageError):  # the first failure is the one to report
+                saver.wait()
         raise
     team.barrier()
     team.close()  # a slow store delays no other worker from here on

@@ -11,16 +11,19 @@ from typing import Any
 from cluster.collectives.topology import workers_by_host
 from cluster.errors import Interrupted, LauncherError
 from cluster.process import messages
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.lease import STATUS_INTERVAL_S
 from jobs.sampling import shard_blocks
 from jobs.spec import JobSpec
 from launcher.driver.attempt import NONE, Attempt
+from launcher.driver.change import Change
 from launcher.driver.environments import Environments
 from launcher.driver.failure_reports import FailureReports
 from launcher.driver.failures import Failures
 from launcher.driver.gathering import Gathering
 from launcher.driver.goodput import Ledger
-from launcher.driver.membership import Change, Membership
+from launcher.driver.lost_gpus import LostGpus
+from launcher.driver.membership import Membership
 from launcher.driver.reports import Reports
 from launcher.driver.run_log import RunLog
 from launcher.driver.stop_conditions import StopConditions
@@ -96,6 +99,7 @@ class Driver:
         self._gathering = Gathering(spec.workers, self._run_url, membership, run_log)
         self._environments = Environments(self._run_url, membership, run_log, self._first_workers)
         self._failure_reports = FailureReports(self._run_url, membership, run_log)
+        self._lost_gpus = LostGpus(spec.workers, membership, run_log)
         self._reports = Reports(
             run_log=run_log,
             membership=membership,
@@ -139,16 +143,18 @@ class Driver:
                 self._display.warn(f"worker {rank}: log not kept: {reason}")
             case _ if message.generation != membership.generation:
                 pass  # it is about agents that have been replaced
+            case messages.Unkillable():
+                self._failures.unkillable(message)
             case messages.Hello():
                 membership.joined(message, self._clock())
                 if membership.is_complete:
                     hosts = workers_by_host([agent.address for _, agent in sorted(membership.agents.items())])
                     self._reports.agents_complete(list(map(len, shard_blocks(self._spec.train.shards, hosts))))
-            case messages.AgentsPlaced(nodes=nodes):
+            case AgentsPlaced(nodes=nodes):
                 self._gathering.placed(nodes, self._clock())
-            case messages.AgentsUnplaced():
+            case AgentsUnplaced():
                 membership.unplaced()
-            case messages.AgentsLost(lost=lost, reason=reason):
+            case AgentsLost(lost=lost, reason=reason):
                 self._on_agents_lost(lost, reason)
 
     # Attempts.
@@ -247,7 +253,8 @@ class Driver:
             self._display.warn(f"{what}; the run stops at the newest checkpoint")
             self._regroup()
             return
-        self._display.warn(f"{what}; restarting from the newest checkpoint{later}")
+        places = self._lost_gpus.leave_out_node(verdict.failure)
+        self._display.warn(f"{what}; restarting from the newest checkpoint{later}{places}")
         if verdict.needs_agents or self._change is not None:
             self._regroup()
             self._gathering.start_at = now + verdict.wait_s

@@ -26,6 +26,8 @@ class FailureReports:
             "address": address,
             "step": self._step_of(failure),
         }
+        if failure.cause == "gpu_lost" and failure.rank is not None:
+            told["gpu"] = self._membership.gpu_of(failure.rank)
         self._run_log.state.failure = told | {"message": failure.message}
         if failure.hang is not None:
             self._run_log.event("worker_hung", **failure.hang)
@@ -37,7 +39,10 @@ class FailureReports:
         """Return a failure in one line: which worker, what happened, at which step."""
         if failure.rank is None:
             return failure.message
-        return f"{self._membership.where(failure.rank)}: {failure.message} at step {self._step_of(failure)}"
+        where = self._membership.where(failure.rank)
+        if failure.cause == "gpu_lost" and (gpu := self._membership.gpu_of(failure.rank)):
+            where += f", GPU {gpu}"
+        return f"{where}: {failure.message} at step {self._step_of(failure)}"
 
     def final_error(self, verdict: GiveUp, attempt: int) -> LauncherError:
         """Return the error that ends the run: what happened, what to do, where the log is, the newest checkpoint."""

@@ -7,20 +7,20 @@ progress either. This module has no side effects, and gets the time as a number.
 import signal
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 
 from cluster.errors import (
     Cause,
     ClusterError,
-    TrainingError,
     listed,
 )
-from cluster.process.messages import DOING, Exited, Failed, Hung
+from cluster.gpu_errors import gpu_error
+from cluster.process.messages import DOING, Exited, Failed, Hung, Unkillable
 from jobs.spec import MaxFailuresSpec
+from launcher.driver.ended_processes import innermost, of_exit, of_unkillable, with_assertion
 from launcher.driver.verdicts import Failure, GiveUp, Kind, TryAgain
 
 _LONGEST_BACK_OFF_S = 60
-"""Longest pause between consecutive failed starts of agents; the first pause is one second, then it doubles."""
+"""Longest pause between consecutive failed starts of agents, or lost GPUs; the first is one second, then it doubles."""
 _LAST_WORDS_S = 5.0
 """How long to wait for the other workers' reports after a failure: for its cause, if a peer was lost, or for a save."""
 _CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
@@ -36,6 +36,15 @@ _IN_FIRST_STEP = {
 """What a process does that has not completed its first step, by progress mark."""
 _EXCHANGING = ("backward", "exchange")
 """Progress marks at which workers communicate."""
+_WITH_KERNELS = ("forward", *_EXCHANGING)
+"""Progress marks at which GPUs compute and communicate."""
+_WHOSE_KERNEL = ": on GPUs, one whose kernel hangs looks like those that wait for it, so another may be the cause"
+_FIND_KERNEL = (
+    "look for Xid in dmesg on every node; to find the worker, set TORCH_NCCL_DUMP_ON_TIMEOUT=1 and workers.timeout_s "
+    "below workers.hang_timeout_s, then NCCL's flight recorder shows who did not join in; if all were at work, raise "
+    "workers.hang_timeout_s; then resume"
+)
+"""Advice for a hang of GPUs that stand alike."""
 _SIGNS_OF_LOSS: dict[str, Cause] = {
     "running low on memory": "out_of_memory",  # Ray's memory monitor
     "node was preempted": "preempted",
@@ -54,11 +63,9 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
 """Phrases in Ray's reasons for a lost agent, the most specific first; without one of them its process died."""
 _KINDS_OF_LOSS: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
 """Who is responsible for the loss of an agent; for causes not listed, the machine."""
-_FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
-"""Exit codes of processes that crashed by a fault of their own."""
 _NCCL = "ProcessGroupNCCL"
 """In the log of a process that NCCL aborted because another worker is gone or silent."""
-_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
+_TAKEN_AWAY: tuple[Cause, ...] = ("killed", "gpu_lost", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
 """Causes that count as preemption while the worker's node is being drained."""
 
 
@@ -73,6 +80,8 @@ class Failures:
         """Steps and lines at which the code has failed."""
         self._failed_starts = 0
         """Consecutive failed starts of agents."""
+        self._lost_gpus = 0
+        """Consecutive failures of GPUs, without one of another cause between them."""
         self.attempt_started(0)
 
     def attempt_started(self, num_workers: int) -> None:
@@ -86,6 +95,7 @@ class Failures:
         self._lost: dict[int, str] = {}
         self._all_lost = ""
         self._hung: dict[int, Hung] = {}
+        self._unkillable: dict[int, Unkillable] = {}
         self._finished: set[int] = set()
         self._draining: set[int] = set()
         self._waits_since: float | None = None
@@ -104,6 +114,8 @@ class Failures:
             self._broken.pop(rank, None)
             if self._fatal is not None and self._fatal[0] == rank:
                 self._fatal = None
+        elif exited.exit_code == -signal.SIGABRT and gpu_error(exited.log_tail) is not None:
+            self._broken.pop(rank, None)  # it reported what followed from the error of its GPU
         elif exited.exit_code == -signal.SIGABRT and _NCCL in exited.log_tail:
             self._broken[rank] = Failed(
                 error=ClusterError,
@@ -121,6 +133,10 @@ class Failures:
     def recovered(self, rank: int) -> None:
         """Take the report that a hung worker makes progress again."""
         self._hung.pop(rank, None)
+
+    def unkillable(self, report: Unkillable) -> None:
+        """Take an agent's report that it cannot start its training process, because the one before does not end."""
+        self._unkillable[report.rank] = report
 
     def finished(self, rank: int) -> None:
         """Take the report that a worker has finished; the end of its process is no failure then."""
@@ -149,6 +165,7 @@ class Failures:
         failure = self._first_failure(now)
         if failure is None:
             return None
+        is_gpu_lost = failure.cause == "gpu_lost"
         if failure.rank in self._draining and failure.cause in _TAKEN_AWAY:
             message = f"its node was being drained: {failure.message}"
             failure = replace(failure, cause="preempted", kind="preemption", message=message, place="")
@@ -162,10 +179,14 @@ class Failures:
             return GiveUp(failure, f"and workers.max_failures.{failure.kind}={limit} is used up")
         if failure.place:
             self._places.add(failure.place)
-        needs_agents, wait_s = bool(self._lost or self._all_lost), 0
+        # Ray gives an agent its GPU, so only another agent may get another one.
+        needs_agents, wait_s = is_gpu_lost or bool(self._lost or self._all_lost or self._unkillable), 0
         if needs_agents and not self._num_workers:
             wait_s = min(2**self._failed_starts, _LONGEST_BACK_OFF_S)
             self._failed_starts += 1
+        elif is_gpu_lost:  # it may be the same GPU, which another process uses, or whose driver is still starting
+            wait_s = min(2**self._lost_gpus, _LONGEST_BACK_OFF_S)
+        self._lost_gpus = self._lost_gpus + 1 if is_gpu_lost else 0
         return TryAgain(failure, needs_agents, wait_s)
 
     def _first_failure(self, now: float) -> Failure | None:
@@ -179,28 +200,35 @@ class Failures:
             return self._of_agents()
         if self._all_lost:
             return self._of_all_agents(self._all_lost)
+        if self._unkillable:
+            return of_unkillable(*next(iter(self._unkillable.items())))
         for rank, exited in self._exits.items():
             if rank not in self._finished | self._broken.keys():
-                return _of_exit(rank, exited)
+                return of_exit(rank, exited)
         if any(hung.is_silent for hung in self._hung.values()) or 0 < self._num_workers == len(self._hung):
             return self._of_hang()  # a worker that does not report a hang works, and the others wait for it
         return self._of_exchange() if self._broken and has_waited else None
 
     def _of_exception(self, rank: int, failed: Failed) -> Failure:
-        """Return the failure that a worker reports of itself; the code is at fault if a line of it is named."""
-        cause = failed.cause
-        kind: Kind | None = "code" if failed.place else None
-        if cause == "crash" and rank in self._exits and self._exits[rank].oom_kill:
-            cause, kind = "out_of_memory", "machine"  # of a loader process
+        """Return the failure that a worker reports of itself; the code is at fault if a place in it is named."""
+        cause, place = failed.cause, failed.place
+        kind: Kind | None = "code" if place else None
+        if cause == "gpu_lost":
+            kind = "machine"
+        elif cause == "crash" and rank in self._exits and self._exits[rank].oom_kill:
+            cause, kind, place = "out_of_memory", "machine", ""  # of a loader process
+        broken = gpu_error(failed.message)
+        log = self._exits[rank].log_tail if rank in self._exits and broken is not None else ""
         return Failure(
             cause=cause,
-            message=failed.message,
+            message=with_assertion(failed.message, log),
             kind=kind,
             rank=None if failed.step is None else rank,
             step=failed.step,
             error=failed.error,
-            place=failed.place if kind == "code" else "",
+            place=place,
             traceback=failed.traceback,
+            advice="" if broken is None else broken.advice,
         )
 
     def _of_agents(self) -> Failure:
@@ -225,17 +253,20 @@ class Failures:
         silent = [rank for rank in ranks if self._hung[rank].is_silent]
         rank = (silent or ranks)[0]
         found = self._hung[rank]
-        step, doing, line = found.step, found.doing, _innermost(found.stack)
+        step, doing, line = found.step, found.doing, innermost(found.stack)
         what = f"no progress for {found.for_s:.0f} s in {doing}"
         if found.is_first_step:
             what = f"has not done its first step after {found.for_s:.0f} s, {_IN_FIRST_STEP.get(doing, doing)}"
         places = {(hung.step, hung.doing) for hung in self._hung.values()}
         are_alike = not silent and len(ranks) > 1 and len(places) == 1
-        is_stuck = are_alike and doing in _EXCHANGING and not found.is_first_step
+        may_wait = are_alike and not found.is_first_step
+        # The host waits at any line for its GPU, and the kernels there for those of the others, or for a hung one.
+        is_blurred = may_wait and found.on_gpu and doing in _WITH_KERNELS
+        is_stuck = may_wait and doing in _EXCHANGING and not is_blurred
         if line:
             what += f", {line}"
         if are_alike:
-            what += ", and so for all" + ": what they exchange is stuck" * is_stuck
+            what += ", and so for all" + ": what they exchange is stuck" * is_stuck + _WHOSE_KERNEL * is_blurred
         return Failure(
             cause="exchange_timeout" if is_stuck else "hung",
             message=what,
@@ -244,6 +275,7 @@ class Failures:
             # Two first steps that hang at the same line are no accident: the second one ends the run.
             place=f"first step after {step}, {doing}, {line}" if found.is_first_step and line and not silent else "",
             limit="workers.first_step_timeout_s" if found.is_first_step else "workers.hang_timeout_s",
+            advice=_FIND_KERNEL if is_blurred else "",
             hang={
                 "rank": rank,
                 "step": step,
@@ -270,30 +302,5 @@ class Failures:
         return Failure(cause=first.cause, message=what, rank=rank, step=first.step)
 
 
-def _of_exit(rank: int, exited: Exited) -> Failure:
-    """Return the failure of a process that ended without a report."""
-    code = exited.exit_code
-    failed = partial(Failure, rank=rank, step=exited.step, log_tail=exited.log_tail)
-    if code is None:
-        return failed(cause="fork_server_lost", message="its fork server died")
-    if code >= 0:
-        what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
-        return failed(cause="crash", message=what, kind=None, error=TrainingError)
-    name = signal.Signals(-code).name
-    if code in _FAULTS:
-        line = _innermost(exited.log_tail.partition("Fatal Python error")[2])
-        what, place = f"crashed with {name}" + (f", {line}" if line else ""), f"step {exited.step}, {line}, {name}"
-        return failed(cause="crash", message=what, kind="code", error=TrainingError, place=place)
-    if code == -signal.SIGKILL and exited.oom_kill:
-        return failed(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})")
-    return failed(cause="killed", message=f"killed by {name}")
-
-
 def _cause_of_loss(reason: str, otherwise: Cause) -> Cause:
     return next((cause for sign, cause in _SIGNS_OF_LOSS.items() if sign in reason), otherwise)
-
-
-def _innermost(stack: str) -> str:
-    """Return the innermost call of a stack printed by ``faulthandler``, or the process state, or an empty text."""
-    lines = [" ".join(line.split()) for line in stack.splitlines()]  # Linux puts a tab behind "State:"
-    return next((line for line in lines if line.startswith(("File ", "State"))), "")

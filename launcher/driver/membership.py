@@ -7,7 +7,6 @@ reads a clock.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from cluster.capacity import Node
 from cluster.errors import listed
@@ -17,6 +16,7 @@ from cluster.process.orders import LOOPBACK
 from cluster.ray.cluster import PLACEMENT_TIMEOUT_S
 from cluster.ray.worker_group import WorkerGroup
 from jobs.spec import WorkersSpec
+from launcher.driver.change import Change
 from launcher.driver.steady_room import SteadyRoom
 
 _LOOK_INTERVAL_S = 1.0
@@ -29,23 +29,6 @@ _LEAST_SILENCE_S = 4 * HERE_INTERVAL_S
 """An agent is silent after this time at the earliest: a limit near its heartbeat interval would find all silent."""
 MOST_MISFITS = 10
 """How many joining nodes may turn out unfit before no new ones are used: each costs a save and two starts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The workers should be replaced by others.
-
-    Attributes:
-        reason: Why, for messages.
-        leave_by: The Unix time by which some workers will be gone; infinity: none will, or it is not known when.
-        ends_here: Whether the driver's own node is being drained, which ends the run here.
-        leaving: The ranks of workers whose nodes are being drained.
-    """
-
-    reason: str
-    leave_by: float = math.inf
-    ends_here: bool = False
-    leaving: frozenset[int] = frozenset()
 
 
 class Membership:
@@ -127,6 +110,10 @@ class Membership:
         node = self._node_of(rank)
         return node, None if node is None else self._addresses.get(node)
 
+    def gpu_of(self, rank: int) -> str | None:
+        """Return the GPU of a worker, as in CUDA_VISIBLE_DEVICES; None: it has none, or its agent has not joined."""
+        return (self.agents[rank].gpu or None) if rank in self.agents else None
+
     def joined(self, hello: Hello, now: float) -> None:
         """Record that an agent has joined."""
         self.agents[hello.rank] = hello
@@ -202,6 +189,14 @@ class Membership:
             self._known_hosts -= {self._addresses.get(node, "") for node in nodes}
         self._left_out |= dict.fromkeys(nodes, why)
         return _named([self._addresses.get(node, node) for node in sorted(nodes)])
+
+    def room_without(self, node: str) -> int:
+        """Return how many workers fit on the other nodes, including those that they hold."""
+        return sum(self._room_on(other) for other in self._nodes() if other.id != node)
+
+    def avoid(self, node: str, why: str) -> None:
+        """Start no more agents on a node that has fitted."""
+        self._left_out[node] = why
 
     @property
     def takes_no_others(self) -> bool:

@@ -11,9 +11,10 @@ Kind = Literal["machine", "preemption", "code"]
 
 
 _SMALLER = "start a new run with smaller micro-batches: a lower train.global_batch or more train.shards"
-_ADVICE: dict[Cause, str] = {
+ADVICE: dict[Cause, str] = {
     "out_of_memory": f"give each worker more memory, then resume, or {_SMALLER}",
     "gpu_out_of_memory": f"take GPUs with more memory (workers.accelerator), then resume, or {_SMALLER}",
+    "gpu_lost": "look at the GPU there (nvidia-smi, and Xid in dmesg) and reset or replace it, then resume",
     "killed": "find out who killed it, then resume",
     "hung": "see where it stood; if it was at work, raise {limit}; then resume",
     "node_lost": "resume on other nodes",
@@ -25,6 +26,8 @@ _ADVICE: dict[Cause, str] = {
     "environment": "give every node the same modules, files and versions, then resume",
 }
 """Advice by cause, for a failure that ends the run. Messages of other causes include theirs, or the code is wrong."""
+LACKS_ADVICE: tuple[Cause, ...] = ("code", "crash", "storage", "checkpoint")
+"""The other causes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ class Failure:
         log_tail: The last output of a process that ended without a report.
         hang: The event of a hang; None: it did not hang.
         limit: The key of the time limit that a hang exceeded.
+        advice: What the user can do; empty: what one does about the cause.
     """
 
     cause: Cause
@@ -58,6 +62,7 @@ class Failure:
     log_tail: str = ""
     hang: Mapping[str, Any] | None = None
     limit: str = "workers.hang_timeout_s"
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ class TryAgain:
 
     Attributes:
         failure: The failure.
-        needs_agents: Whether to restart the agents too, because some were lost.
-        wait_s: Seconds to wait first; it doubles while agents fail to start.
+        needs_agents: Whether to restart the agents too, because some were lost, or their GPUs.
+        wait_s: Seconds to wait first; it doubles while agents fail to start, or GPUs are lost one after the other.
     """
 
     failure: Failure
@@ -90,4 +95,4 @@ class GiveUp:
     @property
     def advice(self) -> str:
         """What the user can do; empty: not known."""
-        return _ADVICE.get(self.failure.cause, "").format(limit=self.failure.limit)
+        return self.failure.advice or ADVICE.get(self.failure.cause, "").format(limit=self.failure.limit)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cluster.errors import CheckpointError, DescriptionError, StorageError, in_short, nearest
+from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError, in_short, nearest
 from cluster.process.orders import Task
 from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
 from jobs.components.build import Components, build_parts, worker_device
@@ -20,7 +20,7 @@ from jobs.environment import code_digests
 from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.training.evaluation import evaluation_mode
-from jobs.training.failure_causes import cause_of
+from jobs.training.failure_causes import gpu_error_of
 from launcher.planning.loss_checks import check_fit, check_mean
 from launcher.planning.micro_batch import MicroBatch
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
@@ -30,6 +30,7 @@ from launcher.planning.sample_checks import read_samples, stack
 
 _MAX_SAMPLES_ON_CPU = 32
 """A larger micro-batch takes long on a CPU and finds no more mistakes."""
+_LOOK_AT_GPU = "look at the GPU there (nvidia-smi, and Xid in dmesg), or give the run other nodes"
 _FEW_SAMPLES = 2
 """On a CPU, a rehearsal begins with so few; batch norm needs two."""
 
@@ -42,18 +43,33 @@ def try_out(task: Task) -> DryRunResult:
 
     Raises:
         DescriptionError: A component cannot be built, does not fit the others or the GPU, or gets no gradient.
-        ClusterError: torch does not see the GPU.
+        ClusterError: torch cannot use the GPU, or the GPU failed.
     """
     launcher_modules = set(sys.modules)
     spec: JobSpec = task.content
-    device = worker_device(on_gpu=task.on_gpu)
+    try:
+        device = worker_device(on_gpu=task.on_gpu)
+    except ClusterError as error:
+        if error.cause != "gpu_lost":
+            raise
+        raise ClusterError(f"{error}; {_LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
     try:
         return _try_components(spec, build_parts(spec, device), max_samples, task.import_paths, launcher_modules)
     except (DescriptionError, RuntimeError) as error:
         original = error.__cause__ or error
-        if cause_of(original) != "gpu_out_of_memory":
+        broken = gpu_error_of(original)
+        if broken is None or broken.cause == "out_of_memory":
             raise
+        if broken.cause == "code":
+            raise DescriptionError(
+                f"model: a micro-batch fails on the GPU with CUDA error: {broken.text}; {broken.advice}"
+            ) from error
+        if broken.cause != "gpu_out_of_memory":
+            advice = _LOOK_AT_GPU if broken.cause == "gpu_lost" else "give its host a driver and a torch that fit it"
+            raise ClusterError(
+                f"the GPU failed: CUDA error: {broken.text}; {advice}", cause=broken.cause, step=0
+            ) from error
         raise DescriptionError(
             f"train.global_batch: a micro-batch of {spec.train.micro_batch} samples, 1 of {spec.train.shards} shards, "
             f"does not fit into the GPU: {in_short(original)}; lower train.global_batch, raise train.shards, or take "

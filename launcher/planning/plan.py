@@ -250,7 +250,8 @@ def _with_described_errors(dry_run: Callable[[], DryRunResult]) -> DryRunResult:
     except TrainingError as error:  # what the parts of the dry run do not expect; they name their key otherwise
         raise DescriptionError(f"the dry run failed: {error}; see the traceback for where", error.traceback) from error
     except ChildProcessError as error:
-        raise DescriptionError(f"model: the process that tried it out {error}; is there enough memory?") from error
+        advice = "is there enough memory?" if "SIGKILL" in str(error) else "run the same code alone to see where"
+        raise DescriptionError(f"model: the process that tried it out {error}; {advice}") from error
     except TimeoutError as error:
         raise DescriptionError(
             f"model: the process that tried it out {error} (workers.first_step_timeout_s); raise that, or look at "

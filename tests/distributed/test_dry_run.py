@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
@@ -23,12 +23,13 @@ MICRO_BATCH, VAL_SAMPLES = 48, 40
 
 
 class Net(nn.Module):
-    """A line that runs out of a GPU's memory where it is told to."""
+    """A line that fails as on a GPU where it is told to; without a text, the GPU has no memory left."""
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", text: str = "") -> None:
         super().__init__()
         self.line = nn.Linear(2, 2)
         self.fails = fails
+        self.text = text
         self._fail("build")
 
     def forward(self, x_N2: Tensor) -> Tensor:
@@ -39,6 +40,8 @@ class Net(nn.Module):
         return y_N2
 
     def _fail(self, where: str) -> None:
+        if self.fails == where and self.text:
+            raise torch.AcceleratorError(self.text)
         if self.fails == where:
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
@@ -48,10 +51,10 @@ def points(length: int) -> TensorDataset:
     return TensorDataset(x_N2, (x_N2.sum(1) > 1).long())
 
 
-def task_of(*, on_gpu: bool, fails: str = "") -> Task:
+def task_of(*, on_gpu: bool, fails: str = "", text: str = "") -> Task:
     spec = JobSpec(
         name="run",
-        model=Target(f"{HERE}.Net", {"fails": fails}),
+        model=Target(f"{HERE}.Net", {"fails": fails, "text": text}),
         data=DataSpec(
             train=Target(f"{HERE}.points", {"length": 4 * MICRO_BATCH}),
             val=Target(f"{HERE}.points", {"length": VAL_SAMPLES}),
@@ -120,9 +123,33 @@ def test_one_that_does_not_fit_into_the_gpu_is_one_line(where: str) -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["build", "forward", "backward"])
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("CUDA error: device-side assert triggered\nCUDA kernel errors might be", DescriptionError,
+         "model: a micro-batch fails on the GPU with CUDA error: device-side assert triggered; the usual reason is a "
+         "label that is not below the number of classes"),
+        ("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be", ClusterError,
+         "the GPU failed: CUDA error: uncorrectable ECC error encountered"),
+        ("CUDA error: no kernel image is available for execution on the device\nCUDA", ClusterError,
+         "the GPU failed: CUDA error: no kernel image is available for execution on the device"),
+    ],
+    ids=["of the code", "lost", "of another kind than torch was built for"],
+)  # fmt: skip
+def test_an_error_of_the_gpu_is_told_as_what_it_is(
+    where: str, text: str, kind: type[LauncherError], message: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        fork_server.call(f"{HERE}:try_with_gpu", task_of(on_gpu=True, fails=where, text=text))
+
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_a_gpu_that_torch_does_not_see_is_the_hosts() -> None:
-    with pytest.raises(ClusterError, match="a worker has a GPU here, and torch .* sees none") as caught:
+    with pytest.raises(ClusterError, match="a worker has a GPU here, and torch .* cannot use it") as caught:
         fork_server.call("launcher.planning.dry_run:try_out", task_of(on_gpu=True))
 
     assert caught.value.cause == "environment"

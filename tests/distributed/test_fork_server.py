@@ -296,3 +296,26 @@ def test_the_working_directory_does_not_come_before_the_standard_library(tmp_pat
         text=True,
     )
     assert (ended.stdout, ended.stderr) == (f"None None\n{tmp_path}\n", "")
+
+
+def work_on() -> None:
+    threading.Event().wait()
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the call nor at the end of the interpreter."""
+    made = list[fork_server.ChildProcess]()
+
+    def remember(process: fork_server.ChildProcess) -> None:
+        made.append(process)
+
+    monkeypatch.setattr(fork_server.ChildProcess, "kill", remember)
+    monkeypatch.setattr(fork_server, "LAST_WAIT_S", 0.1)
+    with pytest.raises(TimeoutError):
+        fork_server.call(f"{HERE}:work_on", timeout_s=0.1)
+
+    (process,) = made
+    assert process.is_alive()
+    assert process not in multiprocessing.active_children()
+    monkeypatch.undo()
+    assert process.kill_within(10)

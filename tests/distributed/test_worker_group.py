@@ -16,8 +16,8 @@ import pytest
 
 from cluster.capacity import Node, Places, WorkerResources
 from cluster.process import fork_server
-from cluster.process.messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.process.orders import Task
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.ray import worker_group
 from cluster.ray.policies import Wanted, steered_trainer
 from tests.processes import state, wait_until

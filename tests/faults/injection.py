@@ -32,7 +32,10 @@ PLAN_VARIABLE = "LAUNCHER_FAULTS"
 EXIT_CODE = 3
 """The exit code of a process that the fault ``exit`` ends."""
 
-Kind = Literal["kill", "stop", "hang", "hold", "raise", "exit", "note"]
+ECC = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported"
+"""What torch says of a GPU whose memory fails."""
+
+Kind = Literal["kill", "stop", "hang", "hold", "raise", "ecc", "exit", "note"]
 Victim = Literal["training", "agent", "fork_server", "loader"]
 
 _LOOP_INTERVAL_S = 0.05
@@ -49,8 +52,9 @@ class Fault:
 
     kind: Kind
     """``kill`` and ``stop`` send SIGKILL and SIGSTOP; ``hang`` loops without end, ``hold`` until ``release``; ``raise``
-    raises an ``InjectedFault``; ``exit`` ends the process with ``EXIT_CODE``; ``note`` only leaves its proof, for a
-    test that waits for the moment to do something to another process."""
+    raises an ``InjectedFault``, ``ecc`` what torch raises when the GPU's memory fails; ``exit`` ends the process with
+    ``EXIT_CODE``; ``note`` only leaves its proof, for a test that waits for the moment to do something to another
+    process."""
     doing: str
     """The mark it happens at, one of ``DOING``; ``start`` is a process's first moment."""
     step: int | None = None
@@ -76,7 +80,7 @@ class Fault:
             raise ValueError(f"a fork server is killed, not {self.kind!r}")
         if self.victim == "loader" and (self.kind != "kill" or self.after_s):
             raise ValueError(f"a loader is killed at the mark, not {self.kind!r} {self.after_s} s later")
-        if self.after_s and self.kind in ("hang", "hold", "raise"):
+        if self.after_s and self.kind in ("hang", "hold", "raise", "ecc"):
             raise ValueError(f"{self.kind!r} happens to the thread that passes the mark, so not {self.after_s} s later")
 
 
@@ -160,6 +164,8 @@ class FaultyActivity(Activity):
                 os._exit(EXIT_CODE)
             case "raise":
                 raise InjectedFault(f"fault {number} of the plan, in {now.doing} after step {now.step}")
+            case "ecc":
+                raise RuntimeError(ECC)
             case "hang":
                 while True:
                     time.sleep(_LOOP_INTERVAL_S)

@@ -145,3 +145,20 @@ def test_a_module_that_a_worker_does_not_find(home: Path, make_plan) -> None:
     assert failure["cause"] == lost["cause"] == "environment"
     assert failure["node"] == lost["node"] != ""
     assert failure["message"] == lost["reason"]
+
+
+def test_a_lost_gpu_is_left_to_other_agents(home: Path, make_plan) -> None:
+    """The first one in the middle of a step, the second one before a worker has begun its own."""
+    faults = make_plan(
+        Fault(kind="ecc", doing="forward", step=12, rank=1), Fault(kind="ecc", doing="data", step=10, rank=0, follows=0)
+    )
+    ended = launcher("run", "digits.yaml", *SHORT, "--json", cwd=home)
+
+    run = home / "runs/digits"
+    assert bits(ended, run) == undisturbed(SHORT)
+    assert fired(faults).keys() == {0, 1}
+    told = [(lost["cause"], lost["rank"]) for lost in events(run, "worker_lost")]
+    assert told == [("gpu_lost", 1), ("gpu_lost", 0)]
+    assert ended.document["failures"] == {"machine": 2, "preemption": 0, "code": 0}
+    pids = [{worker["pid"] for worker in started["workers"]} for started in events(run, "attempt_started")]
+    assert len(set.union(*pids)) == sum(map(len, pids)), "other agents run each attempt"

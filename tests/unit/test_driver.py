@@ -19,9 +19,6 @@ from cluster.capacity import Node, WorkerResources
 from cluster.errors import Cause, ClusterError, Interrupted, LauncherError, TrainingError
 from cluster.process.messages import (
     DOING,
-    AgentsLost,
-    AgentsPlaced,
-    AgentsUnplaced,
     Doing,
     EnvironmentsCompared,
     Exited,
@@ -40,7 +37,9 @@ from cluster.process.messages import (
     TimeSpent,
     ToDriver,
     TrainingStarted,
+    Unkillable,
 )
+from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.manifest import Part, Share
 from cluster.run.run_directory import RunDirectory
 from cluster.tracking.tracker import NoTracker
@@ -1261,3 +1260,89 @@ class TestLeaving:
         assert document["worker_hours"] == pytest.approx(1.0, abs=0.01)
         (stopping,) = events(run, "stop_requested")
         assert stopping["reason"] == "stopping at workers.max_worker_hours=0.9"
+
+
+class TestLostGpus:
+    ECC = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+
+    def lost(self, attempt: int, rank: int = 0) -> list[ToDriver]:
+        """A worker loses its GPU, and the other one loses it."""
+        of_gpu = one(failure("gpu_lost", self.ECC, step=3), rank, attempt)
+        return [lost_peer(1 - rank, attempt), of_gpu, *exited(attempt)]
+
+    def agents(self, *nodes: str) -> list[ToDriver]:
+        return [replace(agent, gpu="0") if isinstance(agent, Hello) else agent for agent in hello(*nodes)]
+
+    def test_the_run_leaves_a_node_whose_gpu_is_lost_if_it_keeps_its_size(self, run: RunDirectory) -> None:
+        screen = io.StringIO()
+        nodes = [node("a", 1), node("b", 1), node("c", 1)]
+        script: Script = [
+            self.agents("a", "b"),
+            both(started(step=0)),
+            self.lost(0),
+            1.1,
+            self.agents("b", "c"),
+            finished(1),
+        ]
+        document, group = drive(run, script, lambda _: nodes, screen=screen)
+
+        assert (document["status"], document["failures"]["machine"]) == ("completed", 1)
+        assert list(zip(group.started, group.without)) == [(2, set()), (2, {"a"})]
+        assert group.started_at[1] - group.started_at[0] >= 1
+        (left_out,) = events(run, "nodes_left_out")
+        assert (left_out["nodes"], left_out["reason"]) == (["a"], f"GPU lost: {self.ECC}")
+        (lost,) = events(run, "worker_lost")
+        assert (lost["cause"], lost["rank"], lost["node"], lost["gpu"]) == ("gpu_lost", 0, "a", "0")
+        said = f"worker 0 on node 10.0.0.a, GPU 0: {self.ECC} at step 3; restarting from the newest checkpoint in 1 s"
+        assert f"{said}, without node 10.0.0.a until Ray is started there anew" in screen.getvalue()
+
+    def test_else_it_leaves_the_node_at_the_second_loss_if_it_can_go_on_at_all(self, run: RunDirectory) -> None:
+        screen = io.StringIO()
+
+        def look(now: float) -> list[Node]:  # the agents hold what there is
+            return [node("a", now < 0.1), node("b", now < 0.1)]
+
+        script: Script = [
+            self.agents("a", "b"), both(started(step=0)), self.lost(0), 1.1, self.agents("a", "b"),
+            both(started(step=0), 1), self.lost(1), 2.1, LAG, self.agents("b"), all_of(1, started(step=0), 2),
+            done(1, 2),
+        ]  # fmt: skip
+        document, group = drive(run, script, look, screen=screen, num=(1, 2))
+
+        assert document["status"] == "completed"
+        assert list(zip(group.started, group.without)) == [(2, set()), (2, set()), (1, {"a"})]
+        said = "where Ray may give out the same GPU again: the other nodes have room for 1 of 2 workers"
+        assert said in screen.getvalue()
+
+    def test_and_stays_on_its_only_node_as_long_as_machines_may_fail(self, run: RunDirectory) -> None:
+        script: Script = [
+            self.agents("a", "a"), self.lost(0), 1.1, self.agents("a", "a"), self.lost(1), 2.1, self.agents("a", "a"),
+            self.lost(2),
+        ]  # fmt: skip
+        with pytest.raises(ClusterError, match=r"max_failures.machine=2 is used up; look at the GPU there") as caught:
+            drive(run, script, max_failures=MaxFailuresSpec(machine=2))
+
+        assert f"worker 0 on node 10.0.0.a, GPU 0: {self.ECC} at step 3" in str(caught.value)
+        assert events(run, "nodes_left_out") == []
+
+    def test_a_process_that_cannot_be_killed_is_left_with_its_node(self, run: RunDirectory) -> None:
+        """It hangs, and the agent is told to start the next one; what an earlier generation says comes too late."""
+
+        def stuck(generation: int) -> ToDriver:
+            return Unkillable(
+                rank=1, id="b-1", generation=generation, attempt=0, pid=4711, for_s=30.2,
+                state="State:\tD (disk sleep)", on_gpu=True,
+            )  # fmt: skip
+
+        nodes = [node("a", 1), node("b", 1), node("c", 1)]
+        script: Script = [
+            self.agents("a", "b"), both(started(step=0)), [hung(0, "backward"), hung(1, "data")], [stuck(1)], 1.1,
+            [*self.agents("a", "c"), stuck(1)], finished(2),
+        ]  # fmt: skip
+        document, group = drive(run, script, lambda _: nodes)
+
+        assert (document["status"], document["failures"]["machine"]) == ("completed", 2)
+        assert list(zip(group.started, group.without)) == [(2, set()), (2, {"b"})]
+        last = events(run, "worker_lost")[-1]
+        assert (last["cause"], last["rank"], last["node"]) == ("gpu_lost", 1, "b")
+        assert "its former process 4711 has not ended 30 s after SIGKILL, State: D (disk sleep)" in last["reason"]

@@ -2,15 +2,16 @@
 
 import signal
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 
 from cluster.errors import Cause, ClusterError, LauncherError, StorageError, TrainingError
-from cluster.process.messages import Doing, Exited, Failed, Hung
+from cluster.process.messages import Doing, Exited, Failed, Hung, Unkillable
 from cluster.ray.policies import why_lost
 from jobs.spec import MaxFailuresSpec
 from launcher.driver.failures import Failures
-from launcher.driver.verdicts import Failure, GiveUp, TryAgain
+from launcher.driver.verdicts import ADVICE, LACKS_ADVICE, Failure, GiveUp, TryAgain
 
 News = Callable[[Failures], None]
 """Tells what a worker, an agent or Ray says."""
@@ -22,6 +23,25 @@ Current thread 0x00007f (most recent call first):
   File "mine.py", line 7 in read
   File "loop.py", line 3 in run"""
 NCCL = "[rank1]:[E] [ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout"
+WATCHDOG = """\
+[rank1]:[E] [ProcessGroupNCCL.cpp:2201] [PG ID 0 PG GUID 0(default_pg) Rank 1] Process group watchdog thread \
+terminated with exception: {}
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+terminate called after throwing an instance of 'c10::DistBackendError'
+  what():  [PG ID 0 PG GUID 0(default_pg) Rank 1] Process group watchdog thread terminated with exception: {}
+Fatal Python error: Aborted"""
+ASSERT, ECC = "CUDA error: device-side assert triggered", "CUDA error: uncorrectable ECC error encountered"
+LAUNCH = "CUDA error: unspecified launch failure"
+KERNEL = (
+    "/pytorch/aten/src/ATen/native/cuda/Loss.cu:245: nll_loss_forward_reduce_cuda_kernel_2d: block: [0,0,0], thread: "
+    "[5,0,0] Assertion `t >= 0 && t < n_classes` failed.\n"
+)
+AT = "(Assertion `t >= 0 && t < n_classes` failed, Loss.cu:245)"
+
+
+def watchdog(text: str, before: str = "") -> str:
+    """What NCCL's watchdog prints as it ends its process for an error of CUDA."""
+    return before + WATCHDOG.format(text, text)
 
 
 def failed(cause: Cause, rank: int = 1, *, place: str = "", step: int | None = 3, text: str = "words") -> News:
@@ -38,9 +58,18 @@ def exited(code: int | None, rank: int = 1, *, oom_kill: bool = False, log_tail:
     return lambda failures: failures.exited(rank, end)
 
 
-def hung(rank: int, doing: Doing, *, is_first_step: bool = False) -> News:
-    found = Hung(step=3, doing=doing, is_first_step=is_first_step, for_s=300.0, is_silent=False, stack="")
+def hung(rank: int, doing: Doing, *, is_first_step: bool = False, on_gpu: bool = False) -> News:
+    found = Hung(
+        step=3, doing=doing, is_first_step=is_first_step, for_s=300.0, is_silent=False, stack="", on_gpu=on_gpu
+    )
     return lambda failures: failures.hung(rank, found)
+
+
+def unkillable(rank: int = 1, *, on_gpu: bool = True) -> News:
+    report = Unkillable(
+        rank=rank, id="a", generation=1, attempt=0, pid=4711, for_s=30.4, state="State:  D (disk sleep)", on_gpu=on_gpu
+    )
+    return lambda failures: failures.unkillable(report)
 
 
 def lost(reasons: dict[int, str], reason: str = "") -> News:
@@ -130,6 +159,24 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([draining(1), failed("connection_lost", 1)], "preempted", "preemption", 1),
         ([draining(0), exited(-signal.SIGKILL)], "killed", "machine", 1),
         ([draining(1), failed("code", place="p"), exited(1)], "code", "code", 1),
+        ([exited(-signal.SIGABRT, log_tail=watchdog(ASSERT))], "code", "code", 1),
+        ([exited(-signal.SIGABRT, log_tail=f"what(): {ASSERT}")], "code", "code", 1),
+        ([exited(-signal.SIGABRT, log_tail=watchdog(ECC))], "gpu_lost", "machine", 1),
+        ([exited(-signal.SIGABRT, log_tail=watchdog("CUDA error: out of memory"))], "gpu_out_of_memory", "code", 1),
+        ([exited(-signal.SIGABRT, 0, log_tail=NCCL), exited(-signal.SIGABRT, log_tail=watchdog(ECC))], "gpu_lost",
+         "machine", 1),
+        ([failed("connection_lost", 0), exited(1, 0), exited(-signal.SIGABRT, log_tail=watchdog(ASSERT))], "code",
+         "code", 1),
+        ([failed("connection_lost"), exited(-signal.SIGABRT, log_tail=watchdog(ECC))], "gpu_lost", "machine", 1),
+        ([exited(-signal.SIGABRT, 0, log_tail=NCCL), failed("gpu_lost"), exited(1)], "gpu_lost", "machine", 1),
+        ([failed("gpu_lost", step=0), exited(1)], "gpu_lost", "machine", 1),
+        ([failed("gpu_lost", place="p"), exited(1)], "gpu_lost", "machine", 1),
+        ([draining(1), failed("gpu_lost"), exited(1)], "preempted", "preemption", 1),
+        ([unkillable()], "gpu_lost", "machine", 1),
+        ([unkillable(on_gpu=False)], "hung", "machine", 1),
+        ([hung(0, "backward", on_gpu=True), hung(1, "backward", on_gpu=True)], "hung", "machine", 0),
+        ([hung(0, "forward", on_gpu=True), hung(1, "backward", on_gpu=True)], "hung", "machine", 0),
+        ([hung(0, "data", on_gpu=True), hung(1, "data", on_gpu=True)], "hung", "machine", 0),
     ],
 )  # fmt: skip
 def test_causes(news: list[News], cause: str, kind: str | None, rank: int | None) -> None:
@@ -150,11 +197,77 @@ def test_who_has_finished_may_end_as_it_likes() -> None:
          'crashed with SIGSEGV, File "mine.py", line 7 in read'),
         (exited(-signal.SIGABRT), "crashed with SIGABRT"),
         (exited(0), "ended before its work was done, with exit code 0"),
+        (exited(-signal.SIGABRT, log_tail=watchdog(ASSERT, KERNEL)), f"aborted by the error of its GPU: {ASSERT} {AT}"),
+        (unkillable(), "its former process 4711 has not ended 30 s after SIGKILL, State: D (disk sleep): it holds its "
+         "GPU, whose driver may hang"),
         (failed("exchange_timeout", 0, text=LATE), f"says nothing, and worker 0 waited for it in vain: {LATE}"),
     ],
 )  # fmt: skip
 def test_words(news: News, text: str) -> None:
     assert failure_of(news).message == text
+
+
+def test_the_assertion_that_failed_in_a_kernel_is_told_with_the_exception() -> None:
+    text = f"AcceleratorError: {ASSERT}"
+    failure = failure_of(failed("code", text=text, place="p"), exited(1, log_tail=f"{KERNEL}Traceback ..."))
+
+    assert failure.message == f"{text} {AT}"
+
+
+def test_gpus_that_stand_alike_do_not_tell_which_of_them_hangs() -> None:
+    alike = [hung(rank, "backward", on_gpu=True) for rank in range(2)]
+    verdict = of(*alike, machine=0)
+
+    assert isinstance(verdict, GiveUp)
+    assert (
+        "and so for all: on GPUs, one whose kernel hangs looks like those that wait for it" in verdict.failure.message
+    )
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" in verdict.advice
+    assert "another may be the cause" not in failure_of(hung(0, "data", on_gpu=True), alike[1]).message
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([failed("code", text=ASSERT, place="step 3, device-side assert triggered"), exited(1)],
+         [exited(-signal.SIGABRT, log_tail=watchdog(ASSERT))]),
+        ([exited(-signal.SIGABRT, log_tail=watchdog(LAUNCH))],
+         [failed("gpu_lost", 0, text=LAUNCH, place="step 3, unspecified launch failure"), exited(1, 0)]),
+    ],
+    ids=["an assertion", "what a lost GPU and a wrong kernel may cause"],
+)  # fmt: skip
+def test_an_error_of_a_kernel_at_the_same_step_is_the_codes_however_it_is_told(
+    first: list[News], second: list[News]
+) -> None:
+    failures = Failures(MaxFailuresSpec())
+    verdicts = []
+    for news in (first, second):
+        failures.attempt_started(2)
+        tell(failures, *news)
+        verdicts.append(failures.verdict(0.0) or failures.verdict(6.0))
+
+    assert isinstance(verdicts[0], TryAgain)
+    assert isinstance(verdicts[1], GiveUp)
+    assert verdicts[1].why == "for the second time"
+
+
+def test_a_lost_gpu_needs_another_agent_and_the_more_of_them_the_longer_a_pause() -> None:
+    failures = Failures(MaxFailuresSpec(machine=None))
+    ecc, killed = [failed("gpu_lost", step=0), exited(1)], [exited(-signal.SIGKILL)]
+    told = []
+    for news in [*[ecc] * 8, killed, ecc, [unkillable(on_gpu=False)]]:
+        failures.attempt_started(2)
+        tell(failures, *news)
+        verdict = failures.verdict(0.0) or failures.verdict(6.0)
+        assert isinstance(verdict, TryAgain)
+        told.append((verdict.needs_agents, verdict.wait_s))
+
+    waits = (1, 2, 4, 8, 16, 32, 60, 60)
+    assert told == [*((True, wait_s) for wait_s in waits), (False, 0), (True, 1), (True, 0)]
+
+
+def test_every_cause_has_advice_or_a_reason_to_have_none() -> None:
+    assert sorted([*ADVICE, *LACKS_ADVICE]) == sorted(get_args(Cause))
 
 
 def test_an_agent_lost_is_decided_at_once_unless_an_exception_has_been_told() -> None:
@@ -259,6 +372,7 @@ def test_failures_are_counted_by_kind() -> None:
     ("news", "advice"),
     [
         ([failed("out_of_memory"), exited(1)], "a lower train.global_batch or more train.shards"),
+        ([failed("gpu_lost"), exited(1)], "look at the GPU there (nvidia-smi, and Xid in dmesg)"),
         ([failed("gpu_out_of_memory"), exited(1)], "take GPUs with more memory (workers.accelerator)"),
         ([failed("environment"), exited(1)], "give every node the same modules, files and versions"),
         ([hung(0, "data"), hung(1, "data")], "raise workers.hang_timeout_s;"),
