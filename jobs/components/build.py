@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError
+from cluster.host.gpus import WITHOUT_GPUS
 from jobs.components.averaging import MovingAverage
 from jobs.components.buffers import MODEL, Buffers, UnsavedBuffers, copy_buffers
 from jobs.components.losses import GlobalLoss, build_loss
@@ -168,10 +169,13 @@ def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, step
 def worker_device(*, on_gpu: bool) -> torch.device:
     """Returns the device of a worker: the CPU, or the one GPU that it sees, which becomes the current device.
 
+    On the CPU, this process sees no GPU from then on. It must not have used any.
+
     Raises:
         ClusterError: The worker was given a GPU, but torch sees none.
     """
     if not on_gpu:
+        os.environ.update(WITHOUT_GPUS)  # else code that asks whether there are any would use those of others
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ClusterError(
