@@ -277,23 +277,19 @@ def number_type(model: nn.Module) -> torch.dtype:
 
 
 def numerics(spec: JobSpec, device: torch.device) -> None:
-    """Sets all that may change a kernel's result: threads, determinism, TF32 and who chooses it, as the job says.
-
-    A variable that a host has set for one of these has no effect.
-    """
+    """Sets all that may change a kernel's result: threads, determinism, TF32 and who chooses it, as the job says."""
     torch.set_num_threads(spec.train.threads)
     torch.use_deterministic_algorithms(spec.train.deterministic)  # and has torch.compile choose no kernel by time
     # Off: a debugging aid that deterministic algorithms turn on, and that writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         if spec.train.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first computation
+            # Read at the first computation. TunableOp chooses kernels by time.
+            os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_TUNABLEOP_ENABLED": "0"}
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32
         torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark
         torch.backends.cudnn.deterministic = spec.train.deterministic
-        if spec.train.deterministic:
-            torch.cuda.tunable.enable(False)  # it chooses by time
 
 
 def _dataset(spec: JobSpec, target: Target, key: str, device: torch.device) -> Any:
