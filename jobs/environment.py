@@ -5,9 +5,12 @@ import torch, so only ``make_environment`` imports it here. ``cluster/versions.p
 share to understand each other.
 """
 
+import ctypes
 import os
 import platform
 import re
+import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
 from cluster.host.import_paths import own_modules
+from cluster.process.forked_environment import environment_at_import
 from cluster.versions import file_digest, versions
 
 if TYPE_CHECKING:
@@ -22,10 +26,21 @@ if TYPE_CHECKING:
 
 _NONE = "none"
 _VARIABLES = (
-    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "ONEDNN_MAX_CPU_ISA",
-    "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "CUBLAS_EMULATE_SINGLE_PRECISION",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION", "CUBLAS_EMULATION_STRATEGY", "CUBLAS_FIXEDPOINT_EMULATION_MANTISSA_BIT_COUNT",
+    "DISABLE_ADDMM_CUDA_LT", "TORCH_CUDNN_USE_HEURISTIC_MODE_B", "TORCH_CUDNN_V8_API_DISABLED",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
 )  # fmt: skip
 """Environment variables that make libraries choose other kernels."""
+_VARIABLES_AT_IMPORT = (
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINALG_PREFER_CUSOLVER",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+)  # fmt: skip
+"""Such variables that torch reads while it is imported, which the fork server did."""
+_OF_COMPILER = "TORCHINDUCTOR_"
+"""How the variables of torch.compile begin, which torch reads while it is imported too."""
+_CHANGE_NO_KERNEL = ("_DIR", "_PATH", "_LOGPATH", "_THREADS", "_CACHE", "_CACHE_DEFAULT")
+"""How those of them end that may differ between hosts."""
 _LABELS = {
     "python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU",
 }  # fmt: skip
@@ -51,11 +66,13 @@ class Environment:
     launcher: str
     """The digest of the launcher's own packages."""
     cuda: str
-    """The versions of CUDA and cuDNN; ``none`` without a GPU."""
+    """The versions of CUDA, cuDNN and cuBLAS, and of NCCL if it adds up; ``none`` without a GPU."""
     gpu: str
-    """The model of the GPU, or ``none``."""
+    """The model of the GPU, or of its part, and the number of its multiprocessors; or ``none``."""
     cpu: str
     """The architecture, the vendor, by which MKL chooses kernels too, and the vector instructions that torch uses."""
+    compiler: str
+    """The compiler of the kernels that torch.compile writes, or ``none``."""
     variables: str
     """The environment variables that affect kernels and are set, or ``none``."""
     code: tuple[tuple[str, str], ...]
@@ -79,19 +96,80 @@ def make_environment(import_paths: Sequence[str], components: "Components") -> E
     import torch
     import torchvision
 
-    on_gpu = components.device.type == "cuda"
+    train, on_gpu = components.spec.train, components.device.type == "cuda"
     cpu = (platform.machine(), _cpu_vendor(), torch.backends.cpu.get_cpu_capability())
     return Environment(
         **versions(),
         torchvision=str(torchvision.__version__),
         numpy=np.__version__,
-        cuda=f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if on_gpu else _NONE,
-        gpu=torch.cuda.get_device_name(components.device) if on_gpu else _NONE,
+        cuda=_libraries_of_gpus(has_nccl_sums=not train.exact) if on_gpu else _NONE,
+        gpu=_name_of_gpu(torch.cuda.get_device_properties(components.device)) if on_gpu else _NONE,
         cpu=" ".join(filter(None, cpu)),
-        variables=" ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ) or _NONE,
+        compiler=_compiler(on_gpu=on_gpu) if train.compile else _NONE,
+        variables=_variables(os.environ, environment_at_import(), compiles=train.compile),
         code=tuple(sorted(code_digests(import_paths).items())),
         data=components.data_fingerprint(),
     )
+
+
+def _variables(now: Mapping[str, str], at_import: Mapping[str, str], *, compiles: bool) -> str:
+    """Returns the variables that affect kernels, each with the value that is in effect.
+
+    Args:
+        now: The environment of this process.
+        at_import: That with which torch was imported.
+        compiles: The model is compiled.
+    """
+    of_compiler = [
+        name for name in sorted(at_import) if name.startswith(_OF_COMPILER) and not name.endswith(_CHANGE_NO_KERNEL)
+    ]
+    values = {name: now[name] for name in _VARIABLES if name in now}
+    values |= {
+        name: at_import[name]
+        for name in (*_VARIABLES_AT_IMPORT, *(of_compiler if compiles else ()))
+        if name in at_import
+    }
+    return " ".join(f"{name}={value}" for name, value in values.items()) or _NONE
+
+
+def _libraries_of_gpus(*, has_nccl_sums: bool) -> str:
+    import torch
+
+    named = [f"{torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}", f"cuBLAS {_cublas_version()}"]
+    if has_nccl_sums:
+        named.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    return ", ".join(named)
+
+
+def _cublas_version() -> str:
+    """Returns the version of the library that this process has loaded; a host may have several, unlike of cuDNN's."""
+    import torch
+
+    major = str(torch.version.cuda).partition(".")[0]
+    try:
+        library = ctypes.CDLL(f"libcublasLt.so.{major}")
+    except OSError:  # a build of torch that contains it
+        return "of torch"
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return str(library.cublasLtGetVersion())
+
+
+def _name_of_gpu(properties: Any) -> str:
+    """Returns the name, to which CUDA adds that of a MIG slice, and what libraries choose kernels by beside it."""
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+
+
+def _compiler(*, on_gpu: bool) -> str:
+    """Returns the version of the compiler of torch.compile; torch does not fix it."""
+    if on_gpu:
+        import triton
+
+        return f"Triton {triton.__version__}"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = [*shlex.split(get_cpp_compiler()), "--version"]
+    told = subprocess.run(command, capture_output=True, check=True, text=True)  # noqa: S603
+    return told.stdout.partition("\n")[0]
 
 
 def code_digests(import_paths: Sequence[str]) -> dict[str, str]:

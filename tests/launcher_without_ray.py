@@ -222,21 +222,19 @@ def _run_agent(messages: Connection, orders: Connection, task: Task, generation:
 
 
 def _use_server(address: str) -> None:
-    """Forks from a server that is there already, which has another environment than this process."""
+    """Forks from a server that is there already, in this process and in those that are forked."""
     fork = fork_server.fork
 
-    def fork_with_environment(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
-        return fork(_call_with_environment, (dict(os.environ), target, args), name)
+    def fork_with_server(target: Callable[..., None], args: tuple[Any, ...], name: str) -> BaseProcess:
+        return fork(_call_with_server, (address, target, args), name)
 
     replaced: Any = fork_server
     replaced.start = lambda modules: fork_server.use(address, modules)
-    replaced.fork = fork_with_environment
+    replaced.fork = fork_with_server
 
 
-def _call_with_environment(environment: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    _use_server(environment[_SERVER])
+def _call_with_server(address: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _use_server(address)
     target(*args)
 
 

@@ -3,12 +3,41 @@
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _MOST_THREAD_BLOCKS = 16
 """Of a kernel of NCCL in a group of some ranks. An exchange has four to six such groups at once, whose kernels wait for
 other GPUs: together they must fit on the multiprocessors (108 of an A100, 132 of an H100), or they wait for ever."""
+
+
+def open_default_group(
+    store: dist.Store, *, rank: int, world_size: int, on_gpu: bool, timeout_s: float | None = None
+) -> None:
+    """Opens the default process group, of NCCL for GPUs, else of gloo.
+
+    Args:
+        store: Where the ranks meet.
+        rank: The rank of this worker.
+        world_size: The number of workers.
+        on_gpu: The tensors are on the current GPU.
+        timeout_s: The longest wait for other ranks, in seconds; None: torch's default.
+
+    Raises:
+        RuntimeError: The ranks could not be connected.
+
+    Collective: every rank.
+    """
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    # Without device_id, with which torch splits every group from this one: a call of all ranks, which the members of a
+    # group do not make at the same time.
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    if on_gpu and world_size > 1:
+        dist.all_reduce(torch.zeros(1, device="cuda"))  # see _connect
+        torch.cuda.synchronize()
 
 
 def new_group(
@@ -21,7 +50,10 @@ def new_group(
         backend: None: that of the default group, as it is if ``ranks`` are given.
         ranks: Its members; None: all ranks.
 
-    Collective: every member.
+    Raises:
+        RuntimeError: The members could not be connected.
+
+    Collective: every member, and in one order of groups.
     """
     # A group without a timeout gets torch's default, not the default group's.
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
@@ -36,7 +68,21 @@ def new_group(
                 options._timeout = timeout  # else torch warns that the two differ
         group = dist.new_group(list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    if ranks is not None and len(ranks) > 1 and dist.get_backend(group) == "nccl":
+        _connect(group, torch.device("cuda"))
+        torch.cuda.synchronize()
     return group
+
+
+def _connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Sends each peer a number.
+
+    NCCL connects two ranks when they first exchange something. In the middle of a backward pass, that would take
+    seconds, and a failure would look like one of the step.
+    """
+    numbers = torch.zeros(2, dist.get_world_size(group), 1, device=device)
+    received, sent = (list(side.unbind()) for side in numbers)
+    all_to_all(received, sent, group)
 
 
 def all_to_all(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup) -> None:

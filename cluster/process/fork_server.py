@@ -22,10 +22,10 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import ForkServer
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running as ensure_tracker_running
@@ -37,6 +37,7 @@ from cluster.gpu_errors import SIGNS
 from cluster.host.processes import state_of
 from cluster.host.signals import kept_from_children
 from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
+from cluster.process.forked_environment import take_environment
 from cluster.process.popen import LAST_WAIT_S, Popen
 
 # From Python 3.14 on a client needs an authentication key, which would have to be sent; every process starts its own.
@@ -263,23 +264,28 @@ class ChildProcess(ForkServerProcess):
         """Whether the server died before it reported the end of this process; nobody else knows its exit code."""
         return self._popen.is_server_lost
 
+    def environment(self) -> Mapping[str, str]:
+        """Return the environment variables of the process: those that its parent has when it starts the process."""
+        return dict(os.environ)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # The lifeline is unpickled first: the rest, such as a dataset, runs the user's code, which may hang.
+        # These two are unpickled first: the rest, such as a dataset, imports the user's code, which may hang.
         state = {name: value for name, value in vars(self).items() if name != "_held"}
-        return _tied_process, (self._lifeline,), state
+        return _tied_process, (self._lifeline, self.environment()), state
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Popen:  # noqa: N802  # the name that the standard library uses
         return Popen(process_obj)
 
 
-def _tied_process(lifeline: Connection) -> ChildProcess:
-    """Have the kernel kill the calling process when its parent ends, and return its process object.
+def _tied_process(lifeline: Connection, environment: Mapping[str, str]) -> ChildProcess:
+    """Have the kernel kill the calling process when its parent ends; set its environment; return its process object.
 
     The forked process calls it when it unpickles its ``ChildProcess``.
 
     Source: fcntl(2), F_SETSIG.
     """
+    take_environment(environment)
     if os.environ.get(_SAFE_PATH) == _OURS:
         del os.environ[_SAFE_PATH]
     if sys.platform == "linux":
@@ -289,14 +295,6 @@ def _tied_process(lifeline: Connection) -> ChildProcess:
         if lifeline.poll():  # the parent has already ended
             os.kill(os.getpid(), signal.SIGKILL)
     return ChildProcess.__new__(ChildProcess)
-
-
-class _Context(ForkServerContext):
-    Process = ChildProcess
-
-
-CONTEXT = _Context()
-"""The ``multiprocessing`` context whose processes are forked from the server, for example for a DataLoader."""
 
 
 def _started(target: Callable[..., None], args: tuple[Any, ...], name: str) -> ChildProcess:

@@ -36,7 +36,7 @@ from cluster.process.messages import (
     Unkillable,
 )
 from cluster.process.orders import Meet, Order, Stop, Task
-from cluster.process.workplace import take_environment, take_place
+from cluster.process.workplace import fork_from_own_server, take_place
 
 ACTIVITY_VARIABLE = "LAUNCHER_ACTIVITY"
 """The one hook for fault drills: an environment variable that holds ``module:function``.
@@ -86,11 +86,7 @@ class TrainingProcess:
         self._meeting_place_sent = self._stop_sent = self._is_hung = False
         self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until its first heartbeat
         self._received_at = self._time_reported_at = time.monotonic()
-        self._process = fork_server.fork(
-            run_training,
-            (theirs, task, str(self._log_path), dict(os.environ)),
-            f"worker-{task.rank}",
-        )
+        self._process = fork_server.fork(run_training, (theirs, task, str(self._log_path)), f"worker-{task.rank}")
         theirs.close()
         self._open = True
         assert self._process.pid is not None
@@ -234,16 +230,15 @@ class TrainingProcess:
             self._open = False
 
 
-def run_training(connection: Connection, task: Task, log_path: str, environment: dict[str, str]) -> None:
+def run_training(connection: Connection, task: Task, log_path: str) -> None:
     """Run a training process: redirect its output, set its signals, take its place on the host, call the entry.
 
     Args:
         connection: The connection to the agent.
         task: What to run.
         log_path: The file that takes what the process prints.
-        environment: The agent's environment variables.
     """
-    take_environment(environment)
+    fork_from_own_server()
     fork_server.print_to(log_path)
     ignore_stops()  # they are for the driver, which then orders a stop
     faulthandler.register(_SHOW_STACK, all_threads=False)

@@ -5,8 +5,6 @@ would run.
 """
 
 import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,17 +56,11 @@ def fork_from(server: str | None, modules: tuple[str, ...] | list[str]) -> None:
         fork_server.use(server, modules)
 
 
-def take_environment(environment: Mapping[str, str]) -> None:
-    """Give this forked process the environment variables of the process that asked for it.
-
-    Ray assigns GPUs by environment variables of that process; those of the fork server may differ.
-    """
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # the fork server may have cached another folder
+def fork_from_own_server() -> None:
+    """Fork from the server that this process was forked from, for example loader processes."""
     address = fork_server.own_address()
     if address is not None:
-        fork_server.use(address)  # loader processes are forked from it too
+        fork_server.use(address)
 
 
 def take_place(task: "Task") -> "Task":
@@ -105,13 +97,13 @@ def call_here(call: Call) -> Any:
         LauncherError: What the function raises, see ``fork_server.call``.
     """
     try:
-        return fork_server.call(f"{__name__}:_call", call.task, dict(os.environ), timeout_s=call.timeout_s)
+        return fork_server.call(f"{__name__}:_call", call.task, timeout_s=call.timeout_s)
     finally:
         sweep_own_folders()  # such as its working directory, if that was a copy
 
 
-def _call(task: "Task", environment: Mapping[str, str]) -> Any:
-    take_environment(environment)
+def _call(task: "Task") -> Any:
+    fork_from_own_server()
     be_taken_first()
     try:
         task = take_place(task)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, one_line
 from cluster.gpu_errors import gpu_error
+from cluster.host.gpus import WITHOUT_GPUS
 from jobs.components.averaging import MovingAverage
 from jobs.components.buffers import MODEL, Buffers, UnsavedBuffers, copy_buffers
 from jobs.components.losses import GlobalLoss, build_loss
@@ -172,12 +173,14 @@ def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, step
 def worker_device(*, on_gpu: bool) -> torch.device:
     """Returns the device of a worker: the CPU, or the one GPU that it sees, which becomes the current device.
 
-    Runs a kernel on the GPU, so that a broken or occupied one fails here and not in the middle of the user's code.
+    On the CPU, this process sees no GPU from then on; it must not have used any. On a GPU it runs a kernel, so that a
+    broken or occupied GPU fails here and not in the middle of the user's code.
 
     Raises:
         ClusterError: The worker was given a GPU, but torch cannot use it.
     """
     if not on_gpu:
+        os.environ.update(WITHOUT_GPUS)  # else code that asks whether there are any would use those of others
         return torch.device("cpu")
     device = torch.device("cuda", 0)
     try:
@@ -292,14 +295,15 @@ def number_type(model: nn.Module) -> torch.dtype:
 
 
 def numerics(spec: JobSpec, device: torch.device) -> None:
-    """Sets all that may change a kernel's result: threads, determinism, TF32 and cuDNN's choice, as the job says."""
+    """Sets all that may change a kernel's result: threads, determinism, TF32 and who chooses it, as the job says."""
     torch.set_num_threads(spec.train.threads)
-    torch.use_deterministic_algorithms(spec.train.deterministic)
+    torch.use_deterministic_algorithms(spec.train.deterministic)  # and has torch.compile choose no kernel by time
     # Off: a debugging aid that deterministic algorithms turn on, and that writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         if spec.train.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first computation
+            # Read at the first computation. TunableOp chooses kernels by time.
+            os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_TUNABLEOP_ENABLED": "0"}
         torch.set_float32_matmul_precision("high" if spec.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.train.tf32
         torch.backends.cudnn.benchmark = spec.train.cudnn_benchmark

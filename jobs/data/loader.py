@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from cluster.errors import text_of
-from cluster.process import fork_server
+from cluster.process import loader_processes
 from jobs.sampling import StepPlan, draw_key
 
 SampleKey = tuple[int, int]
@@ -155,6 +155,6 @@ def _data_loader(
         batch_sampler=keys,  # type: ignore[arg-type]  # torch declares a Sampler, but uses any iterable
         num_workers=loaders,
         # Forking a worker would break the threads it has by now; its fork server has none, and has torch imported.
-        multiprocessing_context=fork_server.CONTEXT if loaders else None,
+        multiprocessing_context=loader_processes.CONTEXT if loaders else None,
         pin_memory=device.type == "cuda",
     )

@@ -5,18 +5,19 @@
 
 import contextlib
 import json
-import os
 import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torchvision  # noqa: F401  # the fork server imports it ahead, because most jobs use it
 
+from cluster.collectives.groups import open_default_group
 from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
-from cluster.host.interfaces import interface_of
+from cluster.host.interfaces import choose_interface
 from cluster.process.agent_link import AgentLink
 from cluster.process.messages import (
     EnvironmentsCompared,
@@ -38,6 +39,7 @@ from jobs.environment import differences, grouped, make_environment
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import (
+    cause_of,
     cause_of_broken_exchange,
     gpu_error_of,
     message_of,
@@ -65,27 +67,8 @@ def main(link: AgentLink, task: Task) -> None:
     """
     spec: JobSpec = task.content
     device = worker_device(on_gpu=task.on_gpu)
-    state = LoopState()
+    team, state = join_team(link, task, device), LoopState()
     try:
-        meet(link, task, spec.workers.timeout_s)
-    except (OSError, RuntimeError) as error:  # the user's code has not run yet
-        if gpu_error_of(error) is not None:
-            raise to_launcher_error(error, 0) from error
-        raise ClusterError(
-            f"did not meet the others: {message_of(error)}", cause=cause_of_broken_exchange(error), step=0
-        ) from error
-    try:
-        team = Team(
-            rank=task.rank,
-            world_size=task.world_size,
-            shards=spec.train.shards,
-            exact=spec.train.exact,
-            device=device,
-            address=task.address,
-            bucket_mb=spec.train.bucket_mb,
-            timeout_s=spec.workers.timeout_s,
-            activity=link.activity,
-        )
         components = build_parts(spec, device)
         compare_environments(link, task, components, team)
         train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, components, state, team)
@@ -97,6 +80,40 @@ def main(link: AgentLink, task: Task) -> None:
         raise
     except (Exception, SystemExit) as error:  # the border of the process: the user's code failed or a peer was lost
         raise to_launcher_error(error, state.step) from error
+
+
+def join_team(link: AgentLink, task: Task, device: torch.device) -> Team:
+    """Meets the other workers and opens all process groups, before any code of the user runs.
+
+    Raises:
+        ClusterError: The other workers have different versions, or could not be reached.
+        TrainingError: This host or its GPU lacks memory.
+
+    Collective: every rank.
+    """
+    spec: JobSpec = task.content
+    link.activity.begin_exchange()  # to tell a worker that waits from one that never comes
+    try:
+        meet(link, task, spec.workers.timeout_s)
+        team = Team(
+            rank=task.rank,
+            world_size=task.world_size,
+            shards=spec.train.shards,
+            exact=spec.train.exact,
+            device=device,
+            address=task.address,
+            bucket_mb=spec.train.bucket_mb,
+            timeout_s=spec.workers.timeout_s,
+            activity=link.activity,
+        )
+    except (OSError, RuntimeError) as error:
+        if cause_of(error) not in ("code", "exchange_timeout", "connection_lost"):  # the GPU has no memory, for example
+            raise to_launcher_error(error, step=0) from error
+        raise ClusterError(
+            f"did not meet the others: {message_of(error)}", cause=cause_of_broken_exchange(error), step=0
+        ) from error
+    link.activity.end_exchange()
+    return team
 
 
 def train(
@@ -176,22 +193,7 @@ def meet(link: AgentLink, task: Task, timeout_s: float) -> None:
         place = link.wait_for_meeting_place(timeout_s)
         store = dist.TCPStore(place.host, place.port, is_master=False, timeout=timeout)
     compare_versions(link, task, store)
-    dist.init_process_group(
-        "nccl" if task.on_gpu else "gloo", store=store, rank=task.rank, world_size=task.world_size, timeout=timeout
-    )
-
-
-def choose_interface(address: str) -> None:
-    """Makes gloo and NCCL use the interface with this host's address in the cluster, unless the user chose one.
-
-    By default gloo takes the interface that the host's name resolves to, which other hosts may be unable to reach.
-
-    Raises:
-        OSError: No interface has the address.
-    """
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if not os.environ.get(name):
-            os.environ[name] = interface_of(address)
+    open_default_group(store, rank=task.rank, world_size=task.world_size, on_gpu=task.on_gpu, timeout_s=timeout_s)
 
 
 def compare_versions(link: AgentLink, task: Task, store: dist.Store) -> None:

@@ -26,7 +26,7 @@ _LAST_WORDS_S = 5.0
 _CONSEQUENCES: tuple[Cause, ...] = ("exchange_timeout", "connection_lost")
 """Causes that follow from another worker's loss or hang; they count only if no worker reports another cause."""
 _IN_FIRST_STEP = {
-    "start": "meeting the others or building model and data sets",
+    "start": "importing, or building model and data sets",
     "restore": "reading the checkpoint",
     "data": "reading the first batch",
     "forward": "in the first forward pass, where torch.compile compiles",

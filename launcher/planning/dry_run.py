@@ -47,6 +47,7 @@ def try_out(task: Task) -> DryRunResult:
     """
     launcher_modules = set(sys.modules)
     spec: JobSpec = task.content
+    gpus_here = _gpus_here(spec)  # before this process hides them
     try:
         device = worker_device(on_gpu=task.on_gpu)
     except ClusterError as error:
@@ -55,7 +56,8 @@ def try_out(task: Task) -> DryRunResult:
         raise ClusterError(f"{error}; {_LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
     try:
-        return _try_components(spec, build_parts(spec, device), max_samples, task.import_paths, launcher_modules)
+        parts = build_parts(spec, device)
+        return _try_components(spec, parts, max_samples, task.import_paths, launcher_modules, gpus_here)
     except (DescriptionError, RuntimeError) as error:
         original = error.__cause__ or error
         broken = gpu_error_of(original)
@@ -78,9 +80,23 @@ def try_out(task: Task) -> DryRunResult:
 
 
 def _try_components(
-    spec: JobSpec, parts: Components, max_samples: int, import_paths: tuple[str, ...], launcher_modules: set[str]
+    spec: JobSpec,
+    parts: Components,
+    max_samples: int,
+    import_paths: tuple[str, ...],
+    launcher_modules: set[str],
+    gpus_here: tuple[int, str | None],
 ) -> DryRunResult:
-    """Train on at most ``max_samples`` samples; ``launcher_modules`` are the loaded modules that are not the user's."""
+    """Train on at most ``max_samples`` samples.
+
+    Args:
+        spec: The description.
+        parts: What was built from it.
+        max_samples: The limit.
+        import_paths: Folders of user modules.
+        launcher_modules: The loaded modules that are not the user's.
+        gpus_here: The number of this machine's GPUs and their type, see ``_gpus_here``.
+    """
     data_fingerprint = parts.data_fingerprint()  # before any sample is read, as in workers
     init_from = None if spec.init_from is None else _load_init_weights(spec.init_from, parts)
     groups, rates = _group_plans(parts), parts.schedule.preview(parts.steps)  # before a step advances them
@@ -97,8 +113,8 @@ def _try_components(
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
-        gpus_here=torch.cuda.device_count(),
-        accelerator_here=_accelerator_here(spec),
+        gpus_here=gpus_here[0],
+        accelerator_here=gpus_here[1],
         groups=groups,
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
         checkpoint_bytes=checkpoint_bytes,
@@ -167,12 +183,14 @@ def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[
     return rehearse(spec, parts, before, (last.inputs, last.target))
 
 
-def _accelerator_here(spec: JobSpec) -> str | None:
-    if spec.workers.accelerator is None or not torch.cuda.is_available():
-        return None
+def _gpus_here(spec: JobSpec) -> tuple[int, str | None]:
+    """Return the number of GPUs that this process sees and, if the description asks for one, their type by Ray."""
+    num_gpus = torch.cuda.device_count()  # asks the driver's library, unlike is_available, which begins to use the GPU
+    if spec.workers.accelerator is None or not num_gpus:
+        return num_gpus, None
     from cluster.ray.private_core import accelerator_here  # imports Ray, which names accelerators
 
-    return accelerator_here()
+    return num_gpus, accelerator_here()
 
 
 def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:

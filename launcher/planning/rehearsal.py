@@ -7,7 +7,6 @@ would train on with other numbers.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.errors import CheckpointError, DescriptionError, LauncherError, in_short
-from cluster.host.interfaces import interface_of
+from cluster.collectives.groups import open_default_group
+from cluster.errors import CheckpointError, ClusterError, DescriptionError, LauncherError, in_short
+from cluster.host.interfaces import choose_interface
+from cluster.process.orders import LOOPBACK
 from jobs.checkpoint.layout import lay_out
 from jobs.checkpoint.state_tree import pack, unpack
 from jobs.components.build import Components
@@ -25,6 +26,7 @@ from jobs.data.loader import seed_draws
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
+from jobs.training.failure_causes import message_of
 from jobs.training.step import TrainingStep
 from launcher.planning.same_bits import has_same_bits
 
@@ -211,11 +213,20 @@ def _part_that_differs(before: Snapshot, components: Components, step: _Step) ->
 
 @contextmanager
 def _team_of_one(device: torch.device, *, exact: bool, bucket_mb: float | None) -> Iterator[Team]:
-    """Open the process groups of a worker that is alone and has one shard."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ[name] = interface_of("127.0.0.1")  # by default, the one that the host's name resolves to
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    """Open the process groups of a worker that is alone and has one shard.
+
+    Raises:
+        ClusterError: They cannot be opened on this host.
+    """
+    try:
+        choose_interface(LOOPBACK)
+        open_default_group(dist.HashStore(), rank=0, world_size=1, on_gpu=device.type == "cuda")
+    except (OSError, RuntimeError) as error:
+        raise ClusterError(
+            f"a worker cannot open its process group here: {message_of(error)}; check GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME on this host",
+            cause="environment",
+        ) from error
     with ExitStack() as on_exit:
         on_exit.callback(dist.destroy_process_group)
         team = Team(rank=0, world_size=1, shards=1, exact=exact, device=device, bucket_mb=bucket_mb)

@@ -4,6 +4,7 @@ Each runs in a process of its own, as in the product, for it sets much of torch.
 put in its place.
 """
 
+import os
 from typing import Any
 
 import pytest
@@ -153,3 +154,28 @@ def test_a_gpu_that_torch_does_not_see_is_the_hosts() -> None:
         fork_server.call("launcher.planning.dry_run:try_out", task_of(on_gpu=True))
 
     assert caught.value.cause == "environment"
+
+
+def try_beside_gpus(task: Task) -> tuple[int, str | None]:
+    """What a dry run on the CPU tells of GPUs beside it, and what the user's code would see of them."""
+    torch.cuda.device_count = lambda: 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 2
+    tried = fork_server.resolve(task.entry)(task)
+    return tried.gpus_here, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_on_a_cpu_the_gpus_of_the_machine_are_counted_and_then_hidden() -> None:
+    assert fork_server.call(f"{HERE}:try_beside_gpus", task_of(on_gpu=False)) == (2, "")
+
+
+def test_an_interface_that_the_user_has_named_and_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    with pytest.raises(ClusterError) as caught:
+        fork_server.call("launcher.planning.dry_run:try_out", task_of(on_gpu=False))
+
+    assert caught.value.cause == "environment"
+    assert str(caught.value).startswith("a worker cannot open its process group here: ")
+    assert str(caught.value).endswith(
+        "find address for: none0; check GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on this host"
+    )

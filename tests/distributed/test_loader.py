@@ -1,10 +1,13 @@
 """Loader processes: they end with the training process that they load for, and their errors reach it."""
 
 import ctypes
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +71,16 @@ def train(place: str, folder: Path) -> None:
     threading.Event().wait()
 
 
-def batches_of(samples: Samples) -> Iterator[torch.Tensor]:
+def read_with_environment(folder: str) -> list[int]:
+    """Reads samples of the user's module ``reader`` in loader processes of a process that was given a GPU."""
+    os.environ["GIVEN_TO_A_WORKER"], os.environ["CUDA_VISIBLE_DEVICES"] = "yes", "3"
+    sys.path.append(folder)
+    reader = importlib.import_module("reader")
+    assert reader.AT_IMPORT == [1, 0, 0]
+    return next(batches_of(reader.Flags())).tolist()[0]
+
+
+def batches_of(samples: Any) -> Iterator[torch.Tensor]:
     address = fork_server.own_address()
     assert address is not None
     fork_server.use(address)
@@ -93,3 +105,28 @@ def test_an_exception_that_cannot_be_sent_ends_the_training_process_too(tmp_path
     fork_server.start([__name__])
     message = fork_server.call(f"{__name__}:train_on_bad", str(tmp_path), timeout_s=60.0)
     assert message == "BadSampleError: sample 0 is bad"
+
+
+def test_the_users_code_is_imported_with_the_environment_of_the_training_process_and_without_its_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reader.py").write_text(
+        "import os\nimport torch\n"
+        "AT_IMPORT = [\n"
+        "    int(os.environ.get('GIVEN_TO_A_WORKER') == 'yes'),\n"
+        "    int(os.environ.get('CUDA_VISIBLE_DEVICES') == ''),\n"
+        "    int('ONLY_IN_THE_SERVER' in os.environ),\n"
+        "]\n"
+        "class Flags:\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, number): return torch.tensor(AT_IMPORT)\n"
+    )
+    fork_server.stop()
+    monkeypatch.setenv("ONLY_IN_THE_SERVER", "yes")
+    fork_server.start([__name__])
+    monkeypatch.delenv("ONLY_IN_THE_SERVER")
+    try:
+        found = fork_server.call(f"{__name__}:read_with_environment", str(tmp_path), timeout_s=60.0)
+    finally:
+        fork_server.stop()
+    assert found == [1, 1, 0]

@@ -370,7 +370,7 @@ class TestFirstSteps:
         assert document["failures"] == {"machine": 1, "preemption": 0, "code": 0}
         (lost,) = events(run, "worker_lost")
         assert (lost["cause"], lost["rank"], lost["reason"]) == ("hung", 0, (
-            "has not done its first step after 1800 s, meeting the others or building model and data sets, "
+            "has not done its first step after 1800 s, importing, or building model and data sets, "
             'File "mine.py", line 3 in __init__, and so for all'
         ))  # fmt: skip
         (hang,) = events(run, "worker_hung")

@@ -1,6 +1,8 @@
 """What the bits depend on beside the description: as a process tells it, and what is said of differences."""
 
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +26,7 @@ HERE = Environment(
     cuda="13.0, cuDNN 91200",
     gpu="NVIDIA H200",
     cpu="x86_64 GenuineIntel AVX512",
+    compiler="none",
     variables="none",
     code=(("mine", "b" * 64), ("parts.blocks", "b" * 64)),
     data="c" * 64,
@@ -181,7 +184,10 @@ class TestCode:
 
 
 def test_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: Any = SimpleNamespace(device=torch.device("cpu"), data_fingerprint=lambda: "ab")
+    train = SimpleNamespace(compile=False, exact=True)
+    parts: Any = SimpleNamespace(
+        spec=SimpleNamespace(train=train), device=torch.device("cpu"), data_fingerprint=lambda: "ab"
+    )
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     made = make_environment([], parts)
 
@@ -190,6 +196,49 @@ def test_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.cpu.endswith(torch.backends.cpu.get_cpu_capability())
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     assert "NVIDIA_TF32_OVERRIDE=1" in make_environment([], parts).variables
+
+
+class TestVariables:
+    def test_the_value_in_effect_counts(self) -> None:
+        """Some are read when torch is imported, which the fork server did with an environment of its own."""
+        now = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_BLAS_PREFER_CUBLASLT": "1"}
+        at_import = {"NVIDIA_TF32_OVERRIDE": "1", "TORCH_LINALG_PREFER_CUSOLVER": "1", "PATH": "/bin"}
+
+        found = environment._variables(now, at_import, compiles=False)
+        assert found == "NVIDIA_TF32_OVERRIDE=0 TORCH_LINALG_PREFER_CUSOLVER=1"
+        assert environment._variables({}, {}, compiles=True) == "none"
+
+    def test_those_of_the_compiler_count_if_it_compiles(self) -> None:
+        at_import = {
+            "TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_CACHE_DIR": "/scratch/7",
+            "TORCHINDUCTOR_COMPILE_THREADS": "8", "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+        }  # fmt: skip
+
+        assert environment._variables({}, at_import, compiles=True) == "TORCHINDUCTOR_MAX_AUTOTUNE=1"
+        assert environment._variables(at_import, {}, compiles=True) == "none"
+        assert environment._variables({}, at_import, compiles=False) == "none"
+
+
+class TestGpus:
+    def test_parts_of_one_model_differ(self) -> None:
+        whole, part = (
+            environment._name_of_gpu(SimpleNamespace(name="NVIDIA H200", multi_processor_count=count))
+            for count in (132, 60)
+        )
+        assert (whole, part) == ("NVIDIA H200, 132 multiprocessors", "NVIDIA H200, 60 multiprocessors")
+
+    def test_nccl_counts_if_it_adds_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
+        monkeypatch.setattr(environment, "_cublas_version", lambda: "130101")
+
+        exact, inexact = (environment._libraries_of_gpus(has_nccl_sums=adds_up) for adds_up in (False, True))
+        assert re.fullmatch(r"[\w.]+, cuDNN \w+, cuBLAS 130101", exact)
+        assert inexact == f"{exact}, NCCL 2.30.7"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiler_of_kernels_on_a_cpu() -> None:
+    assert re.search(r"\d+\.\d+", environment._compiler(on_gpu=False))
 
 
 class Data:
