@@ -4,12 +4,14 @@ It runs in a process of its own, in the place of a worker. That process imports 
 they print, leak or crash stays there.
 """
 
+import inspect
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, DescriptionError, StorageError, in_short, nearest
 from cluster.process.orders import Task
@@ -19,10 +21,12 @@ from jobs.data.loader import seed_draws, shape_of, to_device
 from jobs.environment import code_digests
 from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
+from jobs.training.deterministic import refusal, refused_operator
 from jobs.training.evaluation import evaluation_mode
 from jobs.training.failure_causes import cause_of
 from launcher.planning.loss_checks import check_fit, check_mean
 from launcher.planning.micro_batch import MicroBatch
+from launcher.planning.operator_watch import OperatorWatch
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
 from launcher.planning.rehearsal import Snapshot, rehearse
 from launcher.planning.same_bits import has_same_bits
@@ -41,17 +45,23 @@ def try_out(task: Task) -> DryRunResult:
         task: Its content is the job spec; this process was started for it.
 
     Raises:
-        DescriptionError: A component cannot be built, does not fit the others or the GPU, or gets no gradient.
+        DescriptionError: A component cannot be built, does not fit the others or the GPU, gets no gradient, or has no
+            deterministic implementation.
         ClusterError: torch does not see the GPU.
     """
     launcher_modules = set(sys.modules)
     spec: JobSpec = task.content
     device = worker_device(on_gpu=task.on_gpu)
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
+    watch = OperatorWatch(spec.train, device)
     try:
-        return _try_components(spec, build_parts(spec, device), max_samples, task.import_paths, launcher_modules)
+        return _try_components(spec, build_parts(spec, device), watch, max_samples, task.import_paths, launcher_modules)
     except (DescriptionError, RuntimeError) as error:
-        original = error.__cause__ or error
+        original: BaseException = error
+        while original.__cause__ is not None:
+            original = original.__cause__
+        if operator := refused_operator(original):
+            raise DescriptionError(refusal(watch.describe(operator))) from error
         if cause_of(original) != "gpu_out_of_memory":
             raise
         raise DescriptionError(
@@ -62,7 +72,12 @@ def try_out(task: Task) -> DryRunResult:
 
 
 def _try_components(
-    spec: JobSpec, parts: Components, max_samples: int, import_paths: tuple[str, ...], launcher_modules: set[str]
+    spec: JobSpec,
+    parts: Components,
+    watch: OperatorWatch,
+    max_samples: int,
+    import_paths: tuple[str, ...],
+    launcher_modules: set[str],
 ) -> DryRunResult:
     """Train on at most ``max_samples`` samples; ``launcher_modules`` are the loaded modules that are not the user's."""
     data_fingerprint = parts.data_fingerprint()  # before any sample is read, as in workers
@@ -71,13 +86,13 @@ def _try_components(
     before = Snapshot(parts)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist()
     train, few = _read(parts, spec, "data.train", [numbers, numbers[:_FEW_SAMPLES]])
-    loss, counts, measured = _check_training(parts, spec, train, before)
-    measured |= _check_validation(parts, spec, max_samples)
+    loss, counts, measured = _check_training(parts, spec, train, before, watch)
+    measured |= _check_validation(parts, spec, max_samples, watch)
     _check_watched(spec, measured)
     checkpoint_bytes = before.size
-    if counts:
-        on_gpu = parts.device.type == "cuda"  # its memory must have room for all samples
-        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train])
+    on_gpu = parts.device.type == "cuda"
+    if counts:  # a GPU's memory must have room for all samples
+        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train], watch)
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
@@ -92,6 +107,8 @@ def _try_components(
         modules=tuple(sorted(code_digests(import_paths).keys() - launcher_modules)),
         rates=rates,
         init_from=init_from,
+        would_raise_on_gpu=() if on_gpu else watch.found(),
+        could_fuse=_could_fuse(parts),
     )
 
 
@@ -107,7 +124,7 @@ def _read(parts: Components, spec: JobSpec, key: str, batches: list[list[int]]) 
     return read
 
 
-def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set[str]:
+def _check_validation(parts: Components, spec: JobSpec, max_samples: int, watch: OperatorWatch) -> set[str]:
     """Check the first and the last batch of ``data.val``; return the names of what is measured."""
     if parts.val_set is None:
         return set()
@@ -115,25 +132,27 @@ def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set
     begin_of_last = (length - 1) // size * size  # the last batch may be shorter than the others
     numbers = [list(range(min(size, length, max_samples))), list(range(begin_of_last, length))[:max_samples]]
     first, last, few_of_last = _read(parts, spec, "data.val", [*numbers, numbers[1][:_FEW_SAMPLES]])
-    measured = _forward(parts, spec, first)[2]
+    measured = _forward(parts, spec, first, watch)[2]
     if begin_of_last:
-        _check_last(parts, spec, few_of_last, last)
+        _check_last(parts, spec, few_of_last, last, watch)
     return measured
 
 
-def _check_last(parts: Components, spec: JobSpec, few: MicroBatch, whole: MicroBatch) -> None:
+def _check_last(parts: Components, spec: JobSpec, few: MicroBatch, whole: MicroBatch, watch: OperatorWatch) -> None:
     """Check the last validation batch on a few of its samples or, if they fail, on all."""
     with suppress(DescriptionError):
-        _forward(parts, spec, few)
+        _forward(parts, spec, few, watch)
         return
     try:
-        _forward(parts, spec, whole)
+        _forward(parts, spec, whole, watch)
     except DescriptionError as error:
         samples = f"{len(whole.numbers)} sample{'s' * (len(whole.numbers) > 1)}"
         raise DescriptionError(f"the last batch of data.val, of {samples}: {error}") from error
 
 
-def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch]) -> int:
+def _rehearse(
+    parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch], watch: OperatorWatch
+) -> int:
     """Rehearse on the first of the batches on which no part fails: some losses fail on a few samples.
 
     Returns:
@@ -145,10 +164,12 @@ def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[
     *earlier, last = batches
     for batch in earlier:
         try:
-            return rehearse(spec, parts, before, (batch.inputs, batch.target))
+            with watch.over(_modules(parts)):
+                return rehearse(spec, parts, before, (batch.inputs, batch.target))
         except DescriptionError:
             parts = build_parts(spec, parts.device)  # DDP has left hooks on parameters whose gradient it waited for
-    return rehearse(spec, parts, before, (last.inputs, last.target))
+    with watch.over(_modules(parts)):
+        return rehearse(spec, parts, before, (last.inputs, last.target))
 
 
 def _accelerator_here(spec: JobSpec) -> str | None:
@@ -178,7 +199,7 @@ def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:
 
 
 def _check_training(
-    parts: Components, spec: JobSpec, batch: MicroBatch, before: Snapshot
+    parts: Components, spec: JobSpec, batch: MicroBatch, before: Snapshot, watch: OperatorWatch
 ) -> tuple[float, bool, set[str]]:
     """Check the loss of some samples, and that it leaves the parameters as they are.
 
@@ -187,12 +208,13 @@ def _check_training(
         spec: The description.
         batch: The samples.
         before: The state of the components.
+        watch: See ``_forward``.
 
     Returns:
         The loss, whether any target counts, and the names of the metrics of a step.
     """
     initial = dict(parts.model.named_parameters())
-    numerator, denominator, measured = _forward(parts, spec, batch)
+    numerator, denominator, measured = _forward(parts, spec, batch, watch)
     if not numerator.isfinite():
         raise DescriptionError(
             f"loss: {spec.loss.factory.path} of the first micro-batch is {numerator.item()}; "
@@ -214,11 +236,13 @@ def _check_training(
     return mean, denominator > 0, measured
 
 
-def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tensor, float, set[str]]:
+def _forward(
+    parts: Components, spec: JobSpec, batch: MicroBatch, watch: OperatorWatch
+) -> tuple[Tensor, float, set[str]]:
     """Return numerator and denominator of the loss over some samples, and the names of their metrics.
 
     Training samples go through the model in the modes that its modules were built with, and others through the model
-    that validation takes, in evaluation mode.
+    that validation takes, in evaluation mode. ``watch`` sees what a worker runs.
 
     Shapes: numerator [], with a graph if the samples are of ``data.train``.
     """
@@ -227,7 +251,8 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
     seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
     with parts.autocast(), torch.set_grad_enabled(train), nullcontext() if train else evaluation_mode(model):
         try:
-            output = model(parts.in_memory_order(inputs))
+            with watch.over(_modules(parts)):
+                output = model(parts.in_memory_order(inputs))
         except Exception as error:  # the model is the user's own code
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise DescriptionError(
@@ -236,10 +261,12 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
             ) from error
         check_fit(parts.loss, replace(batch, output=output), model)
         try:
-            as_written = parts.loss.as_written(output, target)
+            with _any_implementation():
+                as_written = parts.loss.as_written(output, target)
             if as_written is not None:
                 as_written = as_written.detach()  # drop its graph: training does not need memory for it
-            numerator, own = parts.loss.numerator(output, target)
+            with watch.over(_modules(parts), "loss"):
+                numerator, own = parts.loss.numerator(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
                 f"loss: {spec.loss.factory.path} of output {shape_of(output)} and target {shape_of(target)} raised "
@@ -250,10 +277,35 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
     if parts.loss.tally(output, target, numerator)[2] > 0:
         measured.add(f"{kind}/accuracy")
     if parts.metrics is not None and not train:
-        measured |= parts.metrics.try_out(*parts.loss.measured(output, target))
+        seen = parts.loss.measured(output, target)
+        measured |= parts.metrics.try_out(*seen)
+        with watch.over(_modules(parts), "metrics"):  # without their results, which a worker computes on the CPU
+            parts.metrics.update(*seen)
+        parts.metrics.share()
     denominator = parts.loss.denominator(parts.loss.weight(target, numerator, own).item())
     check_mean(parts.loss, as_written, numerator, denominator)
     return numerator, denominator, measured
+
+
+def _modules(parts: Components) -> list[tuple[str, nn.Module]]:
+    return [("model", parts.model), ("model", parts.validated_model), *parts.loss.modules().items()]
+
+
+@contextmanager
+def _any_implementation() -> Iterator[None]:
+    """Let torch run what has no deterministic implementation: no worker runs it."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _could_fuse(parts: Components) -> bool:
+    """Return whether a gradient scaler waits for the GPU in every step because the optimizer is not fused."""
+    is_told = getattr(parts.optimizer, "_step_supports_amp_scaling", False)  # torch.amp.GradScaler.step asks for it
+    return parts.scaler is not None and not is_told and "fused" in inspect.signature(type(parts.optimizer)).parameters
 
 
 def _check_watched(spec: JobSpec, measured: set[str]) -> None:
