@@ -33,4 +33,6 @@ TRIED = DryRunResult(
     modules=(),
     rates=(),
     init_from=None,
+    would_raise_on_gpu=(),
+    could_fuse=False,
 )

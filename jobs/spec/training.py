@@ -61,7 +61,8 @@ class TrainSpec:
     tf32: bool = False
     """Use TensorFloat-32 for matrix products and convolutions of float32 tensors on a GPU."""
     deterministic: bool = True
-    """Use only kernels that give the same bits every time (``torch.use_deterministic_algorithms``)."""
+    """Use only kernels that give the same bits every time (``torch.use_deterministic_algorithms``). It is an error if
+    the job runs an operator that has none where its workers are."""
     cudnn_benchmark: bool = False
     """Let cuDNN measure its algorithms and choose the fastest; the choice may differ between runs."""
     channels_last: bool = False

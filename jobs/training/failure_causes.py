@@ -13,8 +13,18 @@ import torch
 import torch.distributed as dist
 
 import jobs
-from cluster.errors import MAX_CHARACTERS, Cause, ClusterError, LauncherError, TrainingError, storable, text_of
+from cluster.errors import (
+    MAX_CHARACTERS,
+    Cause,
+    ClusterError,
+    DescriptionError,
+    LauncherError,
+    TrainingError,
+    storable,
+    text_of,
+)
 from cluster.gpu_errors import GpuError, gpu_error
+from jobs.training.deterministic import refusal, refused_operator
 
 _MAX_LINES = 200
 """Most lines of a message below a traceback."""
@@ -31,6 +41,8 @@ def to_launcher_error(error: BaseException, step: int) -> LauncherError:
         error: What the training process raised.
         step: The optimizer steps it has completed.
     """
+    if operator := refused_operator(error):  # every other try would meet it again
+        return DescriptionError(refusal(operator), _user_traceback(error), step=step)
     broken = gpu_error_of(error)
     if broken is not None:
         return _of_gpu(error, broken, step)

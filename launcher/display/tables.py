@@ -147,6 +147,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {shards}"),
         *([("no GPU", plan.why_cpu)] if plan.why_cpu else []),
         *([("wait", plan.why_wait)] if plan.why_wait else []),
+        *([("hint", plan.hint)] if plan.hint else []),
         *([("placement", "spread over as many nodes as there is room on")] if spec.workers.placement != "pack" else []),
         ("gradients", f"summed in {sum_order}"),
         ("loss", _loss(spec.loss)),

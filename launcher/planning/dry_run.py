@@ -4,12 +4,14 @@ It runs in a process of its own, in the place of a worker. That process imports 
 they print, leak or crash stays there.
 """
 
+import inspect
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError, in_short, nearest
 from cluster.process.orders import Task
@@ -20,9 +22,10 @@ from jobs.environment import code_digests
 from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.training.evaluation import evaluation_mode
-from jobs.training.failure_causes import gpu_error_of
+from launcher.planning.gpu_failures import LOOK_AT_GPU, failure_on_gpu
 from launcher.planning.loss_checks import check_fit, check_mean
 from launcher.planning.micro_batch import MicroBatch
+from launcher.planning.operator_watch import OperatorWatch
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
 from launcher.planning.rehearsal import Snapshot, rehearse
 from launcher.planning.same_bits import has_same_bits
@@ -30,7 +33,6 @@ from launcher.planning.sample_checks import read_samples, stack
 
 _MAX_SAMPLES_ON_CPU = 32
 """A larger micro-batch takes long on a CPU and finds no more mistakes."""
-_LOOK_AT_GPU = "look at the GPU there (nvidia-smi, and Xid in dmesg), or give the run other nodes"
 _FEW_SAMPLES = 2
 """On a CPU, a rehearsal begins with so few; batch norm needs two."""
 
@@ -42,7 +44,8 @@ def try_out(task: Task) -> DryRunResult:
         task: Its content is the job spec; this process was started for it.
 
     Raises:
-        DescriptionError: A component cannot be built, does not fit the others or the GPU, or gets no gradient.
+        DescriptionError: A component cannot be built, does not fit the others or the GPU, gets no gradient, or has no
+            deterministic implementation.
         ClusterError: torch cannot use the GPU, or the GPU failed.
     """
     launcher_modules = set(sys.modules)
@@ -53,35 +56,23 @@ def try_out(task: Task) -> DryRunResult:
     except ClusterError as error:
         if error.cause != "gpu_lost":
             raise
-        raise ClusterError(f"{error}; {_LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
+        raise ClusterError(f"{error}; {LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
+    watch = OperatorWatch(spec.train, device)
     try:
         parts = build_parts(spec, device)
-        return _try_components(spec, parts, max_samples, task.import_paths, launcher_modules, gpus_here)
+        return _try_components(spec, parts, watch, max_samples, task.import_paths, launcher_modules, gpus_here)
     except (DescriptionError, RuntimeError) as error:
-        original = error.__cause__ or error
-        broken = gpu_error_of(original)
-        if broken is None or broken.cause == "out_of_memory":
+        told = failure_on_gpu(error, spec, watch)
+        if told is None:
             raise
-        if broken.cause == "code":
-            raise DescriptionError(
-                f"model: a micro-batch fails on the GPU with CUDA error: {broken.text}; {broken.advice}"
-            ) from error
-        if broken.cause != "gpu_out_of_memory":
-            advice = _LOOK_AT_GPU if broken.cause == "gpu_lost" else "give its host a driver and a torch that fit it"
-            raise ClusterError(
-                f"the GPU failed: CUDA error: {broken.text}; {advice}", cause=broken.cause, step=0
-            ) from error
-        raise DescriptionError(
-            f"train.global_batch: a micro-batch of {spec.train.micro_batch} samples, 1 of {spec.train.shards} shards, "
-            f"does not fit into the GPU: {in_short(original)}; lower train.global_batch, raise train.shards, or take "
-            "GPUs with more memory"
-        ) from error
+        raise told from error
 
 
 def _try_components(
     spec: JobSpec,
     parts: Components,
+    watch: OperatorWatch,
     max_samples: int,
     import_paths: tuple[str, ...],
     launcher_modules: set[str],
@@ -92,6 +83,7 @@ def _try_components(
     Args:
         spec: The description.
         parts: What was built from it.
+        watch: Finds operators without a deterministic implementation on GPUs.
         max_samples: The limit.
         import_paths: Folders of user modules.
         launcher_modules: The loaded modules that are not the user's.
@@ -103,13 +95,13 @@ def _try_components(
     before = Snapshot(parts)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist()
     train, few = _read(parts, spec, "data.train", [numbers, numbers[:_FEW_SAMPLES]])
-    loss, counts, measured = _check_training(parts, spec, train, before)
-    measured |= _check_validation(parts, spec, max_samples)
+    loss, counts, measured = _check_training(parts, spec, train, before, watch)
+    measured |= _check_validation(parts, spec, max_samples, watch)
     _check_watched(spec, measured)
     checkpoint_bytes = before.size
-    if counts:
-        on_gpu = parts.device.type == "cuda"  # its memory must have room for all samples
-        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train])
+    on_gpu = parts.device.type == "cuda"
+    if counts:  # a GPU's memory must have room for all samples
+        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train], watch)
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
@@ -124,6 +116,8 @@ def _try_components(
         modules=tuple(sorted(code_digests(import_paths).keys() - launcher_modules)),
         rates=rates,
         init_from=init_from,
+        would_raise_on_gpu=() if on_gpu else watch.found(),
+        could_fuse=_could_fuse(parts),
     )
 
 
@@ -139,7 +133,7 @@ def _read(parts: Components, spec: JobSpec, key: str, batches: list[list[int]]) 
     return read
 
 
-def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set[str]:
+def _check_validation(parts: Components, spec: JobSpec, max_samples: int, watch: OperatorWatch) -> set[str]:
     """Check the first and the last batch of ``data.val``; return the names of what is measured."""
     if parts.val_set is None:
         return set()
@@ -147,25 +141,27 @@ def _check_validation(parts: Components, spec: JobSpec, max_samples: int) -> set
     begin_of_last = (length - 1) // size * size  # the last batch may be shorter than the others
     numbers = [list(range(min(size, length, max_samples))), list(range(begin_of_last, length))[:max_samples]]
     first, last, few_of_last = _read(parts, spec, "data.val", [*numbers, numbers[1][:_FEW_SAMPLES]])
-    measured = _forward(parts, spec, first)[2]
+    measured = _forward(parts, spec, first, watch)[2]
     if begin_of_last:
-        _check_last(parts, spec, few_of_last, last)
+        _check_last(parts, spec, few_of_last, last, watch)
     return measured
 
 
-def _check_last(parts: Components, spec: JobSpec, few: MicroBatch, whole: MicroBatch) -> None:
+def _check_last(parts: Components, spec: JobSpec, few: MicroBatch, whole: MicroBatch, watch: OperatorWatch) -> None:
     """Check the last validation batch on a few of its samples or, if they fail, on all."""
     with suppress(DescriptionError):
-        _forward(parts, spec, few)
+        _forward(parts, spec, few, watch)
         return
     try:
-        _forward(parts, spec, whole)
+        _forward(parts, spec, whole, watch)
     except DescriptionError as error:
         samples = f"{len(whole.numbers)} sample{'s' * (len(whole.numbers) > 1)}"
         raise DescriptionError(f"the last batch of data.val, of {samples}: {error}") from error
 
 
-def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch]) -> int:
+def _rehearse(
+    parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch], watch: OperatorWatch
+) -> int:
     """Rehearse on the first of the batches on which no part fails: some losses fail on a few samples.
 
     Returns:
@@ -177,10 +173,12 @@ def _rehearse(parts: Components, spec: JobSpec, before: Snapshot, batches: list[
     *earlier, last = batches
     for batch in earlier:
         try:
-            return rehearse(spec, parts, before, (batch.inputs, batch.target))
+            with watch.over(_modules(parts)):
+                return rehearse(spec, parts, before, (batch.inputs, batch.target))
         except DescriptionError:
             parts = build_parts(spec, parts.device)  # DDP has left hooks on parameters whose gradient it waited for
-    return rehearse(spec, parts, before, (last.inputs, last.target))
+    with watch.over(_modules(parts)):
+        return rehearse(spec, parts, before, (last.inputs, last.target))
 
 
 def _gpus_here(spec: JobSpec) -> tuple[int, str | None]:
@@ -212,7 +210,7 @@ def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:
 
 
 def _check_training(
-    parts: Components, spec: JobSpec, batch: MicroBatch, before: Snapshot
+    parts: Components, spec: JobSpec, batch: MicroBatch, before: Snapshot, watch: OperatorWatch
 ) -> tuple[float, bool, set[str]]:
     """Check the loss of some samples, and that it leaves the parameters as they are.
 
@@ -221,12 +219,13 @@ def _check_training(
         spec: The description.
         batch: The samples.
         before: The state of the components.
+        watch: See ``_forward``.
 
     Returns:
         The loss, whether any target counts, and the names of the metrics of a step.
     """
     initial = dict(parts.model.named_parameters())
-    numerator, denominator, measured = _forward(parts, spec, batch)
+    numerator, denominator, measured = _forward(parts, spec, batch, watch)
     if not numerator.isfinite():
         raise DescriptionError(
             f"loss: {spec.loss.factory.path} of the first micro-batch is {numerator.item()}; "
@@ -248,11 +247,13 @@ def _check_training(
     return mean, denominator > 0, measured
 
 
-def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tensor, float, set[str]]:
+def _forward(
+    parts: Components, spec: JobSpec, batch: MicroBatch, watch: OperatorWatch
+) -> tuple[Tensor, float, set[str]]:
     """Return numerator and denominator of the loss over some samples, and the names of their metrics.
 
     Training samples go through the model in the modes that its modules were built with, and others through the model
-    that validation takes, in evaluation mode.
+    that validation takes, in evaluation mode. ``watch`` sees what a worker runs.
 
     Shapes: numerator [], with a graph if the samples are of ``data.train``.
     """
@@ -261,7 +262,8 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
     seed_draws(draw_key("step", spec.seed, 0, 0), parts.device)
     with parts.autocast(), torch.set_grad_enabled(train), nullcontext() if train else evaluation_mode(model):
         try:
-            output = model(parts.in_memory_order(inputs))
+            with watch.over(_modules(parts)):
+                output = model(parts.in_memory_order(inputs))
         except Exception as error:  # the model is the user's own code
             shape = f" of shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise DescriptionError(
@@ -270,10 +272,12 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
             ) from error
         check_fit(parts.loss, replace(batch, output=output), model)
         try:
-            as_written = parts.loss.as_written(output, target)
+            with _any_implementation():
+                as_written = parts.loss.as_written(output, target)
             if as_written is not None:
                 as_written = as_written.detach()  # drop its graph: training does not need memory for it
-            numerator, own = parts.loss.numerator(output, target)
+            with watch.over(_modules(parts), "loss"):
+                numerator, own = parts.loss.numerator(output, target)
         except Exception as error:  # the loss may be the user's own; torch raises several kinds
             raise DescriptionError(
                 f"loss: {spec.loss.factory.path} of output {shape_of(output)} and target {shape_of(target)} raised "
@@ -284,10 +288,35 @@ def _forward(parts: Components, spec: JobSpec, batch: MicroBatch) -> tuple[Tenso
     if parts.loss.tally(output, target, numerator)[2] > 0:
         measured.add(f"{kind}/accuracy")
     if parts.metrics is not None and not train:
-        measured |= parts.metrics.try_out(*parts.loss.measured(output, target))
+        seen = parts.loss.measured(output, target)
+        measured |= parts.metrics.try_out(*seen)
+        with watch.over(_modules(parts), "metrics"):  # without their results, which a worker computes on the CPU
+            parts.metrics.update(*seen)
+        parts.metrics.share()
     denominator = parts.loss.denominator(parts.loss.weight(target, numerator, own).item())
     check_mean(parts.loss, as_written, numerator, denominator)
     return numerator, denominator, measured
+
+
+def _modules(parts: Components) -> list[tuple[str, nn.Module]]:
+    return [("model", parts.model), ("model", parts.validated_model), *parts.loss.modules().items()]
+
+
+@contextmanager
+def _any_implementation() -> Iterator[None]:
+    """Let torch run what has no deterministic implementation: no worker runs it."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _could_fuse(parts: Components) -> bool:
+    """Return whether a gradient scaler waits for the GPU in every step because the optimizer is not fused."""
+    is_told = getattr(parts.optimizer, "_step_supports_amp_scaling", False)  # torch.amp.GradScaler.step asks for it
+    return parts.scaler is not None and not is_told and "fused" in inspect.signature(type(parts.optimizer)).parameters
 
 
 def _check_watched(spec: JobSpec, measured: set[str]) -> None:

@@ -9,8 +9,8 @@ from cluster.scheduler import ClusterReport
 from cluster.storage.store import Store
 from cluster.versions import submission_versions
 from jobs.spec import JobSpec
-from launcher.config.description import Description
-from launcher.planning.placement import decide_workers, resources_of
+from launcher.config.description import Description, named_errors
+from launcher.planning.placement import check_operators, decide_workers, resources_of
 from launcher.planning.plan import DryRunResult, Plan, decide
 
 _VERSIONS = ("ray", "python", "torch", "launcher")
@@ -108,11 +108,15 @@ def fit(description: Description, store: Store, tried: DryRunResult, capacity: C
 
     Raises:
         ClusterError: The cluster can never hold the workers; the text lists its nodes.
+        DescriptionError: A worker would fail on a GPU.
     """
     try:
-        return decide(description, store, tried, capacity)
+        plan = decide(description, store, tried, capacity)
     except DescriptionError as error:
         nodes = [f"{node.address} with {amounts_text(node.resources)}" for node in capacity.nodes]
         grows = [amounts_text(capacity.limits)] if capacity.limits else list(map(str, capacity.groups))
         may_grow = f"; its autoscaler may bring it to {listed(grows)}" if grows else ""
         raise ClusterError(f"{where}: {error}. There is {listed(nodes) or 'no node'}{may_grow}") from error
+    with named_errors(description.source):
+        check_operators(tried.would_raise_on_gpu, plan.gpus)
+    return plan

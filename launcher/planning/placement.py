@@ -1,10 +1,12 @@
 """Decides GPUs and workers from what this machine or a cluster has, and refuses a job that can never fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.capacity import Capacity, Places, WorkerResources, num_cores
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, listed
 from jobs.spec import JobSpec, WorkersSpec
+from jobs.training.deterministic import refusal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,32 @@ def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
         f"there is room for {room} of {workers.least} worker{'s' * (workers.least > 1)} now; "
         f"the run waits for more, for up to {workers.wait_s:g} s (workers.wait_s)"
     )
+
+
+def check_operators(would_raise_on_gpu: Sequence[str], gpus: int) -> None:
+    """Refuse a job whose workers would fail on a GPU, in their first step or validation.
+
+    Args:
+        would_raise_on_gpu: The operators that would raise there, as the dry run found them on a CPU.
+        gpus: GPUs per worker.
+
+    Raises:
+        DescriptionError: A worker would fail.
+    """
+    if gpus and would_raise_on_gpu:
+        raise DescriptionError(refusal(listed(would_raise_on_gpu), "GPUs"))
+
+
+def hint_for(gpus: int, *, could_fuse: bool) -> str:
+    """Return what would make a run faster; empty: nothing that is known.
+
+    Args:
+        gpus: GPUs per worker.
+        could_fuse: Whether a gradient scaler waits in every step because the optimizer is not fused.
+    """
+    if not (gpus and could_fuse):
+        return ""
+    return "optimizer.fused: true spares train.precision: fp16 a wait for the GPU in every step"
 
 
 def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:

@@ -21,7 +21,15 @@ from jobs.sampling import StepPlan
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description, named_errors
-from launcher.planning.placement import check_machine, decide_workers, places_of, resources_of, why_wait
+from launcher.planning.placement import (
+    check_machine,
+    check_operators,
+    decide_workers,
+    hint_for,
+    places_of,
+    resources_of,
+    why_wait,
+)
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
@@ -85,6 +93,10 @@ class DryRunResult:
     """The names of the imported modules of the user."""
     rates: tuple[tuple[int, float], ...]
     init_from: InitPlan | None
+    would_raise_on_gpu: tuple[str, ...]
+    """Operators without a deterministic implementation on GPUs, where the job wants one; none if it ran on a GPU."""
+    could_fuse: bool
+    """Whether the gradient scaler waits for the GPU in every step because the optimizer is not fused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +136,8 @@ class Plan:
     """(step, learning rate of the last group) for a few steps; empty if the schedule follows a metric."""
     init_from: InitPlan | None
     """The weights that the run begins with. None: random ones."""
+    hint: str
+    """What would make the run faster; empty: nothing that is known."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
@@ -186,7 +200,10 @@ def make_plan(
 
         store = check_store(spec)
         tried = _with_described_errors(dry_run)
-    return decide(description, store, tried, capacity)
+    plan = decide(description, store, tried, capacity)
+    with named_errors(description.source):
+        check_operators(tried.would_raise_on_gpu, plan.gpus)
+    return plan
 
 
 def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunResult:
@@ -291,6 +308,7 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         data_fingerprint=tried.data_fingerprint,
         rates=tried.rates,
         init_from=tried.init_from,
+        hint=hint_for(decision.gpus, could_fuse=tried.could_fuse),
     )
 
 

@@ -35,7 +35,9 @@ KEYS: dict[str, Sequence[Any]] = {
     "shards": (4, 6),
     "optimizer": (
         Target("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}),
-        Target("AdamW", {"lr": 0.01, "eps": 1e-3}),  # so large that a gradient of nothing but rounding moves nothing
+        Target(
+            "AdamW", {"lr": 0.01, "eps": 1e-3, "fused": True}
+        ),  # so large that a gradient of nothing but rounding moves nothing
     ),
     "loss": ({}, {"weight": [0.2, 3.0, 1.0, 0.5, 2.0], "ignore_index": -100}),
     "thaws": (True, False),

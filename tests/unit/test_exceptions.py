@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.errors import ClusterError, LauncherError, TrainingError
+from cluster.errors import ClusterError, DescriptionError, LauncherError, TrainingError
 from jobs.components.build import unusable_gpu
 from jobs.training import failure_causes
 from jobs.training.failure_causes import to_launcher_error
@@ -87,6 +87,19 @@ def test_causes(call: Callable[[], Any], cause: str, text: str) -> None:
     blames_the_code = cause in ("code", "crash", "out_of_memory", "gpu_out_of_memory")
     assert isinstance(error, TrainingError if blames_the_code else ClusterError)
     assert bool(error.place) == blames_the_code
+
+
+def test_an_operator_without_a_deterministic_implementation_is_not_tried_again() -> None:
+    refused = (
+        "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or"
+    )
+    error = error_of(raising(RuntimeError(refused)))
+
+    assert isinstance(error, DescriptionError)
+    assert str(error).startswith("train.deterministic: torch has no deterministic implementation of adaptive_avg_pool2")
+    assert (error.cause, error.step, error.place) == ("code", 4, "")  # with a place, the driver would try again
+    assert "test_exceptions.py" in error.traceback
 
 
 def test_a_place_is_a_step_and_a_line_and_for_want_of_memory_a_step() -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,32 @@ def test_it_has_the_place_of_a_worker_where_there_is_room_for_one(job):
     plan(job, cluster, may_wait=False)
 
     assert len(cluster.calls) == 1
+
+
+@pytest.mark.parametrize("may_wait", [True, False], ids=["to run", "to plan"])
+def test_an_operator_that_would_raise_on_a_gpu_is_refused_where_workers_have_one(job, may_wait, monkeypatch):
+    found = replace(TRIED, would_raise_on_gpu=("median in model.a", "histc"))
+    monkeypatch.setattr("launcher.planning.plan.call_here", lambda _: found)
+
+    on_cpus = FakeCluster(Capacity(nodes=[HEAD, CPUS], limits=None), outcome=found)
+    assert plan(job, on_cpus, may_wait=may_wait).gpus == 0
+
+    with pytest.raises(DescriptionError) as caught:
+        plan(job, FakeCluster(Capacity(nodes=[HEAD, GPUS], limits=None), outcome=found), may_wait=may_wait)
+    assert str(caught.value) == (
+        "digits.yaml: train.deterministic: torch has no deterministic implementation on GPUs of median in model.a, "
+        "histc; replace it, or give up equal bits in every run with train.deterministic: false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "could_fuse", "is_told"),
+    [([HEAD, GPUS], True, True), ([HEAD, GPUS], False, False), ([CPUS], True, False)],
+)
+def test_a_wait_for_the_gpu_that_a_fused_optimizer_spares_is_told(job, nodes, could_fuse, is_told):
+    cluster = FakeCluster(Capacity(nodes=nodes, limits=None), outcome=replace(TRIED, could_fuse=could_fuse))
+
+    assert plan(job, cluster).hint.startswith("optimizer.fused: true ") == is_told
 
 
 def test_what_can_never_fit_is_not_tried_out(job):

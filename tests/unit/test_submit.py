@@ -287,6 +287,18 @@ def test_a_job_that_asks_for_what_no_node_has_is_refused_in_one_line(job, folder
     assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
 
 
+def test_an_operator_that_would_raise_on_its_gpus_is_a_mistake_in_the_job(job, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(submit_module, "try_job", lambda *_: replace(TRIED, would_raise_on_gpu=("median in model.a",)))
+    scheduler = FakeScheduler(a_cluster(a_node("10.0.0.1", CPU=4.0, GPU=2.0)))
+
+    with pytest.raises(
+        DescriptionError, match=r"^digits\.yaml: train\.deterministic: .* on GPUs of median in model\.a; "
+    ):
+        hand_over(job, folder, scheduler)
+
+    assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
+
+
 def test_a_folder_that_each_node_has_for_itself_is_refused(job, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.schedulers.answer", lambda *_: None)
     with pytest.raises(ClusterError) as caught:
