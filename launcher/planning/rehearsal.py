@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from cluster.host.interfaces import interface_of
 from jobs.checkpoint.layout import lay_out
 from jobs.checkpoint.state_tree import pack, unpack
 from jobs.components.build import Components
-from jobs.data.loader import seed_draws
+from jobs.data.loader import LoadedBatch, seed_draws
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
 from jobs.training.step import TrainingStep
+from jobs.training.step_batches import StepBatch
 from launcher.planning.same_bits import has_same_bits
 
 _WHAT_TO_DO = (
@@ -148,8 +150,11 @@ class _Step:
         Raises:
             DescriptionError: A part of the step raised an exception.
         """
+        inputs, target = self._micro_batch
+        weigh = self._components.loss.target_weights()
+        batch = StepBatch([LoadedBatch(inputs, target)], None if weigh is None else partial(weigh, target))
         try:
-            return self._training.take(step, [self._micro_batch]).tallies
+            return self._training.take(step, batch).tallies
         except LauncherError as error:
             raise DescriptionError(f"{error}") from error
         except Exception as error:  # model, loss and optimizer may be the user's own

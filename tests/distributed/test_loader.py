@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cluster.process import fork_server
-from jobs.data.loader import validation_batches
+from jobs.data.loader import LoadedBatch, validation_batches
 from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
 
 
 class Samples:
-    """Samples of one number; a loader process that gets to ``place`` never leaves it again.
+    """Samples of one number and its label; a loader process that gets to ``place`` never leaves it again.
 
     Every process of the loader leaves a file, named as its number, in the folder.
     """
@@ -31,9 +31,9 @@ class Samples:
     def __len__(self) -> int:
         return 100
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         self._reach("reading a sample")
-        return torch.tensor(number)
+        return torch.tensor(number), 0
 
     def _reach(self, place: str) -> None:
         (self._folder / str(os.getpid())).touch()
@@ -44,7 +44,7 @@ class Samples:
 class BadSamples(Samples):
     """Samples that raise an exception of a class that no other process can find."""
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         class BadSampleError(Exception):
             def __init__(self, *, number: int) -> None:
                 super().__init__(f"sample {number} is bad")
@@ -68,7 +68,7 @@ def train(place: str, folder: Path) -> None:
     threading.Event().wait()
 
 
-def batches_of(samples: Samples) -> Iterator[torch.Tensor]:
+def batches_of(samples: Samples) -> Iterator[LoadedBatch]:
     address = fork_server.own_address()
     assert address is not None
     fork_server.use(address)
