@@ -56,8 +56,8 @@ def evaluate(
     Every batch begins with the same buffers, and all buffers are as before afterwards: which batches a worker measures
     must not matter.
 
-    The CPU waits for the GPU after the last batch. Metrics that check their arguments wait at every batch; many of
-    torchmetrics' check none with ``validate_args: false``.
+    The CPU waits for the GPU after the last batch alone, unless a metric does at every batch, as torchmetrics' do to
+    check their arguments.
 
     Args:
         model: Called with the inputs of a batch; in evaluation mode meanwhile.
