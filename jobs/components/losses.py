@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cluster.errors import DescriptionError, TrainingError
 from jobs.components.buffers import Buffers
 from jobs.components.loss_calls import call_of
+from jobs.components.target_weights import TargetWeights, is_integral
 from jobs.components.targets import Builder, check_arguments, resolve
 from jobs.spec import LossSpec, Target
 
@@ -139,19 +140,16 @@ class GlobalLoss:
         total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
         return total, len(loss) if self._reduction == "batchmean" else loss.numel()
 
-    def weight(self, target: Any, numerator: Tensor, own: float) -> Tensor:
-        """Returns what a micro-batch adds to the denominator of a dataset.
+    def target_weights(self) -> TargetWeights | None:
+        """Returns what weighs the targets of a batch; None if the loss divides by the same number for all targets.
 
-        Args:
-            target: The targets of the micro-batch.
-            numerator: What ``numerator`` returned first.
-            own: What ``numerator`` returned second.
-
-        Shapes: a float64 scalar, on the device of the loss.
+        Waits for the GPU, where the class weights are.
         """
-        if self.weighs_targets:
-            return self.target_weight(target)
-        return torch.tensor(own, dtype=torch.float64, device=numerator.device)
+        if not self.weighs_targets:
+            return None
+        assert self._ignore_index is not None, "a loss that weighs targets has one"
+        weights = self._class_weights()
+        return TargetWeights(self._ignore_index, None if weights is None else tuple(weights.tolist()))
 
     def denominator(self, own: float, shards: int = 1) -> float:
         """Returns what to divide the sum of all numerators by.
@@ -189,21 +187,6 @@ class GlobalLoss:
         """
         means_over_all = self._reduction == "mean" and not self.weighs_targets
         return self._ignore_index is not None and means_over_all and 0 < counted < targets
-
-    def target_weight(self, target: Tensor) -> Tensor:
-        """Returns what a micro-batch adds to the denominator if the targets decide it.
-
-        Shapes: class numbers [N, ...] or probabilities [N, K, ...] -> a float64 scalar, on their device.
-
-        Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html, reduction "mean".
-        """
-        counted = self.counted(target)
-        if counted is None:  # class probabilities: torch divides by their number, whatever the class weights
-            return torch.tensor(target.numel() / target.shape[1], dtype=torch.float64, device=target.device)
-        assert isinstance(self.function, _IGNORING), "no other loss weighs targets"
-        if self.function.weight is None:
-            return counted.sum(dtype=torch.float64)
-        return self.function.weight[target[counted].long()].sum(dtype=torch.float64)
 
     def counted(self, target: Any) -> Tensor | None:
         """Returns which targets are class numbers that the loss does not ignore; None if targets are no class numbers.
@@ -269,11 +252,6 @@ def build_loss(spec: LossSpec, builder: Builder) -> GlobalLoss:
 def first(output: Any) -> Any:
     """Returns the tensor that a target is compared with: the first, if the model returns several."""
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def is_integral(tensor: Tensor) -> bool:
-    """Returns whether a tensor can hold class numbers."""
-    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def has_classes(output: Tensor, target: Tensor) -> bool:

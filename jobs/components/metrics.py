@@ -42,7 +42,8 @@ class PartialMetrics:
 
     Attributes:
         folded: Integer states, reduced over all batches of the worker.
-        by_batch: The other states of each batch, in batch order, on the CPU.
+        by_batch: The other states of each batch, in batch order. Until they are sent, those that have one size stay on
+            the device; those that grow with the samples are in the memory of the host.
     """
 
     folded: dict[str, Tensor] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class MetricSet:
         return self
 
     def update(self, output: Any, target: Any) -> None:
-        """Measures the next batch of this worker.
+        """Measures the next batch of this worker; waits for the GPU only if a metric does.
 
         Shapes: output and target as ``GlobalLoss.measured`` returns them.
         """
@@ -86,8 +87,8 @@ class MetricSet:
     def share(self) -> dict[str, PartialMetrics]:
         """Returns the states of all batches since the last call, on the CPU, and starts again."""
         shares, self._shares = self._shares, {name: PartialMetrics() for name in self._metrics}
-        for share in shares.values():
-            share.folded = {state: value.cpu() for state, value in share.folded.items()}
+        for name, share in shares.items():
+            _move_to_host(share, self._metrics[name].device)
         return shares
 
     def compute(self, shares: Sequence[Mapping[str, PartialMetrics]]) -> MetricValues:
@@ -194,13 +195,32 @@ def _add(share: PartialMetrics, metric: torchmetrics.Metric) -> None:
     for name, value in metric.metric_state.items():
         reduction: Any = metric._reductions[name]
         if isinstance(value, list):
-            of_batch[name] = [item.to("cpu", copy=True) for item in value]
+            of_batch[name] = [_begin_copy_to_host(item) for item in value]
         elif reduction in _EXACT_ON_INTEGERS and not (value.is_floating_point() or value.is_complex()):
             parts = [share.folded[name], value] if name in share.folded else [value]
             share.folded[name] = reduction(torch.stack(parts))
         else:
-            of_batch[name] = value.to("cpu", copy=True)
+            of_batch[name] = value.clone()
     share.by_batch.append(of_batch)
+
+
+def _begin_copy_to_host(value: Tensor) -> Tensor:
+    """Returns a copy on the CPU, which is complete once the GPU has done the work on its current stream."""
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+
+
+def _move_to_host(share: PartialMetrics, device: torch.device) -> None:
+    """Moves the states of a share to the CPU; waits for the copies under way."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    share.folded = {name: value.cpu() for name, value in share.folded.items()}
+    of_one_size = [
+        name for of_batch in share.by_batch[:1] for name, value in of_batch.items() if isinstance(value, Tensor)
+    ]
+    for name in of_one_size:
+        on_host = torch.stack([of_batch[name] for of_batch in share.by_batch]).cpu()  # type: ignore[misc]  # no list
+        for of_batch, value in zip(share.by_batch, on_host):
+            of_batch[name] = value.clone()  # a view would be sent with the memory of all
 
 
 def _compute(metric: torchmetrics.Metric, shares: Sequence[PartialMetrics]) -> Any:

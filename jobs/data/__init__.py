@@ -1,4 +1,4 @@
-"""Datasets that shipped descriptions name, and the loader that turns a dataset into micro-batches on the device."""
+"""Datasets that shipped descriptions name; the loader, which turns one into micro-batches; their copies on a GPU."""
 
 from jobs.data.class_folders import IMAGE_SUFFIXES
 from jobs.data.datasets import digits, synthetic_images

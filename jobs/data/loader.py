@@ -1,4 +1,4 @@
-"""The loader: from a dataset to micro-batches on the device, through torch's DataLoader.
+"""The loader: from a dataset to micro-batches in the memory of this host, through torch's DataLoader.
 
 It receives the keys of all samples of the rest of the run, in order, so it never pauses between epochs. It seeds the
 random generators before every sample, by the key of that sample.
@@ -6,7 +6,8 @@ random generators before every sample, by the key of that sample.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,19 @@ from jobs.sampling import StepPlan, draw_key
 
 SampleKey = tuple[int, int]
 """(epoch, sample number): a sample's random draws depend on these and the run's seed."""
+
+
+class LoadedBatch(NamedTuple):
+    """A micro-batch; a named tuple, so that torch pins its tensors and sends it between processes."""
+
+    inputs: Any
+    target: Any
+    weight: float | None = None
+    """What ``weigh`` returned for the targets; None if there was no ``weigh``."""
+
+
+Weigh = Callable[[Any], float]
+"""Returns a number for the targets of a batch, in the process that loads it, and so before they are on a GPU."""
 
 
 class KeyedDataset(Dataset[Any]):
@@ -55,9 +69,18 @@ def seed_draws(key: int, device: torch.device) -> None:
 
 
 def training_batches(
-    dataset: Any, *, steps: StepPlan, seed: int, block: range, start: int, end: int, loaders: int, device: torch.device
-) -> Iterator[list[Any]]:
-    """Yields the micro-batches of one worker, step by step.
+    dataset: Any,
+    *,
+    steps: StepPlan,
+    seed: int,
+    block: range,
+    start: int,
+    end: int,
+    loaders: int,
+    device: torch.device,
+    weigh: Weigh | None = None,
+) -> Iterator[LoadedBatch]:
+    """Returns an iterator over the micro-batches of one worker: step by step, shard by shard.
 
     Args:
         dataset: The map-style training dataset.
@@ -67,22 +90,25 @@ def training_batches(
         start: The number of steps completed.
         end: The number of steps after which to end.
         loaders: The number of loader processes; 0 loads in this process.
-        device: Where to put the batches.
-
-    Yields:
-        For each step in [start, end), one batch of ``steps.micro_batch`` samples for each shard of ``block``, on the
-        device.
+        device: Where the batches will be copied to; for a GPU, their memory is pinned.
+        weigh: Weighs the targets of each batch.
     """
     keys = _TrainingKeys(steps, seed, block, start, end)
-    batches = iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, device))
-    for _ in range(start, end):
-        yield [to_device(next(batches), device) for _ in block]
+    return iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, device, _CollatePair(weigh)))
 
 
 def validation_batches(
-    dataset: Any, *, batch_size: int, seed: int, rank: int, world_size: int, loaders: int, device: torch.device
-) -> Iterator[Any]:
-    """Yields the validation batches of one worker on the device: those numbered rank, rank + W, rank + 2W, ...
+    dataset: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    loaders: int,
+    device: torch.device,
+    weigh: Weigh | None = None,
+) -> Iterator[LoadedBatch]:
+    """Returns an iterator over the validation batches of one worker: those numbered rank, rank + W, rank + 2W, ...
 
     The batches are the same for any number W of workers; the last batch may be smaller than ``batch_size``.
     """
@@ -90,8 +116,8 @@ def validation_batches(
         [(0, number) for number in range(first, min(first + batch_size, len(dataset)))]
         for first in range(rank * batch_size, len(dataset), world_size * batch_size)
     ]
-    for batch in _data_loader(KeyedDataset(dataset, draw_key("validation", seed)), keys, loaders, device):
-        yield to_device(batch, device)
+    keyed = KeyedDataset(dataset, draw_key("validation", seed))
+    return iter(_data_loader(keyed, keys, loaders, device, _CollatePair(weigh)))
 
 
 def single_samples(dataset: Any, numbers: Sequence[int], *, seed: int, loaders: int) -> Iterator[Any]:
@@ -102,19 +128,6 @@ def single_samples(dataset: Any, numbers: Sequence[int], *, seed: int, loaders: 
     """
     keys = [[(0, number)] for number in numbers]
     return iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, torch.device("cpu"), collate=_only))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Returns a batch, a tree of any structure, with its tensors on ``device``; does not wait for the copy."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)([to_device(value, device) for value in batch])
-    return batch
 
 
 def shape_of(part: Any) -> str:
@@ -133,6 +146,17 @@ class _TrainingKeys:
             epoch = self._steps.epoch_of(batch)
             for shard in self._block:
                 yield [(epoch, number) for number in self._steps.samples(self._seed, batch, shard).tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class _CollatePair:
+    """Stacks samples, which are pairs (input, target), and weighs the targets; loader processes receive it."""
+
+    weigh: Weigh | None
+
+    def __call__(self, samples: list[Any]) -> LoadedBatch:
+        inputs, target = default_collate(samples)
+        return LoadedBatch(inputs, target, None if self.weigh is None else self.weigh(target))
 
 
 def _only(samples: list[Any]) -> Any:

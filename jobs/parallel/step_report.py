@@ -1,20 +1,19 @@
 """Reports of steps: each worker's loss and accuracy sums, gathered from all workers without stopping the loop.
 
-A report is gathered while the next steps run. The CPU reads it from the GPU one step later, when the copy is done and
-the CPU need not wait for it, and receives the other workers' reports after one more step. So the loss of step n is
-known after step n + 2, or at once when the loop drains, and all workers learn of a request to stop at the same step.
+A report is gathered while the next two steps run: by GPUs behind the work of its step, by CPUs beside the next one. So
+the loss of step n is known after step n + 2, or at once when the loop drains, and all workers learn of a request to
+stop at the same step. A CPU enqueues at most two steps before its GPU has done the first.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cluster.collectives.groups import all_gather_flat
-
+_STEPS_IN_FLIGHT = 2
+"""Steps whose reports are on their way."""
 TALLY_SIZE = 3
 """The length of a micro-batch's tally: loss sum, correct samples, counted samples."""
 
@@ -67,13 +66,12 @@ class StepReports:
     Collective: every rank pushes every step and drains at the same steps.
     """
 
-    def __init__(self, blocks: Sequence[range], group: dist.ProcessGroup) -> None:
-        """``blocks``: the shards of each rank; ``group``: a gloo group of all ranks."""
+    def __init__(self, blocks: Sequence[range], gather_later: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+        """``blocks``: the shards of each rank; ``gather_later``: as ``Team.gather_later``."""
         self._blocks = blocks
-        self._group = group
+        self._gather_later = gather_later
         self._width = 1 + TALLY_SIZE * max(len(block) for block in blocks)
-        self._unsent: _LocalReport | None = None
-        self._in_flight: _GatherInFlight | None = None
+        self._in_flight = deque[_GatherInFlight]()
 
     def push(self, step: int, outcome: StepOutcome, *, stop: bool) -> list[StepReport]:
         """Adds the outcome of a step; returns the report of an earlier step that this completes, if any.
@@ -85,8 +83,11 @@ class StepReports:
 
         Collective: every rank, after every step.
         """
-        complete = self._advance()
-        self._unsent = _LocalReport(step, _copy_to_host(outcome.tallies), stop, outcome)
+        complete = [self._receive()] if len(self._in_flight) == _STEPS_IN_FLIGHT else []
+        values = outcome.tallies.new_zeros(self._width)
+        values[0].fill_(stop)
+        values[1 : 1 + outcome.tallies.numel()] = outcome.tallies.reshape(-1)
+        self._in_flight.append(_GatherInFlight(step, outcome, self._gather_later(values)))
         return complete
 
     def drain(self) -> list[StepReport]:
@@ -94,39 +95,21 @@ class StepReports:
 
         Collective: every rank, at the same steps.
         """
-        return [*self._advance(), *self._advance()]
+        return [self._receive() for _ in range(len(self._in_flight))]
 
-    def _advance(self) -> list[StepReport]:
-        """Completes the gather in flight and starts the next."""
-        complete = [self._receive(self._in_flight)] if self._in_flight else []
-        self._in_flight = self._send(self._unsent) if self._unsent else None
-        self._unsent = None
-        return complete
+    def _receive(self) -> StepReport:
+        """Waits for the oldest report.
 
-    def _send(self, own: "_LocalReport") -> "_GatherInFlight":
-        """Starts the gather of a report.
-
-        Shapes: each rank sends float64 [1 + 3 * most shards of a rank]: ``stop``, its tallies, zeros.
+        Shapes: each rank has sent float64 [1 + 3 * most shards of a rank]: ``stop``, its tallies, zeros.
         """
-        tallies = own.tallies()  # waits for the GPU, which had a whole step to finish the copy
-        values = torch.zeros(self._width, dtype=torch.float64)
-        values[0] = float(own.stop)
-        values[1 : 1 + tallies.numel()] = tallies.reshape(-1)
-        gathered = torch.empty(len(self._blocks) * self._width, dtype=torch.float64)
-        work = all_gather_flat(gathered, values, self._group, async_op=True)
-        assert work is not None, "an asynchronous collective returns its work"
-        return _GatherInFlight(own, gathered, work)
-
-    def _receive(self, gather: "_GatherInFlight") -> StepReport:
-        gather.work.wait()
-        by_rank = gather.gathered.view(len(self._blocks), self._width).tolist()
+        own = self._in_flight.popleft()
+        by_rank = own.gathered().tolist()
         tallies = [
             values[1 + TALLY_SIZE * number : 1 + TALLY_SIZE * (number + 1)]
             for block, values in zip(self._blocks, by_rank)
             for number in range(len(block))
         ]
         total, correct, counted = map(exact_sum, zip(*tallies))
-        own = gather.own
         return StepReport(
             step=own.step,
             loss=total / own.outcome.denominator,
@@ -140,18 +123,12 @@ class StepReports:
 
 
 @dataclass(frozen=True, slots=True)
-class _LocalReport:
-    step: int
-    tallies: Callable[[], Tensor]
-    stop: bool
-    outcome: StepOutcome
-
-
-@dataclass(frozen=True, slots=True)
 class _GatherInFlight:
-    own: _LocalReport
-    gathered: Tensor
-    work: dist.Work
+    """A step, and what waits for the values of all ranks."""
+
+    step: int
+    outcome: StepOutcome
+    gathered: Callable[[], Tensor]
 
 
 def exact_sum(terms: Iterable[float]) -> float:
@@ -161,22 +138,3 @@ def exact_sum(terms: Iterable[float]) -> float:
     """
     values = list(terms)
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _copy_to_host(values: Tensor) -> Callable[[], Tensor]:
-    """Starts a copy to the CPU; returns a function that waits for the copy and returns it.
-
-    Shapes: any -> the same, on the CPU.
-    """
-    if not values.is_cuda:
-        return lambda: values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait() -> Tensor:
-        copied.synchronize()
-        return host
-
-    return wait

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from cluster.collectives.topology import workers_by_host
 from cluster.errors import LauncherError
 from cluster.process.activity import Activity
 from cluster.process.orders import LOOPBACK
+from jobs.parallel.host_copies import to_host_later
 from jobs.parallel.step_report import exact_sum
 from jobs.sampling import shard_blocks
 
@@ -116,27 +118,57 @@ class Team:
     def share_buffers(self, buffers: Sequence[Tensor]) -> None:
         """Overwrites buffers of model and loss on every rank with those of rank 0, which holds shard 0.
 
-        Sends one message per dtype.
+        Sends one message.
 
         Shapes: buffers of any shape, the same on every rank.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or not buffers:
             return
-        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
-            same = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.reshape(-1) for buffer in same])
-            self._waits.begin()
-            dist.broadcast(flat, src=0)
-            self._waits.end()
-            values = flat.split([buffer.numel() for buffer in same])
-            torch._foreach_copy_(same, [value.view_as(buffer) for value, buffer in zip(values, same)])
+        # The widest types first, so that each buffer begins at a multiple of its type's size.
+        ordered = sorted(buffers, key=lambda buffer: (-buffer.itemsize, str(buffer.dtype)))
+        flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in ordered])
+        self._waits.begin()
+        dist.broadcast(flat, src=0)
+        self._waits.end()
+        parts = zip(ordered, flat.split([buffer.nbytes for buffer in ordered]))
+        for dtype, of_type in groupby(parts, key=lambda part: part[0].dtype):
+            targets, values = zip(*of_type)
+            torch._foreach_copy_(targets, [value.view(dtype).view_as(like) for like, value in zip(targets, values)])
 
-    def sum_over_shards(self, values: Sequence[Tensor]) -> float:
-        """Returns the exact sum of one number per shard, over the shards of all ranks; waits for all ranks.
+    def sum_over_shards(self, values: Sequence[float]) -> Callable[[], float]:
+        """Begins the exact sum of one number per shard, over the shards of all ranks.
 
-        Shapes: one scalar for each of this worker's shards.
+        Returns:
+            Waits for all ranks and returns the sum; NaN if a number is not finite.
+
+        Shapes: one number for each of this worker's shards, or a single NaN.
         """
-        return exact_sum(row[0] for row in self.gather_rows([[float(value)] for value in values], width=1))
+        most = max(map(len, self.blocks))
+        gathered = self.gather_later(torch.tensor([*values, *[0.0] * (most - len(values))], dtype=torch.float64))
+
+        def wait() -> float:
+            self._activity.begin_exchange()
+            of_all = gathered()
+            self._activity.end_exchange()
+            return exact_sum(of_all.flatten().tolist())
+
+        return wait
+
+    def gather_later(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begins to gather values of all ranks.
+
+        Values on a GPU are gathered on the GPU, after all work on its current stream, and then copied to the CPU.
+
+        Returns:
+            Waits for the values of all ranks and returns them.
+
+        Shapes: [n], n the same on every rank -> [world_size, n], on the CPU.
+        """
+        gathered = values.new_empty(self.world_size * values.numel())
+        work = all_gather_flat(gathered, values, None if values.is_cuda else self.cpu_group, async_op=True)
+        assert work is not None, "an asynchronous collective returns its work"
+        on_host = to_host_later(gathered, work)
+        return lambda: on_host().view(self.world_size, -1)
 
     def gather_rows(self, rows: Sequence[Sequence[float]], width: int) -> list[list[float]]:
         """Returns the rows of all ranks, in rank order; ranks may have different numbers of rows.

@@ -18,7 +18,7 @@ from cluster.errors import TrainingError
 from jobs.components.buffers import MODEL, Buffers
 from jobs.components.losses import GlobalLoss
 from jobs.components.metric_values import MetricValues
-from jobs.data.loader import seed_draws, seed_host_draws
+from jobs.data.loader import LoadedBatch, seed_draws, seed_host_draws
 from jobs.parallel.step_report import exact_sum
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
@@ -44,18 +44,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss: GlobalLoss, metrics: "MetricSet | None", batches: Iterable[Any], team: Team, seed: int
+    model: nn.Module,
+    loss: GlobalLoss,
+    metrics: "MetricSet | None",
+    batches: Iterable[LoadedBatch],
+    team: Team,
+    seed: int,
 ) -> MetricValues:
     """Measures loss, accuracy and the declared metrics over the batches of all workers, each sample once.
 
     Every batch begins with the same buffers, and all buffers are as before afterwards: which batches a worker measures
     must not matter.
 
+    The CPU waits for the GPU after the last batch alone, unless a metric does at every batch, as torchmetrics' do to
+    check their arguments.
+
     Args:
         model: Called with the inputs of a batch; in evaluation mode meanwhile.
         loss: The loss of the job.
         metrics: The declared metrics, if there are any.
-        batches: (inputs, target) of this rank on its device: those with the numbers rank, rank + W, rank + 2W, ...
+        batches: Those of this rank, on its device, with the numbers rank, rank + W, rank + 2W, ...; weighed if the loss
+            weighs targets.
         team: All W workers.
         seed: Seeds the random draws of each forward pass, by the number of the batch.
 
@@ -71,26 +80,27 @@ def evaluate(
     """
     buffers = Buffers({MODEL: model, **loss.modules()})
     at_start = buffers.take(with_values=True)
-    rows = []  # of each batch, float64 [4]: loss sum, correct, counted, weight
+    tallies, weights = [], []  # of each batch
     with evaluation_mode(model):
-        for number, (inputs, target) in zip(count(team.rank, team.world_size), batches):
+        for number, (inputs, target, weight) in zip(count(team.rank, team.world_size), batches):
             seed_draws(draw_key("evaluation", seed, number), team.device)
             output = model(inputs)
             numerator, own = loss.numerator(output, target)
-            weight = loss.weight(target, numerator, own)
-            rows.append(torch.cat([loss.tally(output, target, numerator), weight.reshape(1)]))
+            tallies.append(loss.tally(output, target, numerator))
+            weights.append(own if weight is None else weight)
             if metrics is not None:
                 metrics.update(*loss.measured(output, target))
             buffers.put(at_start)
-    tallies = team.gather_rows([row.tolist() for row in torch.stack(rows).cpu()] if rows else [], width=4)
-    total, correct, counted, weight_sum = map(exact_sum, zip(*tallies))
+    on_host = torch.stack(tallies).tolist() if tallies else []  # the wait
+    rows = team.gather_rows([[*tally, weight] for tally, weight in zip(on_host, weights)], width=4)
+    total, correct, counted, weight_sum = map(exact_sum, zip(*rows))
     if weight_sum == 0:
         raise TrainingError("every target of data.val is ignored; give it some that count")
     numbers = {"val/loss": total / loss.denominator(weight_sum)}
     if counted:
         numbers["val/accuracy"] = correct / counted
-    measured = MetricValues({name: value for name, value in numbers.items() if math.isfinite(value)})
-    return measured if metrics is None else measured | _measure(metrics, team, seed)
+    values = MetricValues({name: value for name, value in numbers.items() if math.isfinite(value)})
+    return values if metrics is None else values | _measure(metrics, team, seed)
 
 
 def _measure(metrics: "MetricSet", team: Team, seed: int) -> MetricValues:

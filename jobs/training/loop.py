@@ -6,12 +6,12 @@ that every rank has received.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
-from jobs.data.loader import training_batches, validation_batches
+from jobs.data.device_copies import copied_ahead
+from jobs.data.loader import LoadedBatch, training_batches, validation_batches
 from jobs.parallel.step_report import StepReport, StepReports
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
@@ -19,6 +19,7 @@ from jobs.training.evaluation import evaluate
 from jobs.training.improvement import note_best, note_stall
 from jobs.training.metric_row import check_finite, check_ignored_targets, make_row, why_not_finite
 from jobs.training.step import TrainingStep
+from jobs.training.step_batches import StepBatch, step_batches
 
 
 class Loop:
@@ -72,7 +73,7 @@ class Loop:
         self.end = min(self.steps.total_steps, spec.train.max_steps or self.steps.total_steps)
         self.stopping = False
         self.metrics = dict(metrics)
-        self.reports = StepReports(team.blocks, team.cpu_group)
+        self.reports = StepReports(team.blocks, team.gather_later)
 
     @property
     def is_complete(self) -> bool:
@@ -88,8 +89,8 @@ class Loop:
         if self.is_complete or self.state.step >= self.end:
             return
         training = TrainingStep(self.spec, self.components, self.team, self.mark)
-        for micro_batches in self._batches():
-            outcome = training.take(self.state.step, micro_batches)
+        for batch in self._batches():
+            outcome = training.take(self.state.step, batch)
             self.state.step += 1
             for report in self.reports.push(self.state.step, outcome, stop=self.stop_wanted()):
                 self._record(report)
@@ -152,19 +153,20 @@ class Loop:
         batches = validation_batches(
             components.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
             world_size=team.world_size, loaders=spec.data.loaders, device=team.device,
+            weigh=components.loss.target_weights(),
         )  # fmt: skip
         model, loss, metrics = components.validated_model, components.loss, components.metrics
         with components.autocast():
-            measured = evaluate(model, loss, metrics, self._mark_each(batches), team, spec.seed)
+            measured = evaluate(model, loss, metrics, self._prepared(batches), team, spec.seed)
         for name, matrix in measured.matrices.items():
             self.tell(MatrixMeasured(name=name, step=self.state.step, classes=matrix.classes, values=matrix.values))
         return measured.numbers
 
-    def _mark_each(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yields validation batches and marks each as progress, so that a long validation does not count as hung."""
-        for inputs, target in batches:
+    def _prepared(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+        """Yields validation batches on the device; marks each, so that a long validation does not count as hung."""
+        for batch in copied_ahead(batches, self.team.device):
             self.mark("validation", self.state.step)
-            yield self.components.in_memory_order(inputs), target
+            yield batch._replace(inputs=self.components.in_memory_order(batch.inputs))
 
     def _record(self, report: StepReport, validated: Mapping[str, float] | None = None) -> dict[str, float]:
         """Checks a step's report, logs its row if the row is due, and returns the row."""
@@ -192,8 +194,10 @@ class Loop:
             self.state.ended_early = True
             self.tell(StepEvent(kind="early_stop", step=self.state.step, reason=reason))
 
-    def _batches(self) -> Iterator[list[Any]]:
-        return training_batches(
+    def _batches(self) -> Iterator[StepBatch]:
+        weigh, start = self.components.loss.target_weights(), self.state.step
+        loaded = training_batches(
             self.components.train_set, steps=self.steps, seed=self.spec.seed, block=self.team.block,
-            start=self.state.step, end=self.end, loaders=self.spec.data.loaders, device=self.team.device,
+            start=start, end=self.end, loaders=self.spec.data.loaders, device=self.team.device, weigh=weigh,
         )  # fmt: skip
+        return step_batches(loaded, num_steps=self.end - start, are_weighed=weigh is not None, team=self.team)

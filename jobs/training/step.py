@@ -7,7 +7,6 @@ once. ``jobs/training/loop.py`` decides what happens between steps.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
 from jobs.training.aligned_gradients import AlignedGradients, rounds_by_address
+from jobs.training.step_batches import StepBatch
 
 
 class TrainingStep:
@@ -47,12 +47,15 @@ class TrainingStep:
         self._replica: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
-    def take(self, step: int, micro_batches: Sequence[Any]) -> StepOutcome:
-        """Runs one optimizer step.
+    def take(self, step: int, batch: StepBatch) -> StepOutcome:
+        """Runs one optimizer step; on a GPU it only enqueues it.
+
+        The CPU waits for the GPU in a step with ``on_nonfinite: skip``, and once if a gradient scaler must tell an
+        optimizer that is not fused whether to step.
 
         Args:
             step: The number of steps completed before this one.
-            micro_batches: One (input, target) for each of this worker's shards, in shard order, on its device.
+            batch: The batch of this step.
 
         Raises:
             TrainingError: Every target of the global batch is ignored, or a buffer has got another shape or type.
@@ -66,7 +69,7 @@ class TrainingStep:
         may_skip = self._spec.train.on_nonfinite == "skip"
         buffers_at_start = self._buffers.take(with_values=len(self._team.block) > 1 or may_skip)
 
-        tallies, denominator = self._compute_gradients(step, micro_batches, buffers_at_start)
+        tallies, denominator = self._compute_gradients(step, batch, buffers_at_start)
         skipped = may_skip and not self._is_finite(tallies)
         rates = tuple(float(group["lr"]) for group in self._components.optimizer.param_groups)
         if skipped:
@@ -77,9 +80,7 @@ class TrainingStep:
         self._components.schedule.step_done()
         return StepOutcome(tallies, denominator, rates, skipped)
 
-    def _compute_gradients(
-        self, step: int, micro_batches: Sequence[Any], buffers_at_start: Snapshot
-    ) -> tuple[Tensor, float]:
+    def _compute_gradients(self, step: int, batch: StepBatch, buffers_at_start: Snapshot) -> tuple[Tensor, float]:
         """Runs forward and backward on this worker's shards; leaves the gradient of the global batch in ``.grad``.
 
         Returns:
@@ -94,9 +95,11 @@ class TrainingStep:
         loss, replica = components.loss, self._replica
         assert replica is not None, "take() makes it"
         tallies = []
-        denominator = self._denominator_from_targets(step, micro_batches)
+        denominator = None if batch.weight is None else batch.weight()
+        if denominator == 0:
+            raise TrainingError(f"step {step + 1}: every target of the global batch is ignored")
         buffers_of_first: Snapshot | None = None
-        for shard, (inputs, target) in zip(team.block, micro_batches):
+        for shard, (inputs, target, _) in zip(team.block, batch.micro_batches):
             is_first, is_last = shard == team.block[0], shard == team.block[-1]
             if not is_first:
                 self._buffers.put(buffers_at_start)
@@ -126,19 +129,6 @@ class TrainingStep:
         self._buffers.put(buffers_of_first)
         team.share_buffers(buffers_of_first.tensors)
         return torch.stack(tallies), denominator
-
-    def _denominator_from_targets(self, step: int, micro_batches: Sequence[Any]) -> float | None:
-        """Returns the weight of the global batch's targets where the loss divides by it, else None.
-
-        Collective: every rank, if the loss weighs its targets.
-        """
-        loss = self._components.loss
-        if not loss.weighs_targets:
-            return None
-        weight = self._team.sum_over_shards([loss.target_weight(target) for _, target in micro_batches])
-        if weight == 0:
-            raise TrainingError(f"step {step + 1}: every target of the global batch is ignored")
-        return weight
 
     def _update_weights(self, step: int) -> None:
         """Clips the gradient, updates the weights and their moving average.
@@ -174,12 +164,14 @@ class TrainingStep:
 
         Collective: every rank.
         """
-        if not math.isfinite(self._team.sum_over_shards(list(tallies[:, 0]))):
-            return False
-        if self._components.scaler is not None:
-            return True  # the scaler itself skips a gradient that overflows
-        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        return math.isfinite(nn.utils.get_total_norm(gradients, math.inf).item())
+        if self._components.scaler is None:
+            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients, math.inf)
+        else:  # the scaler itself skips a gradient that overflows
+            norm = tallies.new_zeros(())
+        *losses, largest = torch.cat([tallies[:, 0], norm.double().reshape(1)]).tolist()  # waits for the GPU
+        loss = self._team.sum_over_shards(losses)()
+        return math.isfinite(loss) and math.isfinite(largest)
 
     def _set_trainable(self, step: int) -> None:
         """Freezes and unfreezes parameters for ``step``.

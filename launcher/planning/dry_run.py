@@ -17,7 +17,8 @@ from cluster.errors import CheckpointError, ClusterError, DescriptionError, Stor
 from cluster.process.orders import Task
 from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
 from jobs.components.build import Components, build_parts, worker_device
-from jobs.data.loader import seed_draws, shape_of, to_device
+from jobs.data.device_copies import to_device
+from jobs.data.loader import seed_draws, shape_of
 from jobs.environment import code_digests
 from jobs.sampling import draw_key
 from jobs.spec import InitSpec, JobSpec, watched_metrics
@@ -293,7 +294,8 @@ def _forward(
         with watch.over(_modules(parts), "metrics"):  # without their results, which a worker computes on the CPU
             parts.metrics.update(*seen)
         parts.metrics.share()
-    denominator = parts.loss.denominator(parts.loss.weight(target, numerator, own).item())
+    weigh = parts.loss.target_weights()
+    denominator = parts.loss.denominator(own if weigh is None else weigh(target))
     check_mean(parts.loss, as_written, numerator, denominator)
     return numerator, denominator, measured
 

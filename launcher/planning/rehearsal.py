@@ -9,6 +9,7 @@ would train on with other numbers.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from cluster.process.orders import LOOPBACK
 from jobs.checkpoint.layout import lay_out
 from jobs.checkpoint.state_tree import pack, unpack
 from jobs.components.build import Components
-from jobs.data.loader import seed_draws
+from jobs.data.loader import LoadedBatch, seed_draws
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import message_of
 from jobs.training.step import TrainingStep
+from jobs.training.step_batches import StepBatch
 from launcher.planning.same_bits import has_same_bits
 
 _WHAT_TO_DO = (
@@ -150,8 +152,11 @@ class _Step:
         Raises:
             DescriptionError: A part of the step raised an exception.
         """
+        inputs, target = self._micro_batch
+        weigh = self._components.loss.target_weights()
+        batch = StepBatch([LoadedBatch(inputs, target)], None if weigh is None else partial(weigh, target))
         try:
-            return self._training.take(step, [self._micro_batch]).tallies
+            return self._training.take(step, batch).tallies
         except LauncherError as error:
             raise DescriptionError(f"{error}") from error
         except Exception as error:  # model, loss and optimizer may be the user's own

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cluster.process.agent_link import AgentLink
+from cluster.process.orders import Task
+from jobs.parallel.worker_team import Team
 from jobs.spec import CheckpointSpec, JobSpec, LossSpec, Target
+from jobs.training.worker import meet
 from tests.distributed.small_job import CLASSES, full_job, images, target
-from tests.distributed.team_process import newest_state, run_job, run_processes, train_job
+from tests.distributed.team_process import TIMEOUT_S, newest_state, run_job, run_processes, train_job
 
 STEPS, RESUMED_AT = 6, 3
 
@@ -195,3 +199,45 @@ def test_a_buffer_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
         "step 1: model: buffer seen changes from float32 [5] on cpu to float32 [3, 1] on cpu in forward; keep its "
         "shape and type, or hold what has no fixed shape outside of buffers"
     )
+
+
+BUFFERS: dict[str, Callable[[int], Tensor]] = {
+    "flags": lambda rank: torch.tensor([True, rank > 0, False]),
+    "one number": lambda rank: torch.tensor(7 + rank),
+    "nothing": lambda _: torch.zeros(0, 3),
+    "images": lambda rank: (torch.rand(2, 3, 4, 5) + rank).contiguous(memory_format=torch.channels_last),
+    "a view": lambda rank: (torch.rand(5, 4, dtype=torch.float64) + rank)[:, 1:3],
+    "complex": lambda rank: torch.rand(3, dtype=torch.complex128) + rank,
+    "narrow": lambda rank: (torch.rand(3) + rank).bfloat16(),
+    "bytes": lambda rank: torch.arange(5, dtype=torch.uint8) + rank,
+}
+
+
+def shared(link: AgentLink, task: Task) -> list[tuple[str, tuple[int, ...], tuple[int, ...], list[int]]]:
+    """Buffers of every kind, which rank 0 shares."""
+    meet(link, task, TIMEOUT_S)
+    team = Team(rank=task.rank, world_size=task.world_size, shards=2, exact=True, device=torch.device("cpu"))
+    buffers = made(task.rank)
+    team.share_buffers(buffers)
+    team.share_buffers([])
+    team.barrier()
+    return list(map(described, buffers))
+
+
+def made(rank: int) -> list[Tensor]:
+    torch.manual_seed(rank)
+    return [make(rank) for make in BUFFERS.values()]
+
+
+def described(buffer: Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...], list[int]]:
+    """Type, shape, strides and bytes."""
+    values = buffer.reshape(-1).view(torch.uint8).tolist()
+    return str(buffer.dtype), tuple(buffer.shape), buffer.stride(), values
+
+
+def test_buffers_of_any_type_and_shape_are_those_of_rank_0(tmp_path: Path) -> None:
+    outcome = run_processes(shared, job_with(tmp_path, target("Net")), 2)
+    assert not outcome.failures, "\n".join(outcome.failures.values())
+    sent, others = (list(map(described, made(rank))) for rank in (0, 1))
+    assert [name for name, own, other in zip(BUFFERS, sent, others) if own == other] == ["nothing"]
+    assert outcome.results == {0: sent, 1: sent}

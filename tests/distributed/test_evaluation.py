@@ -70,7 +70,7 @@ def validate(link: AgentLink, task: Task) -> dict[str, MetricValues]:
             loss = build_loss(LossSpec(factory=Target("CrossEntropyLoss", args)), Builder()).to(device)
             batches = validation_batches(
                 Images(samples, ignored=ignored), batch_size=BATCH, seed=SEED, rank=team.rank,
-                world_size=team.world_size, loaders=0, device=device,
+                world_size=team.world_size, loaders=0, device=device, weigh=loss.target_weights(),
             )  # fmt: skip
             # As a list: what a loader has seeded last, which depends on the worker, must not reach the model.
             results[f"{name}, drop {drop}"] = evaluate(build_model(drop), loss, metrics, list(batches), team, SEED)

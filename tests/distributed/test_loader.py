@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from cluster.process import fork_server
-from jobs.data.loader import validation_batches
+from jobs.data.loader import LoadedBatch, validation_batches
 from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
 
 
 class Samples:
-    """Samples of one number; a loader process that gets to ``place`` never leaves it again.
+    """Samples of one number and its label; a loader process that gets to ``place`` never leaves it again.
 
     Every process of the loader leaves a file, named as its number, in the folder.
     """
@@ -34,9 +34,9 @@ class Samples:
     def __len__(self) -> int:
         return 100
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         self._reach("reading a sample")
-        return torch.tensor(number)
+        return torch.tensor(number), 0
 
     def _reach(self, place: str) -> None:
         (self._folder / str(os.getpid())).touch()
@@ -47,7 +47,7 @@ class Samples:
 class BadSamples(Samples):
     """Samples that raise an exception of a class that no other process can find."""
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         class BadSampleError(Exception):
             def __init__(self, *, number: int) -> None:
                 super().__init__(f"sample {number} is bad")
@@ -77,10 +77,11 @@ def read_with_environment(folder: str) -> list[int]:
     sys.path.append(folder)
     reader = importlib.import_module("reader")
     assert reader.AT_IMPORT == [1, 0, 0]
-    return next(batches_of(reader.Flags())).tolist()[0]
+    flags: list[int] = next(batches_of(reader.Flags())).inputs[0].tolist()
+    return flags
 
 
-def batches_of(samples: Any) -> Iterator[torch.Tensor]:
+def batches_of(samples: Any) -> Iterator[LoadedBatch]:
     address = fork_server.own_address()
     assert address is not None
     fork_server.use(address)
@@ -119,7 +120,7 @@ def test_the_users_code_is_imported_with_the_environment_of_the_training_process
         "]\n"
         "class Flags:\n"
         "    def __len__(self): return 4\n"
-        "    def __getitem__(self, number): return torch.tensor(AT_IMPORT)\n"
+        "    def __getitem__(self, number): return torch.tensor(AT_IMPORT), 0\n"
     )
     fork_server.stop()
     monkeypatch.setenv("ONLY_IN_THE_SERVER", "yes")

@@ -5,12 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from jobs.data.loader import seed_host_draws
 from jobs.sampling import StepPlan, draw_key
-from jobs.spec import CheckpointSpec, EarlyStopSpec, JobSpec, LossSpec, OptimizerSpec, Target
-from tests.distributed.small_job import CLASSES, SAMPLES, STEPS_PER_EPOCH, Net, full_job, images, plain_job
-from tests.distributed.team_process import Outcome, newest_state, run_job
+from jobs.spec import CheckpointSpec, DataSpec, EarlyStopSpec, JobSpec, LossSpec, OptimizerSpec, Target
+from tests.distributed.small_job import CLASSES, SAMPLES, STEPS_PER_EPOCH, Images, Net, full_job, images, plain_job
+from tests.distributed.team_process import Outcome, newest_state, run_job, run_processes, train_job
+
+
+class BadImages(Images):
+    """Images, one of which cannot be read."""
+
+    def __init__(self, length: int, bad: int) -> None:
+        super().__init__(length)
+        self._bad = bad
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        if number == self._bad:
+            raise OSError(f"sample {number} is bad")
+        return super().__getitem__(number)
 
 
 def assert_same(outcome: Outcome, other: Outcome) -> None:
@@ -57,6 +71,26 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_it_had_not_been(tmp_path: Pa
     assert [row.get("skipped") for row in alone.rows] == [None, None, 1, None]
     assert ["train/loss" in row for row in alone.rows] == [True, True, False, True]
     assert alone.digests[3] == alone.digests[2] != alone.digests[4]
+
+
+@pytest.mark.parametrize("args", [{}, {"ignore_index": 0}], ids=["plain", "weighed targets"])
+def test_a_sample_that_cannot_be_read_ends_the_run_in_the_step_that_needs_it(
+    args: dict[str, int], tmp_path: Path
+) -> None:
+    """It is read while the step before runs, of which a checkpoint is written."""
+    job = plain_job(tmp_path, "run", epochs=1)
+    bad = int(StepPlan(SAMPLES, 12, 4, 1).samples(job.seed, batch=2, shard=3)[1])
+    job = replace(
+        job,
+        data=DataSpec(train=Target(f"{__name__}.BadImages", {"length": SAMPLES, "bad": bad})),
+        loss=LossSpec(factory=Target("CrossEntropyLoss", args)),
+        checkpoint=CheckpointSpec(every_steps=1, keep=9),
+    )
+    outcome = run_processes(train_job, job, 2)
+
+    assert f"sample {bad} is bad" in outcome.failures[1]
+    assert "is bad" not in outcome.failures[0]
+    assert ([row["step"] for row in outcome.rows], sorted(outcome.digests)) == ([1, 2], [1, 2])
 
 
 def test_a_run_ends_when_a_metric_no_longer_improves(tmp_path: Path) -> None:

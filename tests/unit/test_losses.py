@@ -349,11 +349,12 @@ def over_shards(case: Case, loss: GlobalLoss, n: int, shards: int) -> tuple[floa
     """As the loop does it: denominators first where targets decide them, then a backward pass per shard."""
     model = net()
     micro_batches = list(zip(split(inputs(n), n // shards), split(case.target(n), n // shards)))
-    weights = [loss.target_weight(target) for _, target in micro_batches] if loss.weighs_targets else []
+    weigh = loss.target_weights()
+    weight = sum(weigh(target) for _, target in micro_batches) if weigh else None
     total = 0.0
     for inputs_of_shard, target in micro_batches:
         numerator, own = loss.numerator(case.head(model(inputs_of_shard)), target)
-        denominator = float(sum(weights)) if loss.weighs_targets else loss.denominator(own, shards)
+        denominator = loss.denominator(own, shards) if weight is None else weight
         (numerator / denominator).backward()
         total += numerator.item() / denominator
     return total, gradient_of(model)
@@ -362,12 +363,12 @@ def over_shards(case: Case, loss: GlobalLoss, n: int, shards: int) -> tuple[floa
 @torch.no_grad()
 def over_a_dataset(case: Case, loss: GlobalLoss, n: int, batch_size: int) -> float:
     """As validation does it: sums over batches of which the last is smaller."""
-    model = net()
+    model, weigh = net(), loss.target_weights()
     total = weight = 0.0
     for inputs_of_batch, target in zip(split(inputs(n), batch_size), split(case.target(n), batch_size)):
         numerator, own = loss.numerator(case.head(model(inputs_of_batch)), target)
         total += numerator.item()
-        weight += loss.weight(target, numerator, own).item()
+        weight += weigh(target) if weigh else own
     return total / loss.denominator(weight)
 
 
