@@ -21,7 +21,8 @@ from cluster.process.agent_link import AgentLink
 from cluster.process.messages import SaveSkipped, ShareWritten, Spent
 from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.run.manifest import Manifest, Part, PartKey, Share, divide
-from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
+from jobs.checkpoint.file_content import memory_of
+from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.parallel.worker_team import Team
