@@ -1,10 +1,13 @@
 """How much memory torch takes on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
+
+from cluster.collectives import exchange
 
 
 @dataclass
@@ -12,11 +15,12 @@ class Memory:
     """Bytes that torch has allocated in a context, beyond what it had before it."""
 
     peak: int = 0
+    end: int = 0
 
 
 @contextmanager
 def measured_memory() -> Iterator[Memory]:
-    """Measures what this thread allocates; torch does not count what others do."""
+    """Measures what this thread allocates and frees; torch counts no other."""
     memory = Memory()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield memory
@@ -28,3 +32,20 @@ def measured_memory() -> Iterator[Memory]:
         if event.name() == "[memory]":
             total += event.nbytes()
             memory.peak = max(memory.peak, total)
+    memory.end = total
+
+
+class _ThisThread:
+    """An executor without a thread."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
+        function(*args)
+
+    def shutdown(self) -> None: ...
+
+
+def exchange_in_this_thread() -> None:
+    """Lets exchanges that are opened from now on run where they are measured; with one worker, none waits."""
+    exchange.ThreadPoolExecutor = _ThisThread  # type: ignore[assignment, misc]

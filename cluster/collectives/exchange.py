@@ -105,13 +105,15 @@ class TreeExchange:
         Shapes:
             bucket.buffer(): [length of the bucket], as each of the results.
         """
+        sums = self._fold_aside.sums
+        if not sums:
+            return []
         buffer, parameters = bucket.buffer(), bucket.parameters()
         places = [parameter.grad for parameter in parameters if parameter.grad is not None]
         begin = buffer.storage_offset()
         assert all(place.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for place in places)
         assert sum(place.numel() for place in places) == buffer.numel(), "the bucket has nothing but gradients"
-        sums = self._fold_aside.sums
-        numbers = [self._number_of[parameter] for parameter in parameters] if sums else []
+        numbers = [self._number_of[parameter] for parameter in parameters]
         num_apart = self._num_sums - 1
         for grads in reversed(sums[num_apart:]):  # each is the sibling of what the bucket holds by then
             torch._foreach_add_(places, [grads[number] for number in numbers])

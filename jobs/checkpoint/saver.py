@@ -30,8 +30,9 @@ from jobs.parallel.worker_team import Team
 _LONGEST_WAIT_S = 10.0
 """The longest wait for the previous save; all other workers wait for this one meanwhile."""
 _POLL_INTERVAL_S = 0.1
-_SLACK_BYTES = 2 * PART_BYTES
-"""Beyond a share of the state: a few more digits in the JSON of a later one move a part at either end."""
+COPY_SLACK_BYTES = 2 * PART_BYTES
+"""Memory for a copy beyond the share of the state: a few more digits in the JSON of a later one move a part at either
+end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +149,7 @@ class Saver:
         if num_with_moments != self._num_prepared:
             self._num_prepared = num_with_moments
             _, _, places = self._own_parts()
-            self._buffers.prepare(len(_whole(places)) + _SLACK_BYTES)
+            self._buffers.prepare(len(_whole(places)) + COPY_SLACK_BYTES)
         if self._waiting:
             self._late_ranks(longest_wait_s=0.0)
 
