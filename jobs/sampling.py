@@ -114,7 +114,7 @@ def _divide(block: range, parts: Sequence[int], most: int, shards: int) -> list[
         longer = {}
         for end in _round_boundaries(even, range(first, last + 1)):
             ways = [
-                (weight + weights[_num_partial_sums(start, end, shards)], distance + abs(end - even), start)
+                (weight + weights[num_partial_sums(start, end, shards)], distance + abs(end - even), start)
                 for start, (weight, distance, _) in paths.items()
                 if part <= end - start <= most * part
             ]
@@ -141,7 +141,7 @@ def _round_boundaries(even: int, allowed: range) -> set[int]:
     return boundaries
 
 
-def _num_partial_sums(start: int, end: int, shards: int) -> int:
+def num_partial_sums(start: int, end: int, shards: int) -> int:
     """Returns the number of complete subtrees in the shards [start, end), without building the tree.
 
     Subtrees grow from ``start`` up to the middle, the number that divides by the largest power of two, and shrink from

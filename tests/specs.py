@@ -4,6 +4,7 @@ from typing import Any
 
 from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target
+from launcher.planning.memory import MemoryPlan
 from launcher.planning.plan import DryRunResult
 
 
@@ -19,6 +20,10 @@ def bare_job(**sections: Any) -> JobSpec:
     )
 
 
+MEMORY = MemoryPlan(
+    num_workers=2, weights=5 * 2**20, buffers=0, gradients=5 * 2**20, optimizer=10 * 2**20, average=0,
+    set_aside=5 * 2**20, exchange=5 * 2**20, activations=None, total=30 * 2**20, copy=2**20, restore=20 * 2**20,
+)  # fmt: skip
 TRIED = DryRunResult(
     steps=StepPlan(num_samples=640, global_batch=64, shards=4, epochs=1),
     num_val_samples=0,
@@ -27,6 +32,7 @@ TRIED = DryRunResult(
     groups=[],
     parameters=10,
     checkpoint_bytes=100,
+    memory=MEMORY,
     trial_samples=16,
     trial_loss=1.0,
     data_fingerprint="ab",

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.collectives.slice_exchange import open_levels
-from cluster.collectives.summation_tree import Fold, Node
+from cluster.collectives.summation_tree import Fold, complete_subtrees
 from cluster.collectives.topology import exchange_levels
 
 
@@ -52,7 +52,7 @@ class TreeExchange:
             timeout_s: The longest wait for the other ranks; None: torch's default.
         """
         self._shards = shards
-        self._last_leaf = (blocks[rank][-1], blocks[rank][-1] + 1)
+        self._num_sums = len(complete_subtrees(blocks[rank], shards))
         self._levels = open_levels(exchange_levels(blocks, hosts), rank, shards, timeout_s)
         self._fold_aside = Fold(shards)
         self._number_of: dict[Tensor, int] = {}
@@ -74,7 +74,7 @@ class TreeExchange:
             parameter.grad = None
 
     def step_done(self) -> None:
-        """Drops the gradients set aside. Call it after the backward pass of the block's last shard."""
+        """Drops what is left of the sums set aside. Call it after the backward pass of the block's last shard."""
         self._fold_aside = Fold(self._shards)
 
     def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -84,35 +84,50 @@ class TreeExchange:
             bucket.buffer(): [length of the bucket], as the result.
         """
         buffer = bucket.buffer()
-        earlier = [self._as_bucket(bucket, grads) for grads in self._fold_aside.sums]
-        nodes = list(self._fold_aside.nodes)
-        summing = self._sum(buffer, nodes, earlier)
+        earlier = self._add_set_aside(bucket)
+        summing = self._sum(buffer, earlier)
         if self._on_gpu:
             return self._enqueue(buffer, earlier, summing)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         self._threads[0].submit(self._run, 0, summing, future, buffer)
         return future
 
-    def _as_bucket(self, bucket: dist.GradBucket, grads: Sequence[Tensor]) -> Tensor:
-        """Copies gradients that were set aside into the layout of the bucket.
+    def _add_set_aside(self, bucket: dist.GradBucket) -> list[Tensor]:
+        """Adds to a bucket what was set aside for it, as far as the tree allows; drops what is in the bucket by then.
 
         A bucket holds each gradient in the memory order of its parameter, which ``GradBucket.gradients`` does not know.
         The gradients of the last shard are views of the bucket by now, and have that order.
 
+        Returns:
+            The partial sums that stay apart from the bucket's, in the order of their shards, in the bucket's
+            layout.
+
         Shapes:
-            grads: as the parameters' -> [length of the bucket].
+            bucket.buffer(): [length of the bucket], as each of the results.
         """
-        buffer = bucket.buffer()
-        flat = torch.empty_like(buffer)
-        parameters, begin = bucket.parameters(), buffer.storage_offset()
+        sums = self._fold_aside.sums
+        if not sums:
+            return []
+        buffer, parameters = bucket.buffer(), bucket.parameters()
         places = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        begin = buffer.storage_offset()
         assert all(place.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() for place in places)
         assert sum(place.numel() for place in places) == buffer.numel(), "the bucket has nothing but gradients"
-        torch._foreach_copy_(
-            [flat.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places],
-            [grads[self._number_of[parameter]] for parameter in parameters],
-        )
-        return flat
+        numbers = [self._number_of[parameter] for parameter in parameters]
+        num_apart = self._num_sums - 1
+        for grads in reversed(sums[num_apart:]):  # each is the sibling of what the bucket holds by then
+            torch._foreach_add_(places, [grads[number] for number in numbers])
+            _drop(grads, numbers)
+        apart = []
+        for grads in sums[:num_apart]:
+            flat = torch.empty_like(buffer)
+            torch._foreach_copy_(
+                [flat.as_strided(place.shape, place.stride(), place.storage_offset() - begin) for place in places],
+                [grads[number] for number in numbers],
+            )
+            _drop(grads, numbers)
+            apart.append(flat)
+        return apart
 
     def close(self) -> None:
         """Ends the threads.
@@ -157,22 +172,16 @@ class TreeExchange:
             future.set_result(buffer)
         return future
 
-    def _sum(self, buffer: Tensor, nodes: list[Node], earlier: list[Tensor]) -> Iterator[None]:
-        """Replaces the bucket of the last shard by the sum over all shards, in place.
+    def _sum(self, buffer: Tensor, earlier: list[Tensor]) -> Iterator[None]:
+        """Replaces the sum over the last shards of this worker by the sum over all shards, in place.
 
         Yields where another line goes on.
 
         Shapes:
             buffer, each of earlier: [length of the bucket].
         """
-        fold = Fold(self._shards)
-        for node, partial in zip(nodes, earlier):
-            fold.push(node, partial)
-        fold.push(self._last_leaf, buffer)
         if self._levels:
-            yield from self._exchange(0, fold.sums, buffer)
-        elif fold.sums[0] is not buffer:
-            buffer.copy_(fold.sums[0])
+            yield from self._exchange(0, [*earlier, buffer], buffer)
 
     def _exchange(self, number: int, sums: Sequence[Tensor], region: Tensor) -> Iterator[None]:
         """Replaces a region of a bucket by the sum over all shards.
@@ -180,7 +189,7 @@ class TreeExchange:
         Args:
             number: The number of the level.
             sums: The partial sums of the region that this worker has.
-            region: Where to put the sum. It may be the first of the partial sums.
+            region: Where to put the sum. It may be one of the partial sums.
         """
         level = self._levels[number]
         own = level.own_slice(region)
@@ -192,6 +201,11 @@ class TreeExchange:
             elif sums_of_own and sums_of_own[0].data_ptr() != own.data_ptr():  # the first peer may add up in the region
                 own.copy_(sums_of_own[0])
         level.gather(region)
+
+
+def _drop(grads: list[Tensor | None], numbers: Sequence[int]) -> None:
+    for number in numbers:
+        grads[number] = None
 
 
 def sum_by_backend(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -181,14 +181,20 @@ class Checkpoints:
         """Returns whether a step has an admitted manifest."""
         return step in self._fences.admitted(by_step(self._store.names(folder(step))))
 
-    def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey]) -> list[bytes]:
-        """Reads parts of a checkpoint, several at a time, each once, and verifies them.
+    def read_parts(self, manifest: Manifest, wanted: Sequence[PartKey], use: Callable[[PartKey, bytes], None]) -> None:
+        """Reads parts of a checkpoint, several at a time, each once, and verifies them; keeps none of them.
+
+        Args:
+            manifest: The manifest of the checkpoint.
+            wanted: Which parts to read.
+            use: Called with each part that is verified.
+
+        Thread: ``use`` is called from several threads.
 
         Raises:
             CheckpointError: A part is missing or differs from the manifest, and how.
         """
-        parts = self._map_parts(manifest, lambda _, data: data, wanted)
-        return [parts[key] for key in wanted]
+        self._map_parts(manifest, use, wanted)
 
     def read(self, step: int, files: Collection[str] | None = None) -> tuple[Manifest, dict[str, bytes]]:
         """Returns a checkpoint's manifest and files, or those of ``files`` that exist.
@@ -207,10 +213,11 @@ class Checkpoints:
         """
         names = [name for name in manifest.files if files is None or name in files]
         wanted = [key for key in manifest.part_keys() if key[0] in names]
-        data: dict[str, list[bytes]] = {name: [] for name in names}
-        for (name, _), part in zip(wanted, self.read_parts(manifest, wanted)):
-            data[name].append(part)
-        return {name: b"".join(parts) for name, parts in data.items()}
+        parts = self._map_parts(manifest, lambda _, data: data, wanted)
+        return {
+            name: b"".join(parts.pop((name, number)) for number in range(len(manifest.files[name].parts)))
+            for name in names
+        }
 
     def newest_good(
         self, on_bad: Callable[[int, CheckpointError], None], files: Collection[str] | None = None

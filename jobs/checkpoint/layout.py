@@ -9,16 +9,16 @@ the bytes of the files; nothing is serialised afterwards.
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.errors import CheckpointError, one_line
+from jobs.checkpoint.file_content import CPU, DTYPES, FileContent, HeaderError, Place, file_of
 from jobs.checkpoint.state_tree import pack, unpack
 
 MODEL_FILE = "model.safetensors"
@@ -27,7 +27,10 @@ EMA_FILE = "ema.safetensors"
 """Averaged weights; absent if the job keeps none."""
 WEIGHTS_FILES = {"model": MODEL_FILE, "ema": EMA_FILE}
 """The file with each kind of weights."""
-STATE_FILES = (MODEL_FILE, "optimizer.safetensors", "optimizer.json")
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_MOMENTS_PREFIX = "optimizer.state."
+"""Of the names of tensors that torch's optimizers keep for each parameter."""
+STATE_FILES = (MODEL_FILE, _OPTIMIZER_FILE, "optimizer.json")
 """The files that the manifest's ``state_sha256`` covers: model, optimizer and schedule."""
 TRAINING_FILES = ("training.safetensors", "training.json")
 """All other state; ``buffers`` in it are those that forward has changed and no state dict holds."""
@@ -40,14 +43,6 @@ neighbours change."""
 _ALIGNMENT = 64
 _AVERAGE_PREFIX = "module."
 """The prefix that ``AveragedModel`` adds to the model's names."""
-
-_DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
-    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""The names of types in safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +102,22 @@ def lay_out(state: Mapping[str, Any]) -> Layout:
     return writer.layout()
 
 
-def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Returns the state that ``lay_out`` received, with its tensors on the CPU.
+def place_of(file: str, device: torch.device) -> Place:
+    """Returns where a worker with this device needs the tensors of a file when it restores them.
+
+    Weights, averages and moments go to the device. Everything else stays on the CPU: the counters that optimizers keep
+    beside their moments must be there, and torch leaves them where they are loaded.
+    """
+
+    def place(name: str, shape: tuple[int, ...]) -> torch.device:
+        is_moment = file == _OPTIMIZER_FILE and name.startswith(_MOMENTS_PREFIX) and shape != ()
+        return device if is_moment or file in (MODEL_FILE, EMA_FILE) else CPU
+
+    return place
+
+
+def decode(files: Mapping[str, FileContent]) -> dict[str, Any]:
+    """Returns the state that ``lay_out`` received; it takes the tensors from the files.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -116,15 +125,13 @@ def decode(files: Mapping[str, bytes]) -> dict[str, Any]:
     for name in (MODEL_FILE, "optimizer.json", "training.json"):
         if name not in files:
             raise CheckpointError(f"the checkpoint has no {name}; use an earlier one")
-    try:
-        state: dict[str, Any] = {"model": safetensors.torch.load(files[MODEL_FILE]), "ema": None}
+    with _decoding():
+        state: dict[str, Any] = {"model": files[MODEL_FILE].take(), "ema": None}
         if EMA_FILE in files:
-            state["ema"] = safetensors.torch.load(files[EMA_FILE])
+            state["ema"] = files[EMA_FILE].take()
         for stem in ("optimizer", "training"):
             state |= _decode_tree(files, stem)
-        return state
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
+    return state
 
 
 def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Tensor]:
@@ -134,8 +141,8 @@ def decode_weights(data: bytes, which: Literal["model", "ema"]) -> dict[str, Ten
         CheckpointError: ``data`` is not a whole safetensors file.
     """
     try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors = file_of(WEIGHTS_FILES[which], data).take()
+    except HeaderError as error:
         raise CheckpointError(f"is no whole safetensors file, {one_line(error)}; restore it") from error
     if which == "model":
         return tensors
@@ -149,23 +156,28 @@ def decode_buffers(files: Mapping[str, bytes]) -> dict[str, dict[str, Tensor | N
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    try:
-        buffers: dict[str, dict[str, Tensor | None]] = _decode_tree(files, "training").get("buffers", {})
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint cannot be decoded: {error}; use an earlier one") from error
+    with _decoding():
+        contents = {name: file_of(name, files[name]) for name in TRAINING_FILES if name in files}
+        buffers: dict[str, dict[str, Tensor | None]] = _decode_tree(contents, "training").get("buffers", {})
     return buffers
 
 
-def memory_of(buffer: Tensor) -> memoryview:
-    """Returns a writable view of a tensor's memory. Shapes: buffer uint8 [bytes], on the CPU."""
-    return memoryview(cast(Any, buffer.numpy()))
+def decode_error(error: Exception) -> CheckpointError:
+    """Returns the error for a checkpoint whose bytes are those that were written, and cannot be decoded."""
+    return CheckpointError(f"the checkpoint cannot be decoded: {one_line(error)}; use an earlier one")
 
 
-def _decode_tree(files: Mapping[str, bytes], stem: str) -> dict[str, Any]:
-    tensors = files.get(f"{stem}.safetensors")
-    tree: dict[str, Any] = unpack(
-        json.loads(files[f"{stem}.json"]), {} if tensors is None else safetensors.torch.load(tensors)
-    )
+@contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise decode_error(error) from error
+
+
+def _decode_tree(files: Mapping[str, FileContent], stem: str) -> dict[str, Any]:
+    tensors = files[f"{stem}.safetensors"].take() if f"{stem}.safetensors" in files else {}
+    tree: dict[str, Any] = unpack(json.loads(files[f"{stem}.json"].text()), tensors)
     return tree
 
 
@@ -263,6 +275,6 @@ def _only_tensors(key: str, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _type_name(name: str, tensor: Tensor) -> str:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{name}: a tensor of {tensor.dtype} cannot be kept in a checkpoint; convert it")
-    return _DTYPES[tensor.dtype]
+    return DTYPES[tensor.dtype]

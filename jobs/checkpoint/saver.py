@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import torch
-from torch import Tensor
 
 from cluster.process.agent_link import AgentLink
 from cluster.process.messages import SaveSkipped, ShareWritten, Spent
 from cluster.run.checkpoints import CONCURRENT_REQUESTS, Checkpoints
 from cluster.run.manifest import Manifest, Part, PartKey, Share, divide
-from jobs.checkpoint.layout import STATE_FILES, Layout, lay_out, memory_of
+from jobs.checkpoint.file_content import memory_of
+from jobs.checkpoint.host_buffers import HostBuffers
+from jobs.checkpoint.layout import PART_BYTES, STATE_FILES, Layout, lay_out
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.parallel.worker_team import Team
@@ -29,6 +30,9 @@ from jobs.parallel.worker_team import Team
 _LONGEST_WAIT_S = 10.0
 """The longest wait for the previous save; all other workers wait for this one meanwhile."""
 _POLL_INTERVAL_S = 0.1
+COPY_SLACK_BYTES = 2 * PART_BYTES
+"""Memory for a copy beyond the share of the state: a few more digits in the JSON of a later one move a part at either
+end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,7 @@ class Saver:
     the loop skips saves until it does. A needed save is never skipped: it waits in a queue until every rank has written
     the previous save. No rank writes a queued save, so a newer one replaces it on all ranks or on none. The best
     checkpoint so far is not replaced, because the newer one refers to it. So at most two copies of this worker's share
-    are queued.
+    are queued, behind the one that is written. Memory for one copy is allocated beside the first steps.
 
     Collective: every rank constructs it and calls ``save`` and ``start_waiting`` at the same steps.
 
@@ -89,7 +93,8 @@ class Saver:
         self._team = team
         self._clock = clock
         self._on_gpu = team.device.type == "cuda"
-        self._buffers: list[Tensor] = []  # free for the next copy; uint8 [bytes], on the CPU
+        self._buffers = HostBuffers(are_locked=self._on_gpu)
+        self._num_prepared: int | None = None  # the parameters with moments that the memory was prepared for
         self._previous: dict[PartKey, Part] = {}  # this rank's parts of the save before
         if restored is not None:
             self._previous = {key: restored.part(key) for key in restored.part_keys()}
@@ -129,19 +134,27 @@ class Saver:
     def start_waiting(self) -> None:
         """Starts the queued save if all ranks have written the one before it; never waits for the store.
 
+        Also allocates memory for the next copy, in the background, whenever the state has grown.
+
         Called after every step, so that the store idles for one step at most. While the queue is empty, which it is on
         all ranks or on none, nothing is exchanged.
 
         Raises:
             StorageError: An earlier save failed.
+            CheckpointError: The state cannot be saved.
 
         Collective: every rank, at the same steps.
         """
+        num_with_moments = len(self._components.optimizer.state)
+        if num_with_moments != self._num_prepared:
+            self._num_prepared = num_with_moments
+            _, _, places = self._own_parts()
+            self._buffers.prepare(len(_whole(places)) + COPY_SLACK_BYTES)
         if self._waiting:
             self._late_ranks(longest_wait_s=0.0)
 
     def wait(self) -> None:
-        """Returns when this rank has written all its shares; exchanges nothing with other ranks.
+        """Returns when this rank has written all its shares; exchanges nothing with other ranks. No save may follow.
 
         Raises:
             StorageError: A save failed.
@@ -149,6 +162,7 @@ class Saver:
         while self._writing is not None:
             self._writing.result()
             self._start_next()
+        self._buffers.close()
 
     def _late_ranks(self, longest_wait_s: float) -> list[int]:
         """Returns the ranks that have not written every save that was started; the same on every rank.
@@ -190,7 +204,6 @@ class Saver:
 
     def _start(self, snapshot: _Snapshot) -> None:
         self._writing = self._thread.submit(self._write, snapshot)
-        self._writing.add_done_callback(lambda _: snapshot.release())
 
     def _skip(self, late_rank: int) -> None:
         """Skips a save. The late rank reports why to the driver, once for all saves skipped in a row."""
@@ -203,10 +216,7 @@ class Saver:
 
     def _take_snapshot(self, metrics: Mapping[str, float]) -> _Snapshot:
         """Starts to copy this worker's share of the current state."""
-        layout = lay_out({**self._components.state(), "progress": asdict(self._state)})
-        keys = [(name, number) for name, parts in layout.files.items() for number in range(len(parts))]
-        places = [place for parts in layout.files.values() for place in parts]
-        own = divide([len(place) for place in places], self._team.world_size)[self._team.rank]
+        layout, keys, places = self._own_parts()
         share = Share(
             step=self._state.step,
             num_parts={name: len(parts) for name, parts in layout.files.items()},
@@ -217,16 +227,24 @@ class Saver:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         spent = self._link.activity.spent()
-        copied, release = self._copy(layout, places[own.start : own.stop])
+        copied, release = self._copy(layout, places)
         return _Snapshot(
             share=share,
-            keys=keys[own.start : own.stop],
+            keys=keys,
             copied=copied,
             release=release,
             best_step=self._state.best_step,
             best_metric=self._state.best_metric,
             spent=spent,
         )
+
+    def _own_parts(self) -> tuple[Layout, list[PartKey], list[range]]:
+        """Returns the layout of the current state, and the keys and places of the parts that this rank writes."""
+        layout = lay_out({**self._components.state(), "progress": asdict(self._state)})
+        keys = [(name, number) for name, parts in layout.files.items() for number in range(len(parts))]
+        places = [place for parts in layout.files.values() for place in parts]
+        own = divide([len(place) for place in places], self._team.world_size)[self._team.rank]
+        return layout, keys[own.start : own.stop], places[own.start : own.stop]
 
     def _copy(
         self, layout: Layout, places: Sequence[range]
@@ -236,22 +254,25 @@ class Saver:
         Returns:
             A function that waits for the copy and returns the bytes of each place, and one that frees the buffer.
         """
-        whole = range(places[0].start, places[-1].stop) if places else range(0)
-        buffer = self._buffers.pop() if self._buffers else torch.empty(0, dtype=torch.uint8)
-        if buffer.numel() < len(whole):
-            buffer = torch.empty(len(whole), dtype=torch.uint8, pin_memory=self._on_gpu)
-        layout.copy_to(buffer, whole)
+        whole = _whole(places)
+        buffer = self._buffers.take(len(whole))
+        layout.copy_to(buffer.data, whole)
         copied = torch.cuda.Event() if self._on_gpu else None
         if copied is not None:
             copied.record()
-        data = memory_of(buffer)
 
         def wait_for_it() -> list[memoryview]:
             if copied is not None:
                 copied.synchronize()
+            data = memory_of(buffer.data)
             return [data[place.start - whole.start : place.stop - whole.start] for place in places]
 
-        return wait_for_it, lambda: self._buffers.append(buffer)
+        def release() -> None:
+            if copied is not None:
+                copied.synchronize()  # a save that was replaced may still be copied
+            self._buffers.give_back(buffer)
+
+        return wait_for_it, release
 
     def _write(self, snapshot: _Snapshot) -> None:
         """Writes the parts of a snapshot and reports them to the driver.
@@ -263,7 +284,10 @@ class Saver:
         def write(key: PartKey, data: memoryview) -> Part:
             return self._checkpoints.write_part(share.step, key, data, self._previous.get(key))
 
-        self._previous = dict(zip(snapshot.keys, self._requests.map(write, snapshot.keys, snapshot.copied())))
+        try:
+            self._previous = dict(zip(snapshot.keys, self._requests.map(write, snapshot.keys, snapshot.copied())))
+        finally:
+            snapshot.release()
         share = replace(share, parts=self._previous)
         self._link.send(
             ShareWritten(
@@ -274,3 +298,8 @@ class Saver:
                 spent=snapshot.spent,
             )
         )
+
+
+def _whole(places: Sequence[range]) -> range:
+    """Returns the range that places make up."""
+    return range(places[0].start, places[-1].stop) if places else range(0)

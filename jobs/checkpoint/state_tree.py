@@ -5,7 +5,7 @@ Each of these becomes a list whose first item is a tag; so does a plain list, to
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -47,15 +47,15 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Returns the tree that ``pack`` received."""
+def unpack(value: Any, tensors: MutableMapping[str, Tensor]) -> Any:
+    """Returns the tree that ``pack`` received, and takes its tensors out of ``tensors``, one by one."""
     if isinstance(value, dict):
         return {key: unpack(item, tensors) for key, item in value.items()}
     if not isinstance(value, list):
         return value
     tag, content, *order = value
     if tag == "tensor":
-        return _in_memory_order(tensors[content], order)
+        return _in_memory_order(tensors.pop(content), order)
     if tag == "counter":
         return Counter(dict(content))
     if tag == "map":

@@ -46,7 +46,7 @@ class Weights:
 
     source: WeightsSource
     tensors: Mapping[str, Tensor]
-    """On the CPU, by their names in the source."""
+    """By their names in the source."""
     passed_over: tuple[str, ...] = ()
     """The defects of newer checkpoints of the run, which were not used."""
 

@@ -27,6 +27,9 @@ BUCKET_MB_BETWEEN_CPU_HOSTS = 3.0
 """So small that one bucket is on its way between hosts while the next one is summed inside them, and that the last one,
 for which a step waits, is short. GPUs keep torch's size: a call costs them more than the bytes."""
 
+_SMALL_BYTES = 2**16
+"""A message of fewer bytes takes no longer for more of them."""
+
 # DDP must not send buffers; share_buffers does, from the rank of shard 0. Up to torch 2.11 the argument has its old
 # name.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
@@ -208,16 +211,25 @@ class Team:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
-    def share(self, data: Tensor, own: Sequence[range]) -> None:
-        """Fills in the bytes that other ranks hold.
+    def share(self, memory: Sequence[Tensor], source: int) -> None:
+        """Overwrites memory on every rank with that of the rank ``source``.
 
-        Args:
-            data: uint8 [bytes], on the CPU; filled in where ``own`` gives this rank's bytes.
-            own: The range of ``data`` that each rank holds, by rank.
+        Small pieces go together.
+
+        Shapes: uint8 [bytes] each, the same on every rank; on the CPU, or on the device of every rank.
         """
-        for rank, held in enumerate(own):
-            if held and self.world_size > 1:
-                dist.broadcast(data[held.start : held.stop], src=rank, group=self.cpu_group)
+        if self.world_size == 1:
+            return
+        for on_gpu, group in ((True, None), (False, self.cpu_group)):
+            of_group = [piece for piece in memory if piece.is_cuda == on_gpu and piece.numel()]
+            small = [piece for piece in of_group if piece.numel() < _SMALL_BYTES]
+            for piece in of_group:
+                if piece.numel() >= _SMALL_BYTES:
+                    dist.broadcast(piece, src=source, group=group)
+            if small:
+                together = torch.cat(small)
+                dist.broadcast(together, src=source, group=group)
+                torch._foreach_copy_(small, together.split([piece.numel() for piece in small]))
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -4,6 +4,7 @@ A step runs one forward and one backward pass per shard, on whichever workers ho
 once. ``jobs/training/loop.py`` decides what happens between steps.
 """
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -180,6 +181,9 @@ class TrainingStep:
         """
         components = self._components
         if set_trainable(components.model, components.groups, step) or self._replica is None:
+            if self._replica is not None:  # free its buckets before there are new ones
+                self._replica = None
+                gc.collect()  # the first one may be in a cycle: DDP imports modules in __init__, which keep its frame
             self._replica = self._team.replicate(components.model)
             self._trained = [parameter for parameter in components.model.parameters() if parameter.requires_grad]
 

@@ -153,7 +153,8 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("loss", _loss(spec.loss)),
         ("optimizer", spec.optimizer.factory.path),
         ("schedule", _schedule(spec, plan)),
-        ("checkpoint", f"about {plan.checkpoint_bytes / 2**20:,.1f} MiB, the newest {spec.checkpoint.keep} kept"),
+        ("checkpoint", f"about {_mib(plan.checkpoint_bytes)}, the newest {spec.checkpoint.keep} kept"),
+        ("memory", _memory(plan)),
         ("trial", f"{plan.trial_samples} samples through model, loss and backward: loss {number(plan.trial_loss)}"),
     ]
     groups = [
@@ -162,6 +163,32 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
     ]
     headers = ("group", "tensors", "parameters", "lr", "weight decay", "trains from")
     return f"{table(facts)}\n\n{table([headers, *groups])}"
+
+
+def _memory(plan: "Plan") -> str:
+    """Return what a worker needs of its GPU and of its host, in MiB."""
+    memory, number_of = plan.memory, plan.memory.num_workers
+    named = {
+        "weights": memory.weights,
+        "buffers": memory.buffers,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "average": memory.average,
+        "set aside": memory.set_aside,
+        "exchange": memory.exchange,
+        "activations": memory.activations,
+    }
+    total, host = memory.total, f", and {_mib(memory.copy)} of its host for a copy of its share of a checkpoint"
+    if not plan.gpus:
+        total, host, named["copy for a checkpoint"] = total + memory.copy, "", memory.copy
+    taken = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in named.items() if size)
+    workers = "the only worker" if number_of == 1 else f"each of {number_of} workers"
+    rest = "; activations come on top" if memory.activations is None else ""
+    return f"{_mib(total)}{' of its GPU' if plan.gpus else ''} for {workers}: {taken}{host}{rest}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _loss(loss: LossSpec) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError, in_short, nearest
 from cluster.process.orders import Task
+from jobs.checkpoint.saver import COPY_SLACK_BYTES
 from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
 from jobs.components.build import Components, build_parts, worker_device
 from jobs.data.device_copies import to_device
@@ -25,12 +26,14 @@ from jobs.spec import InitSpec, JobSpec, watched_metrics
 from jobs.training.evaluation import evaluation_mode
 from launcher.planning.gpu_failures import LOOK_AT_GPU, failure_on_gpu
 from launcher.planning.loss_checks import check_fit, check_mean
+from launcher.planning.memory import StateBytes, plan_memory
 from launcher.planning.micro_batch import MicroBatch
 from launcher.planning.operator_watch import OperatorWatch
 from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
 from launcher.planning.rehearsal import Snapshot, rehearse
 from launcher.planning.same_bits import has_same_bits
 from launcher.planning.sample_checks import read_samples, stack
+from launcher.planning.state_bytes import measure_state
 
 _MAX_SAMPLES_ON_CPU = 32
 """A larger micro-batch takes long on a CPU and finds no more mistakes."""
@@ -99,10 +102,10 @@ def _try_components(
     loss, counts, measured = _check_training(parts, spec, train, before, watch)
     measured |= _check_validation(parts, spec, max_samples, watch)
     _check_watched(spec, measured)
-    checkpoint_bytes = before.size
-    on_gpu = parts.device.type == "cuda"
-    if counts:  # a GPU's memory must have room for all samples
-        checkpoint_bytes = _rehearse(parts, spec, before, [train] if on_gpu else [few, train], watch)
+    state = measure_state(parts, before.size, activations=None)
+    if counts:
+        on_gpu = parts.device.type == "cuda"  # its memory must have room for all samples
+        state = _rehearse(parts, spec, before, [train] if on_gpu else [few, train], watch)
     return DryRunResult(
         steps=parts.steps,
         num_val_samples=0 if parts.val_set is None else len(parts.val_set),
@@ -110,7 +113,8 @@ def _try_components(
         accelerator_here=gpus_here[1],
         groups=groups,
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
-        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bytes=state.checkpoint,
+        memory=plan_memory(state, spec, COPY_SLACK_BYTES),
         trial_samples=len(train.numbers),
         trial_loss=loss,
         data_fingerprint=data_fingerprint,
@@ -162,11 +166,8 @@ def _check_last(parts: Components, spec: JobSpec, few: MicroBatch, whole: MicroB
 
 def _rehearse(
     parts: Components, spec: JobSpec, before: Snapshot, batches: list[MicroBatch], watch: OperatorWatch
-) -> int:
+) -> StateBytes:
     """Rehearse on the first of the batches on which no part fails: some losses fail on a few samples.
-
-    Returns:
-        The bytes of a checkpoint after a step.
 
     Raises:
         DescriptionError: See ``rehearse``, of the last batch.

@@ -21,6 +21,7 @@ from jobs.sampling import StepPlan
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description, named_errors
+from launcher.planning.memory import MemoryPlan
 from launcher.planning.placement import (
     check_machine,
     check_operators,
@@ -86,6 +87,7 @@ class DryRunResult:
     groups: list[GroupPlan]
     parameters: int
     checkpoint_bytes: int
+    memory: MemoryPlan
     trial_samples: int
     trial_loss: float
     data_fingerprint: str
@@ -128,6 +130,8 @@ class Plan:
     """The number of parameters of the model, trainable and frozen."""
     checkpoint_bytes: int
     """The approximate size of one checkpoint."""
+    memory: MemoryPlan
+    """What a worker needs."""
     trial_samples: int
     trial_loss: float
     data_fingerprint: str
@@ -303,6 +307,7 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         groups=tuple(tried.groups),
         parameters=tried.parameters,
         checkpoint_bytes=tried.checkpoint_bytes,
+        memory=tried.memory,
         trial_samples=tried.trial_samples,
         trial_loss=tried.trial_loss,
         data_fingerprint=tried.data_fingerprint,

@@ -30,7 +30,9 @@ from jobs.spec import JobSpec
 from jobs.training.failure_causes import message_of
 from jobs.training.step import TrainingStep
 from jobs.training.step_batches import StepBatch
+from launcher.planning.memory import StateBytes
 from launcher.planning.same_bits import has_same_bits
+from launcher.planning.state_bytes import measure_state
 
 _WHAT_TO_DO = (
     "a checkpoint holds the weights and buffers of the model and the state_dict of the optimizer; keep it there, draw "
@@ -85,7 +87,7 @@ class Snapshot:
         return next(different, None)
 
 
-def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batch: Any) -> int:
+def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batch: Any) -> StateBytes:
     """Take the first step twice, the second time from a checkpoint of the state before it.
 
     Args:
@@ -95,7 +97,7 @@ def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batc
         micro_batch: (inputs, target) on the device of the components.
 
     Returns:
-        The bytes of a checkpoint after the step.
+        What the components take once all groups are unfrozen, with the activations of a step on a GPU.
 
     Raises:
         DescriptionError: A part of a step raises, a parameter gets no gradient, the state cannot be saved or loaded, or
@@ -125,10 +127,11 @@ def rehearse(spec: JobSpec, components: Components, before: Snapshot, micro_batc
                 f"checkpoint: {different} differs after it was saved and loaded, so a resume would train on with other "
                 f"numbers; {_WHAT_TO_DO}"
             )
+        activations = rehearsed.activations  # of a step for which DDP has its buckets already
         last_thaw = max(group.from_step for group in components.groups)
         if last_thaw:
             rehearsed.take(last_thaw)
-    return after.size
+    return measure_state(components, _packed(components)[2], activations)
 
 
 class _Step:
@@ -137,7 +140,10 @@ class _Step:
     def __init__(self, spec: JobSpec, components: Components, team: Team, micro_batch: Any) -> None:
         self._spec, self._components, self._team, self._micro_batch = spec, components, team, micro_batch
         self._training = TrainingStep(spec, components, team, lambda *_: None)
+        self._is_on_gpu = team.device.type == "cuda"
+        self._taken_before = 0
         self._is_updating = False
+        self.activations: int | None = None  # what forward and backward of the last step have taken of the GPU
         self._update = components.optimizer.step
         components.optimizer.step = self._marked_update  # type: ignore[method-assign]
 
@@ -155,6 +161,9 @@ class _Step:
         inputs, target = self._micro_batch
         weigh = self._components.loss.target_weights()
         batch = StepBatch([LoadedBatch(inputs, target)], None if weigh is None else partial(weigh, target))
+        if self._is_on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._taken_before = torch.cuda.memory_allocated()
         try:
             return self._training.take(step, batch).tallies
         except LauncherError as error:
@@ -178,6 +187,8 @@ class _Step:
         return {"model: the output": output, "loss: its value": loss, "model: the gradient": gradients}
 
     def _marked_update(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_on_gpu:
+            self.activations = torch.cuda.max_memory_allocated() - self._taken_before
         _check_gradients(self._components.model)
         self._is_updating = True
         result = self._update(*args, **kwargs)

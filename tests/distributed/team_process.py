@@ -36,13 +36,12 @@ from cluster.process.messages import (
 from cluster.process.orders import LOOPBACK, Meet, Task
 from cluster.run.manifest import Share, join
 from cluster.run.run_directory import RunDirectory
-from jobs.checkpoint.layout import decode
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import build_parts
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.worker import compare_environments, meet, train
-from tests.states import digest
+from tests.states import decode, digest
 
 TIMEOUT_S = 600.0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.run.manifest import FileEntry
 from jobs.spec import CheckpointSpec, Target
 from tests.distributed.small_job import STEPS, STEPS_PER_EPOCH, UNFROZEN_FROM_STEP, full_job
 from tests.distributed.team_process import Outcome, run_directory, run_job, run_processes, train_job
@@ -63,6 +64,22 @@ def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(undisturbed: Out
     assert (second.fell_back, second.started) == ([8], 6)
     assert first.rows[:6] + second.rows == undisturbed.rows
     assert second.digest == undisturbed.digest
+
+
+def test_a_checkpoint_in_an_unknown_format_is_an_error(tmp_path: Path) -> None:
+    """Its bytes are those that were written. If an older launcher went back, the run would lose what is trained."""
+    job = full_job(tmp_path, "run")
+    run_job(full_job(tmp_path, "run", max_steps=6), world_size=2)
+    checkpoints = run_directory(job).checkpoints
+    manifest = checkpoints.manifest(6)
+    name = "optimizer.safetensors"
+    other = FileEntry((checkpoints.write_part(6, (name, 0), b"\xff" * 50),))
+    checkpoints.commit(replace(manifest, files={**manifest.files, name: other}))
+
+    outcome = run_processes(train_job, job, world_size=2)
+
+    assert outcome.fell_back == []
+    assert [text.partition(":")[0] for text in outcome.failures.values()] == ["the checkpoint cannot be decoded"] * 2
 
 
 def test_a_completed_run_is_not_trained_again(tmp_path: Path) -> None:

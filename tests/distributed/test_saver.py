@@ -15,6 +15,8 @@ from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.local import SyncedLocalFileSystem
+from jobs.checkpoint import host_buffers
+from jobs.checkpoint.host_buffers import HostBuffer
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.components.build import build_parts
@@ -169,6 +171,40 @@ def test_one_that_waits_is_begun_between_saves(tmp_path: Path) -> None:
 
     assert not outcome.failures, "\n".join(outcome.failures.values())
     assert sorted(outcome.digests) == [1, 2]
+
+
+def save_once(link: AgentLink, task: Task) -> list[str]:
+    """Tends to saves and then saves; returns the threads in which memory was allocated, up to each of both."""
+    meet(link, task, TIMEOUT_S)
+    team = Team(rank=task.rank, world_size=task.world_size, shards=4, exact=True, device=CPU)
+    parts, progress = build_parts(task.content, CPU), LoopState(step=1)
+    for parameter in parts.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    parts.optimizer.step()
+    threads = []
+
+    class Recorded(HostBuffer):
+        def __init__(self, size: int, *, is_locked: bool) -> None:
+            threads.append(threading.current_thread().name)
+            super().__init__(size, is_locked=is_locked)
+
+    host_buffers.HostBuffer = Recorded  # type: ignore[misc]
+    saver = Saver(parts, progress, RunDirectory(task.run_url).checkpoints, link, team, None)
+    for progress.step in (1, 10, 10**6, 10**9):
+        saver.start_waiting()
+        saver.save({}, is_needed=True)
+    team.barrier()
+    team.close()
+    saver.wait()
+    return threads
+
+
+def test_the_memory_of_a_copy_is_allocated_beside_the_steps_and_once(tmp_path: Path) -> None:
+    outcome = run_processes(save_once, plain_job(tmp_path, "run"), world_size=2)
+
+    assert not outcome.failures, "\n".join(outcome.failures.values())
+    for threads in outcome.results.values():
+        assert threads == ["checkpoint-memory_0"]
 
 
 def pauses(link: AgentLink, task: Task) -> list[tuple[str, int]]:

@@ -138,6 +138,7 @@ def test_plan_shows_what_follows(home: Path) -> None:
     assert planned["steps_per_epoch"] == 22
     assert planned["most_shards"] == 2
     assert [group["pattern"] for group in planned["groups"]] == ["*.bias", "(rest)"]
+    assert planned["memory"]["weights"] == planned["memory"]["optimizer"] == 4 * planned["parameters"]
     text = launcher("plan", JOBS / "digits.yaml", "store=elsewhere", cwd=home).stdout
     assert "*.bias" in text
     assert "220" in text

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from cluster.errors import CheckpointError
-from jobs.checkpoint.layout import MODEL_FILE, PART_BYTES, STATE_FILES, decode, lay_out
-from tests.states import digest, encode
+from jobs.checkpoint.layout import MODEL_FILE, PART_BYTES, STATE_FILES, lay_out
+from tests.states import decode, digest, encode
 
 
 def a_state() -> dict[str, Any]:

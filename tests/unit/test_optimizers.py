@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from cluster.errors import DescriptionError
-from jobs.checkpoint.layout import decode
 from jobs.components.optimizers import ParameterGroup, build_optimizer, group_parameters, set_trainable
 from jobs.components.targets import Builder, resolve
 from jobs.spec import GroupSpec, OptimizerSpec, Target
-from tests.states import encode
+from tests.states import decode, encode
 
 STEPS_PER_EPOCH = 10
 

@@ -13,13 +13,12 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cluster.errors import DescriptionError
-from jobs.checkpoint.layout import decode
 from jobs.components.build import rates_digest
 from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.targets import Builder
 from jobs.sampling import StepPlan
 from jobs.spec import GroupSpec, OptimizerSpec, PlanValue, SchedulerSpec, Target
-from tests.states import encode
+from tests.states import decode, encode
 
 HERE = __name__
 STEPS = StepPlan(num_samples=50, global_batch=12, shards=4, epochs=3)

@@ -20,7 +20,7 @@ from launcher.display.tables import (
     table,
 )
 from launcher.planning.plan import Plan
-from tests.specs import bare_job
+from tests.specs import MEMORY, bare_job
 
 RESULT: dict[str, Any] = {
     "run": "s3://bucket/runs/digits",
@@ -182,8 +182,8 @@ class TestPlan:
     PLAN = Plan(
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
         total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
-        why_wait="", groups=(), parameters=10, checkpoint_bytes=100, trial_samples=16, trial_loss=1.0,
-        data_fingerprint="ab", rates=(), init_from=None, hint="",
+        why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
+        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="",
     )  # fmt: skip
 
     def test_what_is_the_default_and_what_is_not_waited_for_is_not_told(self) -> None:
@@ -205,6 +205,21 @@ class TestPlan:
         assert workers(4, 2, 2) == "workers     2 on CPU with gloo: 2 shards each"
         assert workers(4, 4, 1) == "workers     4 on CPU with gloo: 1 shard each"
         assert workers(4, 3, 2) == "workers     3 on CPU with gloo: at most 2 shards each"
+
+    def test_the_memory_of_a_worker_on_a_cpu_and_on_a_gpu(self) -> None:
+        def memory(**changes: Any) -> str:
+            lines = plan_text(bare_job(), replace(self.PLAN, **changes)).splitlines()
+            return next(line for line in lines if line.startswith("memory")).removeprefix("memory      ")
+
+        named = "weights 5.0, gradients 5.0, optimizer 10.0, set aside 5.0, exchange 5.0"
+        assert memory() == (
+            f"31.0 MiB for each of 2 workers: {named}, copy for a checkpoint 1.0; activations come on top"
+        )
+        measured = replace(MEMORY, activations=3 * 2**20, total=33 * 2**20, num_workers=1)
+        assert memory(gpus=1, memory=measured) == (
+            f"33.0 MiB of its GPU for the only worker: {named}, activations 3.0, and 1.0 MiB of its host for a copy of "
+            "its share of a checkpoint"
+        )
 
     def test_how_workers_are_placed_and_what_is_waited_for(self) -> None:
         spec = bare_job(workers=WorkersSpec(num=2, placement="spread"))

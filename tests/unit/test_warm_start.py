@@ -428,7 +428,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[LauncherError], str]] = {
         r"digits: no checkpoint is good; the newest, .*/step-00000020",
     ),
     "a bad checkpoint": (_damaged, {}, CheckpointError, r"step-00000010: model-\w+-00000.safetensors has other"),
-    "a torn file": (_broken_file, {}, CheckpointError, "net.safetensors: is no whole safetensors file, Error while"),
+    "a torn file": (
+        _broken_file,
+        {},
+        CheckpointError,
+        "net.safetensors: is no whole safetensors file, the tensors have",
+    ),
     "a pickle": (
         lambda run: f"{run.url}/resnet50.PTH",
         {},
