@@ -86,7 +86,8 @@ class TrainSpec:
     """Complete the run once a metric no longer improves; null: off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if a loss is NaN or infinite: ``stop`` ends the run; ``skip`` leaves out the update of that step, also
-    if only the gradient is not finite. With ``skip`` all workers wait for each other's loss in every step."""
+    if only the gradient is not finite. With ``skip`` all workers wait for their GPU and for each other's loss in
+    every step."""
     log_every_steps: int = 1
     """Optimizer steps between rows of ``metrics.jsonl``. A step with a validation always has a row."""
 
