@@ -67,10 +67,9 @@ def try_out(task: Task) -> DryRunResult:
         parts = build_parts(spec, device)
         return _try_components(spec, parts, watch, max_samples, task.import_paths, launcher_modules, gpus_here)
     except (DescriptionError, RuntimeError) as error:
-        told = failure_on_gpu(error, spec, watch)
-        if told is None:
-            raise
-        raise told from error
+        if told := failure_on_gpu(error, spec, watch):
+            raise told from error
+        raise
 
 
 def _try_components(
