@@ -12,9 +12,10 @@ from torch import nn
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.components.build import build_parts
-from jobs.data.loader import to_device
+from jobs.data.loader import LoadedBatch
 from jobs.parallel.worker_team import Team
 from jobs.training.step import TrainingStep
+from jobs.training.step_batches import StepBatch
 from jobs.training.worker import meet
 from tests.distributed.small_job import UNFROZEN_FROM_STEP, full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
@@ -76,9 +77,9 @@ def unfreeze(link: AgentLink, task: Task) -> list[bool]:
     team.replicate = replicate  # type: ignore[method-assign]
     training = TrainingStep(task.content, parts, team, lambda *_: None)
     images, labels = zip(*(parts.train_set[number] for number in range(4)))
-    micro_batch = to_device((torch.stack(images), torch.tensor(labels)), CPU)
+    batch = StepBatch([LoadedBatch(torch.stack(images), torch.tensor(labels))])
     for step in (0, 1, UNFROZEN_FROM_STEP):
-        training.take(step, [micro_batch])
+        training.take(step, batch)
     team.close()
     return was_gone
 

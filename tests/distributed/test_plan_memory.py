@@ -10,10 +10,11 @@ from torch import Tensor
 from cluster.process.agent_link import AgentLink
 from cluster.process.orders import Task
 from jobs.components.build import build_parts
-from jobs.data.loader import to_device
+from jobs.data.loader import LoadedBatch
 from jobs.parallel.worker_team import Team
 from jobs.spec import GroupSpec, JobSpec, OptimizerSpec, Target, TrainSpec
 from jobs.training.step import TrainingStep
+from jobs.training.step_batches import StepBatch
 from jobs.training.worker import meet
 from launcher.planning.dry_run import try_out
 from launcher.planning.memory import MemoryPlan
@@ -73,9 +74,9 @@ def train(link: AgentLink, task: Task) -> Memory:
         parts = build_parts(spec, CPU)
         training = TrainingStep(spec, parts, team, lambda *_: None)
         images, labels = zip(*(parts.train_set[number] for number in range(spec.train.micro_batch)))
-        micro_batch = to_device((torch.stack(images), torch.tensor(labels)), CPU)
+        batch = StepBatch([LoadedBatch(torch.stack(images), torch.tensor(labels))] * spec.train.shards)
         for step in range(5):
-            training.take(step, [micro_batch] * spec.train.shards)
+            training.take(step, batch)
     team.close()
     return memory
 

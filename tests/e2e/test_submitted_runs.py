@@ -24,7 +24,7 @@ import time
 
 class Slowly(Points):
     def __getitem__(self, number):
-        time.sleep(0.01)
+        time.sleep(0.03)
         return super().__getitem__(number)
 """
 
