@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import listed
+from cluster.errors import ClusterError, listed, one_line
 from cluster.host.import_paths import own_modules
 from cluster.process.forked_environment import environment_at_import
 from cluster.versions import file_digest, versions
@@ -45,6 +45,7 @@ _LABELS = {
     "python": "Python", "cuda": "CUDA", "gpu": "GPU", "cpu": "CPU",
 }  # fmt: skip
 """How texts name a field, if not by its own name."""
+_COMPILER_WAIT_S = 60.0
 _CODE = "code of "
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DIGITS = 12
@@ -160,7 +161,11 @@ def _name_of_gpu(properties: Any) -> str:
 
 
 def _compiler(*, on_gpu: bool) -> str:
-    """Returns the version of the compiler of torch.compile; torch does not fix it."""
+    """Returns the version of the compiler of torch.compile; torch does not fix it.
+
+    Raises:
+        ClusterError: This host has no compiler that answers.
+    """
     if on_gpu:
         import triton
 
@@ -168,7 +173,15 @@ def _compiler(*, on_gpu: bool) -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     command = [*shlex.split(get_cpp_compiler()), "--version"]
-    told = subprocess.run(command, capture_output=True, check=True, text=True)  # noqa: S603
+    try:
+        told = subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILER_WAIT_S)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ClusterError(
+            f"train.compile: {shlex.join(command)} failed: {one_line(error)}; install a C++ compiler on every node, or "
+            "write train.compile: false",
+            cause="environment",
+            step=0,
+        ) from error
     return told.stdout.partition("\n")[0]
 
 

@@ -21,7 +21,7 @@ def bare_job(**sections: Any) -> JobSpec:
 
 
 MEMORY = MemoryPlan(
-    num_workers=2, weights=5 * 2**20, buffers=0, gradients=5 * 2**20, optimizer=10 * 2**20, average=0,
+    num_workers=2, weights=5 * 2**20, buffers=0, gradients=5 * 2**20, aligned=0, optimizer=10 * 2**20, average=0,
     set_aside=5 * 2**20, exchange=5 * 2**20, activations=None, total=30 * 2**20, copy=2**20, restore=20 * 2**20,
 )  # fmt: skip
 TRIED = DryRunResult(

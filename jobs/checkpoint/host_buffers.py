@@ -90,8 +90,9 @@ class HostBuffers:
             unneeded.close()
 
     def close(self) -> None:
-        """Frees the buffer that no copy needs."""
-        self._wait()
+        """Frees the buffer that no copy needs; that one could not be prepared does not matter any more."""
+        if self._prepared is not None:
+            self._prepared.exception()
         buffer = self._take_free(0)
         if buffer is not None:
             buffer.close()

@@ -32,6 +32,8 @@ State = Tensor | list[Tensor]
 _BARE_NAMES = [
     torchmetrics, classification, regression, segmentation, clustering, nominal, image, audio, detection, text,
 ]  # fmt: skip
+_SMALL = 2**16
+"""Bytes of a state that stays on a GPU until all batches are measured, and is then copied with those of the others."""
 _EXACT_ON_INTEGERS = (dim_zero_sum, dim_zero_max, dim_zero_min)
 """Reductions that are exact on integers, and so may be applied to some batches first."""
 
@@ -200,7 +202,7 @@ def _add(share: PartialMetrics, metric: torchmetrics.Metric) -> None:
             parts = [share.folded[name], value] if name in share.folded else [value]
             share.folded[name] = reduction(torch.stack(parts))
         else:
-            of_batch[name] = value.clone()
+            of_batch[name] = value.clone() if value.nbytes <= _SMALL else _begin_copy_to_host(value)
     share.by_batch.append(of_batch)
 
 
@@ -214,10 +216,13 @@ def _move_to_host(share: PartialMetrics, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     share.folded = {name: value.cpu() for name, value in share.folded.items()}
-    of_one_size = [
-        name for of_batch in share.by_batch[:1] for name, value in of_batch.items() if isinstance(value, Tensor)
+    kept = [
+        name
+        for of_batch in share.by_batch[:1]
+        for name, value in of_batch.items()
+        if isinstance(value, Tensor) and value.nbytes <= _SMALL
     ]
-    for name in of_one_size:
+    for name in kept:
         on_host = torch.stack([of_batch[name] for of_batch in share.by_batch]).cpu()  # type: ignore[misc]  # no list
         for of_batch, value in zip(share.by_batch, on_host):
             of_batch[name] = value.clone()  # a view would be sent with the memory of all

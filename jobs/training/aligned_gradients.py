@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from jobs.spec import TrainSpec
+
 _ALIGNMENT = {"cpu": 64, "cuda": 256}
 """Bytes to which torch aligns what it allocates; no kernel asks for more. By type of device."""
 _BY_ELEMENT = (
@@ -41,6 +43,6 @@ class AlignedGradients:
             torch._foreach_copy_(copies, originals)
 
 
-def rounds_by_address(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether an update may depend on the addresses of gradients."""
-    return type(optimizer) not in _BY_ELEMENT
+def needs_aligned(train: TrainSpec, optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether the bits of a job depend on the addresses of its gradients, and must not."""
+    return train.exact and (train.clip_norm is not None or type(optimizer) not in _BY_ELEMENT)

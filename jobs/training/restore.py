@@ -141,6 +141,7 @@ def _read_together(checkpoints: Checkpoints, head: _Head, team: Team) -> dict[st
         own_error = error
     for error_of_rank in team.gather(own_error):
         if error_of_rank is not None:
+            files.clear()  # the error's traceback refers to them, and an earlier checkpoint needs their memory
             raise error_of_rank
     for rank, share in enumerate(shares):
         memory = list[Tensor]()

@@ -23,7 +23,7 @@ from jobs.parallel.step_report import StepOutcome
 from jobs.parallel.worker_team import Team
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec
-from jobs.training.aligned_gradients import AlignedGradients, rounds_by_address
+from jobs.training.aligned_gradients import AlignedGradients, needs_aligned
 from jobs.training.step_batches import StepBatch
 
 
@@ -40,10 +40,7 @@ class TrainingStep:
         self._team = team
         self._mark = mark
         self._buffers = components.buffers
-        needs_aligned = spec.train.exact and (
-            spec.train.clip_norm is not None or rounds_by_address(components.optimizer)
-        )
-        self._aligned = AlignedGradients() if needs_aligned else None
+        self._aligned = AlignedGradients() if needs_aligned(spec.train, components.optimizer) else None
         self._thaw_steps = {group.from_step for group in components.groups}
         self._replica: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torchvision  # noqa: F401  # the fork server imports it ahead, because most jobs use it
 
 from cluster.collectives.groups import open_default_group
-from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError
+from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.host.interfaces import choose_interface
 from cluster.process.agent_link import AgentLink
 from cluster.process.messages import (
@@ -106,7 +106,7 @@ def join_team(link: AgentLink, task: Task, device: torch.device) -> Team:
             timeout_s=spec.workers.timeout_s,
             activity=link.activity,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if cause_of(error) not in ("code", "exchange_timeout", "connection_lost"):  # the GPU has no memory, for example
             raise to_launcher_error(error, step=0) from error
         raise ClusterError(
@@ -160,7 +160,7 @@ def train(
     except Exception:
         # After a kernel has failed, NCCL's watchdog aborts this process within moments: the report must come first.
         if not sticky_error():
-            with contextlib.suppress(StorageError):  # the first failure is the one to report
+            with contextlib.suppress(Exception):  # the first failure is the one to report
                 saver.wait()
         raise
     team.barrier()

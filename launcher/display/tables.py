@@ -172,6 +172,7 @@ def _memory(plan: "Plan") -> str:
         "weights": memory.weights,
         "buffers": memory.buffers,
         "gradients": memory.gradients,
+        "aligned gradients": memory.aligned,
         "optimizer": memory.optimizer,
         "average": memory.average,
         "set aside": memory.set_aside,

@@ -4,12 +4,15 @@ import signal
 from functools import partial
 
 from cluster.errors import ClusterError, TrainingError
-from cluster.gpu_errors import failed_assertion, gpu_error
+from cluster.gpu_errors import GpuError, failed_assertion, gpu_error
 from cluster.process.messages import Exited, Unkillable
 from launcher.driver.verdicts import Failure
 
 _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL))
 """Exit codes of processes that crashed by a fault of their own."""
+
+NCCL = "ProcessGroupNCCL"
+"""In the log of a process that NCCL aborted, because another worker is gone or silent or a GPU has failed."""
 
 
 def of_exit(rank: int, exited: Exited) -> Failure:
@@ -22,7 +25,7 @@ def of_exit(rank: int, exited: Exited) -> Failure:
         what = f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
         return failed(cause="crash", message=what, kind=None, error=TrainingError)
     name = signal.Signals(-code).name
-    broken = gpu_error(exited.log_tail) if code == -signal.SIGABRT else None
+    broken = gpu_error_of_abort(exited)
     if broken is not None:  # the watchdog of NCCL, or a destructor, met it before Python did
         is_lost, place = broken.cause == "gpu_lost", broken.place(exited.step)
         return failed(
@@ -40,6 +43,16 @@ def of_exit(rank: int, exited: Exited) -> Failure:
     if code == -signal.SIGKILL and exited.oom_kill:
         return failed(cause="out_of_memory", message=f"killed by the kernel for want of memory ({name})")
     return failed(cause="killed", message=f"killed by {name}")
+
+
+def gpu_error_of_abort(exited: Exited) -> GpuError | None:
+    """Return the error of its GPU that has aborted a process; None: the process was not aborted, or by something else.
+
+    What stands in the log before the first line of NCCL's watchdog may be errors that the code has survived.
+    """
+    if exited.exit_code != -signal.SIGABRT:
+        return None
+    return gpu_error(exited.log_tail[max(0, exited.log_tail.find(NCCL)) :])
 
 
 def of_unkillable(rank: int, report: Unkillable) -> Failure:

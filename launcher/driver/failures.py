@@ -16,7 +16,7 @@ from cluster.errors import (
 from cluster.gpu_errors import gpu_error
 from cluster.process.messages import DOING, Exited, Failed, Hung, Unkillable
 from jobs.spec import MaxFailuresSpec
-from launcher.driver.ended_processes import innermost, of_exit, of_unkillable, with_assertion
+from launcher.driver.ended_processes import NCCL, gpu_error_of_abort, innermost, of_exit, of_unkillable, with_assertion
 from launcher.driver.verdicts import Failure, GiveUp, Kind, TryAgain
 
 _LONGEST_BACK_OFF_S = 60
@@ -63,8 +63,6 @@ _SIGNS_OF_LOSS: dict[str, Cause] = {
 """Phrases in Ray's reasons for a lost agent, the most specific first; without one of them its process died."""
 _KINDS_OF_LOSS: dict[Cause, Kind | None] = {"preempted": "preemption", "environment": None}
 """Who is responsible for the loss of an agent; for causes not listed, the machine."""
-_NCCL = "ProcessGroupNCCL"
-"""In the log of a process that NCCL aborted because another worker is gone or silent."""
 _TAKEN_AWAY: tuple[Cause, ...] = ("killed", "gpu_lost", "node_lost", "fork_server_lost", "hung", *_CONSEQUENCES)
 """Causes that count as preemption while the worker's node is being drained."""
 
@@ -114,9 +112,9 @@ class Failures:
             self._broken.pop(rank, None)
             if self._fatal is not None and self._fatal[0] == rank:
                 self._fatal = None
-        elif exited.exit_code == -signal.SIGABRT and gpu_error(exited.log_tail) is not None:
+        elif gpu_error_of_abort(exited) is not None:
             self._broken.pop(rank, None)  # it reported what followed from the error of its GPU
-        elif exited.exit_code == -signal.SIGABRT and _NCCL in exited.log_tail:
+        elif exited.exit_code == -signal.SIGABRT and NCCL in exited.log_tail:
             self._broken[rank] = Failed(
                 error=ClusterError,
                 cause="exchange_timeout" if "operation timeout" in exited.log_tail else "connection_lost",

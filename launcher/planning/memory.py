@@ -24,6 +24,8 @@ class StateBytes:
     """Of the model and the loss, and the copies of their first values."""
     gradients: int
     """Of all parameters that train at the end."""
+    aligned: int
+    """Copies of gradients at aligned addresses, if every gradient needs one."""
     optimizer: int
     average: int
     """Of the model that ``train.ema_decay`` keeps."""
@@ -43,6 +45,8 @@ class MemoryPlan:
     buffers: int
     gradients: int
     """DDP's buckets."""
+    aligned: int
+    """Copies of gradients at aligned addresses, at most."""
     optimizer: int
     average: int
     set_aside: int
@@ -82,17 +86,19 @@ def plan_memory(state: StateBytes, spec: JobSpec, copy_slack: int) -> MemoryPlan
         first_step = (most_sums - 1 + received) * state.gradients
         exchange = math.ceil(max(exchange, first_step, _BUCKETS_IN_FLIGHT * received * bucket))
     lasting = state.weights + state.buffers + state.average
+    training = state.gradients + state.aligned + set_aside + exchange
     return MemoryPlan(
         num_workers=num_workers,
         weights=state.weights,
         buffers=state.buffers,
         gradients=state.gradients,
+        aligned=state.aligned,
         optimizer=state.optimizer,
         average=state.average,
         set_aside=set_aside,
         exchange=exchange,
         activations=state.activations,
-        total=lasting + state.optimizer + state.gradients + set_aside + exchange + (state.activations or 0),
+        total=lasting + state.optimizer + training + (state.activations or 0),
         copy=math.ceil(state.checkpoint / num_workers) + copy_slack,
         restore=lasting + state.checkpoint,
     )

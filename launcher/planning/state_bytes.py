@@ -6,6 +6,7 @@ from torch import Tensor
 
 from jobs.checkpoint.state_tree import pack
 from jobs.components.build import Components
+from jobs.training.aligned_gradients import needs_aligned
 from launcher.planning.memory import StateBytes
 
 
@@ -25,10 +26,12 @@ def measure_state(components: Components, checkpoint_bytes: int, activations: in
     if components.ema is not None:
         wide = [value for name, value in components.ema.state_dict().items() if name != "n_averaged"]
         averages = [*components.ema.module.parameters(), *components.ema.module.buffers(), *wide]
+    gradients = sum(weights[name].nbytes for group in components.groups for name in group.names)
     return StateBytes(
         weights=_size(weights.values()),
         buffers=_size([*buffers, *components.unsaved_buffers.initial]),
-        gradients=sum(weights[name].nbytes for group in components.groups for name in group.names),
+        gradients=gradients,
+        aligned=gradients if needs_aligned(components.spec.train, components.optimizer) else 0,
         optimizer=_size(of_optimizer.values()),
         average=_size(averages),
         checkpoint=checkpoint_bytes,

@@ -1,5 +1,6 @@
 """What a worker needs of its host's memory when it restores a checkpoint or begins with given weights."""
 
+import gc
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from jobs.spec import InitSpec, JobSpec, OptimizerSpec, Target
 from jobs.training.restore import restore_newest
 from jobs.training.worker import meet
 from tests.distributed.small_job import plain_job
-from tests.distributed.team_process import TIMEOUT_S, run_processes
+from tests.distributed.team_process import TIMEOUT_S, run_directory, run_processes
 from tests.states import digest
 
 CPU = torch.device("cpu")
@@ -68,6 +69,19 @@ def save_a_step(link: AgentLink, task: Task) -> str:
     return digest(parts.state())
 
 
+def save_two_steps(link: AgentLink, task: Task) -> str:
+    """Saves two states; returns the digest of the first."""
+    first = save_a_step(link, task)
+    team, parts = Team(rank=0, world_size=1, shards=4, exact=True, device=CPU), build_parts(task.content, CPU)
+    for parameter in parts.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    parts.optimizer.step()
+    saver = Saver(parts, LoopState(step=2), RunDirectory(task.run_url).checkpoints, link, team, None)
+    saver.save({}, is_needed=True)
+    saver.wait()
+    return first
+
+
 def restore_measured(link: AgentLink, task: Task) -> tuple[int, str]:
     """Returns how far the memory of this process rose while it restored, and the digest of its state."""
     team, parts = prepared(link, task)
@@ -94,6 +108,29 @@ def test_a_restore_needs_memory_for_the_state_once(tmp_path: Path, world_size: i
     for rise, found in restored.results.values():
         assert found == saved.results[0]
         assert state * 0.95 < rise < state + PARTS, f"{rise / 2**20:.0f} MiB, of a state of {state / 2**20:.0f} MiB"
+
+
+def fall_back_measured(link: AgentLink, task: Task) -> tuple[int, str]:
+    """Like ``restore_measured``, without the collector that would free a state that nobody needs."""
+    gc.disable()
+    return restore_measured(link, task)
+
+
+def test_a_checkpoint_that_is_not_good_takes_no_memory_from_the_one_before(tmp_path: Path) -> None:
+    job = wide_job(tmp_path, "run")
+    saved = run_processes(save_two_steps, job, 1)
+    assert not saved.failures, saved.failures
+    run = run_directory(job)
+    damaged = Path(run.url, "checkpoints", run.checkpoints.manifest(2).part(("optimizer.safetensors", 1)).object)
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    restored = run_processes(fall_back_measured, job, 1)
+
+    assert not restored.failures, restored.failures
+    assert restored.fell_back == [2]
+    state = 2 * WEIGHTS
+    rise, found = restored.results[0]
+    assert found == saved.results[0]
+    assert rise < state + PARTS, f"{rise / 2**20:.0f} MiB, of a state of {state / 2**20:.0f} MiB"
 
 
 def test_weights_of_another_run_are_read_by_one_rank(tmp_path: Path) -> None:

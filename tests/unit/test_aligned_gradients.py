@@ -1,10 +1,13 @@
 """Gradients that an optimizer reads lie at aligned addresses, with their values and their order in memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.training.aligned_gradients import AlignedGradients, rounds_by_address
+from jobs.spec import TrainSpec
+from jobs.training.aligned_gradients import AlignedGradients, needs_aligned
 
 BYTES = 64
 
@@ -58,15 +61,18 @@ def test_memory_is_used_again() -> None:
     assert first.tolist() == [2.0] * 4
 
 
-def test_which_optimizers_round_by_address() -> None:
+def test_which_jobs_round_by_address() -> None:
     """A subclass may do more than its base."""
 
     class Own(torch.optim.SGD):
         pass
 
     parameters = [nn.Parameter(torch.zeros(2, 2))]
-    assert not rounds_by_address(torch.optim.SGD(parameters))
-    assert not rounds_by_address(torch.optim.AdamW(parameters))
-    assert rounds_by_address(torch.optim.Adafactor(parameters))
-    assert rounds_by_address(torch.optim.Muon(parameters))
-    assert rounds_by_address(Own(parameters))
+    train, sgd = TrainSpec(), torch.optim.SGD(parameters)
+    assert not needs_aligned(train, sgd)
+    assert not needs_aligned(train, torch.optim.AdamW(parameters))
+    assert needs_aligned(train, torch.optim.Adafactor(parameters))
+    assert needs_aligned(train, torch.optim.Muon(parameters))
+    assert needs_aligned(train, Own(parameters))
+    assert needs_aligned(replace(train, clip_norm=1.0), sgd)
+    assert not needs_aligned(replace(train, exact=False, clip_norm=1.0), sgd)

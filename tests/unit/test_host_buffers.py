@@ -113,6 +113,14 @@ def test_a_host_without_memory_says_so(cuda: Cuda) -> None:
         buffers.take(10)
 
 
+def test_a_buffer_that_no_copy_needs_any_more_may_fail(cuda: Cuda) -> None:
+    cuda.error = 2
+    buffers = HostBuffers(are_locked=True)
+    buffers.prepare(1_000_000)
+    buffers.close()
+    assert not cuda.locked
+
+
 def test_another_error_of_the_gpu_is_its_own(cuda: Cuda) -> None:
     cuda.error = 719
     with pytest.raises(RuntimeError, match="^CUDA error 719$"):

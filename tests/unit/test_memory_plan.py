@@ -14,7 +14,7 @@ from tests.specs import bare_job
 
 G = 40 * 2**20
 STATE = StateBytes(
-    weights=G, buffers=7, gradients=G, optimizer=2 * G, average=G + 7, checkpoint=4 * G, activations=None
+    weights=G, buffers=7, gradients=G, aligned=0, optimizer=2 * G, average=G + 7, checkpoint=4 * G, activations=None
 )  # fmt: skip
 
 
