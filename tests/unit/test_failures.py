@@ -168,7 +168,7 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([failed("connection_lost", 0), exited(1, 0), exited(-signal.SIGABRT, log_tail=watchdog(ASSERT))], "code",
          "code", 1),
         ([failed("connection_lost"), exited(-signal.SIGABRT, log_tail=watchdog(ECC))], "gpu_lost", "machine", 1),
-        ([exited(-signal.SIGABRT, log_tail=f"caught: CUDA out of memory\n{NCCL}")], "exchange_timeout", "machine", 1),
+        ([exited(-signal.SIGABRT, log_tail=f"caught: CUDA out of memory\n{NCCL}")], "hung", "machine", 0),
         ([exited(-signal.SIGABRT, 0, log_tail=NCCL), failed("gpu_lost"), exited(1)], "gpu_lost", "machine", 1),
         ([failed("gpu_lost", step=0), exited(1)], "gpu_lost", "machine", 1),
         ([failed("gpu_lost", place="p"), exited(1)], "gpu_lost", "machine", 1),
