@@ -1,7 +1,7 @@
 """Every precision, layout and kind of optimizer trains on a GPU, and gives the same bits when it does so again."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,29 @@ pytestmark = pytest.mark.gpu
 
 FUSED_SGD = OptimizerSpec(factory=Target("SGD", {"lr": 0.05, "momentum": 0.9, "fused": True}))
 FUSED_ADAMW = OptimizerSpec(factory=Target("AdamW", {"lr": 0.003, "fused": True}))
-CASES: dict[str, tuple[Mapping[str, Any], OptimizerSpec | None]] = {
-    "fp16": ({"precision": "fp16"}, None),
-    "fp16, fused": ({"precision": "fp16"}, FUSED_SGD),
-    "bf16": ({"precision": "bf16"}, None),
-    "bf16, channels_last, fused": ({"precision": "bf16", "channels_last": True}, FUSED_ADAMW),
-    "channels_last": ({"channels_last": True}, None),
-    "tf32": ({"tf32": True}, None),
-    "fused SGD": ({}, FUSED_SGD),
-    "fused AdamW, not exact": ({"exact": False, "shards": 2}, FUSED_ADAMW),
-    "compiled": ({"compile": True}, None),
-    "compiled, bf16, channels_last": ({"compile": True, "precision": "bf16", "channels_last": True}, FUSED_SGD),
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs from the full job, in which a group unfreezes."""
+
+    train: Mapping[str, Any]
+    optimizer: OptimizerSpec | None = None
+    unfreezes: bool = True
+
+
+CASES = {
+    "fp16": Case({"precision": "fp16"}),
+    "fp16, fused": Case({"precision": "fp16"}, FUSED_SGD),
+    "bf16": Case({"precision": "bf16"}),
+    "bf16, channels_last, fused": Case({"precision": "bf16", "channels_last": True}, FUSED_ADAMW),
+    "channels_last": Case({"channels_last": True}),
+    "tf32": Case({"tf32": True}),
+    "fused SGD": Case({}, FUSED_SGD),
+    "fused AdamW, not exact": Case({"exact": False, "shards": 2}, FUSED_ADAMW),
+    "compiled": Case({"compile": True}, unfreezes=False),
+    "compiled, bf16": Case({"compile": True, "precision": "bf16", "channels_last": True}, FUSED_SGD, unfreezes=False),
+    "compiled, a group unfreezes": Case({"compile": True, "shards": 2}),
 }
 SLOW = {
     name: OptimizerSpec(factory=Target("SGD", {"lr": 1e-5, "fused": name == "fused"})) for name in ("for each", "fused")
@@ -47,14 +59,15 @@ class LoudNet(Net):
         return super().forward(images_N188) * 1000
 
 
-def job_of(store: Path, name: str, train: Mapping[str, Any], optimizer: OptimizerSpec | None) -> JobSpec:
-    job = full_job(store, name, **train)
-    return job if optimizer is None else replace(job, optimizer=replace(optimizer, groups=job.optimizer.groups))
+def job_of(store: Path, name: str, case: Case) -> JobSpec:
+    job = full_job(store, name, **case.train)
+    groups = job.optimizer.groups if case.unfreezes else ()
+    return replace(job, optimizer=replace(case.optimizer or job.optimizer, groups=groups))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_and_again_with_equal_bits(device: torch.device, tmp_path: Path, case: str) -> None:
-    first, second = (job_of(tmp_path, f"run-{number}", *CASES[case]) for number in (1, 2))
+    first, second = (job_of(tmp_path, f"run-{number}", CASES[case]) for number in (1, 2))
 
     outcome, again = (run_here(train, job, device) for job in (first, second))
 
@@ -72,7 +85,7 @@ def initial_weights(link: AgentLink, task: Task) -> dict[str, Tensor]:  # noqa: 
 @pytest.mark.parametrize("optimizer", SLOW)
 def test_a_step_whose_gradient_overflows_is_skipped(device: torch.device, tmp_path: Path, optimizer: str) -> None:
     """The scaler halves its scale, and the weights stay as they are; later steps train."""
-    job = job_of(tmp_path, "run", {"precision": "fp16", "max_steps": 1}, SLOW[optimizer])
+    job = job_of(tmp_path, "run", Case({"precision": "fp16", "max_steps": 1}, SLOW[optimizer]))
     job = replace(job, model=Target(f"{__name__}.LoudNet"), checkpoint=CheckpointSpec(every_steps=1))
     before = run_here(initial_weights, job, device).results[0]
 

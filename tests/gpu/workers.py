@@ -48,7 +48,7 @@ def _on_device(link: AgentLink, task: Task, body: Callable[..., Any], on_gpu: bo
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         number = str(task.rank) if visible is None else visible.split(",")[task.rank]
         os.environ["CUDA_VISIBLE_DEVICES"] = number
-        warnings.simplefilter("default")  # torch's own about GPUs; users find them in the log, and so do we
+    warnings.simplefilter("default")  # torch's own, others in each version; users find them in the log, and so do we
     return body(link, replace(task, on_gpu=on_gpu), **options)
 
 
