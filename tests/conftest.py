@@ -33,6 +33,12 @@ A process is given its next file when it begins the last test of one, so ``test_
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the tests of the GPU tier without a GPU"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds like Ctrl-C
     if not hasattr(config, "workerinput"):  # the first process, not one of xdist's workers
@@ -43,9 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """For the slow tier, files that have no slow test: to import them all takes each process ten seconds."""
-    is_of_tests = collection_path.match("test_*.py") and config.option.markexpr == "slow"
-    return True if is_of_tests and "pytest.mark.slow" not in collection_path.read_text() else None
+    """For other tiers, files without a test of the tier: to import them all takes each process ten seconds.
+
+    Some import what a machine that only runs the GPU tier need not have.
+    """
+    tier = config.option.markexpr
+    is_of_tests = collection_path.match("test_*.py") and tier in ("slow", "gpu")
+    return True if is_of_tests and f"pytest.mark.{tier}" not in collection_path.read_text() else None
 
 
 @pytest.hookimpl(tryfirst=True)  # while the slow tests of the default tier are there still

@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="the folder to keep what pytest says in, a file for each time")
     arguments = parser.parse_args()
     interrupt = signal.Signals[f"SIG{arguments.interrupt}"] if arguments.interrupt else None
-    tier = "slow" if arguments.tier == "slow" else "not slow"
+    tier = "slow" if arguments.tier == "slow" else "not slow and not gpu"
     times: list[Time] = []
     with busy(arguments.load), contextlib.suppress(KeyboardInterrupt):
         if arguments.logs is not None:
