@@ -9,6 +9,8 @@ from jobs.spec.checks import at_least
 
 _SMALLEST_BUCKET_MB, _LARGEST_BUCKET_MB = 0.001, 1_000_000
 """1 KiB: below it nearly every gradient is a bucket of its own. 1 TB: above it torch's count of bytes may overflow."""
+_SMALLEST_COMPILED_BUCKET_MB = 1
+"""The size of DDP's first bucket; torch.compile splits the model by buckets, and the others may not be smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,12 @@ class TrainSpec:
             raise FieldError(
                 "bucket_mb",
                 f"must lie between {_SMALLEST_BUCKET_MB} and {_LARGEST_BUCKET_MB}, got {self.bucket_mb}; "
+                "null chooses a size",
+            )
+        if self.compile and self.bucket_mb is not None and self.bucket_mb < _SMALLEST_COMPILED_BUCKET_MB:
+            raise FieldError(
+                "bucket_mb",
+                f"must be at least {_SMALLEST_COMPILED_BUCKET_MB} while train.compile is true, got {self.bucket_mb}; "
                 "null chooses a size",
             )
         if self.clip_norm is not None and self.clip_value is not None:

@@ -181,6 +181,8 @@ class TrainingStep:
             if self._replica is not None:  # free its buckets before there are new ones
                 self._replica = None
                 gc.collect()  # the first one may be in a cycle: DDP imports modules in __init__, which keep its frame
+                if self._spec.train.compile:
+                    torch._dynamo.reset()  # torch 2.11 goes on with the graph in which they are frozen
             self._replica = self._team.replicate(components.model)
             self._trained = [parameter for parameter in components.model.parameters() if parameter.requires_grad]
 

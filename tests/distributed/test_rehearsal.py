@@ -453,7 +453,7 @@ def server() -> None:
             {"val_set": "with_lambda", "loaders": 1},
             "^data.val: handing it to a loader process raised .*data.loaders: 0$",
         ),
-        ({"train_set": "Records", "loaders": 1}, "^data.train: handing it to a loader .* cannot pickle '_io.Buffered"),
+        ({"train_set": "Records", "loaders": 1}, "^data.train: handing it to a .* cannot pickle '(_io.)?Buff"),
         ({"train_set": "Pictures"}, "^data.train: samples cannot be stacked to a batch: "),
         ({"train_set": "Pictures", "loaders": 1}, "^data.train: sample .* raised TypeError: .*found <class '_thread"),
         (

@@ -136,6 +136,9 @@ FILE_MISTAKES = {
     "train: {bucket_mb: 0}": ("train.bucket_mb must lie between 0.001 and 1000000, got 0.0; null chooses a size"),
     "train: {bucket_mb: .inf}": ("train.bucket_mb must lie between 0.001 and 1000000, got inf; null chooses a size"),
     "train: {bucket_mb: .nan}": ("train.bucket_mb must lie between 0.001 and 1000000, got nan; null chooses a size"),
+    "train: {bucket_mb: 0.5, compile: true}": (
+        "train.bucket_mb must be at least 1 while train.compile is true, got 0.5; null chooses a size"
+    ),
     "train: {bucket_mb: big}": "train.bucket_mb must be a number or null, got 'big'",
     "train: {global_batch: 63}": "train.global_batch must divide by train.shards=4, got 63; write 64 or 60",
     "seed: -1": "seed must lie between 0 and 2**63 - 1, got -1",
