@@ -9,6 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -48,6 +49,9 @@ _EXTRAS = {
     for protocol in protocols
 }
 
+_CONNECTIONS = 32
+"""Connections of a process to an object store."""
+
 _classes_in_use: set[type[fsspec.AbstractFileSystem]] = set()
 """The classes of the file systems in use."""
 _in_use_at_fork: list[fsspec.AbstractFileSystem] = []
@@ -82,6 +86,7 @@ class Location:
         protocol: ``file`` if it is on this machine.
         has_folders: Whether an object needs its folder first, and a folder exists without objects.
         has_rename: Whether an object is written under a temporary name and renamed once it is whole.
+        max_requests: How many requests a caller may make at once; beyond that they would wait for each other.
 
     Raises:
         StorageError: The URL is not valid here, holds a secret, or needs a package that is not installed.
@@ -92,6 +97,7 @@ class Location:
         self.protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         self.has_folders = self.protocol in _WITH_FOLDERS
         self.has_rename = self.protocol in _WITH_RENAME
+        self.max_requests = 4 if self.has_folders else _CONNECTIONS  # a disk, or a session for each thread
         self._class = file_system_class(self.protocol, self.url)
 
     def file_system(self) -> fsspec.AbstractFileSystem:
@@ -186,7 +192,7 @@ def _options_for(protocol: str) -> dict[str, Any]:
             "connect_timeout": 5,
             "read_timeout": 30,
             "retries": {"total_max_attempts": 1},
-            "max_pool_connections": 32,
+            "max_pool_connections": _CONNECTIONS,
         }
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options |= {"config_kwargs": own | configured, "max_concurrency": 1}
@@ -209,8 +215,20 @@ def objects_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
     return [name.removeprefix(below) for name in found if name.startswith(below)]
 
 
-def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list[tuple[str, bool]]:
-    """Returns (last part of the name, is a folder) of everything directly in a folder.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What lies directly in a folder."""
+
+    name: str
+    """The last part of its name."""
+    is_folder: bool
+    size: int
+    version: str
+    """What changes with the content of an object, as far as its store tells; else empty."""
+
+
+def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list[Entry]:
+    """Returns everything directly in a folder.
 
     Raises:
         FileNotFoundError: On an object store: the bucket does not exist.
@@ -223,7 +241,20 @@ def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list
         _require_bucket(fs, path)
     # Listing an object, or a folder with a placeholder, returns the path itself.
     own = [entry for entry in found if entry["name"].rstrip("/") != path.rstrip("/")]
-    return [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in own]
+    return [
+        Entry(
+            name=entry["name"].rstrip("/").rpartition("/")[2],
+            is_folder=entry["type"] == "directory",
+            size=entry.get("size") or 0,
+            version=_version(entry),
+        )
+        for entry in own
+    ]
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """Returns the ETag or MD5 that a listing has for an object: S3, Google, Azure."""
+    return next((str(entry[name]) for name in ("ETag", "etag", "md5Hash", "content_md5") if entry.get(name)), "")
 
 
 def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:

@@ -10,7 +10,8 @@ limits and retries.
 import contextlib
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import fsspec
@@ -19,6 +20,7 @@ from cluster.errors import StorageError
 from cluster.storage.deadline import Started
 from cluster.storage.file_systems import (
     TEMPORARY,
+    Entry,
     Location,
     entries,
     missing_folders,
@@ -37,6 +39,26 @@ PATIENCE_S = 10.0
 
 _LISTING_S = 240.0
 """Extra time for a listing: an object store needs a request for each 1,000 names."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object, as a listing describes it."""
+
+    name: str
+    size: int
+    version: str
+    """What changes with its content, as far as the store tells (an ETag); else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes of an object."""
+
+    name: str
+    offset: int = 0
+    size: int | None = None
+    """None: to its end."""
 
 
 class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNotFound does
@@ -140,6 +162,23 @@ class Store:
 
         return self._call(f"read {name}", read, name, size=None)
 
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | MissingObject]:
+        """Returns the bytes of each range, read in concurrent requests; an error in place of a missing object.
+
+        An object that ends within a range gives fewer bytes.
+        """
+        contents: list[bytes | MissingObject] = []
+        at_once = self._location.max_requests
+        for begin in range(0, len(ranges), at_once):
+            now = ranges[begin : begin + at_once]
+            tries = [self._calls.start(_reading(each), self._check_name(each.name)) for each in now]
+            for each, started in zip(now, tries):
+                call, action = _reading(each), f"read {each.name}"
+                content = self._call(action, call, each.name, size=each.size, started=started)
+                missing = f"{self.url}: holds no {each.name}; restore it, or take it out of the data"
+                contents.append(MissingObject(missing) if content is None else content)
+        return contents
+
     def exists(self, name: str) -> bool:
         """Returns whether there is an object of this name; a folder is not one."""
 
@@ -164,6 +203,16 @@ class Store:
     def folders(self) -> list[str]:
         """Returns the names of the folders directly in this one, sorted."""
         return sorted(name for name, is_folder in self._list_entries() if is_folder)
+
+    def listing(self, folder: str = "") -> tuple[list[str], list[StoredObject]]:
+        """Returns the names of the folders directly in a folder, and its objects: the last parts of names, sorted.
+
+        Both are empty if there is no such folder.
+        """
+        found = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
+        folders = sorted(entry.name for entry in found if entry.is_folder)
+        objects = [StoredObject(entry.name, entry.size, entry.version) for entry in found if not entry.is_folder]
+        return folders, sorted(objects, key=lambda each: each.name)
 
     def delete(self, names: Iterable[str], at_once: int = 1) -> None:
         """Deletes objects; one that does not exist counts as deleted.
@@ -242,12 +291,11 @@ class Store:
 
     def _list_entries(self, folder: str = "") -> list[tuple[str, bool]]:
         """Returns (last part of the name, is a folder) of everything directly in a folder."""
-        return self._call(
-            f"list {folder or 'it'}",
-            lambda fs, path: entries(fs, path, self._location.has_folders),
-            folder,
-            extra_s=_LISTING_S,
-        )
+        found = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
+        return [(entry.name, entry.is_folder) for entry in found]
+
+    def _list(self, fs: fsspec.AbstractFileSystem, path: str) -> list[Entry]:
+        return entries(fs, path, self._location.has_folders)
 
     def _call(
         self,
@@ -267,3 +315,18 @@ class Store:
         if any(part in ("", ".", "..") for part in name.split("/")) or re.search(r"[\x00-\x1f\x7f]", name):
             raise StorageError(f"{self.url}: {name!r} is no name of an object; use a relative name without '..'")
         return name
+
+
+def _reading(wanted: ByteRange) -> FileSystemCall[bytes | None]:
+    """Returns the call that reads a range, or returns None if the object is missing."""
+
+    def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes | None:
+        is_whole = wanted.offset == 0 and wanted.size is None
+        end = None if wanted.size is None else wanted.offset + wanted.size
+        try:
+            data: bytes = fs.cat_file(path) if is_whole else fs.cat_file(path, start=wanted.offset, end=end)
+        except ABSENT:
+            return None
+        return data
+
+    return read

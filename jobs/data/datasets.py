@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from jobs.data.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split
+from jobs.images.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split
 
 
 def digits(

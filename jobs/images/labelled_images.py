@@ -1,4 +1,4 @@
-"""The class of all shipped image datasets, and how an image file is decoded.
+"""The class of image datasets in memory, and what all image datasets do with an image.
 
 A dataset is a pure function of its arguments. A sample is a function of its index and of torch's, Python's and numpy's
 random generators, which the launcher seeds for each sample. Datasets know nothing of epochs, shards or workers.
@@ -8,14 +8,11 @@ fastest on bytes, float32 in [0, 1] from other datasets. The dataset converts it
 name a dtype.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -53,8 +50,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.classes = tuple(classes)
         self._read = read
         self._transform = transform
-        self._mean_C11 = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
-        self._std_C11 = None if std is None else torch.tensor(std).view(-1, 1, 1)
+        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -63,36 +59,21 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         image_CHW = self._read(index)
         if self._transform is not None:
             image_CHW = self._transform(image_CHW)
-        if image_CHW.dtype == torch.uint8:
-            image_CHW = image_CHW.to(torch.float32).div_(255)
-        if self._mean_C11 is not None:
-            image_CHW = image_CHW - self._mean_C11
-        if self._std_C11 is not None:
-            image_CHW = image_CHW / self._std_C11
-        return image_CHW, int(self.targets[index])
+        return normalised(image_CHW, self._mean_C11, self._std_C11), int(self.targets[index])
 
 
-def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
-    """Decodes an image file with 8 bits per channel as upright RGB; drops an alpha channel.
+def normalised(image_CHW: Tensor, mean_C11: Tensor | None, std_C11: Tensor | None) -> Tensor:
+    """Returns an image as float32, in [0, 1] if it was uint8, minus ``mean_C11`` and divided by ``std_C11``."""
+    if image_CHW.dtype == torch.uint8:
+        image_CHW = image_CHW.to(torch.float32).div_(255)
+    if mean_C11 is not None:
+        image_CHW = image_CHW - mean_C11
+    return image_CHW if std_C11 is None else image_CHW / std_C11
 
-    Uses Pillow, because ``torchvision.io.decode_image`` is deprecated since torchvision 0.29.
 
-    Shapes:
-        Returns image_3HW, uint8.
-
-    Raises:
-        ValueError: The file cannot be decoded; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{os.fsdecode(path)}: must have 8 bits a channel, got {image.mode}; convert the file")
-            ImageOps.exif_transpose(image, in_place=True)
-            # Pillow warns unless a transparent palette is converted to RGBA first.
-            opaque = image.convert("RGBA") if "transparency" in image.info else image
-            return torch.from_numpy(np.array(opaque.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(f"{os.fsdecode(path)}: cannot be decoded, {error}; repair or remove the file") from error
+def per_channel(values: Sequence[float] | None) -> Tensor | None:
+    """Returns a number per channel as a tensor. Shapes: [C] -> [C, 1, 1]."""
+    return None if values is None else torch.tensor(values).view(-1, 1, 1)
 
 
 def check_split(split: object, *also: object) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.data.class_folders import class_names, image_names
-from jobs.data.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split, read_image
+from jobs.images.class_folders import class_names, image_names
+from jobs.images.decoding import read_image
+from jobs.images.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 """Names of folders that hold a split. A root with no others has no class folders."""

@@ -1,0 +1,266 @@
+"""The index of image data: where each sample lies, its label, and the classes, in one columnar file.
+
+It is made once and mapped into the memory of every process, so that no process holds lists of names.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_VERSION = 1
+_OF_OBJECTS = ("name", "size", "version")
+_COLUMNS = (*_OF_OBJECTS, "object", "offset", "length", "key", "draw", "label")
+_TEXTS = ("name", "version", "key")
+"""Columns of bytes: the names of files need not be UTF-8."""
+_DIGITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an index is made from: data at a URL, and all that decides which samples it has."""
+
+    format: str
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """JSON."""
+
+    @property
+    def id(self) -> str:
+        """The same for equal sources."""
+        text = json.dumps([self.format, self.url, self.options], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample lies."""
+
+    object: str
+    """The name of an object below the source's URL."""
+    size: int
+    """The bytes of the object; -1: unknown."""
+    offset: int
+    """Its first byte in the object; of Parquet, the number of its row group."""
+    length: int
+    """Its bytes; of Parquet, the number of its row in the row group. -1: the sample is the whole object."""
+    key: str
+    """What names it within its object; empty: it is the whole object."""
+
+    def __str__(self) -> str:
+        return f"{self.object}#{self.key}" if self.key else self.object
+
+
+class IndexBuilder:
+    """Collects the objects and samples of a source in arrays.
+
+    Objects and samples keep the order in which they are added.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.classes: Sequence[str] = ()
+        """The name of each label; empty: labels are numbers to predict."""
+        self.passed_over: dict[str, list[str]] = {}
+        """By reason, the names of what was passed over."""
+        self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
+        self._num_objects = 0
+
+    def add_files(
+        self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
+    ) -> None:
+        """Adds objects that are samples.
+
+        Args:
+            names: Relative to the source's URL.
+            sizes: In bytes; -1: unknown.
+            versions: What changes with their content, see ``StoredObject``.
+            labels: Of each.
+
+        Shapes: labels int64 [n], or float32 [n, targets] if there are no classes.
+        """
+        first, num = self._num_objects, len(names)
+        self._add_objects(names, sizes, versions)
+        self._add_samples(np.arange(first, first + num), np.zeros(num), np.full(num, -1), labels, [""] * num, names)
+
+    def add_container(
+        self,
+        name: str,
+        size: int,
+        version: str,
+        *,
+        offsets: "Sequence[int] | np.ndarray",
+        lengths: "Sequence[int] | np.ndarray",
+        labels: "Sequence[Any] | np.ndarray",
+        keys: Sequence[str],
+    ) -> None:
+        """Adds an object that holds samples; see ``Place`` for what offsets, lengths and keys mean.
+
+        Shapes: offsets, lengths int64 [n]; labels int64 [n], or float32 [n, targets] if there are no classes.
+        """
+        number = self._num_objects
+        self._add_objects([name], [size], [version])
+        unique = [f"{name}#{key}" for key in keys]
+        self._add_samples(np.full(len(keys), number), offsets, lengths, labels, keys, unique)
+
+    def _add_objects(self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str]) -> None:
+        self._num_objects += len(names)
+        self._add("name", [os.fsencode(name) for name in names])
+        self._add("size", np.asarray(sizes, np.int64))
+        self._add("version", [version.encode() for version in versions])
+
+    def _add_samples(self, objects: Any, offsets: Any, lengths: Any, labels: Any, keys: Any, unique: Any) -> None:
+        self._add("object", np.asarray(objects, np.int64))
+        self._add("offset", np.asarray(offsets, np.int64))
+        self._add("length", np.asarray(lengths, np.int64))
+        self._add("key", [os.fsencode(key) for key in keys])
+        self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
+
+    def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
+        import pyarrow as pa  # takes 0.3 s, and many jobs have no index
+
+        self._columns[column].append(pa.array(values, pa.large_binary() if isinstance(values, list) else None))
+
+    def pass_over(self, reason: str, name: str) -> None:
+        """Notes what is no sample, for people to see."""
+        self.passed_over.setdefault(reason, []).append(name)
+
+    def write(self, path: Path) -> "Index":
+        """Writes the index to a file, which must not exist, and opens it."""
+        import pyarrow as pa
+
+        types = {"label": pa.int64() if self.classes else pa.float32(), "draw": pa.uint64()}
+        types |= dict.fromkeys(_TEXTS, pa.large_binary())
+        columns = {
+            name: pa.chunked_array(chunks, types.get(name, pa.int64())).combine_chunks()
+            for name, chunks in self._columns.items()
+        }
+        described = {
+            "version": _VERSION,
+            "format": self.source.format,
+            "url": self.source.url,
+            "options": dict(self.source.options),
+            "classes": list(self.classes),
+            "passed_over": {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())},
+        }
+        text = json.dumps(described, sort_keys=True)
+        # One row of lists: objects and samples differ in number, and a file has one table.
+        table = pa.table({
+            name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
+            for name, column in columns.items()
+        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return Index(path)
+
+
+class Index:
+    """An index that a file holds, mapped into memory. A pickle of it holds the path of the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens an index.
+
+        Raises:
+            ValueError: The file is no index, or one of another version of the launcher.
+        """
+        import pyarrow as pa
+
+        self.path = path
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            described = json.loads(table.schema.metadata[b"index"])
+            self.digest: str = table.schema.metadata[b"digest"].decode()
+            self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no index of data: {error}; remove it") from error
+        if described["version"] != _VERSION:
+            raise ValueError(f"{path}: is of another version, {described['version']}, not {_VERSION}; remove it")
+        self._text = json.dumps(described, sort_keys=True)
+        self.source = Source(described["format"], described["url"], described["options"])
+        self.classes: tuple[str, ...] = tuple(described["classes"])
+        self.passed_over: dict[str, tuple[int, str]] = {
+            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+        }
+        """By reason: how many names were passed over, and the first of them."""
+
+    def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
+        return Index, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self._columns["object"])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Of each sample: its class, int64 [samples]; without classes, its targets, float32 [samples, targets]."""
+        values: np.ndarray = self._columns["label"].to_numpy()
+        return values if self.classes else values.reshape(len(self), -1)
+
+    @property
+    def num_objects(self) -> int:
+        """The number of objects that hold the samples."""
+        return len(self._columns["name"])
+
+    @property
+    def objects(self) -> Mapping[str, "pa.Array"]:
+        """The columns of the objects: name, size, version."""
+        return {name: self._columns[name] for name in _OF_OBJECTS}
+
+    @property
+    def draws(self) -> np.ndarray:
+        """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
+
+        Shapes: uint64 [samples].
+        """
+        drawn: np.ndarray = self._columns["draw"].to_numpy()
+        return drawn
+
+    def place(self, number: int) -> Place:
+        """Returns where a sample lies."""
+        columns = self._columns
+        of_object = columns["object"][number].as_py()
+        return Place(
+            object=os.fsdecode(columns["name"][of_object].as_py()),
+            size=columns["size"][of_object].as_py(),
+            offset=columns["offset"][number].as_py(),
+            length=columns["length"][number].as_py(),
+            key=os.fsdecode(columns["key"][number].as_py()),
+        )
+
+    def url_of(self, number: int) -> str:
+        """Returns the URL of a sample, for people to read."""
+        return f"{self.source.url.rstrip('/')}/{self.place(number)}"
+
+    def check(self) -> bool:
+        """Returns whether the file holds what was written to it."""
+        return self.digest == _digest(self._text, self._columns)
+
+
+def _draw(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
+
+
+def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
+    sha256 = hashlib.sha256(text.encode())
+    for name in _COLUMNS:
+        column = columns[name]
+        sha256.update(f":{name}:{len(column)}:".encode())
+        if name not in _TEXTS:
+            sha256.update(column.to_numpy())
+            continue
+        _, ends, content = column.buffers()
+        ends_N1 = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
+        sha256.update(np.diff(ends_N1).tobytes())
+        if content is not None:
+            sha256.update(memoryview(content)[ends_N1[0] : ends_N1[-1]])
+    return sha256.hexdigest()[:_DIGITS]

@@ -1,0 +1,149 @@
+"""A dataset of images that an index lists: a sample is read from a store, decoded, transformed and normalised."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cluster.storage.store import ByteRange, MissingObject, Store
+from jobs.images.decoding import BadSample, decode_image
+from jobs.images.index import Index, Place
+from jobs.images.labelled_images import Transform, normalised, per_channel
+
+PATIENCE_S = 120.0
+"""How long a store may not answer before a worker fails: below the default of ``workers.hang_timeout_s``, so that the
+error names the store."""
+_GAP = 2**16
+"""Bytes between two samples that are read and dropped, because another request takes longer."""
+
+ReadSamples = Callable[[Index, Sequence[int]], list[bytes | BadSample]]
+"""Reads the encoded images of samples of an index, with few requests; an error in place of each that is not there.
+
+It is pickled to loader processes. Raises StorageError if the store does not answer.
+"""
+
+
+class IndexedImages(Dataset[tuple[Tensor, Any]]):
+    """A map-style dataset of (image, label).
+
+    Args:
+        index: Lists the samples.
+        read: Reads them.
+        chosen_N: The numbers of the samples of this dataset in the index, int64; None: all.
+        transform: Applied to the decoded image, uint8.
+        mean: One number per channel to subtract from the float32 image, if given.
+        std: One number per channel to divide by after that, if given.
+
+    Shapes:
+        A sample is (image_3HW, label), float32; a label is an int, or without classes a float32 [targets].
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        read: ReadSamples,
+        chosen_N: np.ndarray | None = None,
+        transform: Transform | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        self.index = index
+        self.classes = index.classes
+        self._read = read
+        self._chosen_N = chosen_N
+        self._transform = transform
+        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
+
+    def __len__(self) -> int:
+        return len(self.index) if self._chosen_N is None else len(self._chosen_N)
+
+    @property
+    def targets(self) -> Tensor:
+        """The label of each sample. Shapes: int64 [samples], or float32 [samples, targets]."""
+        labels = self.index.labels
+        return torch.from_numpy(labels.copy() if self._chosen_N is None else labels[self._chosen_N])
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Any]:
+        (content,) = self.fetch([number])
+        return self.decoded(number, content)
+
+    def fetch(self, numbers: Sequence[int]) -> list[bytes | BadSample]:
+        """Reads the encoded images of samples, with few requests; an error in place of each that is not there.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        return self._read(self.index, [self._number(number) for number in numbers])
+
+    def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, Any]:
+        """Returns a sample that was fetched.
+
+        Raises:
+            BadSample: It was not there, or is no image.
+        """
+        if isinstance(content, BadSample):
+            raise content
+        own = self._number(number)
+        label = self.index.labels[own]
+        image_3HW = decode_image(content, self.index.url_of(own))
+        if self._transform is not None:
+            image_3HW = self._transform(image_3HW)
+        image_3HW = normalised(image_3HW, self._mean_C11, self._std_C11)
+        return image_3HW, int(label) if self.classes else torch.from_numpy(label.copy())
+
+    def _number(self, number: int) -> int:
+        return int(number if self._chosen_N is None else self._chosen_N[number])
+
+
+def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]:
+    """Reads samples that are whole objects, or ranges of them.
+
+    Samples that lie one behind the other are read together.
+
+    Raises:
+        StorageError: The store does not answer.
+    """
+    places = [index.place(number) for number in numbers]
+    order = sorted(range(len(places)), key=lambda each: (places[each].object, places[each].offset))
+    runs: list[list[int]] = []
+    for each in order:
+        place, last = places[each], places[runs[-1][-1]] if runs else None
+        is_near = last is not None and place.length >= 0 and place.object == last.object and last.length >= 0
+        if is_near and last is not None and place.offset - (last.offset + last.length) <= _GAP:
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    contents: dict[int, bytes | BadSample] = {}
+    store = Store(index.source.url, PATIENCE_S)
+    ranges = [_range_of([places[each] for each in run]) for run in runs]
+    for run, wanted, found in zip(runs, ranges, store.read_ranges(ranges)):
+        for each in run:
+            contents[each] = _cut(index, places[each], wanted, found)
+    return [contents[each] for each in range(len(places))]
+
+
+def _range_of(places: Sequence[Place]) -> ByteRange:
+    first = places[0]
+    if first.length < 0:
+        return ByteRange(first.object)
+    end = max(place.offset + place.length for place in places)
+    return ByteRange(first.object, first.offset, end - first.offset)
+
+
+def _cut(index: Index, place: Place, wanted: ByteRange, found: bytes | MissingObject) -> bytes | BadSample:
+    """Returns the bytes of a sample out of those that were read."""
+    url = f"{index.source.url}/{place}"
+    if isinstance(found, MissingObject):
+        return BadSample(f"{url}: is gone; restore it")
+    if place.length < 0:
+        if place.size not in (-1, len(found)):
+            return BadSample(f"{url}: had {place.size} bytes when it was listed, has {len(found)} now; restore it")
+        return found
+    begin = place.offset - wanted.offset
+    content = found[begin : begin + place.length]
+    if len(content) < place.length:
+        return BadSample(f"{url}: its object ends before it does; restore it")
+    return content
