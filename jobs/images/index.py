@@ -151,14 +151,16 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "passed_over": {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())},
         }
         text = json.dumps(described, sort_keys=True)
+        passed_over = {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())}
         # One row of lists: objects and samples differ in number, and a file has one table.
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
+        }).replace_schema_metadata({
+            "index": text, "passed_over": json.dumps(passed_over), "digest": _digest(text, columns),
+        })  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -179,6 +181,7 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
+            passed_over = json.loads(table.schema.metadata[b"passed_over"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
             self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -189,7 +192,7 @@ class Index:
         self.source = Source(described["format"], described["url"], described["options"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
         self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+            reason: (count, first) for reason, (count, first) in passed_over.items()
         }
         """By reason: how many names were passed over, and the first of them."""
 
@@ -236,6 +239,18 @@ class Index:
             key=os.fsdecode(columns["key"][number].as_py()),
         )
 
+    def places(self, numbers_N: np.ndarray) -> Mapping[str, "pa.Array"]:
+        """Returns where samples lie: a column for the size and version of their objects, and their offset and length.
+
+        Shapes: int64 [N] -> N values in each column.
+        """
+        import pyarrow as pa
+
+        numbers = pa.array(numbers_N)
+        of_objects = self._columns["object"].take(numbers)
+        columns = {name: self._columns[name].take(of_objects) for name in ("size", "version")}
+        return columns | {name: self._columns[name].take(numbers) for name in ("offset", "length")}
+
     def url_of(self, number: int) -> str:
         """Returns the URL of a sample, for people to read."""
         return f"{self.source.url.rstrip('/')}/{self.place(number)}"
@@ -250,7 +265,10 @@ def _draw(name: str) -> int:
 
 
 def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file.
+
+    What was passed over does not count: a file that a desktop leaves among the images changes no sample.
+    """
     sha256 = hashlib.sha256(text.encode())
     for name in _COLUMNS:
         column = columns[name]

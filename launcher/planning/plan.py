@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import DescriptionError, StorageError, TrainingError
+from cluster.errors import DescriptionError, TrainingError
 from cluster.process import fork_server
 from cluster.process.agent import modules_of
 from cluster.process.orders import Task
@@ -21,6 +21,7 @@ from jobs.sampling import StepPlan
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description, named_errors
+from launcher.planning.built_index import BuiltIndex
 from launcher.planning.memory import MemoryPlan
 from launcher.planning.placement import (
     check_machine,
@@ -31,6 +32,7 @@ from launcher.planning.placement import (
     resources_of,
     why_wait,
 )
+from launcher.planning.store_check import check_store
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
@@ -99,6 +101,8 @@ class DryRunResult:
     """Operators without a deterministic implementation on GPUs, where the job wants one; none if it ran on a GPU."""
     could_fuse: bool
     """Whether the gradient scaler waits for the GPU in every step because the optimizer is not fused."""
+    indexes: tuple[BuiltIndex, ...] = ()
+    """The indexes of the data that it has made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +146,12 @@ class Plan:
     """The weights that the run begins with. None: random ones."""
     hint: str
     """What would make the run faster; empty: nothing that is known."""
+    indexes: tuple[BuiltIndex, ...]
+    """The indexes of the data that the workers use."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
-        return asdict(self)
+        return asdict(self) | {"indexes": [index.as_dict() for index in self.indexes]}
 
 
 def make_plan(
@@ -314,33 +320,5 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         rates=tried.rates,
         init_from=tried.init_from,
         hint=hint_for(decision.gpus, could_fuse=tried.could_fuse),
+        indexes=tried.indexes,
     )
-
-
-def checked_store(description: Description) -> Store:
-    """Return the store of a description after ``check_store``, with the name of the job file in errors.
-
-    Raises:
-        DescriptionError: The store cannot be used.
-    """
-    with named_errors(description.source):
-        return check_store(description.spec)
-
-
-def check_store(spec: JobSpec) -> Store:
-    """Open the store of a job, and write, read and delete one object in it.
-
-    Raises:
-        DescriptionError: The store cannot be used, or no other process would see what is written there.
-    """
-    try:
-        store = Store(spec.store)
-        if not store.is_shared:
-            raise DescriptionError(
-                f"store {spec.store!r} is seen by one process alone, and workers are others; "
-                "use a folder, or a URL such as s3://bucket/runs"
-            )
-        store.probe()
-    except StorageError as error:
-        raise DescriptionError(f"store: {error}") from error
-    return store

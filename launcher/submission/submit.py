@@ -30,7 +30,8 @@ from launcher.code.user_code import find_code, make_import_paths
 from launcher.config.description import Description
 from launcher.display.progress import Progress
 from launcher.planning.nodes import check_nodes, fit, own_versions
-from launcher.planning.plan import DryRunResult, Plan, checked_store, modules_for, try_job
+from launcher.planning.plan import DryRunResult, Plan, modules_for, try_job
+from launcher.planning.store_check import checked_store
 from launcher.runs.begin import one_line, run_directory
 from launcher.runs.environment import git_state
 from launcher.runs.found_description import find_description
