@@ -6,7 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,16 +64,21 @@ class IndexBuilder:
     """Collects the objects and samples of a source in arrays.
 
     Objects and samples keep the order in which they are added.
+
+    Args:
+        source: What is listed.
+        reached: Called with the number of samples after each addition, to tell how far it is.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
         self.passed_over: dict[str, list[str]] = {}
         """By reason, the names of what was passed over."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
-        self._num_objects = 0
+        self._num_objects = self._num_samples = 0
+        self._reached = reached
 
     def add_files(
         self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
@@ -124,6 +129,8 @@ class IndexBuilder:
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._num_samples += len(keys)
+        self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:

@@ -9,14 +9,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cluster.errors import ClusterError, StorageError, one_line
+from cluster.host.scratch import is_own
 from cluster.process.host_cache import HostCache
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.listing_progress import ListingProgress
 
 Build = Callable[[Store, IndexBuilder], None]
 """Lists what a store holds, and adds it to an index.
@@ -37,14 +40,20 @@ class IndexFiles:
     Args:
         run: The run whose indexes this process takes, and makes none; None: it makes them.
         known: The digests of the run's indexes, by the ids of their sources.
+        tell: Called with a line every few seconds while an index is made.
 
     Attributes:
         opened: By the ids of their sources, the indexes that this process has opened.
     """
 
-    def __init__(self, run: RunDirectory | None = None, known: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        run: RunDirectory | None = None,
+        known: Mapping[str, str] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.opened: dict[str, Index] = {}
-        self._run, self._known = run, known or {}
+        self._run, self._known, self._tell = run, known or {}, tell
 
     def open(self, source: Source, build: Build) -> Index:
         """Returns the index of a source: that of the run, or a new one.
@@ -54,9 +63,18 @@ class IndexFiles:
             StorageError: The data or the run directory cannot be read, or the cache cannot be written.
             ClusterError: The run has no index of this source, or this host has other data than the index says.
         """
+        source = _portable(source)
         if source.id not in self.opened:
-            self.opened[source.id] = _make(source, build) if self._run is None else self._of_run(self._run, source)
+            if self._run is None:
+                self.opened[source.id] = self._make(source, build)
+            else:
+                self.opened[source.id] = self._of_run(self._run, source)
         return self.opened[source.id]
+
+    def _make(self, source: Source, build: Build) -> Index:
+        builder = IndexBuilder(source, ListingProgress(source.url, self._tell).reached)
+        build(Store(source.url), builder)
+        return _keep(source.id, builder.write)
 
     def _of_run(self, run: RunDirectory, source: Source) -> Index:
         digest = self._known.get(source.id)
@@ -128,10 +146,23 @@ def fetch_index(run: RunDirectory, digest: str) -> Index:
         ) from error
 
 
-def _make(source: Source, build: Build) -> Index:
-    builder = IndexBuilder(source)
-    build(Store(source.url), builder)
-    return _keep(source.id, builder.write)
+def _portable(source: Source) -> Source:
+    """Returns a source that is the same in every process of a run.
+
+    The code of a submitted run lies in a folder of each process's own, and what lies there is relative to it.
+    """
+    here = os.getcwd()
+    if not is_own(here):
+        return source
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, str):
+            return os.path.relpath(value, here) if value == here or value.startswith(f"{here}{os.sep}") else value
+        if isinstance(value, Mapping):
+            return {key: relative(each) for key, each in value.items()}
+        return [relative(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return Source(source.format, relative(source.url), relative(source.options))
 
 
 def _cached(digest: str) -> Index | None:

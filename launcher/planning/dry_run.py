@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import ClusterError, DescriptionError, in_short, nearest
+from cluster.process.fork_server import tell_caller
 from cluster.process.orders import Task
 from jobs.checkpoint.saver import COPY_SLACK_BYTES
 from jobs.components.build import Components, build_parts, worker_device
@@ -65,7 +66,7 @@ def try_out(task: Task) -> DryRunResult:
             raise
         raise ClusterError(f"{error}; {LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
-    watch, files = OperatorWatch(spec.train, device), IndexFiles()
+    watch, files = OperatorWatch(spec.train, device), IndexFiles(tell=tell_caller)
     use_index_files(files)
     try:
         parts = build_parts(spec, device)

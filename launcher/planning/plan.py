@@ -197,15 +197,16 @@ def make_plan(
         if capacity is not None and may_wait:
             cluster.prepare_group(ENTRY, places_of(spec.workers, gpus))
 
+        def tell_more(what: str) -> None:
+            tell(f"trying the job out: {what}")
+
         def dry_run() -> DryRunResult:
             result: DryRunResult
             if tries_here:
-                tell(
-                    f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}"
-                )
-                result = call_here(call)
+                tell_more(f"on this host's CPU, since there is no room for one worker of {call.resources}")
+                result = call_here(call, tell_more)
             else:
-                result = cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
+                result = cluster.call(call, tell_more)
             return result
 
         store = check_store(spec)
@@ -216,10 +217,10 @@ def make_plan(
     return plan
 
 
-def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunResult:
+def try_job(description: Description, import_paths: tuple[str, ...], tell: Callable[[str], None]) -> DryRunResult:
     """Run the dry run of a job on this machine's CPU, wherever the job will train.
 
-    Neither its store nor room for its workers is checked.
+    Neither its store nor room for its workers is checked. ``tell`` receives what is being done.
 
     Raises:
         DescriptionError: The job cannot run as it is described.
@@ -228,7 +229,7 @@ def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunRe
     call = _make_call(spec, UserCode(folders=import_paths).task(_DRY_RUN, "", spec), gpus=0)
     with named_errors(description.source):
         fork_server.start(call.modules)
-        return _with_described_errors(lambda: call_here(call))
+        return _with_described_errors(lambda: call_here(call, lambda what: tell(f"trying the job out: {what}")))
 
 
 def import_ahead(cluster: "Cluster", modules: tuple[str, ...]) -> None:

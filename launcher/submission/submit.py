@@ -165,7 +165,7 @@ def plan_there(
     check_ray_version()
     store = checked_store(description)
     display.phase("trying the job out")
-    tried = try_job(description, make_import_paths(folder))
+    tried = try_job(description, make_import_paths(folder), display.phase)
     pack_job(folder, tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
     report = inspect_cluster(scheduler, store, _variables(description, place))
@@ -265,7 +265,7 @@ class _Submitting:
             DescriptionError: The description cannot run as written; or the data of the run have changed.
         """
         self.display.phase("trying the job out")
-        tried = try_job(to_plan, self.import_paths)
+        tried = try_job(to_plan, self.import_paths, self.display.phase)
         if before.stored is not None:
             check_unchanged(self.run, self.description, tried)
         return tried, self.pack(tried.modules)
