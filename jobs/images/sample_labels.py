@@ -7,6 +7,7 @@ import numpy as np
 
 _MOST = 1_000_000
 """Classes. Larger integers identify something else."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class SampleLabels:
@@ -75,7 +76,7 @@ def finite_numbers(values: Sequence[object]) -> list[float]:
     """
     for value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= np.finfo(np.float32).max:  # type: ignore[arg-type]
+        if not is_number or not abs(value) <= _LARGEST:  # type: ignore[arg-type]
             raise ValueError(f"must be a finite number, got {_short(value)}; correct it")
     return [float(value) for value in values]  # type: ignore[arg-type]
 
