@@ -5,5 +5,15 @@ from jobs.images.class_folders import IMAGE_SUFFIXES
 from jobs.images.decoding import BadSample, read_image
 from jobs.images.image_folders import image_folder
 from jobs.images.labelled_images import LabelledImages
+from jobs.images.tar_shards import tar_shards
 
-__all__ = ["IMAGE_SUFFIXES", "BadSample", "LabelledImages", "digits", "image_folder", "read_image", "synthetic_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "BadSample",
+    "LabelledImages",
+    "digits",
+    "image_folder",
+    "read_image",
+    "synthetic_images",
+    "tar_shards",
+]

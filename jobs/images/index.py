@@ -142,6 +142,15 @@ class IndexBuilder:
         """Notes what is no sample, for people to see."""
         self.passed_over.setdefault(reason, []).append(name)
 
+    def sort_classes(self) -> None:
+        """Numbers the classes by name, also in the labels that were added."""
+        import pyarrow as pa
+
+        order = sorted(range(len(self.classes)), key=self.classes.__getitem__)
+        self.classes = [self.classes[old] for old in order]
+        new_of_old = np.argsort(order)
+        self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
+
     def write(self, path: Path) -> "Index":
         """Writes the index to a file, which must not exist, and opens it."""
         import pyarrow as pa
