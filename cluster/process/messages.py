@@ -126,6 +126,21 @@ class StepEvent:
     """The reason in one line, for people."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleSkipped:
+    """A sample is bad: another one replaces it, or the validation leaves it out. The rank that has read it sends it,
+    every time it meets it."""
+
+    split: Literal["train", "val"]
+    """The dataset."""
+    epoch: int
+    """The epoch in which it was read; 0 for a validation."""
+    number: int
+    """Its number in the dataset."""
+    reason: str
+    """What is wrong with it, in one line that names it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveSkipped:
     """All workers skip a checkpoint because this worker is still writing the previous one."""
@@ -242,6 +257,7 @@ Report = (
     | RowLogged
     | MatrixMeasured
     | StepEvent
+    | SampleSkipped
     | SaveSkipped
     | ShareWritten
     | Finished

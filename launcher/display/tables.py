@@ -88,6 +88,8 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", duration(known["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
     if "goodput" in known:
         yield "goodput", f"{known['goodput']:.0%}: {_time_spent(known['time'])}"
+    if (skipped := known.get("skipped_samples")) and skipped["count"]:
+        yield "data", f"{_skipped(skipped['count'])}, first: {skipped['first'][0]['reason']}"
     if "failure" in known:
         yield "last failure", _failure(known["failure"])
     if job := _job(result):
@@ -302,6 +304,10 @@ def _time_spent(time: Mapping[str, float]) -> str:
         for name, seconds in longest_first
         if seconds >= 0.05
     )
+
+
+def _skipped(count: int) -> str:
+    return f"{number(count)} bad sample{'s' * (count != 1)} skipped"
 
 
 def _failure(failure: Mapping[str, Any]) -> str:
