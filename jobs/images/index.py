@@ -142,6 +142,15 @@ class IndexBuilder:
         """Notes what is no sample, for people to see."""
         self.passed_over.setdefault(reason, []).append(name)
 
+    def sort_classes(self) -> None:
+        """Numbers the classes by name, also in the labels that were added."""
+        import pyarrow as pa
+
+        order = sorted(range(len(self.classes)), key=self.classes.__getitem__)
+        self.classes = [self.classes[old] for old in order]
+        new_of_old = np.argsort(order)
+        self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
+
     def write(self, path: Path) -> "Index":
         """Writes the index to a file, which must not exist, and opens it."""
         import pyarrow as pa
@@ -224,6 +233,12 @@ class Index:
     def objects(self) -> Mapping[str, "pa.Array"]:
         """The columns of the objects: name, size, version."""
         return {name: self._columns[name] for name in _OF_OBJECTS}
+
+    @property
+    def object_numbers(self) -> np.ndarray:
+        """Of each sample, the number of its object in ``objects``. Shapes: int64 [samples]."""
+        numbers: np.ndarray = self._columns["object"].to_numpy()
+        return numbers
 
     @property
     def draws(self) -> np.ndarray:
