@@ -5,8 +5,7 @@
     Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost             -->  driver
 
 An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
-arrive in order. All values are plain, classes of ``cluster.errors``, or frozen dataclasses of these, so that every
-process can unpickle them.
+arrive in order. All values are plain or of ``cluster.errors``, so that every process can unpickle them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,15 +127,12 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class SampleSkipped:
-    """A sample is bad: another one replaces it, or the validation leaves it out. The rank that has read it sends it,
-    every time it meets it."""
+    """Sample ``number`` is bad: another replaces it, or the validation leaves it out. Sent each time, by any rank."""
 
     split: Literal["train", "val"]
-    """The dataset."""
     epoch: int
     """The epoch in which it was read; 0 for a validation."""
     number: int
-    """Its number in the dataset."""
     reason: str
     """What is wrong with it, in one line that names it."""
 

@@ -89,7 +89,8 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "goodput" in known:
         yield "goodput", f"{known['goodput']:.0%}: {_time_spent(known['time'])}"
     if (skipped := known.get("skipped_samples")) and skipped["count"]:
-        yield "data", f"{_skipped(skipped['count'])}, first: {skipped['first'][0]['reason']}"
+        bad = f"{number(skipped['count'])} bad sample{'s' * (skipped['count'] != 1)} skipped"
+        yield "data", f"{bad}, first: {skipped['first'][0]['reason']}"
     if "failure" in known:
         yield "last failure", _failure(known["failure"])
     if job := _job(result):
@@ -304,10 +305,6 @@ def _time_spent(time: Mapping[str, float]) -> str:
         for name, seconds in longest_first
         if seconds >= 0.05
     )
-
-
-def _skipped(count: int) -> str:
-    return f"{number(count)} bad sample{'s' * (count != 1)} skipped"
 
 
 def _failure(failure: Mapping[str, Any]) -> str:
