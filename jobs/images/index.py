@@ -131,7 +131,6 @@ class IndexBuilder:
         self._add("version", [version.encode() for version in versions])
 
     def _add_samples(self, objects: Any, offsets: Any, lengths: Any, labels: Any, keys: Any, unique: Any) -> None:
-        self._num_samples += len(objects)
         self._add("object", np.asarray(objects, np.int64))
         self._add("offset", np.asarray(offsets, np.int64))
         self._add("length", np.asarray(lengths, np.int64))
@@ -177,16 +176,14 @@ class IndexBuilder:
             "options": dict(self.source.options),
             "classes": list(self.classes),
             "splits": {name: [numbers.start, numbers.stop] for name, numbers in self.splits.items()},
+            "passed_over": self.passed_over,
         }
         text = json.dumps(described, sort_keys=True)
-        passed_over = dict(sorted(self.passed_over.items()))
         # One row of lists: objects and samples differ in number, and a file has one table.
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({
-            "index": text, "passed_over": json.dumps(passed_over), "digest": _digest(text, columns),
-        })  # fmt: skip
+        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -207,7 +204,6 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
-            passed_over = json.loads(table.schema.metadata[b"passed_over"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
             self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -220,7 +216,7 @@ class Index:
         self.splits: dict[str, range] = {name: range(*ends) for name, ends in described["splits"].items()}
         """The numbers of the samples of each split, if the data itself is divided into splits."""
         self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in passed_over.items()
+            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
         }
         """By reason: how many names were passed over, and the first of them by name."""
 
@@ -299,10 +295,7 @@ def _draw(name: str) -> int:
 
 
 def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file.
-
-    What was passed over does not count: a file that a desktop leaves among the images changes no sample.
-    """
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
     sha256 = hashlib.sha256(text.encode())
     for name in _COLUMNS:
         column = columns[name]
