@@ -40,9 +40,9 @@ def tar_shards(
     last part. Samples keep the order of the URLs, then of the shard. A sample without an image or without a label is an
     error. Passed over are folders, links, hidden members, and members that belong to no image and no label.
 
-    The headers are read once, for the index of the run, from 32 shards at a time. A request reads 256 KiB, or to the
-    end of the shard, and the next one begins at the first header beyond: so a shard takes a request for each 256 KiB,
-    but of larger images only one for each.
+    The headers are read once, for the index of the run, from 32 shards at a time. A request reads 1 MiB, and the next
+    one begins at the first header beyond: so a shard takes a request for each MiB of small images, but only one, of
+    256 KiB, for each image above 1 MiB.
 
     Args:
         urls: A shard, a folder of shards, names with braces (``s3://bucket/train-{000000..000146}.tar``) or with
