@@ -13,6 +13,7 @@ from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
 from jobs.images.sample_labels import SampleLabels, finite_numbers
 from jobs.images.shard_urls import find_shards, split_urls
+from jobs.images.splits import check_val_fraction, drawn
 from jobs.images.tar_members import Reads
 from jobs.images.tar_samples import Layout, ShardSamples, read_samples
 
@@ -68,8 +69,7 @@ def tar_shards(
     """
     check_split(split, None)
     check_per_channel(3, mean=mean, std=std)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}; write a share such as 0.1")
+    check_val_fraction(val_fraction)
     layout = _layout(image, label, targets, classes)
     root, rests = split_urls(urls)
     options = {
@@ -81,12 +81,7 @@ def tar_shards(
     }
     labels = None if targets else SampleLabels(classes)
     index = open_index(Source("tar", root, options), partial(_build, rests=rests, layout=layout, labels=labels))
-    chosen_N = None
-    if split is not None:
-        is_val_N = index.draws < np.uint64(val_fraction * 2**64)
-        chosen_N = np.flatnonzero(is_val_N if split == "val" else ~is_val_N)
-        if not len(chosen_N):
-            raise ValueError(f"{root}: has no sample for split={split}, of {len(index)}; change val_fraction")
+    chosen_N = None if split is None else drawn(index, split, val_fraction)
     return IndexedImages(index, read_ranges, chosen_N, transform, mean, std)
 
 
