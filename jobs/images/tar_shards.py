@@ -55,7 +55,7 @@ def tar_shards(
         label: The key of the ``.json`` that holds the label, an integer or a name; None: the ``.cls`` holds an integer.
         targets: Keys of the ``.json`` that hold numbers to predict, in place of a label.
         classes: The names of the classes, or their number; None: the sorted names that the labels have, or ``0`` to
-            the largest integer.
+            the largest integer. Name them if ``train`` and ``val`` have other URLs, where a class may be missing.
         val_fraction: The fraction of samples in ``val``, in (0, 1).
         mean: One number for each of the three channels, subtracted from the image in [0, 1].
         std: One number for each of the three channels, which divides the difference.

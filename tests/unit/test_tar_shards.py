@@ -160,7 +160,7 @@ class TestWriters:
         random = Random(1)  # noqa: S311 - not for secrets
         kinds = [
             tarfile.REGTYPE,
-            tarfile.AREGTYPE,
+            tarfile.LNKTYPE,
             tarfile.CONTTYPE,
             tarfile.DIRTYPE,
             tarfile.SYMTYPE,
@@ -601,7 +601,9 @@ class TestSplit:
 
     def test_one_that_is_empty_is_an_error(self, tmp_path):
         write_shards(tmp_path / "data", num_shards=1, per_shard=1)
-        with pytest.raises(ValueError, match=r"data: none of its 1 samples is drawn for split=\w+; change val_fraction"):
+        with pytest.raises(
+            ValueError, match=r"data: none of its 1 samples is drawn for split=\w+; change val_fraction"
+        ):
             [tar_shards(str(tmp_path / "data"), split) for split in ("train", "val")]
 
     @pytest.mark.parametrize(
