@@ -4,7 +4,7 @@ It reads what GNU tar, Python's tarfile and WebDataset write: ustar, GNU and PAX
 generator yields the ranges that it needs, so that one thread reads many files at once.
 """
 
-import tarfile
+import struct
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeVar
@@ -15,18 +15,24 @@ T = TypeVar("T")
 Reads = Generator[ByteRange, bytes, T]
 """Yields a range of an object and is sent its bytes, again and again; returns a result."""
 
-READ_AHEAD = 2**18
+READ_AHEAD = 2**20
 """The bytes that are read at a time: about as many as a connection of an object store moves while it would wait for
 another request."""
+READ_BEHIND_LARGE = 2**18
+"""The bytes that are read where more than that was stepped over: the next members are probably as large."""
 
-_BLOCK = tarfile.BLOCKSIZE
+_BLOCK = 512
 _END = bytes(_BLOCK)
 _MOST_PADDING = 2**20
 """Zeros behind the end of a tar file, in bytes: writers fill up their last record."""
 _MOST_EXTRA = 2**20
 """Bytes of a long name, or of a PAX header."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+_LARGEST = 2**62
+_HEADER = struct.Struct("100s24x12s12x8s1s100x6s82x155s12x")
+_FILES = (b"0", b"\0", b"7")
+_KINDS: dict[bytes, Literal["link", "folder"]] = {b"1": "link", b"2": "link", b"5": "folder"}
+_HAVE_NO_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class TarMember:
 
     name: str
     """Bytes that are no UTF-8 are surrogates, as in names of files."""
-    kind: Literal["file", "link", "folder", "device"]
+    kind: Literal["file", "link", "folder", "special file"]
     offset: int
     """Of its first byte in the tar file."""
     size: int
@@ -65,63 +71,64 @@ class TarReader:
         Raises:
             ValueError: The file is damaged, truncated, compressed or no tar file, or the member is sparse.
         """
-        long_name, records = b"", dict(self._for_all)
+        long_name, records = b"", self._for_all
         while True:
             begin = self._next
             block = yield from self._read(begin, _BLOCK, "a header")
             if block == _END:
                 yield from self._check_end(begin)
                 return None
-            header = self._parse(block)
+            name, size, kind = self._parse(block)
             self._next = begin + _BLOCK
-            if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                extra = yield from self._extra(header.size)
-                if header.type == tarfile.GNUTYPE_LONGNAME:
-                    long_name = extra.partition(b"\0")[0]
-            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                extra = yield from self._extra(header.size)
-                records |= self._records(extra)
-            elif header.type == tarfile.XGLTYPE:
-                extra = yield from self._extra(header.size)
+            if kind not in (b"L", b"K", b"x", b"X", b"g"):
+                return self._member(name, size, kind, long_name, records)
+            extra = yield from self._extra(size)
+            if kind == b"L":
+                long_name = extra.partition(b"\0")[0]
+            elif kind == b"g":
                 self._for_all |= self._records(extra)
                 records = self._for_all | records
-            else:
-                return self._member(header, long_name, records)
+            elif kind != b"K":  # which has the target of a link
+                records = records | self._records(extra)
 
     def content(self, member: TarMember) -> Reads[bytes]:
         """Reads what a member holds."""
         content = yield from self._read(member.offset, member.size, member.name)
         return content
 
-    def _member(self, header: tarfile.TarInfo, long_name: bytes, records: dict[str, bytes]) -> TarMember:
-        named = records.get("path", long_name)
-        name = named.decode("utf-8", "surrogateescape") if named else header.name
-        if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
-            raise ValueError(f"{self._url}: {name} is stored as a sparse file; write it without tar's --sparse")
-        size = self._number(records["size"]) if "size" in records else header.size
+    def _member(self, name: bytes, size: int, kind: bytes, long_name: bytes, records: dict[str, bytes]) -> TarMember:
+        text = (records.get("path") or long_name or name).decode("utf-8", "surrogateescape")
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in records):
+            raise ValueError(f"{self._url}: {text} is stored as a sparse file; write it without tar's --sparse")
+        if "size" in records:
+            size = self._decimal(records["size"])
         offset = self._next
-        # Only members of a known kind that are no files have no content, whatever their size.
-        if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
+        if kind not in _HAVE_NO_CONTENT:
             self._next = offset + _padded(size)
-        if offset + size > self._file.size and self._next > offset:
-            self._fail(f"{name} ends at byte {offset + size}")
-        if header.isreg():
-            return TarMember(name, "file", offset, size)
-        return TarMember(name, "link" if header.type in _LINKS else "folder" if header.isdir() else "device", offset, 0)
+            if offset + size > self._file.size:
+                self._fail(f"{text} ends at byte {offset + size}")
+        if kind in _FILES and not (kind == b"\0" and text.endswith("/")):
+            return TarMember(text, "file", offset, size)
+        return TarMember(text, "folder" if kind == b"\0" else _KINDS.get(kind, "special file"), offset, 0)
 
-    def _parse(self, block: bytes) -> tarfile.TarInfo:
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
+    def _parse(self, block: bytes) -> tuple[bytes, int, bytes]:
+        """Returns the name, size and type of a member."""
+        name, size, checksum, kind, magic, prefix = _HEADER.unpack(block)
+        if _number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
             if self._next:
-                raise ValueError(f"{self._url}: is damaged at byte {self._next}, {error}; restore it") from error
-            for magic, program in _COMPRESSED.items():
-                if block.startswith(magic):
-                    raise ValueError(f"{self._url}: is compressed with {program}; {UNPACK}") from error
-            raise ValueError(f"{self._url}: is no tar file, {error}; restore it, or name other shards") from error
-        if header.size < 0:
-            raise ValueError(f"{self._url}: is damaged at byte {self._next}, a size is negative; restore it")
-        return header
+                raise ValueError(f"{self._url}: is damaged at byte {self._next}, a checksum is wrong; restore it")
+            for begin, program in _COMPRESSED.items():
+                if block.startswith(begin):
+                    raise ValueError(f"{self._url}: is compressed with {program}; {UNPACK}")
+            raise ValueError(f"{self._url}: is no tar file; restore it, or name other shards")
+        num_bytes = _number(size)
+        if not 0 <= num_bytes < _LARGEST:
+            raise ValueError(f"{self._url}: is damaged at byte {self._next}, a size is wrong; restore it")
+        name = name.partition(b"\0")[0]
+        # GNU tar has other fields there, and POSIX a prefix.
+        if magic == b"ustar\0" and prefix[0]:
+            name = prefix.partition(b"\0")[0] + b"/" + name
+        return name, num_bytes, kind
 
     def _extra(self, size: int) -> Reads[bytes]:
         """Reads what a header of a header holds, and steps over it."""
@@ -137,15 +144,15 @@ class TarReader:
         begin = 0
         while begin < len(content) and content[begin]:
             digits = content[begin : begin + 20].partition(b" ")[0]
-            end = begin + self._number(digits)
+            end = begin + self._decimal(digits)
             key, equals, value = content[begin + len(digits) + 1 : end - 1].partition(b"=")
             if not equals or content[end - 1 : end] != b"\n":
-                self._number(b"")
+                self._decimal(b"")
             records[key.decode("utf-8", "surrogateescape")] = value
             begin = end
         return records
 
-    def _number(self, digits: bytes) -> int:
+    def _decimal(self, digits: bytes) -> int:
         if not digits.isdigit() or len(digits) > 20:
             raise ValueError(f"{self._url}: is damaged at byte {self._next}, a PAX header is wrong; restore it")
         return int(digits)
@@ -164,7 +171,9 @@ class TarReader:
         if begin + size > self._file.size:
             self._fail(f"{what} ends at byte {begin + size}")
         if begin < self._begin or begin + size > self._begin + len(self._buffer):
-            most = min(max(size, READ_AHEAD), self._file.size - begin)
+            stepped_over = begin - self._begin - len(self._buffer)
+            ahead = READ_AHEAD if stepped_over <= READ_BEHIND_LARGE else READ_BEHIND_LARGE
+            most = min(max(size, ahead), self._file.size - begin)
             self._begin, self._buffer = begin, (yield ByteRange(self._file.name, begin, most))
             if len(self._buffer) < most:
                 self._fail(f"it ended at byte {begin + len(self._buffer)} when it was read")
@@ -181,3 +190,14 @@ UNPACK = "decompress it, because samples of a compressed file cannot be read by 
 def _padded(size: int) -> int:
     """Returns the bytes of whole blocks that hold ``size`` bytes."""
     return -(-size // _BLOCK) * _BLOCK
+
+
+def _number(field: bytes) -> int:
+    """Returns what a field of a header holds, octal digits or bytes; -1: neither."""
+    if field[0] & 0x80:
+        return int.from_bytes(field) - (1 << (8 * len(field) - 1))
+    digits = field.partition(b"\0")[0].strip()
+    try:
+        return int(digits, 8) if digits.isdigit() else -1 if digits else 0
+    except ValueError:
+        return -1

@@ -41,9 +41,9 @@ def tar_shards(
     last part. Samples keep the order of the URLs, then of the shard. A sample without an image or without a label is an
     error. Passed over are folders, links, hidden members, and members that belong to no image and no label.
 
-    The headers are read once, for the index of the run, from 32 shards at a time. A request reads 256 KiB, or to the
-    end of the shard, and the next one begins at the first header beyond: so a shard takes a request for each 256 KiB,
-    but of larger images only one for each.
+    The headers are read once, for the index of the run, from 32 shards at a time. A request reads 1 MiB, and the next
+    one begins at the first header beyond: so a shard takes a request for each MiB of small images, but only one, of
+    256 KiB, for each image above 1 MiB.
 
     Args:
         urls: A shard, a folder of shards, names with braces (``s3://bucket/train-{000000..000146}.tar``) or with
@@ -55,7 +55,7 @@ def tar_shards(
         label: The key of the ``.json`` that holds the label, an integer or a name; None: the ``.cls`` holds an integer.
         targets: Keys of the ``.json`` that hold numbers to predict, in place of a label.
         classes: The names of the classes, or their number; None: the sorted names that the labels have, or ``0`` to
-            the largest integer.
+            the largest integer. Name them if ``train`` and ``val`` have other URLs, where a class may be missing.
         val_fraction: The fraction of samples in ``val``, in (0, 1).
         mean: One number for each of the three channels, subtracted from the image in [0, 1].
         std: One number for each of the three channels, which divides the difference.
