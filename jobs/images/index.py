@@ -6,7 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,16 +64,21 @@ class IndexBuilder:
     """Collects the objects and samples of a source in arrays.
 
     Objects and samples keep the order in which they are added.
+
+    Args:
+        source: What is listed.
+        reached: Called with the number of samples after each addition, to tell how far it is.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
         self.passed_over: dict[str, list[str]] = {}
         """By reason, the names of what was passed over."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
-        self._num_objects = 0
+        self._num_objects = self._num_samples = 0
+        self._reached = reached
 
     def add_files(
         self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
@@ -124,6 +129,8 @@ class IndexBuilder:
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._num_samples += len(keys)
+        self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
@@ -151,14 +158,16 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "passed_over": {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())},
         }
         text = json.dumps(described, sort_keys=True)
+        passed_over = {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())}
         # One row of lists: objects and samples differ in number, and a file has one table.
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
+        }).replace_schema_metadata({
+            "index": text, "passed_over": json.dumps(passed_over), "digest": _digest(text, columns),
+        })  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -179,6 +188,7 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
+            passed_over = json.loads(table.schema.metadata[b"passed_over"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
             self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -189,7 +199,7 @@ class Index:
         self.source = Source(described["format"], described["url"], described["options"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
         self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+            reason: (count, first) for reason, (count, first) in passed_over.items()
         }
         """By reason: how many names were passed over, and the first of them."""
 
@@ -236,6 +246,18 @@ class Index:
             key=os.fsdecode(columns["key"][number].as_py()),
         )
 
+    def places(self, numbers_N: np.ndarray) -> Mapping[str, "pa.Array"]:
+        """Returns where samples lie: a column for the size and version of their objects, and their offset and length.
+
+        Shapes: int64 [N] -> N values in each column.
+        """
+        import pyarrow as pa
+
+        numbers = pa.array(numbers_N)
+        of_objects = self._columns["object"].take(numbers)
+        columns = {name: self._columns[name].take(of_objects) for name in ("size", "version")}
+        return columns | {name: self._columns[name].take(numbers) for name in ("offset", "length")}
+
     def url_of(self, number: int) -> str:
         """Returns the URL of a sample, for people to read."""
         return f"{self.source.url.rstrip('/')}/{self.place(number)}"
@@ -250,7 +272,10 @@ def _draw(name: str) -> int:
 
 
 def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file.
+
+    What was passed over does not count: a file that a desktop leaves among the images changes no sample.
+    """
     sha256 = hashlib.sha256(text.encode())
     for name in _COLUMNS:
         column = columns[name]
