@@ -108,7 +108,7 @@ def _duplicates(found: Mapping[str, Any]) -> str:
         return "duplicates: none"
     lines = [
         f"duplicates: {found['samples']:,} samples in {found['groups']:,} group{'s' * (found['groups'] > 1)} of equal "
-        f"content; {found['in_both']:,} in both data.train and data.val, {found['labels_differ']:,} with different labels"
+        f"content: {found['in_both']:,} in data.train and data.val, {found['labels_differ']:,} with different labels"
     ]
     for group in found["list"][:_MOST_LISTED]:
         marks = {"in_both": "in both", "labels_differ": "different labels"}

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from cluster.errors import in_short, one_line
+from cluster.process.fork_server import tell_caller
 from cluster.process.orders import Task
 from jobs.components.build import build_dataset, listed_targets, numerics, worker_device
 from jobs.data.loader import shape_of, single_samples
 from jobs.images.decoding import BadSample, decode_image
+from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.inspection import inspect_image
 from jobs.sampling import draw_key, permute
@@ -40,11 +42,13 @@ def describe(task: Task) -> Answer:
     spec = question.spec
     device = worker_device(on_gpu=False)
     numerics(spec, device)
+    use_index_files(IndexFiles(tell=tell_caller))
     facts, built = {}, {}
     for split in question.splits:
         key, target = f"data.{split}", spec.data.train if split == "train" else spec.data.val
         assert target is not None, "the command has looked"
         dataset = build_dataset(spec, target, key, device)
+        tell_caller(f"reading {min(question.num_sampled, len(dataset)):,} samples of {key}")
         named = {"key": key, "dataset": target.path}
         facts[split] = _describe(dataset, named, question.num_sampled, spec)
         built[split] = dataset

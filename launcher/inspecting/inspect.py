@@ -1,6 +1,6 @@
 """What ``launcher data`` does: asks a process for the datasets, verifies what lies in indexes, writes the sheet."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ def inspect_data(description: Description, folder: Path, wanted: Wanted, display
         target = None if wanted.sheet is None else _sheet_target(wanted.sheet)
         code = UserCode(folders=make_import_paths(folder))
         fork_server.start(_MODULES)
-        display.phase(f"building {' and '.join(f'data.{split}' for split in question.splits)}, and reading samples")
-        answer = _ask(question, code)
+        display.phase(f"building {' and '.join(f'data.{split}' for split in question.splits)}")
+        answer = _ask(question, code, display.phase)
         indexed = {split: facts.indexed for split, facts in answer.datasets.items() if facts.indexed is not None}
         if (wanted.verify or wanted.duplicates) and not indexed:
             raise DescriptionError(
@@ -121,7 +121,7 @@ def _question(description: Description, wanted: Wanted) -> Question:
     )
 
 
-def _ask(question: Question, code: UserCode) -> Answer:
+def _ask(question: Question, code: UserCode, tell: Callable[[str], None]) -> Answer:
     """Have a process of this machine build the datasets and read samples.
 
     Raises:
@@ -137,7 +137,7 @@ def _ask(question: Question, code: UserCode) -> Answer:
         timeout_s=None,  # somebody is there, who can press Ctrl-C
     )
     try:
-        answer: Answer = call_here(call)
+        answer: Answer = call_here(call, tell)
     except TrainingError as error:
         raise DescriptionError(
             f"{_keys(question.splits)}: building and reading it failed: {error}; see the traceback for where",

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from cluster.errors import StorageError
-from cluster.process.code_cache import cache_folder
+from cluster.process.host_cache import cache_folder
 
 RECORD = np.dtype([("number", "<i8"), ("sha256", "S32")])
 """A sample that was read and decoded: its number in the index, and the SHA-256 of its encoded image.
