@@ -32,7 +32,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     Args:
         index: Lists the samples.
         read: Reads them.
-        chosen_N: The numbers of the samples of this dataset in the index, int64; None: all.
+        chosen_N: The numbers of the samples of this dataset in the index, int64 or a range; None: all.
         transform: Applied to the decoded image, uint8.
         mean: One number per channel to subtract from the float32 image, if given.
         std: One number per channel to divide by after that, if given.
@@ -45,13 +45,12 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         self,
         index: Index,
         read: ReadSamples,
-        chosen_N: np.ndarray | None = None,
+        chosen_N: np.ndarray | range | None = None,
         transform: Transform | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.index = index
-        self.classes = index.classes
         self.read = read
         self._chosen_N = chosen_N
         self._transform = transform
@@ -59,6 +58,11 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
 
     def __len__(self) -> int:
         return len(self.index) if self._chosen_N is None else len(self._chosen_N)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each label; empty: labels are numbers to predict."""
+        return self.index.classes
 
     @property
     def targets(self) -> Tensor:
@@ -69,7 +73,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     @property
     def numbers(self) -> np.ndarray:
         """The number of each sample in the index. Shapes: int64 [samples]."""
-        return np.arange(len(self.index)) if self._chosen_N is None else self._chosen_N
+        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
