@@ -49,10 +49,10 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         std: Sequence[float] | None = None,
     ) -> None:
         self.index = index
-        self._read = read
+        self.read = read
         self._chosen_N = chosen_N
         self._transform = transform
-        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
+        self.mean_C11, self.std_C11 = per_channel(mean), per_channel(std)
 
     def __len__(self) -> int:
         return len(self.index) if self._chosen_N is None else len(self._chosen_N)
@@ -68,6 +68,11 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         labels = self.index.labels
         return torch.from_numpy(labels.copy() if self._chosen_N is None else labels[self._chosen_N])
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sample in the index. Shapes: int64 [samples]."""
+        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
+
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
         return self.decoded(number, content)
@@ -78,7 +83,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         Raises:
             StorageError: The store does not answer.
         """
-        return self._read(self.index, [self._number(number) for number in numbers])
+        return self.read(self.index, [self._number(number) for number in numbers])
 
     def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, Any]:
         """Returns a sample that was fetched.
@@ -93,7 +98,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         image_3HW = decode_image(content, self.index.url_of(own))
         if self._transform is not None:
             image_3HW = self._transform(image_3HW)
-        image_3HW = normalised(image_3HW, self._mean_C11, self._std_C11)
+        image_3HW = normalised(image_3HW, self.mean_C11, self.std_C11)
         return image_3HW, int(label) if self.classes else torch.from_numpy(label.copy())
 
     def _number(self, number: int) -> int:
