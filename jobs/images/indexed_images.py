@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cluster.storage.store import ByteRange, MissingObject, Store
+from cluster.storage.store import ByteRange, MissingObject
+from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.labelled_images import Transform, normalised, per_channel
 
-PATIENCE_S = 120.0
-"""How long a store may not answer before a worker fails: below the default of ``workers.hang_timeout_s``, so that the
-error names the store."""
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
 
@@ -32,7 +30,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     Args:
         index: Lists the samples.
         read: Reads them.
-        chosen_N: The numbers of the samples of this dataset in the index, int64; None: all.
+        chosen_N: The numbers of the samples of this dataset in the index, int64 or a range; None: all.
         transform: Applied to the decoded image, uint8.
         mean: One number per channel to subtract from the float32 image, if given.
         std: One number per channel to divide by after that, if given.
@@ -45,13 +43,12 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         self,
         index: Index,
         read: ReadSamples,
-        chosen_N: np.ndarray | None = None,
+        chosen_N: np.ndarray | range | None = None,
         transform: Transform | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.index = index
-        self.classes = index.classes
         self._read = read
         self._chosen_N = chosen_N
         self._transform = transform
@@ -59,6 +56,11 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
 
     def __len__(self) -> int:
         return len(self.index) if self._chosen_N is None else len(self._chosen_N)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each label; empty: labels are numbers to predict."""
+        return self.index.classes
 
     @property
     def targets(self) -> Tensor:
@@ -117,7 +119,7 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
         else:
             runs.append([each])
     contents: dict[int, bytes | BadSample] = {}
-    store = Store(index.source.url, PATIENCE_S)
+    store = data_store(index.source.url)
     ranges = [_range_of([places[each] for each in run]) for run in runs]
     for run, wanted, found in zip(runs, ranges, store.read_ranges(ranges)):
         for each in run:

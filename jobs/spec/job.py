@@ -53,6 +53,11 @@ class DataSpec:
     """Loader processes per worker, each of which keeps two micro-batches ready; 0: the worker loads samples itself."""
     shuffle: ShuffleSpec | None = None
     """The order of training samples; null: a permutation of all of them in each epoch."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do about a sample that is gone, damaged or no image (``jobs.data.BadSample``, which your own dataset may
+    raise too): ``error`` ends the run; ``skip`` replaces it by another one in training, chosen by seed, epoch and
+    sample, and leaves it out of a validation. ``launcher status`` lists what was skipped. A store that does not answer
+    is no bad sample, it ends the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "loaders")

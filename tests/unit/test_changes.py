@@ -59,6 +59,13 @@ def test_unsafe(run: RunDirectory, override: str) -> None:
     assert compare(run, described(), described(override), force=True)[1] is False
 
 
+def test_bad_samples_may_be_skipped_from_now_on_but_not_refused(run: RunDirectory) -> None:
+    """A run that has met none would have gone the same way with ``skip``."""
+    refusing, skipping = described(), described("data.on_bad_sample=skip")
+    assert compare(run, refusing, skipping)[1]
+    assert listed(run, skipping, refusing) == "data.on_bad_sample: 'skip' -> 'error'"
+
+
 def test_the_size_of_buckets_is_unsafe_where_the_backend_sums(run: RunDirectory) -> None:
     stored, wanted = described("train.exact=false"), described("train.exact=false", "train.bucket_mb=4")
     assert listed(run, stored, wanted) == "train.bucket_mb: null -> 4.0"
