@@ -161,10 +161,12 @@ def listed_targets(dataset: Any) -> Tensor | None:
 
 def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
     """Returns a digest of all that determines the learning rates; it does not depend on versions of Python or torch."""
+    in_order = asdict(steps)
+    del in_order["shuffle"]  # no rate depends on the order of samples
     determines = {
         "optimizer": asdict(optimizer),
         "scheduler": None if scheduler is None else asdict(scheduler),
-        "steps": asdict(steps),
+        "steps": in_order,
     }
     text = json.dumps(determines, sort_keys=True)
     return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # make it v2 if the text changes
@@ -311,7 +313,8 @@ def make_steps(spec: JobSpec, num_samples: int) -> StepPlan:
     Raises:
         DescriptionError: They are too few for one step.
     """
-    steps = StepPlan(num_samples, spec.train.global_batch, spec.train.shards, spec.train.epochs)
+    train = spec.train
+    steps = StepPlan(num_samples, train.global_batch, train.shards, train.epochs, spec.data.shuffle)
     if steps.steps_per_epoch == 0:
         raise DescriptionError(
             f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "

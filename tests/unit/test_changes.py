@@ -50,7 +50,10 @@ def test_safe(run: RunDirectory, override: str) -> None:
     assert is_same
 
 
-@pytest.mark.parametrize("override", ["seed=1", "train.exact=false", "train.threads=2", "train.clip_norm=1.0"])
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.exact=false", "train.threads=2", "train.clip_norm=1.0", "data.shuffle={block: 8, buffer: 64}"],
+)
 def test_unsafe(run: RunDirectory, override: str) -> None:
     assert listed(run, described(), described(override)).startswith(override.partition("=")[0])
     assert compare(run, described(), described(override), force=True)[1] is False
