@@ -7,6 +7,7 @@ from jobs.images.image_folders import image_folder
 from jobs.images.image_tables import image_table
 from jobs.images.labelled_images import LabelledImages
 from jobs.images.parquet_images import parquet_images
+from jobs.images.tar_shards import tar_shards
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -18,4 +19,5 @@ __all__ = [
     "parquet_images",
     "read_image",
     "synthetic_images",
+    "tar_shards",
 ]

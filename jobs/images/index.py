@@ -6,7 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,16 +64,28 @@ class IndexBuilder:
     """Collects the objects and samples of a source in arrays.
 
     Objects and samples keep the order in which they are added.
+
+    Args:
+        source: What is listed.
+        reached: Called with the number of samples after each addition, to tell how far it is.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
-        self.passed_over: dict[str, list[str]] = {}
-        """By reason, the names of what was passed over."""
+        self.splits: dict[str, range] = {}
+        """The numbers of the samples of each split, if the data itself is divided into splits."""
+        self.passed_over: dict[str, tuple[int, str]] = {}
+        """By reason: how many names were passed over, and the first of them by name."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
-        self._num_objects = 0
+        self._num_objects = self._num_samples = 0
+        self._reached = reached
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples added so far."""
+        return self._num_samples
 
     def add_files(
         self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
@@ -124,6 +136,7 @@ class IndexBuilder:
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
@@ -133,7 +146,17 @@ class IndexBuilder:
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""
-        self.passed_over.setdefault(reason, []).append(name)
+        count, first = self.passed_over.get(reason, (0, name))
+        self.passed_over[reason] = (count + 1, min(first, name))
+
+    def sort_classes(self) -> None:
+        """Numbers the classes by name, also in the labels that were added."""
+        import pyarrow as pa
+
+        order = sorted(range(len(self.classes)), key=self.classes.__getitem__)
+        self.classes = [self.classes[old] for old in order]
+        new_of_old = np.argsort(order)
+        self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
 
     def write(self, path: Path) -> "Index":
         """Writes the index to a file, which must not exist, and opens it."""
@@ -151,7 +174,8 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "passed_over": {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())},
+            "splits": {name: [numbers.start, numbers.stop] for name, numbers in self.splits.items()},
+            "passed_over": self.passed_over,
         }
         text = json.dumps(described, sort_keys=True)
         # One row of lists: objects and samples differ in number, and a file has one table.
@@ -188,10 +212,12 @@ class Index:
         self._text = json.dumps(described, sort_keys=True)
         self.source = Source(described["format"], described["url"], described["options"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
+        self.splits: dict[str, range] = {name: range(*ends) for name, ends in described["splits"].items()}
+        """The numbers of the samples of each split, if the data itself is divided into splits."""
         self.passed_over: dict[str, tuple[int, str]] = {
             reason: (count, first) for reason, (count, first) in described["passed_over"].items()
         }
-        """By reason: how many names were passed over, and the first of them."""
+        """By reason: how many names were passed over, and the first of them by name."""
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
         return Index, (self.path,)
@@ -241,6 +267,18 @@ class Index:
             length=columns["length"][number].as_py(),
             key=os.fsdecode(columns["key"][number].as_py()),
         )
+
+    def places(self, numbers_N: np.ndarray) -> Mapping[str, "pa.Array"]:
+        """Returns where samples lie: a column for the size and version of their objects, and their offset and length.
+
+        Shapes: int64 [N] -> N values in each column.
+        """
+        import pyarrow as pa
+
+        numbers = pa.array(numbers_N)
+        of_objects = self._columns["object"].take(numbers)
+        columns = {name: self._columns[name].take(of_objects) for name in ("size", "version")}
+        return columns | {name: self._columns[name].take(numbers) for name in ("offset", "length")}
 
     def url_of(self, number: int) -> str:
         """Returns the URL of a sample, for people to read."""

@@ -131,6 +131,12 @@ class TestSummary:
         error = "digits.yaml: model raised\nTraceback ..."
         assert f"\n\n{error}\n\nnext: " in summary(RESULT | {"status": "failed", "error": error})
 
+    def test_bad_samples_that_were_skipped(self) -> None:
+        first = {"split": "train", "epoch": 0, "number": 3, "reason": "s3://bucket/3.jpg: is gone; restore it"}
+        text = summary(RESULT | {"skipped_samples": {"count": 1200, "first": [first]}})
+        assert "  data          1,200 bad samples skipped, first: s3://bucket/3.jpg: is gone; restore it\n" in text
+        assert summary(RESULT | {"skipped_samples": {"count": 0, "first": []}}) == summary(RESULT)
+
     def test_where_the_time_went(self) -> None:
         time = {"startup": 12.34, "compute": 3723.4, "lost": 0.0, "exchange": 59.96, "storage": 0.04}
         text = summary(RESULT | {"goodput": 0.981, "time": time})
@@ -183,7 +189,7 @@ class TestPlan:
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
         total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
         why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
-        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="",
+        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="", indexes=(),
     )  # fmt: skip
 
     def test_what_is_the_default_and_what_is_not_waited_for_is_not_told(self) -> None:
