@@ -6,7 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,18 +64,23 @@ class IndexBuilder:
     """Collects the objects and samples of a source in arrays.
 
     Objects and samples keep the order in which they are added.
+
+    Args:
+        source: What is listed.
+        reached: Called with the number of samples after each addition, to tell how far it is.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
-        self.splits: dict[str, range] = {}
-        """The numbers of the samples of each split, if the data itself is divided into splits."""
+        self.details: dict[str, Any] = {}
+        """What a format notes about the samples for itself; JSON."""
         self.passed_over: dict[str, tuple[int, str]] = {}
         """By reason: how many names were passed over, and the first of them by name."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
         self._num_objects = self._num_samples = 0
+        self._reached = reached
 
     @property
     def num_samples(self) -> int:
@@ -126,12 +131,13 @@ class IndexBuilder:
         self._add("version", [version.encode() for version in versions])
 
     def _add_samples(self, objects: Any, offsets: Any, lengths: Any, labels: Any, keys: Any, unique: Any) -> None:
-        self._num_samples += len(objects)
         self._add("object", np.asarray(objects, np.int64))
         self._add("offset", np.asarray(offsets, np.int64))
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._num_samples += len(keys)
+        self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
@@ -143,6 +149,15 @@ class IndexBuilder:
         """Notes what is no sample, for people to see."""
         count, first = self.passed_over.get(reason, (0, name))
         self.passed_over[reason] = (count + 1, min(first, name))
+
+    def sort_classes(self) -> None:
+        """Numbers the classes by name, also in the labels that were added."""
+        import pyarrow as pa
+
+        order = sorted(range(len(self.classes)), key=self.classes.__getitem__)
+        self.classes = [self.classes[old] for old in order]
+        new_of_old = np.argsort(order)
+        self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
 
     def write(self, path: Path) -> "Index":
         """Writes the index to a file, which must not exist, and opens it."""
@@ -160,15 +175,18 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "splits": {name: [numbers.start, numbers.stop] for name, numbers in self.splits.items()},
-            "passed_over": self.passed_over,
+            "details": self.details,
         }
         text = json.dumps(described, sort_keys=True)
         # One row of lists: objects and samples differ in number, and a file has one table.
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
+        }).replace_schema_metadata({
+            "index": text,
+            "passed_over": json.dumps(self.passed_over, sort_keys=True),
+            "digest": _digest(text, columns),
+        })  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -189,6 +207,7 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
+            passed_over = json.loads(table.schema.metadata[b"passed_over"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
             self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -198,10 +217,10 @@ class Index:
         self._text = json.dumps(described, sort_keys=True)
         self.source = Source(described["format"], described["url"], described["options"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
-        self.splits: dict[str, range] = {name: range(*ends) for name, ends in described["splits"].items()}
-        """The numbers of the samples of each split, if the data itself is divided into splits."""
+        self.details: dict[str, Any] = described["details"]
+        """What the format notes about the samples for itself; JSON."""
         self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+            reason: (count, first) for reason, (count, first) in passed_over.items()
         }
         """By reason: how many names were passed over, and the first of them by name."""
 
@@ -228,6 +247,12 @@ class Index:
         return {name: self._columns[name] for name in _OF_OBJECTS}
 
     @property
+    def object_numbers(self) -> np.ndarray:
+        """Of each sample, the number of its object in ``objects``. Shapes: int64 [samples]."""
+        numbers: np.ndarray = self._columns["object"].to_numpy()
+        return numbers
+
+    @property
     def draws(self) -> np.ndarray:
         """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
 
@@ -248,6 +273,18 @@ class Index:
             key=os.fsdecode(columns["key"][number].as_py()),
         )
 
+    def places(self, numbers_N: np.ndarray) -> Mapping[str, "pa.Array"]:
+        """Returns where samples lie: a column for the size and version of their objects, and their offset and length.
+
+        Shapes: int64 [N] -> N values in each column.
+        """
+        import pyarrow as pa
+
+        numbers = pa.array(numbers_N)
+        of_objects = self._columns["object"].take(numbers)
+        columns = {name: self._columns[name].take(of_objects) for name in ("size", "version")}
+        return columns | {name: self._columns[name].take(numbers) for name in ("offset", "length")}
+
     def url_of(self, number: int) -> str:
         """Returns the URL of a sample, for people to read."""
         return f"{self.source.url.rstrip('/')}/{self.place(number)}"
@@ -262,7 +299,10 @@ def _draw(name: str) -> int:
 
 
 def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file.
+
+    What was passed over does not count: a file that a desktop leaves among the images changes no sample.
+    """
     sha256 = hashlib.sha256(text.encode())
     for name in _COLUMNS:
         column = columns[name]

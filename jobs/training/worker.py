@@ -36,6 +36,7 @@ from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.components.build import Components, build_parts, worker_device
 from jobs.environment import differences, grouped, make_environment
+from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import (
@@ -61,7 +62,8 @@ def main(link: AgentLink, task: Task) -> None:
     Raises:
         TrainingError: The model, the data or other code of the user failed.
         ClusterError: The other workers could not be reached or were lost, or this host is not fit for the job.
-        CheckpointError, StorageError: The run could not be restored or saved.
+        CheckpointError: The run could not be restored or saved.
+        StorageError: The store of the run or that of the data does not answer.
 
     Collective: every rank.
     """
@@ -69,9 +71,11 @@ def main(link: AgentLink, task: Task) -> None:
     device = worker_device(on_gpu=task.on_gpu)
     team, state = join_team(link, task, device), LoopState()
     try:
+        run = RunDirectory(Store(task.run_url, spec.checkpoint.patience_s))
+        use_index_files(IndexFiles(run, task.indexes))
         components = build_parts(spec, device)
         compare_environments(link, task, components, team)
-        train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, components, state, team)
+        train(link, run, spec, components, state, team)
     except DescriptionError as error:  # the plan built the same on its host, so this host differs
         if gpu_error_of(error) is not None:
             raise to_launcher_error(error, 0) from error

@@ -183,7 +183,7 @@ class TestPlan:
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
         total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
         why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
-        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="",
+        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="", indexes=(),
     )  # fmt: skip
 
     def test_what_is_the_default_and_what_is_not_waited_for_is_not_told(self) -> None:
