@@ -220,7 +220,7 @@ def test_folders_are_listed_at_once_and_classes_keep_their_order(url: str, monke
 
 
 def test_a_listing_holds_few_names_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stays for each sample is a row of the index: 175 bytes here, of which the name and the ETag are 76."""
+    """What stays for each sample is a row of the index: 175 bytes here, of which the name and the ETag are 77."""
     monkeypatch.setattr(GeneratedFileSystem, "images", 50)
     monkeypatch.setattr(GeneratedFileSystem, "inner", 2)
     beside = {}
