@@ -18,6 +18,9 @@ from jobs.images.row_groups import ReadRowGroups, image_column, image_leaf
 from jobs.images.splits import check_val_fraction, drawn
 from jobs.images.table_labels import LabelColumns, labels_of
 
+_SPLITS = "splits"
+"""In the details of an index: the first sample of each split, and the one behind its last, where names of files say
+them. Files of train alone are divided further."""
 _AT_ONCE = 32
 """Files whose footers and labels are read together."""
 
@@ -38,7 +41,8 @@ def parquet_images(
 
     If names of files say which hold ``train`` and which ``val`` (or ``validation``, ``valid``, ``dev``), as in
     ``train-00000-of-00002.parquet`` or ``validation/0.parquet``, these are the splits, and files of a test split are
-    passed over. Otherwise the SHA-256 of the file's name and the number of the row decides the split of an image.
+    passed over. Otherwise, also if all files are of ``train``, the SHA-256 of the file's name and the number of the row
+    decides the split of an image.
 
     Args:
         urls: A file, a folder (with all below it), a pattern such as ``s3://bucket/data/train-*.parquet``, names
@@ -74,13 +78,19 @@ def parquet_images(
 
 
 def _chosen(index: Index, split: Split | None, val_fraction: float) -> np.ndarray | range | None:
-    if not index.splits:
-        return None if split is None else drawn(index, split, val_fraction)
-    if split is None:
+    splits: dict[str, list[int]] = index.details.get(_SPLITS, {})
+    if split is None and len(splits) == 2:
         raise ValueError(f"split must be train or val, got None; {index.source.url} holds files of both")
-    if not index.splits[split]:
-        raise ValueError(f"{index.source.url}: its files of {split} have no rows; write some")
-    return index.splits[split]
+    if split is None:
+        return None
+    if not splits:
+        return drawn(index, split, val_fraction)
+    if split not in splits:
+        raise ValueError(f"{index.source.url}: holds files of val alone, got split={split}; name others in urls")
+    chosen = range(*splits[split])
+    if not chosen:
+        raise ValueError(f"{index.source.url}: its files of {split} have no rows; name others in urls")
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +137,12 @@ def _build(
         )
         if split_of(each.file.name) == "train":
             num_train = builder.num_samples
-    if {split_of(each.name) for each in files} == {"train", "val"}:
-        builder.splits = {"train": range(num_train), "val": range(num_train, builder.num_samples)}
+    val = {"val": [num_train, builder.num_samples]}
+    present = {split_of(each.name) for each in files}
+    if present == {"train", "val"}:
+        builder.details[_SPLITS] = {"train": [0, num_train], **val}
+    elif present == {"val"}:
+        builder.details[_SPLITS] = val
 
 
 def _read(store: Store, files: Sequence[StoredObject], image: str, label: str | list[str]) -> Iterator[_Rows]:
