@@ -74,11 +74,18 @@ class IndexBuilder:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
-        self.passed_over: dict[str, list[str]] = {}
-        """By reason, the names of what was passed over."""
+        self.splits: dict[str, range] = {}
+        """The numbers of the samples of each split, if the data itself is divided into splits."""
+        self.passed_over: dict[str, tuple[int, str]] = {}
+        """By reason: how many names were passed over, and the first of them by name."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
         self._num_objects = self._num_samples = 0
         self._reached = reached
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples added so far."""
+        return self._num_samples
 
     def add_files(
         self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
@@ -129,7 +136,6 @@ class IndexBuilder:
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
-        self._num_samples += len(keys)
         self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
 
@@ -140,7 +146,8 @@ class IndexBuilder:
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""
-        self.passed_over.setdefault(reason, []).append(name)
+        count, first = self.passed_over.get(reason, (0, name))
+        self.passed_over[reason] = (count + 1, min(first, name))
 
     def sort_classes(self) -> None:
         """Numbers the classes by name, also in the labels that were added."""
@@ -167,16 +174,15 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
+            "splits": {name: [numbers.start, numbers.stop] for name, numbers in self.splits.items()},
+            "passed_over": self.passed_over,
         }
         text = json.dumps(described, sort_keys=True)
-        passed_over = {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())}
         # One row of lists: objects and samples differ in number, and a file has one table.
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({
-            "index": text, "passed_over": json.dumps(passed_over), "digest": _digest(text, columns),
-        })  # fmt: skip
+        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -197,7 +203,6 @@ class Index:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
-            passed_over = json.loads(table.schema.metadata[b"passed_over"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
             self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -207,10 +212,12 @@ class Index:
         self._text = json.dumps(described, sort_keys=True)
         self.source = Source(described["format"], described["url"], described["options"])
         self.classes: tuple[str, ...] = tuple(described["classes"])
+        self.splits: dict[str, range] = {name: range(*ends) for name, ends in described["splits"].items()}
+        """The numbers of the samples of each split, if the data itself is divided into splits."""
         self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in passed_over.items()
+            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
         }
-        """By reason: how many names were passed over, and the first of them."""
+        """By reason: how many names were passed over, and the first of them by name."""
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
         return Index, (self.path,)
@@ -287,10 +294,7 @@ def _draw(name: str) -> int:
 
 
 def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file.
-
-    What was passed over does not count: a file that a desktop leaves among the images changes no sample.
-    """
+    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
     sha256 = hashlib.sha256(text.encode())
     for name in _COLUMNS:
         column = columns[name]

@@ -197,7 +197,6 @@ def _keep(name: str, write: Callable[[Path], object]) -> Index:
             raise ValueError("its digest is another")
         known = _cached(written.digest)
         if known is not None:  # not replaced: processes of other hosts that share the folder may have it mapped
-            known.passed_over = written.passed_over  # which no digest tells
             return known
         path = cache.hold(written.digest)
         temporary.replace(path)

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cluster.storage.store import ByteRange, MissingObject, Store
+from cluster.storage.store import ByteRange, MissingObject
+from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.labelled_images import Transform, normalised, per_channel
 
-PATIENCE_S = 120.0
-"""How long a store may not answer before a worker fails: below the default of ``workers.hang_timeout_s``, so that the
-error names the store."""
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
 
@@ -32,7 +30,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     Args:
         index: Lists the samples.
         read: Reads them.
-        chosen_N: The numbers of the samples of this dataset in the index, int64; None: all.
+        chosen_N: The numbers of the samples of this dataset in the index, int64 or a range; None: all.
         transform: Applied to the decoded image, uint8.
         mean: One number per channel to subtract from the float32 image, if given.
         std: One number per channel to divide by after that, if given.
@@ -45,26 +43,35 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         self,
         index: Index,
         read: ReadSamples,
-        chosen_N: np.ndarray | None = None,
+        chosen_N: np.ndarray | range | None = None,
         transform: Transform | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.index = index
-        self.classes = index.classes
-        self._read = read
+        self.read = read
         self._chosen_N = chosen_N
         self._transform = transform
-        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
+        self.mean_C11, self.std_C11 = per_channel(mean), per_channel(std)
 
     def __len__(self) -> int:
         return len(self.index) if self._chosen_N is None else len(self._chosen_N)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each label; empty: labels are numbers to predict."""
+        return self.index.classes
 
     @property
     def targets(self) -> Tensor:
         """The label of each sample. Shapes: int64 [samples], or float32 [samples, targets]."""
         labels = self.index.labels
         return torch.from_numpy(labels.copy() if self._chosen_N is None else labels[self._chosen_N])
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sample in the index. Shapes: int64 [samples]."""
+        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
@@ -76,7 +83,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         Raises:
             StorageError: The store does not answer.
         """
-        return self._read(self.index, [self._number(number) for number in numbers])
+        return self.read(self.index, [self._number(number) for number in numbers])
 
     def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, Any]:
         """Returns a sample that was fetched.
@@ -91,7 +98,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         image_3HW = decode_image(content, self.index.url_of(own))
         if self._transform is not None:
             image_3HW = self._transform(image_3HW)
-        image_3HW = normalised(image_3HW, self._mean_C11, self._std_C11)
+        image_3HW = normalised(image_3HW, self.mean_C11, self.std_C11)
         return image_3HW, int(label) if self.classes else torch.from_numpy(label.copy())
 
     def _number(self, number: int) -> int:
@@ -117,7 +124,7 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
         else:
             runs.append([each])
     contents: dict[int, bytes | BadSample] = {}
-    store = Store(index.source.url, PATIENCE_S)
+    store = data_store(index.source.url)
     ranges = [_range_of([places[each] for each in run]) for run in runs]
     for run, wanted, found in zip(runs, ranges, store.read_ranges(ranges)):
         for each in run:

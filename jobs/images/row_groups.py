@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from cluster.storage.store import MissingObject, Store
+from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample
 from jobs.images.index import Index, Place
-from jobs.images.indexed_images import PATIENCE_S
 from jobs.images.parquet_columns import Footer, check_columns, decode_chunks, read_footers
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ReadRowGroups:
         new = [group for group in sorted(places) if group not in self._columns]
         # Before any new one takes the place of one of them.
         yield from [(group, self._columns[group]) for group in places if group in self._columns]
-        store = Store(index.source.url, PATIENCE_S)
+        store = data_store(index.source.url)
         footers = self._read_footers(store, {group: places[group] for group in new})
         ready: list[tuple[_Group, Footer, str]] = []
         for group in new:

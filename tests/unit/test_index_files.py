@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError, DescriptionError, StorageError
 from cluster.host import scratch
 from cluster.process import host_cache
 from cluster.run.run_directory import RunDirectory
@@ -19,7 +20,8 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import IndexFiles, fetch_index, pack_index, unpack_index, use_index_files
 from jobs.images.listing_progress import ListingProgress
 from launcher.planning.built_index import built_indexes, digests_of
-from launcher.runs.data_indexes import write_indexes
+from launcher.runs import data_indexes
+from launcher.runs.data_indexes import check_indexes, write_indexes
 
 DAY_S = 24 * 3600.0
 FILES = {f"{number:03d}.jpg": b"x" * number for number in range(200)}
@@ -100,6 +102,38 @@ def test_it_is_written_once(source, tmp_path) -> None:
     assert written.stat().st_size == before.st_size
 
 
+def test_the_heartbeat_goes_on_while_a_large_one_is_written(run, source, monkeypatch) -> None:
+    alive = threading.Event()
+    monkeypatch.setattr(data_indexes, "STATUS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(run[0], "stay_alive", alive.set)
+    monkeypatch.setattr(run[0], "write_index", lambda *_: alive.wait(60.0) or pytest.fail("no heartbeat"))
+    files = IndexFiles()
+    files.open(source, build)
+    write_indexes(run[0], built_indexes(files.opened))
+    assert alive.is_set()
+
+
+def test_a_run_goes_on_with_the_same_samples_whatever_lies_beside_them(run, source, images) -> None:
+    def check() -> None:
+        files = IndexFiles()
+        files.open(source, build)
+        check_indexes(run[0], "job.yaml", built_indexes(files.opened))
+
+    check()  # nothing is recorded, by an earlier version of the launcher
+    for known in ({}, {"0" * 32: "1" * 32}, run[1]):  # sources that only one of them has are no difference
+        run[0].write_environment({"attempts": [{}, {"indexes": known}]})
+        check()
+    (images / "Thumbs.db").touch()
+    check()
+    (images / "new.jpg").touch()
+    with pytest.raises(DescriptionError) as raised:
+        check()
+    assert str(raised.value) == (
+        f"job.yaml: data has changed since the run began: {images}: 1 sample added: new.jpg; restore it, or resume "
+        "with --force"
+    )
+
+
 def test_what_the_dry_run_has_not_listed_is_an_error(run, tmp_path) -> None:
     other = Source("test", str(write(tmp_path / "others", FILES)))
     with pytest.raises(ClusterError, match="others: this host builds other data than the dry run") as raised:
@@ -137,14 +171,6 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_named(run, so
     assert os.listdir(cache) == []
     with pytest.raises(StorageError, match="is no digest"):
         fetch_index(run[0], "../../../etc/passwd")
-
-
-def test_what_is_passed_over_changes_no_digest_and_is_told(source, images) -> None:
-    before = IndexFiles().open(source, build)
-    (images / "Thumbs.db").touch()
-    after = IndexFiles().open(source, build)
-    assert after.digest == before.digest
-    assert (before.passed_over, after.passed_over) == ({}, {"other file": (1, "Thumbs.db")})
 
 
 def test_an_index_that_another_host_may_have_mapped_is_never_replaced(source, cache) -> None:

@@ -15,6 +15,7 @@ from random import Random
 import braceexpand
 import pytest
 import torch
+from counting_file_system import CountingFileSystem, start_counting
 
 from cluster.errors import StorageError
 from cluster.storage.local import SyncedLocalFileSystem
@@ -25,7 +26,6 @@ from jobs.images.indexed_images import IndexedImages
 from jobs.images.shard_urls import expand_braces
 from jobs.images.tar_members import Reads, TarReader
 from tests.shards import as_webdataset_reads, jpeg, write_shards
-from tests.unit.counting_file_system import CountingFileSystem, start_counting
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
