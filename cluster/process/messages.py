@@ -5,8 +5,7 @@
     Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost             -->  driver
 
 An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
-arrive in order. All values are plain, classes of ``cluster.errors``, or frozen dataclasses of these, so that every
-process can unpickle them.
+arrive in order. All values are plain or of ``cluster.errors``, so that every process can unpickle them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,6 +125,18 @@ class StepEvent:
     """The reason in one line, for people."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleSkipped:
+    """Sample ``number`` is bad: another replaces it, or the validation leaves it out. Sent each time, by any rank."""
+
+    split: Literal["train", "val"]
+    epoch: int
+    """The epoch in which it was read; 0 for a validation."""
+    number: int
+    reason: str
+    """What is wrong with it, in one line that names it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveSkipped:
     """All workers skip a checkpoint because this worker is still writing the previous one."""
@@ -242,6 +253,7 @@ Report = (
     | RowLogged
     | MatrixMeasured
     | StepEvent
+    | SampleSkipped
     | SaveSkipped
     | ShareWritten
     | Finished

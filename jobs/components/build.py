@@ -23,6 +23,7 @@ from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.shadowing import check_imports
 from jobs.components.targets import Builder
 from jobs.data.loader import seed_draws
+from jobs.images.splits import check_same_classes
 from jobs.sampling import StepPlan, draw_key
 from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 
@@ -161,10 +162,12 @@ def listed_targets(dataset: Any) -> Tensor | None:
 
 def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
     """Returns a digest of all that determines the learning rates; it does not depend on versions of Python or torch."""
+    in_order = asdict(steps)
+    del in_order["shuffle"]  # no rate depends on the order of samples
     determines = {
         "optimizer": asdict(optimizer),
         "scheduler": None if scheduler is None else asdict(scheduler),
-        "steps": asdict(steps),
+        "steps": in_order,
     }
     text = json.dumps(determines, sort_keys=True)
     return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # make it v2 if the text changes
@@ -219,6 +222,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     steps = make_steps(spec, len(train_set))
     if val_set is not None and len(val_set) == 0:
         raise DescriptionError("data.val has no samples; point it at some, or leave data.val out")
+    check_same_classes(train_set, val_set)
     builder = Builder(lambda value: plan_value(steps, value))
     seed_draws(draw_key("model", spec.seed), device)
     model = builder.build(spec.model, "model")
@@ -311,7 +315,8 @@ def make_steps(spec: JobSpec, num_samples: int) -> StepPlan:
     Raises:
         DescriptionError: They are too few for one step.
     """
-    steps = StepPlan(num_samples, spec.train.global_batch, spec.train.shards, spec.train.epochs)
+    train = spec.train
+    steps = StepPlan(num_samples, train.global_batch, train.shards, train.epochs, spec.data.shuffle)
     if steps.steps_per_epoch == 0:
         raise DescriptionError(
             f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cluster.storage.store import ByteRange, MissingObject, Store
+from cluster.storage.store import ByteRange, MissingObject
+from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.labelled_images import Transform, normalised, per_channel
 
-PATIENCE_S = 120.0
-"""How long a store may not answer before a worker fails: below the default of ``workers.hang_timeout_s``, so that the
-error names the store."""
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
 
@@ -126,7 +124,7 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
         else:
             runs.append([each])
     contents: dict[int, bytes | BadSample] = {}
-    store = Store(index.source.url, PATIENCE_S)
+    store = data_store(index.source.url)
     ranges = [_range_of([places[each] for each in run]) for run in runs]
     for run, wanted, found in zip(runs, ranges, store.read_ranges(ranges)):
         for each in run:

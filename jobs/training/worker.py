@@ -36,6 +36,7 @@ from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.components.build import Components, build_parts, worker_device
 from jobs.environment import differences, grouped, make_environment
+from jobs.images.data_stores import patience_below, use_patience
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
@@ -68,6 +69,7 @@ def main(link: AgentLink, task: Task) -> None:
     Collective: every rank.
     """
     spec: JobSpec = task.content
+    use_patience(patience_below(spec.workers.hang_timeout_s))
     device = worker_device(on_gpu=task.on_gpu)
     team, state = join_team(link, task, device), LoopState()
     try:
@@ -156,6 +158,7 @@ def train(
         stop_wanted=link.stop_wanted.is_set,
         mark=link.activity.mark,
         after_step=saver.start_waiting,
+        tell_own=link.send,
     )
     link.activity.mark("data", state.step)
     link.send(TrainingStarted(step=state.step, spent=link.activity.spent()))

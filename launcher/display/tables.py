@@ -88,6 +88,9 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", duration(known["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
     if "goodput" in known:
         yield "goodput", f"{known['goodput']:.0%}: {_time_spent(known['time'])}"
+    if (skipped := known.get("skipped_samples")) and skipped["count"]:
+        bad = f"{number(skipped['count'])} bad sample{'s' * (skipped['count'] != 1)} skipped"
+        yield "data", f"{bad}, first: {skipped['first'][0]['reason']}"
     if "failure" in known:
         yield "last failure", _failure(known["failure"])
     if job := _job(result):

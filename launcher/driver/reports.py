@@ -74,6 +74,8 @@ class Reports:
             case messages.StepEvent(kind=kind, step=step, reason=reason):
                 self._run_log.event(kind, step=step, reason=reason)
                 self._run_log.display.message(f"step {step}: {kind.replace('_', ' ')}: {reason}")
+            case messages.SampleSkipped():
+                self._run_log.sample_skipped(report)
             case messages.SaveSkipped():
                 self._on_save_skipped(rank, report)
             case messages.ShareWritten():

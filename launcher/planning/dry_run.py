@@ -135,11 +135,12 @@ def _read(parts: Components, spec: JobSpec, key: str, batches: list[list[int]]) 
     """Read the samples of some batches, each once."""
     dataset = parts.train_set if key == "data.train" else parts.val_set
     numbers = list(dict.fromkeys(number for batch in batches for number in batch))
-    samples = dict(zip(numbers, read_samples(dataset, numbers, key, spec)))
+    samples = read_samples(dataset, numbers, key, spec)
     read = []
     for batch in batches:
-        inputs, target = to_device(stack([samples[number] for number in batch], key), parts.device)
-        read.append(MicroBatch(key, dataset, batch, inputs, target))
+        of_batch = [samples[number] for number in batch if number in samples] or list(samples.values())
+        inputs, target = to_device(stack([each.sample for each in of_batch], key), parts.device)
+        read.append(MicroBatch(key, dataset, [each.number for each in of_batch], inputs, target))
     return read
 
 

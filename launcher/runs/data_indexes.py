@@ -50,6 +50,8 @@ def check_indexes(run: RunDirectory, source: str, indexes: Sequence[BuiltIndex])
             what = index_difference(fetch_index(run, digest), unpack_index(index.content, index.digest))
         except StorageError as error:
             what = f"what is not known, since the index of the run cannot be read: {error}"
+        if not what:  # other files have come or gone
+            continue
         raise DescriptionError(
             f"{source}: data has changed since the run began: {index.url}: {what}; restore it, or resume with --force"
         )

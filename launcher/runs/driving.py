@@ -111,7 +111,7 @@ def drive_run(
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
     run.stay_alive()
-    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
+    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker, events=events)
     driver = Driver(spec=spec, run_url=run.url, run_log=run_log, signals=signals, first_workers=first_workers(events))
 
     def make_membership() -> Membership:

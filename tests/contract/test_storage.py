@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import pickle
+import random
 import shutil
 import signal
 import stat
@@ -975,7 +976,7 @@ def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):
     clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)
     with (
         mock.patch.object(retrying_calls, "time", clock),
-        mock.patch.object(retrying_calls.random, "uniform", lambda _, longest: longest),
+        mock.patch.object(retrying_calls._random, "uniform", lambda _, longest: longest),
         pytest.raises(StorageError, match="cannot write b: reset, tried for 20 s; check the URL"),
     ):
         Store("flaky://a", patience_s=20.0).write("b", b"1")
@@ -994,11 +995,19 @@ def test_patience_ends_though_what_is_left_of_it_does_not_move_the_clock(flaky):
 
     with (
         mock.patch.object(retrying_calls, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
-        mock.patch.object(retrying_calls.random, "uniform", return_value=10 - 2**-44),
+        mock.patch.object(retrying_calls._random, "uniform", return_value=10 - 2**-44),
         pytest.raises(StorageError, match="cannot write b: reset"),
     ):
         Store("flaky://a", patience_s=10.0).write("b", b"1")
     assert (pauses, now) == ([10 - 2**-44, 2**-44], [521.0])
+
+
+def test_a_retry_does_not_change_what_the_training_code_draws(flaky):
+    flaky([ConnectionResetError("reset")])
+    random.seed(7)
+    expected = random.getstate()
+    Store("flaky://a").write("b", b"1")
+    assert (FlakyFileSystem.writes, random.getstate()) == (2, expected)
 
 
 def test_what_is_below_a_store_shares_its_patience_and_its_trouble(flaky):

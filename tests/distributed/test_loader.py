@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cluster.process import fork_server
+from cluster.storage.store import Store
 from jobs.data.loader import LoadedBatch, validation_batches
 from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
@@ -42,6 +43,11 @@ class Samples:
         (self._folder / str(os.getpid())).touch()
         if place == self._place:
             ctypes.PyDLL(None).pause()  # in C, where Python hears no signal
+        if place == "reading a sample" and self._place == "waiting for a store":
+            fifo = self._folder.with_name("store") / str(os.getpid())
+            fifo.parent.mkdir(exist_ok=True)
+            os.mkfifo(fifo)
+            Store(str(fifo.parent)).read(fifo.name)  # nobody ever writes to it
 
 
 class BadSamples(Samples):
@@ -90,12 +96,17 @@ def batches_of(samples: Any) -> Iterator[LoadedBatch]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["reading the dataset", "reading a sample", "waiting for more to do"])
+@pytest.mark.parametrize(
+    "place", ["reading the dataset", "reading a sample", "waiting for a store", "waiting for more to do"]
+)
 def test_loaders_end_with_their_training_process(tmp_path: Path, place: str) -> None:
     fork_server.start([__name__])
-    training = fork_server.fork(train, (place, tmp_path), "training")
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
-    loaders = [int(path.name) for path in tmp_path.iterdir()]
+    folder = tmp_path / "loaders"
+    folder.mkdir()
+    training = fork_server.fork(train, (place, folder), "training")
+    reached = tmp_path / "store" if place == "waiting for a store" else folder
+    wait_until(lambda: reached.exists() and len(list(reached.iterdir())) == 2)
+    loaders = [int(path.name) for path in folder.iterdir()]
     assert all(map(state, loaders))
     training.kill()
     training.join()

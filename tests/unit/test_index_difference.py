@@ -49,14 +49,26 @@ def make(tmp_path: Path) -> Any:
         ),
         (FOUR, ("ape", "cat", "dog"), "classes added: ape"),
         (FOUR[:2], ("cat",), "2 samples removed: dog/1.jpg, dog/2.jpg; classes removed: dog"),
-        ([FOUR[2], FOUR[0], FOUR[1], FOUR[3]], CLASSES, "its samples or its classes are in another order"),
-        (FOUR, ("dog", "cat"), "its samples or its classes are in another order"),
+        ([FOUR[2], FOUR[0], FOUR[1], FOUR[3]], CLASSES, "its samples, classes or splits are in another order"),
+        (FOUR, ("dog", "cat"), "its samples, classes or splits are in another order"),
         ([*FOUR, FOUR[0]], CLASSES, "1 sample added: cat/1.jpg"),
         ([*FOUR, ("dog/\udcff.jpg", 5, "e", "dog")], CLASSES, "1 sample added: dog/\\udcff.jpg"),
     ],
 )  # fmt: skip
 def test_what_is_named(make: Any, changed: list[Sample], classes: Sequence[str], text: str) -> None:
     assert index_difference(make(FOUR), make(changed, classes)) == text
+
+
+def test_what_is_passed_over_is_no_difference(tmp_path: Path) -> None:
+    indexes = []
+    for name in ("old", "new"):
+        builder = IndexBuilder(Source("test", "s3://bucket/data"))
+        builder.classes = CLASSES
+        builder.add_files(["a", "b"], [1, 2], ["", ""], [0, 1])
+        builder.pass_over("hidden file", name)
+        indexes.append(builder.write(tmp_path / name))
+    assert indexes[0].digest != indexes[1].digest
+    assert index_difference(*indexes) == ""
 
 
 def container(path: Path, places: Mapping[str, tuple[int, int]], version: str = "a") -> Index:

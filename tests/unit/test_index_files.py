@@ -113,16 +113,18 @@ def test_the_heartbeat_goes_on_while_a_large_one_is_written(run, source, monkeyp
     assert alive.is_set()
 
 
-def test_a_run_goes_on_with_the_same_data_and_sources_that_come_and_go_are_no_difference(run, source, images) -> None:
+def test_a_run_goes_on_with_the_same_samples_whatever_lies_beside_them(run, source, images) -> None:
     def check() -> None:
         files = IndexFiles()
         files.open(source, build)
         check_indexes(run[0], "job.yaml", built_indexes(files.opened))
 
     check()  # nothing is recorded, by an earlier version of the launcher
-    for known in ({}, {"0" * 32: "1" * 32}, run[1]):
+    for known in ({}, {"0" * 32: "1" * 32}, run[1]):  # sources that only one of them has are no difference
         run[0].write_environment({"attempts": [{}, {"indexes": known}]})
         check()
+    (images / "Thumbs.db").touch()
+    check()
     (images / "new.jpg").touch()
     with pytest.raises(DescriptionError) as raised:
         check()
@@ -147,6 +149,35 @@ def test_a_host_with_other_data_is_told_from_the_others(run, source, images, spo
     assert (raised.value.cause, raised.value.step) == ("environment", 0)
 
 
+def test_a_table_may_list_what_does_not_exist_but_not_only_that(images, tmp_path) -> None:
+    """``data.on_bad_sample`` decides about those; a host that has none of the files lacks the data."""
+
+    def build_table(_: Store, builder: IndexBuilder) -> None:
+        builder.classes = ["a"]
+        builder.add_files([*FILES], [-1] * len(FILES), [""] * len(FILES), [0] * len(FILES))
+
+    (images / "000.jpg").unlink()
+    made = IndexFiles()
+    made.open(Source("table", str(images)), build_table)
+    built = built_indexes(made.opened)
+    run = RunDirectory(str(tmp_path / "run"))
+    run.take_lease()
+    write_indexes(run, built)
+    assert len(IndexFiles(run, digests_of(built)).open(Source("table", str(images)), build_nothing)) == len(FILES)
+
+    for name in FILES:
+        (images / name).unlink(missing_ok=True)
+    with pytest.raises(ClusterError, match="000.jpg: cannot be read on this host, No such file"):
+        IndexFiles(run, digests_of(built)).open(Source("table", str(images)), build_nothing)
+
+
+def test_the_index_of_other_data_is_refused(run, source, tmp_path) -> None:
+    """Who can write to the store cannot direct reads elsewhere."""
+    other = Source("test", str(write(tmp_path / "others", FILES)))
+    with pytest.raises(StorageError, match=r"run: index \w+ of its data is one of .*/images, not of .*/others; resume"):
+        IndexFiles(run[0], {other.id: run[1][source.id]}).open(other, build_nothing)
+
+
 def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_named(run, source, cache, tmp_path) -> None:
     digest = run[1][source.id]
     fetch_index(run[0], digest)
@@ -169,14 +200,6 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_named(run, so
     assert os.listdir(cache) == []
     with pytest.raises(StorageError, match="is no digest"):
         fetch_index(run[0], "../../../etc/passwd")
-
-
-def test_what_is_passed_over_changes_no_digest_and_is_told(source, images) -> None:
-    before = IndexFiles().open(source, build)
-    (images / "Thumbs.db").touch()
-    after = IndexFiles().open(source, build)
-    assert after.digest == before.digest
-    assert (before.passed_over, after.passed_over) == ({}, {"other file": (1, "Thumbs.db")})
 
 
 def test_an_index_that_another_host_may_have_mapped_is_never_replaced(source, cache) -> None:

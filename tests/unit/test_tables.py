@@ -131,6 +131,12 @@ class TestSummary:
         error = "digits.yaml: model raised\nTraceback ..."
         assert f"\n\n{error}\n\nnext: " in summary(RESULT | {"status": "failed", "error": error})
 
+    def test_bad_samples_that_were_skipped(self) -> None:
+        first = {"split": "train", "epoch": 0, "number": 3, "reason": "s3://bucket/3.jpg: is gone; restore it"}
+        text = summary(RESULT | {"skipped_samples": {"count": 1200, "first": [first]}})
+        assert "  data          1,200 bad samples skipped, first: s3://bucket/3.jpg: is gone; restore it\n" in text
+        assert summary(RESULT | {"skipped_samples": {"count": 0, "first": []}}) == summary(RESULT)
+
     def test_where_the_time_went(self) -> None:
         time = {"startup": 12.34, "compute": 3723.4, "lost": 0.0, "exchange": 59.96, "storage": 0.04}
         text = summary(RESULT | {"goodput": 0.981, "time": time})
