@@ -25,7 +25,7 @@ from jobs.images.indexed_images import ReadSamples
 from launcher.inspecting.facts import IndexReader
 from launcher.inspecting.verified_file import RECORD
 
-_BYTES_AT_ONCE = 2**25
+BYTES_AT_ONCE = 2**25
 """A process holds so many bytes of encoded images, or one image that has more."""
 
 
@@ -88,7 +88,7 @@ def _parted(index: Index, numbers: Sequence[int]) -> Iterator[list[int]]:
     for number in numbers:
         place = index.place(number)
         own = place.length if place.length >= 0 else max(0, place.size)
-        if part and size + own > _BYTES_AT_ONCE:
+        if part and size + own > BYTES_AT_ONCE:
             yield part
             part, size = [], 0
         part.append(number)

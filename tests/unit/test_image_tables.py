@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.errors import StorageError
+from cluster.errors import DescriptionError, StorageError
 from cluster.storage.store import MissingObject, Store
 from jobs.data import BadSample, image_table
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.splits import check_same_classes
 from tests.stores import S3Server
 from tests.tables import number_of, png
 
@@ -310,3 +311,28 @@ class TestS3:
         assert dataset.targets.tolist() == [1, 0, 1, 1]
         store.delete([f"images/{NAMES[1]}"])
         assert [isinstance(each, BadSample) for each in dataset.fetch([0, 1])] == [False, True]
+
+
+class TestClassesOfTrainAndVal:
+    def table(self, root: Path, name: str, labels: list[str], **options) -> IndexedImages:
+        rows = "".join(f"a.png,{label}\n" for label in labels[:1]) + f"sub/b c.png,{labels[1]}\n"
+        return image_table(written(root / name, f"path,label\n{rows}"), **options)
+
+    def test_other_numbers_are_refused(self, root):
+        """A label would mean one class in training, and another one in a validation."""
+        train, val = (
+            self.table(root, name, own) for name, own in (("t.csv", ["cat", "dog"]), ("v.csv", ["dog", "emu"]))
+        )
+        with pytest.raises(
+            DescriptionError, match="data.val: class 0 is 'dog', but 'cat' in data.train; write the same"
+        ):
+            check_same_classes(train, val)
+        with pytest.raises(DescriptionError, match="data.val: class 2 is '2', but none in data.train"):
+            check_same_classes(self.table(root, "n.csv", ["0", "1"]), self.table(root, "m.csv", ["0", "2"]))
+
+    def test_the_same_are_accepted_also_without_the_last(self, root):
+        classes = ["cat", "dog", "emu"]
+        train = self.table(root, "t.csv", ["cat", "dog"], classes=classes)
+        check_same_classes(train, self.table(root, "v.csv", ["dog", "emu"], classes=classes))
+        check_same_classes(self.table(root, "n.csv", ["0", "2"]), self.table(root, "m.csv", ["0", "1"]))
+        check_same_classes(train, None)

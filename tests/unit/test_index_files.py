@@ -149,6 +149,35 @@ def test_a_host_with_other_data_is_told_from_the_others(run, source, images, spo
     assert (raised.value.cause, raised.value.step) == ("environment", 0)
 
 
+def test_a_table_may_list_what_does_not_exist_but_not_only_that(images, tmp_path) -> None:
+    """``data.on_bad_sample`` decides about those; a host that has none of the files lacks the data."""
+
+    def build_table(_: Store, builder: IndexBuilder) -> None:
+        builder.classes = ["a"]
+        builder.add_files([*FILES], [-1] * len(FILES), [""] * len(FILES), [0] * len(FILES))
+
+    (images / "000.jpg").unlink()
+    made = IndexFiles()
+    made.open(Source("table", str(images)), build_table)
+    built = built_indexes(made.opened)
+    run = RunDirectory(str(tmp_path / "run"))
+    run.take_lease()
+    write_indexes(run, built)
+    assert len(IndexFiles(run, digests_of(built)).open(Source("table", str(images)), build_nothing)) == len(FILES)
+
+    for name in FILES:
+        (images / name).unlink(missing_ok=True)
+    with pytest.raises(ClusterError, match="000.jpg: cannot be read on this host, No such file"):
+        IndexFiles(run, digests_of(built)).open(Source("table", str(images)), build_nothing)
+
+
+def test_the_index_of_other_data_is_refused(run, source, tmp_path) -> None:
+    """Who can write to the store cannot direct reads elsewhere."""
+    other = Source("test", str(write(tmp_path / "others", FILES)))
+    with pytest.raises(StorageError, match=r"run: index \w+ of its data is one of .*/images, not of .*/others; resume"):
+        IndexFiles(run[0], {other.id: run[1][source.id]}).open(other, build_nothing)
+
+
 def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_named(run, source, cache, tmp_path) -> None:
     digest = run[1][source.id]
     fetch_index(run[0], digest)

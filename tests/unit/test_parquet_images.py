@@ -320,6 +320,15 @@ class TestSplits:
             write_parquet(tmp_path / f"{name}.parquet", [png(number)], label=[0])
         assert numbers_of(parquet_images(tmp_path, "val")) == [1]
 
+    def test_files_of_val_alone_are_all_of_it(self, tmp_path):
+        """They are no part of a larger whole, of which a fraction would be drawn."""
+        for number in range(9):
+            write_parquet(tmp_path / f"validation-{number}.parquet", [png(number)], label=[0])
+        assert len(parquet_images(tmp_path, "val")) == len(parquet_images(tmp_path)) == 9
+        assert error_of(tmp_path, "train") == (
+            f"{tmp_path}: holds files of val alone, got split=train; name others in urls"
+        )
+
     def test_files_of_train_and_test_alone_are_refused(self, tmp_path):
         for name in ("train-0", "test-0"):
             write_parquet(tmp_path / f"{name}.parquet", [png(0)], label=[0])

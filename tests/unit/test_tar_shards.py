@@ -379,6 +379,12 @@ class TestDamage:
         use_index_files(IndexFiles())
         assert len(tar_shards(str(shard))) == 2
 
+    def test_a_shard_that_is_truncated_says_where(self, tmp_path):
+        shard = write_tar(tmp_path / "a.tar", {"a.cls": b"0", "a.jpg": bytes(5000)})
+        os.truncate(shard, 4000)
+        with pytest.raises(ValueError, match="has 4000 bytes and a.jpg ends at byte 6536; restore it"):
+            tar_shards(str(shard))
+
     def test_a_shard_with_a_hole(self, tmp_path):
         content = bytearray(write_tar(tmp_path / "whole", labelled("abcd")).read_bytes())
         content[2048:4096] = bytes(2048)
@@ -492,6 +498,12 @@ class TestUrls:
         objects = dict.fromkeys(dataset.index.place(number).object for number in range(len(dataset)))
         assert [name.replace("shard-00000", "").removesuffix(".tar") for name in objects] == expected.split()
         assert dataset.fetch([0]) == [jpeg(2 * int(expected.removeprefix("train/").removeprefix("extra/")[0]))]
+
+    def test_a_pattern_fits_no_hidden_file(self, data):
+        (data / "train/._shard-000000.tar").write_bytes(b"macOS" * 200)
+        assert len(tar_shards(f"{data}/train/*.tar")) == 6
+        with pytest.raises(ValueError, match="is no tar file"):
+            tar_shards(f"{data}/train/.*.tar")
 
     def test_may_be_relative_or_at_home(self, data, monkeypatch):
         monkeypatch.chdir(data)
