@@ -1,8 +1,7 @@
 """Image folders: a dataset of image files, one folder per class, on this machine or at any URL."""
 
-import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +14,11 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.splits import check_val_fraction, drawn
 from jobs.images.stored_class_folders import StoredFolders
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 """Names of folders that hold a split. A root with no others has no class folders."""
-
-_EMPTY = "a class without images"
-_STRANGE = "a class that train/ lacks"
 
 
 def image_folder(
@@ -67,8 +64,7 @@ def image_folder(
     """
     check_split(split, None)
     check_per_channel(3, mean=mean, std=std)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}; write a share such as 0.1")
+    check_val_fraction(val_fraction)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a list of folder names, got {exclude!r}; write [{exclude}]")
     url = Store(os.fspath(root)).url
@@ -77,42 +73,39 @@ def image_folder(
     left_out = sorted({str(name) for name in exclude})
     options = {"exclude": left_out, "suffixes": list(IMAGE_SUFFIXES)}
     index = open_index(Source("image_folder", url, options), partial(_build, left_out))
-    _check_classes(index, split, num_classes)
-    chosen_N = _chosen(index, split, val_fraction)
-    if chosen_N is not None and len(chosen_N) == 0:
-        home, remedy = (f"{url}/{split}", "") if index.splits else (url, ", or change val_fraction")
-        raise ValueError(f"{home} must hold images for split={split}, got none; add some{remedy}")
+    divided = {name: range(*ends) for name, ends in index.details["splits"].items()}
+    if divided and split is None:
+        raise ValueError(f"split must be train or val, got None; {url} holds both as folders")
+    _check_classes(index, url, divided, split, num_classes)
+    chosen_N: np.ndarray | range | None = None
+    if split is not None:
+        chosen_N = divided[split] if divided else drawn(index, split, val_fraction)
     return IndexedImages(index, read_ranges, chosen_N, transform, mean, std)
 
 
-def _chosen(index: Index, split: Split | None, val_fraction: float) -> np.ndarray | range | None:
-    """Returns the numbers of the samples of a split; None: all."""
-    if split is None:
-        return None
-    if index.splits:
-        return index.splits[split]
-    validates_N = index.draws < np.uint64(math.ceil(val_fraction * 2**64))  # as integers, since floats would round
-    return np.flatnonzero(validates_N if split == "val" else ~validates_N)
-
-
-def _check_classes(index: Index, split: Split | None, num_classes: int | None) -> None:
-    """Raises a ValueError unless there are the classes that there must be, each with images."""
-    url, classes = index.source.url, index.classes
-    if index.splits and split is None:
-        raise ValueError(f"split must be train or val, got None; {url} holds both as folders")
+def _check_classes(
+    index: Index, url: str, divided: Mapping[str, range], split: Split | None, num_classes: int | None
+) -> None:
+    """Raises a ValueError unless a split has the classes that it must have, each with images."""
+    classes = index.classes
     if num_classes is not None and len(classes) != num_classes:
         raise ValueError(
             f"{url} must hold num_classes={num_classes} classes, got {len(classes)}; set num_classes, "
             f"or name folders that are none in exclude: {_first_names(classes)}"
         )
-    reason = _STRANGE if index.splits and split == "val" else _EMPTY
-    if reason not in index.passed_over:
+    if divided and split == "val":
+        if strange := index.details["only_in_val"]:
+            raise ValueError(
+                f"{url}/val must hold classes of train/ only, got {_first_names(strange)}; move them there"
+            )
+        if not divided["val"]:
+            raise ValueError(f"{url}/val must hold images, got none; add some")
         return
-    count, first = index.passed_over[reason]
-    if reason == _EMPTY:
-        raise ValueError(f"{url}/{first} must hold images, got none; add some, or name it in exclude")
-    strange = first.removeprefix("val/") + (", ..." if count > 1 else "")
-    raise ValueError(f"{url}/val must hold classes of train/ only, got {strange}; move them there")
+    labels_N = index.labels[: divided["train"].stop] if divided else index.labels
+    empty = np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0)
+    if len(empty):
+        folder = f"{url}/train/{classes[empty[0]]}" if divided else f"{url}/{classes[empty[0]]}"
+        raise ValueError(f"{folder} must hold images, got none; add some, or name it in exclude")
 
 
 def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
@@ -145,18 +138,17 @@ def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
     builder.classes = classes
     labels = {name: label for label, name in enumerate(classes)}
     for name, images in folders.images(home, classes):
-        if not images:
-            builder.pass_over(_EMPTY, f"{home}{name}")
         _add(builder, labels[name], images)
+    builder.details = {"splits": {}, "only_in_val": []}
     if is_divided:
         num_train = builder.num_samples
         present = folders.class_names("val/")
-        for name in present:
-            if name not in labels:
-                builder.pass_over(_STRANGE, f"val/{name}")
         for name, images in folders.images("val/", [name for name in present if name in labels]):
             _add(builder, labels[name], images)
-        builder.splits = {"train": range(num_train), "val": range(num_train, builder.num_samples)}
+        builder.details = {
+            "splits": {"train": [0, num_train], "val": [num_train, builder.num_samples]},
+            "only_in_val": [name for name in present if name not in labels],
+        }
 
 
 def _add(builder: IndexBuilder, label: int, images: Sequence[StoredObject]) -> None:

@@ -237,7 +237,11 @@ def _text_rows(file: _TableFile) -> "pa.Table":
     parse = csv.ParseOptions(delimiter=file.delimiter, newlines_in_values=True)
     read = csv.ReadOptions(use_threads=False)
     try:
-        names = csv.open_csv(pa.BufferReader(content), read, parse).schema.names
+        # First the header alone, because a wrong delimiter shows there.
+        lenient = csv.ParseOptions(
+            delimiter=file.delimiter, newlines_in_values=True, invalid_row_handler=lambda _: "skip"
+        )
+        names = csv.open_csv(pa.BufferReader(content), read, lenient).schema.names
         check_columns(file.url, columns, names)
         # Each as it is written: a guess from the first rows could be wrong for the others.
         convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns)

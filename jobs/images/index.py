@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.errors import one_line
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -74,8 +76,8 @@ class IndexBuilder:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
-        self.splits: dict[str, range] = {}
-        """The numbers of the samples of each split, if the data itself is divided into splits."""
+        self.details: dict[str, Any] = {}
+        """What a format notes about the samples for itself; JSON."""
         self.passed_over: dict[str, tuple[int, str]] = {}
         """By reason: how many names were passed over, and the first of them by name."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
@@ -136,8 +138,9 @@ class IndexBuilder:
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
-        self._reached(self._num_samples)
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
+        self._num_samples += len(keys)
+        self._reached(self._num_samples)
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
         import pyarrow as pa  # takes 0.3 s, and many jobs have no index
@@ -162,11 +165,9 @@ class IndexBuilder:
         """Writes the index to a file, which must not exist, and opens it."""
         import pyarrow as pa
 
-        types = {"label": pa.int64() if self.classes else pa.float32(), "draw": pa.uint64()}
-        types |= dict.fromkeys(_TEXTS, pa.large_binary())
+        types = _types(has_classes=bool(self.classes))
         columns = {
-            name: pa.chunked_array(chunks, types.get(name, pa.int64())).combine_chunks()
-            for name, chunks in self._columns.items()
+            name: pa.chunked_array(chunks, types[name]).combine_chunks() for name, chunks in self._columns.items()
         }
         described = {
             "version": _VERSION,
@@ -174,7 +175,7 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "splits": {name: [numbers.start, numbers.stop] for name, numbers in self.splits.items()},
+            "details": self.details,
             "passed_over": self.passed_over,
         }
         text = json.dumps(described, sort_keys=True)
@@ -204,20 +205,20 @@ class Index:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
-            self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
-        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is no index of data: {error}; remove it") from error
-        if described["version"] != _VERSION:
-            raise ValueError(f"{path}: is of another version, {described['version']}, not {_VERSION}; remove it")
-        self._text = json.dumps(described, sort_keys=True)
-        self.source = Source(described["format"], described["url"], described["options"])
-        self.classes: tuple[str, ...] = tuple(described["classes"])
-        self.splits: dict[str, range] = {name: range(*ends) for name, ends in described["splits"].items()}
-        """The numbers of the samples of each split, if the data itself is divided into splits."""
-        self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
-        }
-        """By reason: how many names were passed over, and the first of them by name."""
+            if described["version"] != _VERSION:
+                raise ValueError(f"it is of version {described['version']}, not {_VERSION}")
+            self._text = json.dumps(described, sort_keys=True)
+            self.source = Source(described["format"], described["url"], described["options"])
+            self.classes: tuple[str, ...] = tuple(described["classes"])
+            self.details: dict[str, Any] = described["details"]
+            """What the format notes about the samples for itself; JSON."""
+            self.passed_over: dict[str, tuple[int, str]] = {
+                reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+            }
+            """By reason: how many names were passed over, and the first of them by name."""
+            self._columns = _checked_columns(table, len(self.classes))
+        except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no index of data: {one_line(error)}; remove it") from error
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
         return Index, (self.path,)
@@ -287,6 +288,43 @@ class Index:
     def check(self) -> bool:
         """Returns whether the file holds what was written to it."""
         return self.digest == _digest(self._text, self._columns)
+
+
+def _types(*, has_classes: bool) -> "dict[str, pa.DataType]":
+    """Returns the type of the values in each column."""
+    import pyarrow as pa
+
+    types = dict.fromkeys(_COLUMNS, pa.int64()) | dict.fromkeys(_TEXTS, pa.large_binary())
+    return types | {"draw": pa.uint64(), "label": pa.int64() if has_classes else pa.float32()}
+
+
+def _checked_columns(table: "pa.Table", num_classes: int) -> "dict[str, pa.Array]":
+    """Returns the columns of an index, which may come from a store and be anything.
+
+    Raises:
+        ValueError: They do not fit together; ``pa.ArrowInvalid`` is one.
+    """
+    import pyarrow as pa
+
+    types = _types(has_classes=num_classes > 0)
+    if table.num_rows != 1 or table.schema.types != [pa.large_list(types[name]) for name in table.schema.names]:
+        raise ValueError("its table is another one")
+    table.validate(full=True)
+    columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
+    lengths = {name: len(column) for name, column in columns.items()}
+    num_objects, num = lengths["name"], lengths["object"]
+    if any(lengths[name] != (num_objects if name in _OF_OBJECTS else num) for name in _COLUMNS if name != "label"):
+        raise ValueError("its columns differ in length")
+    if lengths["label"] != num if num_classes else num and (lengths["label"] % num or not lengths["label"]):
+        raise ValueError("its labels are too many or too few")
+    if any(column.null_count for column in columns.values()):
+        raise ValueError("a value is missing")
+    objects, labels = columns["object"].to_numpy(), columns["label"].to_numpy()
+    if num and not 0 <= objects.min() <= objects.max() < num_objects:
+        raise ValueError("a sample lies in no object")
+    if num and num_classes and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError("a label is no class")
+    return columns
 
 
 def _draw(name: str) -> int:

@@ -86,6 +86,11 @@ class IndexFiles:
                 step=0,
             )
         index = fetch_index(run, digest)
+        if index.source.id != source.id:
+            raise StorageError(
+                f"{run.url}: index {digest} of its data is one of {index.source.url}, not of {source.url}; resume the "
+                "run, which makes it again"
+            )
         _check_same_here(index)
         return index
 
@@ -224,6 +229,8 @@ def _unpack(content: bytes, path: Path) -> None:
 def _check_same_here(index: Index) -> None:
     """Checks a few objects of an index whose data is on this machine: another host may have another copy, or none.
 
+    A table lists what need not exist; so of objects whose size it does not know, one must be there.
+
     Raises:
         ClusterError: One is missing, or has another size.
     """
@@ -231,17 +238,24 @@ def _check_same_here(index: Index) -> None:
     names, sizes = index.objects["name"], index.objects["size"]
     if "://" in place or not len(names):
         return
+    problem, has_any = "", False
     for number in np.unique(np.linspace(0, len(names) - 1, _MOST_CHECKED).astype(int)).tolist():
         path = os.path.join(place, os.fsdecode(names[number].as_py()))
         listed = sizes[number].as_py()
         try:
             size = os.stat(path).st_size
         except OSError as error:
-            problem = f"cannot be read on this host, {error.strerror}, and is"
+            problem = problem or f"{path}: cannot be read on this host, {error.strerror}, and is"
+            if listed == -1:
+                continue
         else:
             if listed in (-1, size):
+                has_any = True
                 continue
-            problem = f"has {size:,} bytes on this host, and {listed:,}"
+            problem = f"{path}: has {size:,} bytes on this host, and {listed:,}"
+        has_any = False
+        break
+    if problem and not has_any:
         raise ClusterError(
-            f"{path}: {problem} in the index of the run; give every node the same data", cause="environment", step=0
+            f"{problem} in the index of the run; give every node the same data", cause="environment", step=0
         )

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -11,10 +10,9 @@ from typing import Literal
 from cluster.storage.store import Store, StoredObject
 
 _SUFFIXES = (".parquet", ".pq")
-_AT_ONCE = 8
-"""Listings."""
-_MOST_DEEP = 32
-"""Folders below each other; more are a link that leads back."""
+
+_HIDDEN = (".", "_")
+"""What the names of files and folders begin with that are no data, as Spark and pyarrow have it."""
 
 _WORDS: dict[str, Literal["train", "val", "test"]] = {
     "train": "train",
@@ -66,7 +64,7 @@ def find_files(store: Store, patterns: Sequence[str]) -> tuple[list[StoredObject
     Those of a pattern are sorted by name. Listings are concurrent.
 
     Raises:
-        ValueError: A pattern names nothing; two name the same file; or a link leads back to a folder around it.
+        ValueError: A pattern names nothing, or two name the same file.
         StorageError: The store cannot be listed.
     """
     listings = _Listings(store)
@@ -105,7 +103,7 @@ class _Listings:
         files: dict[str, StoredObject] = {}
         others: list[str] = []
         level = [("", pattern)]
-        for _ in range(_MOST_DEEP):
+        while level:
             self._list({folder for folder, _ in level})
             below: list[tuple[str, list[str]]] = []
             for folder, parts in level:
@@ -117,23 +115,18 @@ class _Listings:
                         files[name] = StoredObject(name, each.size, each.version)
                     elif not parts:
                         others.append(name)
-            if not below:
-                return [files[name] for name in sorted(files)], sorted(others)
             level = below
-        raise ValueError(
-            f"{self._store.url}/{level[0][0]}: lies {_MOST_DEEP} folders deep; remove the link that leads back"
-        )
+        return [files[name] for name in sorted(files)], sorted(others)
 
     def _list(self, folders: set[str]) -> None:
         new = sorted(folders - self._folders.keys())
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            self._folders.update(zip(new, pool.map(self._store.listing, new)))
+        self._folders.update(zip(new, self._store.listings(new)))
 
 
 def _is_named(name: str, parts: list[str]) -> bool:
     """Returns whether an object of a folder is named by what is left of a pattern."""
     if not parts:
-        return name.lower().endswith(_SUFFIXES) and not name.startswith((".", "_"))
+        return name.lower().endswith(_SUFFIXES) and not name.startswith(_HIDDEN)
     left = parts[1:] if parts[0] == "**" else parts
     return len(left) == 1 and _matches(name, left[0])
 
@@ -141,18 +134,18 @@ def _is_named(name: str, parts: list[str]) -> bool:
 def _rests(name: str, parts: list[str]) -> list[list[str]]:
     """Returns what is left of a pattern below a folder; nothing: the folder is not named. An empty rest: all in it."""
     if not parts:
-        return [] if name.startswith((".", "_")) else [[]]
+        return [] if name.startswith(_HIDDEN) else [[]]
     if parts[0] == "**":
-        return [parts, *_rests(name, parts[1:])] if parts[1:] and not name.startswith(".") else []
-    is_last = len(parts) == 1
-    if is_last and _is_wild(parts[0]):  # it names files
-        return []
-    return [parts[1:]] if _matches(name, parts[0]) else []
+        return [] if name.startswith(_HIDDEN) else [parts, *_rests(name, parts[1:])]
+    names_files = len(parts) == 1 and _is_wild(parts[0])
+    return [parts[1:]] if not names_files and _matches(name, parts[0]) else []
 
 
 def _matches(name: str, part: str) -> bool:
-    """Returns whether a part of a pattern names this, as in a shell: hidden names only if it says so."""
-    return fnmatchcase(name, part) and name.startswith(".") == part.startswith(".") if _is_wild(part) else name == part
+    """Returns whether a part of a pattern names this; hidden names only if it begins as they do."""
+    if not _is_wild(part):
+        return name == part
+    return fnmatchcase(name, part) and (not name.startswith(_HIDDEN) or name[0] == part[0])
 
 
 def _is_wild(part: str) -> bool:

@@ -38,7 +38,8 @@ def parquet_images(
 
     If names of files say which hold ``train`` and which ``val`` (or ``validation``, ``valid``, ``dev``), as in
     ``train-00000-of-00002.parquet`` or ``validation/0.parquet``, these are the splits, and files of a test split are
-    passed over. Otherwise the SHA-256 of the file's name and the number of the row decides the split of an image.
+    passed over. Otherwise, also if all files are of ``train``, the SHA-256 of the file's name and the number of the row
+    decides the split of an image.
 
     Args:
         urls: A file, a folder (with all below it), a pattern such as ``s3://bucket/data/train-*.parquet``, or a list.
@@ -75,7 +76,11 @@ def _chosen(index: Index, split: Split | None, val_fraction: float) -> np.ndarra
     names = [os.fsdecode(name) for name in index.objects["name"].to_pylist()]
     splits = list(map(split_of, names))
     if not {"train", "val"} <= set(splits):
-        return None if split is None else drawn(index, split, val_fraction)
+        if split is None or set(splits) == {split} == {"val"}:
+            return None
+        if set(splits) == {"val"}:
+            raise ValueError(f"{index.source.url}: holds files of val alone, got split=train; name others in urls")
+        return drawn(index, split, val_fraction)
     if split is None:
         raise ValueError(f"split must be train or val, got None; {index.source.url} holds files of both")
     return np.flatnonzero(np.array([own == split for own in splits])[index.object_numbers])

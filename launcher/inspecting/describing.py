@@ -19,6 +19,7 @@ from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.inspection import inspect_image
+from jobs.images.labelled_images import Split
 from jobs.sampling import draw_key, permute
 from jobs.spec import JobSpec
 from launcher.inspecting.facts import Answer, DatasetFacts, IndexedSamples, IndexReader, Question
@@ -43,19 +44,19 @@ def describe(task: Task) -> Answer:
     device = worker_device(on_gpu=False)
     numerics(spec, device)
     use_index_files(IndexFiles(tell=tell_caller))
-    facts, built = {}, {}
+    facts, built = dict[str, DatasetFacts](), dict[str, Any]()
     for split in question.splits:
         key, target = f"data.{split}", spec.data.train if split == "train" else spec.data.val
         assert target is not None, "the command has looked"
         dataset = build_dataset(spec, target, key, device)
         tell_caller(f"reading {min(question.num_sampled, len(dataset)):,} samples of {key}")
         named = {"key": key, "dataset": target.path}
-        facts[split] = _describe(dataset, named, question.num_sampled, spec)
+        facts[split] = _describe(dataset, split, named, question.num_sampled, spec)
         built[split] = dataset
     return Answer(facts, make_sheet(built["train"], spec) if question.with_sheet else None)
 
 
-def _describe(dataset: Any, named: dict[str, str], num_sampled: int, spec: JobSpec) -> DatasetFacts:
+def _describe(dataset: Any, split: Split, named: dict[str, str], num_sampled: int, spec: JobSpec) -> DatasetFacts:
     chosen = _choose(len(dataset), num_sampled, spec.seed)
     if isinstance(dataset, IndexedImages):
         inspected = _inspect(dataset, chosen)
@@ -65,7 +66,7 @@ def _describe(dataset: Any, named: dict[str, str], num_sampled: int, spec: JobSp
     targets = listed_targets(dataset)
     names = getattr(dataset, "classes", None)
     has_names = isinstance(names, (list, tuple))
-    shapes, broken = _shapes(dataset, chosen, spec)
+    shapes, broken = _shapes(dataset, split, chosen, spec)
     document = named | {
         "source": None,
         "samples": len(dataset),
@@ -108,14 +109,15 @@ def _inspected(number: int, content: bytes | BadSample, url: str) -> InspectedIm
     return InspectedImage(number, len(content), facts)
 
 
-def _shapes(dataset: Any, chosen: list[int], spec: JobSpec) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
+def _shapes(
+    dataset: Any, split: Split, chosen: list[int], spec: JobSpec
+) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
     """Return the shapes of samples, by ``input`` and ``target``, each with a count; and the samples that failed."""
-    samples = single_samples(dataset, chosen, seed=spec.seed, loaders=0)
     found: dict[str, Counter[str]] = {}
     broken = []
     for number in chosen:
         try:
-            sample = next(samples)
+            sample = next(single_samples(dataset, [number], split=split, seed=spec.seed, loaders=0)).sample
         except Exception as error:  # the dataset is the user's own code
             broken.append({"url": f"sample {number}", "problem": f"{type(error).__name__}: {in_short(error)}"})
             continue

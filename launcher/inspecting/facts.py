@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ class Question:
     """The content of the task of the process that builds the datasets."""
 
     spec: JobSpec
-    splits: tuple[str, ...]
+    splits: tuple[Literal["train", "val"], ...]
     """Of ``train`` and ``val``."""
     num_sampled: int
     """How many samples of each to read."""

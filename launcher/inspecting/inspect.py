@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import DescriptionError, TrainingError
 from cluster.process import fork_server
@@ -24,7 +24,7 @@ from launcher.planning.placement import resources_of
 _DESCRIBE = "launcher.inspecting.describing:describe"
 _MODULES = tuple(entry.partition(":")[0] for entry in (_DESCRIBE, PROCESS))
 """What the fork server imports."""
-SPLITS = ("train", "val")
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

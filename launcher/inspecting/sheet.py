@@ -36,10 +36,12 @@ def make_sheet(dataset: Any, spec: JobSpec) -> Sheet:
         last_step += 1
     del numbers[NUM_TILES:]
     images, captions = list[Tensor | None](), list[str]()
-    samples = single_samples(dataset, numbers, seed=spec.seed, loaders=0)
     for number in numbers:
+        read = single_samples(
+            dataset, [number], split="train", seed=spec.seed, loaders=0, on_bad_sample=spec.data.on_bad_sample
+        )
         try:
-            image, target = next(samples)
+            image, target = next(read).sample
         except BadSample:
             images.append(None)
             captions.append("broken")

@@ -386,7 +386,10 @@ class TestImageFolder:
             ({"root": "hollow"}, "{tmp}/hollow/a must hold images, got none; add some, or name it in exclude"),
             ({"root": "root", "num_classes": 101}, "{tmp}/root must hold num_classes=101 classes, got 2; set num_"),
             ({"root": "root", "split": "test"}, "split must be train or val, got 'test'"),
-            ({"root": "root", "split": "val", "val_fraction": 1e-9}, "{tmp}/root must hold images for split=val, got"),
+            (
+                {"root": "root", "split": "val", "val_fraction": 1e-9},
+                "{tmp}/root: none of its 4 samples is drawn for split=",
+            ),
             ({"root": "root", "val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0; "),
             ({"root": "root", "exclude": "cats"}, "exclude must be a list of folder names, got 'cats'; write [cats]"),
             ({"root": "root", "std": [0.5]}, "std must hold a finite number for each of 3 channels, got [0.5]"),

@@ -13,15 +13,13 @@ import fsspec
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image
 
 from cluster.storage.store import Store
 from jobs.data import BadSample, image_folder
 from jobs.images.image_folders import _build
 from jobs.images.index import IndexBuilder, Source
 from jobs.images.index_files import IndexFiles, use_index_files
-from jobs.images.indexed_images import IndexedImages
-from tests.image_stores import GeneratedFileSystem, upload
+from tests.image_stores import GeneratedFileSystem, described, make_tree, upload
 from tests.images import make_image_folder
 
 fsspec.register_implementation("generated", GeneratedFileSystem)
@@ -45,27 +43,6 @@ def url() -> str:
 def at(request: pytest.FixtureRequest, url: str) -> Any:
     """Returns where a folder can be listed: there, or on a store that has a copy of it."""
     return str if request.param == "local" else lambda folder: upload(folder, url).url
-
-
-def described(dataset: IndexedImages) -> tuple[Any, ...]:
-    """All that a dataset has, where it does not depend on its place."""
-    pixels = [dataset[number][0].contiguous().numpy().tobytes() for number in range(len(dataset))]
-    names = [dataset.index.place(number).object for number in range(len(dataset.index))]
-    return dataset.classes, dataset.targets.tolist(), hashlib.sha256(b"".join(pixels)).hexdigest(), names
-
-
-def make_tree(root: Path) -> Path:
-    """An image folder with nested folders, odd names, and what systems leave."""
-    make_image_folder(root, num_classes=3, per_class=5, size=8)
-    for name in ("deep/er/b.png", "deep/a.PNG", "deep.png", "été 1/日本+%20#.png"):
-        path = root / "class_001" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(path)
-    for folder in (root, root / "class_000", root / "class_001" / "deep"):
-        for name in (".ipynb_checkpoints/image_0000.jpg", "__MACOSX/x.png", "._x.png", "notes.txt"):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(b"\0\5\26\7")
-    return root
 
 
 @pytest.mark.parametrize("split", ["train", "val", None])
@@ -144,10 +121,15 @@ def test_folders_named_train_and_val_are_the_splits(tmp_path: Path, at: Any) -> 
         ({"root": "root/class_000"}, "{at}/root/class_000 must hold a folder of images per class, got no folder; name"),
         ({"root": "hollow"}, "{at}/hollow/a must hold images, got none; add some, or name it in exclude"),
         ({"root": "root", "num_classes": 101}, "{at}/root must hold num_classes=101 classes, got 2; set num_classes"),
-        ({"root": "root", "split": "val", "val_fraction": 1e-9}, "{at}/root must hold images for split=val, got none;"),
+        (
+            {"root": "root", "split": "val", "val_fraction": 1e-9},
+            "{at}/root: none of its 4 samples is drawn for split=",
+        ),
         ({"root": "divided"}, "split must be train or val, got None; {at}/divided holds both as folders"),
         ({"root": "divided", "split": "val"}, "{at}/divided/val must hold classes of train/ only, got class_001; move"),
         ({"root": "misnamed"}, "{at}/misnamed must hold train/ and val/, or a folder per class, got Val, train; "),
+        ({"root": "unfinished", "split": "train"}, "{at}/unfinished/train/a must hold images, got none; add some, or"),
+        ({"root": "unfinished", "split": "val"}, "{at}/unfinished/val must hold images, got none; add some"),
         ({"root": "odd"}, "{at}/odd must hold names without control characters, got 'a/b\\nc.png'; rename it"),
     ],
 )
@@ -159,6 +141,9 @@ def test_errors_are_the_same_on_a_store(tmp_path: Path, at: Any, arguments: dict
     make_image_folder(tmp_path / "misnamed" / "Val", num_classes=1, per_class=1, size=8)
     (tmp_path / "hollow" / "a").mkdir(parents=True)
     (tmp_path / "hollow" / "a" / "notes.txt").touch()
+    for name in ("train/a/notes.txt", "train/b/image.png", "val/notes.txt"):
+        (tmp_path / "unfinished" / name).parent.mkdir(parents=True)
+        (tmp_path / "unfinished" / name).touch()
     (tmp_path / "odd" / "a").mkdir(parents=True)
     where = at(tmp_path)
     if where == str(tmp_path):
@@ -178,10 +163,8 @@ def test_classes_of_val_alone_do_not_hinder_training(tmp_path: Path, at: Any) ->
 
     train = image_folder(where := at(tmp_path / "root"), "train")
 
-    assert (len(train), train.index.passed_over) == (4, {"a class that train/ lacks": (2, "val/class_002")})
-    with pytest.raises(
-        ValueError, match=r"val must hold classes of train/ only, got class_002, \.\.\.; move them there"
-    ):
+    assert (len(train), train.classes) == (4, ("class_000", "class_001"))
+    with pytest.raises(ValueError, match=r"val must hold classes of train/ only, got class_002, class_003; move"):
         image_folder(where, "val")
 
 
