@@ -23,6 +23,7 @@ from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.shadowing import check_imports
 from jobs.components.targets import Builder
 from jobs.data.loader import seed_draws
+from jobs.images.splits import check_same_classes
 from jobs.sampling import StepPlan, draw_key
 from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 
@@ -221,6 +222,7 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
     steps = make_steps(spec, len(train_set))
     if val_set is not None and len(val_set) == 0:
         raise DescriptionError("data.val has no samples; point it at some, or leave data.val out")
+    check_same_classes(train_set, val_set)
     builder = Builder(lambda value: plan_value(steps, value))
     seed_draws(draw_key("model", spec.seed), device)
     model = builder.build(spec.model, "model")

@@ -217,7 +217,9 @@ class Index:
             }
             """By reason: how many names were passed over, and the first of them by name."""
             self._columns = _checked_columns(table, len(self.classes))
-        except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # else it is Arrow's own: damaged
+                raise
             raise ValueError(f"{path}: is no index of data: {one_line(error)}; remove it") from error
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:

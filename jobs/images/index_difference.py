@@ -29,7 +29,7 @@ def index_difference(old: Index, new: Index) -> str:
         _classes("classes added", sorted(set(new.classes) - set(old.classes))),
         _classes("classes removed", sorted(set(old.classes) - set(new.classes))),
     ]
-    if not any(parts) and (old.classes, old.splits) == (new.classes, new.splits) and (in_old_N == in_new_N).all():
+    if not any(parts) and (old.classes, old.details) == (new.classes, new.details) and (in_old_N == in_new_N).all():
         return ""
     return "; ".join(filter(None, parts)) or "its samples, classes or splits are in another order"
 

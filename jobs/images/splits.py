@@ -1,10 +1,13 @@
-"""Which samples of an index belong to a split."""
+"""Which samples of an index belong to a split, and that the splits of a job fit together."""
 
 import math
+from typing import Any
 
 import numpy as np
 
+from cluster.errors import DescriptionError
 from jobs.images.index import Index
+from jobs.images.indexed_images import IndexedImages
 from jobs.images.labelled_images import Split
 
 
@@ -29,3 +32,17 @@ def drawn(index: Index, split: Split, val_fraction: float) -> np.ndarray:
             f"{index.source.url}: none of its {len(index)} samples is drawn for split={split}; change val_fraction"
         )
     return chosen
+
+
+def check_same_classes(train_set: Any, val_set: Any) -> None:
+    """Raises a DescriptionError if a class has another number in ``data.val`` than in ``data.train``."""
+    if not (isinstance(train_set, IndexedImages) and isinstance(val_set, IndexedImages)):
+        return
+    train, val = train_set.classes, val_set.classes
+    if val != train[: len(val)]:
+        number = next((n for n, (one, other) in enumerate(zip(train, val)) if one != other), min(len(train), len(val)))
+        names = [repr(names[number]) if number < len(names) else "none" for names in (val, train)]
+        raise DescriptionError(
+            f"data.val: class {number} is {names[0]}, but {names[1]} in data.train; write the same classes in both: "
+            "classes: [...]"
+        )
