@@ -245,6 +245,12 @@ class Index:
         return {name: self._columns[name] for name in _OF_OBJECTS}
 
     @property
+    def object_numbers(self) -> np.ndarray:
+        """Of each sample, the number of its object in ``objects``. Shapes: int64 [samples]."""
+        numbers: np.ndarray = self._columns["object"].to_numpy()
+        return numbers
+
+    @property
     def draws(self) -> np.ndarray:
         """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
 
