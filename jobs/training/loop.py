@@ -8,7 +8,8 @@ that every rank has received.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from cluster.process.messages import Doing, MatrixMeasured, SampleSkipped, StepEvent
+from cluster.process.data_messages import SampleSkipped
+from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.data.device_copies import copied_ahead

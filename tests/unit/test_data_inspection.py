@@ -117,7 +117,7 @@ class TestDuplicates:
         assert [
             [(each["key"], each["url"][-5:], each["label"]) for each in group["samples"]] for group in found["list"]
         ] == [
-            [("data.train", "2.jpg"[-5:], "cat"), ("data.val", "0.jpg", "cat")],
+            [("data.train", "2.jpg", "cat"), ("data.val", "0.jpg", "cat")],
             [("data.train", "0.jpg", "cat"), ("data.train", "1.jpg", "dog")],
             [("data.train", f"{number}.jpg", "cat") for number in (3, 4, 5)],
         ]
