@@ -6,7 +6,6 @@ not depend on the number of workers or restarts.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,10 @@ from jobs.spec import ShuffleSpec
 
 _ROUNDS = 6
 """Rounds of the Feistel network."""
+_FEWEST = 64
+"""Numbers that a Feistel network with uneven halves permutes, or more."""
+_UNEVEN_ROUNDS = 8
+"""Its rounds, each of which changes one half."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The step of splitmix64: what tells keys with neighbouring numbers apart."""
 
@@ -210,20 +213,51 @@ def permute(positions: np.ndarray, length: int, key: int) -> np.ndarray:
 def permute_each(positions: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Returns where each position goes in a permutation of its own, of ``range(length)``; see ``permute``.
 
-    The permutations differ from those of ``permute``.
+    The Feistel network may have halves of different sizes. So it permutes the numbers below any power of two, and fewer
+    results are outside; each time through the network costs as much for few numbers as for many. It would be too small
+    to have all permutations of fewer than 64 numbers: of so few, a position goes to the rank of its draw.
 
     Shapes: uint64 [n], each -> uint64 [n].
     """
-    values = positions.copy()
-    num_bits = np.frexp((lengths - np.uint64(1)).astype(np.float64))[1]  # exact: lengths are below 2**53
-    half_bits = np.maximum(1, (num_bits + 1) // 2).astype(np.uint64)
-    round_keys = [numbered_keys(number, keys) for number in range(_ROUNDS)]
-    outside = np.arange(len(values))
+    values, one = positions.copy(), np.uint64(1)
+    is_short = lengths < _FEWEST
+    if is_short.any():
+        values[is_short] = _ranks(positions[is_short], lengths[is_short], keys[is_short])
+    num_bits = np.frexp((lengths - one).astype(np.float64))[1]  # exact: lengths are below 2**53
+    low_bits = (num_bits // 2).astype(np.uint64)
+    low_masks = (one << low_bits) - one
+    high_masks = (one << (num_bits - num_bits // 2).astype(np.uint64)) - one
+    round_keys = np.stack([numbered_keys(number, keys) for number in range(_UNEVEN_ROUNDS)])
+    outside = np.flatnonzero(~is_short)
     while len(outside):
-        of_outside = [round_key[outside] for round_key in round_keys]
-        values[outside] = _feistel(values[outside], half_bits[outside], of_outside)
+        network = values[outside], low_bits[outside], low_masks[outside], high_masks[outside], round_keys[:, outside]
+        values[outside] = _uneven_feistel(*network)
         outside = outside[values[outside] >= lengths[outside]]
     return values
+
+
+def _ranks(positions: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Returns the rank of each position by its draw among those of all below its length. Shapes: uint64 [n] -> [n]."""
+    numbers = np.arange(int(lengths.max()), dtype=np.uint64)
+    draws = _mix(_mix(numbers + _GOLDEN) + keys[:, np.newaxis])
+    own = np.take_along_axis(draws, positions[:, np.newaxis].astype(np.int64), axis=1)
+    is_before = (draws < own) | ((draws == own) & (numbers < positions[:, np.newaxis]))
+    ranks: np.ndarray = (is_before & (numbers < lengths[:, np.newaxis])).sum(axis=1, dtype=np.uint64)
+    return ranks
+
+
+def _uneven_feistel(
+    values: np.ndarray, low_bits: np.ndarray, low_masks: np.ndarray, high_masks: np.ndarray, round_keys: np.ndarray
+) -> np.ndarray:
+    """Permutes numbers whose lower and higher bits change in turn. Shapes: uint64 [n] each, [rounds, n] -> [n]."""
+    low, high = values & low_masks, values >> low_bits
+    for number, round_key in enumerate(round_keys):
+        if number % 2:
+            low = low ^ (_mix(high ^ round_key) & low_masks)
+        else:
+            high = high ^ (_mix(low ^ round_key) & high_masks)
+    permuted: np.ndarray = (high << low_bits) | low
+    return permuted
 
 
 def numbered_keys(key: int, numbers: np.ndarray) -> np.ndarray:
@@ -232,16 +266,13 @@ def numbered_keys(key: int, numbers: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _feistel(
-    values: np.ndarray, half_bits: np.ndarray | np.uint64, round_keys: Sequence[np.ndarray | np.uint64]
-) -> np.ndarray:
+def _feistel(values: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
     """Permutes numbers of 2 * ``half_bits`` bits by a balanced Feistel network. Shapes: uint64 [n] -> [n]."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for round_key in round_keys:
         left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    permuted: np.ndarray = (left << half_bits) | right
-    return permuted
+    return (left << half_bits) | right
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cluster.errors import Cause, LauncherError
+from cluster.process.data_messages import DataDelayed, SampleSkipped
 from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.manifest import Share
 
@@ -123,18 +124,6 @@ class StepEvent:
     """The optimizer steps completed."""
     reason: str
     """The reason in one line, for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleSkipped:
-    """Sample ``number`` is bad: another replaces it, or the validation leaves it out. Sent each time, by any rank."""
-
-    split: Literal["train", "val"]
-    epoch: int
-    """The epoch in which it was read; 0 for a validation."""
-    number: int
-    reason: str
-    """What is wrong with it, in one line that names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,6 +243,7 @@ Report = (
     | MatrixMeasured
     | StepEvent
     | SampleSkipped
+    | DataDelayed
     | SaveSkipped
     | ShareWritten
     | Finished

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from cluster.errors import TrainingError, one_line
 from cluster.process import loader_processes
-from cluster.process.messages import SampleSkipped
+from cluster.process.data_messages import SampleSkipped
 from jobs.data.loader_errors import LoadFailure, failure_of
-from jobs.images import data_stores
+from jobs.data.store_reports import LoaderStart
 from jobs.images.decoding import BadSample
 from jobs.sampling import StepPlan, draw_key
 
@@ -316,22 +316,12 @@ def _loaded(
         sampler=keys,
         collate_fn=_unchanged,
         num_workers=loaders,
-        worker_init_fn=_LoaderStart(data_stores.patience_s()),
+        worker_init_fn=LoaderStart(),
         # Forking a worker would break the threads it has by now; its fork server has none, and has torch imported.
         multiprocessing_context=loader_processes.CONTEXT if loaders else None,
         pin_memory=device.type == "cuda",
     )
     return _raising(iter(loader))
-
-
-@dataclass(frozen=True, slots=True)
-class _LoaderStart:
-    """What a loader process does first: it takes over what the training process has set."""
-
-    patience_s: float
-
-    def __call__(self, _: int) -> None:
-        data_stores.use_patience(self.patience_s)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -4,8 +4,10 @@ The workers set the patience, because a worker that waits for its data must fail
 as hung.
 """
 
+from cluster.storage.retrying_calls import Trouble
 from cluster.storage.store import Store
 
+_stores: dict[str, Store] = {}  # those of this process, by URL
 _patience_s = 100.0  # for the default of ``workers.hang_timeout_s``
 
 
@@ -30,4 +32,16 @@ def patience_s() -> float:
 
 def data_store(url: str) -> Store:
     """Returns the store at a URL of data, to read samples."""
-    return Store(url, _patience_s)
+    store = _stores.get(url)
+    if store is None or store.patience_s != _patience_s:
+        store = _stores[url] = Store(url, _patience_s)
+    return store
+
+
+def trouble() -> tuple[str, Trouble] | None:
+    """Returns the URL of a store of data and why a read of it is being retried; None: no read of this process is.
+
+    Thread: Any.
+    """
+    found = ((store.url, store.trouble) for store in list(_stores.values()))
+    return next(((url, trouble) for url, trouble in found if trouble is not None), None)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cluster.errors import one_line
 from cluster.storage.store import Store
 from jobs.images.index import IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.parquet_columns import check_columns, one_line, read_columns, read_footers
+from jobs.images.parquet_columns import check_columns, read_columns, read_footers
 from jobs.images.splits import check_val_fraction, drawn
 from jobs.images.table_labels import LabelColumns, labels_of
 
@@ -36,7 +37,7 @@ def image_table(
     *,
     path: str = "path",
     label: str | Sequence[str] = "label",
-    classes: Sequence[str] | None = None,
+    classes: int | Sequence[str] | None = None,
     split_column: str | None = None,
     delimiter: str | None = None,
     val_fraction: float = 0.1,
@@ -57,8 +58,8 @@ def image_table(
         path: The column of paths. A URL or an absolute path must lie below ``root``.
         label: The column of labels: whole numbers or names of classes, or numbers to predict. A list of columns holds
             numbers to predict.
-        classes: The name of each label; None: the sorted names that occur in the table, or the numbers up to the
-            largest. In a text table, a cell is a name if all cells are in ``classes``, else a number.
+        classes: The names of the classes, or their number; None: the sorted names that occur in the table, or ``0`` to
+            the largest number. In a text table, cells are names if all are in ``classes``, else numbers.
         split_column: The column that says ``train`` or ``val``; rows that say something else are passed over.
         delimiter: Between the cells of a text table; None: a comma in ``.csv``, else a tab.
         val_fraction: The fraction of images in ``val``, in (0, 1); ignored if there is a ``split_column``.
@@ -88,7 +89,7 @@ def image_table(
     tables = Store(folder or ("/" if text.startswith("/") else "."))
     images = tables if root is None else Store(os.fspath(root))
     columns = label if isinstance(label, str) else list(label)
-    names = None if classes is None else list(classes)
+    names = classes if classes is None or isinstance(classes, int) else list(classes)
     # Rows of both splits give the classes, and each split is an index of its own.
     own_split = None if split_column is None else split
     options = {
@@ -116,7 +117,7 @@ class _TableFile:
     """None: it is a Parquet file."""
     path: str
     label: str | list[str]
-    classes: list[str] | None
+    classes: int | list[str] | None
     split_column: str | None
 
     @property
@@ -264,7 +265,8 @@ def _label_cells(file: _TableFile, cells: "pa.ChunkedArray") -> "pa.ChunkedArray
     cells = pc.if_else(pc.equal(pc.utf8_trim_whitespace(cells), ""), None, cells)
     is_number = pc.match_substring_regex(cells, _NUMBER)
     is_class = isinstance(file.label, str)
-    if is_class and file.classes and pc.all(pc.is_in(cells.drop_null(), pa.array(file.classes))).as_py():
+    has_names = isinstance(file.classes, list)
+    if is_class and has_names and pc.all(pc.is_in(cells.drop_null(), pa.array(file.classes))).as_py():
         return cells
     for kind in (pa.int64(), pa.float64()):
         try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import nearest
+from cluster.errors import nearest, one_line
 from cluster.storage.store import ByteRange, MissingObject, Store
 
 if TYPE_CHECKING:
@@ -202,11 +202,6 @@ def check_columns(url: str, columns: Sequence[str], known: Sequence[str]) -> Non
             raise ValueError(f"{url}: has no column {column!r}{nearest(column, known)}; name one of {listed}")
         if known.count(column) > 1:
             raise ValueError(f"{url}: has {known.count(column)} columns {column!r}; rename all but one")
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Returns the text of an error of pyarrow, for a message."""
-    return " ".join(str(error).split())[:most].rstrip(".")
 
 
 class _PartsOfFile(io.RawIOBase):

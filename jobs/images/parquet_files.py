@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from cluster.storage.store import Store, StoredObject
+from jobs.images.shard_urls import expand_braces
 
 _SUFFIXES = (".parquet", ".pq")
 
@@ -48,6 +49,7 @@ def file_patterns(urls: str | os.PathLike[str] | Sequence[str]) -> FilePatterns:
     texts = [os.fspath(urls)] if isinstance(urls, str | os.PathLike) else list(urls)
     if not texts:
         raise ValueError("urls must name a file, a folder or a pattern, got none; name one")
+    texts = [name for text in texts for name in expand_braces(text)]
     named = [_folder_and_pattern(text) for text in texts]
     stores = [store for store, _, _ in named]
     for text, store in zip(texts, stores):

@@ -21,7 +21,7 @@ class SampleLabels:
     """
 
     def __init__(self, classes: int | Sequence[str] | None) -> None:
-        _check(classes)
+        check_classes(classes)
         self._are_given = classes is not None
         self._are: Literal["", "names", "numbers"] = ""
         if classes is not None:
@@ -81,7 +81,8 @@ def finite_numbers(values: Sequence[object]) -> list[float]:
     return [float(value) for value in values]  # type: ignore[arg-type]
 
 
-def _check(classes: int | Sequence[str] | None) -> None:
+def check_classes(classes: int | Sequence[str] | None) -> None:
+    """Raises a ValueError unless this is None, the number of the classes, or a list of their names."""
     if classes is None or (isinstance(classes, int) and not isinstance(classes, bool) and 0 < classes <= _MOST):
         return
     if isinstance(classes, int | str) or not classes or not all(isinstance(name, str) for name in classes):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.errors import nearest
+from jobs.images.sample_labels import check_classes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +30,7 @@ class LabelColumns:
 
 
 def labels_of(
-    files: Sequence[LabelColumns], label: str | Sequence[str], classes: Sequence[str] | None
+    files: Sequence[LabelColumns], label: str | Sequence[str], classes: int | Sequence[str] | None
 ) -> tuple[Sequence[str], list[np.ndarray]]:
     """Returns the classes and the labels of each file.
 
@@ -39,8 +40,8 @@ def labels_of(
     Args:
         files: At least one.
         label: A column; or several, which hold numbers to predict.
-        classes: The names of the classes; None: those that the files hold, else the sorted names that occur, else the
-            numbers up to the largest.
+        classes: The names of the classes, or their number; None: those that the files hold, else the sorted names that
+            occur, else ``0`` to the largest number.
 
     Shapes: labels int64 [rows], or float32 [rows, targets].
 
@@ -51,8 +52,9 @@ def labels_of(
     import pyarrow as pa
 
     columns = [label] if isinstance(label, str) else list(label)
-    if classes is not None and len(set(classes)) < max(1, len(classes)):
-        raise ValueError(f"classes must hold names that differ, got {_listed(classes)}; name each class once")
+    check_classes(classes)
+    if isinstance(classes, int):
+        classes = list(map(str, range(classes)))
     for file in files:
         for column in columns:
             _check_column(file, column, files[0])

@@ -71,7 +71,7 @@ class TarReader:
         Raises:
             ValueError: The file is damaged, truncated, compressed or no tar file, or the member is sparse.
         """
-        long_name, records = b"", self._for_all
+        long_name, own = b"", dict[str, bytes]()
         while True:
             begin = self._next
             block = yield from self._read(begin, _BLOCK, "a header")
@@ -81,23 +81,22 @@ class TarReader:
             name, size, kind = self._parse(block)
             self._next = begin + _BLOCK
             if kind not in (b"L", b"K", b"x", b"X", b"g"):
-                return self._member(name, size, kind, long_name, records)
+                return self._member(long_name or name, size, kind, self._for_all | own)
             extra = yield from self._extra(size)
             if kind == b"L":
                 long_name = extra.partition(b"\0")[0]
             elif kind == b"g":
                 self._for_all |= self._records(extra)
-                records = self._for_all | records
             elif kind != b"K":  # which has the target of a link
-                records = records | self._records(extra)
+                own |= self._records(extra)
 
     def content(self, member: TarMember) -> Reads[bytes]:
         """Reads what a member holds."""
         content = yield from self._read(member.offset, member.size, member.name)
         return content
 
-    def _member(self, name: bytes, size: int, kind: bytes, long_name: bytes, records: dict[str, bytes]) -> TarMember:
-        text = (records.get("path") or long_name or name).decode("utf-8", "surrogateescape")
+    def _member(self, name: bytes, size: int, kind: bytes, records: dict[str, bytes]) -> TarMember:
+        text = (records.get("path") or name).decode("utf-8", "surrogateescape")
         if kind == b"S" or any(key.startswith("GNU.sparse.") for key in records):
             raise ValueError(f"{self._url}: {text} is stored as a sparse file; write it without tar's --sparse")
         if "size" in records:

@@ -40,6 +40,13 @@ class ShuffleSpec:
         """Blocks that a stream has open at a time."""
         return self.buffer // self.block
 
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that a process must keep of each shard so that it reads none twice while it is open."""
+        # Until a block is used up, each lane has two others at most; or one, and one that it shares with the next lane.
+        # A shorter block or the rest of a stream adds a few.
+        return (2 * self.lanes + 4) * self.streams
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:

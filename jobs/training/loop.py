@@ -6,8 +6,10 @@ that every rank has received.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from cluster.process.messages import Doing, MatrixMeasured, SampleSkipped, StepEvent
+from cluster.process.data_messages import SampleSkipped
+from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.data.device_copies import copied_ahead
@@ -201,10 +203,17 @@ class Loop:
             self.state.ended_early = True
             self.tell(StepEvent(kind="early_stop", step=self.state.step, reason=reason))
 
+    def _train_set(self) -> Any:
+        """Returns the training dataset; one that can read blocks of neighbours is told to, if they come in blocks."""
+        dataset, shuffle = self.components.train_set, self.spec.data.shuffle
+        if shuffle is None or not hasattr(dataset, "in_blocks"):
+            return dataset
+        return dataset.in_blocks(shuffle.block, shuffle.kept_blocks * len(self.team.block))
+
     def _batches(self) -> Iterator[StepBatch]:
         weigh, start = self.components.loss.target_weights(), self.state.step
         loaded = training_batches(
-            self.components.train_set, steps=self.steps, seed=self.spec.seed, block=self.team.block,
+            self._train_set(), steps=self.steps, seed=self.spec.seed, block=self.team.block,
             start=start, end=self.end, loaders=self.spec.data.loaders, device=self.team.device, weigh=weigh,
             on_bad_sample=self.spec.data.on_bad_sample,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from cluster.process.messages import SampleSkipped
+from cluster.process.data_messages import SampleSkipped
 from jobs.data.device_copies import copied_ahead
 from jobs.data.loader import LoadedBatch
 from jobs.parallel.worker_team import Team

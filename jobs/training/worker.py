@@ -19,6 +19,7 @@ from cluster.collectives.groups import open_default_group
 from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.host.interfaces import choose_interface
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import DataDelayed
 from cluster.process.messages import (
     EnvironmentsCompared,
     Finished,
@@ -35,6 +36,7 @@ from cluster.versions import launcher_digest, versions
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.components.build import Components, build_parts, worker_device
+from jobs.data.store_reports import report_to
 from jobs.environment import differences, grouped, make_environment
 from jobs.images.data_stores import patience_below, use_patience
 from jobs.images.index_files import IndexFiles, use_index_files
@@ -70,6 +72,7 @@ def main(link: AgentLink, task: Task) -> None:
     """
     spec: JobSpec = task.content
     use_patience(patience_below(spec.workers.hang_timeout_s))
+    report_to(lambda reason: link.send(DataDelayed(reason=reason)))
     device = worker_device(on_gpu=task.on_gpu)
     team, state = join_team(link, task, device), LoopState()
     try:

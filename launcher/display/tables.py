@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import listed, storable
+from cluster.errors import listed
 from jobs.spec import JobSpec, LossSpec
+from launcher.display.data_facts import data_facts
 
 if TYPE_CHECKING:
-    from launcher.planning.built_index import BuiltIndex
     from launcher.planning.plan import GroupPlan, InitPlan, Plan
 
 
@@ -146,7 +146,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         *(_init_facts(plan.init_from) if plan.init_from else ()),
         ("data", f"{plan.num_samples:,} samples{unused}"),
         ("validation", validation),
-        *(("index", _index(index)) for index in plan.indexes),
+        *data_facts(plan, spec.data.shuffle),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {shards}"),
@@ -168,15 +168,6 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
     ]
     headers = ("group", "tensors", "parameters", "lr", "weight decay", "trains from")
     return f"{table(facts)}\n\n{table([headers, *groups])}"
-
-
-def _index(index: "BuiltIndex") -> str:
-    """Return what an index lists, and what lies beside it and is no sample."""
-    classes = f" of {index.num_classes:,} classes" if index.num_classes else ""
-    places = f" in {index.num_objects:,} objects" if index.num_objects != index.num_samples else ""
-    passed_over = [f"{reason} ({count:,}, first {name})" for reason, (count, name) in index.passed_over.items()]
-    beside = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    return f"{index.url}: {index.num_samples:,} samples{classes}{places}{storable(beside)}"
 
 
 def _memory(plan: "Plan") -> str:

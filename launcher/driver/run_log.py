@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any, Self
 
 from cluster.errors import LauncherError
-from cluster.process.messages import MatrixMeasured, SampleSkipped
+from cluster.process.data_messages import SampleSkipped
+from cluster.process.messages import MatrixMeasured
 from cluster.run.lease import STATUS_INTERVAL_S, SupersededError
 from cluster.run.manifest import Manifest
 from cluster.run.run_directory import RunDirectory

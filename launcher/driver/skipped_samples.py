@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from cluster.process.messages import SampleSkipped
+from cluster.process.data_messages import SampleSkipped
 
 EVENT = "sample_skipped"
 """The kind of the events that record them, from which the next driver of the run learns of them."""

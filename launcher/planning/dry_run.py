@@ -36,6 +36,7 @@ from launcher.planning.plan import DryRunResult, GroupPlan
 from launcher.planning.rehearsal import Snapshot, rehearse
 from launcher.planning.same_bits import has_same_bits
 from launcher.planning.sample_checks import read_samples, stack
+from launcher.planning.shuffle_cost import plan_shuffle
 from launcher.planning.state_bytes import measure_state
 
 _MAX_SAMPLES_ON_CPU = 32
@@ -128,6 +129,7 @@ def _try_components(
         init_from=init_from,
         would_raise_on_gpu=() if on_gpu else watch.found(),
         could_fuse=_could_fuse(parts),
+        shuffle=plan_shuffle(parts.train_set, parts.steps, spec),
     )
 
 

@@ -32,6 +32,7 @@ from launcher.planning.placement import (
     resources_of,
     why_wait,
 )
+from launcher.planning.shuffle_cost import ShufflePlan
 from launcher.planning.store_check import check_store
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class DryRunResult:
     """Whether the gradient scaler waits for the GPU in every step because the optimizer is not fused."""
     indexes: tuple[BuiltIndex, ...] = ()
     """The indexes of the data that it has made."""
+    shuffle: ShufflePlan | None = None
+    """Price and mixing of ``data.shuffle``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +151,8 @@ class Plan:
     """What would make the run faster; empty: nothing that is known."""
     indexes: tuple[BuiltIndex, ...]
     """The indexes of the data that the workers use."""
+    shuffle: ShufflePlan | None
+    """Price and mixing of ``data.shuffle``. None: an epoch is a permutation of all samples."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
@@ -322,4 +327,5 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         init_from=tried.init_from,
         hint=hint_for(decision.gpus, could_fuse=tried.could_fuse),
         indexes=tried.indexes,
+        shuffle=tried.shuffle,
     )

@@ -21,6 +21,7 @@ from cluster.errors import LauncherError
 from cluster.process import fork_server
 from cluster.process.activity import Activity
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.messages import (
     Beat,
     EnvironmentsCompared,
@@ -28,7 +29,6 @@ from cluster.process.messages import (
     MeetingPlace,
     Report,
     RowLogged,
-    SampleSkipped,
     SaveSkipped,
     ShareWritten,
     StepEvent,

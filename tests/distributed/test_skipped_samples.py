@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.errors import LauncherError, StorageError, TrainingError, class_in_tree
 from cluster.process.agent_link import AgentLink
-from cluster.process.messages import SampleSkipped
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.orders import Task
 from jobs.data import BadSample
 from jobs.sampling import StepPlan

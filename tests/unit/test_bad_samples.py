@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import StorageError, TrainingError
-from cluster.process.messages import SampleSkipped
+from cluster.process.data_messages import SampleSkipped
 from jobs.data import BadSample
 from jobs.data.loader import KeyedDataset, LoadedBatch, single_samples, training_batches, validation_batches
 from jobs.sampling import StepPlan

@@ -12,6 +12,7 @@ import torch
 
 from cluster.errors import StorageError
 from cluster.storage.store import ByteRange, Store
+from jobs.components.targets import Builder
 from jobs.data import BadSample, parquet_images
 from jobs.images import row_groups
 from jobs.images.index_files import IndexFiles, use_index_files
@@ -168,6 +169,13 @@ class TestLabels:
         named = parquet_images(path, label="name", classes=["c", "b", "a"])
         assert (named.classes, named.targets.tolist()) == (("c", "b", "a"), [1, 2, 1])
         assert parquet_images(path, label="number", classes=["cat", "dog"]).classes == ("cat", "dog")
+        assert parquet_images(path, label="number", classes=3).classes == ("0", "1", "2")
+
+    def test_a_description_names_it(self, tmp_path):
+        path = self.images(tmp_path / "a.parquet", x=[1, 2], y=[3, 4])
+        target = {"_target_": "jobs.data.parquet_images", "urls": [str(path)], "label": ["x", "y"]}
+        dataset = Builder().build(target, "data.train")
+        assert dataset.targets.tolist() == [[1, 3], [2, 4]]
 
     def test_names_of_all_files_are_the_classes(self, tmp_path):
         self.images(tmp_path / "1.parquet", label=["b", "c"])
@@ -194,8 +202,7 @@ class TestLabels:
              "one"),
             ({"label": ["a", "b"]}, {"label": ["label"]}, "/a.parquet: column 'label' must hold numbers to predict, got "
              "string; name others"),
-            ({"label": ["a", "b"]}, {"classes": ["a", "a"]}, "classes must hold names that differ, got a, a; name each "
-             "class once"),
+            ({"label": ["a", "b"]}, {"classes": ["a", "a"]}, "classes must name each class once, got 'a' twice; remove one"),
             ({"label": [0, 1]}, {"image": "label"}, "/a.parquet: column 'label' must hold the bytes of images, got int64; "
              "name another column in image"),
         ],
@@ -257,6 +264,7 @@ class TestUrls:
             ("b/**/?.parquet", [2]),
             (["é.PARQUET", "a.parquet"], [3, 0]),
             (["b", "a.parquet"], [2, 1, 0]),
+            ("{é.PARQUET,b/**/y.parquet}", [3, 2]),
             (["b/c/*.parquet", "b/x 1.parquet"], [2, 1]),
         ],
     )
@@ -305,7 +313,7 @@ class TestUrls:
 
 class TestSplits:
     def test_names_of_files_say_the_splits(self, tmp_path):
-        for number, name in enumerate(["train-0-of-2", "train-1-of-2", "validation-0-of-1", "test-0-of-1"]):
+        for number, name in enumerate(["train-0-of-2", "train-1-of-2", "dev-0-of-1", "test-0-of-1"]):
             write_parquet(tmp_path / f"data/{name}.parquet", [png(number)], label=["cat" if number else "dog"])
         assert numbers_of(parquet_images(tmp_path, "train")) == [0, 1]
         val = parquet_images(tmp_path, "val")

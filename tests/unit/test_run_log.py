@@ -14,7 +14,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
-from cluster.process.messages import MatrixMeasured, SampleSkipped
+from cluster.process.data_messages import SampleSkipped
+from cluster.process.messages import MatrixMeasured
 from cluster.run.lease import STATUS_INTERVAL_S
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
