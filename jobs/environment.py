@@ -172,13 +172,12 @@ def _compiler(*, on_gpu: bool) -> str:
         return f"Triton {triton.__version__}"
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    command = [*shlex.split(get_cpp_compiler()), "--version"]
     try:
+        command = [*shlex.split(get_cpp_compiler()), "--version"]
         told = subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILER_WAIT_S)  # noqa: S603
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: torch finds none
         raise ClusterError(
-            f"train.compile: {shlex.join(command)} failed: {one_line(error)}; install a C++ compiler on every node, or "
-            "write train.compile: false",
+            f"train.compile: {one_line(error)}; install a C++ compiler on every node, or write train.compile: false",
             cause="environment",
             step=0,
         ) from error

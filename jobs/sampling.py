@@ -1,4 +1,4 @@
-"""Sampling: which shards a worker has, and which samples and random keys a step, as pure functions.
+"""Sampling: which samples and random keys a step has, as pure functions.
 
 No function here keeps a state. A permutation maps a position in an epoch to a sample and is computed for that position
 alone, so a run over a billion samples starts at any step at once. A random draw is seeded by its purpose, so it does
@@ -6,14 +6,20 @@ not depend on the number of workers or restarts.
 """
 
 import hashlib
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jobs.spec import ShuffleSpec
+
 _ROUNDS = 6
 """Rounds of the Feistel network."""
+_FEWEST = 64
+"""Numbers that a Feistel network with uneven halves permutes, or more."""
+_UNEVEN_ROUNDS = 8
+"""Its rounds, each of which changes one half."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""The step of splitmix64: what tells keys with neighbouring numbers apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +33,14 @@ class StepPlan:
         global_batch: Samples in a step.
         shards: Micro-batches in a step.
         epochs: Epochs in the run.
+        shuffle: Which order an epoch has; None: a permutation of all samples.
     """
 
     num_samples: int
     global_batch: int
     shards: int
     epochs: int
+    shuffle: ShuffleSpec | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -62,97 +70,117 @@ class StepPlan:
 
         Shapes: int64 [micro_batch].
         """
+        if self.shuffle is not None:
+            stream, place = self.stream(batch % self.steps_per_epoch, shard)
+            positions = np.arange(place, place + self.micro_batch, dtype=np.uint64)
+            order = BlockOrder(self.num_samples, self.shuffle.block, seed, self.epoch_of(batch))
+            return order.samples(stream.positions(positions, seed, self.epoch_of(batch)))
         start = batch % self.steps_per_epoch * self.global_batch + shard * self.micro_batch
         positions = np.arange(start, start + self.micro_batch, dtype=np.uint64)
         return permute(positions, self.num_samples, draw_key("order", seed, self.epoch_of(batch)))
 
+    def stream(self, step_of_epoch: int, shard: int) -> tuple["Stream", int]:
+        """Returns the stream that a shard takes a micro-batch from, and the place of its first sample in the stream.
 
-def shard_blocks(shards: int, hosts: Sequence[int]) -> list[range]:
-    """Returns the contiguous shards of each rank: no rank has more than ceil(shards / workers), and each has one.
+        The streams of a shard take turns. There must be a ``shuffle``.
+        """
+        assert self.shuffle is not None
+        number = step_of_epoch % self.shuffle.streams
+        each, longer = divmod(self.steps_per_epoch, self.shuffle.streams)
+        steps_before = shard * self.steps_per_epoch + number * each + min(number, longer)
+        stream = Stream(
+            number=shard * self.shuffle.streams + number,
+            start=steps_before * self.micro_batch,
+            length=(each + (number < longer)) * self.micro_batch,
+            block=self.shuffle.block,
+            lanes=self.shuffle.lanes,
+        )
+        return stream, step_of_epoch // self.shuffle.streams * self.micro_batch
 
-    The slowest worker bounds a step, so how many shards the others have is free. The blocks of hosts, and then those of
-    the workers of a host, begin where few partial sums remain to be sent: at the ends of large subtrees of the
-    summation tree. Where that makes no difference, they are even.
 
-    The largest number of partial sums of a host, for 64 shards on hosts of 8 workers:
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stretch of the sequence of an epoch, and the order in which its samples are taken.
 
-        hosts          1  2  3  4  5  6  7  8
-        even blocks    1  1  5  1  5  4  4  1
-        these blocks   1  1  2  1  1  1  1  1
+    The stretch is cut into lanes of equal length. A round takes the next sample of each lane, in an order of its own.
+    So one block of each lane is open at a time, and a block gives a sample to each of ``block`` rounds. The lanes are
+    as long as they can be if their ends are to be spread evenly over a block: then they come to new blocks one after
+    the other, and blocks are read at a constant rate. The rest, about what the buffer holds, is permuted as a whole.
+
+    Attributes:
+        number: Which stream of the epoch it is.
+        start: Its first position in the sequence.
+        length: Its samples.
+        block: Samples of a block.
+        lanes: The number of lanes.
+    """
+
+    number: int
+    start: int
+    length: int
+    block: int
+    lanes: int
+
+    @property
+    def rounds(self) -> int:
+        """Samples of a lane."""
+        most, spread = self.length // self.lanes, max(1, self.block // self.lanes)
+        rounds = most - (most - spread) % self.block
+        return rounds if rounds >= self.block else 0
+
+    @property
+    def pieces(self) -> list[int]:
+        """The lengths of the stretches of the sequence that are read one sample after the other: lanes, and rest."""
+        rest = self.length - self.lanes * self.rounds
+        return [length for length in (*[self.rounds] * self.lanes, rest) if length]
+
+    def positions(self, places: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Returns the position in the sequence of each place in this stream.
+
+        Shapes: uint64 [n] -> uint64 [n].
+        """
+        in_lanes, key = self.lanes * self.rounds, draw_key("stream", seed, epoch, self.number)
+        found = np.empty_like(places)
+        is_rest = places >= in_lanes
+        if is_rest.any():
+            found[is_rest] = in_lanes + permute(places[is_rest] - np.uint64(in_lanes), self.length - in_lanes, key)
+        rounds, turns = np.divmod(places[~is_rest], np.uint64(self.lanes))
+        lanes = permute_each(turns, np.full_like(turns, self.lanes), numbered_keys(key, rounds))
+        found[~is_rest] = lanes * np.uint64(self.rounds) + rounds
+        return found + np.uint64(self.start)
+
+
+class BlockOrder:
+    """The sequence of an epoch that keeps neighbours together: blocks in random order, and within each its samples.
+
+    The last block, which may be shorter, comes after the others; and the sequence is a ring, which begins at a random
+    position. So every sample has the same chance to lie at the end, where what fills no global batch is left out.
 
     Args:
-        shards: The number of shards in a step.
-        hosts: The number of workers on each host, in rank order; at most ``shards`` in all.
+        num_samples: Samples in the dataset.
+        block: Samples of a block.
+        seed: The run's seed.
+        epoch: The epoch, from 0.
     """
-    most = math.ceil(shards / sum(hosts))
-    return [
-        block
-        for num_workers, host_block in zip(hosts, _divide(range(shards), hosts, most, shards))
-        for block in _divide(host_block, [1] * num_workers, most, shards)
-    ]
 
+    def __init__(self, num_samples: int, block: int, seed: int, epoch: int) -> None:
+        self._num_samples, self._block = num_samples, block
+        self._order_key = draw_key("order of blocks", seed, epoch)
+        self._samples_key = draw_key("order in blocks", seed, epoch)
+        self._first = draw_key("first of the ring", seed, epoch) % num_samples
 
-def _divide(block: range, parts: Sequence[int], most: int, shards: int) -> list[range]:
-    """Returns the block divided among parts with these numbers of workers, each of 1 to ``most`` shards per worker.
-
-    Dynamic programming over the boundaries that ``_round_boundaries`` proposes. It minimises the largest number of
-    partial sums of a part, then how many parts have so many, then the same for one fewer, and so on; then the distance
-    from the even boundaries. Those are always proposed, so no part has more partial sums than the worst even one.
-    """
-    # A part weighs more than all parts together with one partial sum fewer.
-    weights = [(len(parts) + 1) ** count for count in range(2 * shards.bit_length() + 1)]
-    num_workers, num_before = sum(parts), 0
-    paths = {block.start: (0, 0, block.start)}
-    """The best path to each boundary: its weight, its distance from the even one, and the boundary before."""
-    steps = []
-    for part in parts:
-        num_before += part
-        num_after = num_workers - num_before
-        first = max(block.start + num_before, block.stop - most * num_after)
-        last = min(block.start + most * num_before, block.stop - num_after)
-        even = block.start + len(block) * num_before // num_workers
-        longer = {}
-        for end in _round_boundaries(even, range(first, last + 1)):
-            ways = [
-                (weight + weights[num_partial_sums(start, end, shards)], distance + abs(end - even), start)
-                for start, (weight, distance, _) in paths.items()
-                if part <= end - start <= most * part
-            ]
-            if ways:
-                longer[end] = min(ways)
-        paths = longer
-        steps.append(paths)
-    end, blocks = block.stop, []
-    for paths in reversed(steps):
-        start = paths[end][2]
-        blocks.append(range(start, end))
-        end = start
-    return blocks[::-1]
-
-
-def _round_boundaries(even: int, allowed: range) -> set[int]:
-    """Returns the even boundary and its nearest multiples of each power of two on both sides, as far as allowed."""
-    boundaries = {even}
-    size = 2
-    while size < 2 * len(allowed):
-        below = even // size * size
-        boundaries |= {boundary for boundary in (below, below + size) if boundary in allowed}
-        size *= 2
-    return boundaries
-
-
-def num_partial_sums(start: int, end: int, shards: int) -> int:
-    """Returns the number of complete subtrees in the shards [start, end), without building the tree.
-
-    Subtrees grow from ``start`` up to the middle, the number that divides by the largest power of two, and shrink from
-    there to ``end``: one for each bit of either distance.
-    """
-    if end == shards:  # the last subtree may lack its end
-        size = (start ^ (end - 1)).bit_length()
-        return ((((end - 1) >> size) + 1 << size) - start).bit_count()
-    size = (start ^ end).bit_length() - 1
-    middle = end >> size << size
-    return (middle - start).bit_count() + (end - middle).bit_count()
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the number of the sample at each position. Shapes: uint64 [n] -> int64 [n]."""
+        num_whole, short = divmod(self._num_samples, self._block)
+        ranks, offsets = np.divmod(
+            (positions + np.uint64(self._first)) % np.uint64(self._num_samples), np.uint64(self._block)
+        )
+        is_whole = ranks < num_whole
+        blocks = np.full_like(ranks, num_whole)
+        blocks[is_whole] = permute(ranks[is_whole], num_whole, self._order_key) if num_whole else 0
+        lengths = np.where(is_whole, np.uint64(self._block), np.uint64(short))
+        offsets = permute_each(offsets, lengths, numbered_keys(self._samples_key, blocks))
+        return (blocks * np.uint64(self._block) + offsets).astype(np.int64)
 
 
 def draw_key(purpose: str, *numbers: int) -> int:
@@ -180,6 +208,62 @@ def permute(positions: np.ndarray, length: int, key: int) -> np.ndarray:
         values[outside] = _feistel(values[outside], half_bits, round_keys)
         outside = values >= length
     return values.astype(np.int64)
+
+
+def permute_each(positions: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Returns where each position goes in a permutation of its own, of ``range(length)``; see ``permute``.
+
+    The Feistel network may have halves of different sizes. So it permutes the numbers below any power of two, and fewer
+    results are outside; each time through the network costs as much for few numbers as for many. It would be too small
+    to have all permutations of fewer than 64 numbers: of so few, a position goes to the rank of its draw.
+
+    Shapes: uint64 [n], each -> uint64 [n].
+    """
+    values, one = positions.copy(), np.uint64(1)
+    is_short = lengths < _FEWEST
+    if is_short.any():
+        values[is_short] = _ranks(positions[is_short], lengths[is_short], keys[is_short])
+    num_bits = np.frexp((lengths - one).astype(np.float64))[1]  # exact: lengths are below 2**53
+    low_bits = (num_bits // 2).astype(np.uint64)
+    low_masks = (one << low_bits) - one
+    high_masks = (one << (num_bits - num_bits // 2).astype(np.uint64)) - one
+    round_keys = np.stack([numbered_keys(number, keys) for number in range(_UNEVEN_ROUNDS)])
+    outside = np.flatnonzero(~is_short)
+    while len(outside):
+        network = values[outside], low_bits[outside], low_masks[outside], high_masks[outside], round_keys[:, outside]
+        values[outside] = _uneven_feistel(*network)
+        outside = outside[values[outside] >= lengths[outside]]
+    return values
+
+
+def _ranks(positions: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Returns the rank of each position by its draw among those of all below its length. Shapes: uint64 [n] -> [n]."""
+    numbers = np.arange(int(lengths.max()), dtype=np.uint64)
+    draws = _mix(_mix(numbers + _GOLDEN) + keys[:, np.newaxis])
+    own = np.take_along_axis(draws, positions[:, np.newaxis].astype(np.int64), axis=1)
+    is_before = (draws < own) | ((draws == own) & (numbers < positions[:, np.newaxis]))
+    ranks: np.ndarray = (is_before & (numbers < lengths[:, np.newaxis])).sum(axis=1, dtype=np.uint64)
+    return ranks
+
+
+def _uneven_feistel(
+    values: np.ndarray, low_bits: np.ndarray, low_masks: np.ndarray, high_masks: np.ndarray, round_keys: np.ndarray
+) -> np.ndarray:
+    """Permutes numbers whose lower and higher bits change in turn. Shapes: uint64 [n] each, [rounds, n] -> [n]."""
+    low, high = values & low_masks, values >> low_bits
+    for number, round_key in enumerate(round_keys):
+        if number % 2:
+            low = low ^ (_mix(high ^ round_key) & low_masks)
+        else:
+            high = high ^ (_mix(low ^ round_key) & high_masks)
+    permuted: np.ndarray = (high << low_bits) | low
+    return permuted
+
+
+def numbered_keys(key: int, numbers: np.ndarray) -> np.ndarray:
+    """Returns a key for each number. Shapes: uint64 [n] -> uint64 [n]."""
+    keys: np.ndarray = _mix(_mix(numbers + _GOLDEN) + np.uint64(key))
+    return keys
 
 
 def _feistel(values: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:

@@ -67,8 +67,8 @@ class Machine(Cluster):
             answered(a_cluster(), needs)
         return a_cluster()
 
-    def call(self, call: Call, tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # nothing is waited for
-        return call_here(call)
+    def call(self, call: Call, tell: Callable[[str], None]) -> Any:
+        return call_here(call, tell)
 
     def started(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -57,7 +57,7 @@ class Cluster(ABC):
 
         Args:
             call: The function, and what it needs.
-            tell: Called with a line about what the call waits for, or where the function runs.
+            tell: Called with a line about what the call waits for, where the function runs, or what it tells.
 
         Returns:
             What the function returns.

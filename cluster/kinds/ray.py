@@ -47,10 +47,10 @@ class LocalRay(_OnRay):
     def inspect(self, needs: "Needs") -> "ClusterReport":  # noqa: ARG002  # it takes no jobs
         raise ClusterError("this machine takes no jobs; give --cluster the HOST:PORT of a Ray head")
 
-    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:  # noqa: ARG002  # the call waits for nothing
+    def call(self, call: "Call", tell: Callable[[str], None]) -> Any:
         from cluster.process.workplace import call_here  # it imports the stores
 
-        return call_here(call)
+        return call_here(call, tell)
 
     def started(self) -> AbstractContextManager[None]:
         return cluster.local_cluster(self._num_cpus)

@@ -48,6 +48,8 @@ _OURS = "launcher"
 they may start, do not inherit it."""
 _own: Any = multiprocessing.forkserver._forkserver
 """The server that this process starts itself, if any."""
+_caller: Connection | None = None
+"""In the process of a ``call``: what its result is sent through."""
 
 
 class ServerLostError(ChildProcessError):
@@ -111,7 +113,9 @@ def fork(target: Callable[..., None], args: tuple[Any, ...], name: str) -> "Chil
             return _started(target, args, name)
 
 
-def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
+def call(
+    function: str, *args: Any, timeout_s: float | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Any:
     """Call ``module:function`` in a forked process; return what it returns, or raise its error.
 
     What the process prints is dropped unless it ends without returning or raising.
@@ -119,7 +123,8 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
     Args:
         function: The function, as ``module:function``.
         args: Its arguments.
-        timeout_s: The time limit; None: no limit.
+        timeout_s: The longest time without a line that it tells, or the result; None: no limit.
+        tell: Receives the lines that the function gives to ``tell_caller``.
 
     Raises:
         LauncherError: What the function raised. An exception of another class, which may exist in that process alone,
@@ -135,9 +140,14 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
         process = fork(_send_result, (theirs, log.name, function, args), function)
         theirs.close()
         try:
-            if not ours.poll(timeout_s):
-                raise TimeoutError(f"has not returned within {timeout_s:g} s")
-            result, error = ours.recv()
+            while True:
+                if not ours.poll(timeout_s):
+                    raise TimeoutError(f"has not returned within {timeout_s:g} s")
+                message = ours.recv()
+                if not isinstance(message, str):
+                    break
+                tell(message)
+            result, error = message
         except EOFError:
             process.join(LAST_WAIT_S)
             printed = log.read().decode(errors="replace").strip().splitlines()
@@ -149,6 +159,12 @@ def call(function: str, *args: Any, timeout_s: float | None = None) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def tell_caller(text: str) -> None:
+    """Tell the process whose ``call`` runs here, if any, what is being done."""
+    if _caller is not None:
+        _caller.send(text)
 
 
 def resolve(function: str) -> Callable[..., Any]:
@@ -170,6 +186,8 @@ def print_to(log_path: str) -> None:
 
 
 def _send_result(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
+    global _caller
+    _caller = connection
     print_to(log_path)
     try:
         result: tuple[Any, LauncherError | None] = (resolve(function)(*args), None)

@@ -5,8 +5,7 @@
     Ray's controller  -- AgentsPlaced, AgentsUnplaced, AgentsLost             -->  driver
 
 An agent forwards each ``Report`` unchanged in a ``FromWorker``, which adds rank and attempt. Messages of one sender
-arrive in order. All values are plain, classes of ``cluster.errors``, or frozen dataclasses of these, so that every
-process can unpickle them.
+arrive in order. All values are plain or of ``cluster.errors``, so that every process can unpickle them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cluster.errors import Cause, LauncherError
+from cluster.process.data_messages import DataDelayed, SampleSkipped
 from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.manifest import Share
 
@@ -242,6 +242,8 @@ Report = (
     | RowLogged
     | MatrixMeasured
     | StepEvent
+    | SampleSkipped
+    | DataDelayed
     | SaveSkipped
     | ShareWritten
     | Finished

@@ -5,7 +5,8 @@ agent   -- Stop, Meet -->    training process
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
@@ -49,6 +50,8 @@ class Task:
     """The same limit from the start of the process to the end of its first step."""
     data_fingerprint: str | None = None
     """The fingerprint of the data that the plan made, which every worker compares with its own; None: no comparison."""
+    indexes: Mapping[str, str] = field(default_factory=dict)
+    """The digests of the indexes of the data in the run directory, by the ids of their sources."""
     may_differ: bool = False
     """Workers train together even if they differ in something that may change bits, such as their GPUs."""
     content: Any = None

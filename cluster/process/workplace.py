@@ -5,6 +5,7 @@ would run.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class Call:
         resources: What one worker reserves; on a shared cluster, the call reserves the same.
         wait_s: Time limit for finding a node with room, over all tries together.
         start_timeout_s: Time limit for the start of processes on the node.
-        timeout_s: Time limit for the function; None: no limit.
+        timeout_s: Time limit for the function, from what it told last; None: no limit.
     """
 
     task: "Task"
@@ -86,8 +87,12 @@ def take_place(task: "Task") -> "Task":
     return task
 
 
-def call_here(call: Call) -> Any:
+def call_here(call: Call, tell: Callable[[str], None] = lambda _: None) -> Any:
     """Make a call on this host, in a forked process, and return what the function returns.
+
+    Args:
+        call: The function, and what it needs.
+        tell: Receives what the function tells, see ``fork_server.tell_caller``.
 
     Raises:
         ChildProcessError: The process died; the message says how.
@@ -97,7 +102,7 @@ def call_here(call: Call) -> Any:
         LauncherError: What the function raises, see ``fork_server.call``.
     """
     try:
-        return fork_server.call(f"{__name__}:_call", call.task, timeout_s=call.timeout_s)
+        return fork_server.call(f"{__name__}:_call", call.task, timeout_s=call.timeout_s, tell=tell)
     finally:
         sweep_own_folders()  # such as its working directory, if that was a copy
 

@@ -4,11 +4,13 @@ The reservation is a placement group of one bundle; Ray Train's have several. Ra
 group, asks an autoscaler for room if there is none, and ends the processes in the group when it is removed.
 """
 
+import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from cluster.errors import ClusterError, LauncherError
 from cluster.process import fork_server
@@ -35,7 +37,7 @@ def call_there(
         call: The function, and what it needs.
         hosts: The actors that keep fork servers on nodes, by node id; new ones are added. A server lives as long as
             its actor is in here.
-        tell: Called with a line about what the call waits for, or where the function runs.
+        tell: Called with a line about what the call waits for, where the function runs, or what it tells.
         clock: A monotonic clock, in seconds.
 
     Returns:
@@ -72,10 +74,24 @@ def _call_once(call: Call, hosts: dict[str, Any], tell: Callable[[str], None], r
             caller: Any = ray.remote(**options)(_Caller).remote()
             server = _server_on(node, call, hosts)
             ray.get(caller.started.remote(), timeout=call.start_timeout_s)
-            answer, error = ray.get(caller.call.remote(call, server))
+            answer, error = _answer_of(
+                caller.call.remote(call, server), lambda what: tell(f"on node {address}: {what}")
+            )
     if error is not None:
         raise _located(error, address)
     return answer
+
+
+def _answer_of(promises: Iterable[Any], tell: Callable[[str], None]) -> tuple[Any, Exception | None]:
+    """Return the last value of ``_Caller.call``; the ones before it are told."""
+    import ray
+
+    last: Any = None
+    for promise in promises:
+        last = ray.get(promise)
+        if isinstance(last, str):
+            tell(last)
+    return cast(tuple[Any, Exception | None], last)
 
 
 def _located(error: Exception, address: str) -> Exception:
@@ -179,13 +195,19 @@ class _Caller:
     def started(self) -> None:
         """Return when the actor has started."""
 
-    def call(self, call: Call, server: str | None) -> tuple[Any, Exception | None]:
-        """Return the function's result, or its error; Ray reports errors of this process."""
+    def call(self, call: Call, server: str | None) -> Iterator[str | tuple[Any, Exception | None]]:
+        """Yield what the function tells, then its result, or its error; Ray reports errors of this process."""
         import ray
 
         fork_from(server, call.modules)
-        task = replace(call.task, on_gpu=bool(ray.get_gpu_ids()))
-        try:
-            return call_here(replace(call, task=task)), None
-        except (LauncherError, ChildProcessError, TimeoutError) as error:
-            return None, error
+        call = replace(call, task=replace(call.task, on_gpu=bool(ray.get_gpu_ids())))
+        told = queue.SimpleQueue[Any]()
+        with ThreadPoolExecutor(1, thread_name_prefix="call") as pool:
+            made = pool.submit(call_here, call, told.put)
+            made.add_done_callback(told.put)
+            while (what := told.get()) is not made:
+                yield what
+            try:
+                yield made.result(), None
+            except (LauncherError, ChildProcessError, TimeoutError) as error:
+                yield None, error

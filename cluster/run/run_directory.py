@@ -26,6 +26,7 @@ _BEFORE = "before"
 """Key in the environment document: the digest of the previous description, and the environment that belongs to it."""
 _SUBMISSIONS = "submissions"
 _CODE = "code"
+_INDEXES = "indexes"
 _OLD_STATUS = "status.json"
 """Where drivers wrote the status before leases held it."""
 _TRACKER = "tracker.json"
@@ -212,6 +213,21 @@ class RunDirectory:
             )
         return data
 
+    def write_index(self, digest: str, content: bytes) -> None:
+        """Writes an index of the data, compressed, unless it is there whole: a torn one has another size."""
+        name = _index_object(digest)
+        _, there = self.store.listing(_INDEXES)
+        if not any(f"{_INDEXES}/{each.name}" == name and each.size == len(content) for each in there):
+            self.store.write(name, content)
+
+    def read_index(self, digest: str) -> bytes:
+        """Returns an index of the data.
+
+        Raises:
+            MissingObject: There is none with this digest.
+        """
+        return self.store.read(_index_object(digest))
+
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Overwrites the status of the run, which is also the driver's heartbeat."""
         self._held_lease().write(status)
@@ -308,6 +324,10 @@ def _digest(data: bytes | None) -> str | None:
 def _code_object(sha256: str) -> str:
     check_digest(sha256)
     return f"{_CODE}/{sha256}.zip"
+
+
+def _index_object(digest: str) -> str:
+    return f"{_INDEXES}/{digest}.arrow.zst"
 
 
 def is_run(names: Collection[str]) -> bool:

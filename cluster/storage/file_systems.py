@@ -216,19 +216,18 @@ def objects_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """What lies directly in a folder."""
+class StoredObject:
+    """An object, as a listing describes it."""
 
     name: str
-    """The last part of its name."""
-    is_folder: bool
     size: int
+    """In bytes; -1: the store does not tell."""
     version: str
-    """What changes with the content of an object, as far as its store tells; else empty."""
+    """What changes with its content, as far as the store tells (an ETag); else empty."""
 
 
-def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list[Entry]:
-    """Returns everything directly in a folder.
+def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> tuple[list[str], list[StoredObject]]:
+    """Returns the names of the folders directly in a folder, and its objects, sorted, by the last parts of their names.
 
     Raises:
         FileNotFoundError: On an object store: the bucket does not exist.
@@ -239,17 +238,18 @@ def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> list
         found = []
     if not found and not has_folders:
         _require_bucket(fs, path)
-    # Listing an object, or a folder with a placeholder, returns the path itself.
-    own = [entry for entry in found if entry["name"].rstrip("/") != path.rstrip("/")]
-    return [
-        Entry(
-            name=entry["name"].rstrip("/").rpartition("/")[2],
-            is_folder=entry["type"] == "directory",
-            size=entry.get("size") or 0,
-            version=_version(entry),
-        )
-        for entry in own
-    ]
+    folders, objects = [], []
+    for entry in found:
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        # Listing an object, or a folder with a placeholder, returns the path itself.
+        if entry["name"].rstrip("/") == path.rstrip("/"):
+            continue
+        if entry["type"] == "directory":
+            folders.append(name)
+        else:
+            size = entry.get("size")
+            objects.append(StoredObject(name, -1 if size is None else size, _version(entry)))
+    return sorted(folders), sorted(objects, key=lambda each: each.name)
 
 
 def _version(entry: dict[str, Any]) -> str:

@@ -29,6 +29,8 @@ _SLOWEST_BYTES_PER_S = 1e6
 
 _PAUSES_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 """Upper limits of the random pauses between retries; random so that many failed calls do not return together."""
+_random = random.SystemRandom()
+"""Not Python's own generator: the training code draws from that, and a retry must not change what it draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class RetryingCalls:
                     if is_permanent(error) or is_last or waited_s >= self._patience_s:
                         raise self._failure(action, error, waited_s if attempt else 0) from cause(error)
                     self.troubles[thread] = Trouble(began, reason(error))
-                pause_s = random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+                pause_s = _random.uniform(0, _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
                 # The last try is made when patience ends, not before. A flag says that it was the last, because the
                 # remaining time may be too short for the clock to advance.
                 left_s = self._patience_s - waited_s

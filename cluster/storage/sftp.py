@@ -87,17 +87,35 @@ class PinnedSFTPFileSystem(SFTPFileSystem):
         if size != len(data):
             raise OSError(errno.EIO, f"{size} of {len(data)} bytes arrived")
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        if start is not None or end is not None:
-            part: bytes = super().cat_file(path, start, end, **kwargs)
-            return part
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         with self.ftp.open(path, "rb") as file:
             found = file.stat()
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-            file.prefetch(found.st_size)
-            data: bytes = file.read(found.st_size)
+            begin, end = start or 0, found.st_size if end is None else min(end, found.st_size)
+            if begin >= end:
+                return b""
+            file.seek(begin)
+            file.prefetch(end)  # from there to here, in packets that are in flight together
+            data: bytes = file.read(end - begin)
         return data
+
+    def ls(self, path: str, detail: bool = False) -> list[Any]:
+        found: list[Any] = super().ls(path, detail)
+        for entry in found if detail else []:
+            if entry["type"] == "link":
+                entry["size"] = self._size_behind(entry["name"])
+        return found
+
+    def _size_behind(self, link: str) -> int | None:
+        """Returns the size of the file that a link leads to; None: it leads to none."""
+        try:
+            found = self.ftp.stat(link)
+        except TimeoutError:
+            raise
+        except OSError:
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def makedirs(self, path: str, exist_ok: bool = False, mode: int = 0o777) -> None:
         """Works like ``os.makedirs``; several processes may make the same folder at once."""

@@ -10,6 +10,7 @@ limits and retries.
 import contextlib
 import re
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,8 +21,8 @@ from cluster.errors import StorageError
 from cluster.storage.deadline import Started
 from cluster.storage.file_systems import (
     TEMPORARY,
-    Entry,
     Location,
+    StoredObject,
     entries,
     missing_folders,
     objects_below,
@@ -39,16 +40,6 @@ PATIENCE_S = 10.0
 
 _LISTING_S = 240.0
 """Extra time for a listing: an object store needs a request for each 1,000 names."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object, as a listing describes it."""
-
-    name: str
-    size: int
-    version: str
-    """What changes with its content, as far as the store tells (an ETag); else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +92,11 @@ class Store:
     def is_shared(self) -> bool:
         """Whether another process that opens this URL sees the same objects."""
         return self._location.protocol != "memory"
+
+    @property
+    def max_requests(self) -> int:
+        """How many requests are made at once, where several are made: beyond that they would wait for each other."""
+        return self._location.max_requests
 
     @property
     def trouble(self) -> Trouble | None:
@@ -167,17 +163,12 @@ class Store:
 
         An object that ends within a range gives fewer bytes.
         """
-        contents: list[bytes | MissingObject] = []
-        at_once = self._location.max_requests
-        for begin in range(0, len(ranges), at_once):
-            now = ranges[begin : begin + at_once]
-            tries = [self._calls.start(_reading(each), self._check_name(each.name)) for each in now]
-            for each, started in zip(now, tries):
-                call, action = _reading(each), f"read {each.name}"
-                content = self._call(action, call, each.name, size=each.size, started=started)
-                missing = f"{self.url}: holds no {each.name}; restore it, or take it out of the data"
-                contents.append(MissingObject(missing) if content is None else content)
-        return contents
+        calls = ((f"read {each.name}", _reading(each), each.name, each.size) for each in ranges)
+        missing = "restore it, or take it out of the data"
+        return [
+            MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
+            for each, content in zip(ranges, self._each(calls))
+        ]
 
     def exists(self, name: str) -> bool:
         """Returns whether there is an object of this name; a folder is not one."""
@@ -202,17 +193,23 @@ class Store:
 
     def folders(self) -> list[str]:
         """Returns the names of the folders directly in this one, sorted."""
-        return sorted(name for name, is_folder in self._list_entries() if is_folder)
+        return self.listing()[0]
 
     def listing(self, folder: str = "") -> tuple[list[str], list[StoredObject]]:
         """Returns the names of the folders directly in a folder, and its objects: the last parts of names, sorted.
 
         Both are empty if there is no such folder.
         """
-        found = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
-        folders = sorted(entry.name for entry in found if entry.is_folder)
-        objects = [StoredObject(entry.name, entry.size, entry.version) for entry in found if not entry.is_folder]
-        return folders, sorted(objects, key=lambda each: each.name)
+        return next(self.listings([folder]))
+
+    def listings(self, folders: Iterable[str]) -> Iterator[tuple[list[str], list[StoredObject]]]:
+        """Yields the listing of each folder, see ``listing``, in this order; they are made in concurrent requests.
+
+        A link to an object counts as that object; one to a folder counts as an object, too.
+        """
+        calls = ((f"list {folder or 'it'}", self._list, folder, 0) for folder in folders)
+        for below, objects in self._each(calls, extra_s=_LISTING_S):
+            yield below, [each for each in objects if not TEMPORARY.fullmatch(each.name)]
 
     def delete(self, names: Iterable[str], at_once: int = 1) -> None:
         """Deletes objects; one that does not exist counts as deleted.
@@ -282,20 +279,29 @@ class Store:
         return [f"{folder}/{name}" if folder else name for name in names]
 
     def _walk(self, folder: str) -> Iterator[str]:
-        for entry, is_folder in self._list_entries(folder):
-            name = f"{folder}/{entry}" if folder else entry
-            if is_folder:
-                yield from self._walk(name)
-            else:
-                yield name
+        folders, objects = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
+        begin = f"{folder}/" if folder else ""
+        for each in objects:
+            yield begin + each.name
+        for name in folders:
+            yield from self._walk(begin + name)
 
-    def _list_entries(self, folder: str = "") -> list[tuple[str, bool]]:
-        """Returns (last part of the name, is a folder) of everything directly in a folder."""
-        found = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
-        return [(entry.name, entry.is_folder) for entry in found]
-
-    def _list(self, fs: fsspec.AbstractFileSystem, path: str) -> list[Entry]:
+    def _list(self, fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[str], list[StoredObject]]:
         return entries(fs, path, self._location.has_folders)
+
+    def _each(
+        self, calls: Iterable[tuple[str, FileSystemCall[T], str, int | None]], extra_s: float = 0.0
+    ) -> Iterator[T]:
+        """Yields the result of each (action, call, name, size), in this order; several are made at a time."""
+        waiting: deque[tuple[tuple[str, FileSystemCall[T], str, int | None], Started[T]]] = deque()
+        for each in calls:
+            _, call, name, _ = each
+            waiting.append((each, self._calls.start(call, self._check_name(name) if name else name)))
+            if len(waiting) == self.max_requests:
+                first, started = waiting.popleft()
+                yield self._call(*first, extra_s, started)
+        for each, started in waiting:
+            yield self._call(*each, extra_s, started)
 
     def _call(
         self,
@@ -324,6 +330,8 @@ def _reading(wanted: ByteRange) -> FileSystemCall[bytes | None]:
         is_whole = wanted.offset == 0 and wanted.size is None
         end = None if wanted.size is None else wanted.offset + wanted.size
         try:
+            if wanted.size == 0:  # a server takes an empty range for a wrong one, and sends the whole object
+                return None if fs.info(path)["type"] == "directory" else b""
             data: bytes = fs.cat_file(path) if is_whole else fs.cat_file(path, start=wanted.offset, end=end)
         except ABSENT:
             return None

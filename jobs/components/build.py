@@ -23,6 +23,7 @@ from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.shadowing import check_imports
 from jobs.components.targets import Builder
 from jobs.data.loader import seed_draws
+from jobs.images.splits import check_same_classes
 from jobs.sampling import StepPlan, draw_key
 from jobs.spec import JobSpec, OptimizerSpec, SchedulerSpec, Target
 
@@ -161,10 +162,12 @@ def listed_targets(dataset: Any) -> Tensor | None:
 
 def rates_digest(optimizer: OptimizerSpec, scheduler: SchedulerSpec | None, steps: StepPlan) -> str:
     """Returns a digest of all that determines the learning rates; it does not depend on versions of Python or torch."""
+    in_order = asdict(steps)
+    del in_order["shuffle"]  # no rate depends on the order of samples
     determines = {
         "optimizer": asdict(optimizer),
         "scheduler": None if scheduler is None else asdict(scheduler),
-        "steps": asdict(steps),
+        "steps": in_order,
     }
     text = json.dumps(determines, sort_keys=True)
     return f"v1-{hashlib.sha256(text.encode()).hexdigest()}"  # make it v2 if the text changes
@@ -214,16 +217,12 @@ def build_parts(spec: JobSpec, device: torch.device) -> Components:
         DescriptionError: Something cannot be built as written.
     """
     numerics(spec, device)
-    train_set = _dataset(spec, spec.data.train, "data.train", device)
-    val_set = None if spec.data.val is None else _dataset(spec, spec.data.val, "data.val", device)
-    steps = StepPlan(len(train_set), spec.train.global_batch, spec.train.shards, spec.train.epochs)
-    if steps.steps_per_epoch == 0:
-        raise DescriptionError(
-            f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "
-            f"got {spec.train.global_batch}; lower it"
-        )
+    train_set = build_dataset(spec, spec.data.train, "data.train", device)
+    val_set = None if spec.data.val is None else build_dataset(spec, spec.data.val, "data.val", device)
+    steps = make_steps(spec, len(train_set))
     if val_set is not None and len(val_set) == 0:
         raise DescriptionError("data.val has no samples; point it at some, or leave data.val out")
+    check_same_classes(train_set, val_set)
     builder = Builder(lambda value: plan_value(steps, value))
     seed_draws(draw_key("model", spec.seed), device)
     model = builder.build(spec.model, "model")
@@ -310,8 +309,28 @@ def numerics(spec: JobSpec, device: torch.device) -> None:
         torch.backends.cudnn.deterministic = spec.train.deterministic
 
 
-def _dataset(spec: JobSpec, target: Target, key: str, device: torch.device) -> Any:
-    """Builds a map-style dataset, each from the same seed, so that a random split into parts is the same split."""
+def make_steps(spec: JobSpec, num_samples: int) -> StepPlan:
+    """Returns how a run over so many training samples is divided into steps.
+
+    Raises:
+        DescriptionError: They are too few for one step.
+    """
+    train = spec.train
+    steps = StepPlan(num_samples, train.global_batch, train.shards, train.epochs, spec.data.shuffle)
+    if steps.steps_per_epoch == 0:
+        raise DescriptionError(
+            f"train.global_batch must be at most the {steps.num_samples} samples of data.train, "
+            f"got {spec.train.global_batch}; lower it"
+        )
+    return steps
+
+
+def build_dataset(spec: JobSpec, target: Target, key: str, device: torch.device) -> Any:
+    """Builds a map-style dataset, each from the same seed, so that a random split into parts is the same split.
+
+    Raises:
+        DescriptionError: It cannot be built as written, or is of another kind.
+    """
     seed_draws(draw_key("data", spec.seed), device)
     dataset = Builder().build(target, key)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):

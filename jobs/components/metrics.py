@@ -86,6 +86,11 @@ class MetricSet:
             _update(metric, output, target)
             _add(self._shares[name], metric)
 
+    def pass_over(self) -> None:
+        """Counts the next batch of this worker, which has no samples."""
+        for share in self._shares.values():
+            share.by_batch.append({})
+
     def share(self) -> dict[str, PartialMetrics]:
         """Returns the states of all batches since the last call, on the CPU, and starts again."""
         shares, self._shares = self._shares, {name: PartialMetrics() for name in self._metrics}
@@ -216,15 +221,16 @@ def _move_to_host(share: PartialMetrics, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     share.folded = {name: value.cpu() for name, value in share.folded.items()}
+    with_samples = [of_batch for of_batch in share.by_batch if of_batch]
     kept = [
         name
-        for of_batch in share.by_batch[:1]
+        for of_batch in with_samples[:1]
         for name, value in of_batch.items()
         if isinstance(value, Tensor) and value.nbytes <= _SMALL
     ]
     for name in kept:
-        on_host = torch.stack([of_batch[name] for of_batch in share.by_batch]).cpu()  # type: ignore[misc]  # no list
-        for of_batch, value in zip(share.by_batch, on_host):
+        on_host = torch.stack([of_batch[name] for of_batch in with_samples]).cpu()  # type: ignore[misc]  # no list
+        for of_batch, value in zip(with_samples, on_host):
             of_batch[name] = value.clone()  # a view would be sent with the memory of all
 
 
@@ -233,17 +239,18 @@ def _compute(metric: torchmetrics.Metric, shares: Sequence[PartialMetrics]) -> A
 
     Source: torchmetrics ``Metric._sync_dist``, whose reduction this repeats.
     """
-    batches = [
+    in_order = [
         shares[number % len(shares)].by_batch[number // len(shares)]
         for number in range(sum(len(share.by_batch) for share in shares))
     ]
+    batches = [of_batch for of_batch in in_order if of_batch]  # the others have no samples, or all states are folded
     total = metric.clone().to("cpu")
     for name, value in metric.metric_state.items():
         reduction: Any = metric._reductions[name]
         merged: Any
         if isinstance(value, list):
             merged = [item for of_batch in batches for item in of_batch[name]]
-        elif name in shares[0].folded:
+        elif any(name in share.folded for share in shares):
             merged = torch.stack([share.folded[name] for share in shares if name in share.folded])
         else:
             merged = torch.stack([of_batch[name] for of_batch in batches])  # type: ignore[misc]  # no list

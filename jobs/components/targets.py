@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from cluster.errors import DescriptionError, nearest, one_line
+from cluster.errors import DescriptionError, LauncherError, nearest, one_line
 from jobs.components.shadowing import find_shadowed
 from jobs.components.texts import check_texts
 from jobs.spec import PlanValue, Target
@@ -147,6 +147,7 @@ class Builder:
 
         Raises:
             DescriptionError: The name, an argument or its value is wrong.
+            LauncherError: What it is built from is not there: a store of data does not answer, for example.
         """
         function = resolve(target.path, key, bare_names)
         build_nested = nested or (lambda inner, inner_key: self.build(inner, inner_key))
@@ -158,6 +159,9 @@ class Builder:
         try:
             return function(*positional, **arguments)
         except DescriptionError:
+            raise
+        except LauncherError as error:
+            error.args = (f"{key}: {error}",)
             raise
         except Exception as error:  # the error shows the user what a constructor says of its arguments
             raise DescriptionError(

@@ -4,6 +4,20 @@ from jobs.data.datasets import digits, synthetic_images
 from jobs.images.class_folders import IMAGE_SUFFIXES
 from jobs.images.decoding import BadSample, read_image
 from jobs.images.image_folders import image_folder
+from jobs.images.image_tables import image_table
 from jobs.images.labelled_images import LabelledImages
+from jobs.images.parquet_images import parquet_images
+from jobs.images.tar_shards import tar_shards
 
-__all__ = ["IMAGE_SUFFIXES", "BadSample", "LabelledImages", "digits", "image_folder", "read_image", "synthetic_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "BadSample",
+    "LabelledImages",
+    "digits",
+    "image_folder",
+    "image_table",
+    "parquet_images",
+    "read_image",
+    "synthetic_images",
+    "tar_shards",
+]

@@ -1,24 +1,35 @@
 """The loader: from a dataset to micro-batches in the memory of this host, through torch's DataLoader.
 
 It receives the keys of all samples of the rest of the run, in order, so it never pauses between epochs. It seeds the
-random generators before every sample, by the key of that sample.
+random generators before every sample, by the key of that sample. A bad sample is replaced, or left out, by its key
+alone, so the batches are the same for any number of workers and loader processes.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from cluster.errors import text_of
+from cluster.errors import TrainingError, one_line
 from cluster.process import loader_processes
+from cluster.process.data_messages import SampleSkipped
+from jobs.data.loader_errors import LoadFailure, failure_of
+from jobs.data.store_reports import LoaderStart
+from jobs.images.decoding import BadSample
 from jobs.sampling import StepPlan, draw_key
 
 SampleKey = tuple[int, int]
 """(epoch, sample number): a sample's random draws depend on these and the run's seed."""
+
+OnBadSample = Literal["error", "skip"]
+"""What to do about a ``BadSample``, see ``data.on_bad_sample``."""
+
+_MOST_REPLACEMENTS = 100
+"""So many samples in a row that are bad are no accident."""
 
 
 class LoadedBatch(NamedTuple):
@@ -28,29 +39,63 @@ class LoadedBatch(NamedTuple):
     target: Any
     weight: float | None = None
     """What ``weigh`` returned for the targets; None if there was no ``weigh``."""
+    skipped: tuple[SampleSkipped, ...] = ()
+    """The bad samples that others replace, or that are left out."""
+    is_empty: bool = False
+    """All its samples are left out; ``inputs``, ``target`` and ``weight`` are None. Only a validation batch can be."""
+
+
+class SingleSample(NamedTuple):
+    """A sample, not collated."""
+
+    number: int
+    """Its number; another than was asked for if it replaces a bad sample."""
+    sample: Any
+    skipped: tuple[SampleSkipped, ...] = ()
+    """The bad samples that it replaces, or that is left out."""
+    is_left_out: bool = False
+    """It is bad, and a validation goes on without it; ``sample`` is None."""
 
 
 Weigh = Callable[[Any], float]
 """Returns a number for the targets of a batch, in the process that loads it, and so before they are on a GPU."""
 
 
-class KeyedDataset(Dataset[Any]):
-    """A map-style dataset whose random transforms are functions of (seed, epoch, sample)."""
+class KeyedDataset:
+    """A map-style dataset whose random transforms are functions of (seed, epoch, sample).
+
+    If the dataset can read encoded samples together, as ``jobs.images.indexed_images`` can, it does so for all samples
+    of a micro-batch.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._can_fetch = all(callable(getattr(dataset, name, None)) for name in ("fetch", "decoded"))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
     def __getitem__(self, key: SampleKey) -> Any:
-        epoch, number = key
-        seed_host_draws(draw_key("sample", self._seed, epoch, number))
-        try:
-            return self._dataset[number]
-        except Exception as error:  # the user's own code
-            # torch sends the class of a loader's exception, and waits without end if that cannot be pickled.
-            if get_worker_info() is None or type(error).__module__ == "builtins":
-                raise
-            raise RuntimeError(f"{type(error).__name__}: {text_of(error)}") from error
+        (content,) = self.fetch([key[1]])
+        return self.sample(key, key[1], content)
+
+    def fetch(self, numbers: Sequence[int]) -> Sequence[Any]:
+        """Returns what ``sample`` needs of each of these samples."""
+        return self._dataset.fetch(numbers) if self._can_fetch else [None] * len(numbers)
+
+    def sample(self, key: SampleKey, number: int, content: Any) -> Any:
+        """Returns sample ``number``, with the random draws of ``key``.
+
+        Raises:
+            BadSample: It is bad.
+        """
+        seed_host_draws(draw_key("sample", self._seed, *key))
+        return self._dataset.decoded(number, content) if self._can_fetch else self._dataset[number]
+
+    def replacement(self, key: SampleKey, tried: int) -> int:
+        """Returns the number of the sample to try in place of a bad one, after ``tried`` others that are bad too."""
+        return draw_key("replacement", self._seed, *key, tried) % len(self)
 
 
 def seed_host_draws(key: int) -> None:
@@ -79,8 +124,11 @@ def training_batches(
     loaders: int,
     device: torch.device,
     weigh: Weigh | None = None,
+    on_bad_sample: OnBadSample = "error",
 ) -> Iterator[LoadedBatch]:
     """Returns an iterator over the micro-batches of one worker: step by step, shard by shard.
+
+    With ``skip``, a bad sample is replaced by one that its key chooses, with the random draws of the bad one's key.
 
     Args:
         dataset: The map-style training dataset.
@@ -92,9 +140,16 @@ def training_batches(
         loaders: The number of loader processes; 0 loads in this process.
         device: Where the batches will be copied to; for a GPU, their memory is pinned.
         weigh: Weighs the targets of each batch.
+        on_bad_sample: What to do about a ``BadSample``.
+
+    Raises:
+        Exception: While iterating: the dataset raised it, or a ``BadSample`` that is not skipped. From a loader process
+            it has its type if that is one of Python's or of the launcher's, and a note with its traceback.
+        TrainingError: While iterating: a bad sample and all that were tried in its place are bad.
     """
     keys = _TrainingKeys(steps, seed, block, start, end)
-    return iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, device, _CollatePair(weigh)))
+    batches = _Batches(KeyedDataset(dataset, seed), "train", on_bad_sample, _Collate(weigh))
+    return _loaded(batches, keys, loaders, device)
 
 
 def validation_batches(
@@ -107,27 +162,42 @@ def validation_batches(
     loaders: int,
     device: torch.device,
     weigh: Weigh | None = None,
+    on_bad_sample: OnBadSample = "error",
 ) -> Iterator[LoadedBatch]:
     """Returns an iterator over the validation batches of one worker: those numbered rank, rank + W, rank + 2W, ...
 
-    The batches are the same for any number W of workers; the last batch may be smaller than ``batch_size``.
+    The batches are the same for any number W of workers; the last batch may be smaller than ``batch_size``. With
+    ``skip``, bad samples are left out of their batch, which may become empty.
+
+    Raises:
+        Exception: While iterating, see ``training_batches``.
     """
     keys = [
         [(0, number) for number in range(first, min(first + batch_size, len(dataset)))]
         for first in range(rank * batch_size, len(dataset), world_size * batch_size)
     ]
     keyed = KeyedDataset(dataset, draw_key("validation", seed))
-    return iter(_data_loader(keyed, keys, loaders, device, _CollatePair(weigh)))
+    return _loaded(_Batches(keyed, "val", on_bad_sample, _Collate(weigh)), keys, loaders, device)
 
 
-def single_samples(dataset: Any, numbers: Sequence[int], *, seed: int, loaders: int) -> Iterator[Any]:
+def single_samples(
+    dataset: Any,
+    numbers: Sequence[int],
+    *,
+    split: Literal["train", "val"],
+    seed: int,
+    loaders: int,
+    on_bad_sample: OnBadSample = "error",
+) -> Iterator[SingleSample]:
     """Hands the dataset to ``loaders`` processes; returns an iterator over samples of epoch 0, not collated.
 
     Raises:
-        Exception: The dataset cannot be pickled, and there are loader processes.
+        Exception: The dataset cannot be pickled, and there are loader processes; or while iterating, see
+            ``training_batches``.
     """
     keys = [[(0, number)] for number in numbers]
-    return iter(_data_loader(KeyedDataset(dataset, seed), keys, loaders, torch.device("cpu"), collate=_only))
+    batches = _Batches(KeyedDataset(dataset, seed), split, on_bad_sample, _only)
+    return _loaded(batches, keys, loaders, torch.device("cpu"))
 
 
 def shape_of(part: Any) -> str:
@@ -149,36 +219,117 @@ class _TrainingKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class _CollatePair:
+class _ReadSamples:
+    """The samples of a batch, before they are collated."""
+
+    numbers: list[int]
+    samples: list[Any]
+    skipped: tuple[SampleSkipped, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Collate:
     """Stacks samples, which are pairs (input, target), and weighs the targets; loader processes receive it."""
 
     weigh: Weigh | None
 
-    def __call__(self, samples: list[Any]) -> LoadedBatch:
-        inputs, target = default_collate(samples)
-        return LoadedBatch(inputs, target, None if self.weigh is None else self.weigh(target))
+    def __call__(self, read: _ReadSamples) -> LoadedBatch:
+        if not read.samples:
+            return LoadedBatch(None, None, skipped=read.skipped, is_empty=True)
+        inputs, target = default_collate(read.samples)
+        return LoadedBatch(inputs, target, None if self.weigh is None else self.weigh(target), read.skipped)
 
 
-def _only(samples: list[Any]) -> Any:
-    (sample,) = samples
+def _only(read: _ReadSamples) -> SingleSample:
+    if not read.samples:
+        return SingleSample(read.skipped[0].number, None, read.skipped, is_left_out=True)
+    (number,), (sample,) = read.numbers, read.samples
     if get_worker_info() is not None:
         default_collate([sample])  # what cannot be stacked may be what no process can send, and torch would wait for it
-    return sample
+    return SingleSample(number, sample, read.skipped)
 
 
-def _data_loader(
-    dataset: KeyedDataset,
-    keys: _TrainingKeys | Sequence[Sequence[SampleKey]],
-    loaders: int,
-    device: torch.device,
-    collate: Callable[[list[Any]], Any] = default_collate,
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        collate_fn=collate,
-        batch_sampler=keys,  # type: ignore[arg-type]  # torch declares a Sampler, but uses any iterable
+class _Batches(Dataset[Any]):
+    """What torch's loader reads: its items are whole batches, or why there is none; its keys are lists of sample keys.
+
+    Nothing raises, because of what torch makes of an exception in a loader process.
+    """
+
+    def __init__(
+        self,
+        samples: KeyedDataset,
+        split: Literal["train", "val"],
+        on_bad_sample: OnBadSample,
+        collate: Callable[[_ReadSamples], Any],
+    ) -> None:
+        self._samples = samples
+        self._split = split
+        self._skips = on_bad_sample == "skip"
+        self._collate = collate
+
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Any:
+        try:
+            return self._collate(self._read(keys))
+        except Exception as error:  # the user's own code
+            return failure_of(error)
+
+    def _read(self, keys: Sequence[SampleKey]) -> _ReadSamples:
+        numbers, samples, skipped = list[int](), list[Any](), list[SampleSkipped]()
+        for key, content in zip(keys, self._samples.fetch([number for _, number in keys])):
+            number, tried = key[1], 0
+            while True:
+                try:
+                    samples.append(self._samples.sample(key, number, content))
+                    numbers.append(number)
+                    break
+                except BadSample as error:
+                    if not self._skips:
+                        raise self._refused(number, error) from error
+                    skipped.append(SampleSkipped(self._split, key[0], number, one_line(error)))
+                if self._split == "val":
+                    break
+                if tried == _MOST_REPLACEMENTS:
+                    raise self._exhausted(key, skipped[-1])
+                number = self._samples.replacement(key, tried)
+                (content,) = self._samples.fetch([number])
+                tried += 1
+        return _ReadSamples(numbers, samples, tuple(skipped))
+
+    def _refused(self, number: int, error: BadSample) -> BadSample:
+        passes = "replaces it by another one" if self._split == "train" else "leaves it out"
+        what = f"data.{self._split}: sample {number}: {one_line(error)}"
+        return BadSample(f"{what}; or data.on_bad_sample: skip {passes}")
+
+    def _exhausted(self, key: SampleKey, last: SampleSkipped) -> TrainingError:
+        what = f"data.{self._split}: sample {key[1]} is bad, and so are {_MOST_REPLACEMENTS} others tried in its place"
+        return TrainingError(f"{what}, the last: {last.reason}; repair the data")
+
+
+def _loaded(
+    batches: _Batches, keys: _TrainingKeys | Sequence[Sequence[SampleKey]], loaders: int, device: torch.device
+) -> Iterator[Any]:
+    """Hands the dataset to its loader processes; returns an iterator over its batches, which raises what they could not
+    be read for."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,  # a key is a whole batch
+        sampler=keys,
+        collate_fn=_unchanged,
         num_workers=loaders,
+        worker_init_fn=LoaderStart(),
         # Forking a worker would break the threads it has by now; its fork server has none, and has torch imported.
         multiprocessing_context=loader_processes.CONTEXT if loaders else None,
         pin_memory=device.type == "cuda",
     )
+    return _raising(iter(loader))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _raising(loaded: Iterator[Any]) -> Iterator[Any]:
+    for batch in loaded:
+        if isinstance(batch, LoadFailure):
+            raise batch.error
+        yield batch

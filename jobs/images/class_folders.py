@@ -1,13 +1,19 @@
-"""Class folders and the images in them, without what systems and tools leave there; each real folder counts once."""
+"""Class folders on this machine and the images in them, without what systems and tools leave there.
+
+Links are followed; each real folder counts once. ``jobs.images.stored_class_folders`` does the same on other stores.
+"""
 
 import os
+import re
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from cluster.storage.file_systems import StoredObject
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""The suffixes of image files, in upper or lower case; other files are ignored."""
+"""The suffixes of image files, in upper or lower case; other files are passed over."""
 
 _OF_SYSTEMS = frozenset(
     {
@@ -21,59 +27,153 @@ _OF_SYSTEMS = frozenset(
 )  # fmt: skip
 """Folders of systems and tools that are not hidden, and may hold copies, thumbnails or remains of images."""
 
+NO_IMAGE = "no image file"
+OUTSIDE = "outside the class folders"
+_LISTED = "a link to a folder that counts elsewhere"
+
+PassOver = Callable[[str, str], None]
+"""Notes a reason, and the name of what is no sample for it."""
+
 _Kind = Literal["folder", "file", "nothing"]
 
 
-def class_names(folder: Path, exclude: Collection[str]) -> list[str]:
-    """Returns the names of the class folders in a folder, sorted.
+def reason_to_pass(name: str, exclude: Collection[str] = ()) -> str | None:
+    """Returns why a file or folder of this name is no data; None: it may be."""
+    if name.startswith("."):
+        return "hidden"
+    if name in _OF_SYSTEMS:
+        return "left by a system or tool"
+    return "excluded" if name in exclude else None
 
-    Left out are excluded, hidden and systems' own folders, and links that lead back to the folder or one around it.
 
-    Raises:
-        ValueError: There is none; or the folder cannot be read, or holds a link that leads nowhere.
+def is_image(name: str) -> bool:
+    """Returns whether a file has the suffix of an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def check_name(url: str, name: str) -> None:
+    """Raises a ValueError if a store could not read an object of this name, or an error would not be one line."""
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise ValueError(f"{url} must hold names without control characters, got {name!r}; rename it")
+
+
+class LocalFolders:
+    """A folder of this machine that holds class folders; names are relative to it, with forward slashes.
+
+    Args:
+        root: The folder.
+        exclude: Names of folders that are not classes.
+        pass_over: Told of all that is no sample.
     """
-    names = [
-        name for name, kind, is_link in _entries(folder, exclude)
-        if kind == "folder" and not (is_link and _leads_back(folder / name, folder))
-    ]  # fmt: skip
-    if not names:
-        raise ValueError(f"{folder} must hold a folder of images per class, got no folder; name another root")
-    return sorted(names)
+
+    def __init__(self, root: Path, exclude: Collection[str], pass_over: PassOver) -> None:
+        self._root, self._exclude, self._pass_over = root, exclude, pass_over
+
+    def has(self, name: str) -> bool:
+        """Returns whether a folder lies directly in the root."""
+        return (self._root / name).is_dir()
+
+    def class_names(self, home: str) -> list[str]:
+        """Returns the names of the class folders in a home folder, which is ``""`` or ends in ``/``, sorted.
+
+        Left out are excluded, hidden and systems' own folders, and links that lead back to the folder or one around it.
+
+        Raises:
+            ValueError: The folder cannot be read, or holds a link that leads nowhere.
+        """
+        folder, names = self._root / home, []
+        for name, kind, entry in _entries(folder, home, self._pass_over, self._exclude):
+            if kind != "folder":
+                self._pass_over(OUTSIDE, f"{home}{name}")
+            elif entry.is_symlink() and _leads_back(folder / name, folder):
+                self._pass_over(_LISTED, f"{home}{name}")
+            else:
+                names.append(name)
+        return names
+
+    def images(self, home: str, classes: Sequence[str]) -> Iterator[tuple[str, list[StoredObject]]]:
+        """Yields each class, in the order of names, and the images below its folder, in the order of theirs.
+
+        Links are followed, except those that lead back to a folder around them. A real folder that several paths lead
+        to counts at its own place; if that is not below ``home``, at the first link to it. So a class is complete once
+        it is read, unless it or one before it holds a link to a folder.
+
+        Raises:
+            ValueError: Two classes have the same folder; or a folder cannot be read, or holds a link that leads nowhere
+                or a name that no store could read.
+        """
+        scan, waiting = _Scan(self._root, home, self._pass_over), list[str]()
+        for name in sorted(classes):
+            scan.add(name, is_link=(self._root / home / name).is_symlink())
+            scan.read_folders()
+            waiting.append(name)
+            if not scan.links:
+                yield name, scan.take(waiting.pop())
+        scan.read_links()  # last, so that a folder counts at its own place
+        for name in waiting:
+            yield name, scan.take(name)
 
 
-def image_names(home: Path, classes: Collection[str]) -> dict[str, list[str]]:
-    """Returns the images below each class folder as sorted names, relative to ``home``, with forward slashes.
+class _Scan:
+    """Reads the folders below the class folders in a home folder.
 
-    Links are followed, except those that lead back to a folder around them. A real folder that several paths lead to
-    counts at its own place; if that is not below ``home``, at the first link to it.
-
-    Raises:
-        ValueError: Two classes have the same folder; or a folder cannot be read, or holds a link that leads nowhere.
+    Attributes:
+        links: Links to folders that are not read yet, relative to the home folder.
     """
-    found: dict[str, list[str]] = {name: [] for name in classes}
-    counted: dict[str, str] = {}
-    folders: deque[str] = deque()
-    links: deque[str] = deque()
-    for name in sorted(classes):
-        (links if (home / name).is_symlink() else folders).append(name)
-    while folders or links:
-        within = (folders or links).popleft()  # links last, so that a folder counts at its own place
-        real = os.path.realpath(home / within)
-        if real in counted:
-            _check_same_class(home, counted[real], within, real)
-            continue
-        counted[real] = within
-        for name, kind, is_link in _entries(home / within):
+
+    def __init__(self, root: Path, home: str, pass_over: PassOver) -> None:
+        self.links: deque[str] = deque()
+        self._folders: deque[str] = deque()
+        self._home, self._prefix, self._pass_over = root / home, home, pass_over
+        self._found: dict[str, list[StoredObject]] = {}
+        self._counted: dict[str, str] = {}
+
+    def add(self, path: str, *, is_link: bool) -> None:
+        """Adds a folder that is to be read."""
+        (self.links if is_link else self._folders).append(path)
+
+    def take(self, class_name: str) -> list[StoredObject]:
+        """Returns the images of a class, sorted, and forgets them."""
+        return sorted(self._found.pop(class_name, []), key=lambda image: image.name)
+
+    def read_folders(self) -> None:
+        """Reads the folders that were added, and those in them, but no links."""
+        while self._folders:
+            self._read(self._folders.popleft())
+
+    def read_links(self) -> None:
+        """Reads the folders that the links lead to, and those in them; a link that lies less deep comes first."""
+        self.links = deque(sorted(self.links, key=lambda path: path.count("/")))
+        while self.links:
+            self._read(self.links.popleft())
+            self.read_folders()
+
+    def _read(self, within: str) -> None:
+        """Reads a folder, and adds the folders and links in it."""
+        real = os.path.realpath(self._home / within)
+        if real in self._counted:
+            _check_same_class(self._home, self._counted[real], within, real)
+            self._pass_over(_LISTED, f"{self._prefix}{within}")
+            return
+        self._counted[real] = within
+        images = self._found.setdefault(class_of(within), [])
+        for name, kind, entry in _entries(self._home / within, f"{self._prefix}{within}/", self._pass_over):
             path = f"{within}/{name}"
-            if kind == "folder" and not (is_link and _leads_back(home / path, home)):
-                (links if is_link else folders).append(path)
-            elif kind == "file" and name.lower().endswith(IMAGE_SUFFIXES):
-                found[_class_of(within)].append(path)
-    return {name: sorted(images) for name, images in found.items()}
+            if kind == "folder" and entry.is_symlink() and _leads_back(self._home / path, self._home):
+                self._pass_over(_LISTED, f"{self._prefix}{path}")
+            elif kind == "folder":
+                self.add(path, is_link=entry.is_symlink())
+            elif kind == "file" and is_image(name):
+                check_name(f"{self._home}", path)
+                images.append(StoredObject(f"{self._prefix}{path}", _size(entry), ""))
+            else:
+                self._pass_over(NO_IMAGE, f"{self._prefix}{path}")
 
 
-def _entries(folder: Path, exclude: Collection[str] = ()) -> Iterator[tuple[str, _Kind, bool]]:
-    """Yields the name and kind of everything in a folder that may be data, sorted by name, and whether it is a link."""
+def _entries(
+    folder: Path, prefix: str, pass_over: PassOver, exclude: Collection[str] = ()
+) -> Iterator[tuple[str, _Kind, "os.DirEntry[str]"]]:
+    """Yields the name and kind of everything in a folder that may be data, sorted by name."""
     try:
         with os.scandir(folder) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
@@ -81,13 +181,23 @@ def _entries(folder: Path, exclude: Collection[str] = ()) -> Iterator[tuple[str,
         raise ValueError(f"{folder} cannot be read, {error.strerror}; correct that, or exclude its class") from error
     for entry in entries:
         name = entry.name
-        if name.startswith(".") or name in _OF_SYSTEMS or name in exclude:
+        reason = reason_to_pass(name, exclude)
+        if reason is not None:
+            pass_over(reason, f"{prefix}{name}")
             continue
-        kind, is_link, suffix = _kind(entry), entry.is_symlink(), os.path.splitext(name)[1].lower()
-        if kind == "nothing" and (suffix in IMAGE_SUFFIXES or (is_link and not suffix)):  # an image, or a folder
+        kind, is_link = _kind(entry), entry.is_symlink()
+        if kind == "nothing" and (is_image(name) or (is_link and not os.path.splitext(name)[1])):  # that, or a folder
             what = "is a link that leads nowhere" if is_link else "is no file"
             raise ValueError(f"{folder / name} {what}; repair or remove it")
-        yield name, kind, is_link
+        yield name, kind, entry
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    """Returns the size of a file, or of what a link leads to."""
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{entry.path} cannot be read, {error.strerror}; restore or remove it") from error
 
 
 def _kind(entry: os.DirEntry[str]) -> _Kind:
@@ -107,12 +217,12 @@ def _leads_back(link: Path, home: Path) -> bool:
 def _check_same_class(home: Path, first: str, second: str, real: str) -> None:
     """Raises a ValueError if two paths to one folder give its images two classes."""
     is_own_place = real == os.path.join(os.path.realpath(home), first)
-    if _class_of(first) != _class_of(second) and not (is_own_place and "/" in second):
+    if class_of(first) != class_of(second) and not (is_own_place and "/" in second):
         raise ValueError(
             f"{home / second} and {home / first} are the same folder, in two classes; remove one, or exclude its class"
         )
 
 
-def _class_of(path: str) -> str:
+def class_of(path: str) -> str:
     """Returns the first folder of a path relative to ``home``: the class."""
     return path.partition("/")[0]

@@ -2,12 +2,31 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
+
+DAMAGED = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, RuntimeError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises for a damaged file; it depends on the format: SyntaxError for PNG, RuntimeError for AVIF."""
+
+UPRIGHT = 1
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to turn an image upright, by its orientation in EXIF."""
 
 
 class BadSample(ValueError):  # noqa: N818 - it says what is so
@@ -50,12 +69,20 @@ def decode_image(content: bytes, url: str) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode.startswith(("I", "F")):
                 raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()  # of some files, EXIF comes after the pixels
+            # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
+            turn = _TURNED.get(orientation_of(image))
+            upright = image if turn is None else image.transpose(turn)
             # Pillow warns unless a transparent palette is converted to RGBA first.
-            opaque = image.convert("RGBA") if "transparency" in image.info else image
+            opaque = upright.convert("RGBA") if "transparency" in image.info else upright
             return torch.from_numpy(np.array(opaque.convert("RGB"))).permute(2, 0, 1)
     except BadSample:
         raise
-    # What Pillow raises for a damaged file depends on its format: SyntaxError for PNG, and others.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise BadSample(f"{url}: cannot be decoded, {error}; repair or remove the file") from error
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Returns the orientation of an image's EXIF, from 1 to 8; 1, upright, if it has none, or one that is undefined."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in _TURNED else UPRIGHT

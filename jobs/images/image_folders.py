@@ -1,18 +1,21 @@
-"""Image folders: a dataset of image files, one folder per class."""
+"""Image folders: a dataset of image files, one folder per class, on this machine or at any URL."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from jobs.images.class_folders import class_names, image_names
-from jobs.images.decoding import read_image
-from jobs.images.labelled_images import LabelledImages, Split, Transform, check_per_channel, check_split
+from cluster.storage.file_systems import StoredObject
+from cluster.storage.store import Store
+from jobs.images.class_folders import IMAGE_SUFFIXES, LocalFolders
+from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.index_files import open_index
+from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.splits import check_val_fraction, drawn
+from jobs.images.stored_class_folders import StoredFolders
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
 """Names of folders that hold a split. A root with no others has no class folders."""
@@ -28,7 +31,7 @@ def image_folder(
     exclude: Collection[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> LabelledImages:
+) -> IndexedImages:
     """A folder of images of any size, with one folder per class; labels number the classes by name, from 0.
 
     If ``root`` holds both ``train/`` and ``val/``, these are the splits, and the classes of both are the folders of
@@ -36,10 +39,13 @@ def image_folder(
     moves no other image to the other split.
 
     Hidden files and folders are passed over at every depth, and so are folders that systems leave, such as
-    ``__MACOSX`` or ``lost+found``. Links are followed; a folder that several paths lead to counts once.
+    ``__MACOSX`` or ``lost+found``. On this machine links are followed, and a folder that several paths lead to counts
+    once; SFTP follows links to files only.
+
+    The folder is listed once, whatever the splits: they share an index.
 
     Args:
-        root: The folder; ``~`` is the home folder.
+        root: The folder: a path, in which ``~`` is the home folder, or a URL such as ``s3://bucket/images``.
         split: ``train`` or ``val``; None takes all images of a root without splits.
         transform: Applied to a uint8 image_3HW.
         val_fraction: The fraction of images in ``val``, in (0, 1); ignored if ``root`` holds the splits.
@@ -54,66 +60,102 @@ def image_folder(
     Raises:
         ValueError: The folder does not exist, cannot be read, or lacks images, classes or a split; a link leads
             nowhere; two classes have the same folder; or an argument is wrong.
+        StorageError: The URL is wrong, or its store does not answer.
     """
     check_split(split, None)
     check_per_channel(3, mean=mean, std=std)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}; write a share such as 0.1")
+    check_val_fraction(val_fraction)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a list of folder names, got {exclude!r}; write [{exclude}]")
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
+    url = Store(os.fspath(root)).url
+    if os.path.isabs(url) and not os.path.isdir(url):
         raise ValueError(f"root must be a folder that holds a folder per class, got {str(root)!r}; it does not exist")
-    split_on_disk = (folder / "train").is_dir() and (folder / "val").is_dir()
-    if split_on_disk and split is None:
-        raise ValueError(f"split must be train or val, got None; {folder} holds both as folders")
+    left_out = sorted({str(name) for name in exclude})
+    options = {"exclude": left_out, "suffixes": list(IMAGE_SUFFIXES)}
+    index = open_index(Source("image_folder", url, options), partial(_build, left_out))
+    divided = {name: range(*ends) for name, ends in index.details["splits"].items()}
+    if divided and split is None:
+        raise ValueError(f"split must be train or val, got None; {url} holds both as folders")
+    _check_classes(index, url, divided, split, num_classes)
+    chosen_N: np.ndarray | range | None = None
+    if split is not None:
+        chosen_N = divided[split] if divided else drawn(index, split, val_fraction)
+    return IndexedImages(index, read_ranges, chosen_N, transform, mean, std)
 
-    classes = class_names(folder / "train" if split_on_disk else folder, exclude)
-    if not split_on_disk and all(name.lower() in _SPLITS for name in classes):
-        raise ValueError(
-            f"{folder} must hold train/ and val/, or a folder per class, got {_first_names(classes)}; rename those, or "
-            "name one of them as root"
-        )
+
+def _check_classes(
+    index: Index, url: str, divided: Mapping[str, range], split: Split | None, num_classes: int | None
+) -> None:
+    """Raises a ValueError unless a split has the classes that it must have, each with images."""
+    classes = index.classes
     if num_classes is not None and len(classes) != num_classes:
         raise ValueError(
-            f"{folder} must hold num_classes={num_classes} classes, got {len(classes)}; set num_classes, "
+            f"{url} must hold num_classes={num_classes} classes, got {len(classes)}; set num_classes, "
             f"or name folders that are none in exclude: {_first_names(classes)}"
         )
-    home = folder / str(split) if split_on_disk else folder
-    may_lack_classes = split_on_disk and split == "val"
-    present = class_names(home, exclude)
-    strange = set(present) - set(classes)
-    if strange:
+    if divided and split == "val":
+        if strange := index.details["only_in_val"]:
+            raise ValueError(
+                f"{url}/val must hold classes of train/ only, got {_first_names(strange)}; move them there"
+            )
+        if not divided["val"]:
+            raise ValueError(f"{url}/val must hold images, got none; add some")
+        return
+    labels_N = index.labels[: divided["train"].stop] if divided else index.labels
+    empty = np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0)
+    if len(empty):
+        folder = f"{url}/train/{classes[empty[0]]}" if divided else f"{url}/{classes[empty[0]]}"
+        raise ValueError(f"{folder} must hold images, got none; add some, or name it in exclude")
+
+
+def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
+    """Adds the images of all class folders, those of train/ before those of val/, class by class.
+
+    Raises:
+        ValueError: The folder is empty or cannot be read, or has no class; a link leads nowhere; or two classes have
+            the same folder.
+        StorageError: The store does not answer.
+    """
+    url = store.url
+    folders: LocalFolders | StoredFolders
+    if os.path.isabs(url):
+        folders = LocalFolders(Path(url), exclude, builder.pass_over)
+    else:
+        folders = StoredFolders(store, exclude, builder.pass_over)
+        if folders.is_empty:
+            raise ValueError(f"root must be a folder that holds a folder per class, got {url!r}; it does not exist")
+    is_divided = folders.has("train") and folders.has("val")
+    home = "train/" if is_divided else ""
+    classes = folders.class_names(home)
+    where = f"{url}/{home}".rstrip("/")
+    if not classes:
+        raise ValueError(f"{where} must hold a folder of images per class, got no folder; name another root")
+    if not is_divided and all(name.lower() in _SPLITS for name in classes):
         raise ValueError(
-            f"{home} must hold classes of train/ only, got {_first_names(sorted(strange))}; move them there"
+            f"{url} must hold train/ and val/, or a folder per class, got {_first_names(classes)}; rename those, or "
+            "name one of them as root"
         )
-
-    names: list[str] = []
-    labels: list[int] = []
-    images = image_names(home, present)
-    for label, class_name in enumerate(classes):
-        own = images.get(class_name, [])
-        if not own and not may_lack_classes:
-            raise ValueError(f"{home / class_name} must hold images, got none; add some, or name it in exclude")
-        if split is not None and not split_on_disk:
-            own = [name for name in own if _validates(name, val_fraction) == (split == "val")]
-        names += own
-        labels += [label] * len(own)
-    if not names:
-        raise ValueError(f"{home} must hold images for split={split}, got none; add some, or change val_fraction")
-    # An array of bytes takes half the memory of a list of strings, and every loader process has a copy.
-    read = partial(_read_named, os.fsencode(home), np.array([os.fsencode(name) for name in names]))
-    return LabelledImages(read, torch.tensor(labels), classes, transform, mean, std)
+    builder.classes = classes
+    labels = {name: label for label, name in enumerate(classes)}
+    for name, images in folders.images(home, classes):
+        _add(builder, labels[name], images)
+    builder.details = {"splits": {}, "only_in_val": []}
+    if is_divided:
+        num_train = builder.num_samples
+        present = folders.class_names("val/")
+        for name, images in folders.images("val/", [name for name in present if name in labels]):
+            _add(builder, labels[name], images)
+        builder.details = {
+            "splits": {"train": [0, num_train], "val": [num_train, builder.num_samples]},
+            "only_in_val": [name for name in present if name not in labels],
+        }
 
 
-def _read_named(home: bytes, names_N: np.ndarray, index: int) -> Tensor:
-    return read_image(os.path.join(home, names_N[index]))
-
-
-def _validates(name: str, val_fraction: float) -> bool:
-    """Returns whether an image belongs to ``val``, by the SHA-256 of its name."""
-    first_8_bytes = sha256(os.fsencode(name)).digest()[:8]
-    return int.from_bytes(first_8_bytes) < val_fraction * 2**64
+def _add(builder: IndexBuilder, label: int, images: Sequence[StoredObject]) -> None:
+    """Adds the images of a class."""
+    if images:
+        names, sizes, versions = zip(*((image.name, image.size, image.version) for image in images))
+        builder.add_files(names, sizes, versions, np.full(len(images), label))
 
 
 def _first_names(names: Sequence[str], most: int = 5) -> str:

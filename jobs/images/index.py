@@ -6,13 +6,15 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from cluster.errors import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,16 +66,28 @@ class IndexBuilder:
     """Collects the objects and samples of a source in arrays.
 
     Objects and samples keep the order in which they are added.
+
+    Args:
+        source: What is listed.
+        reached: Called with the number of samples after each addition, to tell how far it is.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
         self.source = source
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
-        self.passed_over: dict[str, list[str]] = {}
-        """By reason, the names of what was passed over."""
+        self.details: dict[str, Any] = {}
+        """What a format notes about the samples for itself; JSON."""
+        self.passed_over: dict[str, tuple[int, str]] = {}
+        """By reason: how many names were passed over, and the first of them by name."""
         self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
-        self._num_objects = 0
+        self._num_objects = self._num_samples = 0
+        self._reached = reached
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples added so far."""
+        return self._num_samples
 
     def add_files(
         self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str], labels: "Sequence[Any] | np.ndarray"
@@ -125,6 +139,8 @@ class IndexBuilder:
         self._add("key", [os.fsencode(key) for key in keys])
         self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
+        self._num_samples += len(keys)
+        self._reached(self._num_samples)
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
         import pyarrow as pa  # takes 0.3 s, and many jobs have no index
@@ -133,17 +149,25 @@ class IndexBuilder:
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""
-        self.passed_over.setdefault(reason, []).append(name)
+        count, first = self.passed_over.get(reason, (0, name))
+        self.passed_over[reason] = (count + 1, min(first, name))
+
+    def sort_classes(self) -> None:
+        """Numbers the classes by name, also in the labels that were added."""
+        import pyarrow as pa
+
+        order = sorted(range(len(self.classes)), key=self.classes.__getitem__)
+        self.classes = [self.classes[old] for old in order]
+        new_of_old = np.argsort(order)
+        self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
 
     def write(self, path: Path) -> "Index":
         """Writes the index to a file, which must not exist, and opens it."""
         import pyarrow as pa
 
-        types = {"label": pa.int64() if self.classes else pa.float32(), "draw": pa.uint64()}
-        types |= dict.fromkeys(_TEXTS, pa.large_binary())
+        types = _types(has_classes=bool(self.classes))
         columns = {
-            name: pa.chunked_array(chunks, types.get(name, pa.int64())).combine_chunks()
-            for name, chunks in self._columns.items()
+            name: pa.chunked_array(chunks, types[name]).combine_chunks() for name, chunks in self._columns.items()
         }
         described = {
             "version": _VERSION,
@@ -151,7 +175,8 @@ class IndexBuilder:
             "url": self.source.url,
             "options": dict(self.source.options),
             "classes": list(self.classes),
-            "passed_over": {reason: [len(names), names[0]] for reason, names in sorted(self.passed_over.items())},
+            "details": self.details,
+            "passed_over": self.passed_over,
         }
         text = json.dumps(described, sort_keys=True)
         # One row of lists: objects and samples differ in number, and a file has one table.
@@ -180,18 +205,22 @@ class Index:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             described = json.loads(table.schema.metadata[b"index"])
             self.digest: str = table.schema.metadata[b"digest"].decode()
-            self._columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
-        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is no index of data: {error}; remove it") from error
-        if described["version"] != _VERSION:
-            raise ValueError(f"{path}: is of another version, {described['version']}, not {_VERSION}; remove it")
-        self._text = json.dumps(described, sort_keys=True)
-        self.source = Source(described["format"], described["url"], described["options"])
-        self.classes: tuple[str, ...] = tuple(described["classes"])
-        self.passed_over: dict[str, tuple[int, str]] = {
-            reason: (count, first) for reason, (count, first) in described["passed_over"].items()
-        }
-        """By reason: how many names were passed over, and the first of them."""
+            if described["version"] != _VERSION:
+                raise ValueError(f"it is of version {described['version']}, not {_VERSION}")
+            self._text = json.dumps(described, sort_keys=True)
+            self.source = Source(described["format"], described["url"], described["options"])
+            self.classes: tuple[str, ...] = tuple(described["classes"])
+            self.details: dict[str, Any] = described["details"]
+            """What the format notes about the samples for itself; JSON."""
+            self.passed_over: dict[str, tuple[int, str]] = {
+                reason: (count, first) for reason, (count, first) in described["passed_over"].items()
+            }
+            """By reason: how many names were passed over, and the first of them by name."""
+            self._columns = _checked_columns(table, len(self.classes))
+        except (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # else it is Arrow's own: damaged
+                raise
+            raise ValueError(f"{path}: is no index of data: {one_line(error)}; remove it") from error
 
     def __reduce__(self) -> tuple[type["Index"], tuple[Path]]:
         return Index, (self.path,)
@@ -216,6 +245,12 @@ class Index:
         return {name: self._columns[name] for name in _OF_OBJECTS}
 
     @property
+    def object_numbers(self) -> np.ndarray:
+        """Of each sample, the number of its object in ``objects``. Shapes: int64 [samples]."""
+        numbers: np.ndarray = self._columns["object"].to_numpy()
+        return numbers
+
+    @property
     def draws(self) -> np.ndarray:
         """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
 
@@ -236,6 +271,18 @@ class Index:
             key=os.fsdecode(columns["key"][number].as_py()),
         )
 
+    def places(self, numbers_N: np.ndarray) -> Mapping[str, "pa.Array"]:
+        """Returns where samples lie: a column for the size and version of their objects, and their offset and length.
+
+        Shapes: int64 [N] -> N values in each column.
+        """
+        import pyarrow as pa
+
+        numbers = pa.array(numbers_N)
+        of_objects = self._columns["object"].take(numbers)
+        columns = {name: self._columns[name].take(of_objects) for name in ("size", "version")}
+        return columns | {name: self._columns[name].take(numbers) for name in ("offset", "length")}
+
     def url_of(self, number: int) -> str:
         """Returns the URL of a sample, for people to read."""
         return f"{self.source.url.rstrip('/')}/{self.place(number)}"
@@ -243,6 +290,43 @@ class Index:
     def check(self) -> bool:
         """Returns whether the file holds what was written to it."""
         return self.digest == _digest(self._text, self._columns)
+
+
+def _types(*, has_classes: bool) -> "dict[str, pa.DataType]":
+    """Returns the type of the values in each column."""
+    import pyarrow as pa
+
+    types = dict.fromkeys(_COLUMNS, pa.int64()) | dict.fromkeys(_TEXTS, pa.large_binary())
+    return types | {"draw": pa.uint64(), "label": pa.int64() if has_classes else pa.float32()}
+
+
+def _checked_columns(table: "pa.Table", num_classes: int) -> "dict[str, pa.Array]":
+    """Returns the columns of an index, which may come from a store and be anything.
+
+    Raises:
+        ValueError: They do not fit together; ``pa.ArrowInvalid`` is one.
+    """
+    import pyarrow as pa
+
+    types = _types(has_classes=num_classes > 0)
+    if table.num_rows != 1 or table.schema.types != [pa.large_list(types[name]) for name in table.schema.names]:
+        raise ValueError("its table is another one")
+    table.validate(full=True)
+    columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
+    lengths = {name: len(column) for name, column in columns.items()}
+    num_objects, num = lengths["name"], lengths["object"]
+    if any(lengths[name] != (num_objects if name in _OF_OBJECTS else num) for name in _COLUMNS if name != "label"):
+        raise ValueError("its columns differ in length")
+    if lengths["label"] != num if num_classes else num and (lengths["label"] % num or not lengths["label"]):
+        raise ValueError("its labels are too many or too few")
+    if any(column.null_count for column in columns.values()):
+        raise ValueError("a value is missing")
+    objects, labels = columns["object"].to_numpy(), columns["label"].to_numpy()
+    if num and not 0 <= objects.min() <= objects.max() < num_objects:
+        raise ValueError("a sample lies in no object")
+    if num and num_classes and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError("a label is no class")
+    return columns
 
 
 def _draw(name: str) -> int:

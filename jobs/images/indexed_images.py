@@ -1,5 +1,6 @@
 """A dataset of images that an index lists: a sample is read from a store, decoded, transformed and normalised."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cluster.storage.store import ByteRange, MissingObject, Store
+from cluster.storage.store import ByteRange, MissingObject
+from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
+from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.labelled_images import Transform, normalised, per_channel
-
-PATIENCE_S = 120.0
-"""How long a store may not answer before a worker fails: below the default of ``workers.hang_timeout_s``, so that the
-error names the store."""
-_GAP = 2**16
-"""Bytes between two samples that are read and dropped, because another request takes longer."""
+from jobs.images.read_cost import ReadCost, range_of, read_cost, runs_of
 
 ReadSamples = Callable[[Index, Sequence[int]], list[bytes | BadSample]]
 """Reads the encoded images of samples of an index, with few requests; an error in place of each that is not there.
@@ -32,7 +30,7 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     Args:
         index: Lists the samples.
         read: Reads them.
-        chosen_N: The numbers of the samples of this dataset in the index, int64; None: all.
+        chosen_N: The numbers of the samples of this dataset in the index, int64 or a range; None: all.
         transform: Applied to the decoded image, uint8.
         mean: One number per channel to subtract from the float32 image, if given.
         std: One number per channel to divide by after that, if given.
@@ -45,26 +43,36 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         self,
         index: Index,
         read: ReadSamples,
-        chosen_N: np.ndarray | None = None,
+        chosen_N: np.ndarray | range | None = None,
         transform: Transform | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         self.index = index
-        self.classes = index.classes
-        self._read = read
+        self.read = read
         self._chosen_N = chosen_N
         self._transform = transform
-        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
+        self.mean_C11, self.std_C11 = per_channel(mean), per_channel(std)
+        self._blocks: KeptBlocks | None = None
 
     def __len__(self) -> int:
         return len(self.index) if self._chosen_N is None else len(self._chosen_N)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each label; empty: labels are numbers to predict."""
+        return self.index.classes
 
     @property
     def targets(self) -> Tensor:
         """The label of each sample. Shapes: int64 [samples], or float32 [samples, targets]."""
         labels = self.index.labels
         return torch.from_numpy(labels.copy() if self._chosen_N is None else labels[self._chosen_N])
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sample in the index. Shapes: int64 [samples]."""
+        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
@@ -76,7 +84,28 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         Raises:
             StorageError: The store does not answer.
         """
-        return self._read(self.index, [self._number(number) for number in numbers])
+        return self._read_all(numbers) if self._blocks is None else self._blocks.fetch(numbers, self._read_all)
+
+    @property
+    def shares_objects(self) -> bool:
+        """Whether objects hold several samples, so that neighbours can be read together."""
+        return self.index.num_objects < len(self.index)
+
+    def read_cost(self, numbers: Sequence[int]) -> ReadCost:
+        """Returns what it costs to fetch samples together; objects must hold several samples."""
+        return read_cost(self.index, [self._number(number) for number in numbers])
+
+    def in_blocks(self, block: int, most: int) -> "IndexedImages":
+        """Returns this dataset for samples that are fetched in the order of ``data.shuffle``.
+
+        It reads whole blocks of neighbours, and keeps ``most`` of them until their samples are used; but not where each
+        sample is an object of its own, so that a block would save no request.
+        """
+        if not self.shares_objects:
+            return self
+        other = copy.copy(self)
+        other._blocks = KeptBlocks(len(self), block, most)
+        return other
 
     def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, Any]:
         """Returns a sample that was fetched.
@@ -91,8 +120,11 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         image_3HW = decode_image(content, self.index.url_of(own))
         if self._transform is not None:
             image_3HW = self._transform(image_3HW)
-        image_3HW = normalised(image_3HW, self._mean_C11, self._std_C11)
+        image_3HW = normalised(image_3HW, self.mean_C11, self.std_C11)
         return image_3HW, int(label) if self.classes else torch.from_numpy(label.copy())
+
+    def _read_all(self, numbers: Sequence[int]) -> list[bytes | BadSample]:
+        return self.read(self.index, [self._number(number) for number in numbers])
 
     def _number(self, number: int) -> int:
         return int(number if self._chosen_N is None else self._chosen_N[number])
@@ -107,30 +139,14 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
         StorageError: The store does not answer.
     """
     places = [index.place(number) for number in numbers]
-    order = sorted(range(len(places)), key=lambda each: (places[each].object, places[each].offset))
-    runs: list[list[int]] = []
-    for each in order:
-        place, last = places[each], places[runs[-1][-1]] if runs else None
-        is_near = last is not None and place.length >= 0 and place.object == last.object and last.length >= 0
-        if is_near and last is not None and place.offset - (last.offset + last.length) <= _GAP:
-            runs[-1].append(each)
-        else:
-            runs.append([each])
+    runs = runs_of(places)
     contents: dict[int, bytes | BadSample] = {}
-    store = Store(index.source.url, PATIENCE_S)
-    ranges = [_range_of([places[each] for each in run]) for run in runs]
+    store = data_store(index.source.url)
+    ranges = [range_of([places[each] for each in run]) for run in runs]
     for run, wanted, found in zip(runs, ranges, store.read_ranges(ranges)):
         for each in run:
             contents[each] = _cut(index, places[each], wanted, found)
     return [contents[each] for each in range(len(places))]
-
-
-def _range_of(places: Sequence[Place]) -> ByteRange:
-    first = places[0]
-    if first.length < 0:
-        return ByteRange(first.object)
-    end = max(place.offset + place.length for place in places)
-    return ByteRange(first.object, first.offset, end - first.offset)
 
 
 def _cut(index: Index, place: Place, wanted: ByteRange, found: bytes | MissingObject) -> bytes | BadSample:

@@ -50,7 +50,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.classes = tuple(classes)
         self._read = read
         self._transform = transform
-        self._mean_C11, self._std_C11 = per_channel(mean), per_channel(std)
+        self.mean_C11, self.std_C11 = per_channel(mean), per_channel(std)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -59,7 +59,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         image_CHW = self._read(index)
         if self._transform is not None:
             image_CHW = self._transform(image_CHW)
-        return normalised(image_CHW, self._mean_C11, self._std_C11), int(self.targets[index])
+        return normalised(image_CHW, self.mean_C11, self.std_C11), int(self.targets[index])
 
 
 def normalised(image_CHW: Tensor, mean_C11: Tensor | None, std_C11: Tensor | None) -> Tensor:

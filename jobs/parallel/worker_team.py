@@ -19,7 +19,7 @@ from cluster.process.activity import Activity
 from cluster.process.orders import LOOPBACK
 from jobs.parallel.host_copies import to_host_later
 from jobs.parallel.step_report import exact_sum
-from jobs.sampling import shard_blocks
+from jobs.shard_blocks import shard_blocks
 
 _T = TypeVar("_T")
 

@@ -7,7 +7,7 @@ its reference text, which ``launcher schema`` prints.
 
 from jobs.spec.checks import DECODE, NUMBER, NUMBER_FROM_TEXT
 from jobs.spec.components import GroupSpec, InitSpec, LossSpec, OptimizerSpec, SchedulerSpec
-from jobs.spec.job import BestSpec, CheckpointSpec, DataSpec, JobSpec, TrackingSpec, watched_metrics
+from jobs.spec.job import BestSpec, CheckpointSpec, DataSpec, JobSpec, ShuffleSpec, TrackingSpec, watched_metrics
 from jobs.spec.literals import list_in
 from jobs.spec.resources import MaxFailuresSpec, WorkersSpec
 from jobs.spec.target import PlanValue, Target
@@ -29,6 +29,7 @@ __all__ = [
     "OptimizerSpec",
     "PlanValue",
     "SchedulerSpec",
+    "ShuffleSpec",
     "Target",
     "TrackingSpec",
     "TrainSpec",

@@ -17,6 +17,38 @@ _ALWAYS_MEASURED = ("loss", "accuracy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShuffleSpec:
+    """Read runs of neighbouring samples in a random order, and mix them in buffers, for data in few large objects on a
+    remote store. Every sample still comes at most once in an epoch."""
+
+    block: int
+    """Samples of a run: neighbours in the data that are read together."""
+    buffer: int
+    """Samples that are mixed: each stream of samples has ``buffer / block`` blocks open at a time, and takes its next
+    samples from all of them. At least a micro-batch."""
+    streams: int = 1
+    """Streams of each shard, which give it its micro-batches in turn. With as many as ``data.loaders``, each loader
+    process has a stream and a buffer of its own, and no block is read by two of them."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "block", "buffer", "streams")
+        if self.buffer < self.block:
+            raise FieldError("buffer", f"must be at least block={self.block}, got {self.buffer}; raise it")
+
+    @property
+    def lanes(self) -> int:
+        """Blocks that a stream has open at a time."""
+        return self.buffer // self.block
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that a process must keep of each shard so that it reads none twice while it is open."""
+        # Until a block is used up, each lane has two others at most; or one, and one that it shares with the next lane.
+        # A shorter block or the rest of a stream adds a few.
+        return (2 * self.lanes + 4) * self.streams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
     """The datasets."""
 
@@ -26,6 +58,13 @@ class DataSpec:
     """The validation dataset; null: no validation."""
     loaders: int = 0
     """Loader processes per worker, each of which keeps two micro-batches ready; 0: the worker loads samples itself."""
+    shuffle: ShuffleSpec | None = None
+    """The order of training samples; null: a permutation of all of them in each epoch."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do about a sample that is gone, damaged or no image (``jobs.data.BadSample``, which your own dataset may
+    raise too): ``error`` ends the run; ``skip`` replaces it by another one in training, chosen by seed, epoch and
+    sample, and leaves it out of a validation. ``launcher status`` lists what was skipped. A store that does not answer
+    is no bad sample, it ends the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "loaders")
@@ -121,6 +160,13 @@ class JobSpec:
                 "workers.num",
                 f"must be at most train.shards={self.train.shards}, got {self.workers.most}; "
                 "lower it, or give a new run more shards",
+            )
+        shuffle = self.data.shuffle
+        if shuffle is not None and shuffle.buffer < self.train.micro_batch:
+            raise FieldError(
+                "data.shuffle.buffer",
+                f"must be at least a micro-batch, train.global_batch / train.shards = {self.train.micro_batch}, got "
+                f"{shuffle.buffer}; a smaller one mixes nothing",
             )
         self._check_metrics()
 

@@ -74,7 +74,7 @@ def evaluate(
         rows stay JSON: for a rule that watches it, nothing was measured.
 
     Raises:
-        TrainingError: The loss ignores all targets.
+        TrainingError: The loss ignores all targets, or all batches are empty.
 
     Collective: every rank.
     """
@@ -82,7 +82,12 @@ def evaluate(
     at_start = buffers.take(with_values=True)
     tallies, weights = [], []  # of each batch
     with evaluation_mode(model):
-        for number, (inputs, target, weight) in zip(count(team.rank, team.world_size), batches):
+        for number, batch in zip(count(team.rank, team.world_size), batches):
+            if batch.is_empty:
+                if metrics is not None:
+                    metrics.pass_over()
+                continue
+            inputs, target, weight = batch.inputs, batch.target, batch.weight
             seed_draws(draw_key("evaluation", seed, number), team.device)
             output = model(inputs)
             numerator, own = loss.numerator(output, target)
@@ -93,6 +98,8 @@ def evaluate(
             buffers.put(at_start)
     on_host = torch.stack(tallies).tolist() if tallies else []  # the wait
     rows = team.gather_rows([[*tally, weight] for tally, weight in zip(on_host, weights)], width=4)
+    if not rows:
+        raise TrainingError("every sample of data.val is bad; repair the data, or leave data.val out")
     total, correct, counted, weight_sum = map(exact_sum, zip(*rows))
     if weight_sum == 0:
         raise TrainingError("every target of data.val is ignored; give it some that count")

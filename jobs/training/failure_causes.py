@@ -24,6 +24,7 @@ from cluster.errors import (
     text_of,
 )
 from cluster.gpu_errors import GpuError, gpu_error
+from jobs.data.loader_errors import is_from_loader
 from jobs.training.deterministic import refusal, refused_operator
 
 _MAX_LINES = 200
@@ -64,7 +65,7 @@ def cause_of_broken_exchange(error: BaseException) -> Cause:
 
 
 def message_of(error: BaseException) -> str:
-    """Returns the message of an exception in one line, without torch's stack or that of a loader process."""
+    """Returns the message of an exception in one line, without torch's stack or that of its pinning thread."""
     text = re.sub(r".*gloo/transport/\S+\] |\. This is typically caused by.*| to Tensor$", "", text_of(error).strip())
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.rpartition("\n")[2].partition(": ")[2]
@@ -76,9 +77,7 @@ def gpu_error_of(error: BaseException) -> GpuError | None:
 
     After a kernel has failed, every call to CUDA fails. Libraries report that in words of their own, so CUDA is asked.
     """
-    text = text_of(error)
-    is_of_loader = text.startswith("Caught ") and "in DataLoader worker process" in text  # it has no GPU of its own
-    found = None if is_of_loader else gpu_error(text)
+    found = None if is_from_loader(error) else gpu_error(text_of(error))  # a loader process has no GPU of its own
     if found is None:
         return gpu_error(sticky_error())
     if found.cause == "gpu_out_of_memory" and not isinstance(error, torch.OutOfMemoryError) and _is_pinning(error):

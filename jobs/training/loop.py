@@ -6,7 +6,9 @@ that every rank has received.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.messages import Doing, MatrixMeasured, StepEvent
 from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
@@ -42,6 +44,7 @@ class Loop:
         stop_wanted: Callable[[], bool],
         mark: Callable[[Doing, int], None] = lambda *_: None,
         after_step: Callable[[], None] = lambda: None,
+        tell_own: Callable[[SampleSkipped], None] = lambda _: None,
     ) -> None:
         """Only assigns.
 
@@ -58,6 +61,7 @@ class Loop:
             stop_wanted: Returns whether this worker was asked to stop; all workers stop if any was.
             mark: Records what this process does from now on, and the number of completed steps.
             after_step: Called after every step.
+            tell_own: Receives what only this rank can tell the driver.
         """
         self.spec = spec
         self.components = components
@@ -65,6 +69,7 @@ class Loop:
         self.team = team
         self.log = log
         self.tell = tell
+        self.tell_own = tell_own
         self.save = save
         self.stop_wanted = stop_wanted
         self.mark = mark
@@ -90,6 +95,8 @@ class Loop:
             return
         training = TrainingStep(self.spec, self.components, self.team, self.mark)
         for batch in self._batches():
+            for skipped in batch.skipped:
+                self.tell_own(skipped)
             outcome = training.take(self.state.step, batch)
             self.state.step += 1
             for report in self.reports.push(self.state.step, outcome, stop=self.stop_wanted()):
@@ -153,7 +160,7 @@ class Loop:
         batches = validation_batches(
             components.val_set, batch_size=spec.train.micro_batch, seed=spec.seed, rank=team.rank,
             world_size=team.world_size, loaders=spec.data.loaders, device=team.device,
-            weigh=components.loss.target_weights(),
+            weigh=components.loss.target_weights(), on_bad_sample=spec.data.on_bad_sample,
         )  # fmt: skip
         model, loss, metrics = components.validated_model, components.loss, components.metrics
         with components.autocast():
@@ -166,6 +173,8 @@ class Loop:
         """Yields validation batches on the device; marks each, so that a long validation does not count as hung."""
         for batch in copied_ahead(batches, self.team.device):
             self.mark("validation", self.state.step)
+            for skipped in batch.skipped:
+                self.tell_own(skipped)
             yield batch._replace(inputs=self.components.in_memory_order(batch.inputs))
 
     def _record(self, report: StepReport, validated: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -194,10 +203,18 @@ class Loop:
             self.state.ended_early = True
             self.tell(StepEvent(kind="early_stop", step=self.state.step, reason=reason))
 
+    def _train_set(self) -> Any:
+        """Returns the training dataset; one that can read blocks of neighbours is told to, if they come in blocks."""
+        dataset, shuffle = self.components.train_set, self.spec.data.shuffle
+        if shuffle is None or not hasattr(dataset, "in_blocks"):
+            return dataset
+        return dataset.in_blocks(shuffle.block, shuffle.kept_blocks * len(self.team.block))
+
     def _batches(self) -> Iterator[StepBatch]:
         weigh, start = self.components.loss.target_weights(), self.state.step
         loaded = training_batches(
-            self.components.train_set, steps=self.steps, seed=self.spec.seed, block=self.team.block,
+            self._train_set(), steps=self.steps, seed=self.spec.seed, block=self.team.block,
             start=start, end=self.end, loaders=self.spec.data.loaders, device=self.team.device, weigh=weigh,
+            on_bad_sample=self.spec.data.on_bad_sample,
         )  # fmt: skip
         return step_batches(loaded, num_steps=self.end - start, are_weighed=weigh is not None, team=self.team)

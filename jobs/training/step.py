@@ -97,7 +97,7 @@ class TrainingStep:
         if denominator == 0:
             raise TrainingError(f"step {step + 1}: every target of the global batch is ignored")
         buffers_of_first: Snapshot | None = None
-        for shard, (inputs, target, _) in zip(team.block, batch.micro_batches):
+        for shard, (inputs, target, *_) in zip(team.block, batch.micro_batches):
             is_first, is_last = shard == team.block[0], shard == team.block[-1]
             if not is_first:
                 self._buffers.put(buffers_at_start)

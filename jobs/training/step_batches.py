@@ -6,10 +6,11 @@ has a whole step to end.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from cluster.process.data_messages import SampleSkipped
 from jobs.data.device_copies import copied_ahead
 from jobs.data.loader import LoadedBatch
 from jobs.parallel.worker_team import Team
@@ -24,6 +25,8 @@ class StepBatch:
     weight: Callable[[], float] | None = None
     """Returns the weight of the global batch's targets; the same on every rank, and may wait for them. None: the loss
     weighs no targets."""
+    skipped: Sequence[SampleSkipped] = ()
+    """The bad samples that others replace in this worker's micro-batches."""
 
 
 def step_batches(
@@ -62,7 +65,8 @@ def step_batches(
             raise fetched.failure
         if number + 1 < num_steps:
             fetch()
-        yield StepBatch(islice(copies, len(team.block)), fetched.weight)
+        skipped = [each for batch in fetched.batches for each in batch.skipped]
+        yield StepBatch(islice(copies, len(team.block)), fetched.weight, skipped)
 
 
 @dataclass(frozen=True, slots=True)

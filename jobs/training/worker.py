@@ -19,6 +19,7 @@ from cluster.collectives.groups import open_default_group
 from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.host.interfaces import choose_interface
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import DataDelayed
 from cluster.process.messages import (
     EnvironmentsCompared,
     Finished,
@@ -35,7 +36,10 @@ from cluster.versions import launcher_digest, versions
 from jobs.checkpoint.loop_state import LoopState
 from jobs.checkpoint.saver import Saver
 from jobs.components.build import Components, build_parts, worker_device
+from jobs.data.store_reports import report_to
 from jobs.environment import differences, grouped, make_environment
+from jobs.images.data_stores import patience_below, use_patience
+from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import (
@@ -61,17 +65,22 @@ def main(link: AgentLink, task: Task) -> None:
     Raises:
         TrainingError: The model, the data or other code of the user failed.
         ClusterError: The other workers could not be reached or were lost, or this host is not fit for the job.
-        CheckpointError, StorageError: The run could not be restored or saved.
+        CheckpointError: The run could not be restored or saved.
+        StorageError: The store of the run or that of the data does not answer.
 
     Collective: every rank.
     """
     spec: JobSpec = task.content
+    use_patience(patience_below(spec.workers.hang_timeout_s))
+    report_to(lambda reason: link.send(DataDelayed(reason=reason)))
     device = worker_device(on_gpu=task.on_gpu)
     team, state = join_team(link, task, device), LoopState()
     try:
+        run = RunDirectory(Store(task.run_url, spec.checkpoint.patience_s))
+        use_index_files(IndexFiles(run, task.indexes))
         components = build_parts(spec, device)
         compare_environments(link, task, components, team)
-        train(link, RunDirectory(Store(task.run_url, spec.checkpoint.patience_s)), spec, components, state, team)
+        train(link, run, spec, components, state, team)
     except DescriptionError as error:  # the plan built the same on its host, so this host differs
         if gpu_error_of(error) is not None:
             raise to_launcher_error(error, 0) from error
@@ -152,6 +161,7 @@ def train(
         stop_wanted=link.stop_wanted.is_set,
         mark=link.activity.mark,
         after_step=saver.start_waiting,
+        tell_own=link.send,
     )
     link.activity.mark("data", state.step)
     link.send(TrainingStarted(step=state.step, spent=link.activity.spent()))

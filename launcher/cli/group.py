@@ -12,7 +12,7 @@ import click
 
 from cluster.errors import DescriptionError, Interrupted, LauncherError, StorageError
 from cluster.host.signals import ASKING, stop_signals
-from launcher.cli import python_path, reading, running
+from launcher.cli import inspecting, python_path, reading, running
 from launcher.cli.options import JSON_REQUESTED
 from launcher.cli.output import show
 from launcher.cli.streams import make_lasting
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 for verb in (
-    running.run, running.resume, running.plan, running.submit,
+    running.run, running.resume, running.plan, running.submit, inspecting.data,
     reading.status, reading.stop, reading.list_runs, reading.checkpoints, reading.logs, reading.plot, reading.export,
     reading.schema,
 ):  # fmt: skip

@@ -168,7 +168,7 @@ def plan(job: str, overrides: tuple[str, ...], cluster_name: str | None, as_json
 
     cluster_spec, job_overrides = load_cluster(cluster_name, overrides)
     path = find_job(job)
-    with contextlib.closing(open_progress(sys.stderr)) as display, _settings_checked():
+    with contextlib.closing(open_progress(sys.stderr)) as display, settings_checked():
         if cluster_spec.takes_jobs:
             jobs_spec = jobs_cluster(cluster_spec)
             description = load(path, job_overrides)
@@ -211,7 +211,7 @@ def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, 
 
 
 @contextlib.contextmanager
-def _settings_checked() -> Iterator[None]:
+def settings_checked() -> Iterator[None]:
     """Context of a command that only checks: a temporary folder that cannot be used is an error of what it was given.
 
     Raises:

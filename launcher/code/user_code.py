@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host.scratch import is_own
-from cluster.process.code_cache import cache_folder, enter_copy, fetch_code
+from cluster.process.code_cache import enter_copy, fetch_code
+from cluster.process.host_cache import cache_folder
 from cluster.process.orders import Task
 from cluster.run.run_directory import RunDirectory
 from launcher.config.job_files import is_shipped

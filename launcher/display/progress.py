@@ -129,6 +129,27 @@ class Progress:
         if is_validation or self._is_due():
             self._write_withheld()
 
+    def count(self, what: str, done: int, total: int, unit: str) -> None:
+        """Show how much of some work is done, its rate and the time left; cheap enough for each of its parts.
+
+        Args:
+            what: The work, such as "verifying".
+            done: How much of it is done.
+            total: How much there is.
+            unit: What is counted, such as "images".
+        """
+        left_s = self._seconds_left(done, total)
+        speed = self._steps.tasks[0].speed
+        counted = f"{done:,}/{total:,} {unit}"
+        pace = [f"{speed:,.0f} {unit}/s"] if speed else []
+        if left_s is not None and done < total:
+            pace.append(f"ETA {duration(left_s)}")
+        self._steps.update(self._steps.task_ids[0], description=what, steps="  ".join([counted, *pace]))
+        self._details, self._phase = [], None
+        self._withheld = "  ".join([what, counted, *pace])
+        if self._is_due():
+            self._write_withheld()
+
     def close(self) -> None:
         """Restore the terminal. May be called twice."""
         self._write_withheld()

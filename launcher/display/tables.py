@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
 from jobs.spec import JobSpec, LossSpec
+from launcher.display.data_facts import data_facts
 
 if TYPE_CHECKING:
     from launcher.planning.plan import GroupPlan, InitPlan, Plan
@@ -87,6 +88,9 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", duration(known["seconds"]) + (f", {rate:,.0f} images/s" if rate else "")
     if "goodput" in known:
         yield "goodput", f"{known['goodput']:.0%}: {_time_spent(known['time'])}"
+    if (skipped := known.get("skipped_samples")) and skipped["count"]:
+        bad = f"{number(skipped['count'])} bad sample{'s' * (skipped['count'] != 1)} skipped"
+        yield "data", f"{bad}, first: {skipped['first'][0]['reason']}"
     if "failure" in known:
         yield "last failure", _failure(known["failure"])
     if job := _job(result):
@@ -142,6 +146,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         *(_init_facts(plan.init_from) if plan.init_from else ()),
         ("data", f"{plan.num_samples:,} samples{unused}"),
         ("validation", validation),
+        *data_facts(plan, spec.data.shuffle),
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {shards}"),

@@ -13,7 +13,7 @@ from cluster.errors import Interrupted, LauncherError
 from cluster.process import messages
 from cluster.process.placement_messages import AgentsLost, AgentsPlaced, AgentsUnplaced
 from cluster.run.lease import STATUS_INTERVAL_S
-from jobs.sampling import shard_blocks
+from jobs.shard_blocks import shard_blocks
 from jobs.spec import JobSpec
 from launcher.driver.attempt import NONE, Attempt
 from launcher.driver.change import Change

@@ -1,5 +1,6 @@
 """Failures of training processes that ended without a report, or do not end at all."""
 
+import re
 import signal
 from functools import partial
 
@@ -13,6 +14,7 @@ _FAULTS = tuple(-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIG
 
 NCCL = "ProcessGroupNCCL"
 """In the log of a process that NCCL aborted, because another worker is gone or silent or a GPU has failed."""
+_WATCHDOG = re.compile("watchdog (?:thread terminated|caught)", re.IGNORECASE)
 
 
 def of_exit(rank: int, exited: Exited) -> Failure:
@@ -48,11 +50,12 @@ def of_exit(rank: int, exited: Exited) -> Failure:
 def gpu_error_of_abort(exited: Exited) -> GpuError | None:
     """Return the error of its GPU that has aborted a process; None: the process was not aborted, or by something else.
 
-    What stands in the log before the first line of NCCL's watchdog may be errors that the code has survived.
+    What the log has before NCCL's watchdog speaks may be errors that the code has survived.
     """
     if exited.exit_code != -signal.SIGABRT:
         return None
-    return gpu_error(exited.log_tail[max(0, exited.log_tail.find(NCCL)) :])
+    spoke = _WATCHDOG.search(exited.log_tail)
+    return gpu_error(exited.log_tail[spoke.start() if spoke else 0 :])
 
 
 def of_unkillable(rank: int, report: Unkillable) -> Failure:

@@ -1,9 +1,11 @@
 """Dispatch the reports of training processes to the parts of the driver."""
 
+import math
 from collections.abc import Callable
 
 from cluster.errors import listed
 from cluster.process import messages
+from cluster.process.data_messages import DataDelayed, SampleSkipped
 from launcher.driver.attempt import Attempt
 from launcher.driver.environments import Environments
 from launcher.driver.failures import Failures
@@ -13,6 +15,9 @@ from launcher.driver.pending_checkpoints import PendingCheckpoints
 from launcher.driver.run_log import RunLog
 from launcher.driver.stop_conditions import StopConditions
 from launcher.driver.stragglers import Stragglers
+
+_DELAY_INTERVAL_S = 60.0
+"""Shortest time between two warnings that data does not come."""
 
 
 class Reports:
@@ -40,6 +45,7 @@ class Reports:
         self._pending = PendingCheckpoints(run_log.save_interval)
         self._stragglers = Stragglers([])
         self._attempt = Attempt()
+        self._delay_told_at = -math.inf
 
     def agents_complete(self, shards: list[int]) -> None:
         """Begin to compare workers for stragglers; ``shards``: the number of shards of each rank."""
@@ -74,6 +80,10 @@ class Reports:
             case messages.StepEvent(kind=kind, step=step, reason=reason):
                 self._run_log.event(kind, step=step, reason=reason)
                 self._run_log.display.message(f"step {step}: {kind.replace('_', ' ')}: {reason}")
+            case SampleSkipped():
+                self._run_log.sample_skipped(report)
+            case DataDelayed(reason=reason):
+                self._on_data_delayed(rank, reason)
             case messages.SaveSkipped():
                 self._on_save_skipped(rank, report)
             case messages.ShareWritten():
@@ -122,6 +132,15 @@ class Reports:
             self._run_log.event(kind, step=report.step, rank=news.rank, node=node, what=news.what, factor=news.factor)
             tell = self._run_log.display.message if news.what is None else self._run_log.display.warn
             tell(f"{self._membership.where(news.rank)} {news.text}")
+
+    def _on_data_delayed(self, rank: int, reason: str) -> None:
+        """Record that a store of data does not answer; many workers may say so at once."""
+        now = self._clock()
+        if now - self._delay_told_at < _DELAY_INTERVAL_S:
+            return
+        self._delay_told_at = now
+        self._run_log.event("data_delayed", step=self._run_log.state.step, rank=rank, reason=reason)
+        self._run_log.display.warn(f"{self._membership.where(rank)} waits for data: {reason}; it goes on trying")
 
     def _on_save_skipped(self, rank: int, skipped: messages.SaveSkipped) -> None:
         """Record that all workers skip a checkpoint because one is not ready."""

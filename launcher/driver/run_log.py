@@ -6,11 +6,12 @@ run directory is written in the background, so that the driver never waits for t
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
 from cluster.errors import LauncherError
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.messages import MatrixMeasured
 from cluster.run.lease import STATUS_INTERVAL_S, SupersededError
 from cluster.run.manifest import Manifest
@@ -22,6 +23,7 @@ from launcher.driver.background_writer import BackgroundWriter
 from launcher.driver.goodput import goodput
 from launcher.driver.pending_writes import PendingWrites, Save
 from launcher.driver.run_state import RunState
+from launcher.driver.skipped_samples import EVENT, SkippedSamples
 from launcher.planning.plan import Plan
 
 _RATE_WINDOW_S = 20.0
@@ -43,6 +45,7 @@ class RunLog:
         state: RunState,
         display: Progress,
         tracker: Tracker,
+        events: Sequence[Mapping[str, Any]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Only assigns.
@@ -54,6 +57,7 @@ class RunLog:
             state: The state at the newest checkpoint, with what earlier drivers of the run counted.
             display: Shows progress.
             tracker: Takes the rows.
+            events: Those of earlier drivers of the run.
             clock: A monotonic clock in seconds.
         """
         self.state = state
@@ -64,6 +68,7 @@ class RunLog:
         self._plan = plan
         self._run = run
         self._tracker = tracker
+        self._skipped = SkippedSamples(events)
         self._clock = clock
         self._rates: deque[tuple[float, int]] = deque()
         self._away_since: float | None = None
@@ -88,6 +93,7 @@ class RunLog:
             "worker_hours": round(self.state.worker_hours, 4),
             "goodput": goodput(self.state.time),
             "total_steps": self._plan.total_steps,
+            "skipped_samples": self._skipped.document(),
             "tracker": self._tracker.url,
         }
 
@@ -139,6 +145,17 @@ class RunLog:
         """Record a matrix of a validation; only the newest of each name is kept."""
         document = {"step": matrix.step, "classes": matrix.classes, "values": matrix.values}
         self._pending.add_matrix(matrix.name.replace("/", "-"), document)
+
+    def sample_skipped(self, skipped: SampleSkipped) -> None:
+        """Record a bad sample, once; warn of the first."""
+        if not self._skipped.add(skipped):
+            return
+        self.event(EVENT, **asdict(skipped))
+        if len(self._skipped) == 1:
+            self.display.warn(
+                f"data.{skipped.split}: sample {skipped.number} is bad and skipped: {skipped.reason}; launcher status "
+                "--json lists it and others"
+            )
 
     def fell_back(self, step: int, defect: str) -> None:
         """Record that a checkpoint is bad and an older one is used; the bad one is kept for inspection."""

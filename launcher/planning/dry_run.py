@@ -13,26 +13,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import CheckpointError, ClusterError, DescriptionError, StorageError, in_short, nearest
+from cluster.errors import ClusterError, DescriptionError, in_short, nearest
+from cluster.process.fork_server import tell_caller
 from cluster.process.orders import Task
 from jobs.checkpoint.saver import COPY_SLACK_BYTES
-from jobs.checkpoint.warm_start import load_weights, match_weights, read_weights
 from jobs.components.build import Components, build_parts, worker_device
 from jobs.data.device_copies import to_device
 from jobs.data.loader import seed_draws, shape_of
 from jobs.environment import code_digests
+from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.sampling import draw_key
-from jobs.spec import InitSpec, JobSpec, watched_metrics
+from jobs.spec import JobSpec, watched_metrics
 from jobs.training.evaluation import evaluation_mode
+from launcher.planning.built_index import built_indexes
 from launcher.planning.gpu_failures import LOOK_AT_GPU, failure_on_gpu
+from launcher.planning.initial_weights import load_init_weights
 from launcher.planning.loss_checks import check_fit, check_mean
 from launcher.planning.memory import StateBytes, plan_memory
 from launcher.planning.micro_batch import MicroBatch
 from launcher.planning.operator_watch import OperatorWatch
-from launcher.planning.plan import DryRunResult, GroupPlan, InitPlan
+from launcher.planning.plan import DryRunResult, GroupPlan
 from launcher.planning.rehearsal import Snapshot, rehearse
 from launcher.planning.same_bits import has_same_bits
 from launcher.planning.sample_checks import read_samples, stack
+from launcher.planning.shuffle_cost import plan_shuffle
 from launcher.planning.state_bytes import measure_state
 
 _MAX_SAMPLES_ON_CPU = 32
@@ -50,6 +54,7 @@ def try_out(task: Task) -> DryRunResult:
     Raises:
         DescriptionError: A component cannot be built, does not fit the others or the GPU, gets no gradient, or has no
             deterministic implementation.
+        StorageError: The store of the data does not answer.
         ClusterError: torch cannot use the GPU, or the GPU failed.
     """
     launcher_modules = set(sys.modules)
@@ -62,10 +67,12 @@ def try_out(task: Task) -> DryRunResult:
             raise
         raise ClusterError(f"{error}; {LOOK_AT_GPU}", cause="gpu_lost", step=0) from error
     max_samples = spec.train.micro_batch if task.on_gpu else _MAX_SAMPLES_ON_CPU
-    watch = OperatorWatch(spec.train, device)
+    watch, files = OperatorWatch(spec.train, device), IndexFiles(tell=tell_caller)
+    use_index_files(files)
     try:
         parts = build_parts(spec, device)
-        return _try_components(spec, parts, watch, max_samples, task.import_paths, launcher_modules, gpus_here)
+        tried = _try_components(spec, parts, watch, max_samples, task.import_paths, launcher_modules, gpus_here)
+        return replace(tried, indexes=built_indexes(files.opened))
     except (DescriptionError, RuntimeError) as error:
         if told := failure_on_gpu(error, spec, watch):
             raise told from error
@@ -93,7 +100,7 @@ def _try_components(
         gpus_here: The number of this machine's GPUs and their type, see ``_gpus_here``.
     """
     data_fingerprint = parts.data_fingerprint()  # before any sample is read, as in workers
-    init_from = None if spec.init_from is None else _load_init_weights(spec.init_from, parts)
+    init_from = None if spec.init_from is None else load_init_weights(spec.init_from, parts)
     groups, rates = _group_plans(parts), parts.schedule.preview(parts.steps)  # before a step advances them
     before = Snapshot(parts)
     numbers = parts.steps.samples(spec.seed, 0, 0)[:max_samples].tolist()
@@ -122,6 +129,7 @@ def _try_components(
         init_from=init_from,
         would_raise_on_gpu=() if on_gpu else watch.found(),
         could_fuse=_could_fuse(parts),
+        shuffle=plan_shuffle(parts.train_set, parts.steps, spec),
     )
 
 
@@ -129,11 +137,12 @@ def _read(parts: Components, spec: JobSpec, key: str, batches: list[list[int]]) 
     """Read the samples of some batches, each once."""
     dataset = parts.train_set if key == "data.train" else parts.val_set
     numbers = list(dict.fromkeys(number for batch in batches for number in batch))
-    samples = dict(zip(numbers, read_samples(dataset, numbers, key, spec)))
+    samples = read_samples(dataset, numbers, key, spec)
     read = []
     for batch in batches:
-        inputs, target = to_device(stack([samples[number] for number in batch], key), parts.device)
-        read.append(MicroBatch(key, dataset, batch, inputs, target))
+        of_batch = [samples[number] for number in batch if number in samples] or list(samples.values())
+        inputs, target = to_device(stack([each.sample for each in of_batch], key), parts.device)
+        read.append(MicroBatch(key, dataset, [each.number for each in of_batch], inputs, target))
     return read
 
 
@@ -190,24 +199,6 @@ def _gpus_here(spec: JobSpec) -> tuple[int, str | None]:
     from cluster.ray.private_core import accelerator_here  # imports Ray, which names accelerators
 
     return num_gpus, accelerator_here()
-
-
-def _load_init_weights(spec: InitSpec, parts: Components) -> InitPlan:
-    """Load the weights of ``init_from`` into the model."""
-    try:
-        weights = read_weights(spec)
-    except (StorageError, CheckpointError) as error:
-        raise DescriptionError(f"init_from.url: {error}") from error
-    report = match_weights(parts.model, spec, weights)
-    load_weights(parts.model, parts.ema, weights, report)
-    return InitPlan(
-        url=report.source.url,
-        sha256=report.source.sha256,
-        loaded=report.loaded,
-        kept=report.kept,
-        unused=report.unused,
-        passed_over=report.passed_over,
-    )
 
 
 def _check_training(

@@ -6,7 +6,7 @@ It follows by arithmetic, without torch.
 import math
 from dataclasses import dataclass
 
-from jobs.sampling import num_partial_sums, shard_blocks
+from jobs.shard_blocks import num_partial_sums, shard_blocks
 from jobs.spec import JobSpec
 
 _BUCKETS_IN_FLIGHT = 4

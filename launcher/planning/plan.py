@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import DescriptionError, StorageError, TrainingError
+from cluster.errors import DescriptionError, TrainingError
 from cluster.process import fork_server
 from cluster.process.agent import modules_of
 from cluster.process.orders import Task
@@ -21,6 +21,7 @@ from jobs.sampling import StepPlan
 from jobs.spec import JobSpec
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description, named_errors
+from launcher.planning.built_index import BuiltIndex
 from launcher.planning.memory import MemoryPlan
 from launcher.planning.placement import (
     check_machine,
@@ -31,6 +32,8 @@ from launcher.planning.placement import (
     resources_of,
     why_wait,
 )
+from launcher.planning.shuffle_cost import ShufflePlan
+from launcher.planning.store_check import check_store
 
 if TYPE_CHECKING:
     from cluster.capacity import Capacity
@@ -99,6 +102,10 @@ class DryRunResult:
     """Operators without a deterministic implementation on GPUs, where the job wants one; none if it ran on a GPU."""
     could_fuse: bool
     """Whether the gradient scaler waits for the GPU in every step because the optimizer is not fused."""
+    indexes: tuple[BuiltIndex, ...] = ()
+    """The indexes of the data that it has made."""
+    shuffle: ShufflePlan | None = None
+    """Price and mixing of ``data.shuffle``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +149,14 @@ class Plan:
     """The weights that the run begins with. None: random ones."""
     hint: str
     """What would make the run faster; empty: nothing that is known."""
+    indexes: tuple[BuiltIndex, ...]
+    """The indexes of the data that the workers use."""
+    shuffle: ShufflePlan | None
+    """Price and mixing of ``data.shuffle``. None: an epoch is a permutation of all samples."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""
-        return asdict(self)
+        return asdict(self) | {"indexes": [index.as_dict() for index in self.indexes]}
 
 
 def make_plan(
@@ -191,15 +202,16 @@ def make_plan(
         if capacity is not None and may_wait:
             cluster.prepare_group(ENTRY, places_of(spec.workers, gpus))
 
+        def tell_more(what: str) -> None:
+            tell(f"trying the job out: {what}")
+
         def dry_run() -> DryRunResult:
             result: DryRunResult
             if tries_here:
-                tell(
-                    f"trying the job out: on this host's CPU, since there is no room for one worker of {call.resources}"
-                )
-                result = call_here(call)
+                tell_more(f"on this host's CPU, since there is no room for one worker of {call.resources}")
+                result = call_here(call, tell_more)
             else:
-                result = cluster.call(call, lambda what: tell(f"trying the job out: {what}"))
+                result = cluster.call(call, tell_more)
             return result
 
         store = check_store(spec)
@@ -210,10 +222,10 @@ def make_plan(
     return plan
 
 
-def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunResult:
+def try_job(description: Description, import_paths: tuple[str, ...], tell: Callable[[str], None]) -> DryRunResult:
     """Run the dry run of a job on this machine's CPU, wherever the job will train.
 
-    Neither its store nor room for its workers is checked.
+    Neither its store nor room for its workers is checked. ``tell`` receives what is being done.
 
     Raises:
         DescriptionError: The job cannot run as it is described.
@@ -222,7 +234,7 @@ def try_job(description: Description, import_paths: tuple[str, ...]) -> DryRunRe
     call = _make_call(spec, UserCode(folders=import_paths).task(_DRY_RUN, "", spec), gpus=0)
     with named_errors(description.source):
         fork_server.start(call.modules)
-        return _with_described_errors(lambda: call_here(call))
+        return _with_described_errors(lambda: call_here(call, lambda what: tell(f"trying the job out: {what}")))
 
 
 def import_ahead(cluster: "Cluster", modules: tuple[str, ...]) -> None:
@@ -314,33 +326,6 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         rates=tried.rates,
         init_from=tried.init_from,
         hint=hint_for(decision.gpus, could_fuse=tried.could_fuse),
+        indexes=tried.indexes,
+        shuffle=tried.shuffle,
     )
-
-
-def checked_store(description: Description) -> Store:
-    """Return the store of a description after ``check_store``, with the name of the job file in errors.
-
-    Raises:
-        DescriptionError: The store cannot be used.
-    """
-    with named_errors(description.source):
-        return check_store(description.spec)
-
-
-def check_store(spec: JobSpec) -> Store:
-    """Open the store of a job, and write, read and delete one object in it.
-
-    Raises:
-        DescriptionError: The store cannot be used, or no other process would see what is written there.
-    """
-    try:
-        store = Store(spec.store)
-        if not store.is_shared:
-            raise DescriptionError(
-                f"store {spec.store!r} is seen by one process alone, and workers are others; "
-                "use a folder, or a URL such as s3://bucket/runs"
-            )
-        store.probe()
-    except StorageError as error:
-        raise DescriptionError(f"store: {error}") from error
-    return store

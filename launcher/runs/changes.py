@@ -13,6 +13,9 @@ _SAFE_KEYS = (
 _SAFE_IF_EXACT = ("train.bucket_mb",)
 """Keys that may also change while ``train.exact`` is true; the sum of the backend's all-reduce depends on them."""
 
+_SAFE_CHANGES = (("data.on_bad_sample", "error", "skip"),)
+"""Key, old and new value: no step so far would have been another one."""
+
 
 def changes_of(stored: str, wanted: Description) -> list[Difference]:
     """Return what differs between a stored description and the wanted one.
@@ -25,7 +28,11 @@ def changes_of(stored: str, wanted: Description) -> list[Difference]:
 def unsafe_changes(changes: list[Difference], wanted: Description) -> list[Difference]:
     """Return the changes that may alter the bits of a run that goes on with the wanted description."""
     safe_keys = _SAFE_KEYS + (_SAFE_IF_EXACT if wanted.spec.train.exact else ())
-    return [change for change in changes if not _is_in(change.key, safe_keys)]
+    return [
+        change
+        for change in changes
+        if not _is_in(change.key, safe_keys) and (change.key, change.old, change.new) not in _SAFE_CHANGES
+    ]
 
 
 def compare(

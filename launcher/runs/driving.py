@@ -27,8 +27,10 @@ from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
 from launcher.driver.stop_signals import StopSignals
+from launcher.planning.built_index import digests_of
 from launcher.planning.placement import places_of
 from launcher.planning.plan import ENTRY, Plan
+from launcher.runs.data_indexes import write_indexes
 from launcher.runs.environment import environment_with_attempt
 from launcher.runs.rewind import first_workers, go_back
 
@@ -98,6 +100,7 @@ def drive_run(
     run.take_lease()
     if back_to is not None:
         go_back(run, back_to)
+    write_indexes(run, plan.indexes)  # before the environment that names them
     # From this write on the run exists, and can be resumed from anywhere.
     run.write_description(description.text, environment_with_attempt(run, plan, code))
     if code.submission_id is not None:
@@ -108,11 +111,11 @@ def drive_run(
     events = run.events().read()
     state = _state_so_far(run, spec, plan, events)
     run.stay_alive()
-    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker)
+    run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker, events=events)
     driver = Driver(spec=spec, run_url=run.url, run_log=run_log, signals=signals, first_workers=first_workers(events))
 
     def make_membership() -> Membership:
-        task = _make_task(spec, run, code, data_fingerprint=plan.data_fingerprint, may_differ=may_differ)
+        task = _make_task(spec, run, code, plan, may_differ=may_differ)
         return Membership(cluster.group(task, places_of(spec.workers, plan.gpus)), spec.workers, cluster.nodes)
 
     signals.raises_if_abandoned = False
@@ -142,13 +145,14 @@ def _finish(run: RunDirectory, name: str, run_log: RunLog, tracker: Tracker, sig
         display.message(f"W&B: recorded offline; upload it with: {tracker.sync_command}")
 
 
-def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, *, data_fingerprint: str, may_differ: bool) -> Task:
+def _make_task(spec: JobSpec, run: RunDirectory, code: UserCode, plan: Plan, *, may_differ: bool) -> Task:
     """Return the task that every training process of the run gets."""
     return replace(
         code.task(ENTRY, run.url, spec),
         hang_timeout_s=spec.workers.hang_timeout_s,
         first_step_timeout_s=spec.workers.first_step_timeout_s or math.inf,
-        data_fingerprint=data_fingerprint,
+        data_fingerprint=plan.data_fingerprint,
+        indexes=digests_of(plan.indexes),
         may_differ=may_differ or not spec.train.exact,
     )
 

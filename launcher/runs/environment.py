@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.capacity import num_cores
 from cluster.run.run_directory import RunDirectory
 from launcher.code.user_code import UserCode
+from launcher.planning.built_index import digests_of
 from launcher.planning.plan import DryRunResult, Plan
 
 _PACKAGES = (
@@ -31,6 +33,7 @@ def environment_with_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> d
         "packages": {package: importlib.metadata.version(package) for package in _PACKAGES},
         "hardware": {"machine": platform.machine(), "cores": num_cores(), "gpus_per_worker": plan.gpus},
         "workers": plan.num_workers,
+        "indexes": digests_of(plan.indexes),
         # With a bundle: the repository in which it was packed, not the folder in which it is unpacked.
         "git": git_state() if code.sha256 is None else code.git,
         "command": " ".join(map(os.path.basename, sys.argv[:2])),
@@ -44,6 +47,12 @@ def environment_with_attempt(run: RunDirectory, plan: Plan, code: UserCode) -> d
         "code_directory": code.directory,
         "attempts": [*environment.get("attempts", []), attempt],
     }
+
+
+def recorded_indexes(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of the indexes that a run has, by the ids of their sources."""
+    attempts = environment.get("attempts", [])
+    return dict(attempts[-1].get("indexes", {})) if attempts else {}
 
 
 def init_from_record(plan: Plan | DryRunResult) -> dict[str, str] | None:

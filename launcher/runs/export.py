@@ -23,9 +23,11 @@ from cluster.storage.store import Store
 from jobs.checkpoint.layout import TRAINING_FILES, WEIGHTS_FILES, decode_buffers, decode_weights
 from jobs.components.build import build_parts
 from jobs.data.loader import KeyedDataset
+from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.spec import JobSpec
 from launcher.code.user_code import find_code
 from launcher.config.description import named_errors, parse
+from launcher.runs.environment import recorded_indexes
 from launcher.runs.rewind import checkpoint_at
 
 Which = Literal["model", "ema"]
@@ -193,6 +195,9 @@ def _model_and_inputs(source: ExportSource) -> tuple[nn.Module, Tensor]:
     description = parse(source.run.read_job(), f"{source.run.url}/job.yaml")
     code = find_code(source.run)
     search_last(code.import_paths)
+    recorded = recorded_indexes(source.run.read_environment())
+    if recorded:  # else its data has no index, or an earlier version of the launcher has driven it
+        use_index_files(IndexFiles(source.run, recorded))
     with named_errors(description.source):
         parts = build_parts(description.spec, torch.device("cpu"))
         inputs = _inputs(parts.train_set if parts.val_set is None else parts.val_set, description.spec)

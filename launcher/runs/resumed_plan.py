@@ -9,6 +9,7 @@ from cluster.run.run_directory import RunDirectory
 from launcher.code.user_code import UserCode
 from launcher.config.description import Description
 from launcher.planning.plan import DryRunResult, Plan, make_plan
+from launcher.runs.data_indexes import check_indexes
 from launcher.runs.environment import init_from_record
 
 
@@ -58,6 +59,7 @@ def check_unchanged(run: RunDirectory, wanted: Description, found: Plan | DryRun
     Raises:
         DescriptionError: They have changed since.
     """
+    check_indexes(run, wanted.source, found.indexes)
     environment = run.read_environment()
     if environment.get("data_fingerprint") not in (None, found.data_fingerprint):
         raise DescriptionError(

@@ -30,7 +30,8 @@ from launcher.code.user_code import find_code, make_import_paths
 from launcher.config.description import Description
 from launcher.display.progress import Progress
 from launcher.planning.nodes import check_nodes, fit, own_versions
-from launcher.planning.plan import DryRunResult, Plan, checked_store, modules_for, try_job
+from launcher.planning.plan import DryRunResult, Plan, modules_for, try_job
+from launcher.planning.store_check import checked_store
 from launcher.runs.begin import one_line, run_directory
 from launcher.runs.environment import git_state
 from launcher.runs.found_description import find_description
@@ -164,7 +165,7 @@ def plan_there(
     check_ray_version()
     store = checked_store(description)
     display.phase("trying the job out")
-    tried = try_job(description, make_import_paths(folder))
+    tried = try_job(description, make_import_paths(folder), display.phase)
     pack_job(folder, tried.modules)
     display.phase(f"inspecting the nodes of {place.address}")
     report = inspect_cluster(scheduler, store, _variables(description, place))
@@ -264,7 +265,7 @@ class _Submitting:
             DescriptionError: The description cannot run as written; or the data of the run have changed.
         """
         self.display.phase("trying the job out")
-        tried = try_job(to_plan, self.import_paths)
+        tried = try_job(to_plan, self.import_paths, self.display.phase)
         if before.stored is not None:
             check_unchanged(self.run, self.description, tried)
         return tried, self.pack(tried.modules)

@@ -1,12 +1,12 @@
 """What training costs on a GPU: ``python -m tests.benchmarks.gpu``; ``--device cpu`` runs the same script tiny.
 
-ResNet-50 on images of ImageNet's shape, 256 a step, which no disk has to read. Seven parts:
+ResNet-50 on images of ImageNet's shape, 256 a step, which no disk has to read. Eight parts:
 
-- step: our step beside a first script (fp32, NCHW, ``.item()`` in every step) and beside a loop that is tuned by hand
-  (bf16, channels_last, fused SGD, prefetching, deterministic kernels, as ours).
-- exactness, determinism, compile: what ``train.exact``, ``train.shards``, ``train.deterministic`` and ``train.compile``
-  cost or give.
-- loader: the share of a step that waits for images, by the number of loader processes that decode them.
+- step: our step beside a first script (fp32, NCHW, ``.item()`` in every step, else torch's defaults) and beside a loop
+  that is tuned by hand (bf16, channels_last, fused SGD, prefetching, deterministic kernels, as ours).
+- exactness, determinism, cudnn, compile: what ``train.exact``, ``train.shards``, ``train.deterministic``,
+  ``train.cudnn_benchmark`` and ``train.compile`` cost or give.
+- loader: what a step takes longer if loader processes decode its images, by their number.
 - saver: how long a save blocks the loop, how fast it is written, how long a restore takes.
 - memory: the peak beside what ``launcher plan`` says.
 

@@ -59,7 +59,7 @@ class Scale:
         sgd = {"lr": 0.01, "momentum": 0.9, "fused": True}
         if device == "cpu":
             return cls(torch.device("cpu"), "tiny", 8, 32, 10, 2, 1, 1, (1, 2), sgd)
-        return cls(torch.device("cuda", 0), "resnet50", 256, 224, 1000, 10, 10, 2, (4, 8, 15), sgd)
+        return cls(torch.device("cuda", 0), "resnet50", 256, 224, 1000, 10, 10, 4, (4, 8, 15), sgd)
 
     @property
     def on_gpu(self) -> bool:
@@ -146,12 +146,18 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class Photographs(Dataset[tuple[Tensor, int]]):
-    """A JPEG of the size that ImageNet's have on average, decoded, cropped at random and resized in every access."""
+    """A JPEG of 500 x 375 and about 110 kB, as ImageNet's are on average.
+
+    Each access decodes it, crops at random and resizes.
+    """
 
     def __init__(self, image_size: int, num_classes: int) -> None:
-        coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        generator = np.random.default_rng(0)
+        coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+        noisy = smooth + generator.normal(0, 18, smooth.shape)  # grain, of which most bytes of a photograph consist
         encoded = io.BytesIO()
-        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(encoded, "jpeg", quality=90)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(encoded, "jpeg", quality=90)
         self.encoded = encoded.getvalue()
         self.image_size, self.num_classes = image_size, num_classes
 
@@ -221,8 +227,11 @@ def loop_of(spec: JobSpec, components: Components, team: Team, **replaced: Any) 
     return Loop(spec, components, replaced.pop("state", LoopState()), team, **(silent | replaced))
 
 
-def naive(scale: Scale, *, tf32: bool) -> Arm:
-    """A first script: fp32, torch's memory order, copies that wait, and ``.item()`` in every step."""
+def naive(scale: Scale, *, tf32: bool = True) -> Arm:
+    """A first script: fp32, torch's memory order, copies that wait, and ``.item()`` in every step.
+
+    ``tf32``: whether convolutions use TensorFloat-32, as torch lets them by default.
+    """
 
     def train(gate: Gate) -> None:
         model = Classifier(scale.network, scale.num_classes).to(scale.device)

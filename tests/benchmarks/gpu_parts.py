@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ Figures = dict[str, Any]
 _MIB = 2**20
 _LEAST_SAVES, _RESTORES = 4, 3
 _STEPS_OF_MEMORY = 4
+_WRITE_S = 60.0
 
 
 def step_time(scale: Scale, deadline: float) -> Figures:
@@ -41,8 +43,8 @@ def step_time(scale: Scale, deadline: float) -> Figures:
         "ours": launched(scale, team_of),
         "tuned": tuned(scale),
         "tuned again": tuned(scale),
-        "naive, TF32": naive(scale, tf32=True),
-        "naive": naive(scale, tf32=False),
+        "naive": naive(scale),
+        "naive, no TF32": naive(scale, tf32=False),
     }
     times = measure(scale, arms, deadline)
     figures = _report(scale, times, to="tuned")
@@ -76,6 +78,19 @@ def determinism(scale: Scale, deadline: float) -> Figures:
         "deterministic": launched(scale, team_of),
         "deterministic, again": launched(scale, team_of),
         "not": launched(scale, team_of, deterministic=False),
+    }
+    return _report(scale, measure(scale, arms, deadline), to="deterministic")
+
+
+def cudnn(scale: Scale, deadline: float) -> Figures:
+    """What ``train.cudnn_benchmark`` gives.
+
+    Apart from the arm of the same kernels without it: what cuDNN has chosen for a shape is kept for the process, also
+    if ``benchmark`` changes.
+    """
+    team_of = open_team(scale)
+    arms = {
+        "deterministic": launched(scale, team_of),
         "cudnn_benchmark": launched(scale, team_of, deterministic=False, cudnn_benchmark=True),
     }
     return _report(scale, measure(scale, arms, deadline), to="deterministic")
@@ -89,44 +104,42 @@ def compiling(scale: Scale, deadline: float) -> Figures:
 
 
 def loader_share(scale: Scale, deadline: float) -> Figures:
-    """How long a step waits for images that loader processes decode."""
+    """What a step takes longer because loader processes decode its images, by their number."""
     team_of = open_team(scale)
-    columns = f"{'share of wait':>14} {'quartiles':>15} {'images/s':>9} {'blocks':>7}"
-    print(f"{'loaders':>8} {columns}")
+    print(f"{'loaders':>8} {'step ms':>9} {'quartiles':>17} {'images/s':>9} {'lost':>6} {'blocks':>7}")
+    share_s = (deadline - time.monotonic()) / (1 + len(scale.decoders))
     figures: Figures = {}
-    share_s = (deadline - time.monotonic()) / len(scale.decoders)
-    for number in scale.decoders:
+    fed_s = 0.0
+    for name, images, number in [
+        ("fed", "Pictures", scale.loaders),
+        *((f"{number}", "Photographs", number) for number in scale.decoders),
+    ]:
         until = time.monotonic() + share_s
-        activity = Activity()
-        arm = launched(scale, team_of, activity.mark, images="Photographs", loaders=number)
-        shares, rates = _waits_for_data(scale, arm, activity, skipped=2 * number + scale.warm_up, until=until)
-        print(f"{number:8} {Quartiles.of(shares):14.3f} {median(rates):9.0f} {len(shares):7}")
-        figures[f"{number} loaders"] = {
-            "share": _figures(Quartiles.of(shares)), "images_per_s": round(median(rates)), "n": len(shares),
-        }  # fmt: skip
+        steps = _steps_in_a_row(scale, launched(scale, team_of, images=images, loaders=number), number, until)
+        fed_s = fed_s or median(steps)
+        steps_ms, lost = Quartiles.of([1000 * seconds for seconds in steps]), max(0.0, 1 - fed_s / median(steps))
+        rate = round(scale.batch / median(steps))
+        print(f"{name:>8} {steps_ms:9.2f} {rate:9} {lost:6.1%} {len(steps):7}")
+        figures[name] = {"step_ms": _figures(steps_ms), "images_per_s": rate, "lost": round(lost, 4), "n": len(steps)}
     return figures
 
 
-def _waits_for_data(
-    scale: Scale, arm: Arm, activity: Activity, skipped: int, until: float
-) -> tuple[list[float], list[float]]:
-    """Of each block, the share of the time in which the loop waits for data, and images per second.
+def _steps_in_a_row(scale: Scale, arm: Arm, loaders: int, until: float) -> list[float]:
+    """The seconds of a step, block by block without a pause: in a pause loaders would make batches ready.
 
-    The first steps use up what the loaders have made ready while the GPU warmed up.
+    The first steps use up what they have made ready while the GPU warmed up.
     """
-    gate, shares, rates = Gate(arm.train), [], []
+    gate, steps = Gate(arm.train), []
     arm.take_over()
-    gate.run_block(skipped)
-    while len(shares) < 2 or time.monotonic() < until:
-        scale.synchronize()
-        began, waited = time.perf_counter(), activity.spent()["data"]
+    gate.run_block(2 * loaders + scale.warm_up)
+    scale.synchronize()
+    while len(steps) < 2 or time.monotonic() < until:
+        began = time.perf_counter()
         gate.run_block(scale.block)
         scale.synchronize()
-        seconds = time.perf_counter() - began
-        shares.append((activity.spent()["data"] - waited) / seconds)
-        rates.append(scale.block * scale.batch / seconds)
+        steps.append((time.perf_counter() - began) / scale.block)
     gate.end()
-    return shares, rates
+    return steps
 
 
 def saving(scale: Scale, deadline: float) -> Figures:
@@ -164,6 +177,7 @@ def saving(scale: Scale, deadline: float) -> Figures:
                 gate.run_block(scale.block)
                 scale.synchronize()
                 blocks[has_save].append(time.perf_counter() - began)
+            link.wait_for(len(blocked))  # else the next save would wait for this one's write
         gate.end()
         saver.wait()
         restores = []
@@ -175,7 +189,7 @@ def saving(scale: Scale, deadline: float) -> Figures:
             scale.synchronize()
             restores.append(time.perf_counter() - began)
         assert manifest is not None
-        first, *others = blocked
+        first, *others, _ = blocked  # the last one was made at the stop, and waited for
         ratio = Quartiles.of([a / b for a, b in zip(blocks[True][1:], blocks[False][1:])])
     print(f"a state of {manifest.size / 1e6:.1f} MB; the first save blocks for {first:.1f} ms, {len(others)} others:")
     found = {
@@ -199,13 +213,22 @@ class _Driver:
         self.written: list[tuple[int, float]] = []
         """The bytes of each save, and the seconds that it took to write them."""
         self._checkpoints = checkpoints
+        self._news = threading.Condition()
 
     def send(self, report: Report) -> None:
         if isinstance(report, ShareWritten):
-            self.written.append((sum(part.size for part in report.share.parts.values()), report.seconds))
             manifest = join([report.share])
             assert manifest is not None, "there is one worker"
             self._checkpoints.commit(manifest)
+            with self._news:
+                self.written.append((sum(part.size for part in report.share.parts.values()), report.seconds))
+                self._news.notify_all()
+
+    def wait_for(self, saves: int) -> None:
+        """Waits until so many saves are written."""
+        with self._news:
+            if not self._news.wait_for(lambda: len(self.written) >= saves, _WRITE_S):
+                raise TimeoutError(f"save {saves} is not written after {_WRITE_S:.0f} s")
 
 
 def memory(scale: Scale, deadline: float) -> Figures:  # noqa: ARG001  # it takes as long as it takes
@@ -259,11 +282,12 @@ def _taken_memory(scale: Scale, team_of: Callable[..., Any], train: Mapping[str,
 PARTS: dict[str, tuple[Callable[[Scale, float], Figures], float]] = {
     "step": (step_time, 0.22),
     "exactness": (exactness, 0.12),
-    "determinism": (determinism, 0.10),
+    "determinism": (determinism, 0.07),
+    "cudnn": (cudnn, 0.06),
     "loader": (loader_share, 0.12),
     "saver": (saving, 0.06),
     "memory": (memory, 0.08),
-    "compile": (compiling, 0.30),
+    "compile": (compiling, 0.27),
 }
 """Each part, and its share of the time. The last one compiles, which takes longest, and gets what the others leave."""
 

@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import pickle
+import random
 import shutil
 import signal
 import stat
@@ -30,15 +31,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cluster.errors import StorageError
 from cluster.storage import retrying_calls
 from cluster.storage.file_systems import file_system_class
-from cluster.storage.store import MissingObject, Store
+from cluster.storage.store import ByteRange, MissingObject, Store
 from tests import stores
 from tests.stores import Proxy, SSHServer
+
+NAMES = ["with space/and more", "ünï/çödé-数", "plus+and%20percent", "hash#and&more=1"]
 
 
 class StoreContract:
     """A subclass gives the fixture ``url``: a place where nothing is yet."""
 
     forgets_empty_folders = True
+    tells_versions = False
 
     @pytest.fixture
     def store(self, url: str) -> Store:
@@ -49,7 +53,7 @@ class StoreContract:
         store.write("a/b/c.bin", data)
         assert store.read("a/b/c.bin") == data
 
-    @pytest.mark.parametrize("name", ["with space/and more", "ünï/çödé-数", "plus+and%20percent", "hash#and&more=1"])
+    @pytest.mark.parametrize("name", NAMES)
     def test_a_name_is_any_text(self, store, name):
         store.write(name, b"1")
         assert store.read(name) == b"1"
@@ -126,6 +130,101 @@ class StoreContract:
             store.write(name, b"1")
         assert store.folders() == ["a", "b"]
 
+    def test_a_listing_has_the_folders_and_the_objects_of_one_folder_with_their_sizes(self, store):
+        for name, size in {"b": 3, "a/2": 70_000, "a/1": 0, "a/b/c": 1, "ab/x": 1, "a/.hidden": 2}.items():
+            store.write(name, bytes(size))
+        folders, objects = store.listing()
+        assert (folders, [(each.name, each.size) for each in objects]) == (["a", "ab"], [("b", 3)])
+        folders, objects = store.listing("a")
+        assert folders == ["b"]
+        assert [(each.name, each.size) for each in objects] == [(".hidden", 2), ("1", 0), ("2", 70_000)]
+
+    def test_a_listing_of_what_is_no_folder_is_empty(self, store):
+        store.write("a/b", b"1")
+        assert store.listing("nowhere") == store.listing("a/nowhere") == store.listing("a/b") == ([], [])
+        assert Store(f"{store.url}/nowhere").listing() == ([], [])
+
+    def test_a_version_changes_with_the_content_if_the_store_has_one(self, store):
+        store.write("a", b"old")
+        store.write("b", b"old")
+        before, other = store.listing()[1]
+        store.write("a", b"new")
+        after, _ = store.listing()[1]
+        assert bool(before.version) == self.tells_versions
+        assert (before.version != after.version) == self.tells_versions
+        assert store.listing()[1] == [after, other]
+
+    def test_many_folders_are_listed_in_the_order_in_which_they_are_named(self, store):
+        names = [f"{number:02d}" for number in range(40)]
+        for name in names:
+            store.write(f"folder {name}/{name}.png", b"1")
+        asked = [f"folder {name}" for name in reversed(names)]
+        found = list(store.listings([*asked, "nowhere"]))
+        assert [[each.name for each in objects] for _, objects in found] == [[f"{n}.png"] for n in names[::-1]] + [[]]
+        assert list(store.listings([])) == []
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_name_of_a_listing_is_any_text(self, store, name):
+        store.write(f"{name}/{name}", b"123")
+        folder, _, rest = f"{name}/{name}".partition("/")
+        for part in rest.split("/"):
+            folders, objects = store.listing(folder)
+            assert [*folders, *(each.name for each in objects)] == [part]
+            folder = f"{folder}/{part}"
+        assert store.read_ranges([ByteRange(folder, 1, 1)]) == [b"2"]
+
+    @pytest.mark.parametrize(
+        ("offset", "size", "expected"),
+        [
+            (0, None, b"0123456789"),
+            (3, None, b"3456789"),
+            (0, 4, b"0123"),
+            (3, 4, b"3456"),
+            (9, 1, b"9"),
+            (3, 0, b""),
+            (8, 10, b"89"),
+            (0, 100, b"0123456789"),
+            (10, None, b""),
+            (10, 5, b""),
+            (100, 5, b""),
+            (100, 0, b""),
+        ],
+    )
+    def test_a_range_is_what_the_object_has_of_it(self, store, offset, size, expected):
+        store.write("a", b"0123456789")
+        assert store.read_ranges([ByteRange("a", offset, size)]) == [expected]
+
+    @pytest.mark.parametrize(("offset", "size"), [(0, None), (0, 1), (5, 5), (1, None), (0, 0)])
+    def test_an_empty_object_has_nothing_of_any_range(self, store, offset, size):
+        store.write("a", b"")
+        assert store.read_ranges([ByteRange("a", offset, size)]) == [b""]
+
+    @pytest.mark.parametrize(("offset", "size"), [(0, None), (0, 1), (5, 5), (1, None), (0, 0)])
+    @pytest.mark.parametrize("name", ["a", "folder", "folder/a", "present/below"])
+    def test_a_range_of_what_is_not_there_is_an_error_in_its_place(self, store, name, offset, size):
+        store.write("present", b"1")
+        store.write("folder/other", b"1")
+        whole, missing, part = store.read_ranges(
+            [ByteRange("present"), ByteRange(name, offset, size), ByteRange("folder/other", 0, 1)]
+        )
+        assert (whole, part) == (b"1", b"1")
+        assert isinstance(missing, MissingObject)
+        assert str(missing) == f"{store.url}: holds no {name}; restore it, or take it out of the data"
+
+    def test_a_hundred_ranges_come_in_the_order_in_which_they_are_asked_for(self, url):
+        store = Store(url, patience_s=0)  # without a second try
+        data = {name: os.urandom(500_000) for name in ("a", "b/c")}
+        for name, content in data.items():
+            store.write(name, content)
+        ranges = [ByteRange(("a", "b/c")[number % 2], 4_900 * (99 - number), 9_000) for number in range(100)]
+        expected = [data[each.name][each.offset :][: each.size] for each in ranges]
+        assert store.read_ranges(ranges) == expected
+
+    def test_a_range_of_a_large_object_is_whole(self, store):
+        data = os.urandom(3_000_000)
+        store.write("a", data)
+        assert store.read_ranges([ByteRange("a", 100_001, 2_500_000)]) == [data[100_001:2_600_001]]
+
     def test_a_listing_shows_what_another_store_object_wrote(self, store, url):
         assert store.names() == []
         Store(url).write("a", b"1")
@@ -163,6 +262,8 @@ class StoreContract:
             lambda name: store.write(name, b""),
             lambda name: store.delete([name]),
             lambda name: store.delete([name], at_once=8),
+            lambda name: store.read_ranges([ByteRange(name)]),
+            store.listing,
         ):
             with pytest.raises(StorageError, match="is no name of an object"):
                 call(name)
@@ -486,6 +587,7 @@ def files_in(store: Store, ssh: SSHServer | None = None) -> list[str]:
 @pytest.mark.slow
 class TestS3(SharedStoreContract):
     forgets_empty_folders = False  # this server's way; Amazon has no folders to forget
+    tells_versions = True
 
     @pytest.fixture(autouse=True)
     def _credentials(self, s3, environment):
@@ -533,6 +635,17 @@ class TestS3(SharedStoreContract):
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(store.write, names, itertools.repeat(b"1")))
         assert store.names() == names
+
+    def test_a_placeholder_of_a_folder_is_no_object(self, store, s3):
+        """Consoles and other tools write an object whose name ends in ``/``, to show a folder before it holds any."""
+        store.write("a/b", b"1")
+        fs = file_system_class("s3", "")(use_listings_cache=False)
+        for name in ("a/", "a/empty/"):
+            fs.call_s3("put_object", Bucket=s3.bucket, Key=f"{store.url.rpartition('/')[2]}/{name}", Body=b"")
+        assert (store.folders(), store.names()) == (["a"], ["a/b"])
+        folders, objects = store.listing("a")
+        assert (folders, [each.name for each in objects]) == (["empty"], ["b"])
+        assert store.listing("a/empty") == ([], [])
 
     def test_an_object_of_many_parts_is_whole(self, store):
         data = os.urandom(1 << 20) * 101  # s3fs sends 100 MiB and more in parts
@@ -608,6 +721,16 @@ class TestSFTP(SharedStoreContract):
         store.delete(["checkpoints/step-1/model"])
         assert store.folders() == []
         assert list((ssh.folder / store.url.rpartition("/")[2]).iterdir()) == []
+
+    def test_a_link_counts_as_the_object_that_it_leads_to(self, store, ssh):
+        store.write("folder/a", b"123")
+        folder = ssh.folder / store.url.rpartition("/")[2]
+        for name, target in {"link": "folder/a", "again": "folder", "loop": ".", "gone": "nowhere"}.items():
+            (folder / name).symlink_to(target)
+        folders, objects = store.listing()
+        assert folders == ["folder"], "links to folders may lead back"
+        assert [(each.name, each.size) for each in objects] == [("again", -1), ("gone", -1), ("link", 3), ("loop", -1)]
+        assert store.read_ranges([ByteRange("link")]) == [b"123"]
 
     def test_the_url_may_name_the_user(self, url, ssh):
         store = Store(url.replace("://", f"://{ssh.environment['USER']}@"))
@@ -853,7 +976,7 @@ def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):
     clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)
     with (
         mock.patch.object(retrying_calls, "time", clock),
-        mock.patch.object(retrying_calls.random, "uniform", lambda _, longest: longest),
+        mock.patch.object(retrying_calls._random, "uniform", lambda _, longest: longest),
         pytest.raises(StorageError, match="cannot write b: reset, tried for 20 s; check the URL"),
     ):
         Store("flaky://a", patience_s=20.0).write("b", b"1")
@@ -872,11 +995,19 @@ def test_patience_ends_though_what_is_left_of_it_does_not_move_the_clock(flaky):
 
     with (
         mock.patch.object(retrying_calls, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)),
-        mock.patch.object(retrying_calls.random, "uniform", return_value=10 - 2**-44),
+        mock.patch.object(retrying_calls._random, "uniform", return_value=10 - 2**-44),
         pytest.raises(StorageError, match="cannot write b: reset"),
     ):
         Store("flaky://a", patience_s=10.0).write("b", b"1")
     assert (pauses, now) == ([10 - 2**-44, 2**-44], [521.0])
+
+
+def test_a_retry_does_not_change_what_the_training_code_draws(flaky):
+    flaky([ConnectionResetError("reset")])
+    random.seed(7)
+    expected = random.getstate()
+    Store("flaky://a").write("b", b"1")
+    assert (FlakyFileSystem.writes, random.getstate()) == (2, expected)
 
 
 def test_what_is_below_a_store_shares_its_patience_and_its_trouble(flaky):

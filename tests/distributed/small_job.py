@@ -1,6 +1,7 @@
 """A job of a second that has everything in it that could tell workers apart, and its parts."""
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, max_pool2d, relu
 
+from jobs.data import BadSample
 from jobs.spec import (
     CheckpointSpec,
     DataSpec,
@@ -120,9 +122,17 @@ class Images:
         augment: Draw from all three generators in every access.
         ignored: Every so many-th label is -100; 0: none.
         broken: The number of a sample that holds a NaN.
+        bad: The numbers of samples that are bad.
     """
 
-    def __init__(self, length: int, augment: bool = False, ignored: int = 0, broken: int | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        augment: bool = False,
+        ignored: int = 0,
+        broken: int | None = None,
+        bad: Collection[int] = (),
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         patterns_K188 = torch.randn(CLASSES, 1, 8, 8, generator=generator)
         self.labels_N = torch.randint(CLASSES, (length,), generator=generator)
@@ -132,6 +142,7 @@ class Images:
         if broken is not None:
             self.images_N188[broken, 0, 0, 0] = torch.nan
         self.augment = augment
+        self.bad = bad
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -141,6 +152,8 @@ class Images:
         if self.augment:
             image_188 = image_188.roll(random.randrange(8), dims=random.choice([1, 2]))
             image_188 = image_188 * float(np.random.uniform(0.5, 2)) + 0.1 * torch.randn(image_188.shape)
+        if number in self.bad:
+            raise BadSample(f"s3://bucket/{number}.jpg: cannot be decoded; repair or remove the file")
         return image_188, int(self.labels_N[number])
 
 

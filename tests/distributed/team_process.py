@@ -21,6 +21,7 @@ from cluster.errors import LauncherError
 from cluster.process import fork_server
 from cluster.process.activity import Activity
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.messages import (
     Beat,
     EnvironmentsCompared,
@@ -69,6 +70,8 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[str, int]] = field(default_factory=list)
     """What happened, and at which step."""
+    skipped: list[SampleSkipped] = field(default_factory=list)
+    """The bad samples that ranks told of."""
     left_out: list[tuple[int, int]] = field(default_factory=list)
     """The steps at which a checkpoint was left out, and the rank that was not ready."""
     digests: dict[int, str] = field(default_factory=dict)
@@ -202,6 +205,8 @@ def _hear(message: Report | _Result | _Failure, rank: int, run: RunDirectory, ou
             outcome.rows.append({**row})
         case StepEvent(kind=kind, step=step):
             outcome.events.append((kind, step))
+        case SampleSkipped():
+            outcome.skipped.append(message)
         case SaveSkipped(step=step):
             outcome.left_out.append((step, rank))
         case ShareWritten(share=share):

@@ -32,12 +32,15 @@ METRICS = {
     "hinge": Target("MulticlassHingeLoss", K),  # a sum of floats
     "calibration": Target("MulticlassCalibrationError", K),  # all samples, then in one
 }
-CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
-    # samples, every so many-th of them ignored, arguments of the loss
-    "17 samples": (17, 0, {}),
-    "2 samples, which are one batch": (2, 0, {}),
-    "17 samples, weighed and some ignored": (17, 4, {"weight": WEIGHT, "ignore_index": -100}),
-    "17 samples, summed": (17, 0, {"reduction": "sum"}),
+CASES: dict[str, tuple[int, int, dict[str, Any], tuple[int, ...]]] = {
+    # samples, every so many-th of them ignored, arguments of the loss, bad samples
+    "17 samples": (17, 0, {}, ()),
+    "2 samples, which are one batch": (2, 0, {}, ()),
+    "17 samples, weighed and some ignored": (17, 4, {"weight": WEIGHT, "ignore_index": -100}, ()),
+    "17 samples, summed": (17, 0, {"reduction": "sum"}, ()),
+    "17 samples, some bad": (17, 0, {"weight": WEIGHT}, (4, 16)),
+    "17 samples, with bad batches": (17, 0, {}, (0, 1, 2, 4, 9, 10, 11)),
+    "6 samples, of which rank 0 has none": (6, 0, {}, (0, 1, 2)),
 }
 
 
@@ -66,11 +69,12 @@ def validate(link: AgentLink, task: Task) -> dict[str, MetricValues]:
     metrics = build_metrics(METRICS, Builder())
     results = {}
     for drop in (0.0, 0.5):
-        for name, (samples, ignored, args) in CASES.items():
+        for name, (samples, ignored, args, bad) in CASES.items():
             loss = build_loss(LossSpec(factory=Target("CrossEntropyLoss", args)), Builder()).to(device)
             batches = validation_batches(
-                Images(samples, ignored=ignored), batch_size=BATCH, seed=SEED, rank=team.rank,
+                Images(samples, ignored=ignored, bad=bad), batch_size=BATCH, seed=SEED, rank=team.rank,
                 world_size=team.world_size, loaders=0, device=device, weigh=loss.target_weights(),
+                on_bad_sample="skip",
             )  # fmt: skip
             # As a list: what a loader has seeded last, which depends on the worker, must not reach the model.
             results[f"{name}, drop {drop}"] = evaluate(build_model(drop), loss, metrics, list(batches), team, SEED)
@@ -101,12 +105,14 @@ def test_any_number_of_workers_measures_the_same_bits(by_world_size: dict[int, A
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_what_one_process_measures_on_the_whole(by_world_size: dict[int, Any], case: str) -> None:
     """Sums of at most 17 floats in another order: equal to a few units in the last place of 32 bits."""
-    samples, ignored, args = CASES[case]
+    samples, ignored, args, bad = CASES[case]
     images = Images(samples, ignored=ignored)
+    good = [number for number in range(samples) if number not in bad]
     weight = torch.tensor(args["weight"]) if "weight" in args else None
     with torch.no_grad():
-        logits_NK = build_model(drop=0.0)(images.images_N188)
-    labels_N, counted = images.labels_N, images.labels_N != -100
+        logits_NK = build_model(drop=0.0)(images.images_N188[good])
+    labels_N = images.labels_N[good]
+    counted = labels_N != -100
     said_N = logits_NK.argmax(1)
     measured = by_world_size[4][0][f"{case}, drop 0.0"]
 

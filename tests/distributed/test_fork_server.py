@@ -302,6 +302,19 @@ def work_on() -> None:
     threading.Event().wait()
 
 
+def tell_twice() -> int:
+    fork_server.tell_caller("one")
+    fork_server.tell_caller("two")
+    return 3
+
+
+def test_a_call_tells_what_it_does() -> None:
+    told = list[str]()
+    assert (fork_server.call(f"{HERE}:tell_twice", tell=told.append), told) == (3, ["one", "two"])
+    assert fork_server.call(f"{HERE}:tell_twice") == 3, "nobody need listen"
+    fork_server.tell_caller("nobody has called this process")
+
+
 def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the call nor at the end of the interpreter."""
     made = list[fork_server.ChildProcess]()

@@ -3,17 +3,23 @@
 import ctypes
 import importlib
 import os
+import queue
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.process import fork_server
+from cluster.storage.store import Store
+from jobs.data import store_reports
 from jobs.data.loader import LoadedBatch, validation_batches
+from jobs.images.data_stores import data_store
 from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
 
@@ -42,6 +48,11 @@ class Samples:
         (self._folder / str(os.getpid())).touch()
         if place == self._place:
             ctypes.PyDLL(None).pause()  # in C, where Python hears no signal
+        if place == "reading a sample" and self._place == "waiting for a store":
+            fifo = self._folder.with_name("store") / str(os.getpid())
+            fifo.parent.mkdir(exist_ok=True)
+            os.mkfifo(fifo)
+            Store(str(fifo.parent)).read(fifo.name)  # nobody ever writes to it
 
 
 class BadSamples(Samples):
@@ -53,6 +64,58 @@ class BadSamples(Samples):
                 super().__init__(f"sample {number} is bad")
 
         raise BadSampleError(number=number)
+
+
+class LateFileSystem(MemoryFileSystem):
+    """Answers once there is a file ``answers`` in the folder that its URLs name."""
+
+    protocol = "late"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("late://")
+
+    def cat_file(self, path: str, **_: Any) -> bytes:
+        if not Path(path).with_name("answers").exists():
+            raise ConnectionResetError("reset by peer")
+        return b"content"
+
+
+fsspec.register_implementation("late", LateFileSystem)
+
+
+class LateSamples(Samples):
+    """Samples in a store that answers late; every process that reads them looks at it without delay."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("", folder)
+        report_at_once()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        report_at_once()
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        data_store(f"late://{self._folder}").read("sample")
+        return super().__getitem__(number)
+
+
+def report_at_once() -> None:
+    store_reports._SHORT_S, store_reports._LOOK_INTERVAL_S = 0.0, 0.01
+
+
+def wait_for_late_samples(folder: str, loaders: int) -> str:
+    """Reads samples whose store answers once this process has been told that it does not; returns what it was told."""
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def tell(text: str) -> None:
+        told.put(text)
+        (Path(folder) / "answers").touch()
+
+    samples = LateSamples(Path(folder))
+    store_reports.report_to(tell)
+    next(batches_of(samples, loaders))
+    return told.get(timeout=60)
 
 
 def train_on_bad(folder: str) -> str:
@@ -81,21 +144,26 @@ def read_with_environment(folder: str) -> list[int]:
     return flags
 
 
-def batches_of(samples: Any) -> Iterator[LoadedBatch]:
+def batches_of(samples: Any, loaders: int = 2) -> Iterator[LoadedBatch]:
     address = fork_server.own_address()
     assert address is not None
     fork_server.use(address)
     return validation_batches(
-        samples, batch_size=2, seed=0, rank=0, world_size=1, loaders=2, device=torch.device("cpu")
+        samples, batch_size=2, seed=0, rank=0, world_size=1, loaders=loaders, device=torch.device("cpu")
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["reading the dataset", "reading a sample", "waiting for more to do"])
+@pytest.mark.parametrize(
+    "place", ["reading the dataset", "reading a sample", "waiting for a store", "waiting for more to do"]
+)
 def test_loaders_end_with_their_training_process(tmp_path: Path, place: str) -> None:
     fork_server.start([__name__])
-    training = fork_server.fork(train, (place, tmp_path), "training")
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
-    loaders = [int(path.name) for path in tmp_path.iterdir()]
+    folder = tmp_path / "loaders"
+    folder.mkdir()
+    training = fork_server.fork(train, (place, folder), "training")
+    reached = tmp_path / "store" if place == "waiting for a store" else folder
+    wait_until(lambda: reached.exists() and len(list(reached.iterdir())) == 2)
+    loaders = [int(path.name) for path in folder.iterdir()]
     assert all(map(state, loaders))
     training.kill()
     training.join()
@@ -106,6 +174,13 @@ def test_an_exception_that_cannot_be_sent_ends_the_training_process_too(tmp_path
     fork_server.start([__name__])
     message = fork_server.call(f"{__name__}:train_on_bad", str(tmp_path), timeout_s=60.0)
     assert message == "BadSampleError: sample 0 is bad"
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_the_training_process_is_told_of_a_store_that_does_not_answer(tmp_path: Path, loaders: int) -> None:
+    fork_server.start([__name__])
+    told = fork_server.call(f"{__name__}:wait_for_late_samples", str(tmp_path), loaders, timeout_s=60.0)
+    assert told == f"late://{tmp_path}: does not answer for 0 s: reset by peer"
 
 
 def test_the_users_code_is_imported_with_the_environment_of_the_training_process_and_without_its_gpu(

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, random_split
 
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, StorageError
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from jobs.components.build import build_parts
+from jobs.data import BadSample
+from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, GroupSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
 from launcher.planning.plan import DryRunResult
 
 HERE = __name__
 SAMPLES, FEATURES, CLASSES = 64, 6, 3
+FIRST_READ = int(StepPlan(SAMPLES, 32, 2, 1).samples(0, 0, 0)[0])
+"""Of the seed and the batch of ``job``."""
 
 
 def points(length: int = SAMPLES) -> TensorDataset:
@@ -53,6 +57,26 @@ class Noise:
 
     def __call__(self, x: Tensor) -> Tensor:
         return x + torch.as_tensor(self.draw(FEATURES)).float()
+
+
+class Damaged(Transformed):
+    """Points of which the first one that a worker reads is bad, and so are the first of a validation."""
+
+    def __init__(self) -> None:
+        super().__init__(abs)
+
+    def __getitem__(self, number: int) -> Any:
+        if number in (0, 1, FIRST_READ):
+            raise BadSample(f"s3://bucket/{number}.jpg: is gone; restore it")
+        return super().__getitem__(number)
+
+
+class Away(Transformed):
+    def __init__(self) -> None:
+        super().__init__(abs)
+
+    def __getitem__(self, number: int) -> Any:
+        raise StorageError(f"s3://bucket: cannot read {number}.jpg: reset; check the network")
 
 
 def with_own_generator() -> Transformed:
@@ -412,6 +436,7 @@ def job(**parts: Any) -> JobSpec:
             train=Target(f"{HERE}.{names['train_set']}", {}),
             val=Target(f"{HERE}.{names['val_set']}", parts.get("val_args", {})),
             loaders=parts.get("loaders", 0),
+            on_bad_sample=parts.get("on_bad_sample", "error"),
         ),
         loss=LossSpec(factory=Target(f"{HERE}.{parts['loss']}" if "loss" in parts else "CrossEntropyLoss")),
         optimizer=OptimizerSpec(
@@ -435,6 +460,12 @@ def server() -> None:
     fork_server.start(["launcher.planning.dry_run", HERE])
 
 
+BAD_SAMPLE = (
+    rf"^data.train: sample {FIRST_READ}: s3://bucket/{FIRST_READ}.jpg: is gone; restore it; "
+    "or data.on_bad_sample: skip replaces it by another one$"
+)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -456,6 +487,8 @@ def server() -> None:
         ({"train_set": "Records", "loaders": 1}, "^data.train: handing it to a .* cannot pickle '(_io.)?Buff"),
         ({"train_set": "Pictures"}, "^data.train: samples cannot be stacked to a batch: "),
         ({"train_set": "Pictures", "loaders": 1}, "^data.train: sample .* raised TypeError: .*found <class '_thread"),
+        ({"train_set": "Damaged"}, BAD_SAMPLE),
+        ({"train_set": "Damaged", "loaders": 1}, BAD_SAMPLE),
         (
             {"model": "Renormed"},
             "^model: forward changes the parameter words.weight, on each worker by its own samples",
@@ -476,6 +509,12 @@ def server() -> None:
 def test_what_a_worker_would_refuse(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(DescriptionError, match=message):
         dry_run(job(**parts))
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_store_that_does_not_answer_is_no_fault_of_the_description(loaders: int) -> None:
+    with pytest.raises(StorageError, match=f"^s3://bucket: cannot read {FIRST_READ}.jpg: reset; check the network$"):
+        dry_run(job(train_set="Away", loaders=loaders, on_bad_sample="skip"))
 
 
 UNREPEATABLE = {
@@ -521,6 +560,8 @@ def test_what_no_resume_would_repeat(what: str) -> None:
         {"model": "Selecting"},
         {"model": "OfMappings", "train_set": "Mappings", "val_set": "Mappings"},
         {"train_set": "LazyRecords", "loaders": 1},
+        {"train_set": "Damaged", "val_set": "Damaged", "on_bad_sample": "skip"},
+        {"train_set": "Damaged", "val_set": "Damaged", "on_bad_sample": "skip", "loaders": 1},
         {"train_set": "standardised", "loaders": 1},
         {"train": {"precision": "fp16"}},
         {"train": {"precision": "bf16", "ema_decay": 0.9, "clip_norm": 1.0}},

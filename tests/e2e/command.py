@@ -26,7 +26,7 @@ LIMIT_S = 300.0
 """How long anything is waited for: at least ten times what it takes on a machine with nothing else to do."""
 _ON_RAY = [str(Path(sys.executable).parent / "launcher")]
 _WITHOUT_RAY = [sys.executable, "-P", "-m", "tests.launcher_without_ray"]
-_VERBS_THAT_PLAN = ("plan", "run", "resume", "submit")
+_VERBS_THAT_PLAN = ("data", "plan", "run", "resume", "submit")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
-"""No step waits for the GPU, but for those waits that are declared: CUDA itself says so.
+"""No step waits for the GPU, but for those waits that are declared: torch's own watch says so.
 
-``tests/distributed/test_no_waits.py`` has the same jobs, and a watch in place of a GPU.
+It sees copies and what synchronises a stream or the device; it sees no wait for an event. There is one such wait in a
+step, for the figures of the step before the last. ``tests/distributed/test_no_waits.py`` has the same jobs, and a watch
+in place of a GPU.
 """
 
 import warnings

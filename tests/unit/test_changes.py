@@ -50,10 +50,20 @@ def test_safe(run: RunDirectory, override: str) -> None:
     assert is_same
 
 
-@pytest.mark.parametrize("override", ["seed=1", "train.exact=false", "train.threads=2", "train.clip_norm=1.0"])
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.exact=false", "train.threads=2", "train.clip_norm=1.0", "data.shuffle={block: 8, buffer: 64}"],
+)
 def test_unsafe(run: RunDirectory, override: str) -> None:
     assert listed(run, described(), described(override)).startswith(override.partition("=")[0])
     assert compare(run, described(), described(override), force=True)[1] is False
+
+
+def test_bad_samples_may_be_skipped_from_now_on_but_not_refused(run: RunDirectory) -> None:
+    """A run that has met none would have gone the same way with ``skip``."""
+    refusing, skipping = described(), described("data.on_bad_sample=skip")
+    assert compare(run, refusing, skipping)[1]
+    assert listed(run, skipping, refusing) == "data.on_bad_sample: 'skip' -> 'error'"
 
 
 def test_the_size_of_buckets_is_unsafe_where_the_backend_sums(run: RunDirectory) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from cluster.errors import DescriptionError, StorageError
 from cluster.host.scratch import is_own, make_own_folder, sweep_own_folders
-from cluster.process import code_cache
+from cluster.process import host_cache
 from cluster.process.code_cache import copy_code, enter_copy, fetch_code
 from cluster.run import bundle
 from cluster.run.bundle import Bundle, CodeFile, is_intact, make_bundle, unpack
@@ -1074,15 +1074,12 @@ class TestOnAHost:
         fetch_code(run, code.sha256)
         assert time.time() - lock.stat().st_mtime < DAY_S
         os.utime(lock, (0, 0))
-        code_cache._sweep(cache, lock.parent)
+        host_cache.HostCache("code").sweep()
         assert folder.exists()
-        places = [str(cache), str(lock.parent)]
-        script = (
-            f"from cluster.process import code_cache as c; from pathlib import Path; c._sweep(*map(Path, {places}))"
-        )
+        script = "from cluster.process.host_cache import HostCache; HostCache('code').sweep()"
         subprocess.run([sys.executable, "-c", script], check=True)
         assert folder.exists()
-        os.close(code_cache._held.pop(lock))
+        os.close(host_cache._held.pop(lock))
         subprocess.run([sys.executable, "-c", script], check=True)
         assert not folder.exists()
 
@@ -1133,7 +1130,7 @@ class TestOnAHost:
 
     def test_without_a_place_it_says_what_to_do(self, run, code, tmp_path):
         (tmp_path / "cache").write_text("a file")
-        with pytest.raises(StorageError, match="code cannot be unpacked on this host: .*; set XDG_CACHE_HOME"):
+        with pytest.raises(StorageError, match="the cache of this host cannot be used: .*; set XDG_CACHE_HOME"):
             fetch_code(run, code.sha256)
 
     @pytest.mark.parametrize("digest", ["../../x", "", "A" * 64])

@@ -3,8 +3,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +16,38 @@ from torchvision.transforms import v2
 import jobs
 from jobs.components.targets import Builder
 from jobs.data import LabelledImages, digits, image_folder, read_image, synthetic_images
+from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexed_images import IndexedImages
 from launcher.config.description import load
 from tests.images import make_image_folder
 
 JOBS = Path(jobs.__file__).parent
 
 
-def samples(dataset: LabelledImages) -> list[tuple[torch.Tensor, int]]:
+@pytest.fixture(autouse=True)
+def _own_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No index of another test, nor of the user who runs this."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    use_index_files(IndexFiles())
+    yield
+    use_index_files(IndexFiles())
+
+
+def samples(dataset: LabelledImages | IndexedImages) -> list[tuple[torch.Tensor, int]]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def pixels(dataset: LabelledImages) -> list[bytes]:
+def pixels(dataset: LabelledImages | IndexedImages) -> list[bytes]:
     return [image_CHW.contiguous().numpy().tobytes() for image_CHW, _ in samples(dataset)]
 
 
-def digest(dataset: LabelledImages) -> str:
+def listed_again(*args: Any, **options: Any) -> IndexedImages:
+    """An image folder as a new process finds it."""
+    use_index_files(IndexFiles())
+    return image_folder(*args, **options)
+
+
+def digest(dataset: LabelledImages | IndexedImages) -> str:
     """SHA-256 over all samples, in order."""
     return hashlib.sha256(dataset.targets.numpy().tobytes() + b"".join(pixels(dataset))).hexdigest()
 
@@ -177,7 +195,7 @@ class TestImageFolder:
         for path in (moved / "class_000").iterdir():
             path.unlink()
         Image.new("RGB", (8, 8)).save(moved / "class_000" / "new.png")
-        after = image_folder(moved, "val", val_fraction=0.3)
+        after = listed_again(moved, "val", val_fraction=0.3)
         others_before, others_after = before.targets[before.targets > 0], after.targets[after.targets > 0]
         assert torch.equal(others_before, others_after)
 
@@ -240,7 +258,7 @@ class TestImageFolder:
             (root / place).symlink_to((root / "class_000" / target).absolute())
         (root / "again").symlink_to(".")
 
-        after = image_folder(root)
+        after = listed_again(root)
 
         assert (after.classes, digest(after)) == (before.classes, digest(before))
 
@@ -278,7 +296,7 @@ class TestImageFolder:
                 pass
 
         monkeypatch.setattr(os, "scandir", Backwards)
-        after = image_folder(root)
+        after = listed_again(root)
 
         assert (after.classes, digest(after)) == (before.classes, digest(before))
 
@@ -331,7 +349,7 @@ class TestImageFolder:
 
         os.mkfifo(root / "class_000" / "pipe.png")
         with pytest.raises(ValueError, match=r"class_000/pipe\.png is no file; repair or remove it$"):
-            image_folder(root)
+            listed_again(root)
 
     @pytest.mark.parametrize("names", [["train"], ["train", "valid"], ["Train", "Val", "test"]])
     def test_misnamed_splits_are_no_classes(self, tmp_path: Path, names: list[str]) -> None:
@@ -368,7 +386,10 @@ class TestImageFolder:
             ({"root": "hollow"}, "{tmp}/hollow/a must hold images, got none; add some, or name it in exclude"),
             ({"root": "root", "num_classes": 101}, "{tmp}/root must hold num_classes=101 classes, got 2; set num_"),
             ({"root": "root", "split": "test"}, "split must be train or val, got 'test'"),
-            ({"root": "root", "split": "val", "val_fraction": 1e-9}, "{tmp}/root must hold images for split=val, got"),
+            (
+                {"root": "root", "split": "val", "val_fraction": 1e-9},
+                "{tmp}/root: none of its 4 samples is drawn for split=",
+            ),
             ({"root": "root", "val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0; "),
             ({"root": "root", "exclude": "cats"}, "exclude must be a list of folder names, got 'cats'; write [cats]"),
             ({"root": "root", "std": [0.5]}, "std must hold a finite number for each of 3 channels, got [0.5]"),

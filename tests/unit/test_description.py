@@ -486,7 +486,8 @@ def test_a_mistake_is_told_without_torch_or_ray() -> None:
 def test_schema_lists_every_field_with_its_docstring() -> None:
     reference = schema.describe_json()
     sections = {
-        "": JobSpec, "data.": language.DataSpec, "optimizer.groups[].": GroupSpec, "train.": TrainSpec,
+        "": JobSpec, "data.": language.DataSpec,
+        "data.shuffle.": language.ShuffleSpec, "optimizer.groups[].": GroupSpec, "train.": TrainSpec,
         "loss.": LossSpec, "init_from.": InitSpec, "train.early_stop.": EarlyStopSpec,
         "scheduler.": SchedulerSpec, "workers.": language.WorkersSpec, "checkpoint.": language.CheckpointSpec,
         "workers.max_failures.": language.MaxFailuresSpec,
@@ -504,6 +505,7 @@ def test_schema_lists_every_field_with_its_docstring() -> None:
         "model", "data.train", "loss", "optimizer", "optimizer._target_", "scheduler._target_",
         "loss._target_", "init_from.url", "train.early_stop.metric", "train.early_stop.mode",
         "train.early_stop.patience", "optimizer.groups[].match", "checkpoint.best.metric", "checkpoint.best.mode",
+        "data.shuffle.block", "data.shuffle.buffer",
     }  # fmt: skip
     assert reference["train.epochs"] == {
         "type": "a whole number",
@@ -553,6 +555,22 @@ def test_keys_that_do_not_go_together(written: str, expected: str) -> None:
     with pytest.raises(DescriptionError) as caught:
         parse("\n".join(kept) + f"\n{VALIDATED}{written}\n", "digits.yaml")
     assert str(caught.value) == f"digits.yaml: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "expected"),
+    [
+        ("{block: 0, buffer: 64}", "data.shuffle.block must be at least 1, got 0"),
+        ("{block: 4, buffer: 64, streams: 0}", "data.shuffle.streams must be at least 1, got 0"),
+        ("{block: 100, buffer: 64}", "data.shuffle.buffer must be at least block=100, got 64; raise it"),
+        ("{block: 4, buffer: 8}", "data.shuffle.buffer must be at least a micro-batch, train.global_batch / "
+         "train.shards = 16, got 8; a smaller one mixes nothing"),
+    ],
+)  # fmt: skip
+def test_a_shuffle_that_mixes_nothing(shuffle: str, expected: str) -> None:
+    with pytest.raises(DescriptionError) as caught:
+        parse(BASE, "digits.yaml", ["name=x", f"data.shuffle={shuffle}"])
+    assert str(caught.value).partition(": ")[2] == expected
 
 
 def test_metrics_and_warm_starts_may_be_written_short() -> None:

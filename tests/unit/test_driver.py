@@ -17,6 +17,7 @@ import pytest
 
 from cluster.capacity import Node, WorkerResources
 from cluster.errors import Cause, ClusterError, Interrupted, LauncherError, TrainingError
+from cluster.process.data_messages import DataDelayed, SampleSkipped
 from cluster.process.messages import (
     DOING,
     Doing,
@@ -464,6 +465,26 @@ class TestRows:
 
         assert document["status"] == "completed"
         assert [row["step"] for row in run.metrics().read()] == [28, 35]
+
+
+class TestData:
+    def test_a_store_that_does_not_answer_is_named_once_a_minute(self, run: RunDirectory) -> None:
+        delayed = [one(DataDelayed(reason="s3://data: does not answer"), rank) for rank in (1, 0)]
+        screen = io.StringIO()
+        script: Script = [HELLO, both(started(step=0)), delayed, [row(5)], 61.0, delayed, done(2, 0)]
+        drive(run, script, screen=screen)
+
+        told = [(event["rank"], event["step"], event["reason"]) for event in events(run, "data_delayed")]
+        assert told == [(1, 0, "s3://data: does not answer"), (1, 5, "s3://data: does not answer")]
+        assert "worker 1 on node 10.0.0.a waits for data: s3://data: does not answer; it" in screen.getvalue()
+
+    def test_a_bad_sample_that_was_skipped_is_recorded_by_any_rank(self, run: RunDirectory) -> None:
+        skipped = SampleSkipped("train", 0, 3, "s3://data/3.jpg: is gone")
+        document, _ = drive(run, [HELLO, both(started(step=0)), [one(skipped, rank=1)], done(2, 0)])
+
+        (event,) = events(run, "sample_skipped")
+        assert event["reason"] == "s3://data/3.jpg: is gone"
+        assert document["skipped_samples"]["count"] == 1
 
 
 class TestOverdueCheckpoints:

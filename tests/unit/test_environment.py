@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.errors import ClusterError
 from jobs import environment
 from jobs.components.build import Components
 from jobs.environment import Environment, changes, code_digests, make_environment, unlike
@@ -239,6 +240,17 @@ class TestGpus:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiler_of_kernels_on_a_cpu() -> None:
     assert re.search(r"\d+\.\d+", environment._compiler(on_gpu=False))
+
+
+def test_a_host_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", ("no-such-compiler",))
+
+    with pytest.raises(
+        ClusterError, match="^train.compile: No working C\\+\\+ compiler .*; install a C\\+\\+ compiler on"
+    ):
+        environment._compiler(on_gpu=False)
 
 
 class Data:

@@ -2,17 +2,22 @@
 
 import errno
 import importlib
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.errors import ClusterError, DescriptionError, LauncherError, TrainingError
+from cluster.errors import ClusterError, DescriptionError, LauncherError, StorageError, TrainingError
+from cluster.storage.store import MissingObject
 from jobs.components.build import unusable_gpu
+from jobs.data.loader_errors import failure_of, is_from_loader
+from jobs.images.decoding import BadSample
 from jobs.training import failure_causes
 from jobs.training.failure_causes import to_launcher_error
 
@@ -34,7 +39,9 @@ NCCL_REMOTE = (
 )
 ASSERT = "CUDA error: device-side assert triggered"
 ECC = "CUDA error: uncorrectable ECC error encountered"
-OF_LOADER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+OF_PINNING = (
+    "Caught OSError in pin memory thread for device 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+)
 
 
 def raising(error: BaseException) -> Callable[[], Any]:
@@ -42,6 +49,12 @@ def raising(error: BaseException) -> Callable[[], Any]:
         raise error
 
     return call
+
+
+def of_loader(error: Exception) -> Exception:
+    """The error as it comes out of a loader process."""
+    with mock.patch("jobs.data.loader_errors.get_worker_info"):
+        return pickle.loads(pickle.dumps(failure_of(error))).error  # noqa: S301  # of this test
 
 
 def error_of(call: Callable[[], Any], step: int = 4) -> LauncherError:
@@ -71,7 +84,7 @@ def error_of(call: Callable[[], Any], step: int = 4) -> LauncherError:
         (raising(RuntimeError("DataLoader worker (pid(s) 8) exited unexpectedly")), "crash", "RuntimeError: Data"),
         (raising(ConnectionResetError("Connection reset by peer")), "code", "ConnectionResetError: Connection reset"),
         (raising(TimeoutError("the data server")), "code", "TimeoutError: the data server"),
-        (raising(OSError(OF_LOADER + "OSError: disk on fire\n")), "code", "OSError: disk on fire"),
+        (raising(OSError(OF_PINNING + "OSError: disk on fire\n")), "code", "OSError: disk on fire"),
         (raising(SystemExit(3)), "code", "SystemExit: 3"),
         (raising(ValueError("first\nsecond")), "code", "ValueError: first"),
     ],
@@ -163,9 +176,7 @@ def pin() -> None:
         (raising(RuntimeError("Caught AcceleratorError in pin memory thread for device 0.\nOriginal Traceback (most "
                               "recent call last):\n  File ...\ntorch.AcceleratorError: CUDA error: out of memory\n")),
          "out_of_memory", "step 4, out_of_memory"),
-        (raising(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent "
-                              "call last):\n  File ...\nRuntimeError: CUDA error: no CUDA-capable device is detected")),
-         "code", None),
+        (raising(of_loader(RuntimeError("CUDA error: no CUDA-capable device is detected"))), "code", None),
     ],
 )  # fmt: skip
 def test_errors_of_gpus(call: Callable[[], Any], cause: str, place: str | None) -> None:
@@ -231,6 +242,52 @@ def test_a_gpu_that_fails_before_anything_ran_on_it(error: Exception, cause: str
     assert str(error).splitlines()[0] in str(unusable)
     assert "Search for" not in str(unusable)
     assert ("write workers.gpus=0" in str(unusable)) == (cause == "environment")
+
+
+class OddError(ValueError):
+    """Neither made from its message, nor found by another process."""
+
+    def __init__(self, *, sample: int) -> None:
+        super().__init__(f"sample {sample} is odd", open)
+
+
+class WorseSample(BadSample):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [
+        (MissingObject("s3://bucket/data: holds no a.jpg"), StorageError("s3://bucket/data: holds no a.jpg")),
+        (BadSample("a.jpg: is gone"), BadSample("a.jpg: is gone")),
+        (WorseSample("a.jpg: is gone"), BadSample("a.jpg: is gone")),
+        (OSError(errno.ENOENT, "No such file", "a.jpg"), FileNotFoundError(errno.ENOENT, "No such file", "a.jpg")),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (KeyError("label"), KeyError("label")),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")),
+        (KeyError(open), RuntimeError(f"KeyError: {open!r}")),
+        (ExceptionGroup("two", [ValueError()]), RuntimeError("ExceptionGroup: two (1 sub-exception)")),
+        (OddError(sample=3), RuntimeError(f"OddError: ('sample 3 is odd', {open!r})")),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_loader_process_arrives_with_its_type_and_text(raised: Exception, arrives: Exception) -> None:
+    try:
+        raise raised
+    except Exception as error:
+        arrived = of_loader(error)
+    assert (type(arrived), str(arrived)) == (type(arrives), str(arrives))
+    assert getattr(arrived, "errno", None) == getattr(raised, "errno", None)
+
+
+def test_an_error_of_a_loader_process_brings_its_traceback() -> None:
+    try:
+        int("bad")
+    except ValueError as error:
+        arrived = of_loader(error)
+    assert is_from_loader(arrived)
+    told = error_of(raising(arrived))
+    assert str(told) == "ValueError: invalid literal for int() with base 10: 'bad'"
+    assert 'int("bad")' in told.traceback
 
 
 def test_a_process_without_a_gpu_is_not_asked() -> None:

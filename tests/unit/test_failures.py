@@ -22,6 +22,7 @@ Fatal Python error: Segmentation fault
 Current thread 0x00007f (most recent call first):
   File "mine.py", line 7 in read
   File "loop.py", line 3 in run"""
+WARNING = "[rank1]:[W] [ProcessGroupNCCL.cpp:5072] [Rank 1] using GPU 0 as device used by this process"
 NCCL = "[rank1]:[E] [ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout"
 WATCHDOG = """\
 [rank1]:[E] [ProcessGroupNCCL.cpp:2201] [PG ID 0 PG GUID 0(default_pg) Rank 1] Process group watchdog thread \
@@ -168,7 +169,8 @@ LOW_MEMORY = "1 worker(s) were killed due to the node running low on memory. Mem
         ([failed("connection_lost", 0), exited(1, 0), exited(-signal.SIGABRT, log_tail=watchdog(ASSERT))], "code",
          "code", 1),
         ([failed("connection_lost"), exited(-signal.SIGABRT, log_tail=watchdog(ECC))], "gpu_lost", "machine", 1),
-        ([exited(-signal.SIGABRT, log_tail=f"caught: CUDA out of memory\n{NCCL}")], "hung", "machine", 0),
+        ([exited(-signal.SIGABRT, log_tail=f"{WARNING}\ncaught: CUDA out of memory\n{NCCL}")], "hung", "machine", 0),
+        ([exited(-signal.SIGABRT, log_tail=watchdog(ASSERT).partition("what():")[2])], "code", "code", 1),
         ([exited(-signal.SIGABRT, 0, log_tail=NCCL), failed("gpu_lost"), exited(1)], "gpu_lost", "machine", 1),
         ([failed("gpu_lost", step=0), exited(1)], "gpu_lost", "machine", 1),
         ([failed("gpu_lost", place="p"), exited(1)], "gpu_lost", "machine", 1),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.collectives.summation_tree import Fold, complete_subtrees
-from jobs.sampling import shard_blocks
+from jobs.shard_blocks import shard_blocks
 from jobs.spec import TrainSpec, WorkersSpec
 from launcher.planning.memory import MemoryPlan, StateBytes, plan_memory
 from tests.specs import bare_job

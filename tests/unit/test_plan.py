@@ -144,7 +144,7 @@ def test_on_this_machine_it_has_no_gpu(job, servers):
 @pytest.mark.parametrize("limits", [None, {"CPU": 40.0, "GPU": 20.0}], ids=["busy", "with an autoscaler"])
 def test_a_plan_that_may_not_wait_reserves_nothing_where_there_is_no_room(job, servers, limits, monkeypatch):
     here: list[Call] = []
-    monkeypatch.setattr("launcher.planning.plan.call_here", lambda call: here.append(call) or TRIED)
+    monkeypatch.setattr("launcher.planning.plan.call_here", lambda call, _: here.append(call) or TRIED)
     cluster, told = FakeCluster(Capacity(nodes=[HEAD, GPUS], limits=limits)), list[str]()
 
     made = plan(job, cluster, told, may_wait=False)
@@ -169,7 +169,7 @@ def test_it_has_the_place_of_a_worker_where_there_is_room_for_one(job):
 @pytest.mark.parametrize("may_wait", [True, False], ids=["to run", "to plan"])
 def test_an_operator_that_would_raise_on_a_gpu_is_refused_where_workers_have_one(job, may_wait, monkeypatch):
     found = replace(TRIED, would_raise_on_gpu=("median in model.a", "histc"))
-    monkeypatch.setattr("launcher.planning.plan.call_here", lambda _: found)
+    monkeypatch.setattr("launcher.planning.plan.call_here", lambda *_: found)
 
     on_cpus = FakeCluster(Capacity(nodes=[HEAD, CPUS], limits=None), outcome=found)
     assert plan(job, on_cpus, may_wait=may_wait).gpus == 0

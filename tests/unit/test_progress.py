@@ -107,6 +107,19 @@ class TestLines:
         display.warn("worker 1 is lost")
         assert stream.getvalue().splitlines()[1:] == ["resumed from step 400", "warning: worker 1 is lost"]
 
+    def test_work_is_counted(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
+        display.phase("building data.train")
+        for done in range(600, 1600, 100):  # the first 600 were done before
+            display.count("verifying", done, 1500, "images")
+            clock.now += 1
+        display.close()
+        assert stream.getvalue().splitlines() == [
+            "building data.train",
+            "verifying  600/1,500 images",
+            "verifying  1,100/1,500 images  100 images/s  ETA 0:00:04",
+            "verifying  1,500/1,500 images  100 images/s",
+        ]
+
     def test_eta_forgets_what_is_long_past(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
         for step in range(1, 11):  # 50 s a step at first
             clock.now += 50

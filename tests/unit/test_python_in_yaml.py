@@ -20,7 +20,7 @@ from launcher.config.yaml_reader import read_yaml, refuse_python, to_yaml
 BASE = """\
 name: x
 model: {_target_: mine.Net}
-data: {train: mine.data, val: mine.data}
+data: {train: mine.data, val: mine.data, shuffle: {block: 8, buffer: 64}}
 loss: CrossEntropyLoss
 optimizer: {_target_: AdamW, lr: 1e-3, groups: [{match: "*"}]}
 scheduler: {_target_: StepLR}
@@ -75,7 +75,9 @@ class TestWordsForNull:
         key = entry.key.replace("[]", "[0]")
         assert message(f"{key}='{word}'") == f"command line: {key} {expected(entry, word)}"
 
-    @pytest.mark.parametrize("key", ["scheduler", "init_from", "checkpoint.best", "train.early_stop", "data.val"])
+    @pytest.mark.parametrize(
+        "key", ["scheduler", "init_from", "checkpoint.best", "train.early_stop", "data.val", "data.shuffle"]
+    )
     def test_false_is_not_null_either(self, key: str) -> None:
         assert message(f"{key}=False").endswith(" or null, got false; write null")
 

@@ -3,7 +3,7 @@
 Ray itself does not run: its actors are objects of this process, and it has room when the test says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,20 @@ class LocalActor:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._actor, name)
-        return SimpleNamespace(remote=lambda *args: partial(method, *args))
+        return SimpleNamespace(remote=lambda *args: Promise(method, args))
+
+
+class Promise:
+    """What a call of an actor returns; of a generator, a promise for each value that it yields."""
+
+    def __init__(self, method: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._method, self._args = method, args
+
+    def __call__(self) -> Any:
+        return self._method(*self._args)
+
+    def __iter__(self) -> Iterator[Callable[[], Any]]:
+        return (partial(lambda value: value, value) for value in self())
 
 
 class Ray:
@@ -57,6 +70,8 @@ class Ray:
         """That has room."""
         self.outcomes: list[Any] = []
         """What becomes of the function, each time it is called: a result, or an exception."""
+        self.told: list[str] = []
+        """What the function tells each time."""
         self.reserved: list[dict[str, float]] = []
         """What is reserved now."""
         self.actors: list[tuple[str, dict[str, Any]]] = []
@@ -95,8 +110,10 @@ class Ray:
             raise exceptions.GetTimeoutError
         return promise()
 
-    def call_here(self, call: Call) -> Any:
+    def call_here(self, call: Call, tell: Callable[[str], None]) -> Any:
         self.calls.append((call, [*self.reserved]))
+        for text in self.told:
+            tell(text)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, BaseException):
             raise outcome
@@ -145,6 +162,14 @@ def test_it_has_what_a_worker_has_for_as_long_as_it_takes(cluster: Ray) -> None:
     assert caller["scheduling_strategy"].placement_group.bundles == [WORKER.amounts()]
     assert told == [WHERE]
     assert cluster.reserved == []
+
+
+def test_what_the_function_tells_is_told(cluster: Ray) -> None:
+    cluster.outcomes, cluster.told, told = ["tried"], ["listing", "listing more"], list[str]()
+
+    assert make_call(cluster, told) == "tried"
+
+    assert told == [WHERE, f"{WHERE}: listing", f"{WHERE}: listing more"]
 
 
 def test_room_is_waited_for_and_that_is_said_once(cluster: Ray) -> None:

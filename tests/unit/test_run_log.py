@@ -5,7 +5,7 @@ write too if a test says so.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
+from cluster.process.data_messages import SampleSkipped
 from cluster.process.messages import MatrixMeasured
 from cluster.run.lease import STATUS_INTERVAL_S
 from cluster.run.run_directory import RunDirectory
@@ -92,19 +93,24 @@ def run() -> RunDirectory:
 @pytest.fixture
 def record(run: RunDirectory) -> RunLog:
     """That of its driver, which keeps one checkpoint and has just saved step 6."""
+    record = open_record(run)
+    save(record, run, 6)
+    return record
+
+
+def open_record(run: RunDirectory, events: Sequence[Mapping[str, Any]] = ()) -> RunLog:
     plan: Any = SimpleNamespace(steps_per_epoch=10, total_steps=10, end_step=10)
     display = open_progress(io.StringIO(), clock=lambda: 0.0)
-    record = RunLog(
+    return RunLog(
         spec=bare_job(checkpoint=CheckpointSpec(keep=1)),
         plan=plan,
         run=run,
         state=RunState(step=5, saved_step=5),
         display=display,
         tracker=NoTracker(),
+        events=events,
         clock=lambda: SlowFileSystem.now,
     )
-    save(record, run, 6)
-    return record
 
 
 def files_of(step: int) -> dict[str, bytes]:
@@ -246,3 +252,22 @@ def test_a_driver_shows_that_it_lives_however_much_there_is_to_write_on_a_slow_s
 def test_on_a_fast_store_the_status_is_sign_enough(record: RunLog) -> None:
     list(until_status(record))
     assert sum(call.startswith("write /run/drivers/") for _, call in SlowFileSystem.calls) == 2, "the claim, the status"
+
+
+def test_a_bad_sample_is_told_once_by_all_drivers_of_a_run(run: RunDirectory, record: RunLog) -> None:
+    def of_epoch(epoch: int, number: int = 3) -> SampleSkipped:
+        return SampleSkipped("train", epoch, number, f"data/{number}.jpg: is gone")
+
+    for epoch in (0, 1):
+        record.sample_skipped(of_epoch(epoch))
+    list(record.write())
+    (event,) = [event for event in run.events().read() if event["kind"] == "sample_skipped"]
+    assert (event["split"], event["epoch"], event["number"], event["reason"]) == ("train", 0, 3, "data/3.jpg: is gone")
+    listed = [{"split": "train", "epoch": 0, "number": 3, "reason": "data/3.jpg: is gone"}]
+    assert record.document()["skipped_samples"] == {"count": 1, "first": listed}
+
+    later = open_record(run, run.events().read())
+    later.sample_skipped(of_epoch(2))
+    assert later.document()["skipped_samples"] == {"count": 1, "first": listed}
+    later.sample_skipped(of_epoch(2, number=4))
+    assert later.document()["skipped_samples"]["count"] == 2

@@ -53,6 +53,7 @@ class TestPermute:
         """Else a run that is resumed with a newer version would see other samples."""
         assert permute(positions(10), 10, draw_key("order", 0, 0)).tolist() == [8, 3, 1, 5, 6, 2, 0, 4, 9, 7]
         assert draw_key("dropout", 1, 2, 3) == 218467678805035754
+        assert StepPlan(100, 8, 2, 2).samples(0, 15, 1).tolist() == [40, 55, 41, 98]
 
 
 class TestDrawKey:

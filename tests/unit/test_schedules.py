@@ -17,7 +17,7 @@ from jobs.components.build import rates_digest
 from jobs.components.schedules import Schedule, build_schedule, plan_value
 from jobs.components.targets import Builder
 from jobs.sampling import StepPlan
-from jobs.spec import GroupSpec, OptimizerSpec, PlanValue, SchedulerSpec, Target
+from jobs.spec import GroupSpec, OptimizerSpec, PlanValue, SchedulerSpec, ShuffleSpec, Target
 from tests.states import decode, encode
 
 HERE = __name__
@@ -587,6 +587,10 @@ class TestDigest:
     def test_the_order_of_arguments_is_not_in_it(self) -> None:
         optimizer = OptimizerSpec(factory=Target("SGD", {"momentum": 0.9, "lr": 0.1}))
         assert rates_digest(optimizer, None, STEPS) == rates_digest(self.OPTIMIZER, None, STEPS)
+
+    def test_the_order_of_samples_is_not_in_it(self) -> None:
+        steps = replace(STEPS, shuffle=ShuffleSpec(block=2, buffer=4))
+        assert rates_digest(self.OPTIMIZER, None, steps) == rates_digest(self.OPTIMIZER, None, STEPS)
 
     def test_whatever_decides_the_rates_is_in_it(self) -> None:
         others = [

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from cluster.collectives.summation_tree import complete_subtrees
-from jobs.sampling import shard_blocks
+from jobs.shard_blocks import shard_blocks
 
 Hosts = Sequence[int]
 """The number of workers on each host, in rank order."""

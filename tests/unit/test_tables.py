@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.spec import TrainSpec, WorkersSpec
+from jobs.spec import ShuffleSpec, TrainSpec, WorkersSpec
 from launcher.display.tables import (
     checkpoints_table,
     duration,
@@ -20,6 +20,7 @@ from launcher.display.tables import (
     table,
 )
 from launcher.planning.plan import Plan
+from launcher.planning.shuffle_cost import Order, ShufflePlan
 from tests.specs import MEMORY, bare_job
 
 RESULT: dict[str, Any] = {
@@ -131,6 +132,12 @@ class TestSummary:
         error = "digits.yaml: model raised\nTraceback ..."
         assert f"\n\n{error}\n\nnext: " in summary(RESULT | {"status": "failed", "error": error})
 
+    def test_bad_samples_that_were_skipped(self) -> None:
+        first = {"split": "train", "epoch": 0, "number": 3, "reason": "s3://bucket/3.jpg: is gone; restore it"}
+        text = summary(RESULT | {"skipped_samples": {"count": 1200, "first": [first]}})
+        assert "  data          1,200 bad samples skipped, first: s3://bucket/3.jpg: is gone; restore it\n" in text
+        assert summary(RESULT | {"skipped_samples": {"count": 0, "first": []}}) == summary(RESULT)
+
     def test_where_the_time_went(self) -> None:
         time = {"startup": 12.34, "compute": 3723.4, "lost": 0.0, "exchange": 59.96, "storage": 0.04}
         text = summary(RESULT | {"goodput": 0.981, "time": time})
@@ -183,7 +190,7 @@ class TestPlan:
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
         total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
         why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
-        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="",
+        trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="", indexes=(), shuffle=None,
     )  # fmt: skip
 
     def test_what_is_the_default_and_what_is_not_waited_for_is_not_told(self) -> None:
@@ -191,6 +198,31 @@ class TestPlan:
         assert "placement" not in text
         assert "wait" not in text
         assert "hint" not in text
+
+    def test_the_order_of_samples_and_its_price(self) -> None:
+        shuffle = ShuffleSpec(block=64, buffer=4096)
+        own = Order(meet_in_micro_batch=0.0157, meet_in_step=0.01571, requests=0.01749, read=1.0314)
+        full = Order(meet_in_micro_batch=1e-5, meet_in_step=8e-5, requests=1.0, read=1.0)
+        planned = ShufflePlan(own=own, full=full, micro_batches=512, readers=1, streams=1)
+
+        def facts(planned: ShufflePlan) -> list[str]:
+            spec = replace(bare_job(), data=replace(bare_job().data, shuffle=shuffle))
+            text = plan_text(spec, replace(self.PLAN, shuffle=planned))
+            return [line for line in text.splitlines() if line.startswith(("order", "reads"))]
+
+        assert facts(planned) == [
+            "order       blocks of 64 in buffers of 4,096; of neighbours, 1.6% meet in a micro-batch and 1.6% in a "
+            "step (in 512 that were drawn), with a full shuffle 0.001% and 0.008%",
+            "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1",
+        ]
+        assert facts(replace(planned, readers=4, streams=4))[1].endswith(
+            "with a full shuffle 1 and 1; 4 loader processes read each block, or one with data.shuffle.streams: 4"
+        )
+        by_themselves = replace(planned, own=replace(own, requests=None, read=None))
+        assert facts(by_themselves)[1] == (
+            "reads       each sample by itself, as with a full shuffle: the dataset reads no blocks"
+        )
+        assert not any(line.startswith(("order", "reads")) for line in plan_text(bare_job(), self.PLAN).splitlines())
 
     def test_what_would_make_it_faster(self) -> None:
         hint = "optimizer.fused: true spares a wait"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, StorageError
 from jobs.components.targets import Builder, resolve
 from jobs.spec import PlanValue, Target
 
@@ -22,6 +22,8 @@ class Box:
     def __init__(self, content: Any, *, lid: bool = False) -> None:
         if content == "fire":
             raise ValueError("cannot hold\n   fire")
+        if content == "away":
+            raise StorageError("s3://bucket: does not answer")
         self.content = content
         self.lid = lid
 
@@ -49,6 +51,12 @@ class TestBuild:
         box = build(f"{HERE}.Box", content=[1, (2.5, "x"), {"a": None}], lid=True)
 
         assert (box.content, box.lid) == ([1, [2.5, "x"], {"a": None}], True)
+
+    def test_a_store_that_does_not_answer_is_no_mistake_in_the_description(self) -> None:
+        with pytest.raises(StorageError) as caught:
+            build(f"{HERE}.Box", key="data.train", content="away")
+
+        assert str(caught.value) == "data.train: s3://bucket: does not answer"
 
     def test_positional_arguments_come_first(self) -> None:
         made = build(f"{HERE}.record", "given", 2, name="x")

@@ -3,7 +3,7 @@
 from itertools import product
 
 from cluster.collectives.topology import Level, Peers, exchange_levels, workers_by_host
-from jobs.sampling import shard_blocks
+from jobs.shard_blocks import shard_blocks
 
 LAYOUTS = [hosts for number in (1, 2, 3, 4) for hosts in product((1, 2, 3, 4), repeat=number)]
 

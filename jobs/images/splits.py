@@ -1,0 +1,48 @@
+"""Which samples of an index belong to a split, and that the splits of a job fit together."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import DescriptionError
+from jobs.images.index import Index
+from jobs.images.indexed_images import IndexedImages
+from jobs.images.labelled_images import Split
+
+
+def check_val_fraction(val_fraction: float) -> None:
+    """Raises a ValueError unless a fraction leaves samples for both splits."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}; write a share such as 0.1")
+
+
+def drawn(index: Index, split: Split, val_fraction: float) -> np.ndarray:
+    """Returns the samples of a split by the SHA-256 of their names, so that no sample decides where another one is.
+
+    Shapes: int64 [chosen].
+
+    Raises:
+        ValueError: There is none.
+    """
+    is_val_N = index.draws < np.uint64(math.ceil(val_fraction * 2**64))
+    chosen = np.flatnonzero(is_val_N if split == "val" else ~is_val_N)
+    if not len(chosen):
+        raise ValueError(
+            f"{index.source.url}: none of its {len(index)} samples is drawn for split={split}; change val_fraction"
+        )
+    return chosen
+
+
+def check_same_classes(train_set: Any, val_set: Any) -> None:
+    """Raises a DescriptionError if a class has another number in ``data.val`` than in ``data.train``."""
+    if not (isinstance(train_set, IndexedImages) and isinstance(val_set, IndexedImages)):
+        return
+    train, val = train_set.classes, val_set.classes
+    if val != train[: len(val)]:
+        number = next((n for n, (one, other) in enumerate(zip(train, val)) if one != other), min(len(train), len(val)))
+        names = [repr(names[number]) if number < len(names) else "none" for names in (val, train)]
+        raise DescriptionError(
+            f"data.val: class {number} is {names[0]}, but {names[1]} in data.train; write the same classes in both: "
+            "classes: [...]"
+        )

@@ -1,0 +1,393 @@
+"""The parts of ``launcher data``: documents from indexes and labels, equal content, what is kept, the contact sheet."""
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cluster.errors import DescriptionError, StorageError
+from jobs.data.loader import training_batches
+from jobs.images.decoding import BadSample
+from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.inspection import ImageFacts
+from jobs.images.labelled_images import LabelledImages
+from jobs.sampling import StepPlan
+from jobs.spec import JobSpec
+from launcher.config.description import parse
+from launcher.display.contact_sheet import draw_sheet
+from launcher.display.data_text import data_text
+from launcher.inspecting import readers, reading_process
+from launcher.inspecting.duplicates import HashedDataset, find_duplicates
+from launcher.inspecting.reading_process import verify_samples
+from launcher.inspecting.sheet import make_sheet, to_pixels
+from launcher.inspecting.summary import InspectedImage, summarise_index, summarise_labels
+from launcher.inspecting.verified_file import RECORD, VerifiedFile
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def make_index(folder: Path, labels: Sequence[int], classes: Sequence[str] = ("cat", "dog"), size: int = 5) -> Index:
+    builder = IndexBuilder(Source("test", "s3://bucket/images", {"root": 1}))
+    builder.classes = classes
+    names = [f"{number}.jpg" for number in range(len(labels))]
+    builder.add_files(names, [size] * len(labels), [""] * len(labels), labels)
+    builder.pass_over("hidden", "b/.x")
+    builder.pass_over("hidden", "a/.y")
+    return builder.write(folder / f"{len(list(folder.iterdir()))}.arrow")
+
+
+class TestSummary:
+    def test_of_an_index(self, tmp_path: Path) -> None:
+        index = make_index(tmp_path, [0, 1, 1, 1, 0])
+        inspected = [
+            InspectedImage(1, 100, ImageFacts("JPEG", "RGB", 10, 20, 1, 1)),
+            InspectedImage(2, 300, ImageFacts("JPEG", "L", 30, 40, 1, 6)),
+            InspectedImage(3, 200, ImageFacts("GIF", "P", 20, 20, 5, 1), "s3://bucket/images/3.jpg: is torn; mend it"),
+            InspectedImage(4, 9, None, "s3://bucket/images/4.jpg: is gone; restore it"),
+        ]
+        document = summarise_index(index, np.array([1, 2, 3, 4]), inspected)
+        assert document["source"] == {"format": "test", "url": "s3://bucket/images", "options": {"root": 1}}
+        assert document["samples"] == 4
+        assert document["classes"] == [{"name": "cat", "count": 1}, {"name": "dog", "count": 3}]
+        assert document["imbalance"] == 3
+        assert document["passed_over"] == {"hidden": {"count": 2, "first": "a/.y"}}
+        assert document["sampled"] == {
+            "samples": 4,
+            "bytes": {"min": 100, "p25": 150, "median": 200, "p75": 250, "max": 300},
+            "width": {"min": 10, "p25": 15, "median": 20, "p75": 25, "max": 30},
+            "height": {"min": 20, "p25": 20, "median": 20, "p75": 30, "max": 40},
+            "formats": {"JPEG": 2, "GIF": 1},
+            "modes": {"L": 1, "P": 1, "RGB": 1},
+            "with_frames": 1,
+            "rotated": 1,
+            "broken": [
+                {"url": "s3://bucket/images/3.jpg", "problem": "is torn; mend it"},
+                {"url": "s3://bucket/images/4.jpg", "problem": "is gone; restore it"},
+            ],
+        }
+
+    def test_a_class_without_samples_has_no_ratio(self) -> None:
+        document = summarise_labels(np.array([0, 0]), ["cat", "dog"])
+        assert document["classes"] == [{"name": "cat", "count": 2}, {"name": "dog", "count": 0}]
+        assert document["imbalance"] is None
+
+    def test_labels_without_names_are_their_own(self) -> None:
+        document = summarise_labels(np.array([-100, 7, 7]), None)
+        assert document["classes"] == [{"name": "-100", "count": 1}, {"name": "7", "count": 2}]
+
+    def test_numbers_to_predict_have_a_range(self) -> None:
+        document = summarise_labels(np.array([[0.5, 1.0], [2.5, 0.0]], np.float32), ())
+        assert document["classes"] is None
+        assert document["targets"] == {"shape": [2], "type": "float32", "min": 0.0, "mean": 1.0, "max": 2.5}
+
+    @pytest.mark.parametrize("labels", [None, np.zeros(0, np.float32)])
+    def test_nothing_is_known_of_what_is_not_listed(self, labels: np.ndarray | None) -> None:
+        assert summarise_labels(labels, None) == {"classes": None, "imbalance": None, "targets": None}
+
+
+def record(number: int, content: bytes) -> tuple[int, bytes]:
+    return number, hashlib.sha256(content).digest()
+
+
+class TestDuplicates:
+    def test_leaks_come_first_then_labels_that_differ(self, tmp_path: Path) -> None:
+        train, val = make_index(tmp_path, [0, 1, 0, 0, 0, 0]), make_index(tmp_path, [1, 0], classes=("dog", "cat"))
+        contents = [b"a", b"a", b"b", b"c", b"c", b"c"]
+        found = find_duplicates(
+            {
+                "train": HashedDataset(train, np.arange(6), np.array([*map(record, range(6), contents)], RECORD)),
+                "val": HashedDataset(val, np.arange(2), np.array([record(0, b"b"), record(1, b"x")], RECORD)),
+            }
+        )
+        assert {name: found[name] for name in ("groups", "samples", "in_both", "labels_differ")} == {
+            "groups": 3, "samples": 7, "in_both": 1, "labels_differ": 1,
+        }  # fmt: skip
+        assert [
+            [(each["key"], each["url"][-5:], each["label"]) for each in group["samples"]] for group in found["list"]
+        ] == [
+            [("data.train", "2.jpg", "cat"), ("data.val", "0.jpg", "cat")],
+            [("data.train", "0.jpg", "cat"), ("data.train", "1.jpg", "dog")],
+            [("data.train", f"{number}.jpg", "cat") for number in (3, 4, 5)],
+        ]
+        assert [group["sha256"] for group in found["list"]] == [
+            hashlib.sha256(content).hexdigest() for content in (b"b", b"a", b"c")
+        ]
+
+    def test_only_samples_of_the_dataset_count(self, tmp_path: Path) -> None:
+        index = make_index(tmp_path, [0, 0, 0, 0])
+        whole = np.array([record(number, b"same") for number in (0, 1, 3)], RECORD)
+        halves = {
+            "train": HashedDataset(index, np.array([0, 2]), whole),
+            "val": HashedDataset(index, np.array([3]), whole),
+        }
+        (group,) = find_duplicates(halves)["list"]
+        assert [each["url"][-5:] for each in group["samples"]] == ["0.jpg", "3.jpg"]
+
+    def test_there_may_be_none(self, tmp_path: Path) -> None:
+        index = make_index(tmp_path, [0, 0])
+        for whole in (np.zeros(0, RECORD), np.array([record(0, b"a"), record(1, b"b")], RECORD)):
+            found = find_duplicates({"train": HashedDataset(index, np.arange(2), whole)})
+            assert (found["groups"], found["samples"], found["list"]) == (0, 0, [])
+
+    def test_zero_bytes_at_the_end_of_a_digest_are_kept(self, tmp_path: Path) -> None:
+        digest = bytes(range(1, 31)) + b"\0\0"
+        whole = np.array([(0, digest), (1, digest)], RECORD)
+        found = find_duplicates({"train": HashedDataset(make_index(tmp_path, [0, 0]), np.arange(2), whole)})
+        assert found["list"][0]["sha256"] == digest.hex()
+
+
+class TestVerifiedFile:
+    def test_what_it_keeps_is_there_again(self) -> None:
+        first = VerifiedFile("ab")
+        first.add(np.array([record(5, b"x")], RECORD))
+        first.close()
+        again = VerifiedFile("ab")
+        again.add(np.array([record(6, b"y"), record(7, b"z")], RECORD))
+        assert again.records().tolist() == [record(5, b"x"), record(6, b"y"), record(7, b"z")]
+        again.remove()
+        again.close()
+        assert len(VerifiedFile("ab").records()) == 0
+
+    def test_what_a_full_disk_has_cut_is_dropped(self, tmp_path: Path) -> None:
+        first = VerifiedFile("ab")
+        first.add(np.array([record(5, b"x"), record(6, b"y")], RECORD))
+        first.close()
+        os.truncate(tmp_path / "cache" / "launcher" / "verified" / "ab", RECORD.itemsize + 3)
+        again = VerifiedFile("ab")
+        again.add(np.array([record(7, b"z")], RECORD))
+        assert again.records()["number"].tolist() == [5, 7]
+
+    def test_another_command_is_refused(self) -> None:
+        held = VerifiedFile("ab")
+        with pytest.raises(StorageError, match="another command verifies the same samples; wait for its end"):
+            VerifiedFile("ab")
+        held.close()
+        VerifiedFile("ab").close()
+
+    def test_what_nobody_goes_on_with_is_removed(self, tmp_path: Path) -> None:
+        VerifiedFile("old").close()
+        VerifiedFile("new").close()
+        folder = tmp_path / "cache" / "launcher" / "verified"
+        os.utime(folder / "old", (0, time.time() - 31 * 24 * 3600))
+        VerifiedFile("other").close()
+        assert sorted(path.name for path in folder.iterdir()) == ["new", "other"]
+
+
+def jpeg(shade: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, shade, shade)).save(content, "JPEG")
+    return content.getvalue()
+
+
+class TestVerification:
+    def test_of_samples(self, tmp_path: Path) -> None:
+        index = make_index(tmp_path, [0, 0, 0])
+        contents = {0: jpeg(0), 1: b"no image", 2: BadSample(f"{index.url_of(2)}: is gone; restore it")}
+
+        def read(_: Index, numbers: Sequence[int]) -> list[bytes | BadSample]:
+            return [contents[number] for number in numbers]
+
+        verified = verify_samples(index, read, np.arange(3))
+        assert verified.whole.tolist() == [record(0, jpeg(0))]
+        assert list(verified.broken) == [1, 2]
+        assert verified.broken[1].startswith("s3://bucket/images/1.jpg: cannot be decoded")
+        assert verified.broken[2] == "s3://bucket/images/2.jpg: is gone; restore it"
+
+    def test_large_images_are_not_held_together(self, tmp_path: Path) -> None:
+        at_once = []
+
+        def read(_: Index, numbers: Sequence[int]) -> list[bytes | BadSample]:
+            at_once.append(list(numbers))
+            return [jpeg(number) for number in numbers]
+
+        third = reading_process.BYTES_AT_ONCE // 3
+        verify_samples(make_index(tmp_path, [0] * 7, size=third), read, np.arange(7))
+        verify_samples(make_index(tmp_path, [0] * 2, size=4 * third), read, np.arange(2))
+        verify_samples(make_index(tmp_path, [0] * 7, size=-1), read, np.arange(7))
+        assert at_once == [[0, 1, 2], [3, 4, 5], [6], [0], [1], [*range(7)]]
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 64, 65, 5_000, 100_000])
+@pytest.mark.parametrize("num_processes", [1, 3, 64])
+def test_every_sample_is_in_one_stretch_of_neighbours(num_samples: int, num_processes: int) -> None:
+    stretches = readers.stretches(np.arange(num_samples), num_processes)
+    assert np.array_equal(np.concatenate([np.arange(0), *stretches]), np.arange(num_samples))
+    assert all(len(each) % readers.SAMPLES_AT_ONCE == 0 for each in list(stretches)[:-1])
+    assert max(map(len, stretches), default=0) <= 1024
+
+
+SPEC = """\
+name: x
+seed: 3
+model: a.Model
+data: {train: a.data}
+loss: MSELoss
+optimizer: {_target_: SGD, lr: 1}
+train: {global_batch: 6, shards: 2, epochs: 2}
+"""
+
+
+def spec() -> JobSpec:
+    return parse(SPEC, "x.yaml").spec
+
+
+def images(num: int = 20) -> LabelledImages:
+    """Noisy images, whose noise is their augmentation."""
+
+    def read(number: int) -> Tensor:
+        return torch.full((3, 4, 5), number / num)
+
+    def noise(image_CHW: Tensor) -> Tensor:
+        return image_CHW * torch.rand(3, 4, 5)
+
+    labels = torch.arange(num) % 3
+    return LabelledImages(read, labels, ["cat", "dog", "fox"], noise, mean=[0.5] * 3, std=[0.25] * 3)
+
+
+class TestSheet:
+    def test_it_has_the_tensors_of_training(self) -> None:
+        sheet, dataset = make_sheet(images(), spec()), images()
+        loaded = list(
+            training_batches(
+                dataset, steps=StepPlan(20, 6, 2, 2), seed=3, block=range(2), start=0, end=3, loaders=0,
+                device=torch.device("cpu"),
+            )
+        )  # fmt: skip
+        inputs_NCHW = torch.cat([batch.inputs for batch in loaded])[:16]
+        expected = ((inputs_NCHW * 0.25 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        assert np.array_equal(np.stack([tile.pixels for tile in sheet.tiles if tile.pixels is not None]), expected)
+        labels = torch.cat([batch.target for batch in loaded])[:16].tolist()
+        assert [tile.caption for tile in sheet.tiles] == [dataset.classes[label] for label in labels]
+        assert (len(sheet.tiles), sheet.last_step, sheet.scaling) == (16, 3, "mean and std undone")
+
+    def test_a_short_epoch_gives_fewer(self) -> None:
+        assert len(make_sheet(images(13), spec()).tiles) == 12
+
+    def test_a_broken_sample_is_an_empty_tile(self) -> None:
+        dataset = images()
+        read, broken = dataset._read, make_sheet(dataset, spec()).numbers[1]
+
+        def fails(number: int) -> Tensor:
+            if number == broken:
+                raise BadSample("it is torn")
+            return read(number)
+
+        dataset._read = fails
+        tiles = make_sheet(dataset, spec()).tiles
+        assert (tiles[1].pixels, tiles[1].caption) == (None, "broken")
+        assert sum(tile.pixels is None for tile in tiles) == 1
+
+    @pytest.mark.parametrize(
+        ("sample", "problem"),
+        [
+            (
+                (torch.zeros(7), 1),
+                r"draws inputs that are images, \[channels, height, width\], got \[7\] torch.float32",
+            ),
+            (("text", 1), "got str of data.train"),
+            (torch.zeros(3), "data.train: sample [0-9]+ raised ValueError"),
+        ],
+    )
+    def test_what_is_no_image_is_an_error(self, sample: Any, problem: str) -> None:
+        with pytest.raises(DescriptionError, match=problem):
+            make_sheet([sample] * 20, spec())
+
+    def test_large_images_are_reduced(self) -> None:
+        tiles = make_sheet([(torch.zeros(1, 300, 600, dtype=torch.uint8), 0.25)] * 20, spec()).tiles
+        assert tiles[0].pixels is not None
+        assert (tiles[0].pixels.shape, tiles[0].caption) == ((128, 256, 3), "0.25")
+
+    @pytest.mark.parametrize(
+        ("image", "pixel", "scaling"),
+        [
+            (torch.full((3, 1, 2), 51, dtype=torch.uint8), [51, 51, 51], "values as they are"),
+            (torch.full((1, 1, 2), 0.2), [51, 51, 51], "values as they are"),
+            (torch.full((4, 1, 2), 0.2), [51, 51, 51], "values as they are"),
+            (torch.tensor([[[-1.0, 4.0]]] * 3), [0, 0, 0], "each stretched from its smallest to its largest value"),
+            (torch.full((2, 1, 2), 9.0), [0, 0, 0], "each stretched from its smallest to its largest value"),
+            (torch.tensor([[[2.0, float("nan")]]]), [255] * 3, "each stretched from its smallest to its largest value"),
+        ],
+    )
+    def test_values_become_pixels(self, image: Tensor, pixel: list[int], scaling: str) -> None:
+        (pixels,), told = to_pixels([image], None, None)
+        assert pixels is not None
+        assert (pixels.shape, pixels[0, 0].tolist(), told) == ((1, 2, 3), pixel, scaling)
+
+    def test_every_tile_is_drawn(self) -> None:
+        colours = [(16 * number, 255 - 16 * number, 128) for number in range(16)]
+        tiles = [
+            (np.full((4, 6, 3), colour, np.uint8), f"class $_{number} \u4e00") for number, colour in enumerate(colours)
+        ]
+        with Image.open(io.BytesIO(draw_sheet([*tiles[:-1], (None, "broken")], "the title"))) as image:
+            drawn = {colour for _, colour in image.convert("RGB").getcolors(2**24) or ()}
+        assert set(colours[:-1]) <= drawn
+        assert colours[-1] not in drawn
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """Of a dataset without an index."""
+    return {
+        "key": "data.train", "dataset": "mine.data", "source": None, "samples": 1200, "classes": None,
+        "imbalance": None, "targets": None, "passed_over": {}, "sampled": {"samples": 200, "broken": []},
+        "shapes": {"input": {"[3, 4, 5] torch.float32": 200}},
+    } | changes  # fmt: skip
+
+
+def text(dataset: dict[str, Any], **changes: Any) -> str:
+    return data_text({"datasets": {"train": dataset}, "verified": None, "duplicates": None, "sheet": None} | changes)
+
+
+class TestText:
+    def test_of_data_of_ones_own(self) -> None:
+        assert text(document()) == (
+            "data.train  mine.data\n"
+            "samples     1,200\n"
+            "targets     not listed\n"
+            "sampled     200\n"
+            "input       [3, 4, 5] torch.float32 200"
+        )
+
+    def test_of_many_classes_the_largest_and_the_smallest(self) -> None:
+        classes = [{"name": f"n{number:03}", "count": number} for number in range(100)]
+        shown = text(document(classes=classes)).split("\n\n")[1].splitlines()
+        assert len(shown) == 1 + 10 + 1 + 10
+        assert shown[1].split() == ["n099", "99", "#" * 30]
+        assert shown[11].strip() == "... 80 more"
+        assert shown[12].split() == ["n009", "9", "###"]
+        assert shown[-2].split() == ["n001", "1", "#"]
+        assert shown[-1].split() == ["n000", "0"]
+
+    def test_of_what_is_broken_the_first(self) -> None:
+        broken = [{"url": f"s3://b/{number}", "problem": "is gone"} for number in range(25)]
+        shown = text(document(sampled={"samples": 200, "broken": broken})).split("\n\n")[-1].splitlines()
+        assert shown[0] == "data.train: 25 broken of 200 sampled"
+        assert shown[1] == "s3://b/0: is gone"
+        assert shown[-1] == "... and 5 more, which --json lists"
+
+    def test_of_a_verification(self) -> None:
+        verified = {"resumed": 0, "datasets": {"train": {"samples": 1200, "broken": []}}}
+        assert "verified    all 1,200: 0 broken" in text(document(), verified=verified)
+        assert "data.train is not verified" in text(document(), verified={"resumed": 0, "datasets": {}})
+
+    def test_of_duplicates(self) -> None:
+        samples = [{"key": f"data.{split}", "url": f"s3://b/{split}", "label": "cat"} for split in ("train", "val")]
+        group = {"sha256": "ab", "in_both": True, "labels_differ": False, "samples": samples}
+        found = {"groups": 1, "samples": 2, "in_both": 1, "labels_differ": 0, "list": [group]}
+        assert text(document(), duplicates=found).endswith(
+            "duplicates: 2 samples in 1 group of equal content: 1 in data.train and data.val, 0 with different labels\n"
+            "in both: data.train s3://b/train (cat), data.val s3://b/val (cat)"
+        )
+        none = {"groups": 0, "samples": 0, "in_both": 0, "labels_differ": 0, "list": []}
+        assert text(document(), duplicates=none).endswith("duplicates: none")
