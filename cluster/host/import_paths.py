@@ -12,9 +12,8 @@ from pathlib import Path
 OWN_PACKAGES = ("jobs", "cluster", "launcher")
 REQUIRED = frozenset(
     {
-        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "psutil", "pydantic", "ray",
-        "requests", "rich",
-        "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
+        "PIL", "click", "fsspec", "matplotlib", "numpy", "omegaconf", "pathspec", "psutil", "pyarrow", "pydantic",
+        "ray", "requests", "rich", "safetensors", "sklearn", "torch", "torchmetrics", "torchvision", "wandb", "yaml",
     }
 )  # fmt: skip
 """The packages that the launcher needs, as in pyproject.toml."""

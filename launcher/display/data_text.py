@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.errors import listed
 from launcher.display.tables import number, table
 
 _MOST_CLASSES = 20
@@ -113,8 +114,8 @@ def _duplicates(found: Mapping[str, Any]) -> str:
     for group in found["list"][:_MOST_LISTED]:
         marks = {"in_both": "in both", "labels_differ": "different labels"}
         marked = ", ".join(mark for name, mark in marks.items() if group[name]) or "equal"
-        samples = group["samples"]
-        lines.append(f"{marked}: " + ", ".join(f"{each['key']} {each['url']} ({each['label']})" for each in samples))
+        samples = [f"{each['key']} {each['url']} ({each['label']})" for each in group["samples"]]
+        lines.append(f"{marked}: {listed(samples, most=4)}")
     return "\n".join([*lines, *_rest(found["list"])])
 
 

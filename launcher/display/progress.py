@@ -141,7 +141,9 @@ class Progress:
         left_s = self._seconds_left(done, total)
         speed = self._steps.tasks[0].speed
         counted = f"{done:,}/{total:,} {unit}"
-        pace = [] if left_s is None or not speed else [f"{speed:,.0f} {unit}/s", f"ETA {duration(left_s)}"]
+        pace = [f"{speed:,.0f} {unit}/s"] if speed else []
+        if left_s is not None and done < total:
+            pace.append(f"ETA {duration(left_s)}")
         self._steps.update(self._steps.task_ids[0], description=what, steps="  ".join([counted, *pace]))
         self._details, self._phase = [], None
         self._withheld = "  ".join([what, counted, *pace])

@@ -48,8 +48,9 @@ def find_duplicates(datasets: Mapping[str, HashedDataset]) -> dict[str, Any]:
 
 
 def _whole_samples(dataset: HashedDataset) -> np.ndarray:
-    """Return the records of the whole samples of a dataset. Shapes: RECORD [at most samples]."""
-    return dataset.whole[np.isin(dataset.whole["number"], dataset.numbers)]
+    """Return the records of the whole samples of a dataset by number. Shapes: RECORD [at most samples]."""
+    own = dataset.whole[np.isin(dataset.whole["number"], dataset.numbers)]
+    return own[np.argsort(own["number"], kind="stable")]
 
 
 def _group(datasets: Mapping[str, HashedDataset], splits: np.ndarray, records: np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The processes that read samples for a command: each is given parts of the work, and answers them in order."""
 
+import math
 import signal
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 PROCESS = "launcher.inspecting.reading_process:main"
 SAMPLES_AT_ONCE = 64
 """Samples that a process reads, neighbours in the index, before it answers."""
+_MOST_IN_STRETCH = 16 * SAMPLES_AT_ONCE
+"""Neighbours that one process reads, part by part: a row group of Parquet is read by one or two of them, not by all."""
+_STRETCHES_PER_PROCESS = 4
+"""At least, so that they end at about the same time."""
 _AHEAD = 2
 """A process is given so many parts, so that it never waits for this one."""
 _PROCESSES_PER_CORE = 2
@@ -37,8 +43,10 @@ class _Reader:
 
     process: fork_server.ChildProcess
     commands: Connection
-    given: list[np.ndarray]
+    given: deque[np.ndarray]
     """The parts that it has not answered yet."""
+    stretch: np.ndarray
+    """What it is given next."""
 
 
 def answers(
@@ -59,21 +67,23 @@ def answers(
         StorageError: The store does not answer.
         TrainingError: A process died, or the function that reads failed.
     """
-    parts = [numbers[begin : begin + SAMPLES_AT_ONCE] for begin in range(0, len(numbers), SAMPLES_AT_ONCE)][::-1]
+    num_parts = math.ceil(len(numbers) / SAMPLES_AT_ONCE)
+    num_processes = min(_PROCESSES_PER_CORE * num_cores(), _MOST_PROCESSES, num_parts)
+    left = stretches(numbers, num_processes)
     task, readers = make_task(PROCESS, reader), dict[Any, _Reader]()
     try:
-        for _ in range(min(_PROCESSES_PER_CORE * num_cores(), _MOST_PROCESSES, len(parts))):
+        for _ in range(num_processes):
             ours, theirs = Pipe()
             with theirs:
                 process = fork_server.fork(_enter, (theirs, task), PROCESS)
-            readers[ours] = _Reader(process, ours, [])
+            readers[ours] = _Reader(process, ours, deque(), numbers[:0])
         for _ in range(_AHEAD):
             for each in readers.values():
-                _give(each, parts)
+                _give(each, left)
         while busy := [ours for ours, each in readers.items() if each.given]:
             for ready in wait(busy):
                 answer = _received(readers[ready], reader)
-                _give(readers[ready], parts)
+                _give(readers[ready], left)
                 yield answer
     finally:
         for each in readers.values():
@@ -85,9 +95,19 @@ def _enter(commands: Connection, task: Task) -> None:
     fork_server.resolve(task.entry)(commands, task)
 
 
-def _give(each: _Reader, parts: list[np.ndarray]) -> None:
-    if parts:
-        each.given.append(parts.pop())
+def stretches(numbers: np.ndarray, num_processes: int) -> deque[np.ndarray]:
+    """Return the numbers cut into stretches of whole parts. Shapes: int64 [samples] -> int64 [any] each."""
+    even = len(numbers) / max(1, num_processes * _STRETCHES_PER_PROCESS)
+    length = min(max(1, math.ceil(even / SAMPLES_AT_ONCE)) * SAMPLES_AT_ONCE, _MOST_IN_STRETCH)
+    return deque(numbers[begin : begin + length] for begin in range(0, len(numbers), length))
+
+
+def _give(each: _Reader, left: deque[np.ndarray]) -> None:
+    if not len(each.stretch) and left:
+        each.stretch = left.popleft()
+    if len(each.stretch):
+        each.given.append(each.stretch[:SAMPLES_AT_ONCE])
+        each.stretch = each.stretch[SAMPLES_AT_ONCE:]
         with suppress(ConnectionError):  # it has died, which its missing answer says
             each.commands.send(each.given[-1])
 
@@ -105,7 +125,7 @@ def _received(each: _Reader, reader: IndexReader) -> "Verified":
         raise TrainingError(_death(each, reader)) from error
     if isinstance(answer, LauncherError):
         raise answer
-    each.given.pop(0)
+    each.given.popleft()
     return answer
 
 

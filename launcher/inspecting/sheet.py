@@ -36,12 +36,12 @@ def make_sheet(dataset: Any, spec: JobSpec) -> Sheet:
         last_step += 1
     del numbers[NUM_TILES:]
     images, captions = list[Tensor | None](), list[str]()
-    for number in numbers:
+    for tile, number in enumerate(numbers):
         read = single_samples(
             dataset, [number], split="train", seed=spec.seed, loaders=0, on_bad_sample=spec.data.on_bad_sample
         )
         try:
-            image, target = next(read).sample
+            numbers[tile], (image, target), *_ = next(read)  # another one, if a bad sample is skipped
         except BadSample:
             images.append(None)
             captions.append("broken")

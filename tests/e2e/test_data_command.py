@@ -17,15 +17,18 @@ from tests.images import make_image_folder
 NUM_CLASSES, PER_CLASS = 3, SAMPLES_AT_ONCE
 NUM_IMAGES = NUM_CLASSES * PER_CLASS
 MINE = f'''\
+import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
 
 import jobs.data
+from cluster.errors import StorageError
 
 
 def images(root, gate, **arguments):
-    """A folder of images of which only the first part is verified before there is a gate."""
+    """A folder of images of which only the first part is verified before there is a gate, or which fails there."""
     dataset = jobs.data.image_folder(root, **arguments)
     dataset.read = partial(read, dataset.read, gate)
     return dataset
@@ -34,6 +37,10 @@ def images(root, gate, **arguments):
 def read(of_folder, gate, index, numbers):
     is_verified = len(numbers) == {SAMPLES_AT_ONCE}
     while is_verified and numbers[0] > 0 and not Path(gate).exists():
+        if gate == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if gate == "away":
+            raise StorageError("s3://bucket: does not answer; look there")
         time.sleep(0.02)
     return of_folder(index, numbers)
 
@@ -156,6 +163,17 @@ def test_an_interrupted_verification_goes_on(home: Path) -> None:
     assert kept_files(home) == [], "the next verification reads all"
 
 
+@pytest.mark.parametrize(
+    ("gate", "exit_code", "problem"),
+    [("killed", 1, "was killed by SIGKILL; is there enough memory?"), ("away", 4, "s3://bucket: does not answer")],
+)
+def test_a_verification_that_fails_says_why(home: Path, gate: str, exit_code: int, problem: str) -> None:
+    train = f"data.train={{_target_: mine.images, root: {home / 'images'}, split: train, gate: {gate}}}"
+    ended = data(home, train, "--split", "train", "--sample", 2, "--verify", "--json")
+    assert ended.exit_code == exit_code, ended.stderr
+    assert problem in ended.document["error"]
+
+
 def kept_files(home: Path) -> list[Path]:
     folder = home / "cache" / "launcher" / "verified"
     return list(folder.iterdir()) if folder.exists() else []
@@ -167,7 +185,8 @@ def test_equal_images_are_found(home: Path) -> None:
     shutil.copy(train / "class_000" / "image_0002.jpg", train / "class_001" / "elsewhere.jpg")
     shutil.copy(train / "class_000" / "image_0003.jpg", train / "class_000" / "again.jpg")
 
-    ended = data(home, "--duplicates", "--json")
+    of_its_own = f"data.val={{_target_: jobs.data.image_folder, root: {val}}}"  # another index
+    ended = data(home, of_its_own, "--duplicates", "--json")
     assert ended.exit_code == 0, ended.stderr
     assert ended.document["verified"]["datasets"]["train"] == {"samples": NUM_IMAGES + 2, "broken": []}
     found = ended.document["duplicates"]
@@ -185,8 +204,10 @@ def test_equal_images_are_found(home: Path) -> None:
 
 def test_the_contact_sheet_shows_the_first_step(home: Path) -> None:
     sheet = home / "sheets" / "first.png"
-    ended = data(home, "--sheet", sheet, "--sample", 1, "--json", "train.global_batch=16")
+    ended = data(home, "--sheet", sheet, "--sample", 1, "--verify", "--json", "train.global_batch=16")
     assert ended.exit_code == 0, ended.stderr
+    verified = ended.document["verified"]["datasets"]
+    assert {split: each["samples"] for split, each in verified.items()} == {"train": NUM_IMAGES, "val": 12}
     document = ended.document["sheet"]
     assert (document["url"], document["last_step"]) == (str(sheet), 1)
     assert len(document["samples"]) == len(document["labels"]) == 16

@@ -25,7 +25,7 @@ from jobs.spec import JobSpec
 from launcher.config.description import parse
 from launcher.display.contact_sheet import draw_sheet
 from launcher.display.data_text import data_text
-from launcher.inspecting import reading_process
+from launcher.inspecting import readers, reading_process
 from launcher.inspecting.duplicates import HashedDataset, find_duplicates
 from launcher.inspecting.reading_process import verify_samples
 from launcher.inspecting.sheet import make_sheet, to_pixels
@@ -217,6 +217,15 @@ class TestVerification:
         verify_samples(make_index(tmp_path, [0] * 2, size=4 * third), read, np.arange(2))
         verify_samples(make_index(tmp_path, [0] * 7, size=-1), read, np.arange(7))
         assert at_once == [[0, 1, 2], [3, 4, 5], [6], [0], [1], [*range(7)]]
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 64, 65, 5_000, 100_000])
+@pytest.mark.parametrize("num_processes", [1, 3, 64])
+def test_every_sample_is_in_one_stretch_of_neighbours(num_samples: int, num_processes: int) -> None:
+    stretches = readers.stretches(np.arange(num_samples), num_processes)
+    assert np.array_equal(np.concatenate([np.arange(0), *stretches]), np.arange(num_samples))
+    assert all(len(each) % readers.SAMPLES_AT_ONCE == 0 for each in list(stretches)[:-1])
+    assert max(map(len, stretches), default=0) <= 1024
 
 
 SPEC = """\

@@ -12,11 +12,13 @@ import torch
 
 from cluster.errors import StorageError
 from cluster.storage.store import ByteRange, Store
+from jobs.components.targets import Builder
 from jobs.data import BadSample, parquet_images
 from jobs.images import row_groups
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.row_groups import ReadRowGroups
+from jobs.spec import Target
 from tests.stores import S3Server
 from tests.tables import noise, number_of, png, shade, write_parquet
 
@@ -169,6 +171,12 @@ class TestLabels:
         assert (named.classes, named.targets.tolist()) == (("c", "b", "a"), [1, 2, 1])
         assert parquet_images(path, label="number", classes=["cat", "dog"]).classes == ("cat", "dog")
         assert parquet_images(path, label="number", classes=3).classes == ("0", "1", "2")
+
+    def test_a_description_names_it(self, tmp_path):
+        path = self.images(tmp_path / "a.parquet", x=[1, 2], y=[3, 4])
+        target = Target("jobs.data.parquet_images", {"urls": [str(path)], "label": ["x", "y"]})
+        dataset = Builder().build(target, "data.train")
+        assert dataset.targets.tolist() == [[1, 3], [2, 4]]
 
     def test_names_of_all_files_are_the_classes(self, tmp_path):
         self.images(tmp_path / "1.parquet", label=["b", "c"])

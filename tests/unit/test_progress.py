@@ -110,14 +110,14 @@ class TestLines:
     def test_work_is_counted(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:
         display.phase("building data.train")
         for done in range(600, 1600, 100):  # the first 600 were done before
-            display.count("verifying", done, 2000, "images")
+            display.count("verifying", done, 1500, "images")
             clock.now += 1
         display.close()
         assert stream.getvalue().splitlines() == [
             "building data.train",
-            "verifying  600/2,000 images",
-            "verifying  1,100/2,000 images  100 images/s  ETA 0:00:09",
-            "verifying  1,500/2,000 images  100 images/s  ETA 0:00:05",
+            "verifying  600/1,500 images",
+            "verifying  1,100/1,500 images  100 images/s  ETA 0:00:04",
+            "verifying  1,500/1,500 images  100 images/s",
         ]
 
     def test_eta_forgets_what_is_long_past(self, display: Progress, stream: io.StringIO, clock: Clock) -> None:

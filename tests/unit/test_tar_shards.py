@@ -10,20 +10,22 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import braceexpand
 import pytest
 import torch
+from counting_file_system import CountingFileSystem, start_counting
 
 from cluster.errors import StorageError
 from cluster.storage.local import SyncedLocalFileSystem
-from cluster.storage.store import Store
+from cluster.storage.store import Store, StoredObject
 from jobs.data import BadSample, tar_shards
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.shard_urls import expand_braces
+from jobs.images.tar_members import Reads, TarReader
 from tests.shards import as_webdataset_reads, jpeg, write_shards
-from tests.unit.counting_file_system import CountingFileSystem, start_counting
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -74,6 +76,16 @@ def labelled(keys, label="cls", values=None) -> dict[str, bytes]:
         members[f"{key}.{label}"] = str(value).encode() if label == "cls" else json.dumps(value).encode()
         members[f"{key}.jpg"] = jpeg(number)
     return members
+
+
+def drained(reads: Reads, content: bytes):
+    """What a generator returns that reads a file of this content."""
+    try:
+        wanted = next(reads)
+        while True:
+            wanted = reads.send(content[wanted.offset : wanted.offset + wanted.size])
+    except StopIteration as stop:
+        return stop.value
 
 
 def keys_of(dataset: IndexedImages) -> list[str]:
@@ -141,7 +153,36 @@ class TestWriters:
             file.write(write_tar(tmp_path / "rest", labelled(["0", "1"]), FORMATS[format]).read_bytes())
         dataset = tar_shards(str(shard))
         assert dataset.fetch([0, 1]) == [jpeg(0), jpeg(1)]
-        assert sum(reads) < 2**20
+        assert sum(reads) < 2**21
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_members_that_tarfile_finds(self, format):
+        random = Random(1)  # noqa: S311 - not for secrets
+        kinds = [
+            tarfile.REGTYPE,
+            tarfile.LNKTYPE,
+            tarfile.CONTTYPE,
+            tarfile.DIRTYPE,
+            tarfile.SYMTYPE,
+            tarfile.FIFOTYPE,
+        ]
+        for _ in range(40):
+            file = io.BytesIO()
+            with tarfile.open(fileobj=file, mode="w", format=FORMATS[format]) as tar:
+                for _ in range(random.randrange(12)):
+                    longest = 9 if format == "ustar" else 60
+                    name = "/".join("".join(random.choices("aö.", k=random.randint(1, longest))) for _ in range(8))
+                    target = "t" * random.randint(1, 100 if format == "ustar" else 300)
+                    kind, size = random.choice(kinds), random.choice([0, 1, 511, 512, 513, 2**19, 2**21])
+                    content = bytes(size) if kind in tarfile.REGULAR_TYPES else b""
+                    add(tar, name, content, type=kind, linkname=target, mtime=random.random() * 1e9)
+            found = []
+            reads = TarReader("a.tar", StoredObject("a.tar", len(file.getvalue()), ""))
+            while (member := drained(reads.next_member(), file.getvalue())) is not None:
+                found.append((member.name.rstrip("/"), member.kind == "file", member.offset))
+            file.seek(0)
+            with tarfile.open(fileobj=file) as tar:
+                assert found == [(member.name, member.isreg(), member.offset_data) for member in tar]
 
     @pytest.mark.parametrize("blocks", [1, 20, 512])
     def test_records_of_any_length(self, tmp_path, blocks):
@@ -163,8 +204,8 @@ class TestRequests:
         (shard,) = write_shards(tmp_path / "data", num_shards=1, per_shard=400)
         tar_shards(str(shard))
         size = shard.stat().st_size
-        assert size > 2**20 / 2
-        assert len(reads) == math.ceil(size / (2**18 - 512))
+        assert 2**20 < size < 2**21
+        assert len(reads) == 2
         assert abs(size - sum(reads)) < 2048 * len(reads)  # a header, or the rest of an image, at the end of each
 
     def test_large_members_are_stepped_over(self, tmp_path, reads):
@@ -175,7 +216,7 @@ class TestRequests:
         shard = write_tar(tmp_path / "a.tar", members)
         tar_shards(str(shard))
         assert len(reads) == 9  # the first headers, and what follows each image
-        assert sum(reads) <= 9 * 2**18 < shard.stat().st_size / 6
+        assert sum(reads) <= 2**20 + 8 * 2**18 < shard.stat().st_size / 5
 
     def test_neighbours_are_read_in_one_request(self, tmp_path, reads):
         write_shards(tmp_path / "data", num_shards=2, per_shard=10)
@@ -238,9 +279,9 @@ class TestSamples:
         dataset = tar_shards(str(tmp_path))
         assert keys_of(dataset) == ["a/0"]
         assert dataset.index.passed_over == {
-            "device in a shard": (1, "a.tar#a/pipe"),
+            "special file in a shard": (1, "a.tar#a/pipe"),
             "file other than .tar": (1, "00000.parquet"),
-            "folder in a shard": (1, "a.tar#a"),
+            "folder in a shard": (1, "a.tar#a/"),
             "hidden file": (1, "._a.tar"),
             "hidden member": (1, "a.tar#a/._0.jpg"),
             "link in a shard": (2, "a.tar#a/1.jpg"),
@@ -434,12 +475,12 @@ class TestDamage:
         os.truncate(shard, 2**33)
         with pytest.raises(ValueError, match=f"{shard}: is damaged at byte 512, a name has {2**32} bytes; restore it"):
             tar_shards(str(shard))
-        assert sum(reads) < 2**20
+        assert sum(reads) < 2**21
 
     def test_what_is_no_tar(self, tmp_path):
         shard = tmp_path / "a.tar"
         shard.write_bytes(jpeg(0, size=64))
-        with pytest.raises(ValueError, match=f"{shard}: is no tar file, .*; restore it, or name other shards"):
+        with pytest.raises(ValueError, match=f"{shard}: is no tar file; restore it, or name other shards"):
             tar_shards(str(shard))
 
     @pytest.mark.parametrize("format", ["gnu", "posix"])
@@ -572,7 +613,9 @@ class TestSplit:
 
     def test_one_that_is_empty_is_an_error(self, tmp_path):
         write_shards(tmp_path / "data", num_shards=1, per_shard=1)
-        with pytest.raises(ValueError, match=r"data: none of its 1 samples is drawn for split="):
+        with pytest.raises(
+            ValueError, match=r"data: none of its 1 samples is drawn for split=\w+; change val_fraction"
+        ):
             [tar_shards(str(tmp_path / "data"), split) for split in ("train", "val")]
 
     @pytest.mark.parametrize(
