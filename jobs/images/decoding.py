@@ -75,7 +75,8 @@ def decode_image(content: bytes, url: str) -> Tensor:
             upright = image if turn is None else image.transpose(turn)
             # Pillow warns unless a transparent palette is converted to RGBA first.
             opaque = upright.convert("RGBA") if "transparency" in image.info else upright
-            return torch.from_numpy(np.array(opaque.convert("RGB"))).permute(2, 0, 1)
+            rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")  # which copies in any case
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except BadSample:
         raise
     except DAMAGED as error:
