@@ -52,9 +52,9 @@ def parquet_images(
         image: The column of images: bytes, or a struct with a field ``bytes``.
         label: The column of labels: whole numbers or names of classes, or numbers to predict. A list of columns holds
             numbers to predict.
-        classes: The names of the classes, or their number; None: those that ``datasets`` wrote, else the sorted names
-            that occur, else ``0`` to the largest number. Give them if train and val are separate files that are named
-            one by one, and a name may occur in one only.
+        classes: The names of the classes, which may give those of ``datasets`` another order, or their number; None:
+            those that ``datasets`` wrote, else the sorted names that occur, else ``0`` to the largest number. Give them
+            if train and val are separate files that are named one by one, and a name may occur in one only.
         val_fraction: The fraction of images in ``val``, in (0, 1); ignored if names say the splits.
         mean: One number for each of the three channels, subtracted from the image in [0, 1].
         std: One number for each of the three channels, which divides the difference.

@@ -43,6 +43,21 @@ def check_same_classes(train_set: Any, val_set: Any) -> None:
         number = next((n for n, (one, other) in enumerate(zip(train, val)) if one != other), min(len(train), len(val)))
         names = [repr(names[number]) if number < len(names) else "none" for names in (val, train)]
         raise DescriptionError(
-            f"data.val: class {number} is {names[0]}, but {names[1]} in data.train; write the same classes in both: "
-            "classes: [...]"
+            f"data.val: class {number} is {names[0]}, but {names[1]} in data.train; {_how_to_agree(train_set, val_set)}"
         )
+
+
+def _how_to_agree(train_set: IndexedImages, val_set: IndexedImages) -> str:
+    """Returns how to give two datasets the same classes: those of folders are their names."""
+    folders = [each.index.source.format == "image_folder" for each in (train_set, val_set)]
+    if all(folders):
+        return (
+            "give both one root that holds these folders as train/ and val/, with split: train and split: val, or name "
+            "what is no class in exclude"
+        )
+    if any(folders):
+        return f"write the names of the folders in {'data.val' if folders[0] else 'data.train'}: classes: [...]"
+    longest = max(train_set.classes, val_set.classes, key=len)
+    if longest == tuple(map(str, range(len(longest)))):
+        return f"write their number in both: classes: {len(longest)}"
+    return "write the same classes in both: classes: [...]"
