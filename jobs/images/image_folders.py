@@ -14,11 +14,8 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.splits import check_val_fraction, drawn
+from jobs.images.splits import SPLIT_WORDS, check_val_fraction, drawn
 from jobs.images.stored_class_folders import StoredFolders
-
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
-"""Names of folders that hold a split. A root with no others has no class folders."""
 
 
 def image_folder(
@@ -130,7 +127,7 @@ def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
     where = f"{url}/{home}".rstrip("/")
     if not classes:
         raise ValueError(f"{where} must hold a folder of images per class, got no folder; name another root")
-    if not is_divided and all(name.lower() in _SPLITS for name in classes):
+    if not is_divided and all(name.lower() in SPLIT_WORDS for name in classes):
         raise ValueError(
             f"{url} must hold train/ and val/, or a folder per class, got {_first_names(classes)}; rename those, or "
             "name one of them as root"

@@ -1,7 +1,8 @@
 """Which samples of an index belong to a split, and that the splits of a job fit together."""
 
 import math
-from typing import Any
+import re
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,11 +11,32 @@ from jobs.images.index import Index
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.labelled_images import Split
 
+SPLIT_WORDS: dict[str, Literal["train", "val", "test"]] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""How names of files and folders say which split they hold, as Hugging Face's ``datasets`` reads them."""
+
 
 def check_val_fraction(val_fraction: float) -> None:
     """Raises a ValueError unless a fraction leaves samples for both splits."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}; write a share such as 0.1")
+
+
+def split_of(name: str) -> Literal["train", "val", "test"] | None:
+    """Returns the split that the name of a file, or else that of a folder around it, says."""
+    for part in reversed(name.lower().split("/")):
+        for word in re.split(r"[^a-z]+", part):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
 
 
 def drawn(index: Index, split: Split, val_fraction: float) -> np.ndarray:

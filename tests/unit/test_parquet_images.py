@@ -259,7 +259,10 @@ class TestUrls:
         assert numbers_of(parquet_images(texts)) == numbers
 
     def test_what_is_passed_over_is_noted(self, folder):
-        assert parquet_images(folder).index.passed_over == {"no Parquet file": (3, ".a.parquet")}
+        assert parquet_images(folder).index.passed_over == {
+            "hidden": (2, ".a.parquet"),
+            "no Parquet file": (1, "README.md"),
+        }
 
     def test_a_folder_whose_name_ends_as_a_file(self, tmp_path):
         write_parquet(tmp_path / "all.parquet/part-0.parquet", [png(5)], label=[0])
@@ -275,15 +278,17 @@ class TestUrls:
 
     def test_what_they_name_not(self, folder):
         assert error_of(parquet_images, f"{folder}/x*.parquet") == (
-            f"{folder}/x*.parquet: holds no Parquet file; correct the URL, or name its files"
+            f"{folder}/x*.parquet: names no Parquet file; restore what is gone, or correct urls"
         )
         assert error_of(parquet_images, [f"{folder}/a.parquet", f"{folder}/*.parquet"]) == (
             f"{folder}/a.parquet: is named twice in urls; name it once"
         )
         assert error_of(parquet_images, [str(folder), "s3://bucket/a.parquet"]) == (
-            f"urls must lie in one store, got {folder} and s3://bucket/a.parquet; copy them into one"
+            f"urls must lie in one bucket, got {folder} and others; copy them to one"
         )
-        assert error_of(parquet_images, []) == "urls must name a file, a folder or a pattern, got none; name one"
+        assert error_of(parquet_images, []) == (
+            "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{000..146}.parquet"
+        )
         assert (
             error_of(parquet_images, f"{folder}/**")
             == f"{folder}/**: ends in **, which names folders; write **/*.parquet"

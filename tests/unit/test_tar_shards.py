@@ -21,7 +21,7 @@ from cluster.storage.store import Store, StoredObject
 from jobs.data import BadSample, tar_shards
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
-from jobs.images.shard_urls import expand_braces
+from jobs.images.object_urls import expand_braces
 from jobs.images.tar_members import Reads, TarReader
 from tests.shards import as_webdataset_reads, jpeg, write_shards
 
@@ -258,9 +258,9 @@ class TestSamples:
         assert keys_of(dataset) == ["a/0"]
         assert dataset.index.passed_over == {
             "special file in a shard": (1, "a.tar#a/pipe"),
-            "file other than .tar": (1, "00000.parquet"),
+            "no tar file": (1, "00000.parquet"),
             "folder in a shard": (1, "a.tar#a/"),
-            "hidden file": (1, "._a.tar"),
+            "hidden": (1, "._a.tar"),
             "hidden member": (1, "a.tar#a/._0.jpg"),
             "link in a shard": (2, "a.tar#a/1.jpg"),
             "member that is no sample": (2, "a.tar#__MACOSX/a/3.jpg"),
@@ -535,17 +535,17 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("urls", "message"),
         [
-            ("{}/train/shard-{{000000..000007}}.tar", "{}/train: holds no shard-000003.tar, and lacks 5 of 8 in all; "),
-            ("{}/train/x-{{0..3}}.tar", "{}/train: holds no x-0.tar; correct urls"),
-            ("{}/train/*x.tar", "{}/train: holds no *x.tar; correct urls"),
-            ("{}/nowhere", "{}/nowhere: holds no .tar files; correct urls"),
-            ("{}", "{}: holds no .tar files; correct urls"),
+            ("{}/train/shard-{{000000..000007}}.tar", "{}/train/shard-000003.tar: names no tar file, nor do 4 others "),
+            ("{}/train/x-{{0..3}}.tar", "{}/train/x-0.tar: names no tar file, nor do 3 others of 4; restore "),
+            ("{}/train/*x.tar", "{}/train/*x.tar: names no tar file; restore what is gone, or correct urls"),
+            ("{}/nowhere", "{}/nowhere: names no tar file; "),
+            ("{}", "{}: names no tar file; "),
             (["{}/train", "{}/train/shard-000001.tar"], "{}/train/shard-000001.tar: is named twice in urls; "),
             ("pipe:cat {}/train/shard-000001.tar", "urls must hold URLs alone, got 'pipe:cat "),
             ("{}/train/{{0..3.tar", "urls must have a closing brace for each opening one, got '{{0..3.tar'; "),
             ("{}/train/{{0}}.tar", "urls must have a range or a list in braces, got {{0}}; write {{000..146}} "),
-            ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 shards, got {{0..9999999}}; correct "),
-            ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/shard-{{000..146}}.tar"),
+            ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 files, got {{0..9999999}}; correct "),
+            ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{{000..146}}.tar"),
             (["memory://a/b.tar", "memory://c/d.tar"], "urls must lie in one bucket, got memory://a and others; copy "),
             (["memory://a/b.tar", "{}"], "urls must lie in one bucket, got memory://a and others; copy them to one"),
             ("s3://{{a,b}}/c.tar", "urls must name one bucket, got 's3://{{a,b}}/c.tar'; write it without braces"),
