@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.errors import nearest
+from cluster.errors import listed, nearest
 from jobs.images.sample_labels import MOST_CLASSES, given_classes
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def labels_of(
     if not is_class:
         if classes is not None:
             raise ValueError(
-                f"{files[0].file}: holds numbers to predict in {_listed(columns)}, not classes; leave out classes"
+                f"{files[0].file}: holds numbers to predict in {listed(columns)}, not classes; leave out classes"
             )
         return (), _same_width(files, [_targets(file, columns) for file in files])
     names = [file.table.column(columns[0]) for file in files]
@@ -122,7 +122,7 @@ def _targets(file: LabelColumns, columns: Sequence[str]) -> np.ndarray:
         parts.append(values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, width))
     targets = np.concatenate(parts, axis=1, dtype=np.float32)
     is_wrong_N = np.any(~np.isfinite(targets), axis=1)
-    _refuse(file, is_wrong_N, f"has {{}} in {_listed(columns)}, where all must be finite; correct it", targets)
+    _refuse(file, is_wrong_N, f"has {{}} in {listed(columns)}, where all must be finite; correct it", targets)
     return targets
 
 
@@ -185,7 +185,3 @@ def _is_list(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
