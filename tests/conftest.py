@@ -12,6 +12,8 @@ import pytest
 from cluster.process import fork_server
 from cluster.storage import retrying_calls
 from cluster.storage.deadline import Started
+from cluster.storage.local import SyncedLocalFileSystem
+from jobs.images.index_files import IndexFiles, use_index_files
 from tests.e2e.command import end_all
 from tests.faults.injection import Fault, environment, write_plan
 from tests.janitor import Janitor
@@ -111,6 +113,29 @@ def calls_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         return started
 
     monkeypatch.setattr(retrying_calls, "start", start)
+
+
+@pytest.fixture
+def own_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No index of another test, nor of the user who runs this."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    use_index_files(IndexFiles())
+    yield
+    use_index_files(IndexFiles())
+
+
+@pytest.fixture
+def local_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each read of a local file so far."""
+    read, sizes = SyncedLocalFileSystem.cat_file, list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> bytes:
+        content: bytes = read(*args, **kwargs)
+        sizes.append(len(content))
+        return content
+
+    monkeypatch.setattr(SyncedLocalFileSystem, "cat_file", counted)
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.errors import listed
 from cluster.storage.file_systems import StoredObject
 from cluster.storage.store import Store
 from jobs.images.class_folders import IMAGE_SUFFIXES, LocalFolders
@@ -14,11 +15,8 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.splits import check_val_fraction, drawn
+from jobs.images.splits import SPLIT_WORDS, check_val_fraction, drawn
 from jobs.images.stored_class_folders import StoredFolders
-
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")
-"""Names of folders that hold a split. A root with no others has no class folders."""
 
 
 def image_folder(
@@ -91,13 +89,11 @@ def _check_classes(
     if num_classes is not None and len(classes) != num_classes:
         raise ValueError(
             f"{url} must hold num_classes={num_classes} classes, got {len(classes)}; set num_classes, "
-            f"or name folders that are none in exclude: {_first_names(classes)}"
+            f"or name folders that are none in exclude: {listed(classes)}"
         )
     if divided and split == "val":
         if strange := index.details["only_in_val"]:
-            raise ValueError(
-                f"{url}/val must hold classes of train/ only, got {_first_names(strange)}; move them there"
-            )
+            raise ValueError(f"{url}/val must hold classes of train/ only, got {listed(strange)}; move them there")
         if not divided["val"]:
             raise ValueError(f"{url}/val must hold images, got none; add some")
         return
@@ -130,9 +126,9 @@ def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
     where = f"{url}/{home}".rstrip("/")
     if not classes:
         raise ValueError(f"{where} must hold a folder of images per class, got no folder; name another root")
-    if not is_divided and all(name.lower() in _SPLITS for name in classes):
+    if not is_divided and all(name.lower() in SPLIT_WORDS for name in classes):
         raise ValueError(
-            f"{url} must hold train/ and val/, or a folder per class, got {_first_names(classes)}; rename those, or "
+            f"{url} must hold train/ and val/, or a folder per class, got {listed(classes)}; rename those, or "
             "name one of them as root"
         )
     builder.classes = classes
@@ -156,7 +152,3 @@ def _add(builder: IndexBuilder, label: int, images: Sequence[StoredObject]) -> N
     if images:
         names, sizes, versions = zip(*((image.name, image.size, image.version) for image in images))
         builder.add_files(names, sizes, versions, np.full(len(images), label))
-
-
-def _first_names(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

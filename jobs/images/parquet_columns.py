@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import nearest, one_line
+from cluster.errors import listed, nearest, one_line
 from cluster.storage.store import ByteRange, MissingObject, Store
 
 if TYPE_CHECKING:
@@ -198,8 +198,7 @@ def check_columns(url: str, columns: Sequence[str], known: Sequence[str]) -> Non
     """Raises a ValueError unless a table has each of the columns, once."""
     for column in columns:
         if column not in known:
-            listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise ValueError(f"{url}: has no column {column!r}{nearest(column, known)}; name one of {listed}")
+            raise ValueError(f"{url}: has no column {column!r}{nearest(column, known)}; name one of {listed(known)}")
         if known.count(column) > 1:
             raise ValueError(f"{url}: has {known.count(column)} columns {column!r}; rename all but one")
 

@@ -12,12 +12,14 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.object_urls import ObjectKind, find_objects, split_urls
 from jobs.images.parquet_columns import Footer, decode_chunks, read_columns, read_footers
-from jobs.images.parquet_files import file_patterns, find_files, split_of
 from jobs.images.row_groups import ReadRowGroups, image_column, image_leaf
-from jobs.images.splits import check_val_fraction, drawn
+from jobs.images.splits import check_val_fraction, drawn, split_of
 from jobs.images.table_labels import LabelColumns, labels_of
 
+_FILES = ObjectKind(name="Parquet file", suffixes=(".parquet", ".pq"), hidden=(".", "_"), is_below=True)
+"""What is hidden is so for Spark and pyarrow too."""
 _SPLITS = "splits"
 """In the details of an index: the first sample of each split, and the one behind its last, where names of files say
 them. Files of train alone are divided further."""
@@ -45,16 +47,16 @@ def parquet_images(
     decides the split of an image.
 
     Args:
-        urls: A file, a folder (with all below it), a pattern such as ``s3://bucket/data/train-*.parquet``, names
-            with braces (``train-{00000..00009}.parquet``), or a list.
+        urls: A file, a folder (with all below it), names with braces (``train-{00000..00009}.parquet``), a pattern such
+            as ``s3://bucket/data/**/train-*.parquet``, or a list of these; all in one bucket.
         split: ``train`` or ``val``; None takes all images of files without splits.
         transform: Applied to a uint8 image_3HW.
         image: The column of images: bytes, or a struct with a field ``bytes``.
         label: The column of labels: whole numbers or names of classes, or numbers to predict. A list of columns holds
             numbers to predict.
-        classes: The names of the classes, or their number; None: those that ``datasets`` wrote, else the sorted names
-            that occur, else ``0`` to the largest number. Give them if train and val are separate files that are named
-            one by one, and a name may occur in one only.
+        classes: The names of the classes, which may give those of ``datasets`` another order, or their number; None:
+            those that ``datasets`` wrote, else the sorted names that occur, else ``0`` to the largest number. Give them
+            if train and val are separate files that are named one by one, and a name may occur in one only.
         val_fraction: The fraction of images in ``val``, in (0, 1); ignored if names say the splits.
         mean: One number for each of the three channels, subtracted from the image in [0, 1].
         std: One number for each of the three channels, which divides the difference.
@@ -69,11 +71,11 @@ def parquet_images(
     check_split(split, None)
     check_per_channel(3, mean=mean, std=std)
     check_val_fraction(val_fraction)
-    files = file_patterns(urls)
+    root, rests = split_urls(urls, _FILES)
     columns = label if isinstance(label, str) else list(label)
     names = classes if classes is None or isinstance(classes, int) else list(classes)
-    options = {"files": list(files.patterns), "image": image, "label": columns, "classes": names}
-    index = open_index(Source("parquet", files.url, options), partial(_build, files.patterns, image, columns, names))
+    options = {"files": rests, "image": image, "label": columns, "classes": names}
+    index = open_index(Source("parquet", root, options), partial(_build, rests, image, columns, names))
     return IndexedImages(index, ReadRowGroups(image), _chosen(index, split, val_fraction), transform, mean, std)
 
 
@@ -104,7 +106,7 @@ class _Rows:
 
 
 def _build(
-    patterns: Sequence[str],
+    rests: Sequence[str],
     image: str,
     label: str | list[str],
     classes: int | list[str] | None,
@@ -112,10 +114,7 @@ def _build(
     builder: IndexBuilder,
 ) -> None:
     """Adds the rows of files to an index; it reads their footers and labels, and no image."""
-    found, others = find_files(store, patterns)
-    for name in others:
-        builder.pass_over("no Parquet file", name)
-    files = _of_splits(store, found, builder)
+    files = _of_splits(store, find_objects(store, rests, _FILES, builder), builder)
     rows = [
         each
         for begin in range(0, len(files), _AT_ONCE)

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-_MOST = 1_000_000
-"""Classes. Larger integers identify something else."""
+MOST_CLASSES = 1_000_000
+"""Larger integers identify something else."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -21,12 +21,12 @@ class SampleLabels:
     """
 
     def __init__(self, classes: int | Sequence[str] | None) -> None:
-        check_classes(classes)
-        self._are_given = classes is not None
+        given = given_classes(classes)
+        self._are_given = given is not None
         self._are: Literal["", "names", "numbers"] = ""
-        if classes is not None:
+        if given is not None:
             self._are = "numbers" if isinstance(classes, int) else "names"
-        self.classes = _numbers(0, classes) if isinstance(classes, int) else list(classes or ())
+        self.classes = given or []
         self._number_of = {name: number for number, name in enumerate(self.classes)}
 
     @property
@@ -46,7 +46,7 @@ class SampleLabels:
             raise ValueError(f"must be an integer or the name of a class, got {_short(value)}; correct it")
         if self.need_sorting:
             raise ValueError(f"must be a name as in the samples before it, got {_short(value)}; correct it")
-        most = len(self.classes) if self._are_given else _MOST
+        most = len(self.classes) if self._are_given else MOST_CLASSES
         if not 0 <= value < most:
             raise ValueError(f"must lie between 0 and {most - 1}, got {_short(value)}; correct it, or set classes")
         if not self._are_given:
@@ -60,8 +60,8 @@ class SampleLabels:
         if name not in self._number_of:
             if self._are_given:
                 raise ValueError(f"must be one of {len(self.classes)} classes, got {_short(name)}; add it to classes")
-            if len(self.classes) == _MOST:
-                raise ValueError(f"must be one of at most {_MOST} names, got {_short(name)}; name another key")
+            if len(self.classes) == MOST_CLASSES:
+                raise ValueError(f"must be one of at most {MOST_CLASSES} names, got {_short(name)}; name another key")
             self._are = "names"
             self._number_of[name] = len(self.classes)
             self.classes.append(name)
@@ -81,15 +81,22 @@ def finite_numbers(values: Sequence[object]) -> list[float]:
     return [float(value) for value in values]  # type: ignore[arg-type]
 
 
-def check_classes(classes: int | Sequence[str] | None) -> None:
-    """Raises a ValueError unless this is None, the number of the classes, or a list of their names."""
-    if classes is None or (isinstance(classes, int) and not isinstance(classes, bool) and 0 < classes <= _MOST):
-        return
+def given_classes(classes: int | Sequence[str] | None) -> list[str] | None:
+    """Returns the names of the classes that a description gives by name or number; None: it gives none.
+
+    Raises:
+        ValueError: They are neither their number nor a list of their names.
+    """
+    if classes is None:
+        return None
+    if isinstance(classes, int) and not isinstance(classes, bool) and 0 < classes <= MOST_CLASSES:
+        return _numbers(0, classes)
     if isinstance(classes, int | str) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"classes must be a list of names or their number, got {classes!r}; write [cat, dog] or 1000")
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if list(classes).count(name) > 1)
         raise ValueError(f"classes must name each class once, got {twice!r} twice; remove one")
+    return list(classes)
 
 
 def _numbers(first: int, end: int) -> list[str]:

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.errors import nearest
-from jobs.images.sample_labels import check_classes
+from cluster.errors import listed, nearest
+from jobs.images.sample_labels import MOST_CLASSES, given_classes
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_MOST_CLASSES = 2**20
-"""More are numbers of something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ def labels_of(
         files: At least one.
         label: A column; or several, which hold numbers to predict.
         classes: The names of the classes, or their number; None: those that the files hold, else the sorted names that
-            occur, else ``0`` to the largest number.
+            occur, else ``0`` to the largest number. If the files hold names too, these say which class a number is.
 
     Shapes: labels int64 [rows], or float32 [rows, targets].
 
@@ -52,9 +49,7 @@ def labels_of(
     import pyarrow as pa
 
     columns = [label] if isinstance(label, str) else list(label)
-    check_classes(classes)
-    if isinstance(classes, int):
-        classes = list(map(str, range(classes)))
+    classes = given_classes(classes)
     for file in files:
         for column in columns:
             _check_column(file, column, files[0])
@@ -63,24 +58,23 @@ def labels_of(
     if not is_class:
         if classes is not None:
             raise ValueError(
-                f"{files[0].file}: holds numbers to predict in {_listed(columns)}, not classes; leave out classes"
+                f"{files[0].file}: holds numbers to predict in {listed(columns)}, not classes; leave out classes"
             )
         return (), _same_width(files, [_targets(file, columns) for file in files])
-    named = files[0].class_names
-    if named is not None and classes is not None and list(named) != list(classes):
-        raise ValueError(
-            f"{files[0].file}: has {len(named)} classes, {_listed(named)}, not those of classes; leave out classes"
-        )
     names = [file.table.column(columns[0]) for file in files]
     if _is_text(kind):
         chosen = classes or sorted(set().union(*(column.unique().to_pylist() for column in names)))
-        return list(chosen), [_numbers_of_names(file, column, chosen) for file, column in zip(files, names)]
+        return chosen, [_numbers_of_names(file, column, chosen) for file, column in zip(files, names)]
     numbers = [column.to_numpy().astype(np.int64) for column in names]  # of a bool too
-    chosen = classes or named or list(map(str, range(_num_classes(files, numbers))))
+    named = files[0].class_names
+    numbered = named or classes or list(map(str, range(_num_classes(files, numbers))))
     for file, values in zip(files, numbers):
-        what = f"has label {{}}, which is no number of the {len(chosen)} classes; correct it"
-        _refuse(file, (values < 0) | (values >= len(chosen)), what, values)
-    return list(chosen), numbers
+        what = f"has label {{}}, which is no number of the {len(numbered)} classes; correct it"
+        _refuse(file, (values < 0) | (values >= len(numbered)), what, values)
+    if named is None or classes is None:
+        return list(numbered), numbers
+    names = [pa.chunked_array([pa.array(named).take(pa.array(values))]) for values in numbers]
+    return classes, [_numbers_of_names(file, column, classes) for file, column in zip(files, names)]
 
 
 def _check_column(file: LabelColumns, column: str, first: LabelColumns) -> None:
@@ -128,7 +122,7 @@ def _targets(file: LabelColumns, columns: Sequence[str]) -> np.ndarray:
         parts.append(values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, width))
     targets = np.concatenate(parts, axis=1, dtype=np.float32)
     is_wrong_N = np.any(~np.isfinite(targets), axis=1)
-    _refuse(file, is_wrong_N, f"has {{}} in {_listed(columns)}, where all must be finite; correct it", targets)
+    _refuse(file, is_wrong_N, f"has {{}} in {listed(columns)}, where all must be finite; correct it", targets)
     return targets
 
 
@@ -163,7 +157,7 @@ def _numbers_of_names(file: LabelColumns, column: "pa.ChunkedArray", classes: Se
 def _num_classes(files: Sequence[LabelColumns], numbers: Sequence[np.ndarray]) -> int:
     for file, values in zip(files, numbers):
         what = "has label {}, which is no number of a class; write labels as text, or name their column as a list"
-        _refuse(file, values >= _MOST_CLASSES, what, values)
+        _refuse(file, values >= MOST_CLASSES, what, values)
     return max((int(values.max()) + 1 for values in numbers if len(values)), default=0)
 
 
@@ -191,7 +185,3 @@ def _is_list(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,5 +1,6 @@
 """Tar shards in WebDataset's layout: a dataset of the images in tar files of any store."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -11,19 +12,28 @@ from jobs.images.index import IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.object_urls import ObjectKind, find_objects, split_urls
 from jobs.images.sample_labels import SampleLabels, finite_numbers
-from jobs.images.shard_urls import find_shards, split_urls
 from jobs.images.splits import check_val_fraction, drawn
-from jobs.images.tar_members import Reads
+from jobs.images.tar_members import UNPACK, Reads
 from jobs.images.tar_samples import Layout, ShardSamples, read_samples
 
+_SHARDS = ObjectKind(
+    name="tar file",
+    suffixes=(
+        ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4",
+    ),
+    hidden=(".",),
+    is_below=False,
+)  # fmt: skip
+"""With the names of compressed ones, so that they are an error."""
 _IMAGES = "jpg;jpeg;png;webp"
 _AT_ONCE = 32
 """Shards that are read at a time."""
 
 
 def tar_shards(
-    urls: str | Sequence[str],
+    urls: str | os.PathLike[str] | Sequence[str],
     split: Split | None = None,
     transform: Transform | None = None,
     *,
@@ -46,8 +56,8 @@ def tar_shards(
     256 KiB, for each image above 1 MiB.
 
     Args:
-        urls: A shard, a folder of shards, names with braces (``s3://bucket/train-{000000..000146}.tar``) or with
-            ``*``, or a list of these; all below one bucket or folder.
+        urls: A shard, a folder of shards, names with braces (``s3://bucket/train-{000000..000146}.tar``), a pattern
+            with ``*``, or a list of these; all in one bucket.
         split: ``train`` or ``val``; None takes all samples. The SHA-256 of a sample's key and of its shard's name
             below the folder that all URLs share decides.
         transform: Applied to a uint8 image_3HW.
@@ -71,7 +81,7 @@ def tar_shards(
     check_per_channel(3, mean=mean, std=std)
     check_val_fraction(val_fraction)
     layout = _layout(image, label, targets, classes)
-    root, rests = split_urls(urls)
+    root, rests = split_urls(urls, _SHARDS)
     options = {
         "urls": rests,
         "image": list(layout.images),
@@ -101,7 +111,10 @@ def _build(
     store: Store, builder: IndexBuilder, rests: Sequence[str], layout: Layout, labels: SampleLabels | None
 ) -> None:
     """Adds the samples of all shards to an index; a ``Build``, but for its arguments."""
-    shards = find_shards(store, rests, builder)
+    shards = find_objects(store, rests, _SHARDS, builder)
+    for shard in shards:
+        if not shard.name.lower().endswith(".tar"):
+            raise ValueError(f"{store.url}/{shard.name}: is compressed; {UNPACK}")
     num_samples = 0
     if labels is not None:
         builder.classes = labels.classes  # it grows

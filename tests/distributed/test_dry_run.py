@@ -17,6 +17,7 @@ from cluster.process import fork_server
 from cluster.process.orders import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
 from launcher.planning.plan import DryRunResult
+from tests.distributed import dry_runs
 
 HERE = __name__
 OUT_OF_MEMORY = "CUDA out of memory. DryRunResult to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -53,7 +54,7 @@ def points(length: int) -> TensorDataset:
 
 
 def task_of(*, on_gpu: bool, fails: str = "", text: str = "") -> Task:
-    spec = JobSpec(
+    job = JobSpec(
         name="run",
         model=Target(f"{HERE}.Net", {"fails": fails, "text": text}),
         data=DataSpec(
@@ -64,14 +65,7 @@ def task_of(*, on_gpu: bool, fails: str = "", text: str = "") -> Task:
         optimizer=OptimizerSpec(factory=Target("SGD", {"lr": 0.1})),
         train=TrainSpec(global_batch=2 * MICRO_BATCH, shards=2),
     )
-    return Task(
-        entry="launcher.planning.dry_run:try_out",
-        run_url="",
-        import_paths=(),
-        working_directory=".",
-        content=spec,
-        on_gpu=on_gpu,
-    )
+    return dry_runs.task_of(job, on_gpu=on_gpu)
 
 
 def try_with_gpu(task: Task) -> tuple[DryRunResult, list[tuple[str, int]]]:

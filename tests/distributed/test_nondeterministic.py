@@ -13,9 +13,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cluster.errors import DescriptionError
 from cluster.process import fork_server
-from cluster.process.orders import Task
 from jobs.spec import DataSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
-from launcher.planning.plan import DryRunResult
+from tests.distributed.dry_runs import dry_run
 
 HERE = __name__
 CLASSES, SAMPLES = 3, 16
@@ -128,14 +127,6 @@ def job(
         metrics=metrics or {},
         train=TrainSpec(global_batch=8, shards=2, **train),
     )
-
-
-def dry_run(spec: JobSpec) -> DryRunResult:
-    task = Task(
-        entry="launcher.planning.dry_run:try_out", run_url="", import_paths=(), working_directory=".", content=spec
-    )
-    result: DryRunResult = fork_server.call("launcher.planning.dry_run:try_out", task)
-    return result
 
 
 @pytest.fixture(autouse=True)

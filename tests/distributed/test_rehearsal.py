@@ -19,12 +19,11 @@ from torch.utils.data import Dataset, TensorDataset, random_split
 
 from cluster.errors import DescriptionError, StorageError
 from cluster.process import fork_server
-from cluster.process.orders import Task
 from jobs.components.build import build_parts
 from jobs.data import BadSample
 from jobs.sampling import StepPlan
 from jobs.spec import DataSpec, GroupSpec, JobSpec, LossSpec, OptimizerSpec, Target, TrainSpec
-from launcher.planning.plan import DryRunResult
+from tests.distributed.dry_runs import dry_run
 
 HERE = __name__
 SAMPLES, FEATURES, CLASSES = 64, 6, 3
@@ -445,14 +444,6 @@ def job(**parts: Any) -> JobSpec:
         ),
         train=TrainSpec(global_batch=32, shards=parts.get("shards", 2), **parts.get("train", {})),
     )
-
-
-def dry_run(spec: JobSpec) -> DryRunResult:
-    task = Task(
-        entry="launcher.planning.dry_run:try_out", run_url="", import_paths=(), working_directory=".", content=spec
-    )
-    result: DryRunResult = fork_server.call("launcher.planning.dry_run:try_out", task)
-    return result
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,8 @@ from jobs.images.indexed_images import IndexedImages
 from launcher.config.description import load
 from tests.images import make_image_folder
 
+pytestmark = pytest.mark.usefixtures("own_indexes")
 JOBS = Path(jobs.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _own_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No index of another test, nor of the user who runs this."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
 
 
 def samples(dataset: LabelledImages | IndexedImages) -> list[tuple[torch.Tensor, int]]:

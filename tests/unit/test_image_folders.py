@@ -5,7 +5,6 @@ import pickle
 import threading
 import tracemalloc
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,11 @@ from cluster.storage.store import Store
 from jobs.data import BadSample, image_folder
 from jobs.images.image_folders import _build
 from jobs.images.index import IndexBuilder, Source
-from jobs.images.index_files import IndexFiles, use_index_files
 from tests.image_stores import GeneratedFileSystem, described, make_tree, upload
 from tests.images import make_image_folder
 
+pytestmark = pytest.mark.usefixtures("own_indexes")
 fsspec.register_implementation("generated", GeneratedFileSystem)
-
-
-@pytest.fixture(autouse=True)
-def _own_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No index of another test, nor of the user who runs this."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
 
 
 @pytest.fixture

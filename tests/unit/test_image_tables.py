@@ -1,6 +1,5 @@
 import csv
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -9,24 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.errors import DescriptionError, StorageError
+from cluster.errors import StorageError
 from cluster.storage.store import MissingObject, Store
 from jobs.data import BadSample, image_table
 from jobs.images.index_files import IndexFiles, use_index_files
-from jobs.images.indexed_images import IndexedImages
-from jobs.images.splits import check_same_classes
 from tests.stores import S3Server
-from tests.tables import number_of, png
+from tests.tables import error_of, number_of, numbers_of, png
+
+pytestmark = pytest.mark.usefixtures("own_indexes")
 
 NAMES = ["a.png", "sub/b c.png", 'q"uote, comma.png', "é/数.png"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
 
 
 @pytest.fixture
@@ -42,18 +33,6 @@ def root(tmp_path) -> Path:
 def written(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def numbers_of(dataset: IndexedImages) -> list[int]:
-    return [number_of(dataset[index][0]) for index in range(len(dataset))]
-
-
-def error_of(*args, **options) -> str:
-    with pytest.raises(ValueError, match=r"[:;]") as caught:
-        image_table(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 class TestWhatOthersWrite:
@@ -74,7 +53,7 @@ class TestWhatOthersWrite:
     def test_text_with_an_index_crlf_and_semicolons(self, root):
         self.frame(label=[0, 1, 0, 1]).to_csv(root / "t.csv", sep=";", lineterminator="\r\n")
         assert image_table(root / "t.csv", delimiter=";").targets.tolist() == [0, 1, 0, 1]
-        assert error_of(root / "t.csv") == (
+        assert error_of(image_table, root / "t.csv") == (
             f"{root}/t.csv: has no column 'path' (did you mean ';path;label'?); name one of ;path;label"
         )
 
@@ -138,7 +117,7 @@ class TestLabels:
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_said(self, root, cells, options, said):
-        assert error_of(self.table(root, cells), **options) == f"{root}/{said}"
+        assert error_of(image_table, self.table(root, cells), **options) == f"{root}/{said}"
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -152,17 +131,22 @@ class TestLabels:
     )  # fmt: skip
     def test_a_file_that_is_no_table(self, root, content, said):
         (root / "t.csv").write_bytes(content)
-        assert error_of(root / "t.csv") == f"{root}/{said}"
+        assert error_of(image_table, root / "t.csv") == f"{root}/{said}"
 
     def test_what_is_wrong_in_parquet_is_said(self, root):
         rows = {"path": ["a.png", None], "number": [1, 2], "label": ["a", None]}
         pq.write_table(pa.table(rows), root / "t.parquet")
-        assert error_of(root / "t.parquet") == (f"{root}/t.parquet: row 1: has no path; fill it in, or remove the row")
-        assert error_of(root / "t.parquet", path="number") == (
+        assert error_of(image_table, root / "t.parquet") == (
+            f"{root}/t.parquet: row 1: has no path; fill it in, or remove the row"
+        )
+        assert error_of(image_table, root / "t.parquet", path="number") == (
             f"{root}/t.parquet: column 'number' must hold text, got int64; name another one"
         )
-        assert error_of(root / "gone.parquet") == f"{root}/gone.parquet: does not exist; correct the URL"
-        assert error_of(root / "t.xls") == f"table must end in .csv, .tsv or .parquet, got {root}/t.xls; rename it"
+        assert error_of(image_table, root / "gone.parquet") == f"{root}/gone.parquet: does not exist; correct the URL"
+        assert (
+            error_of(image_table, root / "t.xls")
+            == f"table must end in .csv, .tsv or .parquet, got {root}/t.xls; rename it"
+        )
 
     def test_a_text_that_is_not_there(self, root):
         with pytest.raises(MissingObject, match=r"holds no t\.csv"):
@@ -195,15 +179,18 @@ class TestPaths:
     def test_outside_the_root_is_refused(self, root, cell):
         cell = cell.format(root=root)
         table = written(root / "t.csv", f"path,label\na.png,x\n{cell},x\n")
-        assert error_of(table) == f"{root}/t.csv: row 3: {cell} must lie below {root}; correct it, or set root"
+        assert (
+            error_of(image_table, table)
+            == f"{root}/t.csv: row 3: {cell} must lie below {root}; correct it, or set root"
+        )
 
     def test_a_name_that_no_store_has_is_refused(self, root):
         table = written(root / "t.csv", 'path,label\n"a\nb.png",x\n')
-        assert error_of(table) == f"{root}/t.csv: row 2: 'a\\nb.png' is no path of a file; correct it"
+        assert error_of(image_table, table) == f"{root}/t.csv: row 2: 'a\\nb.png' is no path of a file; correct it"
 
     def test_an_empty_path_is_refused(self, root):
         table = written(root / "t.csv", "path,label\na.png,x\n ,x\n")
-        assert error_of(table) == f"{root}/t.csv: row 3: has no path; fill it in, or remove the row"
+        assert error_of(image_table, table) == f"{root}/t.csv: row 3: has no path; fill it in, or remove the row"
 
     def test_relative_to_another_root(self, root):
         (root / "tables").mkdir()
@@ -230,10 +217,10 @@ class TestRows:
         table = written(
             root / "t.csv", "path,label,split\na.png,x,train\nb.png,y,val\n./a.png,y,train\nb.png,y,train\n"
         )
-        assert error_of(table) == (
+        assert error_of(image_table, table) == (
             f"{root}/t.csv: row 4: has label 'y' for a.png, but 'x' in row 2; correct one of them, or remove it"
         )
-        assert error_of(table, split_column="split") == (
+        assert error_of(image_table, table, split_column="split") == (
             f"{root}/t.csv: row 5: has split 'train' for b.png, but 'val' in row 3; correct one of them, or remove it"
         )
 
@@ -249,7 +236,7 @@ class TestRows:
         assert (val.classes, numbers_of(val), val.targets.tolist()) == (("a", "b", "c"), [1], [0])
         assert train.index.passed_over == {"fold is neither train nor val": (1, "é/数.png")}
         assert numbers_of(image_table(table, split_column="fold")) == [0, 1]
-        assert error_of(table, split="val", split_column="label") == (
+        assert error_of(image_table, table, split="val", split_column="label") == (
             f"{root}/t.csv: column 'label' must say val in a row, got 'b' in 1 rows, 'a' in 1 rows, 'c' in 1 rows; "
             "correct it, or name another column in split_column"
         )
@@ -311,28 +298,3 @@ class TestS3:
         assert dataset.targets.tolist() == [1, 0, 1, 1]
         store.delete([f"images/{NAMES[1]}"])
         assert [isinstance(each, BadSample) for each in dataset.fetch([0, 1])] == [False, True]
-
-
-class TestClassesOfTrainAndVal:
-    def table(self, root: Path, name: str, labels: list[str], **options) -> IndexedImages:
-        rows = "".join(f"a.png,{label}\n" for label in labels[:1]) + f"sub/b c.png,{labels[1]}\n"
-        return image_table(written(root / name, f"path,label\n{rows}"), **options)
-
-    def test_other_numbers_are_refused(self, root):
-        """A label would mean one class in training, and another one in a validation."""
-        train, val = (
-            self.table(root, name, own) for name, own in (("t.csv", ["cat", "dog"]), ("v.csv", ["dog", "emu"]))
-        )
-        with pytest.raises(
-            DescriptionError, match="data.val: class 0 is 'dog', but 'cat' in data.train; write the same"
-        ):
-            check_same_classes(train, val)
-        with pytest.raises(DescriptionError, match="data.val: class 2 is '2', but none in data.train"):
-            check_same_classes(self.table(root, "n.csv", ["0", "1"]), self.table(root, "m.csv", ["0", "2"]))
-
-    def test_the_same_are_accepted_also_without_the_last(self, root):
-        classes = ["cat", "dog", "emu"]
-        train = self.table(root, "t.csv", ["cat", "dog"], classes=classes)
-        check_same_classes(train, self.table(root, "v.csv", ["dog", "emu"], classes=classes))
-        check_same_classes(self.table(root, "n.csv", ["0", "2"]), self.table(root, "m.csv", ["0", "1"]))
-        check_same_classes(train, None)

@@ -1,7 +1,7 @@
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,9 @@ from jobs.images.indexed_images import IndexedImages
 from jobs.images.row_groups import ReadRowGroups
 from jobs.spec import Target
 from tests.stores import S3Server
-from tests.tables import noise, number_of, png, shade, write_parquet
+from tests.tables import error_of, noise, number_of, numbers_of, png, shade, write_parquet
 
-
-@pytest.fixture(autouse=True)
-def fresh_indexes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
+pytestmark = pytest.mark.usefixtures("own_indexes")
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +55,6 @@ def reopened(build: Callable[[], IndexedImages]) -> IndexedImages:
     return build()
 
 
-def error_of(*args, **options) -> str:
-    with pytest.raises(ValueError, match=r"[:;]") as caught:
-        parquet_images(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-def numbers_of(dataset: IndexedImages) -> list[int]:
-    return [number_of(dataset[index][0]) for index in range(len(dataset))]
-
-
 class TestWhatDatasetsWrites:
     @pytest.fixture
     def features(self, hf):
@@ -85,6 +67,9 @@ class TestWhatDatasetsWrites:
         assert dataset.classes == ("zebra", "ape", "Löwe")
         assert numbers_of(dataset) == list(range(300))
         assert dataset.targets.tolist() == [n % 3 for n in range(300)]
+        ordered = parquet_images(tmp_path / "a.parquet", classes=["Löwe", "new", "ape", "zebra"])
+        assert ordered.classes == ("Löwe", "new", "ape", "zebra")
+        assert ordered.targets.tolist() == [(3, 2, 0)[n % 3] for n in range(300)]
         image_3HW, label = dataset[7]
         assert (image_3HW.shape, image_3HW.dtype, label, type(label)) == ((3, 4, 6), torch.float32, 1, int)
 
@@ -114,7 +99,7 @@ class TestWhatDatasetsWrites:
         shade(1).save(tmp_path / "x.png")
         columns = {"image": [shade(0), shade(1), str(tmp_path / "x.png")], "label": [0, 1, 2]}
         hf.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "a.parquet")
-        told = error_of(tmp_path / "a.parquet")
+        told = error_of(parquet_images, tmp_path / "a.parquet")
         assert told == (
             f"{tmp_path}/a.parquet#2: has no image in image.bytes; write its bytes there, or remove the row"
         )
@@ -122,14 +107,14 @@ class TestWhatDatasetsWrites:
     def test_an_unknown_label_of_a_test_set_is_refused_with_its_row(self, hf, features, tmp_path):
         columns = {"image": [shade(n) for n in range(3)], "label": [0, -1, -1]}
         hf.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "a.parquet")
-        assert error_of(tmp_path / "a.parquet") == (
+        assert error_of(parquet_images, tmp_path / "a.parquet") == (
             f"{tmp_path}/a.parquet#1: has label -1, which is no number of the 3 classes; correct it"
         )
 
     def test_no_label_is_refused_with_its_row(self, hf, features, tmp_path):
         columns = {"image": [shade(n) for n in range(3)], "label": [0, 1, None]}
         hf.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "a.parquet")
-        assert error_of(tmp_path / "a.parquet") == (
+        assert error_of(parquet_images, tmp_path / "a.parquet") == (
             f"{tmp_path}/a.parquet#2: has no label; fill it in, or remove the row"
         )
 
@@ -210,12 +195,12 @@ class TestLabels:
     )  # fmt: skip
     def test_what_is_wrong_is_said(self, tmp_path, columns, options, said):
         path = self.images(tmp_path / "a.parquet", **columns)
-        assert error_of(path, **options) == (f"{tmp_path}{said}" if said.startswith("/") else said)
+        assert error_of(parquet_images, path, **options) == (f"{tmp_path}{said}" if said.startswith("/") else said)
 
     def test_files_of_unequal_schemas_are_refused(self, tmp_path):
         self.images(tmp_path / "1.parquet", label=[0, 1])
         self.images(tmp_path / "2.parquet", label=["a", "b"])
-        assert error_of(tmp_path) == (
+        assert error_of(parquet_images, tmp_path) == (
             f"{tmp_path}/2.parquet: column 'label' holds string, but int64 in {tmp_path}/1.parquet; write all files "
             "with one schema"
         )
@@ -225,11 +210,11 @@ class TestLabels:
             table = pa.table({"image": [png(0)], "label": [0]})
             features = json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})
             pq.write_table(table.replace_schema_metadata({"huggingface": features}), tmp_path / f"{number}.parquet")
-        assert error_of(tmp_path) == (
+        assert error_of(parquet_images, tmp_path) == (
             f"{tmp_path}/2.parquet: names other classes than {tmp_path}/1.parquet; write all files with one schema"
         )
-        assert error_of(tmp_path / "1.parquet", classes=["x"]) == (
-            f"{tmp_path}/1.parquet: has 1 classes, a, not those of classes; leave out classes"
+        assert error_of(parquet_images, tmp_path / "1.parquet", classes=["x"]) == (
+            f"{tmp_path}/1.parquet#0: has label 'a', which is not in classes; correct it, or add it there"
         )
 
     def test_a_file_without_statistics_is_read_and_its_missing_image_named_then(self, tmp_path):
@@ -274,7 +259,10 @@ class TestUrls:
         assert numbers_of(parquet_images(texts)) == numbers
 
     def test_what_is_passed_over_is_noted(self, folder):
-        assert parquet_images(folder).index.passed_over == {"no Parquet file": (3, ".a.parquet")}
+        assert parquet_images(folder).index.passed_over == {
+            "hidden": (2, ".a.parquet"),
+            "no Parquet file": (1, "README.md"),
+        }
 
     def test_a_folder_whose_name_ends_as_a_file(self, tmp_path):
         write_parquet(tmp_path / "all.parquet/part-0.parquet", [png(5)], label=[0])
@@ -282,24 +270,31 @@ class TestUrls:
 
     def test_a_file_without_rows_beside_others(self, tmp_path):
         write_parquet(tmp_path / "a.parquet", [], label=pa.array([], pa.int64()))
-        assert error_of(tmp_path) == (f"{tmp_path}/a.parquet: has no rows, nor has any other file; name others in urls")
+        assert error_of(parquet_images, tmp_path) == (
+            f"{tmp_path}/a.parquet: has no rows, nor has any other file; name others in urls"
+        )
         write_parquet(tmp_path / "b.parquet", [png(3)], label=[0])
         assert numbers_of(parquet_images(tmp_path)) == [3]
 
     def test_what_they_name_not(self, folder):
-        assert error_of(f"{folder}/x*.parquet") == (
-            f"{folder}/x*.parquet: holds no Parquet file; correct the URL, or name its files"
+        assert error_of(parquet_images, f"{folder}/x*.parquet") == (
+            f"{folder}/x*.parquet: names no Parquet file; restore what is gone, or correct urls"
         )
-        assert error_of([f"{folder}/a.parquet", f"{folder}/*.parquet"]) == (
+        assert error_of(parquet_images, [f"{folder}/a.parquet", f"{folder}/*.parquet"]) == (
             f"{folder}/a.parquet: is named twice in urls; name it once"
         )
-        assert error_of([str(folder), "s3://bucket/a.parquet"]) == (
-            f"urls must lie in one store, got {folder} and s3://bucket/a.parquet; copy them into one"
+        assert error_of(parquet_images, [str(folder), "s3://bucket/a.parquet"]) == (
+            f"urls must lie in one bucket, got {folder} and others; copy them to one"
         )
-        assert error_of([]) == "urls must name a file, a folder or a pattern, got none; name one"
-        assert error_of(f"{folder}/**") == f"{folder}/**: ends in **, which names folders; write **/*.parquet"
+        assert error_of(parquet_images, []) == (
+            "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{000..146}.parquet"
+        )
+        assert (
+            error_of(parquet_images, f"{folder}/**")
+            == f"{folder}/**: ends in **, which names folders; write **/*.parquet"
+        )
         (folder / "z.parquet").write_bytes(b"PAR1 and no more")
-        assert error_of(folder) == f"{folder}/z.parquet: is no Parquet file; leave it out, or repair it"
+        assert error_of(parquet_images, folder) == f"{folder}/z.parquet: is no Parquet file; leave it out, or repair it"
 
     def test_a_link_to_a_folder_is_passed_over_below_others(self, folder):
         (folder / "b/back").symlink_to(folder / "b")
@@ -321,7 +316,10 @@ class TestSplits:
         assert numbers_of(val) == [2]
         assert (val.classes, val[0][1]) == (("cat", "dog"), 0)
         assert val.index.passed_over == {"of the test split": (1, "data/test-0-of-1.parquet")}
-        assert error_of(tmp_path) == f"split must be train or val, got None; {tmp_path} holds files of both"
+        assert (
+            error_of(parquet_images, tmp_path)
+            == f"split must be train or val, got None; {tmp_path} holds files of both"
+        )
 
     def test_names_of_folders_say_them_too(self, tmp_path):
         for number, name in enumerate(["train/0", "validation/0"]):
@@ -333,14 +331,14 @@ class TestSplits:
         for number in range(9):
             write_parquet(tmp_path / f"validation-{number}.parquet", [png(number)], label=[0])
         assert len(parquet_images(tmp_path, "val")) == len(parquet_images(tmp_path)) == 9
-        assert error_of(tmp_path, "train") == (
+        assert error_of(parquet_images, tmp_path, "train") == (
             f"{tmp_path}: holds files of val alone, got split=train; name others in urls"
         )
 
     def test_files_of_train_and_test_alone_are_refused(self, tmp_path):
         for name in ("train-0", "test-0"):
             write_parquet(tmp_path / f"{name}.parquet", [png(0)], label=[0])
-        assert error_of(tmp_path, "train") == (
+        assert error_of(parquet_images, tmp_path, "train") == (
             f"{tmp_path}: must hold files of train and val, or of one split, got test-0.parquet of test, train-0.parquet "
             "of train; name those of one split in urls, such as train-*.parquet"
         )

@@ -2,14 +2,21 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.errors import LauncherError
 from cluster.spec import RayClusterSpec
+from jobs.components.targets import Builder
+from jobs.images.indexed_images import IndexedImages
 from launcher.cli import main
 from launcher.config.clusters import load_cluster, open_scheduler
 from launcher.config.description import parse
+from tests.images import make_image_folder
+from tests.shards import write_shards
+from tests.tables import png, write_parquet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,6 +46,24 @@ def test_a_line_of_the_table_is_a_description(line: str) -> None:
 def test_the_example_is_a_description() -> None:
     (example,) = re.findall(r"```yaml\n(name: digits\n.+?)```", README, flags=re.DOTALL)
     assert parse(example, "README.md").spec.name == "digits"
+
+
+@pytest.mark.usefixtures("own_indexes")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_each_format_of_images_is_a_line(tmp_path: Path, split: str) -> None:
+    make_image_folder(tmp_path / "flowers", num_classes=2, per_class=40, size=8)
+    names = [str(path) for path in sorted(tmp_path.rglob("*.jpg"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *[f"{name},{Path(name).parent}" for name in names]]))
+    for shard, path in enumerate(write_shards(tmp_path / "shards", num_shards=147, per_shard=1)):
+        path.rename(tmp_path / f"s-{shard:03d}.tar")
+    write_parquet(tmp_path / "data/train-0.parquet", [png(0)] * 80, label=pa.array(["a", "b"] * 40))
+    built: dict[str, Any] = {}
+    for line in re.findall(r"^train: \{_target_: jobs\.data\..+\}(?=  +#)", README, flags=re.MULTILINE):
+        text = line.replace("s3://bucket", str(tmp_path)).replace("split: train", f"split: {split}")
+        spec = parse(AROUND.replace("train: a.data", text) + "optimizer: SGD", "README.md").spec
+        built[spec.data.train.path] = Builder().build(spec.data.train, "data.train")
+    assert [type(dataset) for dataset in built.values()] == [IndexedImages] * 4
+    assert all(0 < len(dataset) < len(dataset.index) for dataset in built.values())
 
 
 def test_the_file_of_a_cluster_takes_jobs(tmp_path: Path) -> None:

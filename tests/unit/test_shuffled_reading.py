@@ -1,18 +1,16 @@
 """Reading in the order of ``data.shuffle``: whole blocks, each once, for the price that the plan tells."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.storage.local import SyncedLocalFileSystem
 from jobs.data import BadSample, image_folder, tar_shards
 from jobs.images import read_cost as costs
 from jobs.images.index import IndexBuilder, Source
-from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.read_cost import ReadCost
@@ -22,31 +20,14 @@ from launcher.planning.shuffle_cost import plan_shuffle
 from tests.shards import jpeg, write_shards
 from tests.specs import bare_job
 
+pytestmark = pytest.mark.usefixtures("own_indexes")
 PER_SHARD, SAMPLES = 60, 480
 SEED = 0
 
 
 @pytest.fixture(autouse=True)
-def _indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "_GAP", 4096)  # between neighbours lie 2 KiB, and an image has 3
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each read of a local file so far."""
-    read, sizes = SyncedLocalFileSystem.cat_file, list[int]()
-
-    def counted(*args, **kwargs) -> bytes:
-        content = read(*args, **kwargs)
-        sizes.append(len(content))
-        return content
-
-    monkeypatch.setattr(SyncedLocalFileSystem, "cat_file", counted)
-    return sizes
 
 
 @pytest.fixture
@@ -132,14 +113,14 @@ class TestPrice:
         ],
     )
     def test_an_epoch_takes_what_the_plan_tells(
-        self, shards: IndexedImages, reads: list[int], shuffle: ShuffleSpec, loaders: int, workers: int
+        self, shards: IndexedImages, local_reads: list[int], shuffle: ShuffleSpec, loaders: int, workers: int
     ) -> None:
         """As torch hands micro-batches to loader processes, each of which has a copy of the dataset."""
         job, steps = described(shuffle, loaders, workers)
         planned = plan_shuffle(shards, steps, job)
         assert planned is not None
         content = shards.fetch(range(SAMPLES))
-        reads.clear()
+        local_reads.clear()
 
         own_shards, used = steps.shards // workers, 0
         for worker in range(workers):
@@ -152,21 +133,21 @@ class TestPrice:
                     assert process.fetch(numbers) == [content[number] for number in numbers]
                     used += sum(len(content[number]) for number in numbers)
 
-        assert planned.own.requests == pytest.approx(len(reads) / SAMPLES, rel=0.1)
-        assert planned.own.read == pytest.approx(sum(reads) / used, rel=0.1)
+        assert planned.own.requests == pytest.approx(len(local_reads) / SAMPLES, rel=0.1)
+        assert planned.own.read == pytest.approx(sum(local_reads) / used, rel=0.1)
 
     def test_a_full_shuffle_takes_a_request_for_nearly_each_sample(
-        self, shards: IndexedImages, reads: list[int]
+        self, shards: IndexedImages, local_reads: list[int]
     ) -> None:
         job, steps = described(ShuffleSpec(block=12, buffer=48))
         planned, full = plan_shuffle(shards, steps, job), replace(steps, shuffle=None)
         assert planned is not None
-        reads.clear()
+        local_reads.clear()
         for step in range(steps.steps_per_epoch):
             for shard in range(steps.shards):
                 shards.fetch(full.samples(SEED, step, shard).tolist())
 
-        assert planned.full.requests == pytest.approx(len(reads) / SAMPLES, rel=0.01)
+        assert planned.full.requests == pytest.approx(len(local_reads) / SAMPLES, rel=0.01)
         assert 0.9 < planned.full.requests <= 1
 
     @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -18,38 +17,16 @@ import torch
 from counting_file_system import CountingFileSystem, start_counting
 
 from cluster.errors import StorageError
-from cluster.storage.local import SyncedLocalFileSystem
 from cluster.storage.store import Store, StoredObject
 from jobs.data import BadSample, tar_shards
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
-from jobs.images.shard_urls import expand_braces
+from jobs.images.object_urls import expand_braces
 from jobs.images.tar_members import Reads, TarReader
 from tests.shards import as_webdataset_reads, jpeg, write_shards
 
+pytestmark = pytest.mark.usefixtures("own_indexes")
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-@pytest.fixture(autouse=True)
-def _indexes(tmp_path, monkeypatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    use_index_files(IndexFiles())
-    yield
-    use_index_files(IndexFiles())
-
-
-@pytest.fixture
-def reads(monkeypatch) -> list[int]:
-    """The bytes of each read of a local file so far."""
-    read, sizes = SyncedLocalFileSystem.cat_file, list[int]()
-
-    def counted(*args, **kwargs) -> bytes:
-        content = read(*args, **kwargs)
-        sizes.append(len(content))
-        return content
-
-    monkeypatch.setattr(SyncedLocalFileSystem, "cat_file", counted)
-    return sizes
 
 
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT, **options) -> Path:
@@ -142,7 +119,7 @@ class TestWriters:
         assert dataset.index.passed_over["folder in a shard"][0] >= 3
 
     @pytest.mark.parametrize("format", ["gnu", "pax"])
-    def test_members_of_more_than_8_gib(self, tmp_path, reads, format):
+    def test_members_of_more_than_8_gib(self, tmp_path, local_reads, format):
         """Their size does not fit into the octal digits of a header."""
         shard, size = tmp_path / "a.tar", 9 * 2**30
         big = tarfile.TarInfo("0.npy")
@@ -153,7 +130,7 @@ class TestWriters:
             file.write(write_tar(tmp_path / "rest", labelled(["0", "1"]), FORMATS[format]).read_bytes())
         dataset = tar_shards(str(shard))
         assert dataset.fetch([0, 1]) == [jpeg(0), jpeg(1)]
-        assert sum(reads) < 2**21
+        assert sum(local_reads) < 2**21
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_members_that_tarfile_finds(self, format):
@@ -200,30 +177,31 @@ class TestWriters:
 
 
 class TestRequests:
-    def test_headers_of_small_members_are_read_together(self, tmp_path, reads):
+    def test_headers_of_small_members_are_read_together(self, tmp_path, local_reads):
         (shard,) = write_shards(tmp_path / "data", num_shards=1, per_shard=400)
         tar_shards(str(shard))
         size = shard.stat().st_size
         assert 2**20 < size < 2**21
-        assert len(reads) == 2
-        assert abs(size - sum(reads)) < 2048 * len(reads)  # a header, or the rest of an image, at the end of each
+        assert len(local_reads) == 2
+        # A header, or the rest of an image, is at the end of each.
+        assert abs(size - sum(local_reads)) < 2048 * len(local_reads)
 
-    def test_large_members_are_stepped_over(self, tmp_path, reads):
+    def test_large_members_are_stepped_over(self, tmp_path, local_reads):
         image = jpeg(0) + bytes(2**21)
         members = {}
         for key in "abcdefgh":
             members |= {f"{key}.cls": b"0", f"{key}.jpg": image, f"{key}.txt": b"text"}
         shard = write_tar(tmp_path / "a.tar", members)
         tar_shards(str(shard))
-        assert len(reads) == 9  # the first headers, and what follows each image
-        assert sum(reads) <= 2**20 + 8 * 2**18 < shard.stat().st_size / 5
+        assert len(local_reads) == 9  # the first headers, and what follows each image
+        assert sum(local_reads) <= 2**20 + 8 * 2**18 < shard.stat().st_size / 5
 
-    def test_neighbours_are_read_in_one_request(self, tmp_path, reads):
+    def test_neighbours_are_read_in_one_request(self, tmp_path, local_reads):
         write_shards(tmp_path / "data", num_shards=2, per_shard=10)
         dataset = tar_shards(str(tmp_path / "data"))
-        reads.clear()
+        local_reads.clear()
         assert dataset.fetch([3, 5, 4, 12]) == [jpeg(number) for number in (3, 5, 4, 12)]
-        assert len(reads) == 2
+        assert len(local_reads) == 2
 
     def test_many_shards_are_read_at_a_time(self, tmp_path):
         shards = write_shards(tmp_path / "data", num_shards=40, per_shard=2)
@@ -239,10 +217,10 @@ class TestRequests:
             start_counting()
         assert dataset.fetch(range(80)) == [jpeg(number) for number in range(80)]
 
-    def test_the_index_of_a_process_is_made_once(self, tmp_path, reads):
+    def test_the_index_of_a_process_is_made_once(self, tmp_path, local_reads):
         write_shards(tmp_path / "data")
         train, val = (tar_shards(str(tmp_path / "data"), split, val_fraction=0.4) for split in ("train", "val"))
-        assert len(reads) == 3
+        assert len(local_reads) == 3
         assert train.index is val.index
 
 
@@ -280,9 +258,9 @@ class TestSamples:
         assert keys_of(dataset) == ["a/0"]
         assert dataset.index.passed_over == {
             "special file in a shard": (1, "a.tar#a/pipe"),
-            "file other than .tar": (1, "00000.parquet"),
+            "no tar file": (1, "00000.parquet"),
             "folder in a shard": (1, "a.tar#a/"),
-            "hidden file": (1, "._a.tar"),
+            "hidden": (1, "._a.tar"),
             "hidden member": (1, "a.tar#a/._0.jpg"),
             "link in a shard": (2, "a.tar#a/1.jpg"),
             "member that is no sample": (2, "a.tar#__MACOSX/a/3.jpg"),
@@ -467,7 +445,7 @@ class TestDamage:
         with pytest.raises(ValueError, match=f"{shard}: is damaged at byte .*, a PAX header is wrong; restore it"):
             tar_shards(str(shard))
 
-    def test_a_name_of_gigabytes_is_not_read(self, tmp_path, reads):
+    def test_a_name_of_gigabytes_is_not_read(self, tmp_path, local_reads):
         shard = tmp_path / "a.tar"
         header = tarfile.TarInfo("header")
         header.type, header.size = tarfile.XHDTYPE, 2**32
@@ -475,7 +453,7 @@ class TestDamage:
         os.truncate(shard, 2**33)
         with pytest.raises(ValueError, match=f"{shard}: is damaged at byte 512, a name has {2**32} bytes; restore it"):
             tar_shards(str(shard))
-        assert sum(reads) < 2**21
+        assert sum(local_reads) < 2**21
 
     def test_what_is_no_tar(self, tmp_path):
         shard = tmp_path / "a.tar"
@@ -557,17 +535,17 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("urls", "message"),
         [
-            ("{}/train/shard-{{000000..000007}}.tar", "{}/train: holds no shard-000003.tar, and lacks 5 of 8 in all; "),
-            ("{}/train/x-{{0..3}}.tar", "{}/train: holds no x-0.tar; correct urls"),
-            ("{}/train/*x.tar", "{}/train: holds no *x.tar; correct urls"),
-            ("{}/nowhere", "{}/nowhere: holds no .tar files; correct urls"),
-            ("{}", "{}: holds no .tar files; correct urls"),
+            ("{}/train/shard-{{000000..000007}}.tar", "{}/train/shard-000003.tar: names no tar file, nor do 4 others "),
+            ("{}/train/x-{{0..3}}.tar", "{}/train/x-0.tar: names no tar file, nor do 3 others of 4; restore "),
+            ("{}/train/*x.tar", "{}/train/*x.tar: names no tar file; restore what is gone, or correct urls"),
+            ("{}/nowhere", "{}/nowhere: names no tar file; "),
+            ("{}", "{}: names no tar file; "),
             (["{}/train", "{}/train/shard-000001.tar"], "{}/train/shard-000001.tar: is named twice in urls; "),
             ("pipe:cat {}/train/shard-000001.tar", "urls must hold URLs alone, got 'pipe:cat "),
             ("{}/train/{{0..3.tar", "urls must have a closing brace for each opening one, got '{{0..3.tar'; "),
             ("{}/train/{{0}}.tar", "urls must have a range or a list in braces, got {{0}}; write {{000..146}} "),
-            ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 shards, got {{0..9999999}}; correct "),
-            ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/shard-{{000..146}}.tar"),
+            ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 files, got {{0..9999999}}; correct "),
+            ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{{000..146}}.tar"),
             (["memory://a/b.tar", "memory://c/d.tar"], "urls must lie in one bucket, got memory://a and others; copy "),
             (["memory://a/b.tar", "{}"], "urls must lie in one bucket, got memory://a and others; copy them to one"),
             ("s3://{{a,b}}/c.tar", "urls must name one bucket, got 's3://{{a,b}}/c.tar'; write it without braces"),
