@@ -86,6 +86,15 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         """
         return self._read_all(numbers) if self._blocks is None else self._blocks.fetch(numbers, self._read_all)
 
+    def fetch_alone(self, number: int) -> bytes | BadSample:
+        """Reads one encoded image out of the order of ``data.shuffle``: without its block, and without using it up.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        (content,) = self._read_all([number])
+        return content
+
     @property
     def shares_objects(self) -> bool:
         """Whether objects hold several samples, so that neighbours can be read together."""
