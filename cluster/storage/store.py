@@ -8,6 +8,7 @@ limits and retries.
 """
 
 import contextlib
+import math
 import re
 import uuid
 from collections import deque
@@ -30,7 +31,7 @@ from cluster.storage.file_systems import (
     remove_if_empty,
     write_and_rename,
 )
-from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble
+from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble, UnderWay
 from cluster.storage.store_errors import ABSENT
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Store:
     Args:
         url: Where the store is.
         patience_s: How long a failing call is retried, in seconds; 0: not at all.
+        most_s: After how many seconds a call that does not return is given up, if that is less than a minute.
 
     Raises:
         StorageError: The URL is not valid here, holds a secret, or needs a package that is not installed.
@@ -76,17 +78,18 @@ class Store:
     Thread: Any number of threads may use one store at once.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, most_s: float = math.inf) -> None:
         self._location = Location(url)
         self.url = self._location.url
         self.patience_s = patience_s
-        self._calls = RetryingCalls(self._location, patience_s, troubles={})
+        self._most_s = most_s
+        self._calls = RetryingCalls(self._location, patience_s, most_s)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, float]]:
-        return Store, (self.url, self.patience_s)
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, float, float]]:
+        return Store, (self.url, self.patience_s, self._most_s)
 
     @property
     def is_shared(self) -> bool:
@@ -106,10 +109,15 @@ class Store:
         """
         return min(list(self._calls.troubles.values()), key=lambda trouble: trouble.since, default=None)
 
+    @property
+    def under_way(self) -> UnderWay | None:
+        """The oldest call that has not returned yet, or None. Thread: Any."""
+        return min(list(self._calls.under_way.values()), key=lambda call: call.since, default=None)
+
     def at(self, *parts: str) -> "Store":
         """Returns the store of a folder below this one, with the same patience; the folder need not exist."""
         root = self.url if self.url.endswith("/") else f"{self.url}/"
-        store = Store(root + "/".join(self._check_name(part) for part in parts), self.patience_s)
+        store = Store(root + "/".join(self._check_name(part) for part in parts), self.patience_s, self._most_s)
         store._calls.troubles = self._calls.troubles
         return store
 

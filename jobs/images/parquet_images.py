@@ -74,7 +74,7 @@ def parquet_images(
     root, rests = split_urls(urls, _FILES)
     columns = label if isinstance(label, str) else list(label)
     names = classes if classes is None or isinstance(classes, int) else list(classes)
-    options = {"files": rests, "image": image, "label": columns, "classes": names}
+    options = {"urls": rests, "image": image, "label": columns, "classes": names}
     index = open_index(Source("parquet", root, options), partial(_build, rests, image, columns, names))
     return IndexedImages(index, ReadRowGroups(image), _chosen(index, split, val_fraction), transform, mean, std)
 
