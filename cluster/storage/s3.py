@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 from aiobotocore.session import AioSession
 from botocore.handlers import add_expect_header
+from fsspec.asyn import sync
 from s3fs import S3FileSystem
+
+from cluster.storage.listings import ListedPage, StoredObject
+
+_NAMES_OF_PAGE = 1000
+"""The most that S3 gives."""
 
 
 class DirectS3FileSystem(S3FileSystem):
@@ -24,6 +30,29 @@ class DirectS3FileSystem(S3FileSystem):
         session: Any = AioSession()
         session.unregister("before-call.s3", add_expect_header)
         super().__init__(**{"session": session, **options})  # s3fs keeps a session that it is given, also to reconnect
+
+    def list_page(self, path: str, after: str | None) -> ListedPage:
+        """Returns a page of what lies in a folder, see ``cluster.storage.listings.list_pages``.
+
+        ``ls`` makes a dictionary of 1 KB for each name of a folder before it returns any.
+        """
+        page: ListedPage = sync(self.loop, self._list_page, path, after)
+        return page
+
+    async def _list_page(self, path: str, after: str | None) -> ListedPage:
+        bucket, key, _ = self.split_path(path)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        token = {} if after is None else {"ContinuationToken": after}
+        answer: dict[str, Any] = await self._call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=_NAMES_OF_PAGE, **token
+        )
+        names = ((entry["Key"].removeprefix(prefix), entry) for entry in answer.get("Contents", ()))
+        return ListedPage(
+            folders=[entry["Prefix"].removeprefix(prefix)[:-1] for entry in answer.get("CommonPrefixes", ())],
+            # A name that ends in / is a placeholder that some tools write for an empty folder: here, for this one.
+            objects=[StoredObject(name, entry["Size"], entry.get("ETag", "")) for name, entry in names if name],
+            after=answer["NextContinuationToken"] if answer.get("IsTruncated") else None,
+        )
 
     async def _cat_file(self, path: str, **kwargs: Any) -> bytes:
         try:

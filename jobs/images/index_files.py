@@ -72,9 +72,12 @@ class IndexFiles:
         return self.opened[source.id]
 
     def _make(self, source: Source, build: Build) -> Index:
-        builder = IndexBuilder(source, ListingProgress(source.url, self._tell).reached)
+        progress = ListingProgress(source.url, self._tell)
+        builder = IndexBuilder(source, progress)
         build(Store(source.url), builder)
-        return _keep(source.id, builder.write)
+        index = _keep(source.id, builder.write)
+        progress.end()
+        return index
 
     def _of_run(self, run: RunDirectory, source: Source) -> Index:
         digest = self._known.get(source.id)
@@ -113,7 +116,8 @@ def pack_index(index: Index) -> bytes:
     """Returns the content of an index's file, compressed, as a run directory holds it."""
     import pyarrow as pa
 
-    packed: bytes = pa.compress(index.path.read_bytes(), _CODEC, asbytes=True)
+    with pa.memory_map(str(index.path)) as file:
+        packed: bytes = pa.compress(file.read_buffer(), _CODEC, asbytes=True)
     return packed
 
 

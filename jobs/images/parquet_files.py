@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from cluster.storage.store import Store, StoredObject
+from jobs.images.class_folders import check_parts
 from jobs.images.shard_urls import expand_braces
 
 _SUFFIXES = (".parquet", ".pq")
@@ -122,7 +123,11 @@ class _Listings:
 
     def _list(self, folders: set[str]) -> None:
         new = sorted(folders - self._folders.keys())
-        self._folders.update(zip(new, self._store.listings(new)))
+        self._folders |= {folder: ([], []) for folder in new}
+        for folder, page in self._store.pages(new):
+            check_parts(self._store.url, folder, page.folders)
+            self._folders[folder][0].extend(page.folders)
+            self._folders[folder][1].extend(page.objects)
 
 
 def _is_named(name: str, parts: list[str]) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from cluster.storage.store import Store, StoredObject
+from jobs.images.class_folders import check_parts
 from jobs.images.index import IndexBuilder
 from jobs.images.tar_members import UNPACK
 
@@ -158,6 +159,7 @@ class _Folders:
     def _list(self, folder: str) -> tuple[list[str], dict[str, StoredObject]]:
         if folder not in self._listed:
             folders, objects = self._store.listing(folder)
+            check_parts(self._store.url, folder, folders)
             self._listed[folder] = folders, {each.name: each for each in objects}
         return self._listed[folder]
 

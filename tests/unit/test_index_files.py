@@ -18,7 +18,6 @@ from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import IndexFiles, fetch_index, pack_index, unpack_index, use_index_files
-from jobs.images.listing_progress import ListingProgress
 from launcher.planning.built_index import built_indexes, digests_of
 from launcher.runs import data_indexes
 from launcher.runs.data_indexes import check_indexes, write_indexes
@@ -253,17 +252,6 @@ def test_what_killed_processes_leave_goes_and_what_nobody_uses(source, cache) ->
     subprocess.run(sweep, check=True)
     assert os.listdir(cache) == os.listdir(lock.parent) == []
     assert index.labels[7] == 1, "it stays in the memory of those that have it mapped"
-
-
-def test_who_waits_for_a_long_listing_is_told_how_far_it_is() -> None:
-    seconds, told = 100.0, list[str]()
-    progress = ListingProgress("s3://bucket/data", told.append, clock=lambda: seconds)
-    for num_samples in range(0, 30_000, 1_000):
-        progress.reached(num_samples)
-        seconds += 1.0
-    assert told == [
-        "listing s3://bucket/data: 10,000 samples, 1,000/s", "listing s3://bucket/data: 20,000 samples, 1,000/s",
-    ]  # fmt: skip
 
 
 def test_a_host_without_room_says_so(source, cache, monkeypatch) -> None:
