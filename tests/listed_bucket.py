@@ -25,6 +25,7 @@ class ListedBucket(ThreadingHTTPServer):
     Attributes:
         url: What a client needs as its endpoint.
         asked: The queries of listings, in the order of their arrival.
+        busy: How many of the next queries are turned away, as by a busy server.
     """
 
     daemon_threads = True
@@ -34,6 +35,7 @@ class ListedBucket(ThreadingHTTPServer):
         self.keys, self.latency_s = keys, latency_s
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.asked: list[dict[str, str]] = []
+        self.busy = 0
 
     @contextlib.contextmanager
     def serving(self) -> Iterator["ListedBucket"]:
@@ -51,12 +53,12 @@ class ListedBucket(ThreadingHTTPServer):
         """Returns the answer to a listing, without its XML declaration."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         position = bisect_left(self.keys, prefix)
-        if token := query.get("continuation-token", ""):
+        if token := bytes.fromhex(query.get("continuation-token", "")).decode():
             position = bisect_right(self.keys, token + _LAST if delimiter and token.endswith(delimiter) else token)
         parts, count, last = list[str](), 0, ""
         while position < len(self.keys) and self.keys[position].startswith(prefix):
             if count == min(_MOST, int(query.get("max-keys", _MOST))):
-                parts.append(f"<NextContinuationToken>{quote(last)}</NextContinuationToken>")
+                parts.append(f"<NextContinuationToken>{last.encode().hex()}</NextContinuationToken>")
                 break
             last = key = self.keys[position]
             end = key.find(delimiter, len(prefix)) if delimiter else -1
@@ -88,6 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(urlsplit(self.path).query))
         self.server.asked.append(query)
         time.sleep(self.server.latency_s)
+        if self.server.busy:
+            self.server.busy -= 1
+            self._answer(503, b"<Error><Code>SlowDown</Code></Error>")
+            return
         self._answer(200, f'<?xml version="1.0" encoding="UTF-8"?>\n{self.server.page(query)}'.encode())
 
     def do_HEAD(self) -> None:

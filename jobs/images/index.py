@@ -149,11 +149,17 @@ class IndexBuilder:
         import pyarrow.compute as pc
 
         types = types_of(has_classes=bool(self.classes))
-        columns = {name: pa.chunked_array(self._columns[name], types[name]) for name in (*OF_OBJECTS, "draw", "label")}
-        keys = pa.table({name: columns[name].slice(first) for name in ("label", "name")})
-        order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names])
-        for name, column in columns.items():
-            self._columns[name] = [*column.slice(0, first).chunks, *column.slice(first).take(order).chunks]
+
+        def column(name: str) -> pa.ChunkedArray:
+            return pa.chunked_array(self._columns[name], types[name])
+
+        order = pc.sort_indices(
+            pa.table({name: column(name).slice(first) for name in ("label", "name")}),
+            sort_keys=[("label", "ascending"), ("name", "ascending")],
+        )
+        for name in (*OF_OBJECTS, "draw", "label"):
+            whole = column(name)
+            self._columns[name] = [*whole.slice(0, first).chunks, *whole.slice(first).take(order).chunks]
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""

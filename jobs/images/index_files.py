@@ -5,8 +5,10 @@ the workers of a run, on any host and in any attempt, have the same samples in t
 process maps a file in the cache of its host.
 """
 
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ class IndexFiles:
         run: The run whose indexes this process takes, and makes none; None: it makes them.
         known: The digests of the run's indexes, by the ids of their sources.
         tell: Called with a line every few seconds while an index is made.
+        listed_again_after_s: How long an index is the answer once it is made, in seconds.
+        clock: A monotonic clock, in seconds.
 
     Attributes:
         opened: By the ids of their sources, the indexes that this process has opened.
@@ -51,9 +55,14 @@ class IndexFiles:
         run: RunDirectory | None = None,
         known: Mapping[str, str] | None = None,
         tell: Callable[[str], None] = lambda _: None,
+        *,
+        listed_again_after_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opened: dict[str, Index] = {}
+        self._opened_at: dict[str, float] = {}
         self._run, self._known, self._tell = run, known or {}, tell
+        self._listed_again_after_s, self._clock = listed_again_after_s, clock
 
     def open(self, source: Source, build: Build) -> Index:
         """Returns the index of a source: that of the run, or a new one.
@@ -64,15 +73,19 @@ class IndexFiles:
             ClusterError: The run has no index of this source, or this host has other data than the index says.
         """
         source = _portable(source)
+        for other, opened_at in list(self._opened_at.items()):
+            if self._clock() - opened_at > self._listed_again_after_s:
+                del self.opened[other], self._opened_at[other]
         if source.id not in self.opened:
             if self._run is None:
                 self.opened[source.id] = self._make(source, build)
             else:
                 self.opened[source.id] = self._of_run(self._run, source)
+            self._opened_at[source.id] = self._clock()
         return self.opened[source.id]
 
     def _make(self, source: Source, build: Build) -> Index:
-        progress = ListingProgress(source.url, self._tell)
+        progress = ListingProgress(source.url, self._tell, self._clock)
         builder = IndexBuilder(source, progress)
         build(Store(source.url), builder)
         index = _keep(source.id, builder.write)
@@ -98,7 +111,8 @@ class IndexFiles:
         return index
 
 
-_files = IndexFiles()
+_files = IndexFiles(listed_again_after_s=60.0)
+"""For a process of a person's own, such as a notebook: two splits share a listing, and data that changes is seen."""
 
 
 def use_index_files(files: IndexFiles) -> None:
