@@ -254,6 +254,33 @@ def test_what_killed_processes_leave_goes_and_what_nobody_uses(source, cache) ->
     assert index.labels[7] == 1, "it stays in the memory of those that have it mapped"
 
 
+def test_in_a_process_of_a_persons_own_data_that_changes_is_seen_after_a_minute(images, source) -> None:
+    now = 100.0
+    files = IndexFiles(listed_again_after_s=60.0, clock=lambda: now)
+    first = files.open(source, build)
+    (images / "200.jpg").write_bytes(b"1")
+    now += 60.0
+    assert files.open(source, build_nothing) is first, "another split, or the other dataset"
+    now += 1.0
+    assert (len(files.open(source, build)), len(first)) == (201, 200)
+    now += 61.0
+    other = Source("other", str(images))
+    files.open(other, build)
+    assert list(files.opened) == [other.id], "no index is kept for the life of the process"
+
+
+def test_a_damaged_index_of_the_same_size_is_mended(run, source, tmp_path) -> None:
+    run_directory, known = run
+    name = f"indexes/{known[source.id]}.arrow.zst"
+    whole = run_directory.store.read(name)
+    run_directory.store.write(name, bytes([whole[0] ^ 1]) + whole[1:])
+    run_directory.write_index(known[source.id], whole)
+    assert run_directory.store.read(name) == whole
+    before = (tmp_path / "run" / name).stat().st_ino
+    run_directory.write_index(known[source.id], whole)
+    assert (tmp_path / "run" / name).stat().st_ino == before, "it is written once"
+
+
 def test_a_host_without_room_says_so(source, cache, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
