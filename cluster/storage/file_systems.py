@@ -9,7 +9,6 @@ import os
 import re
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -86,6 +85,7 @@ class Location:
         protocol: ``file`` if it is on this machine.
         has_folders: Whether an object needs its folder first, and a folder exists without objects.
         has_rename: Whether an object is written under a temporary name and renamed once it is whole.
+        has_pages: Whether a folder is listed page by page; elsewhere, one call returns all that lies in it.
         max_requests: How many requests a caller may make at once; beyond that they would wait for each other.
 
     Raises:
@@ -97,6 +97,7 @@ class Location:
         self.protocol = self.url.partition("://")[0] if "://" in self.url else "file"
         self.has_folders = self.protocol in _WITH_FOLDERS
         self.has_rename = self.protocol in _WITH_RENAME
+        self.has_pages = self.protocol in _S3
         self.max_requests = 4 if self.has_folders else _CONNECTIONS  # a disk, or a session for each thread
         self._class = file_system_class(self.protocol, self.url)
 
@@ -197,78 +198,6 @@ def _options_for(protocol: str) -> dict[str, Any]:
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options |= {"config_kwargs": own | configured, "max_concurrency": 1}
     return options
-
-
-def objects_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Returns the names of all objects below a path of an object store, at any depth, relative to that path.
-
-    Raises:
-        FileNotFoundError: The bucket does not exist.
-    """
-    below = f"{path.rstrip('/')}/"
-    try:
-        found = fs.find(path)
-    except ABSENT:
-        found = []
-    if not found:
-        _require_bucket(fs, path)
-    return [name.removeprefix(below) for name in found if name.startswith(below)]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object, as a listing describes it."""
-
-    name: str
-    size: int
-    """In bytes; -1: the store does not tell."""
-    version: str
-    """What changes with its content, as far as the store tells (an ETag); else empty."""
-
-
-def entries(fs: fsspec.AbstractFileSystem, path: str, has_folders: bool) -> tuple[list[str], list[StoredObject]]:
-    """Returns the names of the folders directly in a folder, and its objects, sorted, by the last parts of their names.
-
-    Raises:
-        FileNotFoundError: On an object store: the bucket does not exist.
-    """
-    try:
-        found = fs.ls(path, detail=True)
-    except ABSENT:
-        found = []
-    if not found and not has_folders:
-        _require_bucket(fs, path)
-    folders, objects = [], []
-    for entry in found:
-        name = entry["name"].rstrip("/").rpartition("/")[2]
-        # Listing an object, or a folder with a placeholder, returns the path itself.
-        if entry["name"].rstrip("/") == path.rstrip("/"):
-            continue
-        if entry["type"] == "directory":
-            folders.append(name)
-        else:
-            size = entry.get("size")
-            objects.append(StoredObject(name, -1 if size is None else size, _version(entry)))
-    return sorted(folders), sorted(objects, key=lambda each: each.name)
-
-
-def _version(entry: dict[str, Any]) -> str:
-    """Returns the ETag or MD5 that a listing has for an object: S3, Google, Azure."""
-    return next((str(entry[name]) for name in ("ETag", "etag", "md5Hash", "content_md5") if entry.get(name)), "")
-
-
-def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Distinguishes an empty place of an object store from a missing bucket, after a listing found nothing.
-
-    Raises:
-        FileNotFoundError: The bucket does not exist.
-    """
-    try:
-        fs.info(path.partition("/")[0])
-    except FileNotFoundError:
-        raise
-    except Exception:  # any other error, such as no permission to look at buckets, does not answer the question
-        return
 
 
 def write_and_rename(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:

@@ -23,14 +23,12 @@ from cluster.storage.deadline import Started
 from cluster.storage.file_systems import (
     TEMPORARY,
     Location,
-    StoredObject,
-    entries,
     missing_folders,
-    objects_below,
     remove_folders,
     remove_if_empty,
     write_and_rename,
 )
+from cluster.storage.listings import WHOLE_LISTING_S, ListedPage, StoredObject, list_pages, objects_below, stored_object
 from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble, UnderWay
 from cluster.storage.store_errors import ABSENT
 
@@ -38,9 +36,6 @@ T = TypeVar("T")
 
 PATIENCE_S = 10.0
 """Default for how long a failing call is retried: somebody is waiting for it."""
-
-_LISTING_S = 240.0
-"""Extra time for a listing: an object store needs a request for each 1,000 names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +175,18 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Returns whether there is an object of this name; a folder is not one."""
+        return self.look_up(name) is not None
 
-        def look(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    def look_up(self, name: str) -> StoredObject | None:
+        """Returns an object as a listing of its folder describes it; None: there is none."""
+
+        def look(fs: fsspec.AbstractFileSystem, path: str) -> StoredObject | None:
             try:
                 # Not fs.exists: it treats every error, even a refused password, as "no".
-                kind: str = fs.info(path)["type"]
+                found = fs.info(path)
             except ABSENT:
-                return False
-            return kind != "directory"
+                return None
+            return None if found["type"] == "directory" else stored_object(name.rpartition("/")[2], found)
 
         return self._call(f"look for {name}", look, name)
 
@@ -201,23 +200,26 @@ class Store:
 
     def folders(self) -> list[str]:
         """Returns the names of the folders directly in this one, sorted."""
-        return self.listing()[0]
+        return sorted(name for _, page in self.pages([""]) for name in page.folders if name)
 
     def listing(self, folder: str = "") -> tuple[list[str], list[StoredObject]]:
-        """Returns the names of the folders directly in a folder, and its objects: the last parts of names, sorted.
+        """Returns all pages of one folder as one, sorted: its folders, and its objects."""
+        folders, objects = list[str](), list[StoredObject]()
+        for _, page in self.pages([folder]):
+            folders += page.folders
+            objects += page.objects
+        return sorted(folders), sorted(objects, key=lambda each: each.name)
 
-        Both are empty if there is no such folder.
+    def pages(self, folders: Iterable[str]) -> Iterator[tuple[str, ListedPage]]:
+        """Yields what lies directly in folders, page by page, each page with its folder; nothing of it is kept.
+
+        The pages of several folders are asked for at once, so those of one come between those of others. An empty page
+        is all that there is of a folder that does not exist. A link to an object counts as that object; one to a folder
+        counts as an object, too.
         """
-        return next(self.listings([folder]))
-
-    def listings(self, folders: Iterable[str]) -> Iterator[tuple[list[str], list[StoredObject]]]:
-        """Yields the listing of each folder, see ``listing``, in this order; they are made in concurrent requests.
-
-        A link to an object counts as that object; one to a folder counts as an object, too.
-        """
-        calls = ((f"list {folder or 'it'}", self._list, folder, 0) for folder in folders)
-        for below, objects in self._each(calls, extra_s=_LISTING_S):
-            yield below, [each for each in objects if not TEMPORARY.fullmatch(each.name)]
+        for folder, page in self._pages(folders):
+            objects = [each for each in page.objects if not TEMPORARY.fullmatch(each.name)]
+            yield folder, ListedPage(page.folders, objects, page.after)
 
     def delete(self, names: Iterable[str], at_once: int = 1) -> None:
         """Deletes objects; one that does not exist counts as deleted.
@@ -283,23 +285,22 @@ class Store:
                 self.delete([name])
 
     def _list_flat(self, folder: str) -> list[str]:
-        names = self._call(f"list {folder or 'it'}", objects_below, folder, extra_s=_LISTING_S)
+        names = self._call(f"list {folder or 'it'}", objects_below, folder, extra_s=WHOLE_LISTING_S)
         return [f"{folder}/{name}" if folder else name for name in names]
 
     def _walk(self, folder: str) -> Iterator[str]:
-        folders, objects = self._call(f"list {folder or 'it'}", self._list, folder, extra_s=_LISTING_S)
         begin = f"{folder}/" if folder else ""
-        for each in objects:
-            yield begin + each.name
-        for name in folders:
-            yield from self._walk(begin + name)
+        for _, page in self._pages([folder]):
+            for each in page.objects:
+                yield begin + each.name
+            for name in page.folders:
+                yield from self._walk(begin + name)
 
-    def _list(self, fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[str], list[StoredObject]]:
-        return entries(fs, path, self._location.has_folders)
+    def _pages(self, folders: Iterable[str]) -> Iterator[tuple[str, ListedPage]]:
+        checked = (self._check_name(folder) if folder else folder for folder in folders)
+        return list_pages(self._calls, self._location, checked)
 
-    def _each(
-        self, calls: Iterable[tuple[str, FileSystemCall[T], str, int | None]], extra_s: float = 0.0
-    ) -> Iterator[T]:
+    def _each(self, calls: Iterable[tuple[str, FileSystemCall[T], str, int | None]]) -> Iterator[T]:
         """Yields the result of each (action, call, name, size), in this order; several are made at a time."""
         waiting: deque[tuple[tuple[str, FileSystemCall[T], str, int | None], Started[T]]] = deque()
         for each in calls:
@@ -307,9 +308,9 @@ class Store:
             waiting.append((each, self._calls.start(call, self._check_name(name) if name else name)))
             if len(waiting) == self.max_requests:
                 first, started = waiting.popleft()
-                yield self._call(*first, extra_s, started)
+                yield self._call(*first, started=started)
         for each, started in waiting:
-            yield self._call(*each, extra_s, started)
+            yield self._call(*each, started=started)
 
     def _call(
         self,

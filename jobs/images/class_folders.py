@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from cluster.storage.file_systems import StoredObject
+from cluster.storage.listings import StoredObject
+from jobs.images.listing_progress import ListingProgress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """The suffixes of image files, in upper or lower case; other files are passed over."""
@@ -29,6 +30,8 @@ _OF_SYSTEMS = frozenset(
 
 NO_IMAGE = "no image file"
 OUTSIDE = "outside the class folders"
+FOLDERS = "folders"
+"""What the progress of a listing expects."""
 _LISTED = "a link to a folder that counts elsewhere"
 
 PassOver = Callable[[str, str], None]
@@ -64,10 +67,11 @@ class LocalFolders:
         root: The folder.
         exclude: Names of folders that are not classes.
         pass_over: Told of all that is no sample.
+        progress: Told of the images listed, and of folders: of those that are listed, and of those in class folders.
     """
 
-    def __init__(self, root: Path, exclude: Collection[str], pass_over: PassOver) -> None:
-        self._root, self._exclude, self._pass_over = root, exclude, pass_over
+    def __init__(self, root: Path, exclude: Collection[str], pass_over: PassOver, progress: ListingProgress) -> None:
+        self._root, self._exclude, self._pass_over, self._progress = root, exclude, pass_over, progress
 
     def has(self, name: str) -> bool:
         """Returns whether a folder lies directly in the root."""
@@ -92,7 +96,7 @@ class LocalFolders:
         return names
 
     def images(self, home: str, classes: Sequence[str]) -> Iterator[tuple[str, list[StoredObject]]]:
-        """Yields each class, in the order of names, and the images below its folder, in the order of theirs.
+        """Yields each class, in the order of names, and the images below its folder, in no order.
 
         Links are followed, except those that lead back to a folder around them. A real folder that several paths lead
         to counts at its own place; if that is not below ``home``, at the first link to it. So a class is complete once
@@ -102,7 +106,7 @@ class LocalFolders:
             ValueError: Two classes have the same folder; or a folder cannot be read, or holds a link that leads nowhere
                 or a name that no store could read.
         """
-        scan, waiting = _Scan(self._root, home, self._pass_over), list[str]()
+        scan, waiting = _Scan(self._root, home, self._pass_over, self._progress), list[str]()
         for name in sorted(classes):
             scan.add(name, is_link=(self._root / home / name).is_symlink())
             scan.read_folders()
@@ -121,10 +125,10 @@ class _Scan:
         links: Links to folders that are not read yet, relative to the home folder.
     """
 
-    def __init__(self, root: Path, home: str, pass_over: PassOver) -> None:
+    def __init__(self, root: Path, home: str, pass_over: PassOver, progress: ListingProgress) -> None:
         self.links: deque[str] = deque()
         self._folders: deque[str] = deque()
-        self._home, self._prefix, self._pass_over = root / home, home, pass_over
+        self._home, self._prefix, self._pass_over, self._progress = root / home, home, pass_over, progress
         self._found: dict[str, list[StoredObject]] = {}
         self._counted: dict[str, str] = {}
 
@@ -133,8 +137,8 @@ class _Scan:
         (self.links if is_link else self._folders).append(path)
 
     def take(self, class_name: str) -> list[StoredObject]:
-        """Returns the images of a class, sorted, and forgets them."""
-        return sorted(self._found.pop(class_name, []), key=lambda image: image.name)
+        """Returns the images of a class, and forgets them."""
+        return self._found.pop(class_name, [])
 
     def read_folders(self) -> None:
         """Reads the folders that were added, and those in them, but no links."""
@@ -150,6 +154,7 @@ class _Scan:
 
     def _read(self, within: str) -> None:
         """Reads a folder, and adds the folders and links in it."""
+        self._progress.listed(0, 1)
         real = os.path.realpath(self._home / within)
         if real in self._counted:
             _check_same_class(self._home, self._counted[real], within, real)
@@ -162,10 +167,12 @@ class _Scan:
             if kind == "folder" and entry.is_symlink() and _leads_back(self._home / path, self._home):
                 self._pass_over(_LISTED, f"{self._prefix}{path}")
             elif kind == "folder":
+                self._progress.expect(1, FOLDERS)
                 self.add(path, is_link=entry.is_symlink())
             elif kind == "file" and is_image(name):
                 check_name(f"{self._home}", path)
                 images.append(StoredObject(f"{self._prefix}{path}", _size(entry), ""))
+                self._progress.listed(1)
             else:
                 self._pass_over(NO_IMAGE, f"{self._prefix}{path}")
 

@@ -1,22 +1,25 @@
 """Image folders: a dataset of image files, one folder per class, on this machine or at any URL."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cluster.errors import listed
-from cluster.storage.file_systems import StoredObject
+from cluster.storage.listings import StoredObject
 from cluster.storage.store import Store
-from jobs.images.class_folders import IMAGE_SUFFIXES, LocalFolders
+from jobs.images.class_folders import FOLDERS, IMAGE_SUFFIXES, LocalFolders
 from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
 from jobs.images.splits import SPLIT_WORDS, check_val_fraction, drawn
 from jobs.images.stored_class_folders import StoredFolders
+
+_ADDED_AT_ONCE = 2**12
+"""Images that are added to an index together."""
 
 
 def image_folder(
@@ -115,9 +118,9 @@ def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
     url = store.url
     folders: LocalFolders | StoredFolders
     if os.path.isabs(url):
-        folders = LocalFolders(Path(url), exclude, builder.pass_over)
+        folders = LocalFolders(Path(url), exclude, builder.pass_over, builder.progress)
     else:
-        folders = StoredFolders(store, exclude, builder.pass_over)
+        folders = StoredFolders(store, exclude, builder.pass_over, builder.progress)
         if folders.is_empty:
             raise ValueError(f"root must be a folder that holds a folder per class, got {url!r}; it does not exist")
     is_divided = folders.has("train") and folders.has("val")
@@ -133,22 +136,32 @@ def _build(exclude: Sequence[str], store: Store, builder: IndexBuilder) -> None:
         )
     builder.classes = classes
     labels = {name: label for label, name in enumerate(classes)}
-    for name, images in folders.images(home, classes):
-        _add(builder, labels[name], images)
+    in_val = folders.class_names("val/") if is_divided else []
+    known_in_val = [name for name in in_val if name in labels]
+    builder.progress.expect(len(classes) + len(known_in_val), FOLDERS)
+    _add(builder, labels, folders.images(home, classes))
     builder.details = {"splits": {}, "only_in_val": []}
     if is_divided:
         num_train = builder.num_samples
-        present = folders.class_names("val/")
-        for name, images in folders.images("val/", [name for name in present if name in labels]):
-            _add(builder, labels[name], images)
+        _add(builder, labels, folders.images("val/", known_in_val))
         builder.details = {
             "splits": {"train": [0, num_train], "val": [num_train, builder.num_samples]},
-            "only_in_val": [name for name in present if name not in labels],
+            "only_in_val": [name for name in in_val if name not in labels],
         }
 
 
-def _add(builder: IndexBuilder, label: int, images: Sequence[StoredObject]) -> None:
-    """Adds the images of a class."""
-    if images:
-        names, sizes, versions = zip(*((image.name, image.size, image.version) for image in images))
-        builder.add_files(names, sizes, versions, np.full(len(images), label))
+def _add(builder: IndexBuilder, labels: Mapping[str, int], found: Iterable[tuple[str, Sequence[StoredObject]]]) -> None:
+    """Adds images, with their classes, in the order of classes and of names; an index of few names has few parts."""
+    first, waiting = builder.num_samples, list[tuple[str, int, str, int]]()
+
+    def add() -> None:
+        if waiting:
+            builder.add_files(*zip(*waiting))
+            waiting.clear()
+
+    for class_name, images in found:
+        waiting += [(image.name, image.size, image.version, labels[class_name]) for image in images]
+        if len(waiting) >= _ADDED_AT_ONCE:
+            add()
+    add()
+    builder.sort_files(first)

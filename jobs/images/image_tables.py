@@ -15,6 +15,7 @@ from jobs.images.index import IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.listing_progress import ListingProgress
 from jobs.images.parquet_columns import check_columns, read_columns, read_footers
 from jobs.images.splits import check_val_fraction, drawn
 from jobs.images.table_labels import LabelColumns, labels_of
@@ -142,7 +143,7 @@ def _build(file: _TableFile, split: Split | None, store: Store, builder: IndexBu
     import pyarrow.compute as pc
 
     if file.delimiter is None:
-        rows, class_names = _parquet_rows(file)
+        rows, class_names = _parquet_rows(file, builder.progress)
     else:
         rows, class_names = _text_rows(file), None
     if not rows.num_rows:
@@ -206,18 +207,19 @@ def _name_below(root: str, cell: str, where: Callable[[], str]) -> str:
     return name
 
 
-def _parquet_rows(file: _TableFile) -> "tuple[pa.Table, list[str] | None]":
+def _parquet_rows(file: _TableFile, progress: ListingProgress) -> "tuple[pa.Table, list[str] | None]":
     """Returns the columns that are asked for, and the names of classes that the file holds."""
     import pyarrow as pa
 
-    _, objects = file.store.listing()
-    sizes = {each.name: each.size for each in objects if each.name == file.name}
-    if not sizes:
+    found = file.store.look_up(file.name)
+    if found is None:
         raise ValueError(f"{file.url}: does not exist; correct the URL")
-    (footer,) = read_footers(file.store, sizes)
+    (footer,) = read_footers(file.store, {file.name: found.size})
     if isinstance(footer, str):
         raise ValueError(f"{file.url}: {footer}")
-    rows = read_columns(file.store, [footer], list(dict.fromkeys([*file.texts, *file.labels])))[0]
+    progress.expect(footer.num_rows, "rows")
+    columns = list(dict.fromkeys([*file.texts, *file.labels]))
+    rows = read_columns(file.store, [footer], columns, lambda num_rows: progress.listed(num_rows, num_rows))[0]
     for column in file.texts:
         kind = rows.schema.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):

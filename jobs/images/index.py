@@ -6,7 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import one_line
+from jobs.images.index_columns import COLUMNS, DIGITS, OF_OBJECTS, checked_columns, digest_of, draw, types_of
+from jobs.images.listing_progress import ListingProgress
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSION = 1
-_OF_OBJECTS = ("name", "size", "version")
-_COLUMNS = (*_OF_OBJECTS, "object", "offset", "length", "key", "draw", "label")
-_TEXTS = ("name", "version", "key")
-"""Columns of bytes: the names of files need not be UTF-8."""
-_DIGITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class Source:
     def id(self) -> str:
         """The same for equal sources."""
         text = json.dumps([self.format, self.url, self.options], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+        return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +66,20 @@ class IndexBuilder:
 
     Args:
         source: What is listed.
-        reached: Called with the number of samples after each addition, to tell how far it is.
+        progress: Who lists tells it how far that is; None: nobody waits.
     """
 
-    def __init__(self, source: Source, reached: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, source: Source, progress: ListingProgress | None = None) -> None:
         self.source = source
+        self.progress = progress or ListingProgress(source.url, lambda _: None)
         self.classes: Sequence[str] = ()
         """The name of each label; empty: labels are numbers to predict."""
         self.details: dict[str, Any] = {}
         """What a format notes about the samples for itself; JSON."""
         self.passed_over: dict[str, tuple[int, str]] = {}
         """By reason: how many names were passed over, and the first of them by name."""
-        self._columns: dict[str, list[pa.Array]] = {name: [] for name in _COLUMNS}
+        self._columns: dict[str, list[pa.Array]] = {name: [] for name in COLUMNS}
         self._num_objects = self._num_samples = 0
-        self._reached = reached
 
     @property
     def num_samples(self) -> int:
@@ -137,15 +134,32 @@ class IndexBuilder:
         self._add("offset", np.asarray(offsets, np.int64))
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
-        self._add("draw", np.array([_draw(name) for name in unique], np.uint64))
+        self._add("draw", np.array([draw(name) for name in unique], np.uint64))
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
         self._num_samples += len(keys)
-        self._reached(self._num_samples)
 
     def _add(self, column: str, values: "np.ndarray | list[bytes]") -> None:
         import pyarrow as pa  # takes 0.3 s, and many jobs have no index
 
         self._columns[column].append(pa.array(values, pa.large_binary() if isinstance(values, list) else None))
+
+    def sort_files(self, first: int) -> None:
+        """Orders the samples from ``first`` on by label, then by name; all samples must be of ``add_files``."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        types = types_of(has_classes=bool(self.classes))
+
+        def column(name: str) -> pa.ChunkedArray:
+            return pa.chunked_array(self._columns[name], types[name])
+
+        order = pc.sort_indices(
+            pa.table({name: column(name).slice(first) for name in ("label", "name")}),
+            sort_keys=[("label", "ascending"), ("name", "ascending")],
+        )
+        for name in (*OF_OBJECTS, "draw", "label"):
+            whole = column(name)
+            self._columns[name] = [*whole.slice(0, first).chunks, *whole.slice(first).take(order).chunks]
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""
@@ -162,13 +176,12 @@ class IndexBuilder:
         self._columns["label"] = [pa.array(new_of_old[labels.to_numpy()]) for labels in self._columns["label"]]
 
     def write(self, path: Path) -> "Index":
-        """Writes the index to a file, which must not exist, and opens it."""
+        """Writes the index to a file, which must not exist, and opens it; nothing is added after that."""
         import pyarrow as pa
 
-        types = _types(has_classes=bool(self.classes))
-        columns = {
-            name: pa.chunked_array(chunks, types[name]).combine_chunks() for name, chunks in self._columns.items()
-        }
+        types = types_of(has_classes=bool(self.classes))
+        # One by one, for no column is needed twice in memory.
+        columns = {name: pa.chunked_array(self._columns.pop(name), types[name]).combine_chunks() for name in COLUMNS}
         described = {
             "version": _VERSION,
             "format": self.source.format,
@@ -183,7 +196,7 @@ class IndexBuilder:
         table = pa.table({
             name: pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
             for name, column in columns.items()
-        }).replace_schema_metadata({"index": text, "digest": _digest(text, columns)})  # fmt: skip
+        }).replace_schema_metadata({"index": text, "digest": digest_of(text, columns)})  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         return Index(path)
@@ -216,7 +229,7 @@ class Index:
                 reason: (count, first) for reason, (count, first) in described["passed_over"].items()
             }
             """By reason: how many names were passed over, and the first of them by name."""
-            self._columns = _checked_columns(table, len(self.classes))
+            self._columns = checked_columns(table, len(self.classes))
         except (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # else it is Arrow's own: damaged
                 raise
@@ -242,7 +255,7 @@ class Index:
     @property
     def objects(self) -> Mapping[str, "pa.Array"]:
         """The columns of the objects: name, size, version."""
-        return {name: self._columns[name] for name in _OF_OBJECTS}
+        return {name: self._columns[name] for name in OF_OBJECTS}
 
     @property
     def object_numbers(self) -> np.ndarray:
@@ -289,62 +302,4 @@ class Index:
 
     def check(self) -> bool:
         """Returns whether the file holds what was written to it."""
-        return self.digest == _digest(self._text, self._columns)
-
-
-def _types(*, has_classes: bool) -> "dict[str, pa.DataType]":
-    """Returns the type of the values in each column."""
-    import pyarrow as pa
-
-    types = dict.fromkeys(_COLUMNS, pa.int64()) | dict.fromkeys(_TEXTS, pa.large_binary())
-    return types | {"draw": pa.uint64(), "label": pa.int64() if has_classes else pa.float32()}
-
-
-def _checked_columns(table: "pa.Table", num_classes: int) -> "dict[str, pa.Array]":
-    """Returns the columns of an index, which may come from a store and be anything.
-
-    Raises:
-        ValueError: They do not fit together; ``pa.ArrowInvalid`` is one.
-    """
-    import pyarrow as pa
-
-    types = _types(has_classes=num_classes > 0)
-    if table.num_rows != 1 or table.schema.types != [pa.large_list(types[name]) for name in table.schema.names]:
-        raise ValueError("its table is another one")
-    table.validate(full=True)
-    columns = {name: table.column(name).chunk(0).values for name in _COLUMNS}
-    lengths = {name: len(column) for name, column in columns.items()}
-    num_objects, num = lengths["name"], lengths["object"]
-    if any(lengths[name] != (num_objects if name in _OF_OBJECTS else num) for name in _COLUMNS if name != "label"):
-        raise ValueError("its columns differ in length")
-    if lengths["label"] != num if num_classes else num and (lengths["label"] % num or not lengths["label"]):
-        raise ValueError("its labels are too many or too few")
-    if any(column.null_count for column in columns.values()):
-        raise ValueError("a value is missing")
-    objects, labels = columns["object"].to_numpy(), columns["label"].to_numpy()
-    if num and not 0 <= objects.min() <= objects.max() < num_objects:
-        raise ValueError("a sample lies in no object")
-    if num and num_classes and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError("a label is no class")
-    return columns
-
-
-def _draw(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
-
-
-def _digest(text: str, columns: Mapping[str, "pa.Array"]) -> str:
-    """Returns a digest of the values; it does not depend on how a version of Arrow lays out a file."""
-    sha256 = hashlib.sha256(text.encode())
-    for name in _COLUMNS:
-        column = columns[name]
-        sha256.update(f":{name}:{len(column)}:".encode())
-        if name not in _TEXTS:
-            sha256.update(column.to_numpy())
-            continue
-        _, ends, content = column.buffers()
-        ends_N1 = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
-        sha256.update(np.diff(ends_N1).tobytes())
-        if content is not None:
-            sha256.update(memoryview(content)[ends_N1[0] : ends_N1[-1]])
-    return sha256.hexdigest()[:_DIGITS]
+        return self.digest == digest_of(self._text, self._columns)

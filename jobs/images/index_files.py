@@ -5,8 +5,10 @@ the workers of a run, on any host and in any attempt, have the same samples in t
 process maps a file in the cache of its host.
 """
 
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ class IndexFiles:
         run: The run whose indexes this process takes, and makes none; None: it makes them.
         known: The digests of the run's indexes, by the ids of their sources.
         tell: Called with a line every few seconds while an index is made.
+        listed_again_after_s: How long an index is the answer once it is made, in seconds.
+        clock: A monotonic clock, in seconds.
 
     Attributes:
         opened: By the ids of their sources, the indexes that this process has opened.
@@ -51,9 +55,14 @@ class IndexFiles:
         run: RunDirectory | None = None,
         known: Mapping[str, str] | None = None,
         tell: Callable[[str], None] = lambda _: None,
+        *,
+        listed_again_after_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.opened: dict[str, Index] = {}
+        self._opened_at: dict[str, float] = {}
         self._run, self._known, self._tell = run, known or {}, tell
+        self._listed_again_after_s, self._clock = listed_again_after_s, clock
 
     def open(self, source: Source, build: Build) -> Index:
         """Returns the index of a source: that of the run, or a new one.
@@ -64,17 +73,24 @@ class IndexFiles:
             ClusterError: The run has no index of this source, or this host has other data than the index says.
         """
         source = _portable(source)
+        for other, opened_at in list(self._opened_at.items()):
+            if self._clock() - opened_at > self._listed_again_after_s:
+                del self.opened[other], self._opened_at[other]
         if source.id not in self.opened:
             if self._run is None:
                 self.opened[source.id] = self._make(source, build)
             else:
                 self.opened[source.id] = self._of_run(self._run, source)
+            self._opened_at[source.id] = self._clock()
         return self.opened[source.id]
 
     def _make(self, source: Source, build: Build) -> Index:
-        builder = IndexBuilder(source, ListingProgress(source.url, self._tell).reached)
+        progress = ListingProgress(source.url, self._tell, self._clock)
+        builder = IndexBuilder(source, progress)
         build(Store(source.url), builder)
-        return _keep(source.id, builder.write)
+        index = _keep(source.id, builder.write)
+        progress.end()
+        return index
 
     def _of_run(self, run: RunDirectory, source: Source) -> Index:
         digest = self._known.get(source.id)
@@ -95,7 +111,8 @@ class IndexFiles:
         return index
 
 
-_files = IndexFiles()
+_files = IndexFiles(listed_again_after_s=60.0)
+"""For a process of a person's own, such as a notebook: two splits share a listing, and data that changes is seen."""
 
 
 def use_index_files(files: IndexFiles) -> None:
@@ -113,7 +130,8 @@ def pack_index(index: Index) -> bytes:
     """Returns the content of an index's file, compressed, as a run directory holds it."""
     import pyarrow as pa
 
-    packed: bytes = pa.compress(index.path.read_bytes(), _CODEC, asbytes=True)
+    with pa.memory_map(str(index.path)) as file:
+        packed: bytes = pa.compress(file.read_buffer(), _CODEC, asbytes=True)
     return packed
 
 

@@ -153,6 +153,13 @@ def find_objects(store: Store, names: Sequence[str], kind: ObjectKind, builder: 
     return list(found.values())
 
 
+def check_parts(url: str, folder: str, names: Collection[str]) -> None:
+    """Raises a ValueError if a folder of a store holds objects like ``FOLDER//NAME``, see ``ListedPage``."""
+    if "" in names:
+        where = f"{url.rstrip('/')}/{folder}".rstrip("/")
+        raise ValueError(f"{where}//: no name of an object may have an empty part; write those again without it")
+
+
 class _Folders:
     """The folders of a store; each is listed once."""
 
@@ -182,8 +189,11 @@ class _Folders:
 
     def _list(self, folders: set[str]) -> None:
         new = sorted(folders - self._listed.keys())
-        for folder, (names, objects) in zip(new, self._store.listings(new) if new else ()):
-            self._listed[folder] = names, {each.name: each for each in objects}
+        self._listed |= {folder: ([], {}) for folder in new}
+        for folder, page in self._store.pages(new):
+            check_parts(self._store.url, folder, page.folders)
+            self._listed[folder][0].extend(page.folders)
+            self._listed[folder][1].update((each.name, each) for each in page.objects)
 
     def _below(self, folders: Collection[str], parts: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
         """Yields folders in a folder that may hold what is named, and what is left of its parts there."""

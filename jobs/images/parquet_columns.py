@@ -7,7 +7,7 @@ asks. So nothing else of a file is read, and a process that was forked needs non
 import io
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ _TAIL = 2**16
 """Bytes at the end of a file that usually hold all of its footer."""
 _AT_ONCE = 2**26
 """Bytes of column chunks that are read before they are decoded."""
+_GROUPS_AT_ONCE = 1024
+"""Row groups of which column chunks are read before they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Footer:
     def num_groups(self) -> int:
         """The number of row groups."""
         return int(self.metadata.num_row_groups)
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the file."""
+        return int(self.metadata.num_rows)
 
     def rows_in(self, group: int) -> int:
         """Returns the number of rows of a row group."""
@@ -157,8 +164,16 @@ def decode_chunks(footer: Footer, group: int, chunks: Mapping[str, bytes]) -> "p
     return table
 
 
-def read_columns(store: Store, footers: Sequence[Footer], columns: Sequence[str]) -> list["pa.Table"]:
+def read_columns(
+    store: Store, footers: Sequence[Footer], columns: Sequence[str], done: Callable[[int], None] = lambda _: None
+) -> list["pa.Table"]:
     """Returns columns of files, read in concurrent requests.
+
+    Args:
+        store: Holds the files.
+        footers: Of the files.
+        columns: Their names.
+        done: Called with the number of rows that have been read since it was called last.
 
     Raises:
         ValueError: A file is gone or damaged; or a column is missing.
@@ -173,7 +188,7 @@ def read_columns(store: Store, footers: Sequence[Footer], columns: Sequence[str]
     while groups:
         portion: list[tuple[int, int, list[ByteRange]]] = []
         size = 0
-        while groups and (not portion or size < _AT_ONCE):
+        while groups and (not portion or size < _AT_ONCE) and len(portion) < _GROUPS_AT_ONCE:
             number, group = groups.popleft()
             portion.append((number, group, [footers[number].range_of(group, column) for column in columns]))
             size += sum(each.size or 0 for each in portion[-1][-1])
@@ -190,6 +205,7 @@ def read_columns(store: Store, footers: Sequence[Footer], columns: Sequence[str]
                 tables[number].append(decode_chunks(footers[number], group, chunks))
             except ValueError as error:
                 raise ValueError(f"{url}: cannot be read as Parquet, {error}; repair or remove it") from error
+        done(sum(footers[number].rows_in(group) for number, group, _ in portion))
     empty = [footer.schema.empty_table().select(list(columns)) for footer in footers]
     return [pa.concat_tables(own) if own else none for own, none in zip(tables, empty)]
 

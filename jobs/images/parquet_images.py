@@ -12,6 +12,7 @@ from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.listing_progress import ListingProgress
 from jobs.images.object_urls import ObjectKind, find_objects, split_urls
 from jobs.images.parquet_columns import Footer, decode_chunks, read_columns, read_footers
 from jobs.images.row_groups import ReadRowGroups, image_column, image_leaf
@@ -115,10 +116,11 @@ def _build(
 ) -> None:
     """Adds the rows of files to an index; it reads their footers and labels, and no image."""
     files = _of_splits(store, find_objects(store, rests, _FILES, builder), builder)
+    builder.progress.expect(len(files), "files")
     rows = [
         each
         for begin in range(0, len(files), _AT_ONCE)
-        for each in _read(store, files[begin : begin + _AT_ONCE], image, label)
+        for each in _read(store, files[begin : begin + _AT_ONCE], image, label, builder.progress)
     ]
     if not any(sum(each.in_groups) for each in rows):
         raise ValueError(f"{store.url}/{files[0].name}: has no rows, nor has any other file; name others in urls")
@@ -144,7 +146,9 @@ def _build(
         builder.details[_SPLITS] = val
 
 
-def _read(store: Store, files: Sequence[StoredObject], image: str, label: str | list[str]) -> Iterator[_Rows]:
+def _read(
+    store: Store, files: Sequence[StoredObject], image: str, label: str | list[str], progress: ListingProgress
+) -> Iterator[_Rows]:
     """Yields the rows of files that are read together."""
     footers = []
     for file, footer in zip(files, read_footers(store, {file.name: file.size for file in files})):
@@ -152,7 +156,9 @@ def _read(store: Store, files: Sequence[StoredObject], image: str, label: str | 
             raise ValueError(f"{store.url}/{file.name}: {footer}")
         _check_images(store, footer, image)
         footers.append(footer)
-    tables = read_columns(store, footers, [label] if isinstance(label, str) else label)
+    files_of_row = len(files) / max(1, sum(footer.num_rows for footer in footers))
+    columns = [label] if isinstance(label, str) else label
+    tables = read_columns(store, footers, columns, lambda num: progress.listed(num, num * files_of_row))
     for file, footer, table in zip(files, footers, tables):
         names = footer.class_names(label) if isinstance(label, str) else None
         where = partial("{}/{}#{}".format, store.url, file.name)

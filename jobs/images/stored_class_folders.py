@@ -5,9 +5,20 @@ The rules are those of ``jobs.images.class_folders``, without its links.
 
 from collections.abc import Collection, Iterator, Sequence
 
-from cluster.storage.file_systems import StoredObject
+from cluster.storage.listings import StoredObject
 from cluster.storage.store import Store
-from jobs.images.class_folders import NO_IMAGE, OUTSIDE, PassOver, check_name, class_of, is_image, reason_to_pass
+from jobs.images.class_folders import (
+    FOLDERS,
+    NO_IMAGE,
+    OUTSIDE,
+    PassOver,
+    check_name,
+    class_of,
+    is_image,
+    reason_to_pass,
+)
+from jobs.images.listing_progress import ListingProgress
+from jobs.images.object_urls import check_parts
 
 
 class StoredFolders:
@@ -17,6 +28,7 @@ class StoredFolders:
         store: The store.
         exclude: Names of folders that are not classes.
         pass_over: Told of all that is no sample.
+        progress: Told of the images listed, and of folders: of those that are listed, and of those in class folders.
 
     Attributes:
         is_empty: Whether nothing lies there.
@@ -25,9 +37,9 @@ class StoredFolders:
         StorageError: The store does not answer, or the bucket does not exist.
     """
 
-    def __init__(self, store: Store, exclude: Collection[str], pass_over: PassOver) -> None:
-        self._store, self._exclude, self._pass_over = store, exclude, pass_over
-        self._top = store.listing()
+    def __init__(self, store: Store, exclude: Collection[str], pass_over: PassOver, progress: ListingProgress) -> None:
+        self._store, self._exclude, self._pass_over, self._progress = store, exclude, pass_over, progress
+        self._top = self._list("")
         self.is_empty = self._top == ([], [])
 
     def has(self, name: str) -> bool:
@@ -40,38 +52,47 @@ class StoredFolders:
         Left out are excluded, hidden and systems' own folders.
 
         Raises:
+            ValueError: A name could not be read again.
             StorageError: The store does not answer.
         """
-        folders, objects = self._store.listing(home.rstrip("/")) if home else self._top
-        for each in objects:
-            self._pass_over(reason_to_pass(each.name) or OUTSIDE, f"{home}{each.name}")
+        folders, names = self._list(home.rstrip("/")) if home else self._top
+        for name in names:
+            self._pass_over(reason_to_pass(name) or OUTSIDE, f"{home}{name}")
         return self._kept(home, folders, self._exclude)
 
     def images(self, home: str, classes: Sequence[str]) -> Iterator[tuple[str, list[StoredObject]]]:
-        """Yields each class, in the order of names, and the images below its folder, in the order of theirs.
+        """Yields images below class folders with their class, as they are listed: many times, and in no order.
 
-        Lists as many folders at once as the store takes, and holds the images of as many classes in memory.
+        Lists as many folders at once as the store takes, and holds a page of names of each.
 
         Raises:
             ValueError: A name could not be read again.
             StorageError: The store does not answer.
         """
-        ordered, at_once = sorted(classes), self._store.max_requests
-        for begin in range(0, len(ordered), at_once):
-            found: dict[str, list[StoredObject]] = {name: [] for name in ordered[begin : begin + at_once]}
-            level = list(found)
-            while level:
-                below: list[str] = []
-                listings = self._store.listings([f"{home}{within}" for within in level])
-                for within, (folders, objects) in zip(level, listings):
-                    below += [f"{within}/{name}" for name in self._kept(f"{home}{within}/", folders)]
-                    found[class_of(within)] += self._images(f"{home}{within}/", objects)
-                level = below
-            for name in list(found):
-                yield name, sorted(found.pop(name), key=lambda image: image.name)
+        level = [f"{home}{name}" for name in classes]
+        while level:
+            below: list[str] = []
+            for folder, page in self._store.pages(level):
+                kept = self._kept(f"{folder}/", page.folders)
+                below += [f"{folder}/{name}" for name in kept]
+                images = list(self._images(f"{folder}/", page.objects))
+                self._progress.expect(len(kept), FOLDERS)
+                self._progress.listed(len(images), 1 if page.after is None else 0)
+                yield class_of(folder.removeprefix(home)), images
+            level = below
+
+    def _list(self, folder: str) -> tuple[list[str], list[str]]:
+        """Returns the names of what lies directly in a folder: the folders, sorted, and the objects."""
+        folders, names = list[str](), list[str]()
+        for _, page in self._store.pages([folder]):
+            folders += page.folders
+            names += [each.name for each in page.objects]
+            self._progress.listed(0)
+        return sorted(folders), names
 
     def _kept(self, prefix: str, folders: Sequence[str], exclude: Collection[str] = ()) -> list[str]:
         """Returns the folders that may hold images."""
+        check_parts(self._store.url, prefix.rstrip("/"), folders)
         kept = []
         for name in folders:
             reason = reason_to_pass(name, exclude)

@@ -12,6 +12,7 @@ from jobs.images.index import IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
+from jobs.images.listing_progress import ListingProgress
 from jobs.images.object_urls import ObjectKind, find_objects, split_urls
 from jobs.images.sample_labels import SampleLabels, finite_numbers
 from jobs.images.splits import check_val_fraction, drawn
@@ -30,6 +31,7 @@ _SHARDS = ObjectKind(
 _IMAGES = "jpg;jpeg;png;webp"
 _AT_ONCE = 32
 """Shards that are read at a time."""
+_MB = 1e6
 
 
 def tar_shards(
@@ -118,8 +120,10 @@ def _build(
     num_samples = 0
     if labels is not None:
         builder.classes = labels.classes  # it grows
-    for found in _run(store, (read_samples(store.url, shard, layout) for shard in shards)):
+    builder.progress.expect(sum(shard.size for shard in shards) / _MB, "MB")
+    for found in _run(store, (read_samples(store.url, shard, layout) for shard in shards), builder.progress):
         shard = found.shard
+        builder.progress.listed(len(found.keys))
         for reason, name in found.passed_over:
             builder.pass_over(reason, name)
         if not found.keys:
@@ -159,6 +163,8 @@ class _Scan:
 
     def __init__(self, reads: Reads[ShardSamples]) -> None:
         self._reads = reads
+        self.position = 0
+        """How much of it was read or stepped over, in bytes."""
         self.result: ShardSamples | None = None
         self.wanted: ByteRange
         self.go_on(None)
@@ -167,11 +173,13 @@ class _Scan:
         """Takes the bytes that were wanted; then it is known which are wanted next, or the result."""
         try:
             self.wanted = next(self._reads) if content is None else self._reads.send(content)
+            self.position = self.wanted.offset
         except StopIteration as stop:
             self.result = stop.value
+            self.position = stop.value.shard.size
 
 
-def _run(store: Store, reads: Iterable[Reads[ShardSamples]]) -> Iterator[ShardSamples]:
+def _run(store: Store, reads: Iterable[Reads[ShardSamples]], progress: ListingProgress) -> Iterator[ShardSamples]:
     """Reads shards at the same time, and yields their samples in order.
 
     Raises:
@@ -187,7 +195,9 @@ def _run(store: Store, reads: Iterable[Reads[ShardSamples]]) -> Iterator[ShardSa
         for scan, content in zip(active, store.read_ranges([scan.wanted for scan in active])):
             if isinstance(content, MissingObject):
                 raise content
+            before = scan.position
             scan.go_on(content)
+            progress.listed(0, (scan.position - before) / _MB)
         while scans and (result := scans[0].result) is not None:
             scans.popleft()
             yield result

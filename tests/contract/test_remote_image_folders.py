@@ -1,11 +1,14 @@
 """Image folders on real servers, beside the same tree on this machine."""
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.storage import s3 as pages
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from jobs.data import BadSample, image_folder
@@ -54,6 +57,23 @@ def test_folders_named_train_and_val_are_the_splits(tmp_path: Path, url: str) ->
     for split in ("train", "val"):
         here, there = image_folder(tmp_path / "root", split), image_folder(url, split)
         assert described(here) == described(there)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
+def test_thousands_of_objects_over_many_pages(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_NAMES_OF_PAGE", 100)
+    flat = [f"a b/{number:05d}.jpg" for number in range(3_500)]
+    small = [f"class {name:03d}/{number}/x.png" for name in range(250) for number in range(6)]
+    store = Store(url)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(store.write, [*flat, *small], itertools.repeat(b"123")))
+
+    index = image_folder(url).index
+
+    assert [index.place(number).object for number in range(len(index))] == [*flat, *small]
+    assert set(index.objects["size"].to_pylist()) == {3}
+    assert store.names() == [*flat, *small]
 
 
 def test_a_changed_object_is_seen_when_it_is_listed_or_read(tmp_path: Path, url: str) -> None:

@@ -154,14 +154,22 @@ class StoreContract:
         assert (before.version != after.version) == self.tells_versions
         assert store.listing()[1] == [after, other]
 
-    def test_many_folders_are_listed_in_the_order_in_which_they_are_named(self, store):
+    def test_many_folders_are_listed_together_each_with_its_name(self, store):
         names = [f"{number:02d}" for number in range(40)]
         for name in names:
             store.write(f"folder {name}/{name}.png", b"1")
         asked = [f"folder {name}" for name in reversed(names)]
-        found = list(store.listings([*asked, "nowhere"]))
-        assert [[each.name for each in objects] for _, objects in found] == [[f"{n}.png"] for n in names[::-1]] + [[]]
-        assert list(store.listings([])) == []
+        found = dict(store.pages([*asked, "nowhere"]))
+        assert list(found) == [*asked, "nowhere"]
+        assert [[each.name for each in page.objects] for page in found.values()] == [
+            [f"{n}.png"] for n in names[::-1]
+        ] + [[]]
+        assert list(store.pages([])) == []
+
+    def test_an_object_is_looked_up_as_its_folder_lists_it(self, store):
+        store.write("a/b c", b"123")
+        assert [store.look_up("a/b c")] == store.listing("a")[1]
+        assert [store.look_up(name) for name in ("a", "a/d", "b")] == [None] * 3
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_name_of_a_listing_is_any_text(self, store, name):

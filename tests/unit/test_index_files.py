@@ -18,7 +18,6 @@ from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import IndexFiles, fetch_index, pack_index, unpack_index, use_index_files
-from jobs.images.listing_progress import ListingProgress
 from launcher.planning.built_index import built_indexes, digests_of
 from launcher.runs import data_indexes
 from launcher.runs.data_indexes import check_indexes, write_indexes
@@ -255,15 +254,31 @@ def test_what_killed_processes_leave_goes_and_what_nobody_uses(source, cache) ->
     assert index.labels[7] == 1, "it stays in the memory of those that have it mapped"
 
 
-def test_who_waits_for_a_long_listing_is_told_how_far_it_is() -> None:
-    seconds, told = 100.0, list[str]()
-    progress = ListingProgress("s3://bucket/data", told.append, clock=lambda: seconds)
-    for num_samples in range(0, 30_000, 1_000):
-        progress.reached(num_samples)
-        seconds += 1.0
-    assert told == [
-        "listing s3://bucket/data: 10,000 samples, 1,000/s", "listing s3://bucket/data: 20,000 samples, 1,000/s",
-    ]  # fmt: skip
+def test_in_a_process_of_a_persons_own_data_that_changes_is_seen_after_a_minute(images, source) -> None:
+    now = 100.0
+    files = IndexFiles(listed_again_after_s=60.0, clock=lambda: now)
+    first = files.open(source, build)
+    (images / "200.jpg").write_bytes(b"1")
+    now += 60.0
+    assert files.open(source, build_nothing) is first, "another split, or the other dataset"
+    now += 1.0
+    assert (len(files.open(source, build)), len(first)) == (201, 200)
+    now += 61.0
+    other = Source("other", str(images))
+    files.open(other, build)
+    assert list(files.opened) == [other.id], "no index is kept for the life of the process"
+
+
+def test_a_damaged_index_of_the_same_size_is_mended(run, source, tmp_path) -> None:
+    run_directory, known = run
+    name = f"indexes/{known[source.id]}.arrow.zst"
+    whole = run_directory.store.read(name)
+    run_directory.store.write(name, bytes([whole[0] ^ 1]) + whole[1:])
+    run_directory.write_index(known[source.id], whole)
+    assert run_directory.store.read(name) == whole
+    before = (tmp_path / "run" / name).stat().st_ino
+    run_directory.write_index(known[source.id], whole)
+    assert (tmp_path / "run" / name).stat().st_ino == before, "it is written once"
 
 
 def test_a_host_without_room_says_so(source, cache, monkeypatch) -> None:
