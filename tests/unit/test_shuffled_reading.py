@@ -184,16 +184,18 @@ class TestPrice:
         assert planned is not None
         assert (planned.own.requests, planned.own.read, planned.full.requests) == (None, None, None)
 
-    def test_a_sample_that_replaces_a_bad_one_is_read_alone(self, shards: IndexedImages, reads: list[int]) -> None:
+    def test_a_sample_that_replaces_a_bad_one_is_read_alone(
+        self, shards: IndexedImages, local_reads: list[int]
+    ) -> None:
         """So its block stays whole until its own turn comes, and those that are kept stay."""
         in_blocks, content = shards.in_blocks(12, 4), shards.fetch(range(SAMPLES))
         in_blocks.fetch([100])
-        reads.clear()
+        local_reads.clear()
 
         assert in_blocks.fetch_alone(101) == content[101]
-        assert reads == [len(content[101])]
+        assert local_reads == [len(content[101])]
         assert in_blocks.fetch([101, 102]) == content[101:103]
-        assert len(reads) == 1
+        assert len(local_reads) == 1
 
     def test_there_is_none_without_the_key(self, shards: IndexedImages) -> None:
         job, steps = described(None)
