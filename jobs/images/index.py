@@ -160,6 +160,8 @@ class IndexBuilder:
         for name in (*OF_OBJECTS, "draw", "label"):
             whole = column(name)
             self._columns[name] = [*whole.slice(0, first).chunks, *whole.slice(first).take(order).chunks]
+        del whole, order
+        pa.default_memory_pool().release_unused()  # Arrow keeps memory that was freed
 
     def pass_over(self, reason: str, name: str) -> None:
         """Notes what is no sample, for people to see."""
@@ -199,6 +201,8 @@ class IndexBuilder:
         }).replace_schema_metadata({"index": text, "digest": digest_of(text, columns)})  # fmt: skip
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
+        del columns, table
+        pa.default_memory_pool().release_unused()
         return Index(path)
 
 
