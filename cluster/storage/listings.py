@@ -6,8 +6,6 @@ and nobody keeps those before it.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import fsspec
 
@@ -15,31 +13,10 @@ from cluster.storage.deadline import Started
 from cluster.storage.file_systems import Location
 from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls
 from cluster.storage.store_errors import ABSENT
+from cluster.storage.stored_objects import ListedPage, stored_object
 
 WHOLE_LISTING_S = 240.0
 """Extra time for a listing that is one call: an object store may need a request for each 1,000 names."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object, as a listing describes it."""
-
-    name: str
-    size: int
-    """In bytes; -1: the store does not tell."""
-    version: str
-    """What changes with its content, as far as the store tells (an ETag); else empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListedPage:
-    """A part of what lies directly in a folder, in no order: the last parts of names."""
-
-    folders: list[str]
-    """``""`` stands for objects whose name has an empty part, ``FOLDER//NAME``, which no store can read or write."""
-    objects: list[StoredObject]
-    after: str | None = None
-    """What the next page is asked for with; None: this is the last one."""
 
 
 def list_pages(calls: RetryingCalls, location: Location, folders: Iterable[str]) -> Iterator[tuple[str, ListedPage]]:
@@ -114,13 +91,6 @@ def _whole(fs: fsspec.AbstractFileSystem, path: str) -> ListedPage:
         else:
             objects.append(stored_object(name, entry))
     return ListedPage(folders, objects)
-
-
-def stored_object(name: str, entry: dict[str, Any]) -> StoredObject:
-    """Returns what a file system says of an object; the version is an ETag or MD5 of S3, Google, Azure."""
-    size = entry.get("size")
-    version = next((str(entry[key]) for key in ("ETag", "etag", "md5Hash", "content_md5") if entry.get(key)), "")
-    return StoredObject(name, -1 if size is None else size, version)
 
 
 def _require_bucket(fs: fsspec.AbstractFileSystem, path: str) -> None:

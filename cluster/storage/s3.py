@@ -13,7 +13,7 @@ from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
-from cluster.storage.listings import ListedPage, StoredObject
+from cluster.storage.stored_objects import ListedPage, StoredObject
 
 _NAMES_OF_PAGE = 1000
 """The most that S3 gives."""

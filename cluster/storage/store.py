@@ -28,9 +28,10 @@ from cluster.storage.file_systems import (
     remove_if_empty,
     write_and_rename,
 )
-from cluster.storage.listings import WHOLE_LISTING_S, ListedPage, StoredObject, list_pages, objects_below, stored_object
+from cluster.storage.listings import WHOLE_LISTING_S, list_pages, objects_below
 from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble, UnderWay
 from cluster.storage.store_errors import ABSENT
+from cluster.storage.stored_objects import ListedPage, StoredObject, stored_object
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import listed
-from cluster.storage.listings import StoredObject
 from cluster.storage.store import Store
+from cluster.storage.stored_objects import StoredObject
 from jobs.images.class_folders import FOLDERS, IMAGE_SUFFIXES, LocalFolders
 from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index

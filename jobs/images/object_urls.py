@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from cluster.storage.store import Store, StoredObject
+from cluster.storage.store import Store
+from cluster.storage.stored_objects import StoredObject
 from jobs.images.index import IndexBuilder
 
 _WILD = re.compile(r"[*?\[]")

@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from cluster.storage.store import MissingObject, Store, StoredObject
+from cluster.storage.store import MissingObject, Store
+from cluster.storage.stored_objects import StoredObject
 from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages

@@ -5,8 +5,8 @@ The rules are those of ``jobs.images.class_folders``, without its links.
 
 from collections.abc import Collection, Iterator, Sequence
 
-from cluster.storage.listings import StoredObject
 from cluster.storage.store import Store
+from cluster.storage.stored_objects import StoredObject
 from jobs.images.class_folders import (
     FOLDERS,
     NO_IMAGE,

@@ -9,7 +9,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeVar
 
-from cluster.storage.store import ByteRange, StoredObject
+from cluster.storage.store import ByteRange
+from cluster.storage.stored_objects import StoredObject
 
 T = TypeVar("T")
 Reads = Generator[ByteRange, bytes, T]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.storage.store import StoredObject
+from cluster.storage.stored_objects import StoredObject
 from jobs.images.tar_members import Reads, TarMember, TarReader
 
 _META = re.compile(r"__[^/]*__(/|$)|(.*/)?__MACOSX/")

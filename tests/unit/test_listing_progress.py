@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage.listings import ListedPage, StoredObject
 from cluster.storage.store import Store
+from cluster.storage.stored_objects import ListedPage, StoredObject
 from jobs.data import image_folder, image_table, parquet_images, tar_shards
 from jobs.images import parquet_columns, tar_members
 from jobs.images.index_files import IndexFiles, use_index_files

@@ -17,7 +17,8 @@ import torch
 from counting_file_system import CountingFileSystem, start_counting
 
 from cluster.errors import StorageError
-from cluster.storage.store import Store, StoredObject
+from cluster.storage.store import Store
+from cluster.storage.stored_objects import StoredObject
 from jobs.data import BadSample, tar_shards
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
