@@ -1,21 +1,24 @@
 """From the bytes of an image file to pixels."""
 
+import contextlib
+import errno
 import io
 import os
-import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-DAMAGED = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow raises for a damaged file; it depends on the format: SyntaxError for PNG, RuntimeError for AVIF."""
+from cluster.errors import StorageError, one_line
 
+_LONGEST = (2**31 - 1) // 64 - 8
+"""Pixels of a row of 64 bits each for which Pillow's decoders have room; they raise a MemoryError for more. Rows and
+columns, because an image may be turned."""
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Error numbers of a path that leads to no file on any host."""
 UPRIGHT = 1
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,13 +43,17 @@ def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
         Returns image_3HW, uint8.
 
     Raises:
-        BadSample: The file cannot be read or decoded; the message names it.
+        BadSample: The file is gone or cannot be decoded; the message names it.
+        StorageError: It cannot be read.
+        MemoryError: This host has too little memory; the message names the file.
     """
     name = os.fsdecode(path)
     try:
         content = Path(name).read_bytes()
     except OSError as error:
-        raise BadSample(f"{name}: cannot be read, {error.strerror}; repair or remove the file") from error
+        if error.errno in _ABSENT:
+            raise BadSample(f"{name}: cannot be read, {error.strerror}; repair or remove the file") from error
+        raise StorageError(f"{name}: cannot be read, {error.strerror}; check the disk, and who may read it") from error
     return decode_image(content, name)
 
 
@@ -64,22 +71,57 @@ def decode_image(content: bytes, url: str) -> Tensor:
 
     Raises:
         BadSample: It cannot be decoded, or is so large that it may be an attack (Pillow's ``MAX_IMAGE_PIXELS``, twice).
+        MemoryError: This host has too little memory; the message names the file.
+    """
+    with opened(content, url) as image:
+        if image.format == "EPS":  # Pillow runs Ghostscript, if this host has it
+            raise BadSample(f"{url}: must hold pixels, got EPS, which a program draws; convert the file")
+        if image.mode.startswith(("I", "F")):
+            raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
+        image.load()  # of some files, EXIF comes after the pixels
+        # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
+        turn = _TURNED.get(orientation_of(image))
+        upright = image if turn is None else image.transpose(turn)
+        # Pillow warns unless a transparent palette is converted to RGBA first.
+        opaque = upright.convert("RGBA") if "transparency" in image.info else upright
+        return torch.from_numpy(np.array(opaque.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def opened(content: bytes, url: str) -> Iterator[ImageFile.ImageFile]:
+    """Opens an encoded image for the block of a ``with`` statement, and names it in what Pillow raises there.
+
+    What is bad follows from the file alone, so that all hosts skip the same samples. So a lack of memory stays a
+    MemoryError, and what Pillow would refuse as such for its size alone is refused before.
+
+    Raises:
+        BadSample: It is no image, is damaged or too large.
+        MemoryError: This host has too little memory.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
-            image.load()  # of some files, EXIF comes after the pixels
-            # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
-            turn = _TURNED.get(orientation_of(image))
-            upright = image if turn is None else image.transpose(turn)
-            # Pillow warns unless a transparent palette is converted to RGBA first.
-            opaque = upright.convert("RGBA") if "transparency" in image.info else upright
-            return torch.from_numpy(np.array(opaque.convert("RGB"))).permute(2, 0, 1)
+            if max(image.size) > _LONGEST:
+                size = f"{image.width:,} x {image.height:,}"
+                raise BadSample(f"{url}: has {size} pixels, and at most {_LONGEST:,} can be in a row; remove the file")
+            yield image
     except BadSample:
         raise
-    except DAMAGED as error:
-        raise BadSample(f"{url}: cannot be decoded, {error}; repair or remove the file") from error
+    except Exception as error:  # it depends on the format and the damage, and may be any
+        raise _undecodable(error, url) from error
+
+
+def _undecodable(error: Exception, url: str) -> Exception:
+    """Returns the error for an image that Pillow cannot decode; ``error`` is Pillow's."""
+    # Its C code reports some allocations that failed as an OSError or RuntimeError.
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return MemoryError(f"{url}: too little memory to decode it; give the process more, or remove the file")
+    if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
+        problem = "it has no header of an image that Pillow knows"
+    elif isinstance(error, OSError | SyntaxError | ValueError | Image.DecompressionBombError):
+        problem = one_line(error)
+    else:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+    return BadSample(f"{url}: cannot be decoded, {problem}; repair or remove the file")
 
 
 def orientation_of(image: Image.Image) -> int:
