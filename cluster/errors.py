@@ -10,8 +10,8 @@
 
 A message is one line of the form ``where: what, got value; what to do``.
 
-An error that is pickled arrives as its class of this tree, with its text: a subclass elsewhere, its arguments and what
-caused it may be unknown to the process that receives it.
+An error that is pickled arrives as its class of this tree, with its text and notes: a subclass elsewhere, its arguments
+and what caused it may be unknown to the process that receives it.
 """
 
 import difflib
@@ -67,7 +67,8 @@ class LauncherError(Exception):
         self.place = place
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (class_in_tree(self), str(self), self.traceback, self.cause, self.step, self.place)
+        arguments = class_in_tree(self), str(self), self.traceback, self.cause, self.step, self.place
+        return _received, arguments, {"__notes__": list(getattr(self, "__notes__", ()))}
 
 
 class TrainingError(LauncherError):

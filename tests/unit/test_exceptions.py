@@ -255,6 +255,10 @@ class WorseSample(BadSample):
     pass
 
 
+class OddStoreError(StorageError):
+    pass
+
+
 @pytest.mark.parametrize(
     ("raised", "arrives"),
     [
@@ -279,12 +283,23 @@ def test_an_error_of_a_loader_process_arrives_with_its_type_and_text(raised: Exc
     assert getattr(arrived, "errno", None) == getattr(raised, "errno", None)
 
 
+@pytest.mark.parametrize("kind", [BadSample, StorageError, MissingObject, OddStoreError, KeyError])
+def test_an_error_of_a_loader_process_says_that_it_is_one(kind: type[Exception]) -> None:
+    """So its text is not searched for what a GPU says."""
+    try:
+        raise kind("CUDA error: no such kernel is available")
+    except Exception as error:
+        arrived = of_loader(error)
+    assert is_from_loader(arrived)
+    assert "raise kind(" in "".join(arrived.__notes__)
+    assert failure_causes.gpu_error_of(arrived) is None
+
+
 def test_an_error_of_a_loader_process_brings_its_traceback() -> None:
     try:
         int("bad")
     except ValueError as error:
         arrived = of_loader(error)
-    assert is_from_loader(arrived)
     told = error_of(raising(arrived))
     assert str(told) == "ValueError: invalid literal for int() with base 10: 'bad'"
     assert 'int("bad")' in told.traceback
