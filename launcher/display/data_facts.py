@@ -26,7 +26,7 @@ def _index(index: "BuiltIndex") -> str:
     places = f" in {index.num_objects:,} objects" if index.num_objects != index.num_samples else ""
     passed_over = [f"{reason} ({count:,}, first {name})" for reason, (count, name) in index.passed_over.items()]
     beside = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    return f"{index.url}: {index.num_samples:,} samples{classes}{places}{storable(beside)}"
+    return f"{index.place}: {index.num_samples:,} samples{classes}{places}{storable(beside)}"
 
 
 def _mixing(plan: "ShufflePlan", shuffle: ShuffleSpec) -> str:
