@@ -30,7 +30,23 @@ _TURNED = {
 
 
 class BadSample(ValueError):  # noqa: N818 - it says what is so
-    """A sample that is not there or cannot be read; the message names its URL. The store itself works."""
+    """A sample that is not there or cannot be read; the message names its URL. The store itself works.
+
+    Args:
+        problem: What is wrong, as a predicate of its URL, and what to do.
+        url: Where it lies; empty: unknown, or ``problem`` names it.
+    """
+
+    url = ""
+
+    def __init__(self, problem: str, url: str = "") -> None:
+        super().__init__(f"{url}: {problem}" if url else problem)
+        self.url = url
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, without the URL."""
+        return str(self).removeprefix(f"{self.url}: ")
 
 
 def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
@@ -46,7 +62,7 @@ def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
     try:
         content = Path(name).read_bytes()
     except OSError as error:
-        raise BadSample(f"{name}: cannot be read, {error.strerror}; repair or remove the file") from error
+        raise BadSample(f"cannot be read, {error.strerror}; repair or remove the file", name) from error
     return decode_image(content, name)
 
 
@@ -68,7 +84,7 @@ def decode_image(content: bytes, url: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode.startswith(("I", "F")):
-                raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
+                raise BadSample(f"must have 8 bits a channel, got {image.mode}; convert the file", url)
             image.load()  # of some files, EXIF comes after the pixels
             # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
             turn = _TURNED.get(orientation_of(image))
@@ -79,7 +95,7 @@ def decode_image(content: bytes, url: str) -> Tensor:
     except BadSample:
         raise
     except DAMAGED as error:
-        raise BadSample(f"{url}: cannot be decoded, {error}; repair or remove the file") from error
+        raise BadSample(f"cannot be decoded, {error}; repair or remove the file", url) from error
 
 
 def orientation_of(image: Image.Image) -> int:

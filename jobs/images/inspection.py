@@ -52,7 +52,7 @@ def inspect_image(content: bytes, url: str) -> ImageFacts:
                 orientation=_orientation(image),
             )
     except DAMAGED as error:
-        raise BadSample(f"{url}: cannot be decoded, {error}; repair or remove the file") from error
+        raise BadSample(f"cannot be decoded, {error}; repair or remove the file", url) from error
 
 
 def _mode(image: ImageFile.ImageFile) -> str:
