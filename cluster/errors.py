@@ -140,13 +140,16 @@ class FieldError(ValueError):
         self.problem = problem
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, at most ``MAX_CHARACTERS`` of it."""
+def one_line(error: BaseException | str) -> str:
+    """Return the message of an exception, or a part of it, without line breaks, at most ``MAX_CHARACTERS`` of it."""
     return " ".join(text_of(error).split())[:MAX_CHARACTERS]
 
 
-def text_of(error: BaseException) -> str:
-    """Return the message of an exception, which may be of the user's class, as text to store; long lines are cut."""
+def text_of(error: BaseException | str) -> str:
+    """Return the message of an exception, which may be of the user's class, or a part of it, as text to store.
+
+    Long lines are cut.
+    """
     try:
         text = str(error)
     except Exception:  # the user's own __str__ failed

@@ -33,7 +33,23 @@ _TURNED = {
 
 
 class BadSample(ValueError):  # noqa: N818 - it says what is so
-    """A sample that is not there or cannot be read; the message names its URL. The store itself works."""
+    """A sample that is not there or cannot be read; the message names its URL. The store itself works.
+
+    Args:
+        problem: What is wrong, as a predicate of its URL, and what to do.
+        url: Where it lies; empty: unknown, or ``problem`` names it.
+    """
+
+    url = ""
+
+    def __init__(self, problem: str, url: str = "") -> None:
+        super().__init__(f"{url}: {problem}" if url else problem)
+        self.url = url
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, without the URL."""
+        return str(self).removeprefix(f"{self.url}: ")
 
 
 def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
@@ -52,7 +68,7 @@ def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
         content = Path(name).read_bytes()
     except OSError as error:
         if error.errno in _ABSENT:
-            raise BadSample(f"{name}: cannot be read, {error.strerror}; repair or remove the file") from error
+            raise BadSample(f"cannot be read, {error.strerror}; repair or remove the file", name) from error
         raise StorageError(f"{name}: cannot be read, {error.strerror}; check the disk, and who may read it") from error
     return decode_image(content, name)
 
@@ -75,9 +91,9 @@ def decode_image(content: bytes, url: str) -> Tensor:
     """
     with opened(content, url) as image:
         if image.format == "EPS":  # Pillow runs Ghostscript, if this host has it
-            raise BadSample(f"{url}: must hold pixels, got EPS, which a program draws; convert the file")
+            raise BadSample("must hold pixels, got EPS, which a program draws; convert the file", url)
         if image.mode.startswith(("I", "F")):
-            raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
+            raise BadSample(f"must have 8 bits a channel, got {image.mode}; convert the file", url)
         image.load()  # of some files, EXIF comes after the pixels
         # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
         turn = _TURNED.get(orientation_of(image))
@@ -102,7 +118,7 @@ def opened(content: bytes, url: str) -> Iterator[ImageFile.ImageFile]:
         with Image.open(io.BytesIO(content)) as image:
             if max(image.size) > _LONGEST:
                 size = f"{image.width:,} x {image.height:,}"
-                raise BadSample(f"{url}: has {size} pixels, and at most {_LONGEST:,} can be in a row; remove the file")
+                raise BadSample(f"has {size} pixels, and at most {_LONGEST:,} can be in a row; remove the file", url)
             yield image
     except BadSample:
         raise
@@ -121,7 +137,7 @@ def _undecodable(error: Exception, url: str) -> Exception:
         problem = one_line(error)
     else:
         problem = f"{type(error).__name__}: {one_line(error)}"
-    return BadSample(f"{url}: cannot be decoded, {problem}; repair or remove the file")
+    return BadSample(f"cannot be decoded, {problem}; repair or remove the file", url)
 
 
 def orientation_of(image: Image.Image) -> int:

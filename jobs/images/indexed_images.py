@@ -165,15 +165,15 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
 
 def _cut(index: Index, place: Place, wanted: ByteRange, found: bytes | MissingObject) -> bytes | BadSample:
     """Returns the bytes of a sample out of those that were read."""
-    url = f"{index.source.url}/{place}"
+    url = f"{index.source.url.rstrip('/')}/{place}"
     if isinstance(found, MissingObject):
-        return BadSample(f"{url}: is gone; restore it")
+        return BadSample("is gone; restore it", url)
     if place.length < 0:
         if place.size not in (-1, len(found)):
-            return BadSample(f"{url}: had {place.size} bytes when it was listed, has {len(found)} now; restore it")
+            return BadSample(f"had {place.size} bytes when it was listed, has {len(found)} now; restore it", url)
         return found
     begin = place.offset - wanted.offset
     content = found[begin : begin + place.length]
     if len(content) < place.length:
-        return BadSample(f"{url}: its object ends before it does; restore it")
+        return BadSample("its object ends before it does; restore it", url)
     return content

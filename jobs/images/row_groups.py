@@ -85,7 +85,7 @@ class ReadRowGroups:
             for number in of_groups[group]:
                 found = column if isinstance(column, str) else _row(column, places[number].length)
                 url = f"{index.source.url.rstrip('/')}/{places[number]}"
-                contents[number] = BadSample(f"{url}: {found}") if isinstance(found, str) else found
+                contents[number] = BadSample(found, url) if isinstance(found, str) else found
         return [contents[number] for number in range(len(places))]
 
     def _read(self, index: Index, places: "dict[_Group, Place]") -> "Iterator[tuple[_Group, pa.ChunkedArray | str]]":
