@@ -1,7 +1,7 @@
 """A dataset of images that an index lists: a sample is read from a store, decoded, transformed and normalised."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.labelled_images import Transform, normalised, per_channel
-from jobs.images.read_cost import ReadCost, kept_row_groups, range_of, read_cost, runs_of
+from jobs.images.read_cost import ReadCost, range_of, read_cost, row_group_bytes, runs_of
 
 ReadSamples = Callable[[Index, Sequence[int]], list[bytes | BadSample]]
 """Reads the encoded images of samples of an index, with few requests; an error in place of each that is not there.
@@ -100,20 +100,20 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         """Whether objects hold several samples, so that neighbours can be read together."""
         return self.index.num_objects < len(self.index)
 
-    def read_cost(self, numbers: Sequence[int]) -> ReadCost:
-        """Returns what it costs to fetch samples together; objects must hold several samples."""
-        return read_cost(self.index, [self._number(number) for number in numbers])
+    def read_cost(self, batches: Iterable[Sequence[int]]) -> ReadCost:
+        """Returns what it costs to read batches of samples, each together; objects must hold several samples."""
+        return read_cost(self.index, ([self._number(number) for number in numbers] for numbers in batches))
 
     @property
-    def kept_row_groups(self) -> int:
-        """The most bytes that a process keeps of Parquet files to read samples from; 0: they lie in other files."""
-        return kept_row_groups(self.index)
+    def row_group_bytes(self) -> int:
+        """The most bytes of row groups of Parquet files that a process holds; 0: samples lie in other files."""
+        return row_group_bytes(self.index)
 
     def in_blocks(self, block: int, most: int) -> "IndexedImages":
         """Returns this dataset for samples that are fetched in the order of ``data.shuffle``.
 
-        It reads whole blocks of neighbours, and keeps ``most`` of them until their samples are used; but not where each
-        sample is an object of its own, so that a block would save no request.
+        It reads whole blocks of neighbours, and keeps their samples until they are used, ``most`` of them; but not
+        where each sample is an object of its own, so that a block would save no request.
         """
         if not self.shares_objects:
             return self

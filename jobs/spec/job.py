@@ -41,11 +41,11 @@ class ShuffleSpec:
         return self.buffer // self.block
 
     @property
-    def kept_blocks(self) -> int:
-        """Blocks that a process must keep of each shard so that it reads none twice while it is open."""
-        # Until a block is used up, each lane has two others at most; or one, and one that it shares with the next lane.
-        # A shorter block or the rest of a stream adds a few.
-        return (2 * self.lanes + 4) * self.streams
+    def kept_samples(self) -> int:
+        """Samples that a process keeps of each stream that it reads, to read no block twice while it is open."""
+        # Lanes begin evenly spread over a block, so half a block of each is yet to be used; as much of those that two
+        # lanes share waits for the second one. A shorter block or the ends of a stream add a few.
+        return self.buffer + 4 * self.block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
