@@ -30,6 +30,7 @@ from cluster.storage.file_systems import (
     remove_if_empty,
     write_and_rename,
 )
+from cluster.storage.fingerprints import fingerprint
 from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble
 from cluster.storage.store_errors import ABSENT
 
@@ -169,6 +170,10 @@ class Store:
             MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
             for each, content in zip(ranges, self._each(calls))
         ]
+
+    def fingerprints(self, names: Iterable[str]) -> list[str]:
+        """Returns for each object a text that changes with its content, see ``fingerprint``; in concurrent requests."""
+        return list(self._each((f"look for {name}", fingerprint, name, 0) for name in names))
 
     def exists(self, name: str) -> bool:
         """Returns whether there is an object of this name; a folder is not one."""
