@@ -225,6 +225,8 @@ class Hung:
     """It sends no heartbeats either: it is stopped, or its host gives it no processor time."""
     stack: str
     """The Python stack, innermost call first; for a silent process, the state line that Linux reports."""
+    data_delay: str = ""
+    """If it reads data: what it, or a loader process of it, has said of a store that does not answer; or empty."""
     on_gpu: bool = False
     """It computes on a GPU, for which it waits at whatever line needs a result."""
 

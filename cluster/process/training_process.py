@@ -23,6 +23,7 @@ from cluster.host.signals import ignore_stops
 from cluster.process import fork_server
 from cluster.process.activity import Activity
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import DataDelayed
 from cluster.process.messages import (
     DOING,
     Beat,
@@ -50,6 +51,10 @@ _TIME_INTERVAL_S = 5.0
 _STACK_WAIT_S = 0.5
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
+_READING = ("start", "data", "validation")
+"""Phases that read data."""
+_DELAY_LASTS_S = 60.0
+"""How long before a phase a loader process may have said that it waits for a store, which it says once a minute."""
 _AT_STORE = ("restore", "storage")
 """Phases that last as long as the store takes."""
 _CRASH = "Fatal Python error:"
@@ -86,6 +91,7 @@ class TrainingProcess:
         self._meeting_place_sent = self._stop_sent = self._is_hung = False
         self._beat = Beat(DOING[0], 0, is_first_step=True, for_s=0.0, spent={})  # until its first heartbeat
         self._received_at = self._time_reported_at = time.monotonic()
+        self._delay, self._delayed_at = "", self._received_at
         self._process = fork_server.fork(run_training, (theirs, task, str(self._log_path)), f"worker-{task.rank}")
         theirs.close()
         self._open = True
@@ -120,6 +126,8 @@ class TrainingProcess:
                         self._beat = sent
                     else:
                         reports.append(sent)
+                    if isinstance(sent, DataDelayed):
+                        self._delay, self._delayed_at = sent.reason, self._received_at
         except (EOFError, OSError):  # it has ended; its exit code says how
             self._open = False
         return reports
@@ -144,12 +152,14 @@ class TrainingProcess:
         if not is_hung:
             return GoesOn()
         is_silent = silent_s >= min(limit_s, hang_timeout_s) / 2  # its link's thread sends nothing either
+        delayed_s = time.monotonic() - self._delayed_at
         return Hung(
             step=beat.step,
             doing=beat.doing,
             is_first_step=beat.is_first_step,
             for_s=round(for_s, 1),
             is_silent=is_silent,
+            data_delay=self._delay if beat.doing in _READING and delayed_s < for_s + _DELAY_LASTS_S else "",
             on_gpu=self.task.on_gpu,
             stack=state_of(self._process.pid) if is_silent else self._stack(),
         )

@@ -23,7 +23,7 @@ FileSystemCall = Callable[[fsspec.AbstractFileSystem, str], T]
 """Does something with a file system and a path on it."""
 
 _CALL_S = 60.0
-"""Time limit of a file system call, on top of the time for its bytes."""
+"""Usual time limit of a file system call, on top of the time for its bytes."""
 _SLOWEST_BYTES_PER_S = 1e6
 """A store with a lower transfer rate counts as hanging."""
 
@@ -43,6 +43,16 @@ class Trouble:
     """One line, for people to read."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A call that has not returned yet."""
+
+    since: float
+    """When it began, by ``time.monotonic``."""
+    action: str
+    """What it does: ``write NAME``."""
+
+
 class RetryingCalls:
     """Makes calls of the file system of one location.
 
@@ -50,12 +60,16 @@ class RetryingCalls:
 
     Attributes:
         troubles: By thread, because each makes one call at a time: why its call is being retried.
+        under_way: By thread: the call that it waits for.
     """
 
-    def __init__(self, location: Location, patience_s: float, troubles: dict[int, Trouble]) -> None:
+    def __init__(self, location: Location, patience_s: float, most_s: float) -> None:
+        """``most_s``: time limit of a try, on top of the time for its bytes, if it is below the usual one."""
         self._location = location
         self._patience_s = patience_s
-        self.troubles = troubles
+        self._most_s = most_s
+        self.troubles: dict[int, Trouble] = {}
+        self.under_way: dict[int, UnderWay] = {}
 
     def call(
         self,
@@ -80,6 +94,7 @@ class RetryingCalls:
             StorageError: The call failed for good, or until patience ended.
         """
         began, thread, attempt, is_last = time.monotonic(), threading.get_ident(), 0, False
+        self.under_way[thread] = UnderWay(began, action)
         try:
             while True:
                 try:
@@ -100,13 +115,14 @@ class RetryingCalls:
                 attempt, started = attempt + 1, None
         finally:
             self.troubles.pop(thread, None)
+            self.under_way.pop(thread, None)
 
     def _try_once(
         self, call: FileSystemCall[T], name: str, size: int | None, extra_s: float, started: Started[T] | None
     ) -> T:
         if started is None:
             started = self.start(call, name)
-        within_s = _CALL_S + extra_s
+        within_s = min(_CALL_S, self._most_s) + extra_s
         try:
             return result_within(within_s + (size or 0) / _SLOWEST_BYTES_PER_S, started)
         except OverrunError:

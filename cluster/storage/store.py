@@ -8,6 +8,7 @@ limits and retries.
 """
 
 import contextlib
+import math
 import re
 import uuid
 from collections import deque
@@ -30,8 +31,8 @@ from cluster.storage.file_systems import (
     remove_if_empty,
     write_and_rename,
 )
-from cluster.storage.fingerprints import fingerprint
-from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble
+from cluster.storage.object_calls import fingerprint, reading
+from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble, UnderWay
 from cluster.storage.store_errors import ABSENT
 
 T = TypeVar("T")
@@ -70,6 +71,7 @@ class Store:
     Args:
         url: Where the store is.
         patience_s: How long a failing call is retried, in seconds; 0: not at all.
+        most_s: After how many seconds a call that does not return is given up, if that is less than a minute.
 
     Raises:
         StorageError: The URL is not valid here, holds a secret, or needs a package that is not installed.
@@ -77,17 +79,18 @@ class Store:
     Thread: Any number of threads may use one store at once.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, most_s: float = math.inf) -> None:
         self._location = Location(url)
         self.url = self._location.url
         self.patience_s = patience_s
-        self._calls = RetryingCalls(self._location, patience_s, troubles={})
+        self._most_s = most_s
+        self._calls = RetryingCalls(self._location, patience_s, most_s)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, float]]:
-        return Store, (self.url, self.patience_s)
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, float, float]]:
+        return Store, (self.url, self.patience_s, self._most_s)
 
     @property
     def is_shared(self) -> bool:
@@ -107,10 +110,15 @@ class Store:
         """
         return min(list(self._calls.troubles.values()), key=lambda trouble: trouble.since, default=None)
 
+    @property
+    def under_way(self) -> UnderWay | None:
+        """The oldest call that has not returned yet, or None. Thread: Any."""
+        return min(list(self._calls.under_way.values()), key=lambda call: call.since, default=None)
+
     def at(self, *parts: str) -> "Store":
         """Returns the store of a folder below this one, with the same patience; the folder need not exist."""
         root = self.url if self.url.endswith("/") else f"{self.url}/"
-        store = Store(root + "/".join(self._check_name(part) for part in parts), self.patience_s)
+        store = Store(root + "/".join(self._check_name(part) for part in parts), self.patience_s, self._most_s)
         store._calls.troubles = self._calls.troubles
         return store
 
@@ -164,7 +172,7 @@ class Store:
 
         An object that ends within a range gives fewer bytes.
         """
-        calls = ((f"read {each.name}", _reading(each), each.name, each.size) for each in ranges)
+        calls = ((f"read {each.name}", reading(each.offset, each.size), each.name, each.size) for each in ranges)
         missing = "restore it, or take it out of the data"
         return [
             MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
@@ -326,20 +334,3 @@ class Store:
         if any(part in ("", ".", "..") for part in name.split("/")) or re.search(r"[\x00-\x1f\x7f]", name):
             raise StorageError(f"{self.url}: {name!r} is no name of an object; use a relative name without '..'")
         return name
-
-
-def _reading(wanted: ByteRange) -> FileSystemCall[bytes | None]:
-    """Returns the call that reads a range, or returns None if the object is missing."""
-
-    def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes | None:
-        is_whole = wanted.offset == 0 and wanted.size is None
-        end = None if wanted.size is None else wanted.offset + wanted.size
-        try:
-            if wanted.size == 0:  # a server takes an empty range for a wrong one, and sends the whole object
-                return None if fs.info(path)["type"] == "directory" else b""
-            data: bytes = fs.cat_file(path) if is_whole else fs.cat_file(path, start=wanted.offset, end=end)
-        except ABSENT:
-            return None
-        return data
-
-    return read

@@ -71,7 +71,7 @@ class KeyedDataset:
     def __init__(self, dataset: Any, seed: int) -> None:
         self._dataset = dataset
         self._seed = seed
-        self._can_fetch = all(callable(getattr(dataset, name, None)) for name in ("fetch", "decoded"))
+        self._can_fetch = all(callable(getattr(dataset, name, None)) for name in ("fetch", "fetch_alone", "decoded"))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -83,6 +83,10 @@ class KeyedDataset:
     def fetch(self, numbers: Sequence[int]) -> Sequence[Any]:
         """Returns what ``sample`` needs of each of these samples."""
         return self._dataset.fetch(numbers) if self._can_fetch else [None] * len(numbers)
+
+    def fetch_alone(self, number: int) -> Any:
+        """Returns what ``sample`` needs of a sample whose turn has not come."""
+        return self._dataset.fetch_alone(number) if self._can_fetch else None
 
     def sample(self, key: SampleKey, number: int, content: Any) -> Any:
         """Returns sample ``number``, with the random draws of ``key``.
@@ -291,7 +295,7 @@ class _Batches(Dataset[Any]):
                 if tried == _MOST_REPLACEMENTS:
                     raise self._exhausted(key, skipped[-1])
                 number = self._samples.replacement(key, tried)
-                (content,) = self._samples.fetch([number])
+                content = self._samples.fetch_alone(number)
                 tried += 1
         return _ReadSamples(numbers, samples, tuple(skipped))
 

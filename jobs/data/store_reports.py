@@ -1,6 +1,6 @@
 """Reports that a store of data does not answer, from the processes that read samples to the driver.
 
-A worker that waits for such a store makes no progress, as one that hangs. The reports say so while reads are retried.
+A worker that waits for such a store makes no progress, as one that hangs. The reports say so while it waits.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from jobs.images import data_stores
 
 _SHORT_S = 10.0
-"""A store that answers within this time is not worth a report."""
+"""A store that answers within this time is not worth a report; nor within its patience, if that is shorter."""
 _LOOK_INTERVAL_S = 1.0
 _MOST_BYTES = 4096
 _AGAIN_S = 60.0
-"""Shortest time between two reports."""
+"""Shortest time between two reports of one read."""
 
 _to_training: socket.socket | None = None
 """In a training process: where its loader processes send their reports."""
@@ -66,11 +66,12 @@ def _pass_on(incoming: socket.socket, tell: Callable[[str], None]) -> None:
 
 def _watch(tell: Callable[[str], None]) -> None:
     """Thread: one of each process that reads."""
-    told_at = -_AGAIN_S
+    told_at, told_of = -_AGAIN_S, 0.0
     while True:
         time.sleep(_LOOK_INTERVAL_S)
-        found, now = data_stores.trouble(), time.monotonic()
-        if found is not None and now - found[1].since >= _SHORT_S and now - told_at >= _AGAIN_S:
-            url, trouble = found
-            told_at = now
-            tell(f"{url}: does not answer for {now - trouble.since:.0f} s: {trouble.reason}")
+        late, now = data_stores.oldest_read(), time.monotonic()
+        if late is None or now - late.since < min(_SHORT_S, data_stores.patience_s()):
+            continue
+        if late.since != told_of or now - told_at >= _AGAIN_S:
+            told_at, told_of = now, late.since
+            tell(late.text)

@@ -4,7 +4,9 @@ The workers set the patience, because a worker that waits for its data must fail
 as hung.
 """
 
-from cluster.storage.retrying_calls import Trouble
+import time
+from dataclasses import dataclass
+
 from cluster.storage.store import Store
 
 _stores: dict[str, Store] = {}  # those of this process, by URL
@@ -14,7 +16,7 @@ _patience_s = 100.0  # for the default of ``workers.hang_timeout_s``
 def patience_below(hang_timeout_s: float) -> float:
     """Returns how long to retry a read, in seconds, so that it fails before a worker that waits for it counts as hung.
 
-    It is a third: the last try may itself take a minute or two, as a store that hangs is given up after that.
+    It is a third, and as long may the last try take.
     """
     return hang_timeout_s / 3
 
@@ -34,14 +36,32 @@ def data_store(url: str) -> Store:
     """Returns the store at a URL of data, to read samples."""
     store = _stores.get(url)
     if store is None or store.patience_s != _patience_s:
-        store = _stores[url] = Store(url, _patience_s)
+        store = _stores[url] = Store(url, _patience_s, most_s=_patience_s)
     return store
 
 
-def trouble() -> tuple[str, Trouble] | None:
-    """Returns the URL of a store of data and why a read of it is being retried; None: no read of this process is.
+@dataclass(frozen=True, slots=True)
+class LateRead:
+    """A read of a store of data that has not succeeded yet."""
+
+    since: float
+    """When it began, by ``time.monotonic``."""
+    text: str
+    """The store's URL, and what it answers or does not, in one line."""
+
+
+def oldest_read() -> LateRead | None:
+    """Returns the read of this process that has been waited for longest; None: nothing is being read.
 
     Thread: Any.
     """
-    found = ((store.url, store.trouble) for store in list(_stores.values()))
-    return next(((url, trouble) for url, trouble in found if trouble is not None), None)
+    reads, now = list[LateRead](), time.monotonic()
+    for store in list(_stores.values()):
+        trouble, call = store.trouble, store.under_way
+        if trouble is not None:
+            text = f"{store.url}: does not answer for {now - trouble.since:.0f} s: {trouble.reason}"
+            reads.append(LateRead(trouble.since, text))
+        elif call is not None:
+            text = f"{store.url}: the call to {call.action} has not returned for {now - call.since:.0f} s"
+            reads.append(LateRead(call.since, text))
+    return min(reads, key=lambda read: read.since, default=None)

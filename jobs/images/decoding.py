@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 DAMAGED = (
@@ -95,7 +95,15 @@ def decode_image(content: bytes, url: str) -> Tensor:
     except BadSample:
         raise
     except DAMAGED as error:
-        raise BadSample(f"cannot be decoded, {error}; repair or remove the file", url) from error
+        raise undecodable(error, url) from error
+
+
+def undecodable(error: Exception, url: str) -> BadSample:
+    """Returns the error for an image that Pillow cannot decode; ``error`` is Pillow's."""
+    # The text of the first is the address of the bytes in memory.
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    found = "it has no header of an image that Pillow knows" if is_unknown else f"{error}"
+    return BadSample(f"cannot be decoded, {found}; repair or remove the file", url)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -15,7 +15,7 @@ from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.labelled_images import Transform, normalised, per_channel
-from jobs.images.read_cost import ReadCost, range_of, read_cost, runs_of
+from jobs.images.read_cost import ReadCost, kept_row_groups, range_of, read_cost, runs_of
 
 ReadSamples = Callable[[Index, Sequence[int]], list[bytes | BadSample]]
 """Reads the encoded images of samples of an index, with few requests; an error in place of each that is not there.
@@ -87,6 +87,15 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         """
         return self._read_all(numbers) if self._blocks is None else self._blocks.fetch(numbers, self._read_all)
 
+    def fetch_alone(self, number: int) -> bytes | BadSample:
+        """Reads one encoded image out of the order of ``data.shuffle``: without its block, and without using it up.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
+        (content,) = self._read_all([number])
+        return content
+
     @property
     def shares_objects(self) -> bool:
         """Whether objects hold several samples, so that neighbours can be read together."""
@@ -95,6 +104,11 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     def read_cost(self, numbers: Sequence[int]) -> ReadCost:
         """Returns what it costs to fetch samples together; objects must hold several samples."""
         return read_cost(self.index, [self._number(number) for number in numbers])
+
+    @property
+    def kept_row_groups(self) -> int:
+        """The most bytes that a process keeps of Parquet files to read samples from; 0: they lie in other files."""
+        return kept_row_groups(self.index)
 
     def in_blocks(self, block: int, most: int) -> "IndexedImages":
         """Returns this dataset for samples that are fetched in the order of ``data.shuffle``.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFile
 
-from jobs.images.decoding import DAMAGED, UPRIGHT, BadSample, orientation_of
+from jobs.images.decoding import DAMAGED, UPRIGHT, orientation_of, undecodable
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def inspect_image(content: bytes, url: str) -> ImageFacts:
                 orientation=_orientation(image),
             )
     except DAMAGED as error:
-        raise BadSample(f"cannot be decoded, {error}; repair or remove the file", url) from error
+        raise undecodable(error, url) from error
 
 
 def _mode(image: ImageFile.ImageFile) -> str:

@@ -72,7 +72,7 @@ def parquet_images(
     files = file_patterns(urls)
     columns = label if isinstance(label, str) else list(label)
     names = classes if classes is None or isinstance(classes, int) else list(classes)
-    options = {"files": list(files.patterns), "image": image, "label": columns, "classes": names}
+    options = {"urls": list(files.patterns), "image": image, "label": columns, "classes": names}
     index = open_index(Source("parquet", files.url, options), partial(_build, files.patterns, image, columns, names))
     return IndexedImages(index, ReadRowGroups(image), _chosen(index, split, val_fraction), transform, mean, std)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from cluster.storage.store import ByteRange
 from jobs.images.index import Index, Place
+from jobs.images.row_groups import KEPT_BYTES
 
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
@@ -22,6 +23,8 @@ class ReadCost:
     """Bytes; of Parquet, rows."""
     used: int
     """Those of the samples."""
+    size: int
+    """Bytes of the encoded images of the samples; of Parquet, by the sizes of its files."""
 
 
 def read_cost(index: Index, numbers: Sequence[int]) -> ReadCost:
@@ -30,7 +33,18 @@ def read_cost(index: Index, numbers: Sequence[int]) -> ReadCost:
         return _cost_of_row_groups(index, np.asarray(numbers))
     places = [index.place(number) for number in numbers]
     ranges = [range_of([places[each] for each in run]) for run in runs_of(places)]
-    return ReadCost(len(ranges), sum(each.size or 0 for each in ranges), sum(place.length for place in places))
+    used = sum(place.length for place in places)
+    return ReadCost(len(ranges), sum(each.size or 0 for each in ranges), used, used)
+
+
+def kept_row_groups(index: Index) -> int:
+    """Returns the most bytes of row groups that a process keeps to read samples from; 0: the data is no Parquet."""
+    import pyarrow.compute as pc
+
+    if index.source.format != "parquet":
+        return 0
+    size: int = pc.sum(index.objects["size"]).as_py()
+    return min(KEPT_BYTES, size)
 
 
 def runs_of(places: Sequence[Place]) -> list[list[int]]:
@@ -58,13 +72,15 @@ def range_of(places: Sequence[Place]) -> ByteRange:
 
 def _cost_of_row_groups(index: Index, numbers_N: np.ndarray) -> ReadCost:
     objects_N, groups_N = index.object_numbers[numbers_N], _row_groups(index, numbers_N)
-    requests = rows = 0
+    requests = rows = size = 0
     for number in np.unique(objects_N):
         begin, end = np.searchsorted(index.object_numbers, [number, number + 1])  # samples are in the order of objects
         rows_of_groups = np.bincount(_row_groups(index, np.arange(begin, end)))
         touched = np.unique(groups_N[objects_N == number])
         requests, rows = requests + len(touched), rows + int(rows_of_groups[touched].sum())
-    return ReadCost(requests, rows, len(numbers_N))
+        share = np.count_nonzero(objects_N == number) / (end - begin)
+        size += round(share * index.objects["size"][int(number)].as_py())
+    return ReadCost(requests, rows, len(numbers_N), size)
 
 
 def _row_groups(index: Index, numbers_N: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ def find_shards(store: Store, rests: Sequence[str], builder: IndexBuilder) -> li
         raise ValueError(f"{store.url}: holds no {missing[0] or '.tar files'}; correct urls")
     if missing:
         raise ValueError(
-            f"{store.url}: holds no {missing[0]}, and lacks {len(missing)} of {len(names)} in all; restore them, or "
+            f"{store.url}: lacks {len(missing):,} of {len(names):,} shards, first {missing[0]}; restore them, or "
             "correct urls"
         )
     return list(found.values())

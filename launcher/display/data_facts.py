@@ -26,7 +26,7 @@ def _index(index: "BuiltIndex") -> str:
     places = f" in {index.num_objects:,} objects" if index.num_objects != index.num_samples else ""
     passed_over = [f"{reason} ({count:,}, first {name})" for reason, (count, name) in index.passed_over.items()]
     beside = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    return f"{index.url}: {index.num_samples:,} samples{classes}{places}{storable(beside)}"
+    return f"{index.place}: {index.num_samples:,} samples{classes}{places}{storable(beside)}"
 
 
 def _mixing(plan: "ShufflePlan", shuffle: ShuffleSpec) -> str:
@@ -47,12 +47,19 @@ def _price(plan: "ShufflePlan") -> str:
     if own.requests is None or own.read is None:
         return "each sample by itself, as with a full shuffle: the dataset reads no blocks"
     more = ""
+    if plan.kept is not None:
+        row_groups = f", and up to {_mebibytes(plan.kept_row_groups)} of row groups" if plan.kept_row_groups else ""
+        more = f"; each process keeps about {_mebibytes(plan.kept)} of images until their turn{row_groups}"
     if plan.readers > 1:
-        more = f"; {plan.readers} loader processes read each block, or one with data.shuffle.streams: {plan.streams}"
+        more += f"; {plan.readers} loader processes read each block, or one with data.shuffle.streams: {plan.streams}"
     return (
         f"{own.requests:.3g} requests a sample and {own.read:.3g} bytes for each byte used, with a full shuffle "
         f"{full.requests:.3g} and {full.read:.3g}{more}"
     )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.3g} MiB"
 
 
 def _percent(fraction: float) -> str:

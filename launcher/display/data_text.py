@@ -60,7 +60,7 @@ def _broken(key: str, broken: Sequence[Mapping[str, str]], of: str) -> str:
 def _facts(dataset: Mapping[str, Any], verified: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     sampled = dataset["sampled"]
     if dataset["source"] is not None:
-        yield "source", f"{dataset['source']['format']} at {dataset['source']['url']}"
+        yield "source", f"{dataset['source']['format']} at {dataset['source']['place']}"
     yield "samples", number(dataset["samples"])
     if dataset["classes"]:
         yield "classes", _balance(dataset["classes"], dataset["imbalance"])

@@ -265,6 +265,8 @@ class Failures:
             what += f", {line}"
         if are_alike:
             what += ", and so for all" + ": what they exchange is stuck" * is_stuck + _WHOSE_KERNEL * is_blurred
+        if found.data_delay:
+            what += f"; it waits for data: {found.data_delay}"
         return Failure(
             cause="exchange_timeout" if is_stuck else "hung",
             message=what,

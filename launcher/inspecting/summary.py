@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.images.index import Index
+from launcher.planning.built_index import place_of
 
 if TYPE_CHECKING:
     from jobs.images.inspection import ImageFacts  # it imports torch, and the command must not
@@ -40,7 +41,12 @@ def summarise_index(index: Index, numbers: np.ndarray, inspected: Sequence[Inspe
     """
     source, labels = index.source, index.labels[numbers]
     return {
-        "source": {"format": source.format, "url": source.url, "options": dict(source.options)},
+        "source": {
+            "format": source.format,
+            "url": source.url,
+            "place": place_of(source),
+            "options": dict(source.options),
+        },  # fmt: skip
         "samples": len(numbers),
         **summarise_labels(labels, index.classes),
         "passed_over": {

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import listed
+
 if TYPE_CHECKING:
-    from jobs.images.index import Index
+    from jobs.images.index import Index, Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,8 @@ class BuiltIndex:
     """The id of the source that it lists."""
     url: str
     """Where the data lies."""
+    place: str
+    """The same for people, with the names or patterns of objects that the description has."""
     digest: str
     num_samples: int
     num_objects: int
@@ -42,6 +46,7 @@ def built_indexes(opened: Mapping[str, "Index"]) -> tuple[BuiltIndex, ...]:
         BuiltIndex(
             source=source,
             url=index.source.url,
+            place=place_of(index.source),
             digest=index.digest,
             num_samples=len(index),
             num_objects=index.num_objects,
@@ -51,6 +56,12 @@ def built_indexes(opened: Mapping[str, "Index"]) -> tuple[BuiltIndex, ...]:
         )
         for source, index in opened.items()
     )
+
+
+def place_of(source: "Source") -> str:
+    """Return where data lies, for people: its URL, and the names or patterns below it that the description has."""
+    names = [name for name in source.options.get("urls", ()) if name]
+    return f"{source.url.rstrip('/')}/{listed(names, most=2)}" if names else source.url
 
 
 def digests_of(indexes: Iterable[BuiltIndex]) -> dict[str, str]:

@@ -5,9 +5,9 @@ and micro-batches are looked at is drawn by the seed. No sample is read.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,11 @@ class ShufflePlan:
     """Processes that read each block, by ``data.loaders``."""
     streams: int
     """The number of streams with which one process would read each block."""
+    kept: int | None
+    """About how many bytes of encoded images a process keeps that have been read and wait for their turn; None: it
+    reads no blocks."""
+    kept_row_groups: int = 0
+    """The most bytes of row groups of Parquet that it keeps beside them."""
 
 
 def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | None:
@@ -58,11 +63,16 @@ def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | 
     # torch hands micro-batches to its loader processes in turn: step by step, and in each step shard by shard.
     readers = loaders // math.gcd(loaders, shards * shuffle.streams)
     num_steps = min(steps.steps_per_epoch, max(1, _MICRO_BATCHES // steps.shards))
-    own_cost: tuple[float, float] | tuple[None, None] = (None, None)
-    full_cost = own_cost
+    own_cost = full_cost = _Cost()
+    kept, row_groups = None, 0
     if getattr(dataset, "shares_objects", False):
         own_cost = _cost_in_blocks(dataset, steps, spec.seed, readers)
-        full_cost = _cost_of(dataset, _micro_batches(replace(steps, shuffle=None), spec.seed))
+        full_cost = _Cost(*_once(dataset, _micro_batches(replace(steps, shuffle=None), spec.seed)))
+        # Full buffers; and of the other blocks that it may keep, what other processes use.
+        in_buffers = shuffle.buffer * shuffle.streams * shards * readers / loaders
+        in_others = shuffle.kept_blocks * shards * shuffle.block - in_buffers
+        kept = round(min(in_buffers + in_others * (1 - 1 / readers), steps.num_samples) * own_cost.size)
+        row_groups = dataset.kept_row_groups
     pairs = steps.num_samples * (steps.num_samples - 1)
     full_meeting = [
         steps.steps_per_epoch * batches * size * (size - 1) / max(1, pairs)
@@ -70,15 +80,31 @@ def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | 
     ]
     own_meeting = _meeting(steps, spec.seed, num_steps, full_meeting)
     return ShufflePlan(
-        own=Order(
-            meet_in_micro_batch=own_meeting[0], meet_in_step=own_meeting[1], requests=own_cost[0], read=own_cost[1]
-        ),
-        full=Order(
-            meet_in_micro_batch=full_meeting[0], meet_in_step=full_meeting[1], requests=full_cost[0], read=full_cost[1]
-        ),
+        own=_order(own_meeting, own_cost),
+        full=_order(full_meeting, full_cost),
         micro_batches=num_steps * steps.shards,
         readers=readers,
         streams=loaders // math.gcd(loaders, shards),
+        kept=kept,
+        kept_row_groups=row_groups,
+    )
+
+
+class _Cost(NamedTuple):
+    """What it costs to read samples; None: no object holds several."""
+
+    requests: float | None = None
+    """Requests for each sample."""
+    read: float | None = None
+    """Bytes read for each byte used."""
+    size: float = 0.0
+    """Bytes of a sample's encoded image."""
+
+
+def _order(meeting: Sequence[float], cost: _Cost) -> Order:
+    meet_in_micro_batch, meet_in_step = meeting
+    return Order(
+        meet_in_micro_batch=meet_in_micro_batch, meet_in_step=meet_in_step, requests=cost.requests, read=cost.read
     )
 
 
@@ -116,8 +142,8 @@ def _num_pairs(blocks: np.ndarray) -> int:
     return int((counts * (counts - 1)).sum()) // 2
 
 
-def _cost_in_blocks(dataset: Any, steps: StepPlan, seed: int, readers: int) -> tuple[float, float]:
-    """Return requests for each sample, and bytes read for each byte used, of a process that reads whole blocks.
+def _cost_in_blocks(dataset: Any, steps: StepPlan, seed: int, readers: int) -> _Cost:
+    """Return the cost for processes that read whole blocks.
 
     The only reader of a stream reads each of its blocks once. Several readers never use up a block, so they do not keep
     it until the next piece of the stream comes to what it has of the block. A stretch is expected to touch one block
@@ -130,10 +156,10 @@ def _cost_in_blocks(dataset: Any, steps: StepPlan, seed: int, readers: int) -> t
     blocks_read = readers * steps.shards * sum(1 + (length - 1) / block for length in stretches)
     numbers = _drawn("blocks", seed, max(1, _SAMPLES // block), math.ceil(num_samples / block))
     drawn = [range(number * block, min((number + 1) * block, num_samples)) for number in numbers]
-    requests, read = _cost_of(dataset, drawn)
+    requests, read, size = _once(dataset, drawn)
     samples_read = blocks_read * sum(map(len, drawn)) / len(drawn)
     used = steps.steps_per_epoch * steps.global_batch
-    return requests * samples_read / used, read * samples_read / used
+    return _Cost(requests * samples_read / used, read * samples_read / used, size)
 
 
 def _micro_batches(steps: StepPlan, seed: int) -> list[list[int]]:
@@ -142,9 +168,9 @@ def _micro_batches(steps: StepPlan, seed: int) -> list[list[int]]:
     return [steps.samples(seed, *divmod(number, steps.shards)).tolist() for number in drawn]
 
 
-def _cost_of(dataset: Any, batches: Iterable["list[int] | range"]) -> tuple[float, float]:
-    """Return requests for each sample, and bytes read for each byte used, if each batch is read at once."""
+def _once(dataset: Any, batches: Iterable["list[int] | range"]) -> tuple[float, float, float]:
+    """Return the values of a ``_Cost`` if each batch is read at once."""
     own = list(batches)
-    costs = [dataset.read_cost(batch) for batch in own]
-    used = sum(cost.used for cost in costs)
-    return sum(cost.requests for cost in costs) / sum(map(len, own)), sum(cost.read for cost in costs) / max(1, used)
+    costs, num_samples = [dataset.read_cost(batch) for batch in own], sum(map(len, own))
+    requests, read, used, size = (sum(values) for values in zip(*map(astuple, costs)))
+    return requests / num_samples, read / max(1, used), size / num_samples

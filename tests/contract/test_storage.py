@@ -269,10 +269,10 @@ class StoreContract:
                 call(name)
 
     def test_a_pickle_is_the_url_and_the_patience(self, url):
-        store = Store(url, patience_s=7.0)
+        store = Store(url, patience_s=7.0, most_s=9.0)
         twin = pickle.loads(pickle.dumps(store.at("x")))  # noqa: S301
         assert (twin.url, twin.patience_s) == (f"{store.url}/x", 7.0)
-        assert store.__reduce__() == (Store, (store.url, 7.0))
+        assert store.__reduce__() == (Store, (store.url, 7.0, 9.0))
 
     def test_the_canonical_url_leads_to_the_same_place(self, store, url):
         store.write("a", b"1")

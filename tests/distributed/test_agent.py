@@ -19,6 +19,7 @@ from cluster.errors import ClusterError, StorageError
 from cluster.process import fork_server
 from cluster.process.agent import Agent, Channel
 from cluster.process.agent_link import AgentLink
+from cluster.process.data_messages import DataDelayed
 from cluster.process.messages import Beat, Exited, FromWorker, Hello, Hung, LogNotKept, TimeSpent, ToDriver
 from cluster.process.orders import Orders, Task
 from cluster.process.training_process import standstill_s
@@ -115,6 +116,40 @@ def test_the_first_step_of_a_resumed_process_may_take_long(tmp_path: Path) -> No
     assert told.spent["data"] > FIRST_STEP_S
     (exited,) = reports_of(driver.heard, Exited)
     assert exited.exit_code == 0, exited.log_tail
+
+
+def hang_at_a_store(link: AgentLink, _: Task) -> None:
+    """Says so of a batch that came in the end, and of the one that never comes."""
+    link.activity.mark("data", 7)
+    link.send(DataDelayed(reason="s3://bucket: was away"))
+    link.activity.mark("forward", 7)
+    time.sleep(0.1)
+    link.activity.mark("data", 8)
+    time.sleep(1.5)  # a heartbeat comes every second
+    link.send(DataDelayed(reason="s3://bucket: the call to read a.tar has not returned for 1 s"))
+    threading.Event().wait()
+
+
+def hang_at_its_own_code(link: AgentLink, _: Task) -> None:
+    link.activity.mark("data", 7)
+    link.send(DataDelayed(reason="s3://bucket: was away"))
+    link.activity.mark("forward", 7)
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("entry", "delay"),
+    [
+        ("hang_at_a_store", "s3://bucket: the call to read a.tar has not returned for 1 s"),
+        ("hang_at_its_own_code", ""),
+    ],
+)
+def test_a_hang_says_which_store_it_waits_for(tmp_path: Path, entry: str, delay: str) -> None:
+    driver = Driver(until=Hung)
+    agent(driver, task_of(entry, tmp_path, first_step_timeout_s=LONG_S, hang_timeout_s=LONG_S)).run()
+
+    (hung,) = reports_of(driver.heard, Hung)
+    assert hung.data_delay == delay
 
 
 def hang_at_its_first_batch(link: AgentLink, _: Task) -> None:

@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cluster.errors import StorageError
 from cluster.process import fork_server
-from cluster.storage.store import Store
+from cluster.storage.store import ByteRange, Store
 from jobs.data import store_reports
 from jobs.data.loader import LoadedBatch, validation_batches
+from jobs.images import data_stores
 from jobs.images.data_stores import data_store
 from jobs.training.failure_causes import message_of
 from tests.processes import state, wait_until
@@ -67,7 +70,7 @@ class BadSamples(Samples):
 
 
 class LateFileSystem(MemoryFileSystem):
-    """Answers once there is a file ``answers`` in the folder that its URLs name."""
+    """Answers once there is a file ``answers`` in the folder that its URLs name: before, it is silent, or refuses."""
 
     protocol = "late"
 
@@ -76,8 +79,10 @@ class LateFileSystem(MemoryFileSystem):
         return path.removeprefix("late://")
 
     def cat_file(self, path: str, **_: Any) -> bytes:
-        if not Path(path).with_name("answers").exists():
-            raise ConnectionResetError("reset by peer")
+        while not Path(path).with_name("answers").exists():
+            if Path(path).name == "refused":
+                raise ConnectionResetError("reset by peer")
+            time.sleep(0.01)
         return b"content"
 
 
@@ -87,8 +92,9 @@ fsspec.register_implementation("late", LateFileSystem)
 class LateSamples(Samples):
     """Samples in a store that answers late; every process that reads them looks at it without delay."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         super().__init__("", folder)
+        self._name = name
         report_at_once()
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -96,23 +102,24 @@ class LateSamples(Samples):
         report_at_once()
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
-        data_store(f"late://{self._folder}").read("sample")
+        data_store(f"late://{self._folder}").read(self._name)
         return super().__getitem__(number)
 
 
 def report_at_once() -> None:
-    store_reports._SHORT_S, store_reports._LOOK_INTERVAL_S = 0.0, 0.01
+    store_reports._SHORT_S, store_reports._LOOK_INTERVAL_S, store_reports._AGAIN_S = 0.0, 0.01, 0.0
 
 
-def wait_for_late_samples(folder: str, loaders: int) -> str:
-    """Reads samples whose store answers once this process has been told that it does not; returns what it was told."""
+def wait_for_late_samples(folder: str, name: str, text: str, loaders: int) -> str:
+    """Reads samples whose store answers once this process has been told ``text`` of it; returns what it was told."""
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def tell(text: str) -> None:
-        told.put(text)
-        (Path(folder) / "answers").touch()
+    def tell(said: str) -> None:
+        if text in said:
+            told.put(said)
+            (Path(folder) / "answers").touch()
 
-    samples = LateSamples(Path(folder))
+    samples = LateSamples(Path(folder), name)
     store_reports.report_to(tell)
     next(batches_of(samples, loaders))
     return told.get(timeout=60)
@@ -177,10 +184,28 @@ def test_an_exception_that_cannot_be_sent_ends_the_training_process_too(tmp_path
 
 
 @pytest.mark.parametrize("loaders", [0, 2])
-def test_the_training_process_is_told_of_a_store_that_does_not_answer(tmp_path: Path, loaders: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("refused", "does not answer for 0 s: reset by peer"),
+        ("silent", "the call to read silent has not returned for 0 s"),
+    ],
+)
+def test_the_training_process_is_told_of_a_store_that_does_not_answer(
+    tmp_path: Path, name: str, text: str, loaders: int
+) -> None:
     fork_server.start([__name__])
-    told = fork_server.call(f"{__name__}:wait_for_late_samples", str(tmp_path), loaders, timeout_s=60.0)
-    assert told == f"late://{tmp_path}: does not answer for 0 s: reset by peer"
+    told = fork_server.call(f"{__name__}:wait_for_late_samples", str(tmp_path), name, text, loaders, timeout_s=60.0)
+    assert told == f"late://{tmp_path}: {text}"
+
+
+def test_a_store_that_is_silent_is_given_up_before_the_worker_counts_as_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_stores, "_patience_s", data_stores.patience_below(hang_timeout_s=0.6))
+    with pytest.raises(StorageError, match=f"late://{tmp_path}: cannot read silent: no answer within 0.2 s"):
+        data_store(f"late://{tmp_path}").read_ranges([ByteRange("silent", 0, 1)])
+    (tmp_path / "answers").touch()
 
 
 def test_the_users_code_is_imported_with_the_environment_of_the_training_process_and_without_its_gpu(

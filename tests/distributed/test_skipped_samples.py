@@ -28,6 +28,9 @@ class Away(Images):
     def fetch(self, numbers: Sequence[int]) -> list[bytes | BadSample]:
         raise StorageError(f"s3://bucket/data: cannot read {numbers[0]}.jpg: reset, tried for 100 s; check the network")
 
+    def fetch_alone(self, number: int) -> bytes | BadSample:
+        raise AssertionError(f"{number} was never read")
+
     def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, int]:
         raise AssertionError(f"{number} was never read: {content!r}")
 

@@ -53,6 +53,10 @@ class Fetched(Noise):
             for number in numbers
         ]
 
+    def fetch_alone(self, number: int) -> bytes | BadSample:
+        (content,) = self.fetch([number])
+        return content
+
     def decoded(self, number: int, content: bytes | BadSample) -> tuple[Tensor, int]:
         if isinstance(content, BadSample):
             raise content

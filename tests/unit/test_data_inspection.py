@@ -27,6 +27,7 @@ from launcher.inspecting.duplicates import HashedDataset, find_duplicates
 from launcher.inspecting.sheet import make_sheet, to_pixels
 from launcher.inspecting.summary import InspectedImage, summarise_index, summarise_labels
 from launcher.inspecting.verified_file import RECORD
+from launcher.planning.built_index import place_of
 
 
 def make_index(folder: Path, labels: Sequence[int], classes: Sequence[str] = ("cat", "dog"), size: int = 5) -> Index:
@@ -49,7 +50,9 @@ class TestSummary:
             InspectedImage(4, 9, None, "is gone; restore it"),
         ]
         document = summarise_index(index, np.array([1, 2, 3, 4]), inspected)
-        assert document["source"] == {"format": "test", "url": "s3://bucket/images", "options": {"root": 1}}
+        assert document["source"] == {
+            "format": "test", "url": "s3://bucket/images", "place": "s3://bucket/images", "options": {"root": 1}
+        }  # fmt: skip
         assert document["samples"] == 4
         assert document["classes"] == [{"name": "cat", "count": 1}, {"name": "dog", "count": 3}]
         assert document["imbalance"] == 3
@@ -302,3 +305,15 @@ class TestText:
         )
         none = {"groups": 0, "samples": 0, "in_both": 0, "labels_differ": 0, "list": []}
         assert text(document(), duplicates=none).endswith("duplicates: none")
+
+
+@pytest.mark.parametrize(
+    ("urls", "place"),
+    [
+        (["train-{0..9}.tar"], "s3://bucket/train-{0..9}.tar"),
+        (["a.tar", "b/*.tar", "c.tar"], "s3://bucket/a.tar, b/*.tar and 1 more"),
+        ([""], "s3://bucket"),
+    ],
+)
+def test_two_sources_below_one_url_are_told_apart(urls: list[str], place: str) -> None:
+    assert place_of(Source("tar", "s3://bucket", {"urls": urls})) == place

@@ -59,10 +59,11 @@ def exited(code: int | None, rank: int = 1, *, oom_kill: bool = False, log_tail:
     return lambda failures: failures.exited(rank, end)
 
 
-def hung(rank: int, doing: Doing, *, is_first_step: bool = False, on_gpu: bool = False) -> News:
+def hung(rank: int, doing: Doing, *, is_first_step: bool = False, on_gpu: bool = False, data_delay: str = "") -> News:
     found = Hung(
-        step=3, doing=doing, is_first_step=is_first_step, for_s=300.0, is_silent=False, stack="", on_gpu=on_gpu
-    )
+        step=3, doing=doing, is_first_step=is_first_step, for_s=300.0, is_silent=False, stack="", on_gpu=on_gpu,
+        data_delay=data_delay,
+    )  # fmt: skip
     return lambda failures: failures.hung(rank, found)
 
 
@@ -204,6 +205,8 @@ def test_who_has_finished_may_end_as_it_likes() -> None:
         (unkillable(), "its former process 4711 has not ended 30 s after SIGKILL, State: D (disk sleep): it holds its "
          "GPU, whose driver may hang"),
         (failed("exchange_timeout", 0, text=LATE), f"says nothing, and worker 0 waited for it in vain: {LATE}"),
+        (lambda failures: tell(failures, hung(0, "exchange"), hung(1, "data", data_delay="s3://bucket: is away")),
+         "no progress for 300 s in data; it waits for data: s3://bucket: is away"),
     ],
 )  # fmt: skip
 def test_words(news: News, text: str) -> None:

@@ -121,6 +121,12 @@ class TestKeptBlocks:
         assert read.asked == [[0, 1, 2, 3]] * 2
 
 
+def bytes_in(dataset: IndexedImages) -> int:
+    """What a process keeps."""
+    assert dataset._blocks is not None
+    return sum(len(content) for block in dataset._blocks._kept.values() for content in block.values())
+
+
 class TestPrice:
     @pytest.mark.parametrize(
         ("shuffle", "loaders", "workers"),
@@ -141,7 +147,7 @@ class TestPrice:
         content = shards.fetch(range(SAMPLES))
         reads.clear()
 
-        own_shards, used = steps.shards // workers, 0
+        own_shards, used, kept = steps.shards // workers, 0, 0
         for worker in range(workers):
             block = shards.in_blocks(shuffle.block, shuffle.kept_blocks * own_shards)
             processes = [copy.deepcopy(block) for _ in range(max(1, loaders))]
@@ -151,9 +157,12 @@ class TestPrice:
                     process = processes[(step * own_shards + shard) % len(processes)]
                     assert process.fetch(numbers) == [content[number] for number in numbers]
                     used += sum(len(content[number]) for number in numbers)
+                    kept = max(kept, bytes_in(process))
 
         assert planned.own.requests == pytest.approx(len(reads) / SAMPLES, rel=0.1)
         assert planned.own.read == pytest.approx(sum(reads) / used, rel=0.1)
+        assert kept == pytest.approx(planned.kept, rel=0.3)
+        assert planned.kept_row_groups == 0
 
     def test_a_full_shuffle_takes_a_request_for_nearly_each_sample(
         self, shards: IndexedImages, reads: list[int]
@@ -194,6 +203,17 @@ class TestPrice:
         assert planned is not None
         assert (planned.own.requests, planned.own.read, planned.full.requests) == (None, None, None)
 
+    def test_a_sample_that_replaces_a_bad_one_is_read_alone(self, shards: IndexedImages, reads: list[int]) -> None:
+        """So its block stays whole until its own turn comes, and those that are kept stay."""
+        in_blocks, content = shards.in_blocks(12, 4), shards.fetch(range(SAMPLES))
+        in_blocks.fetch([100])
+        reads.clear()
+
+        assert in_blocks.fetch_alone(101) == content[101]
+        assert reads == [len(content[101])]
+        assert in_blocks.fetch([101, 102]) == content[101:103]
+        assert len(reads) == 1
+
     def test_there_is_none_without_the_key(self, shards: IndexedImages) -> None:
         job, steps = described(None)
         assert plan_shuffle(shards, steps, job) is None
@@ -209,9 +229,10 @@ class TestPrice:
             )  # fmt: skip
         images = IndexedImages(builder.write(tmp_path / "index.arrow"), read_ranges, np.array([0, 1, 2, 4, 5, 9, 10]))
 
-        assert images.read_cost([0, 1, 2]) == ReadCost(requests=1, read=3, used=3)
-        assert images.read_cost([2, 3]) == ReadCost(requests=2, read=8, used=2)
-        assert images.read_cost([6, 3, 4]) == ReadCost(requests=2, read=9, used=3)
+        assert images.read_cost([0, 1, 2]) == ReadCost(requests=1, read=3, used=3, size=38)
+        assert images.read_cost([2, 3]) == ReadCost(requests=2, read=8, used=2, size=25)
+        assert images.read_cost([6, 3, 4]) == ReadCost(requests=2, read=9, used=3, size=50)
+        assert images.kept_row_groups == 200
 
 
 class TestMixing:

@@ -203,7 +203,7 @@ class TestPlan:
         shuffle = ShuffleSpec(block=64, buffer=4096)
         own = Order(meet_in_micro_batch=0.0157, meet_in_step=0.01571, requests=0.01749, read=1.0314)
         full = Order(meet_in_micro_batch=1e-5, meet_in_step=8e-5, requests=1.0, read=1.0)
-        planned = ShufflePlan(own=own, full=full, micro_batches=512, readers=1, streams=1)
+        planned = ShufflePlan(own=own, full=full, micro_batches=512, readers=1, streams=1, kept=3 * 2**19)
 
         def facts(planned: ShufflePlan) -> list[str]:
             spec = replace(bare_job(), data=replace(bare_job().data, shuffle=shuffle))
@@ -213,12 +213,16 @@ class TestPlan:
         assert facts(planned) == [
             "order       blocks of 64 in buffers of 4,096; of neighbours, 1.6% meet in a micro-batch and 1.6% in a "
             "step (in 512 that were drawn), with a full shuffle 0.001% and 0.008%",
-            "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1",
+            "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1; "
+            "each process keeps about 1.5 MiB of images until their turn",
         ]
-        assert facts(replace(planned, readers=4, streams=4))[1].endswith(
-            "with a full shuffle 1 and 1; 4 loader processes read each block, or one with data.shuffle.streams: 4"
+        assert facts(replace(planned, kept_row_groups=2**28))[1].endswith(
+            "1.5 MiB of images until their turn, and up to 256 MiB of row groups"
         )
-        by_themselves = replace(planned, own=replace(own, requests=None, read=None))
+        assert facts(replace(planned, readers=4, streams=4))[1].endswith(
+            "until their turn; 4 loader processes read each block, or one with data.shuffle.streams: 4"
+        )
+        by_themselves = replace(planned, own=replace(own, requests=None, read=None), kept=None)
         assert facts(by_themselves)[1] == (
             "reads       each sample by itself, as with a full shuffle: the dataset reads no blocks"
         )

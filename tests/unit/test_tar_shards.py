@@ -557,7 +557,7 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("urls", "message"),
         [
-            ("{}/train/shard-{{000000..000007}}.tar", "{}/train: holds no shard-000003.tar, and lacks 5 of 8 in all; "),
+            ("{}/train/shard-{{000000..000007}}.tar", "{}/train: lacks 5 of 8 shards, first shard-000003.tar; "),
             ("{}/train/x-{{0..3}}.tar", "{}/train: holds no x-0.tar; correct urls"),
             ("{}/train/*x.tar", "{}/train: holds no *x.tar; correct urls"),
             ("{}/nowhere", "{}/nowhere: holds no .tar files; correct urls"),

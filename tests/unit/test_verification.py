@@ -198,7 +198,7 @@ class TestPart:
 
     def test_without_a_stamp_a_sample_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         index = of_files(tmp_path, [jpeg(0)])
-        monkeypatch.setattr("cluster.storage.fingerprints._CHANGING", ())
+        monkeypatch.setattr("cluster.storage.object_calls._CHANGING", ())
         first = verify_part(index, read_files, unread(0)).whole
         assert first["stamp"].tolist() == [UNKNOWN]
         again = verify_part(index, read_files, Part(first["number"], first["stamp"]))
