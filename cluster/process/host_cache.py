@@ -79,7 +79,7 @@ class HostCache:
         lock = self._locks / digest
         with suppress(OSError):
             if lock not in _held:
-                _held[lock] = _locked(lock, fcntl.LOCK_SH)
+                _held[lock] = locked(lock, fcntl.LOCK_SH)
             os.utime(lock)
         return self.folder / digest
 
@@ -120,7 +120,7 @@ class HostCache:
             lock.touch(0o600)
         if not _is_old(entry if is_damaged else lock):
             return
-        opened = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             if not _is_old(entry if is_damaged else lock):  # it was used before the lock was taken
                 return
@@ -133,8 +133,8 @@ class HostCache:
         remove_folder(gone)
 
 
-def _locked(lock: Path, how: int) -> int:
-    """Lock a file and return its descriptor. Open it again if a sweep removed it before the lock was taken.
+def locked(lock: Path, how: int) -> int:
+    """Lock a file and return its descriptor. Open it again if another process removed it before the lock was taken.
 
     Raises:
         OSError: The lock cannot be taken.

@@ -72,7 +72,8 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     @property
     def numbers(self) -> np.ndarray:
         """The number of each sample in the index. Shapes: int64 [samples]."""
-        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
+        chosen = range(len(self.index)) if self._chosen_N is None else self._chosen_N
+        return np.arange(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else chosen
 
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
