@@ -63,8 +63,8 @@ class DataSpec:
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do about a sample that is gone, damaged or no image (``jobs.data.BadSample``, which your own dataset may
     raise too): ``error`` ends the run; ``skip`` replaces it by another one in training, chosen by seed, epoch and
-    sample, and leaves it out of a validation. ``launcher status`` lists what was skipped. A store that does not answer
-    is no bad sample, it ends the run."""
+    sample, and leaves it out of a validation. ``launcher status`` counts what was skipped, and ``events.jsonl`` lists
+    it. A store that does not answer is no bad sample, it ends the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "loaders")
