@@ -120,6 +120,11 @@ class Capacity:
         declared = sum(group.most * _fitting(worker, group.resources) for group in self.groups)
         return max(there, declared, _fitting(worker, self.limits or {}))
 
+    def most_on_node(self, worker: WorkerResources) -> int:
+        """Return how many workers fit on the largest node that is there or declared, if it is otherwise unused."""
+        there = (node.most(worker) for node in self.nodes)
+        return max([*there, *(_fitting(worker, group.resources) for group in self.groups)], default=0)
+
     def room(self, worker: WorkerResources) -> int:
         """Return how many more workers fit on the cluster now."""
         return sum(node.room(worker, 0) for node in self.nodes)

@@ -10,8 +10,8 @@
 
 A message is one line of the form ``where: what, got value; what to do``.
 
-An error that is pickled arrives as its class of this tree, with its text: a subclass elsewhere, its arguments and what
-caused it may be unknown to the process that receives it.
+An error that is pickled arrives as its class of this tree, with its text and notes: a subclass elsewhere, its arguments
+and what caused it may be unknown to the process that receives it.
 """
 
 import difflib
@@ -67,7 +67,8 @@ class LauncherError(Exception):
         self.place = place
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (class_in_tree(self), str(self), self.traceback, self.cause, self.step, self.place)
+        arguments = class_in_tree(self), str(self), self.traceback, self.cause, self.step, self.place
+        return _received, arguments, {"__notes__": list(getattr(self, "__notes__", ()))}
 
 
 class TrainingError(LauncherError):
@@ -139,13 +140,16 @@ class FieldError(ValueError):
         self.problem = problem
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, at most ``MAX_CHARACTERS`` of it."""
+def one_line(error: BaseException | str) -> str:
+    """Return the message of an exception, or a part of it, without line breaks, at most ``MAX_CHARACTERS`` of it."""
     return " ".join(text_of(error).split())[:MAX_CHARACTERS]
 
 
-def text_of(error: BaseException) -> str:
-    """Return the message of an exception, which may be of the user's class, as text to store; long lines are cut."""
+def text_of(error: BaseException | str) -> str:
+    """Return the message of an exception, which may be of the user's class, or a part of it, as text to store.
+
+    Long lines are cut.
+    """
     try:
         text = str(error)
     except Exception:  # the user's own __str__ failed

@@ -27,19 +27,24 @@ _held: dict[Path, int] = {}
 
 
 def cache_folder(*names: str) -> Path:
-    """Return a folder of this user's cache on this host, with mode 700, so that others cannot put code there.
+    """Return a folder of this user's cache on this host, which others can neither write to nor replace by another one.
+
+    It and the folders around it, up to that of the launcher, have mode 700.
 
     Raises:
-        StorageError: The folder cannot be created, or belongs to another user.
+        StorageError: A folder cannot be created, or belongs to another user.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("launcher", *names)
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.geteuid():
-            raise StorageError(f"{folder}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
-        if stat.S_IMODE(status.st_mode) != 0o700:
-            folder.chmod(0o700)
+        for name in ("launcher", *names):
+            folder /= name
+            folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.stat()
+            if status.st_uid != os.geteuid():
+                raise StorageError(f"{folder}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+            if stat.S_IMODE(status.st_mode) != 0o700:
+                folder.chmod(0o700)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         raise StorageError(
             f"the cache of this host cannot be used: {error}; set XDG_CACHE_HOME to a folder of your own"
@@ -79,7 +84,7 @@ class HostCache:
         lock = self._locks / digest
         with suppress(OSError):
             if lock not in _held:
-                _held[lock] = _locked(lock, fcntl.LOCK_SH)
+                _held[lock] = locked(lock, fcntl.LOCK_SH)
             os.utime(lock)
         return self.folder / digest
 
@@ -88,12 +93,12 @@ class HostCache:
         return self.folder / f"{digest}{UNFINISHED}{owner()}{secrets.token_hex(4)}"
 
     def sweep(self) -> None:
-        """Remove unused entries and leftovers of ended processes.
+        """Remove unused entries, locks without an entry, and leftovers of ended processes.
 
         Never raise: a failed clean-up is no reason to fail.
         """
         try:
-            names = os.listdir(self.folder)
+            names, locks = os.listdir(self.folder), os.listdir(self._locks)
         except OSError:
             return
         for name in names:
@@ -109,6 +114,11 @@ class HostCache:
                 if ended or (ended is None and _is_old(self.folder / name)):
                     remove_folder(self.folder / name)
 
+        for name in locks:
+            if _DIGEST.fullmatch(name):
+                with suppress(OSError):
+                    self._remove_lock(name)
+
     def _remove_unused(self, entry: Path, digest: str) -> None:
         """Remove an entry, or a damaged one that was put aside, if it is old and no process uses it.
 
@@ -120,7 +130,7 @@ class HostCache:
             lock.touch(0o600)
         if not _is_old(entry if is_damaged else lock):
             return
-        opened = _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             if not _is_old(entry if is_damaged else lock):  # it was used before the lock was taken
                 return
@@ -132,9 +142,25 @@ class HostCache:
             os.close(opened)
         remove_folder(gone)
 
+    def _remove_lock(self, digest: str) -> None:
+        """Remove an old lock whose entry never came or was removed by hand, if no process uses it.
 
-def _locked(lock: Path, how: int) -> int:
-    """Lock a file and return its descriptor. Open it again if a sweep removed it before the lock was taken.
+        Raises:
+            OSError: A process uses it, or it cannot be removed.
+        """
+        lock, entry = self._locks / digest, self.folder / digest
+        if entry.exists() or not _is_old(lock):
+            return
+        opened = locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if _is_old(lock) and not entry.exists():  # nobody came before the lock was taken
+                lock.unlink()
+        finally:
+            os.close(opened)
+
+
+def locked(lock: Path, how: int) -> int:
+    """Lock a file and return its descriptor. Open it again if another process removed it before the lock was taken.
 
     Raises:
         OSError: The lock cannot be taken.

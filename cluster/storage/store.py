@@ -29,6 +29,7 @@ from cluster.storage.file_systems import (
     write_and_rename,
 )
 from cluster.storage.listings import WHOLE_LISTING_S, list_pages, objects_below
+from cluster.storage.object_calls import fingerprint, reading
 from cluster.storage.retrying_calls import FileSystemCall, RetryingCalls, Trouble, UnderWay
 from cluster.storage.store_errors import ABSENT
 from cluster.storage.stored_objects import ListedPage, StoredObject, stored_object
@@ -167,12 +168,16 @@ class Store:
 
         An object that ends within a range gives fewer bytes.
         """
-        calls = ((f"read {each.name}", _reading(each), each.name, each.size) for each in ranges)
+        calls = ((f"read {each.name}", reading(each.offset, each.size), each.name, each.size) for each in ranges)
         missing = "restore it, or take it out of the data"
         return [
             MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
             for each, content in zip(ranges, self._each(calls))
         ]
+
+    def fingerprints(self, names: Iterable[str]) -> list[str]:
+        """Returns for each object a text that changes with its content, see ``fingerprint``; in concurrent requests."""
+        return list(self._each((f"look for {name}", fingerprint, name, 0) for name in names))
 
     def exists(self, name: str) -> bool:
         """Returns whether there is an object of this name; a folder is not one."""
@@ -331,20 +336,3 @@ class Store:
         if any(part in ("", ".", "..") for part in name.split("/")) or re.search(r"[\x00-\x1f\x7f]", name):
             raise StorageError(f"{self.url}: {name!r} is no name of an object; use a relative name without '..'")
         return name
-
-
-def _reading(wanted: ByteRange) -> FileSystemCall[bytes | None]:
-    """Returns the call that reads a range, or returns None if the object is missing."""
-
-    def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes | None:
-        is_whole = wanted.offset == 0 and wanted.size is None
-        end = None if wanted.size is None else wanted.offset + wanted.size
-        try:
-            if wanted.size == 0:  # a server takes an empty range for a wrong one, and sends the whole object
-                return None if fs.info(path)["type"] == "directory" else b""
-            data: bytes = fs.cat_file(path) if is_whole else fs.cat_file(path, start=wanted.offset, end=end)
-        except ABSENT:
-            return None
-        return data
-
-    return read

@@ -134,7 +134,7 @@ class Components:
                 # Other objects may print their address, which differs between processes.
                 has_names = isinstance(classes, (list, tuple)) and all(isinstance(each, (str, int)) for each in classes)
                 sha256.update(f"{len(dataset)}:{classes if has_names else None}:".encode())
-                sha256.update(b"" if targets is None else targets.cpu().numpy().tobytes())
+                sha256.update(b"" if targets is None else _bytes_of(targets))
         return sha256.hexdigest()
 
     def _described(self) -> dict[str, Any]:
@@ -144,6 +144,12 @@ class Components:
             "parameters": [name for group in self.groups for name in group.names],
             "rates": rates_digest(self.spec.optimizer, self.spec.scheduler, self.steps),
         }
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Returns the bytes of a tensor; numpy has no bfloat16."""
+    content: bytes = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def listed_targets(dataset: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ alone, so the batches are the same for any number of workers and loader processe
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from cluster.process.data_messages import SampleSkipped
 from jobs.data.loader_errors import LoadFailure, failure_of
 from jobs.data.store_reports import LoaderStart
 from jobs.images.decoding import BadSample
-from jobs.sampling import StepPlan, draw_key
+from jobs.sampling import StepPlan, draw_key, permute
 
 SampleKey = tuple[int, int]
 """(epoch, sample number): a sample's random draws depend on these and the run's seed."""
@@ -98,8 +98,13 @@ class KeyedDataset:
         return self._dataset.decoded(number, content) if self._can_fetch else self._dataset[number]
 
     def replacement(self, key: SampleKey, tried: int) -> int:
-        """Returns the number of the sample to try in place of a bad one, after ``tried`` others that are bad too."""
-        return draw_key("replacement", self._seed, *key, tried) % len(self)
+        """Returns the number of the sample to try in place of a bad one, after ``tried`` others that are bad too.
+
+        They come in the order of a permutation of all others; ``tried`` must be smaller than their number.
+        """
+        place = np.array([tried], dtype=np.uint64)
+        other = int(permute(place, len(self) - 1, draw_key("replacement", self._seed, *key))[0])
+        return other + (other >= key[1])
 
 
 def seed_host_draws(key: int) -> None:
@@ -176,10 +181,10 @@ def validation_batches(
     Raises:
         Exception: While iterating, see ``training_batches``.
     """
-    keys = [
+    keys = (
         [(0, number) for number in range(first, min(first + batch_size, len(dataset)))]
         for first in range(rank * batch_size, len(dataset), world_size * batch_size)
-    ]
+    )
     keyed = KeyedDataset(dataset, draw_key("validation", seed))
     return _loaded(_Batches(keyed, "val", on_bad_sample, _Collate(weigh)), keys, loaders, device)
 
@@ -199,7 +204,7 @@ def single_samples(
         Exception: The dataset cannot be pickled, and there are loader processes; or while iterating, see
             ``training_batches``.
     """
-    keys = [[(0, number)] for number in numbers]
+    keys = ([(0, number)] for number in numbers)
     batches = _Batches(KeyedDataset(dataset, seed), split, on_bad_sample, _only)
     return _loaded(batches, keys, loaders, torch.device("cpu"))
 
@@ -292,8 +297,8 @@ class _Batches(Dataset[Any]):
                     skipped.append(SampleSkipped(self._split, key[0], number, one_line(error)))
                 if self._split == "val":
                     break
-                if tried == _MOST_REPLACEMENTS:
-                    raise self._exhausted(key, skipped[-1])
+                if tried == min(_MOST_REPLACEMENTS, len(self._samples) - 1):
+                    raise self._exhausted(key, tried, skipped[-1])
                 number = self._samples.replacement(key, tried)
                 content = self._samples.fetch_alone(number)
                 tried += 1
@@ -304,14 +309,13 @@ class _Batches(Dataset[Any]):
         what = f"data.{self._split}: sample {number}: {one_line(error)}"
         return BadSample(f"{what}; or data.on_bad_sample: skip {passes}")
 
-    def _exhausted(self, key: SampleKey, last: SampleSkipped) -> TrainingError:
-        what = f"data.{self._split}: sample {key[1]} is bad, and so are {_MOST_REPLACEMENTS} others tried in its place"
-        return TrainingError(f"{what}, the last: {last.reason}; repair the data")
+    def _exhausted(self, key: SampleKey, tried: int, last: SampleSkipped) -> TrainingError:
+        others = f", and so are {tried} others, tried in its place" if tried else ", and there is no other one"
+        what = f"data.{self._split}: sample {key[1]} is bad{others}"
+        return TrainingError(f"{what}; the last: {last.reason}; repair the data")
 
 
-def _loaded(
-    batches: _Batches, keys: _TrainingKeys | Sequence[Sequence[SampleKey]], loaders: int, device: torch.device
-) -> Iterator[Any]:
+def _loaded(batches: _Batches, keys: Iterable[list[SampleKey]], loaders: int, device: torch.device) -> Iterator[Any]:
     """Hands the dataset to its loader processes; returns an iterator over its batches, which raises what they could not
     be read for."""
     loader = DataLoader(

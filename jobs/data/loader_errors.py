@@ -44,7 +44,7 @@ def _sendable(error: Exception) -> Exception:
     if isinstance(error, LauncherError):
         return error  # arrives as its class of the tree
     if isinstance(error, BadSample):
-        return BadSample(text_of(error))
+        return BadSample(text_of(error.problem), error.url)
     if type(error).__module__ == "builtins":
         reduced = error.__reduce__()  # its args lack the name of a file
         assert isinstance(reduced, tuple), "an exception's are a class and arguments"

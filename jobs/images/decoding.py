@@ -1,21 +1,24 @@
 """From the bytes of an image file to pixels."""
 
+import contextlib
+import errno
 import io
 import os
-import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-DAMAGED = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, RuntimeError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow raises for a damaged file; it depends on the format: SyntaxError for PNG, RuntimeError for AVIF."""
+from cluster.errors import StorageError, one_line
 
+_LONGEST = (2**31 - 1) // 64 - 8
+"""Pixels of a row of 64 bits each for which Pillow's decoders have room; they raise a MemoryError for more. Rows and
+columns, because an image may be turned."""
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Error numbers of a path that leads to no file on any host."""
 UPRIGHT = 1
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,7 +33,23 @@ _TURNED = {
 
 
 class BadSample(ValueError):  # noqa: N818 - it says what is so
-    """A sample that is not there or cannot be read; the message names its URL. The store itself works."""
+    """A sample that is not there or cannot be read; the message names its URL. The store itself works.
+
+    Args:
+        problem: What is wrong, as a predicate of its URL, and what to do.
+        url: Where it lies; empty: unknown, or ``problem`` names it.
+    """
+
+    url = ""
+
+    def __init__(self, problem: str, url: str = "") -> None:
+        super().__init__(f"{url}: {problem}" if url else problem)
+        self.url = url
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, without the URL."""
+        return str(self).removeprefix(f"{self.url}: ")
 
 
 def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
@@ -40,13 +59,17 @@ def read_image(path: str | bytes | os.PathLike[str]) -> Tensor:
         Returns image_3HW, uint8.
 
     Raises:
-        BadSample: The file cannot be read or decoded; the message names it.
+        BadSample: The file is gone or cannot be decoded; the message names it.
+        StorageError: It cannot be read.
+        MemoryError: This host has too little memory; the message names the file.
     """
     name = os.fsdecode(path)
     try:
         content = Path(name).read_bytes()
     except OSError as error:
-        raise BadSample(f"{name}: cannot be read, {error.strerror}; repair or remove the file") from error
+        if error.errno in _ABSENT:
+            raise BadSample(f"cannot be read, {error.strerror}; repair or remove the file", name) from error
+        raise StorageError(f"{name}: cannot be read, {error.strerror}; check the disk, and who may read it") from error
     return decode_image(content, name)
 
 
@@ -64,31 +87,58 @@ def decode_image(content: bytes, url: str) -> Tensor:
 
     Raises:
         BadSample: It cannot be decoded, or is so large that it may be an attack (Pillow's ``MAX_IMAGE_PIXELS``, twice).
+        MemoryError: This host has too little memory; the message names the file.
+    """
+    with opened(content, url) as image:
+        if image.format == "EPS":  # Pillow runs Ghostscript, if this host has it
+            raise BadSample("must hold pixels, got EPS, which a program draws; convert the file", url)
+        if image.mode.startswith(("I", "F")):
+            raise BadSample(f"must have 8 bits a channel, got {image.mode}; convert the file", url)
+        image.load()  # of some files, EXIF comes after the pixels
+        # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
+        turn = _TURNED.get(orientation_of(image))
+        upright = image if turn is None else image.transpose(turn)
+        # Pillow warns unless a transparent palette is converted to RGBA first.
+        opaque = upright.convert("RGBA") if "transparency" in image.info else upright
+        rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")  # which copies in any case
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def opened(content: bytes, url: str) -> Iterator[ImageFile.ImageFile]:
+    """Opens an encoded image for the block of a ``with`` statement, and names it in what Pillow raises there.
+
+    What is bad follows from the file alone, so that all hosts skip the same samples. So a lack of memory stays a
+    MemoryError, and what Pillow would refuse as such for its size alone is refused before.
+
+    Raises:
+        BadSample: It is no image, is damaged or too large.
+        MemoryError: This host has too little memory.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise BadSample(f"{url}: must have 8 bits a channel, got {image.mode}; convert the file")
-            image.load()  # of some files, EXIF comes after the pixels
-            # Not ImageOps.exif_transpose: it writes EXIF again, and fails on odd values in it.
-            turn = _TURNED.get(orientation_of(image))
-            upright = image if turn is None else image.transpose(turn)
-            # Pillow warns unless a transparent palette is converted to RGBA first.
-            opaque = upright.convert("RGBA") if "transparency" in image.info else upright
-            rgb = opaque if opaque.mode == "RGB" else opaque.convert("RGB")  # which copies in any case
-            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            if max(image.size) > _LONGEST:
+                size = f"{image.width:,} x {image.height:,}"
+                raise BadSample(f"has {size} pixels, and at most {_LONGEST:,} can be in a row; remove the file", url)
+            yield image
     except BadSample:
         raise
-    except DAMAGED as error:
-        raise undecodable(error, url) from error
+    except Exception as error:  # it depends on the format and the damage, and may be any
+        raise _undecodable(error, url) from error
 
 
-def undecodable(error: Exception, url: str) -> BadSample:
+def _undecodable(error: Exception, url: str) -> Exception:
     """Returns the error for an image that Pillow cannot decode; ``error`` is Pillow's."""
-    # The text of the first is the address of the bytes in memory.
-    is_unknown = isinstance(error, UnidentifiedImageError)
-    found = "it has no header of an image that Pillow knows" if is_unknown else f"{error}"
-    return BadSample(f"{url}: cannot be decoded, {found}; repair or remove the file")
+    # Its C code reports some allocations that failed as an OSError or RuntimeError.
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return MemoryError(f"{url}: too little memory to decode it; give the process more, or remove the file")
+    if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
+        problem = "it has no header of an image that Pillow knows"
+    elif isinstance(error, OSError | SyntaxError | ValueError | Image.DecompressionBombError):
+        problem = one_line(error)
+    else:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+    return BadSample(f"cannot be decoded, {problem}; repair or remove the file", url)
 
 
 def orientation_of(image: Image.Image) -> int:

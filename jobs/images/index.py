@@ -268,6 +268,15 @@ class Index:
         return numbers
 
     @property
+    def offsets(self) -> np.ndarray:
+        """Of each sample, where it begins in its object; of Parquet, the number of its row group.
+
+        Shapes: int64 [samples].
+        """
+        offsets: np.ndarray = self._columns["offset"].to_numpy()
+        return offsets
+
+    @property
     def draws(self) -> np.ndarray:
         """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
 

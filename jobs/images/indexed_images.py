@@ -1,7 +1,7 @@
 """A dataset of images that an index lists: a sample is read from a store, decoded, transformed and normalised."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from jobs.images.decoding import BadSample, decode_image
 from jobs.images.index import Index, Place
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.labelled_images import Transform, normalised, per_channel
-from jobs.images.read_cost import ReadCost, kept_row_groups, range_of, read_cost, runs_of
+from jobs.images.read_cost import ReadCost, range_of, read_cost, row_group_bytes, runs_of
 
 ReadSamples = Callable[[Index, Sequence[int]], list[bytes | BadSample]]
 """Reads the encoded images of samples of an index, with few requests; an error in place of each that is not there.
@@ -72,7 +72,8 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
     @property
     def numbers(self) -> np.ndarray:
         """The number of each sample in the index. Shapes: int64 [samples]."""
-        return np.arange(len(self.index)) if self._chosen_N is None else np.asarray(self._chosen_N)
+        chosen = range(len(self.index)) if self._chosen_N is None else self._chosen_N
+        return np.arange(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else chosen
 
     def __getitem__(self, number: int) -> tuple[Tensor, Any]:
         (content,) = self.fetch([number])
@@ -100,20 +101,20 @@ class IndexedImages(Dataset[tuple[Tensor, Any]]):
         """Whether objects hold several samples, so that neighbours can be read together."""
         return self.index.num_objects < len(self.index)
 
-    def read_cost(self, numbers: Sequence[int]) -> ReadCost:
-        """Returns what it costs to fetch samples together; objects must hold several samples."""
-        return read_cost(self.index, [self._number(number) for number in numbers])
+    def read_cost(self, batches: Iterable[Sequence[int]]) -> ReadCost:
+        """Returns what it costs to read batches of samples, each together; objects must hold several samples."""
+        return read_cost(self.index, ([self._number(number) for number in numbers] for numbers in batches))
 
     @property
-    def kept_row_groups(self) -> int:
-        """The most bytes that a process keeps of Parquet files to read samples from; 0: they lie in other files."""
-        return kept_row_groups(self.index)
+    def row_group_bytes(self) -> int:
+        """The most bytes of row groups of Parquet files that a process holds; 0: samples lie in other files."""
+        return row_group_bytes(self.index)
 
     def in_blocks(self, block: int, most: int) -> "IndexedImages":
         """Returns this dataset for samples that are fetched in the order of ``data.shuffle``.
 
-        It reads whole blocks of neighbours, and keeps ``most`` of them until their samples are used; but not where each
-        sample is an object of its own, so that a block would save no request.
+        It reads whole blocks of neighbours, and keeps their samples until they are used, ``most`` of them; but not
+        where each sample is an object of its own, so that a block would save no request.
         """
         if not self.shares_objects:
             return self
@@ -165,15 +166,15 @@ def read_ranges(index: Index, numbers: Sequence[int]) -> list[bytes | BadSample]
 
 def _cut(index: Index, place: Place, wanted: ByteRange, found: bytes | MissingObject) -> bytes | BadSample:
     """Returns the bytes of a sample out of those that were read."""
-    url = f"{index.source.url}/{place}"
+    url = f"{index.source.url.rstrip('/')}/{place}"
     if isinstance(found, MissingObject):
-        return BadSample(f"{url}: is gone; restore it")
+        return BadSample("is gone; restore it", url)
     if place.length < 0:
         if place.size not in (-1, len(found)):
-            return BadSample(f"{url}: had {place.size} bytes when it was listed, has {len(found)} now; restore it")
+            return BadSample(f"had {place.size} bytes when it was listed, has {len(found)} now; restore it", url)
         return found
     begin = place.offset - wanted.offset
     content = found[begin : begin + place.length]
     if len(content) < place.length:
-        return BadSample(f"{url}: its object ends before it does; restore it")
+        return BadSample("its object ends before it does; restore it", url)
     return content

@@ -1,11 +1,10 @@
 """What an encoded image says of itself, without its pixels."""
 
-import io
 from dataclasses import dataclass
 
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
-from jobs.images.decoding import DAMAGED, UPRIGHT, orientation_of, undecodable
+from jobs.images.decoding import UPRIGHT, opened, orientation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +39,17 @@ def inspect_image(content: bytes, url: str) -> ImageFacts:
 
     Raises:
         BadSample: It is no image, its header is damaged, or it is so large that it may be an attack.
+        MemoryError: This host has too little memory.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return ImageFacts(
-                format=str(image.format),
-                mode=_mode(image),
-                width=image.width,
-                height=image.height,
-                num_frames=getattr(image, "n_frames", 1),
-                orientation=_orientation(image),
-            )
-    except DAMAGED as error:
-        raise undecodable(error, url) from error
+    with opened(content, url) as image:
+        return ImageFacts(
+            format=str(image.format),
+            mode=_mode(image),
+            width=image.width,
+            height=image.height,
+            num_frames=getattr(image, "n_frames", 1),
+            orientation=_orientation(image),
+        )
 
 
 def _mode(image: ImageFile.ImageFile) -> str:

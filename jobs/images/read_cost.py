@@ -1,13 +1,14 @@
 """What it costs to read samples of an index together, without reading them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.storage.store import ByteRange
 from jobs.images.index import Index, Place
-from jobs.images.row_groups import KEPT_BYTES
+from jobs.images.row_groups import AT_ONCE_BYTES, KEPT_BYTES
 
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
@@ -20,31 +21,37 @@ class ReadCost:
     requests: int
     """Ranges of objects; of Parquet, row groups."""
     read: int
-    """Bytes; of Parquet, rows."""
+    """Bytes."""
     used: int
-    """Those of the samples."""
-    size: int
-    """Bytes of the encoded images of the samples; of Parquet, by the sizes of its files."""
+    """Bytes of the samples."""
 
 
-def read_cost(index: Index, numbers: Sequence[int]) -> ReadCost:
-    """Returns the cost of samples whose objects hold others too."""
+def read_cost(index: Index, batches: Iterable[Sequence[int]]) -> ReadCost:
+    """Returns the cost of batches of samples, each read together, whose objects hold others too.
+
+    The index of a Parquet file knows no sizes of its rows: each counts as an equal part of the file.
+    """
     if index.source.format == "parquet":
-        return _cost_of_row_groups(index, np.asarray(numbers))
-    places = [index.place(number) for number in numbers]
-    ranges = [range_of([places[each] for each in run]) for run in runs_of(places)]
-    used = sum(place.length for place in places)
-    return ReadCost(len(ranges), sum(each.size or 0 for each in ranges), used, used)
+        return _cost_of_row_groups(index, batches)
+    requests = read = used = 0
+    for numbers in batches:
+        places = [index.place(number) for number in numbers]
+        ranges = [range_of([places[each] for each in run]) for run in runs_of(places)]
+        requests, read = requests + len(ranges), read + sum(each.size or 0 for each in ranges)
+        used += sum(place.length for place in places)
+    return ReadCost(requests, read, used)
 
 
-def kept_row_groups(index: Index) -> int:
-    """Returns the most bytes of row groups that a process keeps to read samples from; 0: the data is no Parquet."""
-    import pyarrow.compute as pc
-
+def row_group_bytes(index: Index) -> int:
+    """Returns the most bytes of row groups that a process holds: those it keeps and those it reads; 0: no Parquet."""
     if index.source.format != "parquet":
         return 0
-    size: int = pc.sum(index.objects["size"]).as_py()
-    return min(KEPT_BYTES, size)
+    objects_N, groups_N, sizes = index.object_numbers, index.offsets, index.objects["size"].to_numpy()
+    rows = np.bincount(objects_N, minlength=len(sizes))
+    firsts = np.flatnonzero((np.diff(objects_N, prepend=-1) != 0) | (np.diff(groups_N, prepend=-1) != 0))
+    of_groups = np.diff(firsts, append=len(objects_N)) * (sizes / np.maximum(1, rows))[objects_N[firsts]]
+    total, largest = int(sizes.sum()), math.ceil(of_groups.max(initial=0))
+    return sum(min(total, max(most, largest)) for most in (KEPT_BYTES, AT_ONCE_BYTES))
 
 
 def runs_of(places: Sequence[Place]) -> list[list[int]]:
@@ -70,19 +77,19 @@ def range_of(places: Sequence[Place]) -> ByteRange:
     return ByteRange(first.object, first.offset, end - first.offset)
 
 
-def _cost_of_row_groups(index: Index, numbers_N: np.ndarray) -> ReadCost:
-    objects_N, groups_N = index.object_numbers[numbers_N], _row_groups(index, numbers_N)
-    requests = rows = size = 0
-    for number in np.unique(objects_N):
-        begin, end = np.searchsorted(index.object_numbers, [number, number + 1])  # samples are in the order of objects
-        rows_of_groups = np.bincount(_row_groups(index, np.arange(begin, end)))
-        touched = np.unique(groups_N[objects_N == number])
-        requests, rows = requests + len(touched), rows + int(rows_of_groups[touched].sum())
-        share = np.count_nonzero(objects_N == number) / (end - begin)
-        size += round(share * index.objects["size"][int(number)].as_py())
-    return ReadCost(requests, rows, len(numbers_N), size)
-
-
-def _row_groups(index: Index, numbers_N: np.ndarray) -> np.ndarray:
-    groups: np.ndarray = index.places(numbers_N)["offset"].to_numpy()
-    return groups
+def _cost_of_row_groups(index: Index, batches: Iterable[Sequence[int]]) -> ReadCost:
+    objects_N, groups_N, sizes = index.object_numbers, index.offsets, index.objects["size"].to_numpy()
+    known: dict[int, np.ndarray] = {}
+    """By object: the number of rows in each of its row groups."""
+    requests, read, used = 0, 0.0, 0.0
+    for numbers in batches:
+        numbers_N = np.asarray(numbers)
+        objects_of_batch, groups_of_batch = objects_N[numbers_N], groups_N[numbers_N]
+        for number in np.unique(objects_of_batch).tolist():
+            if number not in known:
+                begin, end = np.searchsorted(objects_N, [number, number + 1])  # samples are in the order of objects
+                known[number] = np.bincount(groups_N[begin:end])
+            rows, own = known[number], groups_of_batch[objects_of_batch == number]
+            touched, size = np.unique(own), int(sizes[number]) / int(rows.sum())
+            requests, read, used = requests + len(touched), read + rows[touched].sum() * size, used + len(own) * size
+    return ReadCost(requests, round(read), round(used))

@@ -19,7 +19,7 @@ KEPT_BYTES = 2**28
 """Decoded row groups that stay in memory: two or more of those that ``datasets`` writes, which hold up to 100 MB."""
 _FOOTER_BYTES = 2**24
 """Footers that stay in memory."""
-_AT_ONCE = 2**27
+AT_ONCE_BYTES = 2**27
 """Bytes of row groups that are read before they are decoded."""
 
 
@@ -85,13 +85,13 @@ class ReadRowGroups:
             for number in of_groups[group]:
                 found = column if isinstance(column, str) else _row(column, places[number].length)
                 url = f"{index.source.url.rstrip('/')}/{places[number]}"
-                contents[number] = BadSample(f"{url}: {found}") if isinstance(found, str) else found
+                contents[number] = BadSample(found, url) if isinstance(found, str) else found
         return [contents[number] for number in range(len(places))]
 
     def _read(self, index: Index, places: "dict[_Group, Place]") -> "Iterator[tuple[_Group, pa.ChunkedArray | str]]":
         """Yields the images of each row group, or why there are none; those in memory come first.
 
-        Only ``_AT_ONCE`` and what is kept are in memory at a time.
+        Only ``AT_ONCE_BYTES`` and what is kept are in memory at a time.
         """
         new = [group for group in sorted(places) if group not in self._columns]
         # Before any new one takes the place of one of them.
@@ -153,12 +153,12 @@ def _row(column: "pa.ChunkedArray", row: int) -> bytes | str:
 
 
 def _portions(groups: Iterable[tuple[_Group, Footer, str]]) -> Iterator[list[tuple[_Group, Footer, str]]]:
-    """Yields groups to read at once: ``_AT_ONCE`` bytes of them, or one that is larger."""
+    """Yields groups to read at once: ``AT_ONCE_BYTES`` bytes of them, or one that is larger."""
     portion: list[tuple[_Group, Footer, str]] = []
     size = 0
     for group, footer, leaf in groups:
         own = footer.range_of(group[2], leaf).size or 0
-        if portion and size + own > _AT_ONCE:
+        if portion and size + own > AT_ONCE_BYTES:
             yield portion
             portion, size = [], 0
         portion.append((group, footer, leaf))

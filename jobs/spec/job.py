@@ -41,11 +41,11 @@ class ShuffleSpec:
         return self.buffer // self.block
 
     @property
-    def kept_blocks(self) -> int:
-        """Blocks that a process must keep of each shard so that it reads none twice while it is open."""
-        # Until a block is used up, each lane has two others at most; or one, and one that it shares with the next lane.
-        # A shorter block or the rest of a stream adds a few.
-        return (2 * self.lanes + 4) * self.streams
+    def kept_samples(self) -> int:
+        """Samples that a process keeps of each stream that it reads, to read no block twice while it is open."""
+        # Lanes begin evenly spread over a block, so half a block of each is yet to be used; as much of those that two
+        # lanes share waits for the second one. A shorter block or the ends of a stream add a few.
+        return self.buffer + 4 * self.block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +63,8 @@ class DataSpec:
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do about a sample that is gone, damaged or no image (``jobs.data.BadSample``, which your own dataset may
     raise too): ``error`` ends the run; ``skip`` replaces it by another one in training, chosen by seed, epoch and
-    sample, and leaves it out of a validation. ``launcher status`` lists what was skipped. A store that does not answer
-    is no bad sample, it ends the run."""
+    sample, and leaves it out of a validation. ``launcher status`` counts what was skipped, and ``events.jsonl`` lists
+    it. A store that does not answer is no bad sample, it ends the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "loaders")

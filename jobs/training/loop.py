@@ -14,6 +14,7 @@ from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.data.device_copies import copied_ahead
 from jobs.data.loader import LoadedBatch, training_batches, validation_batches
+from jobs.data.stream_readers import stream_readers
 from jobs.parallel.step_report import StepReport, StepReports
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
@@ -208,7 +209,8 @@ class Loop:
         dataset, shuffle = self.components.train_set, self.spec.data.shuffle
         if shuffle is None or not hasattr(dataset, "in_blocks"):
             return dataset
-        return dataset.in_blocks(shuffle.block, shuffle.kept_blocks * len(self.team.block))
+        own = stream_readers(len(self.team.block), shuffle.streams, self.spec.data.loaders)
+        return dataset.in_blocks(shuffle.block, shuffle.kept_samples * own.streams)
 
     def _batches(self) -> Iterator[StepBatch]:
         weigh, start = self.components.loss.target_weights(), self.state.step

@@ -50,7 +50,7 @@ def data(
     from launcher.config.job_files import find_job
     from launcher.display.data_text import data_text
     from launcher.display.progress import open_progress
-    from launcher.inspecting.inspect import Wanted, inspect_data, num_broken
+    from launcher.inspecting.inspect import Wanted, has_broken, inspect_data
 
     path = find_job(job)
     description = load(path, overrides)
@@ -58,5 +58,5 @@ def data(
     with contextlib.closing(open_progress(sys.stderr)) as display, settings_checked():
         document = inspect_data(description, path.parent, wanted, display)
     show(document, data_text(document), as_json)
-    if num_broken(document):
+    if has_broken(document):
         sys.exit(TrainingError.exit_code)

@@ -1,6 +1,7 @@
 """What a plan tells of its data: the indexes, and the order of samples."""
 
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from cluster.errors import storable
@@ -18,6 +19,8 @@ def data_facts(plan: "Plan", shuffle: ShuffleSpec | None) -> Iterator[tuple[str,
     if shuffle is not None and plan.shuffle is not None:
         yield "order", _mixing(plan.shuffle, shuffle)
         yield "reads", _price(plan.shuffle)
+        if plan.shuffle.kept_bytes is not None:
+            yield "keeps", _memory(plan.shuffle, plan.shuffle.kept_bytes, plan.most_per_host)
 
 
 def _index(index: "BuiltIndex") -> str:
@@ -44,23 +47,38 @@ def _mixing(plan: "ShufflePlan", shuffle: ShuffleSpec) -> str:
 def _price(plan: "ShufflePlan") -> str:
     """Return what reading costs, beside a full shuffle."""
     own, full = plan.own, plan.full
-    if own.requests is None or own.read is None:
+    if own.requests is None or own.read is None or full.requests is None or full.read is None:
         return "each sample by itself, as with a full shuffle: the dataset reads no blocks"
     more = ""
-    if plan.kept is not None:
-        row_groups = f", and up to {_mebibytes(plan.kept_row_groups)} of row groups" if plan.kept_row_groups else ""
-        more = f"; each process keeps about {_mebibytes(plan.kept)} of images until their turn{row_groups}"
     if plan.readers > 1:
-        more += f"; {plan.readers} loader processes read each block, or one with data.shuffle.streams: {plan.streams}"
+        more = (
+            f"; up to {plan.readers} loader processes read each block, or one with data.shuffle.streams: {plan.streams}"
+        )
     return (
-        f"{own.requests:.3g} requests a sample and {own.read:.3g} bytes for each byte used, with a full shuffle "
-        f"{full.requests:.3g} and {full.read:.3g}{more}"
+        f"{_short(own.requests)} requests a sample and {_short(own.read)} bytes for each byte used, with a full "
+        f"shuffle {_short(full.requests)} and {_short(full.read)}{more}"
+    )
+
+
+def _memory(plan: "ShufflePlan", kept_bytes: int, most_per_host: int) -> str:
+    """Return what processes that read samples hold, beside the batches that are ready."""
+    processes = most_per_host * plan.processes
+    row_groups = f" and {_mebibytes(plan.row_group_bytes)} of row groups" if plan.row_group_bytes else ""
+    on_host = f", {processes:,} of them on a host {_mebibytes(processes * (kept_bytes + plan.row_group_bytes))}"
+    return (
+        f"up to {_mebibytes(kept_bytes)} of images until they are used{row_groups} in a process that reads samples"
+        f"{on_host if processes > 1 else ''}"
     )
 
 
 def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.3g} MiB"
+    return f"{_short(size / 2**20)} MiB"
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2g}%"
+    return f"{_short(100 * fraction, 2)}%"
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """Format a number with at most ``digits`` significant digits, and no exponent."""
+    return f"{Decimal(f'{value:.{digits}g}'):,f}"

@@ -22,11 +22,19 @@ def data_text(document: Mapping[str, Any]) -> str:
         blocks += _dataset_blocks(dataset, verified.get(split))
         if document["verified"] is not None and split not in verified:
             blocks.append(f"{dataset['key']} is not verified: it does not list where the images of its samples lie")
+    if document["verified"] is not None and document["verified"]["resumed"]:
+        resumed = document["verified"]
+        blocks.append(
+            f"{resumed['resumed']:,} samples were not read again: earlier commands found them whole, the first at "
+            f"{resumed['resumed_since']}, and their objects have not changed since"
+        )
     if document["duplicates"] is not None:
         blocks.append(_duplicates(document["duplicates"]))
     if document["sheet"] is not None:
         sheet = document["sheet"]
         blocks.append(f"contact sheet: {sheet['url']} ({sheet['scaling']})")
+        if sheet["broken"]:
+            blocks.append(_broken("data.train", sheet["broken"], f"those for the {len(sheet['samples'])} tiles"))
     return "\n\n".join(blocks)
 
 
@@ -41,8 +49,12 @@ def _dataset_blocks(dataset: Mapping[str, Any], verified: Mapping[str, Any] | No
     broken = (verified or sampled)["broken"]
     if broken:
         of = "all" if verified is not None else f"{sampled['samples']:,} sampled"
-        lines = [f"{each['url']}: {each['problem']}" for each in broken[:_MOST_LISTED]]
-        yield "\n".join([f"{dataset['key']}: {len(broken):,} broken of {of}", *lines, *_rest(broken)])
+        yield _broken(dataset["key"], broken, of)
+
+
+def _broken(key: str, broken: Sequence[Mapping[str, str]], of: str) -> str:
+    lines = [f"{each['url']}: {each['problem']}" for each in broken[:_MOST_LISTED]]
+    return "\n".join([f"{key}: {len(broken):,} broken of {of}", *lines, *_rest(broken)])
 
 
 def _facts(dataset: Mapping[str, Any], verified: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
@@ -62,6 +74,8 @@ def _facts(dataset: Mapping[str, Any], verified: Mapping[str, Any] | None) -> It
                 f"{number(targets['mean'])}"
             ),
         )
+    elif dataset.get("unused_targets") is not None:
+        yield "targets", f"not counted: {dataset['unused_targets']:,} are listed, not a number for each sample"
     else:
         yield "targets", "not listed"
     for reason, names in dataset["passed_over"].items():

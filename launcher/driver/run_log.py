@@ -154,7 +154,7 @@ class RunLog:
         if len(self._skipped) == 1:
             self.display.warn(
                 f"data.{skipped.split}: sample {skipped.number} is bad and skipped: {skipped.reason}; launcher status "
-                "--json lists it and others"
+                "counts such samples, and events.jsonl in the run directory lists them"
             )
 
     def fell_back(self, step: int, defect: str) -> None:

@@ -19,6 +19,8 @@ class Question:
     """Of ``train`` and ``val``."""
     num_sampled: int
     """How many samples of each to read."""
+    with_samples: bool
+    """Say where the samples of each lie, as far as an index lists them."""
     with_sheet: bool
     """Draw samples of ``train`` as training gets them, too."""
 
@@ -48,7 +50,7 @@ class DatasetFacts:
     document: dict[str, Any]
     """For ``--json``, see ``launcher.inspecting.summary``."""
     indexed: IndexedSamples | None
-    """None: it has no index, so nobody knows where its samples lie."""
+    """None: it has no index, so nobody knows where its samples lie; or that was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Sheet:
     """The step that the last of them belongs to, from 1."""
     scaling: str
     """How values became pixels."""
+    broken: tuple[dict[str, str], ...]
+    """``url`` and ``problem`` of the samples that are broken."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from cluster.errors import DescriptionError, TrainingError
 from cluster.process import fork_server
@@ -85,25 +88,30 @@ def inspect_data(description: Description, folder: Path, wanted: Wanted, display
         def show(num_read: int, num_samples: int) -> None:
             display.count("verifying", num_read, num_samples, "images")
 
-        verified = verify(list(indexed.values()), lambda entry, content: code.task(entry, "", content), show)
+        verified = verify(
+            list(indexed.values()),
+            lambda entry, content: code.task(entry, "", content),
+            show,
+            display.warn,
+            with_digests=wanted.duplicates,
+        )
         document["verified"] = _verified(indexed, verified)
         if wanted.duplicates:
             document["duplicates"] = find_duplicates({
                 split: HashedDataset(
-                    Index(own.reader.index_path), own.numbers, verified[own.reader.index_path].whole
+                    Index(own.reader.index_path), own.numbers, verified[own.reader.index_path].records
                 )
                 for split, own in indexed.items()
             })  # fmt: skip
     return document
 
 
-def num_broken(document: Mapping[str, Any]) -> int:
-    """Return how many broken samples a document lists."""
-    verified = (document["verified"] or {}).get("datasets", {})
-    return sum(
-        len(verified[split]["broken"] if split in verified else dataset["sampled"]["broken"])
-        for split, dataset in document["datasets"].items()
-    )
+def has_broken(document: Mapping[str, Any]) -> bool:
+    """Return whether a document lists a broken sample: of those that were sampled, verified or drawn."""
+    sampled = [dataset["sampled"] for dataset in document["datasets"].values()]
+    verified = (document["verified"] or {}).get("datasets", {}).values()
+    drawn = [] if document["sheet"] is None else [document["sheet"]]
+    return any(each["broken"] for each in [*sampled, *verified, *drawn])
 
 
 def _question(description: Description, wanted: Wanted) -> Question:
@@ -117,6 +125,7 @@ def _question(description: Description, wanted: Wanted) -> Question:
         spec=description.spec,
         splits=tuple(splits),
         num_sampled=wanted.num_sampled,
+        with_samples=wanted.verify or wanted.duplicates,
         with_sheet=wanted.sheet is not None,
     )
 
@@ -176,6 +185,7 @@ def _write_sheet(sheet: Sheet, job: str, folder: Store, name: str) -> dict[str, 
         "labels": [tile.caption for tile in sheet.tiles],
         "last_step": sheet.last_step,
         "scaling": sheet.scaling,
+        "broken": list(sheet.broken),
     }
 
 
@@ -183,11 +193,18 @@ def _verified(indexed: Mapping[str, IndexedSamples], verified: Mapping[Path, Ver
     """Return the document of what was verified."""
     datasets = {}
     for split, own in indexed.items():
-        of_dataset = set(own.numbers.tolist())
         problems = verified[own.reader.index_path].broken
-        own_problems = {number: problem for number, problem in problems.items() if number in of_dataset}
+        broken = np.array(sorted(problems), np.int64)
+        own_broken = broken[np.isin(broken, own.numbers)] if len(broken) else broken
         datasets[split] = {
             "samples": len(own.numbers),
-            "broken": broken_samples(Index(own.reader.index_path), own_problems),
+            "broken": broken_samples(
+                Index(own.reader.index_path), {number: problems[number] for number in own_broken.tolist()}
+            ),
         }
-    return {"resumed": sum(each.num_resumed for each in verified.values()), "datasets": datasets}
+    since = min((each.resumed_since for each in verified.values() if each.resumed_since is not None), default=None)
+    return {
+        "resumed": sum(each.num_resumed for each in verified.values()),
+        "resumed_since": None if since is None else datetime.fromtimestamp(since, UTC).isoformat(),
+        "datasets": datasets,
+    }

@@ -2,13 +2,14 @@
 
 import math
 import signal
+import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +20,11 @@ from cluster.process.orders import Task
 from cluster.process.popen import LAST_WAIT_S
 from jobs.images.index import Index
 from launcher.inspecting.facts import IndexReader
-
-if TYPE_CHECKING:
-    from launcher.inspecting.reading_process import Verified  # it imports torch, and this process must not
+from launcher.inspecting.parts import SAMPLES_AT_ONCE, Part, Verified, stretches
 
 PROCESS = "launcher.inspecting.reading_process:main"
-SAMPLES_AT_ONCE = 64
-"""Samples that a process reads, neighbours in the index, before it answers."""
-_MOST_IN_STRETCH = 16 * SAMPLES_AT_ONCE
-"""Neighbours that one process reads, part by part: a row group of Parquet is read by one or two of them, not by all."""
-_STRETCHES_PER_PROCESS = 4
-"""At least, so that they end at about the same time."""
+LATE_S = 60.0
+"""A person is told of a part that has had no answer for so long."""
 _AHEAD = 2
 """A process is given so many parts, so that it never waits for this one."""
 _PROCESSES_PER_CORE = 2
@@ -43,48 +38,53 @@ class _Reader:
 
     process: fork_server.ChildProcess
     commands: Connection
-    given: deque[np.ndarray]
+    stretch: range
+    """The positions of the samples that it is given next."""
+    given: deque[Part] = field(default_factory=deque)
     """The parts that it has not answered yet."""
-    stretch: np.ndarray
-    """What it is given next."""
+    began: float = 0.0
+    """When it began with the first of them, by ``time.monotonic``."""
+    is_late: bool = False
+    """A person was told that it takes long."""
 
 
 def answers(
-    numbers: np.ndarray, reader: IndexReader, make_task: Callable[[str, Any], Task]
-) -> "Generator[Verified, None, None]":
+    work: Part, reader: IndexReader, make_task: Callable[[str, Any], Task], tell: Callable[[str], None]
+) -> Generator[Verified, None, None]:
     """Yield what becomes of each part of the samples, in the order in which processes finish them.
 
     Close the generator to end the processes early.
 
     Args:
-        numbers: Of the samples in the index.
+        work: All samples, sorted.
         reader: How to read them.
         make_task: Returns the task of a process, from its entry and its content.
-
-    Shapes: numbers int64 [samples].
+        tell: Called with a line about each part that takes long.
 
     Raises:
         StorageError: The store does not answer.
         TrainingError: A process died, or the function that reads failed.
     """
-    num_parts = math.ceil(len(numbers) / SAMPLES_AT_ONCE)
+    num_parts = math.ceil(len(work.numbers) / SAMPLES_AT_ONCE)
     num_processes = min(_PROCESSES_PER_CORE * num_cores(), _MOST_PROCESSES, num_parts)
-    left = stretches(numbers, num_processes)
+    index = Index(reader.index_path)
+    left = stretches(index, work.numbers, num_processes)
     task, readers = make_task(PROCESS, reader), dict[Any, _Reader]()
     try:
-        for _ in range(num_processes):
+        while len(readers) < num_processes and (stretch := next(left, None)) is not None:
             ours, theirs = Pipe()
             with theirs:
                 process = fork_server.fork(_enter, (theirs, task), PROCESS)
-            readers[ours] = _Reader(process, ours, deque(), numbers[:0])
+            readers[ours] = _Reader(process, ours, stretch)
         for _ in range(_AHEAD):
             for each in readers.values():
-                _give(each, left)
+                _give(each, work, left)
         while busy := [ours for ours, each in readers.items() if each.given]:
-            for ready in wait(busy):
-                answer = _received(readers[ready], reader)
-                _give(readers[ready], left)
+            for ready in wait(busy, LATE_S):
+                answer = _received(readers[ready], index)
+                _give(readers[ready], work, left)
                 yield answer
+            _tell_late(readers.values(), index, tell)
     finally:
         for each in readers.values():
             each.process.kill_within(LAST_WAIT_S)
@@ -95,24 +95,20 @@ def _enter(commands: Connection, task: Task) -> None:
     fork_server.resolve(task.entry)(commands, task)
 
 
-def stretches(numbers: np.ndarray, num_processes: int) -> deque[np.ndarray]:
-    """Return the numbers cut into stretches of whole parts. Shapes: int64 [samples] -> int64 [any] each."""
-    even = len(numbers) / max(1, num_processes * _STRETCHES_PER_PROCESS)
-    length = min(max(1, math.ceil(even / SAMPLES_AT_ONCE)) * SAMPLES_AT_ONCE, _MOST_IN_STRETCH)
-    return deque(numbers[begin : begin + length] for begin in range(0, len(numbers), length))
+def _give(each: _Reader, work: Part, left: Iterator[range]) -> None:
+    each.stretch = each.stretch or next(left, range(0))
+    own, each.stretch = each.stretch[:SAMPLES_AT_ONCE], each.stretch[SAMPLES_AT_ONCE:]
+    if not own:
+        return
+    if not each.given:
+        each.began = time.monotonic()
+    positions = slice(own.start, own.stop)
+    each.given.append(Part(work.numbers[positions], work.stamps[positions]))
+    with suppress(ConnectionError):  # it has died, which its missing answer says
+        each.commands.send(each.given[-1])
 
 
-def _give(each: _Reader, left: deque[np.ndarray]) -> None:
-    if not len(each.stretch) and left:
-        each.stretch = left.popleft()
-    if len(each.stretch):
-        each.given.append(each.stretch[:SAMPLES_AT_ONCE])
-        each.stretch = each.stretch[SAMPLES_AT_ONCE:]
-        with suppress(ConnectionError):  # it has died, which its missing answer says
-            each.commands.send(each.given[-1])
-
-
-def _received(each: _Reader, reader: IndexReader) -> "Verified":
+def _received(each: _Reader, index: Index) -> Verified:
     """Return the next answer of a process.
 
     Raises:
@@ -122,17 +118,36 @@ def _received(each: _Reader, reader: IndexReader) -> "Verified":
         answer: Verified | LauncherError = each.commands.recv()
     except (EOFError, ConnectionError) as error:
         each.process.join(LAST_WAIT_S)
-        raise TrainingError(_death(each, reader)) from error
+        raise TrainingError(_death(each, index)) from error
     if isinstance(answer, LauncherError):
         raise answer
-    each.given.popleft()
+    part = each.given.popleft()
+    assert len(answer) == len(part.numbers), "every sample is whole, unchanged or broken"
+    each.began, each.is_late = time.monotonic(), False
     return answer
 
 
-def _death(each: _Reader, reader: IndexReader) -> str:
-    index, part, code = Index(reader.index_path), each.given[0], each.process.exitcode or 0
+def _tell_late(readers: Iterable[_Reader], index: Index, tell: Callable[[str], None]) -> None:
+    for each in readers:
+        if each.given and not each.is_late and time.monotonic() - each.began >= LATE_S:
+            each.is_late = True
+            first, last = _ends(each, index)
+            tell(
+                f"{first}: no answer for {LATE_S:g} s from the process that reads it and the samples up to {last}; the "
+                "store is slow, the images are large, or the decoder hangs on one"
+            )
+
+
+def _death(each: _Reader, index: Index) -> str:
+    (first, last), code = _ends(each, index), each.process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return (
-        f"{index.url_of(int(part[0]))}: the process that read it and the samples up to {index.url_of(int(part[-1]))} "
-        f"{how}; is there enough memory? else one of them crashes its decoder"
+        f"{first}: the process that read it and the samples up to {last} {how}; is there enough memory? else one of "
+        "them crashes its decoder"
     )
+
+
+def _ends(each: _Reader, index: Index) -> tuple[str, str]:
+    """Return the URLs of the first and the last sample that a process reads."""
+    numbers: np.ndarray = each.given[0].numbers
+    return index.url_of(int(numbers[0])), index.url_of(int(numbers[-1]))

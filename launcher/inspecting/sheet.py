@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster.errors import DescriptionError, in_short
+from cluster.errors import DescriptionError, LauncherError, TrainingError, in_short
 from jobs.components.build import make_steps
 from jobs.data.loader import shape_of, single_samples
 from jobs.images.decoding import BadSample
 from jobs.spec import JobSpec
 from launcher.inspecting.facts import Sheet, Tile
+from launcher.inspecting.single import bad_sample, read_sample
 
 NUM_TILES = 16
 _LONGEST_SIDE = 256
@@ -26,7 +27,8 @@ def make_sheet(dataset: Any, spec: JobSpec) -> Sheet:
     """Return the first samples of the first epoch: their numbers, keys and transforms are those of training.
 
     Raises:
-        DescriptionError: A sample cannot be read or is no image, or the dataset has too few for a step.
+        DescriptionError: A sample is no image, or the dataset has too few for a step.
+        StorageError: The data cannot be read.
     """
     steps = make_steps(spec, len(dataset))
     numbers, last_step = list[int](), 0
@@ -35,21 +37,24 @@ def make_sheet(dataset: Any, spec: JobSpec) -> Sheet:
             numbers += steps.samples(spec.seed, last_step, shard).tolist()
         last_step += 1
     del numbers[NUM_TILES:]
-    images, captions = list[Tensor | None](), list[str]()
+    images, captions, broken = list[Tensor | None](), list[str](), list[dict[str, str]]()
     for tile, number in enumerate(numbers):
-        read = single_samples(
-            dataset, [number], split="train", seed=spec.seed, loaders=0, on_bad_sample=spec.data.on_bad_sample
-        )
         try:
-            numbers[tile], (image, target), *_ = next(read)  # another one, if a bad sample is skipped
-        except BadSample:
-            images.append(None)
-            captions.append("broken")
-            continue
+            sample = read_sample(dataset, number, "train", spec)
+            if isinstance(sample, BadSample):
+                broken.append(bad_sample(number, sample))
+                numbers[tile], sample = _replaced(dataset, number, spec)
+            image, target = (None, None) if sample is None else sample
+        except LauncherError:
+            raise
         except Exception as error:  # the dataset is the user's own code
             raise DescriptionError(
                 f"data.train: sample {number} raised {type(error).__name__}: {in_short(error)}"
             ) from error
+        if sample is None:
+            images.append(None)
+            captions.append("broken")
+            continue
         images.append(_as_image(image))
         captions.append(_caption(target, getattr(dataset, "classes", None)))
     pixels, scaling = to_pixels(images, getattr(dataset, "mean_C11", None), getattr(dataset, "std_C11", None))
@@ -58,7 +63,20 @@ def make_sheet(dataset: Any, spec: JobSpec) -> Sheet:
         numbers=tuple(numbers),
         last_step=last_step,
         scaling=scaling,
+        broken=tuple(broken),
     )
+
+
+def _replaced(dataset: Any, number: int, spec: JobSpec) -> tuple[int, Any]:
+    """Return the number of the sample that training gets in place of a bad one, and that sample; None: it gets none."""
+    if spec.data.on_bad_sample != "skip":
+        return number, None
+    read = single_samples(dataset, [number], split="train", seed=spec.seed, loaders=0, on_bad_sample="skip")
+    try:
+        other, sample, *_ = next(read)
+    except TrainingError:  # those that were tried are bad, too
+        return number, None
+    return other, sample
 
 
 def to_pixels(

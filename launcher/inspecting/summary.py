@@ -26,7 +26,7 @@ class InspectedImage:
     facts: "ImageFacts | None"
     """None: its header cannot be read, or it is not there."""
     problem: str | None = None
-    """The error that says why it cannot be decoded, which begins with its URL; None: it can."""
+    """Why it cannot be decoded; None: it can."""
 
 
 def summarise_index(index: Index, numbers: np.ndarray, inspected: Sequence[InspectedImage]) -> dict[str, Any]:
@@ -78,13 +78,9 @@ def broken_samples(index: Index, problems: Mapping[int, str]) -> list[dict[str, 
 
     Args:
         index: The index that they lie in.
-        problems: By their numbers, the texts of their errors, which begin with their URLs.
+        problems: By their numbers, what is wrong with them.
     """
-    broken = []
-    for number, problem in sorted(problems.items()):
-        url = index.url_of(number)
-        broken.append({"url": url, "problem": problem.removeprefix(f"{url}: ")})
-    return broken
+    return [{"url": index.url_of(number), "problem": problem} for number, problem in sorted(problems.items())]
 
 
 def summarise_labels(labels: np.ndarray | None, names: Sequence[str] | None) -> dict[str, Any]:

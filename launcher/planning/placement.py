@@ -93,6 +93,20 @@ def decide_workers(
     return Decision(gpus=gpus, num_workers=num_workers, why_cpu=why_cpu)
 
 
+def most_per_host(workers: WorkersSpec, capacity: Capacity | None, decision: Decision) -> int:
+    """Return the largest number of workers on one host, as far as the hosts are known.
+
+    Args:
+        workers: What the description says of them.
+        capacity: See ``decide_workers``.
+        decision: Its result.
+    """
+    if capacity is None:
+        return decision.num_workers
+    fits = capacity.most_on_node(resources_of(workers, decision.gpus))
+    return min(workers.most, fits or workers.most)
+
+
 def why_wait(spec: JobSpec, capacity: Capacity | None, gpus: int) -> str:
     """Return what a run that fits would wait for if it started now; empty: nothing.
 

@@ -28,6 +28,7 @@ from launcher.planning.placement import (
     check_operators,
     decide_workers,
     hint_for,
+    most_per_host,
     places_of,
     resources_of,
     why_wait,
@@ -126,6 +127,8 @@ class Plan:
     """The number of workers at the start; an elastic run may change it."""
     most_shards: int
     """The largest number of shards of a worker; who has how many depends on the hosts."""
+    most_per_host: int
+    """The largest number of workers on one host, as far as the hosts are known."""
     gpus: int
     """GPUs per worker."""
     why_cpu: str
@@ -313,6 +316,7 @@ def decide(description: Description, store: Store, tried: DryRunResult, capacity
         unused_per_epoch=steps.num_samples % steps.global_batch,
         num_workers=num_workers,
         most_shards=math.ceil(spec.train.shards / num_workers),
+        most_per_host=most_per_host(spec.workers, capacity, decision),
         gpus=decision.gpus,
         why_cpu=decision.why_cpu,
         why_wait=why_wait(spec, capacity, decision.gpus),

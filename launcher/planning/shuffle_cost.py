@@ -5,14 +5,16 @@ and micro-batches are looked at is drawn by the seed. No sample is read.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jobs.data.stream_readers import stream_readers, streams_for_one_reader
 from jobs.sampling import StepPlan, draw_key, permute
-from jobs.spec import JobSpec
+from jobs.shard_blocks import shard_blocks
+from jobs.spec import JobSpec, ShuffleSpec
 
 _MICRO_BATCHES = 512
 """The number of micro-batches to draw for the mixing, or fewer."""
@@ -31,12 +33,15 @@ class Order:
     requests: float | None
     """Requests for each sample; of Parquet, row groups. None: the dataset tells no cost, or samples are objects."""
     read: float | None
-    """Bytes read for each byte used; of Parquet, rows."""
+    """Bytes read for each byte used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShufflePlan:
-    """The order of the description, beside a permutation of all samples."""
+    """The order of the description, beside a permutation of all samples.
+
+    Where a number depends on the number of workers or on their hosts, it is the largest.
+    """
 
     own: Order
     full: Order
@@ -46,12 +51,14 @@ class ShufflePlan:
     readers: int
     """Processes that read each block, by ``data.loaders``."""
     streams: int
-    """The number of streams with which one process would read each block."""
-    kept: int | None
-    """About how many bytes of encoded images a process keeps that have been read and wait for their turn; None: it
-    reads no blocks."""
-    kept_row_groups: int = 0
-    """The most bytes of row groups of Parquet that it keeps beside them."""
+    """The fewest streams with which one process would read each block."""
+    kept_bytes: int | None
+    """Encoded images that a process holds until they are used, at the mean size of a sample. None: it reads no
+    blocks."""
+    row_group_bytes: int
+    """Row groups of Parquet that it holds beside them."""
+    processes: int
+    """Processes of a worker that read samples."""
 
 
 def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | None:
@@ -59,20 +66,19 @@ def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | 
     shuffle = steps.shuffle
     if shuffle is None:
         return None
-    loaders, shards = max(1, spec.data.loaders), math.ceil(steps.shards / spec.workers.most)
-    # torch hands micro-batches to its loader processes in turn: step by step, and in each step shard by shard.
-    readers = loaders // math.gcd(loaders, shards * shuffle.streams)
+    num_workers = range(spec.workers.least, spec.workers.most + 1)
+    lengths = sorted({length for num in num_workers for length in _lengths(steps.shards, num)})
+    matched = [stream_readers(length, shuffle.streams, spec.data.loaders) for length in lengths]
     num_steps = min(steps.steps_per_epoch, max(1, _MICRO_BATCHES // steps.shards))
     own_cost = full_cost = _Cost()
     kept, row_groups = None, 0
     if getattr(dataset, "shares_objects", False):
-        own_cost = _cost_in_blocks(dataset, steps, spec.seed, readers)
-        full_cost = _Cost(*_once(dataset, _micro_batches(replace(steps, shuffle=None), spec.seed)))
-        # Full buffers; and of the other blocks that it may keep, what other processes use.
-        in_buffers = shuffle.buffer * shuffle.streams * shards * readers / loaders
-        in_others = shuffle.kept_blocks * shards * shuffle.block - in_buffers
-        kept = round(min(in_buffers + in_others * (1 - 1 / readers), steps.num_samples) * own_cost.size)
-        row_groups = dataset.kept_row_groups
+        full_cost = _cost_of(dataset, _micro_batches(replace(steps, shuffle=None), spec.seed))
+        blocks = {num: _blocks_read(steps, shard_blocks(steps.shards, [num]), spec.data.loaders) for num in num_workers}
+        own_cost = _cost_in_blocks(dataset, steps, spec.seed, max(blocks.values()))
+        most = shuffle.kept_samples * max(each.streams for each in matched) + steps.micro_batch
+        kept = round(min(most, steps.num_samples) * own_cost.size)
+        row_groups = dataset.row_group_bytes
     pairs = steps.num_samples * (steps.num_samples - 1)
     full_meeting = [
         steps.steps_per_epoch * batches * size * (size - 1) / max(1, pairs)
@@ -83,11 +89,18 @@ def plan_shuffle(dataset: Any, steps: StepPlan, spec: JobSpec) -> ShufflePlan | 
         own=_order(own_meeting, own_cost),
         full=_order(full_meeting, full_cost),
         micro_batches=num_steps * steps.shards,
-        readers=readers,
-        streams=loaders // math.gcd(loaders, shards),
-        kept=kept,
-        kept_row_groups=row_groups,
+        readers=max(each.readers for each in matched),
+        streams=streams_for_one_reader(lengths, spec.data.loaders),
+        kept_bytes=kept,
+        row_group_bytes=row_groups,
+        processes=max(1, spec.data.loaders),
     )
+
+
+def _lengths(shards: int, num_workers: int) -> range:
+    """Return how many shards a worker may have, whichever hosts the workers are on, see ``shard_blocks``."""
+    most = math.ceil(shards / num_workers)
+    return range(max(1, shards - most * (num_workers - 1)), most + 1)
 
 
 class _Cost(NamedTuple):
@@ -142,24 +155,48 @@ def _num_pairs(blocks: np.ndarray) -> int:
     return int((counts * (counts - 1)).sum()) // 2
 
 
-def _cost_in_blocks(dataset: Any, steps: StepPlan, seed: int, readers: int) -> _Cost:
-    """Return the cost for processes that read whole blocks.
+def _blocks_read(steps: StepPlan, blocks: Sequence[range], loaders: int) -> float:
+    """Return how many blocks the processes of all workers, of these shards, read in an epoch.
 
     The only reader of a stream reads each of its blocks once. Several readers never use up a block, so they do not keep
     it until the next piece of the stream comes to what it has of the block. A stretch is expected to touch one block
     more than its length less one has, for an epoch begins anywhere in a block.
     """
     assert steps.shuffle is not None
+    shuffle = steps.shuffle
+    streams = [steps.stream(step, 0)[0] for step in range(min(shuffle.streams, steps.steps_per_epoch))]
+    of_readers = dict[int, float]()
+    for readers in {stream_readers(len(block), shuffle.streams, loaders).readers for block in blocks}:
+        stretches = [length for stream in streams for length in (stream.pieces if readers > 1 else [stream.length])]
+        of_shard = sum(1 + (length - 1) / shuffle.block for length in stretches)
+        of_readers[readers] = of_shard * _readers_of_block(readers, shuffle, steps.micro_batch)
+    return sum(
+        len(block) * of_readers[stream_readers(len(block), shuffle.streams, loaders).readers] for block in blocks
+    )
+
+
+def _readers_of_block(readers: int, shuffle: ShuffleSpec, micro_batch: int) -> float:
+    """Return how many of the readers of a stream are expected to get a sample of a block.
+
+    A round takes one from it. Micro-batches of several rounds that follow each other go to all readers in turn; of a
+    micro-batch that is shorter than a round, the one with the sample is drawn.
+    """
+    if micro_batch > shuffle.lanes:
+        return min(readers, 1 + (shuffle.block - 1) * shuffle.lanes / micro_batch)
+    return readers * (1 - (1 - 1 / readers) ** shuffle.block)
+
+
+def _cost_in_blocks(dataset: Any, steps: StepPlan, seed: int, blocks_read: float) -> _Cost:
+    """Return the cost of so many blocks in an epoch."""
+    assert steps.shuffle is not None
     block, num_samples = steps.shuffle.block, steps.num_samples
-    streams = [steps.stream(step, 0)[0] for step in range(min(steps.shuffle.streams, steps.steps_per_epoch))]
-    stretches = [length for stream in streams for length in (stream.pieces if readers > 1 else [stream.length])]
-    blocks_read = readers * steps.shards * sum(1 + (length - 1) / block for length in stretches)
     numbers = _drawn("blocks", seed, max(1, _SAMPLES // block), math.ceil(num_samples / block))
     drawn = [range(number * block, min((number + 1) * block, num_samples)) for number in numbers]
-    requests, read, size = _once(dataset, drawn)
-    samples_read = blocks_read * sum(map(len, drawn)) / len(drawn)
-    used = steps.steps_per_epoch * steps.global_batch
-    return _Cost(requests * samples_read / used, read * samples_read / used, size)
+    requests, read, size = _cost_of(dataset, drawn)
+    assert requests is not None
+    assert read is not None
+    times = blocks_read * sum(map(len, drawn)) / len(drawn) / (steps.steps_per_epoch * steps.global_batch)
+    return _Cost(requests * times, read * times, size)
 
 
 def _micro_batches(steps: StepPlan, seed: int) -> list[list[int]]:
@@ -168,9 +205,7 @@ def _micro_batches(steps: StepPlan, seed: int) -> list[list[int]]:
     return [steps.samples(seed, *divmod(number, steps.shards)).tolist() for number in drawn]
 
 
-def _once(dataset: Any, batches: Iterable["list[int] | range"]) -> tuple[float, float, float]:
-    """Return the values of a ``_Cost`` if each batch is read at once."""
-    own = list(batches)
-    costs, num_samples = [dataset.read_cost(batch) for batch in own], sum(map(len, own))
-    requests, read, used, size = (sum(values) for values in zip(*map(astuple, costs)))
-    return requests / num_samples, read / max(1, used), size / num_samples
+def _cost_of(dataset: Any, batches: Sequence[Sequence[int]]) -> _Cost:
+    """Return the cost if each batch is read once, and all of it is used."""
+    cost, num_samples = dataset.read_cost(batches), sum(map(len, batches))
+    return _Cost(cost.requests / num_samples, cost.read / max(1, cost.used), cost.used / num_samples)

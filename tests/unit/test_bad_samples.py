@@ -1,6 +1,8 @@
 """Samples by their keys: read together, the same bits as one by one, and what comes in place of a bad one."""
 
+import itertools
 import random
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +42,13 @@ class Noise:
 class Fetched(Noise):
     """The same, from samples that are read together."""
 
-    def __init__(self, *bad: int, gone: Sequence[int] = ()) -> None:
+    def __init__(self, *bad: int, gone: Sequence[int] = (), length: int = SAMPLES) -> None:
         super().__init__(*bad)
-        self.gone = gone
+        self.gone, self.length = gone, length
         self.reads: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return self.length
 
     def fetch(self, numbers: Sequence[int]) -> list[bytes | BadSample]:
         self.reads.append(list(numbers))
@@ -80,12 +85,13 @@ def trained(dataset: Any, **options: Any) -> list[LoadedBatch]:
     )  # fmt: skip
 
 
-def validated(dataset: Any, rank: int = 0, world_size: int = 1, **options: Any) -> list[LoadedBatch]:
-    return list(
-        validation_batches(
-            dataset, batch_size=3, seed=SEED, rank=rank, world_size=world_size, loaders=0, device=CPU, **options
-        )
-    )  # fmt: skip
+def validated(
+    dataset: Any, rank: int = 0, world_size: int = 1, most: int | None = None, **options: Any
+) -> list[LoadedBatch]:
+    batches = validation_batches(
+        dataset, batch_size=3, seed=SEED, rank=rank, world_size=world_size, loaders=0, device=CPU, **options
+    )
+    return list(itertools.islice(batches, most))
 
 
 def bits(batches: Sequence[LoadedBatch]) -> list[list[Any]]:
@@ -139,11 +145,46 @@ def test_targets_are_weighed_as_they_are_after_the_replacement() -> None:
     assert [batch.weight for batch in batches] == [float(batch.target.sum()) for batch in batches]
 
 
-def test_where_nothing_is_good_the_run_ends() -> None:
+def test_no_sample_is_tried_twice_in_place_of_a_bad_one() -> None:
+    keyed = KeyedDataset(Noise(), SEED)
+    orders = [[keyed.replacement(key, tried) for tried in range(SAMPLES - 1)] for key in ((0, 3), (1, 3), (0, 0))]
+    assert [sorted(order) for order in orders] == [
+        [number for number in range(SAMPLES) if number != bad] for bad in (3, 3, 0)
+    ]
+    assert orders[0] != orders[1]
+    assert KeyedDataset(Noise(), SEED + 1).replacement((0, 3), 0) != orders[0][0]
+
+
+@pytest.mark.parametrize(
+    ("samples", "tried"), [(1, "there is no other one"), (4, "so are 3 others, tried in"), (200, "so are 100 others, ")]
+)
+def test_where_nothing_is_good_the_run_ends(samples: int, tried: str) -> None:
+    bad = Fetched(gone=range(samples), length=samples)
     with pytest.raises(
-        TrainingError, match=r"^data.train: sample \d+ is bad, and so are 100 others .*; repair the data$"
+        TrainingError, match=rf"^data.train: sample \d+ is bad, and {tried}.*; the last: data/\d+.jpg: is gone; repair"
     ):
-        trained(Noise(*range(SAMPLES)), on_bad_sample="skip")
+        next(
+            training_batches(
+                bad, steps=StepPlan(samples, 1, 1, 1), seed=SEED, block=range(1), start=0, end=1, loaders=0, device=CPU,
+                on_bad_sample="skip",
+            )
+        )  # fmt: skip
+    read = [number for numbers in bad.reads for number in numbers]
+    assert len(set(read)) == len(read) == min(samples, 101)
+
+
+def test_the_keys_of_a_validation_take_no_memory() -> None:
+    class Many(Noise):
+        def __len__(self) -> int:
+            return 500_000
+
+    tracemalloc.start()
+    try:
+        batches = validated(Many(), most=2)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert [batch.target.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_validation_leaves_bad_samples_out_of_batches_that_stay_the_same() -> None:

@@ -141,7 +141,7 @@ def test_blocks_are_read_once_at_a_constant_rate(block: int, buffer: int, stream
             missed += number not in own
             own[number] = None
             own.move_to_end(number)
-            while len(own) > plan.shuffle.kept_blocks // streams:
+            while len(own) > 2 * plan.shuffle.lanes + 4:
                 own.popitem(last=False)
         reads.append(missed)
 

@@ -1068,6 +1068,17 @@ class TestOnAHost:
         fetch_code(run, code.sha256)
         assert (os.listdir(cache), os.listdir(lock.parent)) == ([code.sha256], [code.sha256])
 
+    def test_a_lock_whose_bundle_never_came_or_was_removed_by_hand_goes(self, run, code, cache):
+        fetch_code(run, code.sha256)
+        locks = [cache.parent / "code-in-use" / (digit * 64) for digit in "123"]
+        for lock in locks:
+            lock.touch()
+        for lock in locks[1:]:
+            os.utime(lock, (0, 0))
+        with holding(locks[1]):
+            fetch_code(run, code.sha256)
+        assert [lock.exists() for lock in locks] == [True, True, False], "one is young, and one is in use"
+
     def test_use_renews_a_bundle_and_keeps_it_as_long_as_the_process_lives(self, run, code, cache):
         folder, lock = fetch_code(run, code.sha256), cache.parent / "code-in-use" / code.sha256
         os.utime(lock, (0, 0))
@@ -1118,13 +1129,14 @@ class TestOnAHost:
         umask(0)
         cache.mkdir(parents=True, mode=0o777)
         fetch_code(run, code.sha256)
-        assert cache.stat().st_mode & 0o777 == 0o700
+        assert [folder.stat().st_mode & 0o777 for folder in (cache, cache.parent)] == [0o700] * 2
 
-    def test_a_folder_of_another_user_is_refused(self, run, code, cache):
+    @pytest.mark.parametrize("is_around", [False, True], ids=["itself", "the one around it"])
+    def test_a_folder_of_another_user_is_refused(self, run, code, cache, is_around):
         if os.geteuid() != 0:
             pytest.skip("only root can give a folder away")
         cache.mkdir(parents=True)
-        os.chown(cache, 12345, 12345)
+        os.chown(cache.parent if is_around else cache, 12345, 12345)
         with pytest.raises(StorageError, match="belongs to another user; set XDG_CACHE_HOME"):
             fetch_code(run, code.sha256)
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import pickle
@@ -14,8 +15,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import jobs
+from cluster.errors import StorageError
 from jobs.components.targets import Builder
-from jobs.data import LabelledImages, digits, image_folder, read_image, synthetic_images
+from jobs.data import BadSample, LabelledImages, digits, image_folder, read_image, synthetic_images
 from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
 from launcher.config.description import load
@@ -467,6 +469,21 @@ class TestReadImage:
             ) as error:
                 read_image(path)
             assert "\n" not in str(error.value)
+
+    def test_a_file_that_is_gone_is_bad_and_one_that_this_host_cannot_read_is_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(BadSample, match=r"gone\.jpg: cannot be read, No such file or directory; repair or remove"):
+            read_image(tmp_path / "gone.jpg")
+        with pytest.raises(BadSample, match=r"cannot be read, Is a directory; repair or remove"):
+            read_image(tmp_path)
+
+        def fail(_: Path) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(StorageError, match=r"a\.jpg: cannot be read, Input/output error; check the disk, and who"):
+            read_image(tmp_path / "a.jpg")
 
 
 class TestSyntheticImages:

@@ -1,9 +1,7 @@
-"""The parts of ``launcher data``: documents from indexes and labels, equal content, what is kept, the contact sheet."""
+"""The parts of ``launcher data``: documents from indexes and labels, equal content, the contact sheet."""
 
 import hashlib
 import io
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster.errors import DescriptionError, StorageError
+from cluster.errors import DescriptionError
 from jobs.data.loader import training_batches
 from jobs.images.decoding import BadSample
 from jobs.images.index import Index, IndexBuilder, Source
@@ -25,18 +23,11 @@ from jobs.spec import JobSpec
 from launcher.config.description import parse
 from launcher.display.contact_sheet import draw_sheet
 from launcher.display.data_text import data_text
-from launcher.inspecting import readers, reading_process
 from launcher.inspecting.duplicates import HashedDataset, find_duplicates
-from launcher.inspecting.reading_process import verify_samples
 from launcher.inspecting.sheet import make_sheet, to_pixels
 from launcher.inspecting.summary import InspectedImage, summarise_index, summarise_labels
-from launcher.inspecting.verified_file import RECORD, VerifiedFile
+from launcher.inspecting.verified_file import RECORD
 from launcher.planning.built_index import place_of
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def make_index(folder: Path, labels: Sequence[int], classes: Sequence[str] = ("cat", "dog"), size: int = 5) -> Index:
@@ -55,8 +46,8 @@ class TestSummary:
         inspected = [
             InspectedImage(1, 100, ImageFacts("JPEG", "RGB", 10, 20, 1, 1)),
             InspectedImage(2, 300, ImageFacts("JPEG", "L", 30, 40, 1, 6)),
-            InspectedImage(3, 200, ImageFacts("GIF", "P", 20, 20, 5, 1), "s3://bucket/images/3.jpg: is torn; mend it"),
-            InspectedImage(4, 9, None, "s3://bucket/images/4.jpg: is gone; restore it"),
+            InspectedImage(3, 200, ImageFacts("GIF", "P", 20, 20, 5, 1), "is torn; mend it"),
+            InspectedImage(4, 9, None, "is gone; restore it"),
         ]
         document = summarise_index(index, np.array([1, 2, 3, 4]), inspected)
         assert document["source"] == {
@@ -100,8 +91,8 @@ class TestSummary:
         assert summarise_labels(labels, None) == {"classes": None, "imbalance": None, "targets": None}
 
 
-def record(number: int, content: bytes) -> tuple[int, bytes]:
-    return number, hashlib.sha256(content).digest()
+def record(number: int, content: bytes) -> tuple[int, bytes, int, int]:
+    return number, hashlib.sha256(content).digest(), 1, 0
 
 
 class TestDuplicates:
@@ -146,89 +137,9 @@ class TestDuplicates:
 
     def test_zero_bytes_at_the_end_of_a_digest_are_kept(self, tmp_path: Path) -> None:
         digest = bytes(range(1, 31)) + b"\0\0"
-        whole = np.array([(0, digest), (1, digest)], RECORD)
+        whole = np.array([(0, digest, 1, 0), (1, digest, 1, 0)], RECORD)
         found = find_duplicates({"train": HashedDataset(make_index(tmp_path, [0, 0]), np.arange(2), whole)})
         assert found["list"][0]["sha256"] == digest.hex()
-
-
-class TestVerifiedFile:
-    def test_what_it_keeps_is_there_again(self) -> None:
-        first = VerifiedFile("ab")
-        first.add(np.array([record(5, b"x")], RECORD))
-        first.close()
-        again = VerifiedFile("ab")
-        again.add(np.array([record(6, b"y"), record(7, b"z")], RECORD))
-        assert again.records().tolist() == [record(5, b"x"), record(6, b"y"), record(7, b"z")]
-        again.remove()
-        again.close()
-        assert len(VerifiedFile("ab").records()) == 0
-
-    def test_what_a_full_disk_has_cut_is_dropped(self, tmp_path: Path) -> None:
-        first = VerifiedFile("ab")
-        first.add(np.array([record(5, b"x"), record(6, b"y")], RECORD))
-        first.close()
-        os.truncate(tmp_path / "cache" / "launcher" / "verified" / "ab", RECORD.itemsize + 3)
-        again = VerifiedFile("ab")
-        again.add(np.array([record(7, b"z")], RECORD))
-        assert again.records()["number"].tolist() == [5, 7]
-
-    def test_another_command_is_refused(self) -> None:
-        held = VerifiedFile("ab")
-        with pytest.raises(StorageError, match="another command verifies the same samples; wait for its end"):
-            VerifiedFile("ab")
-        held.close()
-        VerifiedFile("ab").close()
-
-    def test_what_nobody_goes_on_with_is_removed(self, tmp_path: Path) -> None:
-        VerifiedFile("old").close()
-        VerifiedFile("new").close()
-        folder = tmp_path / "cache" / "launcher" / "verified"
-        os.utime(folder / "old", (0, time.time() - 31 * 24 * 3600))
-        VerifiedFile("other").close()
-        assert sorted(path.name for path in folder.iterdir()) == ["new", "other"]
-
-
-def jpeg(shade: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, shade, shade)).save(content, "JPEG")
-    return content.getvalue()
-
-
-class TestVerification:
-    def test_of_samples(self, tmp_path: Path) -> None:
-        index = make_index(tmp_path, [0, 0, 0])
-        contents = {0: jpeg(0), 1: b"no image", 2: BadSample(f"{index.url_of(2)}: is gone; restore it")}
-
-        def read(_: Index, numbers: Sequence[int]) -> list[bytes | BadSample]:
-            return [contents[number] for number in numbers]
-
-        verified = verify_samples(index, read, np.arange(3))
-        assert verified.whole.tolist() == [record(0, jpeg(0))]
-        assert list(verified.broken) == [1, 2]
-        assert verified.broken[1].startswith("s3://bucket/images/1.jpg: cannot be decoded")
-        assert verified.broken[2] == "s3://bucket/images/2.jpg: is gone; restore it"
-
-    def test_large_images_are_not_held_together(self, tmp_path: Path) -> None:
-        at_once = []
-
-        def read(_: Index, numbers: Sequence[int]) -> list[bytes | BadSample]:
-            at_once.append(list(numbers))
-            return [jpeg(number) for number in numbers]
-
-        third = reading_process.BYTES_AT_ONCE // 3
-        verify_samples(make_index(tmp_path, [0] * 7, size=third), read, np.arange(7))
-        verify_samples(make_index(tmp_path, [0] * 2, size=4 * third), read, np.arange(2))
-        verify_samples(make_index(tmp_path, [0] * 7, size=-1), read, np.arange(7))
-        assert at_once == [[0, 1, 2], [3, 4, 5], [6], [0], [1], [*range(7)]]
-
-
-@pytest.mark.parametrize("num_samples", [0, 1, 64, 65, 5_000, 100_000])
-@pytest.mark.parametrize("num_processes", [1, 3, 64])
-def test_every_sample_is_in_one_stretch_of_neighbours(num_samples: int, num_processes: int) -> None:
-    stretches = readers.stretches(np.arange(num_samples), num_processes)
-    assert np.array_equal(np.concatenate([np.arange(0), *stretches]), np.arange(num_samples))
-    assert all(len(each) % readers.SAMPLES_AT_ONCE == 0 for each in list(stretches)[:-1])
-    assert max(map(len, stretches), default=0) <= 1024
 
 
 SPEC = """\

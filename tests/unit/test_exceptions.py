@@ -255,11 +255,16 @@ class WorseSample(BadSample):
     pass
 
 
+class OddStoreError(StorageError):
+    pass
+
+
 @pytest.mark.parametrize(
     ("raised", "arrives"),
     [
         (MissingObject("s3://bucket/data: holds no a.jpg"), StorageError("s3://bucket/data: holds no a.jpg")),
         (BadSample("a.jpg: is gone"), BadSample("a.jpg: is gone")),
+        (BadSample("is gone", "a.jpg"), BadSample("is gone", "a.jpg")),
         (WorseSample("a.jpg: is gone"), BadSample("a.jpg: is gone")),
         (OSError(errno.ENOENT, "No such file", "a.jpg"), FileNotFoundError(errno.ENOENT, "No such file", "a.jpg")),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), OSError(errno.ENOMEM, "Cannot allocate memory")),
@@ -276,7 +281,28 @@ def test_an_error_of_a_loader_process_arrives_with_its_type_and_text(raised: Exc
     except Exception as error:
         arrived = of_loader(error)
     assert (type(arrived), str(arrived)) == (type(arrives), str(arrives))
-    assert getattr(arrived, "errno", None) == getattr(raised, "errno", None)
+    for name in ("errno", "url", "problem"):
+        assert getattr(arrived, name, None) == getattr(raised, name, None)
+
+
+def test_a_bad_sample_has_its_url_and_its_problem_apart() -> None:
+    url, problem = "s3://b/evil  two\n/\udcff: x.jpg", "is gone;  restore it"
+    for error in (BadSample(problem, url), pickle.loads(pickle.dumps(BadSample(problem, url)))):  # noqa: S301
+        assert (error.url, error.problem, str(error)) == (url, problem, f"{url}: {problem}")
+    plain = pickle.loads(pickle.dumps(WorseSample("a.jpg: is gone")))  # noqa: S301
+    assert (type(plain), plain.url, plain.problem) == (WorseSample, "", "a.jpg: is gone")
+
+
+@pytest.mark.parametrize("kind", [BadSample, StorageError, MissingObject, OddStoreError, KeyError])
+def test_an_error_of_a_loader_process_says_that_it_is_one(kind: type[Exception]) -> None:
+    """So its text is not searched for what a GPU says."""
+    try:
+        raise kind("CUDA error: no such kernel is available")
+    except Exception as error:
+        arrived = of_loader(error)
+    assert is_from_loader(arrived)
+    assert "raise kind(" in "".join(arrived.__notes__)
+    assert failure_causes.gpu_error_of(arrived) is None
 
 
 def test_an_error_of_a_loader_process_brings_its_traceback() -> None:
@@ -284,7 +310,6 @@ def test_an_error_of_a_loader_process_brings_its_traceback() -> None:
         int("bad")
     except ValueError as error:
         arrived = of_loader(error)
-    assert is_from_loader(arrived)
     told = error_of(raising(arrived))
     assert str(told) == "ValueError: invalid literal for int() with base 10: 'bad'"
     assert 'int("bad")' in told.traceback

@@ -5,6 +5,7 @@ import io
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jobs.images.inspection import ImageFacts, inspect_image
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 RGB = Image.fromarray(PIXELS)
 URL = "s3://bucket/a.jpg"
+Read = Callable[[bytes, str], object]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -68,6 +70,50 @@ def test_a_header_says_it(content: bytes, expected: ImageFacts) -> None:
 def test_what_is_no_image_is_named(content: bytes) -> None:
     with pytest.raises(BadSample, match=f"^{URL}: cannot be decoded, .+; repair or remove the file$"):
         inspect_image(content, URL)
+
+
+@pytest.mark.parametrize("read", [inspect_image, decode_image])
+class TestWhatIsBadFollowsFromTheFileAlone:
+    def test_any_exception_of_a_decoder_names_the_file(self, read: Read) -> None:
+        """A SPIDER header that is damaged is an AttributeError of Pillow's."""
+        header = bytearray(encoded(RGB.convert("F"), "SPIDER"))
+        header[26 * 4 : 27 * 4] = struct.pack("f", 1)
+        with pytest.raises(BadSample, match=f"^{URL}: cannot be decoded, AttributeError: .* 'stkoffset'; repair or"):
+            read(bytes(header), URL)
+
+    @pytest.mark.parametrize("size", [(2**26, 1), (1, 2**26)])
+    def test_what_is_too_long_for_a_decoder_is_refused_before(self, read: Read, size: tuple[int, int]) -> None:
+        """It is no bomb, but its decoder would raise a MemoryError."""
+        header = b"qoif" + struct.pack(">II", *size) + bytes([4, 0])
+        with pytest.raises(BadSample, match=f"^{URL}: has {size[0]:,} x {size[1]:,} pixels, and at most 33,554,423 "):
+            read(header, URL)
+
+    @pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+    def test_a_lack_of_memory_names_the_file_and_does_not_make_it_bad(
+        self, read: Read, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: Image.Image) -> Image.Exif:
+            raise error
+
+        monkeypatch.setattr(Image.Image, "getexif", fail)
+        with pytest.raises(MemoryError, match=f"^{URL}: too little memory to decode it; "):
+            read(encoded(RGB, "JPEG"), URL)
+
+    def test_its_text_is_the_same_in_every_process(self, read: Read) -> None:
+        texts = []
+        for content in (b"no image", bytearray(b"no image")):
+            with pytest.raises(BadSample) as caught:
+                read(bytes(content), URL)
+            texts.append(str(caught.value))
+        assert texts == [f"{URL}: cannot be decoded, it has no header of an image that Pillow knows; repair or remove "
+                         "the file"] * 2  # fmt: skip
+
+
+def test_what_a_program_of_the_host_would_draw_is_bad_on_all_hosts() -> None:
+    content = encoded(RGB, "EPS")
+    assert inspect_image(content, URL).format == "EPS"
+    with pytest.raises(BadSample, match=f"^{URL}: must hold pixels, got EPS, which a program draws; convert the file$"):
+        decode_image(content, URL)
 
 
 def test_a_header_can_be_whole_when_the_pixels_are_not() -> None:

@@ -418,7 +418,7 @@ class TestReading:
         assert len(ranges) == 3
 
     def test_many_groups_are_read_in_portions(self, path, monkeypatch):
-        monkeypatch.setattr(row_groups, "_AT_ONCE", 700_000)
+        monkeypatch.setattr(row_groups, "AT_ONCE_BYTES", 700_000)
         portions = []
         read = Store.read_ranges
         monkeypatch.setattr(Store, "read_ranges", lambda self, own: portions.append(len(own)) or read(self, own))

@@ -9,7 +9,7 @@ import pytest
 from cluster.capacity import Capacity, Node, NodeGroup, node_resources
 from cluster.errors import DescriptionError
 from jobs.spec import JobSpec, TrainSpec, WorkersSpec
-from launcher.planning.placement import Decision, decide_workers, why_wait
+from launcher.planning.placement import Decision, decide_workers, most_per_host, why_wait
 from tests.specs import bare_job
 
 
@@ -71,6 +71,23 @@ def test_this_machine_says_it_only_where_it_has_a_gpu() -> None:
     assert decide(None, gpus_here=2) == Decision(gpus=1, num_workers=2, why_cpu="")
     assert decide(None, gpus_here=1).why_cpu.startswith("this machine has 1 GPU for 2 workers: ")
     assert decide(None, gpus_here=1, num=(1, 4)) == Decision(gpus=1, num_workers=1, why_cpu="")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "most"),
+    [
+        (None, 2),
+        (Capacity(nodes=[node(2.0), node(3.0)], limits=None), 3),
+        (Capacity(nodes=[node(), node()], limits=None), 4),
+        (Capacity(nodes=[], limits={"CPU": 32.0}, groups=(NodeGroup(most=9, resources={"CPU": 2.0}),)), 2),
+        (Capacity(nodes=[], limits={"CPU": 32.0}), 4),
+    ],
+    ids=["this machine", "the larger node", "all on one", "a declared node", "unknown nodes"],
+)
+def test_the_most_workers_of_a_host(capacity: Capacity | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.planning.placement.num_cores", lambda: 2)
+    spec = job(num=(1, 4), cpus=1.0, gpus=0)
+    assert most_per_host(spec.workers, capacity, decide_workers(spec, capacity, gpus_here=0)) == most
 
 
 def test_nothing_is_said_where_cpus_are_written() -> None:

@@ -254,12 +254,20 @@ def test_on_a_fast_store_the_status_is_sign_enough(record: RunLog) -> None:
     assert sum(call.startswith("write /run/drivers/") for _, call in SlowFileSystem.calls) == 2, "the claim, the status"
 
 
-def test_a_bad_sample_is_told_once_by_all_drivers_of_a_run(run: RunDirectory, record: RunLog) -> None:
+def test_a_bad_sample_is_told_once_by_all_drivers_of_a_run(
+    run: RunDirectory, record: RunLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def of_epoch(epoch: int, number: int = 3) -> SampleSkipped:
         return SampleSkipped("train", epoch, number, f"data/{number}.jpg: is gone")
 
+    warned = list[str]()
+    monkeypatch.setattr(record.display, "warn", warned.append)
     for epoch in (0, 1):
         record.sample_skipped(of_epoch(epoch))
+    assert warned == [
+        "data.train: sample 3 is bad and skipped: data/3.jpg: is gone; launcher status counts such samples, and "
+        "events.jsonl in the run directory lists them"
+    ]
     list(record.write())
     (event,) = [event for event in run.events().read() if event["kind"] == "sample_skipped"]
     assert (event["split"], event["epoch"], event["number"], event["reason"]) == ("train", 0, 3, "data/3.jpg: is gone")

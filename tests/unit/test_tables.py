@@ -188,8 +188,8 @@ class TestSummary:
 class TestPlan:
     PLAN = Plan(
         run="s3://bucket/runs/run", num_samples=640, num_val_samples=0, micro_batch=16, steps_per_epoch=10,
-        total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, gpus=0, why_cpu="",
-        why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
+        total_steps=10, end_step=10, unused_per_epoch=0, num_workers=2, most_shards=2, most_per_host=2, gpus=0,
+        why_cpu="", why_wait="", groups=(), parameters=10, checkpoint_bytes=100, memory=MEMORY, trial_samples=16,
         trial_loss=1.0, data_fingerprint="ab", rates=(), init_from=None, hint="", indexes=(), shuffle=None,
     )  # fmt: skip
 
@@ -203,29 +203,39 @@ class TestPlan:
         shuffle = ShuffleSpec(block=64, buffer=4096)
         own = Order(meet_in_micro_batch=0.0157, meet_in_step=0.01571, requests=0.01749, read=1.0314)
         full = Order(meet_in_micro_batch=1e-5, meet_in_step=8e-5, requests=1.0, read=1.0)
-        planned = ShufflePlan(own=own, full=full, micro_batches=512, readers=1, streams=1, kept=3 * 2**19)
+        planned = ShufflePlan(
+            own=own, full=full, micro_batches=512, readers=1, streams=1, kept_bytes=3 * 2**19, row_group_bytes=0,
+            processes=1,
+        )  # fmt: skip
 
-        def facts(planned: ShufflePlan) -> list[str]:
+        def facts(planned: ShufflePlan, most_per_host: int = 1) -> list[str]:
             spec = replace(bare_job(), data=replace(bare_job().data, shuffle=shuffle))
-            text = plan_text(spec, replace(self.PLAN, shuffle=planned))
-            return [line for line in text.splitlines() if line.startswith(("order", "reads"))]
+            text = plan_text(spec, replace(self.PLAN, shuffle=planned, most_per_host=most_per_host))
+            return [line for line in text.splitlines() if line.startswith(("order", "reads", "keeps"))]
 
         assert facts(planned) == [
             "order       blocks of 64 in buffers of 4,096; of neighbours, 1.6% meet in a micro-batch and 1.6% in a "
             "step (in 512 that were drawn), with a full shuffle 0.001% and 0.008%",
-            "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1; "
-            "each process keeps about 1.5 MiB of images until their turn",
+            "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1",
+            "keeps       up to 1.5 MiB of images until they are used in a process that reads samples",
         ]
-        assert facts(replace(planned, kept_row_groups=2**28))[1].endswith(
-            "1.5 MiB of images until their turn, and up to 256 MiB of row groups"
+        assert facts(replace(planned, row_group_bytes=2**28, processes=4), most_per_host=8)[2] == (
+            "keeps       up to 1.5 MiB of images until they are used and 256 MiB of row groups in a process that reads "
+            "samples, 32 of them on a host 8,240 MiB"
         )
         assert facts(replace(planned, readers=4, streams=4))[1].endswith(
-            "until their turn; 4 loader processes read each block, or one with data.shuffle.streams: 4"
+            "1 and 1; up to 4 loader processes read each block, or one with data.shuffle.streams: 4"
         )
-        by_themselves = replace(planned, own=replace(own, requests=None, read=None), kept=None)
-        assert facts(by_themselves)[1] == (
+        odd = Order(meet_in_micro_batch=1.0, meet_in_step=0.997, requests=1.2e-5, read=1234.5)
+        assert facts(replace(planned, own=odd))[:2] == [
+            "order       blocks of 64 in buffers of 4,096; of neighbours, 100% meet in a micro-batch and 100% in a "
+            "step (in 512 that were drawn), with a full shuffle 0.001% and 0.008%",
+            "reads       0.000012 requests a sample and 1,230 bytes for each byte used, with a full shuffle 1 and 1",
+        ]
+        by_themselves = replace(planned, own=replace(own, requests=None, read=None), kept_bytes=None)
+        assert facts(by_themselves)[1:] == [
             "reads       each sample by itself, as with a full shuffle: the dataset reads no blocks"
-        )
+        ]
         assert not any(line.startswith(("order", "reads")) for line in plan_text(bare_job(), self.PLAN).splitlines())
 
     def test_what_would_make_it_faster(self) -> None:
