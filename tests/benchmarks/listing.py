@@ -6,8 +6,8 @@ the index is open, the MiB by which the peak of the process has grown (VmHWM) si
 the MiB of the index. The last line is JSON.
 
 Results: s3fs 2026.9, Arrow's mimalloc, 2 slow cores that the server shares, answers of 20 ms, n=1: ``flat`` 70 s and
-383 MiB, ``classes`` 43 s and 392 MiB, for an index of 121 MiB. With ``ls`` of s3fs it was 185 s and 1,494 MiB, 175 s and
-522 MiB.
+383 MiB, ``classes`` 43 s and 392 MiB, for an index of 121 MiB. With ``ls`` of s3fs it was 185 s and 1,494 MiB, and
+175 s and 522 MiB.
 """
 
 import argparse
