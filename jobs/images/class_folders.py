@@ -183,10 +183,11 @@ def _entries(
     """Yields the name and kind of everything in a folder that may be data, sorted by name."""
     try:
         with os.scandir(folder) as listed:
-            entries = sorted(listed, key=lambda entry: entry.name)
+            entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be read, {error.strerror}; correct that, or exclude its class") from error
-    for entry in entries:
+    while entries:
+        entry = entries.pop()  # which keeps what it knows of the file
         name = entry.name
         reason = reason_to_pass(name, exclude)
         if reason is not None:

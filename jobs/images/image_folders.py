@@ -160,8 +160,9 @@ def _add(builder: IndexBuilder, labels: Mapping[str, int], found: Iterable[tuple
             waiting.clear()
 
     for class_name, images in found:
-        waiting += [(image.name, image.size, image.version, labels[class_name]) for image in images]
-        if len(waiting) >= _ADDED_AT_ONCE:
-            add()
+        for image in images:
+            waiting.append((image.name, image.size, image.version, labels[class_name]))
+            if len(waiting) == _ADDED_AT_ONCE:
+                add()
     add()
     builder.sort_files(first)

@@ -4,6 +4,10 @@ Each arm is a fresh process that builds the index of 10**6 images, in one folder
 from a server in another process that answers S3's listings and holds no images. Reported for each: the seconds until
 the index is open, the MiB by which the peak of the process has grown (VmHWM) since it had imported what it needs, and
 the MiB of the index. The last line is JSON.
+
+Results: s3fs 2026.9, Arrow's mimalloc, 2 slow cores that the server shares, answers of 20 ms, n=1: ``flat`` 70 s and
+383 MiB, ``classes`` 43 s and 392 MiB, for an index of 121 MiB. With ``ls`` of s3fs it was 185 s and 1,494 MiB, and
+175 s and 522 MiB.
 """
 
 import argparse
