@@ -64,9 +64,14 @@ def result_within(seconds: float, started: Started[T]) -> T:
     except TimeoutError:
         if started.done():  # the call itself raised TimeoutError, or has just ended
             return started.result()
-        raise OverrunError(f"no answer within {seconds:.3g} s") from None
+        raise OverrunError(f"no answer within {in_seconds(seconds)}") from None
     finally:
         started.is_awaited = False
+
+
+def in_seconds(duration: float) -> str:
+    """Returns a duration for people, with three digits and no exponent: ``0.25 s``, ``1230 s``."""
+    return f"{float(f'{duration:.3g}'):g} s"
 
 
 def is_awaited() -> bool:

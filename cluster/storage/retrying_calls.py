@@ -14,7 +14,7 @@ from typing import TypeVar
 import fsspec
 
 from cluster.errors import StorageError
-from cluster.storage.deadline import OverrunError, Started, result_within, start
+from cluster.storage.deadline import OverrunError, Started, in_seconds, result_within, start
 from cluster.storage.file_systems import Location
 from cluster.storage.store_errors import advice, cause, is_permanent, reason
 
@@ -148,5 +148,5 @@ class RetryingCalls:
             raise
 
     def _failure(self, action: str, error: Exception, waited_s: float) -> StorageError:
-        tried = f", tried for {waited_s:.3g} s" if waited_s else ""
+        tried = f", tried for {in_seconds(waited_s)}" if waited_s else ""
         return StorageError(f"{self._location.url}: cannot {action}: {reason(error)}{tried}; {advice(error)}")

@@ -135,6 +135,8 @@ def _parsed(name: str, size: int, tail: bytes | MissingObject) -> Footer | str:
     try:
         metadata = pq.read_metadata(pa.BufferReader(tail))
         return Footer(name, size, metadata, metadata.schema.to_arrow_schema())
+    except MemoryError as error:
+        raise _lack_of_memory(name) from error
     except (pa.ArrowException, OSError) as error:
         return f"cannot be read as Parquet, {one_line(error)}; repair or remove it"
 
@@ -149,6 +151,7 @@ def decode_chunks(footer: Footer, group: int, chunks: Mapping[str, bytes]) -> "p
 
     Raises:
         ValueError: They are damaged; it says how, to follow a URL and a comma.
+        MemoryError: This host has too little memory; the message names the file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -159,6 +162,8 @@ def decode_chunks(footer: Footer, group: int, chunks: Mapping[str, bytes]) -> "p
         with pq.ParquetFile(file, metadata=footer.metadata, pre_buffer=False) as parquet:
             table = parquet.read_row_group(group, columns=list(chunks), use_threads=False)
         table.validate(full=True)  # text that is not UTF-8, for one
+    except MemoryError as error:
+        raise _lack_of_memory(footer.name) from error
     except (pa.ArrowException, OSError) as error:
         raise ValueError(one_line(error)) from error
     return table
@@ -208,6 +213,11 @@ def read_columns(
         done(sum(footers[number].rows_in(group) for number, group, _ in portion))
     empty = [footer.schema.empty_table().select(list(columns)) for footer in footers]
     return [pa.concat_tables(own) if own else none for own, none in zip(tables, empty)]
+
+
+def _lack_of_memory(name: str) -> MemoryError:
+    """Returns the error for a lack of memory, of which Arrow has an exception of its own: no file is bad for it."""
+    return MemoryError(f"{name}: too little memory to decode it; give the process more, or remove the file")
 
 
 def check_columns(url: str, columns: Sequence[str], known: Sequence[str]) -> None:

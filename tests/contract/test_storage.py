@@ -30,6 +30,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
 from cluster.storage import retrying_calls
+from cluster.storage.deadline import in_seconds
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import ByteRange, MissingObject, Store
 from tests import stores
@@ -976,6 +977,18 @@ def test_a_passing_error_is_met_with_patience(flaky, error):
     with pytest.raises(StorageError, match="flaky://a: cannot write b: "):
         Store("flaky://a", patience_s=0).write("b", b"1")
     assert FlakyFileSystem.writes == 4
+
+
+def test_how_long_it_tried_is_told_without_an_exponent(flaky):
+    flaky(itertools.repeat(ConnectionResetError("reset")))
+    pauses: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append)
+    with (
+        mock.patch.object(retrying_calls, "time", clock),
+        pytest.raises(StorageError, match="cannot write b: reset, tried for 1800 s; check the URL"),
+    ):
+        Store("flaky://a", patience_s=1800.0).write("b", b"1")
+    assert [in_seconds(duration) for duration in (0.2, 20.0, 1234.5)] == ["0.2 s", "20 s", "1230 s"]
 
 
 def test_tries_go_on_until_patience_ends_with_pauses_that_grow(flaky):

@@ -417,6 +417,17 @@ class TestReading:
         assert [read(index, [n]) for n in (0, 1, 2, 25)] == [[noise(0)], [noise(1)], [noise(2)], [noise(25)]]
         assert len(ranges) == 3
 
+    @pytest.mark.parametrize("name", ["read_row_group", "read_metadata"])
+    def test_a_lack_of_memory_names_the_file_and_does_not_make_it_bad(self, path, name, monkeypatch):
+        dataset = parquet_images(path)
+
+        def fail(*_, **__):
+            raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+        monkeypatch.setattr(pq.ParquetFile if name == "read_row_group" else pq, name, fail)
+        with pytest.raises(MemoryError, match=rf"^{path.name}: too little memory to decode it; give"):
+            dataset.fetch([0])
+
     def test_many_groups_are_read_in_portions(self, path, monkeypatch):
         monkeypatch.setattr(row_groups, "AT_ONCE_BYTES", 700_000)
         portions = []
