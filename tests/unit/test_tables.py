@@ -220,8 +220,8 @@ class TestPlan:
             "keeps       in a process that reads samples, up to 1.5 MiB of images until they are used",
         ]
         assert facts(replace(planned, row_group_bytes=2**28, processes=4), most_per_host=8)[2] == (
-            "keeps       in a process that reads samples, up to 1.5 MiB of images until they are used and 256 MiB of row "
-            "groups; in the 32 on a host, 8,240 MiB"
+            "keeps       in a process that reads samples, up to 1.5 MiB of images until they are used and 256 MiB of "
+            "row groups; in the 32 on a host, 8,240 MiB"
         )
         assert facts(replace(planned, readers=4, streams=4))[1].endswith(
             "1 and 1; up to 4 loader processes read each block, or one with data.shuffle.streams: 4"
