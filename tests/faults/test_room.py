@@ -13,6 +13,7 @@ from tests.e2e.command import JOBS, LIMIT_S, Ended, Running, events, launcher
 from tests.faults.hosts import NETWORK_INTERFACE, Host
 from tests.faults.injection import Fault, fired, release
 from tests.faults.planned import bits, undisturbed
+from tests.shards import write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,22 @@ while all(group["state"] != "PENDING" for group in ray.util.placement_group_tabl
     time.sleep(0.1)
 """
 )
+IMPATIENT = """
+from torch import nn
+
+import jobs.data
+from jobs.images import listing_progress
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 16 * 20, 4))
+
+
+def shards(urls):
+    listing_progress._INTERVAL_S = 0.0
+    return jobs.data.tar_shards(urls)
+"""
 SHOW_NODES = ON_CLUSTER + "\nprint(*[node['NodeID'] for node in ray.nodes() if node['Alive']])\n"
 
 
@@ -46,6 +63,23 @@ def begin(head: Host, home: Path, name: str, *words: object) -> Running:
 def ask(head: Host, script: str, cwd: Path) -> str:
     command = head.command([sys.executable, "-c", script, head.ray_address], cwd)
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout
+
+
+def assert_listing_is_told(head: Host, folder: Path) -> None:
+    """A dry run on a node tells of its progress while it lists the data; here without waiting for the usual time."""
+    write_shards(folder / "shards")
+    (folder / "mine.py").write_text(IMPATIENT)
+    description = {
+        "name": "images", "store": str(folder / "runs"), "model": {"_target_": "mine.Net"},
+        "data": {"train": {"_target_": "mine.shards", "urls": str(folder / "shards")}},
+        "loss": "CrossEntropyLoss", "optimizer": {"_target_": "SGD", "lr": 0.01},
+        "train": {"global_batch": 4, "shards": 2}, "workers": {"cpus": 1},
+    }  # fmt: skip
+    (folder / "images.yaml").write_text(json.dumps(description))
+    command = ["plan", "images.yaml", "--cluster", head.ray_address]
+    planned = Running(command, folder, lambda line: head.command(line, folder), on_ray=True).wait()
+    assert planned.exit_code == 0, planned.stderr
+    assert f": listing {folder / 'shards'}: 15 samples, " in planned.stderr
 
 
 def assert_undisturbed(ended: Ended, run: Path) -> None:
@@ -63,6 +97,7 @@ def test_a_cluster_that_is_shared(make_hosts, tmp_path: Path, make_plan) -> None
         host.start_ray(of, num_cpus=2)
     for host in two:
         host.wait_for_ray()
+    assert_listing_is_told(head, tmp_path)
     refused = begin(head, tmp_path, "refused", "workers.accelerator=H100").wait()
     assert refused.exit_code == 2, refused.stderr
     assert "so many workers of 1 CPU, H100 fit on its 2 nodes, got 2" in refused.stderr
