@@ -104,6 +104,16 @@ class StoreContract:
             store.read(name)
         assert str(caught.value).startswith(f"{store.url}: ")
 
+    def test_a_fingerprint_changes_with_the_content(self, store):
+        for name, content in (("a", b"1"), ("below/b", b"2")):
+            store.write(name, content)
+        before = store.fingerprints(["below/b", "a", "c"])
+        assert store.fingerprints(["below/b", "a", "c"]) == before
+        assert (all(before[:2]), before[2]) == (True, "")
+        store.write("a", b"10")
+        after = store.fingerprints(["below/b", "a"])
+        assert (after[0], after[1] == before[1]) == (before[0], False)
+
     def test_existence_follows_write_and_delete(self, store):
         assert not store.exists("a/b")
         store.write("a/b", b"1")

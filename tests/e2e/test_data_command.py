@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launcher.inspecting.readers import SAMPLES_AT_ONCE
+from launcher.inspecting.parts import SAMPLES_AT_ONCE
 from launcher.inspecting.verified_file import RECORD
 from tests.e2e.command import Ended, Running, launcher
 from tests.images import make_image_folder
@@ -22,6 +22,8 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+
+import torch
 
 import jobs.data
 from cluster.errors import StorageError
@@ -53,14 +55,28 @@ def labelled(length):
     return Labelled(length)
 
 
+def rounded(length, listed):
+    dataset = Labelled(length)
+    dataset.targets = torch.arange(listed).to(torch.bfloat16) / 2
+    return dataset
+
+
+class Away:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, number):
+        raise StorageError("s3://bucket: does not answer; look there")
+
+
 class Labelled:
     classes = ["even", "odd", "never"]
 
     def __init__(self, length):
-        self.targets = [number % 2 for number in range(length)]
+        self.length, self.targets = length, [number % 2 for number in range(length)]
 
     def __len__(self):
-        return len(self.targets)
+        return self.length
 
     def __getitem__(self, number):
         if number == 3:
@@ -159,7 +175,7 @@ def test_an_interrupted_verification_goes_on(home: Path) -> None:
     assert verified["resumed"] == SAMPLES_AT_ONCE
     assert verified["datasets"]["train"]["samples"] == NUM_IMAGES
     assert [each["url"] for each in verified["datasets"]["train"]["broken"]] == [str(broken)]
-    assert f"verifying  {SAMPLES_AT_ONCE}/{NUM_IMAGES} images" in ended.stderr
+    assert verified["resumed_since"] is not None
     assert kept_files(home) == [], "the next verification reads all"
 
 
@@ -232,6 +248,36 @@ def test_data_of_ones_own(home: Path) -> None:
     ended = data(home, *own, "--verify")
     assert ended.exit_code == 2
     assert "--verify and --duplicates" in ended.stderr
+
+    rounded = [
+        f"data.{split}={{_target_: mine.rounded, length: 9, listed: {listed}}}"
+        for split, listed in (("train", 9), ("val", 8))
+    ]
+    whole, short = data(home, *rounded, "--json").document["datasets"].values()
+    assert (whole["targets"]["type"], whole["targets"]["max"], whole["unused_targets"]) == ("float32", 4.0, None)
+    assert (short["targets"], short["classes"], short["unused_targets"]) == (None, None, 8)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--sheet", "a.png"]])
+def test_a_store_that_does_not_answer_is_said(home: Path, arguments: list[str]) -> None:
+    ended = data(home, "data.train={_target_: mine.Away}", "data.val=null", *arguments)
+    assert (ended.exit_code, ended.stdout) == (4, "")
+    assert "s3://bucket: does not answer; look there" in ended.stderr.splitlines()[-1]
+
+
+def test_what_the_sheet_finds_broken_counts(home: Path) -> None:
+    images = home / "images" / "train"
+    (images / "class_001").rename(images / "class  one")
+    for path in images.glob("*/*.jpg"):
+        path.write_bytes(b"no image")
+    ended = data(home, "--split", "train", "--sample", 1, "--sheet", "a.png", "--json")
+    assert ended.exit_code == 1
+    sheet = ended.document["sheet"]
+    assert (sheet["labels"], len(sheet["broken"])) == (["broken"] * 16, 16)
+    named = [each for each in sheet["broken"] if "class  one" in each["url"]]
+    assert named
+    assert all(Path(each["url"]).exists() for each in sheet["broken"])
+    assert all(each["problem"].startswith("cannot be decoded") for each in sheet["broken"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cluster.errors import DescriptionError
+from cluster.errors import DescriptionError, StorageError
 from jobs.data.loader import training_batches
 from jobs.images.decoding import BadSample
 from jobs.images.index import Index, IndexBuilder, Source
@@ -24,6 +24,7 @@ from launcher.config.description import parse
 from launcher.display.contact_sheet import draw_sheet
 from launcher.display.data_text import data_text
 from launcher.inspecting.duplicates import HashedDataset, find_duplicates
+from launcher.inspecting.inspect import has_broken
 from launcher.inspecting.sheet import make_sheet, to_pixels
 from launcher.inspecting.summary import InspectedImage, summarise_index, summarise_labels
 from launcher.inspecting.verified_file import RECORD
@@ -199,9 +200,37 @@ class TestSheet:
             return read(number)
 
         dataset._read = fails
-        tiles = make_sheet(dataset, spec()).tiles
-        assert (tiles[1].pixels, tiles[1].caption) == (None, "broken")
-        assert sum(tile.pixels is None for tile in tiles) == 1
+        sheet = make_sheet(dataset, spec())
+        assert (sheet.tiles[1].pixels, sheet.tiles[1].caption) == (None, "broken")
+        assert sum(tile.pixels is None for tile in sheet.tiles) == 1
+        assert sheet.broken == ({"url": f"sample {broken}", "problem": "it is torn"},)
+
+        skipping = parse(SPEC, "x.yaml", ["data.on_bad_sample=skip"]).spec
+        sheet = make_sheet(dataset, skipping)
+        assert all(tile.pixels is not None for tile in sheet.tiles)
+        assert (sheet.numbers[1] == broken, len(sheet.broken)) == (False, 1)
+
+    def test_samples_that_are_all_broken_are_empty_tiles(self) -> None:
+        dataset = images()
+
+        def fails(number: int) -> Tensor:
+            raise BadSample("is  torn", f"s3://b/evil  two/{number}.jpg")
+
+        dataset._read = fails
+        for on_bad_sample in ("error", "skip"):
+            sheet = make_sheet(dataset, parse(SPEC, "x.yaml", [f"data.on_bad_sample={on_bad_sample}"]).spec)
+            assert [tile.pixels for tile in sheet.tiles] == [None] * 16
+            assert sheet.broken[0] == {"url": f"s3://b/evil  two/{sheet.numbers[0]}.jpg", "problem": "is torn"}
+
+    def test_a_store_that_does_not_answer_is_no_wrong_description(self) -> None:
+        dataset = images()
+
+        def fails(number: int) -> Tensor:
+            raise StorageError(f"s3://b: does not answer to read {number}.jpg; look there")
+
+        dataset._read = fails
+        with pytest.raises(StorageError, match="s3://b: does not answer"):
+            make_sheet(dataset, spec())
 
     @pytest.mark.parametrize(
         ("sample", "problem"),
@@ -263,6 +292,21 @@ def text(dataset: dict[str, Any], **changes: Any) -> str:
     return data_text({"datasets": {"train": dataset}, "verified": None, "duplicates": None, "sheet": None} | changes)
 
 
+@pytest.mark.parametrize("where", ["sampled", "verified", "sheet"])
+def test_a_broken_sample_counts_wherever_it_was_found(where: str) -> None:
+    broken = [{"url": "s3://b/1.jpg", "problem": "is gone"}]
+    found = {name: broken if name == where else [] for name in ("sampled", "verified", "sheet")}
+    whole = {
+        "datasets": {"train": document(sampled={"samples": 1, "broken": found["sampled"]})},
+        "verified": {"resumed": 0, "datasets": {"train": {"samples": 9, "broken": found["verified"]}}},
+        "sheet": {"url": "a.png", "scaling": "as it is", "samples": [1] * 16, "broken": found["sheet"]},
+        "duplicates": None,
+    }
+    assert has_broken(whole)
+    broken.clear()
+    assert not has_broken(whole)
+
+
 class TestText:
     def test_of_data_of_ones_own(self) -> None:
         assert text(document()) == (
@@ -294,6 +338,22 @@ class TestText:
         verified = {"resumed": 0, "datasets": {"train": {"samples": 1200, "broken": []}}}
         assert "verified    all 1,200: 0 broken" in text(document(), verified=verified)
         assert "data.train is not verified" in text(document(), verified={"resumed": 0, "datasets": {}})
+        resumed = verified | {"resumed": 700, "resumed_since": "2026-01-02T03:04:05+00:00"}
+        assert text(document(), verified=resumed).endswith(
+            "700 samples were not read again: earlier commands found them whole, the first at "
+            "2026-01-02T03:04:05+00:00, and their objects have not changed since"
+        )
+
+    def test_of_a_sheet_with_broken_tiles(self) -> None:
+        sheet = {"url": "a.png", "scaling": "values as they are", "samples": [1] * 16}
+        broken = [{"url": "s3://b/1.jpg", "problem": "is gone"}]
+        assert text(document(), sheet=sheet | {"broken": broken}).endswith(
+            "contact sheet: a.png (values as they are)\n\n"
+            "data.train: 1 broken of those for the 16 tiles\ns3://b/1.jpg: is gone"
+        )
+
+    def test_of_targets_that_are_not_one_for_each_sample(self) -> None:
+        assert "targets     not counted: 7 are listed, not a number for each sample" in text(document(unused_targets=7))
 
     def test_of_duplicates(self) -> None:
         samples = [{"key": f"data.{split}", "url": f"s3://b/{split}", "label": "cat"} for split in ("train", "val")]
