@@ -64,9 +64,9 @@ def _memory(plan: "ShufflePlan", kept_bytes: int, most_per_host: int) -> str:
     """Return what processes that read samples hold, beside the batches that are ready."""
     processes = most_per_host * plan.processes
     row_groups = f" and {_mebibytes(plan.row_group_bytes)} of row groups" if plan.row_group_bytes else ""
-    on_host = f", {processes:,} of them on a host {_mebibytes(processes * (kept_bytes + plan.row_group_bytes))}"
+    on_host = f"; in the {processes:,} on a host, {_mebibytes(processes * (kept_bytes + plan.row_group_bytes))}"
     return (
-        f"up to {_mebibytes(kept_bytes)} of images until they are used{row_groups} in a process that reads samples"
+        f"in a process that reads samples, up to {_mebibytes(kept_bytes)} of images until they are used{row_groups}"
         f"{on_host if processes > 1 else ''}"
     )
 

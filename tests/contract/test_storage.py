@@ -32,6 +32,7 @@ from cluster.errors import StorageError
 from cluster.storage import retrying_calls
 from cluster.storage.deadline import in_seconds
 from cluster.storage.file_systems import file_system_class
+from cluster.storage.local import SyncedLocalFileSystem
 from cluster.storage.store import ByteRange, MissingObject, Store
 from tests import stores
 from tests.stores import Proxy, SSHServer
@@ -1120,7 +1121,7 @@ class TestHang:
         monkeypatch.setattr(retrying_calls, "_CALL_S", 1.0)
         monkeypatch.setattr(retrying_calls, "_SLOWEST_BYTES_PER_S", 20.0)
         (tmp_path / "a").write_bytes(bytes(200))
-        monkeypatch.setattr(fsspec.get_filesystem_class("file"), "cat_file", _slow(tmp_path / "a", 2.0))
+        monkeypatch.setattr(SyncedLocalFileSystem, "cat_file", _slow(tmp_path / "a", 2.0))
         assert store.read("a") == bytes(200)
         (tmp_path / "a").write_bytes(bytes(10))
         with pytest.raises(StorageError, match="cannot read a: no answer within 1.5 s"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.storage.file_systems import file_system_class
-from launcher.inspecting.readers import SAMPLES_AT_ONCE
+from launcher.inspecting.parts import SAMPLES_AT_ONCE
 from launcher.inspecting.verified_file import RECORD
 from tests.e2e.command import Running, checkpointed, launcher, rows
 from tests.faults.injection import Fault, fired
@@ -167,7 +167,7 @@ def test_a_verification_goes_on_and_names_what_has_vanished(bucket: str, tmp_pat
     assert interrupted.document["verified"] == {"read": SAMPLES_AT_ONCE, "samples": 3 * SAMPLES_AT_ONCE}
 
     running = Running(command, tmp_path)
-    running.wait_until(lambda: f"verifying  {SAMPLES_AT_ONCE}/{3 * SAMPLES_AT_ONCE} images" in running.stderr)
+    running.wait_until(lambda: f"verifying  0/{3 * SAMPLES_AT_ONCE} images" in running.stderr)
     content = shards[1].read_bytes()
     store.write(shards[1].name, content[: content.index(jpeg(SAMPLES_AT_ONCE + 40)) + 10])
     store.delete([shards[2].name])

@@ -254,7 +254,7 @@ def test_a_host_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Data:
-    def __init__(self, targets: list[int], classes: Any = ("cat", "dog")) -> None:
+    def __init__(self, targets: Any, classes: Any = ("cat", "dog")) -> None:
         self.targets, self.classes = targets, classes
 
     def __len__(self) -> int:
@@ -278,6 +278,11 @@ def test_the_data_fingerprint_is_of_what_datasets_say_of_themselves() -> None:
     assert fingerprint(data) == fingerprint(Data([0, 1, 1]))
     assert fingerprint(data) not in others
     assert len(set(others)) == 3
+
+
+def test_the_data_fingerprint_is_of_targets_that_numpy_has_no_type_for() -> None:
+    rounded = [Data(torch.tensor(targets, dtype=torch.bfloat16)) for targets in ([0.5, 1], [0.5, 2])]
+    assert fingerprint(rounded[0]) == fingerprint(rounded[0]) != fingerprint(rounded[1])
 
 
 def test_the_data_fingerprint_holds_no_address() -> None:

@@ -217,11 +217,11 @@ class TestPlan:
             "order       blocks of 64 in buffers of 4,096; of neighbours, 1.6% meet in a micro-batch and 1.6% in a "
             "step (in 512 that were drawn), with a full shuffle 0.001% and 0.008%",
             "reads       0.0175 requests a sample and 1.03 bytes for each byte used, with a full shuffle 1 and 1",
-            "keeps       up to 1.5 MiB of images until they are used in a process that reads samples",
+            "keeps       in a process that reads samples, up to 1.5 MiB of images until they are used",
         ]
         assert facts(replace(planned, row_group_bytes=2**28, processes=4), most_per_host=8)[2] == (
-            "keeps       up to 1.5 MiB of images until they are used and 256 MiB of row groups in a process that reads "
-            "samples, 32 of them on a host 8,240 MiB"
+            "keeps       in a process that reads samples, up to 1.5 MiB of images until they are used and 256 MiB of "
+            "row groups; in the 32 on a host, 8,240 MiB"
         )
         assert facts(replace(planned, readers=4, streams=4))[1].endswith(
             "1 and 1; up to 4 loader processes read each block, or one with data.shuffle.streams: 4"
