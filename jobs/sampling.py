@@ -2,8 +2,8 @@
 
 No function here keeps a state. A permutation maps a position in an epoch to a sample and is computed for that position
 alone, so the order of a billion samples starts at any step at once. That is the order: an index of images
-(``jobs.images.index``) takes about 50 bytes a sample, is packed and sent as a whole, and is meant for some ten million.
-A random draw is seeded by its purpose, so it does not depend on the number of workers or restarts.
+(``jobs.images.indexing.index``) takes about 50 bytes a sample, is packed and sent as a whole, and is meant for some ten
+million. A random draw is seeded by its purpose, so it does not depend on the number of workers or restarts.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ from cluster.process import fork_server
 from cluster.storage import retrying_calls
 from cluster.storage.deadline import Started
 from cluster.storage.local import SyncedLocalFileSystem
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from tests.e2e.command import end_all
 from tests.faults.injection import Fault, environment, write_plan
 from tests.janitor import Janitor

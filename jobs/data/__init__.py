@@ -1,13 +1,13 @@
 """Datasets that shipped descriptions name; the loader, which turns one into micro-batches; their copies on a GPU."""
 
 from jobs.data.datasets import digits, synthetic_images
-from jobs.images.class_folders import IMAGE_SUFFIXES
 from jobs.images.decoding import BadSample, read_image
-from jobs.images.image_folders import image_folder
-from jobs.images.image_tables import image_table
+from jobs.images.folders.class_folders import IMAGE_SUFFIXES
+from jobs.images.folders.image_folders import image_folder
 from jobs.images.labelled_images import LabelledImages
-from jobs.images.parquet_images import parquet_images
-from jobs.images.tar_shards import tar_shards
+from jobs.images.tables.image_tables import image_table
+from jobs.images.tables.parquet_images import parquet_images
+from jobs.images.tar.tar_shards import tar_shards
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from cluster.storage.store import ByteRange, MissingObject
 from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample, decode_image
-from jobs.images.index import Index, Place
+from jobs.images.indexing.index import Index, Place
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.labelled_images import Transform, normalised, per_channel
 from jobs.images.read_cost import ReadCost, range_of, read_cost, row_group_bytes, runs_of

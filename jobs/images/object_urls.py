@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from cluster.storage.store import Store
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.index import IndexBuilder
+from jobs.images.indexing.index import IndexBuilder
 
 _WILD = re.compile(r"[*?\[]")
 _SPECIAL = re.compile(r"[*?\[{]")

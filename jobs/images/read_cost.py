@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.storage.store import ByteRange
-from jobs.images.index import Index, Place
-from jobs.images.row_groups import AT_ONCE_BYTES, KEPT_BYTES
+from jobs.images.indexing.index import Index, Place
 
+KEPT_ROW_GROUPS = 2**28
+"""Bytes of decoded row groups of Parquet that a process keeps: two or more of those that ``datasets`` writes, which
+hold up to 100 MB."""
+ROW_GROUPS_AT_ONCE = 2**27
+"""Bytes of row groups that it reads before it decodes them."""
 _GAP = 2**16
 """Bytes between two samples that are read and dropped, because another request takes longer."""
 
@@ -51,7 +55,7 @@ def row_group_bytes(index: Index) -> int:
     firsts = np.flatnonzero((np.diff(objects_N, prepend=-1) != 0) | (np.diff(groups_N, prepend=-1) != 0))
     of_groups = np.diff(firsts, append=len(objects_N)) * (sizes / np.maximum(1, rows))[objects_N[firsts]]
     total, largest = int(sizes.sum()), math.ceil(of_groups.max(initial=0))
-    return sum(min(total, max(most, largest)) for most in (KEPT_BYTES, AT_ONCE_BYTES))
+    return sum(min(total, max(most, largest)) for most in (KEPT_ROW_GROUPS, ROW_GROUPS_AT_ONCE))
 
 
 def runs_of(places: Sequence[Place]) -> list[list[int]]:

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cluster.errors import DescriptionError
-from jobs.images.index import Index
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.indexing.index import Index
 from jobs.images.labelled_images import Split
 
 SPLIT_WORDS: dict[str, Literal["train", "val", "test"]] = {

@@ -39,7 +39,7 @@ from jobs.components.build import Components, build_parts, worker_device
 from jobs.data.store_reports import report_to
 from jobs.environment import differences, grouped, make_environment
 from jobs.images.data_stores import patience_below, use_patience
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
 from jobs.training.failure_causes import (

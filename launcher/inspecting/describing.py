@@ -16,8 +16,8 @@ from cluster.process.orders import Task
 from jobs.components.build import build_dataset, listed_targets, numerics, worker_device
 from jobs.data.loader import shape_of
 from jobs.images.decoding import BadSample, decode_image
-from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.images.inspection import inspect_image
 from jobs.images.labelled_images import Split
 from jobs.sampling import draw_key, permute

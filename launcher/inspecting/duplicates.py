@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 
 
 @dataclass(frozen=True, slots=True)

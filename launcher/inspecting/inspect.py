@@ -12,7 +12,7 @@ from cluster.errors import DescriptionError, TrainingError
 from cluster.process import fork_server
 from cluster.process.workplace import Call, call_here
 from cluster.storage.store import Store
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 from launcher.code.user_code import UserCode, make_import_paths
 from launcher.config.description import Description, named_errors
 from launcher.display.contact_sheet import draw_sheet

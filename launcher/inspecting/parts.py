@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 
 SAMPLES_AT_ONCE = 64
 """Samples that a process reads, neighbours in the index, before it answers."""

@@ -18,7 +18,7 @@ from cluster.errors import LauncherError, TrainingError
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from cluster.process.popen import LAST_WAIT_S
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 from launcher.inspecting.facts import IndexReader
 from launcher.inspecting.parts import SAMPLES_AT_ONCE, Part, Verified, stretches
 

@@ -21,8 +21,8 @@ from cluster.process import fork_server
 from cluster.process.orders import Task
 from cluster.process.workplace import take_place
 from jobs.images.decoding import BadSample, decode_image
-from jobs.images.index import Index, Place
 from jobs.images.indexed_images import ReadSamples
+from jobs.images.indexing.index import Index, Place
 from launcher.inspecting.facts import IndexReader
 from launcher.inspecting.parts import Part, Verified
 from launcher.inspecting.stamps import UNKNOWN, stamps_of

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jobs.images.data_stores import data_store
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 
 UNKNOWN = 0
 """The stamp of an object that is not there, or whose store tells neither versions nor times."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 from launcher.planning.built_index import place_of
 
 if TYPE_CHECKING:

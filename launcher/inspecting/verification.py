@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.errors import Interrupted
 from cluster.process.orders import Task
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 from launcher.inspecting.facts import IndexedSamples, IndexReader
 from launcher.inspecting.parts import Part
 from launcher.inspecting.readers import answers

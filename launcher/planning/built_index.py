@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import listed
 
 if TYPE_CHECKING:
-    from jobs.images.index import Index, Source
+    from jobs.images.indexing.index import Index, Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltIndex:
-    """An index, see ``jobs.images.index``."""
+    """An index, see ``jobs.images.indexing.index``."""
 
     source: str
     """The id of the source that it lists."""
@@ -40,7 +40,7 @@ class BuiltIndex:
 
 def built_indexes(opened: Mapping[str, "Index"]) -> tuple[BuiltIndex, ...]:
     """Return the indexes that a process has opened, by the ids of their sources, to send them to another one."""
-    from jobs.images.index_files import pack_index  # not in the driver, which only receives them
+    from jobs.images.indexing.index_files import pack_index  # not in the driver, which only receives them
 
     return tuple(
         BuiltIndex(

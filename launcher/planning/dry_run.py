@@ -21,7 +21,7 @@ from jobs.components.build import Components, build_parts, worker_device
 from jobs.data.device_copies import to_device
 from jobs.data.loader import seed_draws, shape_of
 from jobs.environment import code_digests
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.sampling import draw_key
 from jobs.spec import JobSpec, watched_metrics
 from jobs.training.evaluation import evaluation_mode

@@ -43,8 +43,8 @@ def check_indexes(run: RunDirectory, source: str, indexes: Sequence[BuiltIndex])
         digest = recorded.get(index.source)
         if digest in (None, index.digest):
             continue
-        from jobs.images.index_difference import index_difference  # takes pyarrow, which takes 0.3 s
-        from jobs.images.index_files import fetch_index, unpack_index
+        from jobs.images.indexing.index_difference import index_difference  # takes pyarrow, which takes 0.3 s
+        from jobs.images.indexing.index_files import fetch_index, unpack_index
 
         try:
             what = index_difference(fetch_index(run, digest), unpack_index(index.content, index.digest))

@@ -23,7 +23,7 @@ from cluster.storage.store import Store
 from jobs.checkpoint.layout import TRAINING_FILES, WEIGHTS_FILES, decode_buffers, decode_weights
 from jobs.components.build import build_parts
 from jobs.data.loader import KeyedDataset
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.spec import JobSpec
 from launcher.code.user_code import find_code
 from launcher.config.description import named_errors, parse

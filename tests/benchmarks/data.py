@@ -44,7 +44,7 @@ from cluster.process import fork_server
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
 from jobs.data import image_folder, parquet_images, tar_shards
-from jobs.images import index_files
+from jobs.images.indexing import index_files
 from jobs.spec.job import ShuffleSpec
 from tests.benchmarks import image_arms
 from tests.benchmarks.arms import Quartiles

@@ -69,7 +69,7 @@ def _keys(num_images: int, num_classes: int) -> list[str]:
 
 def _measure() -> dict[str, float]:
     from jobs.data import image_folder
-    from jobs.images.index_files import IndexFiles, use_index_files
+    from jobs.images.indexing.index_files import IndexFiles, use_index_files
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

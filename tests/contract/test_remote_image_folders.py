@@ -12,7 +12,7 @@ from cluster.storage import s3 as pages
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from jobs.data import BadSample, image_folder
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from tests.image_stores import described, make_tree, upload
 from tests.images import make_image_folder
 

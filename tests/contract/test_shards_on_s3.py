@@ -10,7 +10,7 @@ from cluster.errors import StorageError
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from jobs.data import tar_shards
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from tests.shards import as_webdataset_reads, jpeg, write_shards
 from tests.stores import Proxy, S3Server
 

@@ -14,8 +14,8 @@ from cluster.errors import Interrupted, TrainingError
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from jobs.data import BadSample, image_folder
-from jobs.images.index import Index
 from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.indexing.index import Index
 from launcher.inspecting import readers
 from launcher.inspecting.facts import IndexedSamples, IndexReader
 from launcher.inspecting.parts import SAMPLES_AT_ONCE

@@ -20,8 +20,8 @@ from functools import partial
 
 from torch import nn
 
-from jobs.images.index import Source
-from jobs.images.index_files import open_index
+from jobs.images.indexing.index import Source
+from jobs.images.indexing.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from cluster.storage.store import Store
 

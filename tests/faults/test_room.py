@@ -39,7 +39,7 @@ IMPATIENT = """
 from torch import nn
 
 import jobs.data
-from jobs.images import listing_progress
+from jobs.images.indexing import listing_progress
 
 
 class Net(nn.Sequential):

@@ -18,8 +18,8 @@ import jobs
 from cluster.errors import StorageError
 from jobs.components.targets import Builder
 from jobs.data import BadSample, LabelledImages, digits, image_folder, read_image, synthetic_images
-from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from launcher.config.description import load
 from tests.images import make_image_folder
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cluster.errors import DescriptionError, StorageError
 from jobs.data.loader import training_batches
 from jobs.images.decoding import BadSample
-from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index import Index, IndexBuilder, Source
 from jobs.images.inspection import ImageFacts
 from jobs.images.labelled_images import LabelledImages
 from jobs.sampling import StepPlan

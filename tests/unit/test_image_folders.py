@@ -15,8 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.storage.store import Store
 from jobs.data import BadSample, image_folder
-from jobs.images.image_folders import _build
-from jobs.images.index import IndexBuilder, Source
+from jobs.images.folders.image_folders import _build
+from jobs.images.indexing.index import IndexBuilder, Source
 from tests.image_stores import GeneratedFileSystem, described, make_tree, upload
 from tests.images import make_image_folder
 

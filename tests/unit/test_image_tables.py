@@ -11,7 +11,7 @@ import torch
 from cluster.errors import StorageError
 from cluster.storage.store import MissingObject, Store
 from jobs.data import BadSample, image_table
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from tests.stores import S3Server
 from tests.tables import error_of, number_of, numbers_of, png
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index import Index, IndexBuilder, Source
 
 
 def made(path: Path, *, targets: int = 0) -> Index:

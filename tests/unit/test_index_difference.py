@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.images.index import Index, IndexBuilder, Source
-from jobs.images.index_difference import index_difference
+from jobs.images.indexing.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index_difference import index_difference
 
 Sample = tuple[str, int, str, str]
 """The name of an object, its size and version, and the class of its only sample."""
@@ -104,7 +104,7 @@ def test_numbers_to_predict(tmp_path: Path) -> None:
 
 
 def test_it_counts_as_sets_of_names_do(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.images.index_difference._BLOCK", 100)
+    monkeypatch.setattr("jobs.images.indexing.index_difference._BLOCK", 100)
     draw = random.Random(0)
     old = {f"{number}.jpg": draw.randrange(3) for number in draw.sample(range(2_000), 1_000)}
     new = {f"{number}.jpg": draw.randrange(3) for number in draw.sample(range(2_000), 1_000)}

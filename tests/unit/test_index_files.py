@@ -16,8 +16,8 @@ from cluster.host import scratch
 from cluster.process import host_cache
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.images.index import Index, IndexBuilder, Source
-from jobs.images.index_files import IndexFiles, fetch_index, pack_index, unpack_index, use_index_files
+from jobs.images.indexing.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index_files import IndexFiles, fetch_index, pack_index, unpack_index, use_index_files
 from launcher.planning.built_index import built_indexes, digests_of
 from launcher.runs import data_indexes
 from launcher.runs.data_indexes import check_indexes, write_indexes
@@ -292,7 +292,7 @@ def test_a_host_without_room_says_so(source, cache, monkeypatch) -> None:
 
 
 def test_a_process_is_told_where_from(run, source, monkeypatch) -> None:
-    from jobs.images import index_files
+    from jobs.images.indexing import index_files
 
     monkeypatch.setattr(index_files, "_files", IndexFiles())
     assert isinstance(index_files.open_index(source, build), Index)

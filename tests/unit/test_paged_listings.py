@@ -13,9 +13,9 @@ from cluster.storage import s3
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.store import Store
 from jobs.data import image_folder, parquet_images, tar_shards
-from jobs.images.image_folders import _build
-from jobs.images.index import IndexBuilder, Source
-from jobs.images.index_files import IndexFiles, use_index_files
+from jobs.images.folders.image_folders import _build
+from jobs.images.indexing.index import IndexBuilder, Source
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from tests.listed_bucket import BUCKET, ENVIRONMENT, ListedBucket
 
 ROOT = f"s3://{BUCKET}/images"

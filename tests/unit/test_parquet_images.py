@@ -14,10 +14,10 @@ from cluster.errors import StorageError
 from cluster.storage.store import ByteRange, Store
 from jobs.components.targets import Builder
 from jobs.data import BadSample, parquet_images
-from jobs.images import row_groups
-from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
-from jobs.images.row_groups import ReadRowGroups
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
+from jobs.images.tables import row_groups
+from jobs.images.tables.row_groups import ReadRowGroups
 from jobs.spec import Target
 from tests.stores import S3Server
 from tests.tables import error_of, noise, number_of, numbers_of, png, shade, write_parquet
@@ -429,7 +429,7 @@ class TestReading:
             dataset.fetch([0])
 
     def test_many_groups_are_read_in_portions(self, path, monkeypatch):
-        monkeypatch.setattr(row_groups, "AT_ONCE_BYTES", 700_000)
+        monkeypatch.setattr(row_groups, "ROW_GROUPS_AT_ONCE", 700_000)
         portions = []
         read = Store.read_ranges
         monkeypatch.setattr(Store, "read_ranges", lambda self, own: portions.append(len(own)) or read(self, own))

@@ -12,7 +12,9 @@ FILES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / fl
 
 
 def room_of(module: str) -> str:
-    return ".".join(module.split(".")[:2])
+    parts = module.split(".")
+    is_inner = len(parts) > 2 and ROOT.joinpath(*parts[:3]).is_dir()
+    return ".".join(parts[: 3 if is_inner else 2])
 
 
 def imports_of(file: Path) -> Iterator[str]:

@@ -14,8 +14,8 @@ import pytest
 from jobs.data import BadSample, image_folder, tar_shards
 from jobs.data.stream_readers import stream_readers
 from jobs.images import read_cost as costs
-from jobs.images.index import Index, IndexBuilder, Source
 from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.indexing.index import Index, IndexBuilder, Source
 from jobs.images.kept_blocks import KeptBlocks
 from jobs.images.read_cost import ReadCost
 from jobs.sampling import StepPlan

@@ -20,10 +20,10 @@ from cluster.errors import StorageError
 from cluster.storage.store import Store
 from cluster.storage.stored_objects import StoredObject
 from jobs.data import BadSample, tar_shards
-from jobs.images.index_files import IndexFiles, use_index_files
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.images.object_urls import expand_braces
-from jobs.images.tar_members import Reads, TarReader
+from jobs.images.tar.tar_members import Reads, TarReader
 from tests.shards import as_webdataset_reads, jpeg, write_shards
 
 pytestmark = pytest.mark.usefixtures("own_indexes")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.errors import StorageError
 from jobs.images.decoding import BadSample
-from jobs.images.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index import Index, IndexBuilder, Source
 from launcher.inspecting import reading_process
 from launcher.inspecting.parts import Part, stretches
 from launcher.inspecting.reading_process import verify_part

@@ -9,16 +9,16 @@ import numpy as np
 
 from cluster.storage.store import MissingObject, Store
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.index import Index, IndexBuilder, Source
-from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages
+from jobs.images.indexing.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index_files import open_index
+from jobs.images.indexing.listing_progress import ListingProgress
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.listing_progress import ListingProgress
 from jobs.images.object_urls import ObjectKind, find_objects, split_urls
-from jobs.images.parquet_columns import Footer, decode_chunks, read_columns, read_footers
-from jobs.images.row_groups import ReadRowGroups, image_column, image_leaf
 from jobs.images.splits import check_val_fraction, drawn, split_of
-from jobs.images.table_labels import LabelColumns, labels_of
+from jobs.images.tables.parquet_columns import Footer, decode_chunks, read_columns, read_footers
+from jobs.images.tables.row_groups import ReadRowGroups, image_column, image_leaf
+from jobs.images.tables.table_labels import LabelColumns, labels_of
 
 _FILES = ObjectKind(name="Parquet file", suffixes=(".parquet", ".pq"), hidden=(".", "_"), is_below=True)
 """What is hidden is so for Spark and pyarrow too."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.errors import storable
-from jobs.images.index import Index
+from jobs.images.indexing.index import Index
 
 _MOST_NAMES = 3
 _BLOCK = 2**20

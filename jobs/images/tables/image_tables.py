@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import one_line
 from cluster.storage.store import Store
-from jobs.images.index import IndexBuilder, Source
-from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.indexing.index import IndexBuilder, Source
+from jobs.images.indexing.index_files import open_index
+from jobs.images.indexing.listing_progress import ListingProgress
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.listing_progress import ListingProgress
-from jobs.images.parquet_columns import check_columns, read_columns, read_footers
 from jobs.images.splits import check_val_fraction, drawn
-from jobs.images.table_labels import LabelColumns, labels_of
+from jobs.images.tables.parquet_columns import check_columns, read_columns, read_footers
+from jobs.images.tables.table_labels import LabelColumns, labels_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

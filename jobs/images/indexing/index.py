@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.errors import one_line
-from jobs.images.index_columns import COLUMNS, DIGITS, OF_OBJECTS, checked_columns, digest_of, draw, types_of
-from jobs.images.listing_progress import ListingProgress
+from jobs.images.indexing.index_columns import COLUMNS, DIGITS, OF_OBJECTS, checked_columns, digest_of, draw, types_of
+from jobs.images.indexing.listing_progress import ListingProgress
 
 if TYPE_CHECKING:
     import pyarrow as pa

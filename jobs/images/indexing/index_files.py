@@ -20,8 +20,8 @@ from cluster.host.scratch import is_own
 from cluster.process.host_cache import HostCache
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import Store
-from jobs.images.index import Index, IndexBuilder, Source
-from jobs.images.listing_progress import ListingProgress
+from jobs.images.indexing.index import Index, IndexBuilder, Source
+from jobs.images.indexing.listing_progress import ListingProgress
 
 Build = Callable[[Store, IndexBuilder], None]
 """Lists what a store holds, and adds it to an index.

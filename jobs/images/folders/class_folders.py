@@ -1,6 +1,7 @@
 """Class folders on this machine and the images in them, without what systems and tools leave there.
 
-Links are followed; each real folder counts once. ``jobs.images.stored_class_folders`` does the same on other stores.
+Links are followed; each real folder counts once. ``jobs.images.folders.stored_class_folders`` does the same on other
+stores.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.listing_progress import ListingProgress
+from jobs.images.indexing.listing_progress import ListingProgress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """The suffixes of image files, in upper or lower case; other files are passed over."""

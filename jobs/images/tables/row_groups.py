@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from cluster.storage.store import MissingObject, Store
 from jobs.images.data_stores import data_store
 from jobs.images.decoding import BadSample
-from jobs.images.index import Index, Place
-from jobs.images.parquet_columns import Footer, check_columns, decode_chunks, read_footers
+from jobs.images.indexing.index import Index, Place
+from jobs.images.read_cost import KEPT_ROW_GROUPS, ROW_GROUPS_AT_ONCE
+from jobs.images.tables.parquet_columns import Footer, check_columns, decode_chunks, read_footers
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
 
-KEPT_BYTES = 2**28
-"""Decoded row groups that stay in memory: two or more of those that ``datasets`` writes, which hold up to 100 MB."""
 _FOOTER_BYTES = 2**24
 """Footers that stay in memory."""
-AT_ONCE_BYTES = 2**27
-"""Bytes of row groups that are read before they are decoded."""
 
 
 def image_leaf(url: str, schema: "pa.Schema", column: str) -> str:
@@ -62,7 +59,7 @@ class ReadRowGroups:
     Thread: one thread at a time; each loader process has its own.
     """
 
-    def __init__(self, image: str, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, image: str, kept_bytes: int = KEPT_ROW_GROUPS) -> None:
         self._image, self._kept_bytes = image, kept_bytes
         self._footers: _Recent[Footer] = _Recent(_FOOTER_BYTES)
         self._columns: _Recent[pa.ChunkedArray] = _Recent(kept_bytes)
@@ -91,7 +88,7 @@ class ReadRowGroups:
     def _read(self, index: Index, places: "dict[_Group, Place]") -> "Iterator[tuple[_Group, pa.ChunkedArray | str]]":
         """Yields the images of each row group, or why there are none; those in memory come first.
 
-        Only ``AT_ONCE_BYTES`` and what is kept are in memory at a time.
+        Only ``ROW_GROUPS_AT_ONCE`` and what is kept are in memory at a time.
         """
         new = [group for group in sorted(places) if group not in self._columns]
         # Before any new one takes the place of one of them.
@@ -153,12 +150,12 @@ def _row(column: "pa.ChunkedArray", row: int) -> bytes | str:
 
 
 def _portions(groups: Iterable[tuple[_Group, Footer, str]]) -> Iterator[list[tuple[_Group, Footer, str]]]:
-    """Yields groups to read at once: ``AT_ONCE_BYTES`` bytes of them, or one that is larger."""
+    """Yields groups to read at once: ``ROW_GROUPS_AT_ONCE`` bytes of them, or one that is larger."""
     portion: list[tuple[_Group, Footer, str]] = []
     size = 0
     for group, footer, leaf in groups:
         own = footer.range_of(group[2], leaf).size or 0
-        if portion and size + own > AT_ONCE_BYTES:
+        if portion and size + own > ROW_GROUPS_AT_ONCE:
             yield portion
             portion, size = [], 0
         portion.append((group, footer, leaf))

@@ -10,13 +10,13 @@ import numpy as np
 from cluster.errors import listed
 from cluster.storage.store import Store
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.class_folders import FOLDERS, IMAGE_SUFFIXES, LocalFolders
-from jobs.images.index import Index, IndexBuilder, Source
-from jobs.images.index_files import open_index
+from jobs.images.folders.class_folders import FOLDERS, IMAGE_SUFFIXES, LocalFolders
+from jobs.images.folders.stored_class_folders import StoredFolders
 from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.indexing.index import Index, IndexBuilder, Source
+from jobs.images.indexing.index_files import open_index
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
 from jobs.images.splits import SPLIT_WORDS, check_val_fraction, drawn
-from jobs.images.stored_class_folders import StoredFolders
 
 _ADDED_AT_ONCE = 2**12
 """Images that are added to an index together."""

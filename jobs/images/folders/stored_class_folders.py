@@ -1,13 +1,13 @@
 """Class folders on a store and the images in them: a folder is what the names of its objects begin with.
 
-The rules are those of ``jobs.images.class_folders``, without its links.
+The rules are those of ``jobs.images.folders.class_folders``, without its links.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 
 from cluster.storage.store import Store
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.class_folders import (
+from jobs.images.folders.class_folders import (
     FOLDERS,
     NO_IMAGE,
     OUTSIDE,
@@ -17,7 +17,7 @@ from jobs.images.class_folders import (
     is_image,
     reason_to_pass,
 )
-from jobs.images.listing_progress import ListingProgress
+from jobs.images.indexing.listing_progress import ListingProgress
 from jobs.images.object_urls import check_parts
 
 

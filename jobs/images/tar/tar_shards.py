@@ -8,16 +8,16 @@ from functools import partial
 import numpy as np
 
 from cluster.storage.store import ByteRange, MissingObject, Store
-from jobs.images.index import IndexBuilder, Source
-from jobs.images.index_files import open_index
 from jobs.images.indexed_images import IndexedImages, read_ranges
+from jobs.images.indexing.index import IndexBuilder, Source
+from jobs.images.indexing.index_files import open_index
+from jobs.images.indexing.listing_progress import ListingProgress
 from jobs.images.labelled_images import Split, Transform, check_per_channel, check_split
-from jobs.images.listing_progress import ListingProgress
 from jobs.images.object_urls import ObjectKind, find_objects, split_urls
 from jobs.images.sample_labels import SampleLabels, finite_numbers
 from jobs.images.splits import check_val_fraction, drawn
-from jobs.images.tar_members import UNPACK, Reads
-from jobs.images.tar_samples import Layout, ShardSamples, read_samples
+from jobs.images.tar.tar_members import UNPACK, Reads
+from jobs.images.tar.tar_samples import Layout, ShardSamples, read_samples
 
 _SHARDS = ObjectKind(
     name="tar file",

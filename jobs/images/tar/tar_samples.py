@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.storage.stored_objects import StoredObject
-from jobs.images.tar_members import Reads, TarMember, TarReader
+from jobs.images.tar.tar_members import Reads, TarMember, TarReader
 
 _META = re.compile(r"__[^/]*__(/|$)|(.*/)?__MACOSX/")
 """Members that describe a shard, and what macOS adds to archives."""

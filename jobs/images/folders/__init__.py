@@ -1,0 +1,1 @@
+"""Image folders: a folder per class, on this machine or a store."""
