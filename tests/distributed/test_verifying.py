@@ -16,12 +16,20 @@ from cluster.process.orders import Task
 from jobs.data import BadSample, image_folder
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.indexing.index import Index
+from launcher.config.description import parse
 from launcher.inspecting import readers
-from launcher.inspecting.facts import IndexedSamples, IndexReader
+from launcher.inspecting.facts import IndexedSamples, IndexReader, Question
 from launcher.inspecting.parts import SAMPLES_AT_ONCE
 from launcher.inspecting.verification import VerifiedIndex, verify
 from tests.images import make_image_folder
 
+JOB = """\
+name: x
+model: a.Model
+data: {{train: {train}}}
+loss: MSELoss
+optimizer: {{_target_: SGD, lr: 1}}
+"""
 NUM = 3 * SAMPLES_AT_ONCE
 LIMIT_S = 60.0
 
@@ -54,6 +62,17 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexedImages:
     make_image_folder(tmp_path / "images", num_classes=1, per_class=NUM, size=8)
     fork_server.start([__name__, readers.PROCESS.partition(":")[0]])
     return image_folder(tmp_path / "images")
+
+
+@pytest.mark.parametrize("with_samples", [True, False])
+def test_where_samples_lie_is_sent_only_if_it_is_asked(images: IndexedImages, with_samples: bool) -> None:
+    train = f"{{_target_: jobs.data.image_folder, root: {images.index.source.url}}}"
+    spec = parse(JOB.format(train=train), "x.yaml").spec
+    question = Question(spec=spec, splits=("train",), num_sampled=40, with_samples=with_samples, with_sheet=False)
+    answer = fork_server.call("launcher.inspecting.describing:describe", make_task("", question))
+    assert answer.datasets["train"].document["sampled"]["formats"] == {"JPEG": 40}
+    indexed = answer.datasets["train"].indexed
+    assert (indexed.numbers.tolist() if with_samples else indexed) == (list(range(NUM)) if with_samples else None)
 
 
 def make_task(entry: str, content: Any) -> Task:

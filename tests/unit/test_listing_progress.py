@@ -16,7 +16,8 @@ from cluster.storage.stored_objects import ListedPage, StoredObject
 from jobs.data import image_folder, image_table, parquet_images, tar_shards
 from jobs.images.indexing.index_files import IndexFiles, use_index_files
 from jobs.images.indexing.listing_progress import ListingProgress
-from jobs.images.tables import parquet_columns, tar_members
+from jobs.images.tables import parquet_columns
+from jobs.images.tar import tar_members
 from tests.image_stores import GeneratedFileSystem
 from tests.images import make_image_folder
 from tests.shards import write_shards
