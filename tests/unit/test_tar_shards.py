@@ -590,6 +590,18 @@ class TestSplit:
         assert many.fetch(range(len(few))) == few.fetch(range(len(few)))
         assert len(many) > len(few)
 
+    def test_other_urls_move_no_sample(self, tmp_path):
+        """They change the folder that all have in common, and so the names of the samples."""
+        for folder, num_shards in (("own", 2), ("other", 4)):
+            write_shards(tmp_path / folder, num_shards=num_shards, per_shard=20)
+        alone = tar_shards(str(tmp_path / "own"), "val", val_fraction=0.3)
+        both = [str(tmp_path / folder) for folder in ("own", "other")]
+        beside, train = tar_shards(both, "val", val_fraction=0.3), tar_shards(both, "train", val_fraction=0.3)
+        assert alone.index.url_of(alone.numbers[0]) == beside.index.url_of(beside.numbers[0])
+        urls = [{each.index.url_of(number) for number in each.numbers} for each in (alone, beside, train)]
+        assert urls[0] == {url for url in urls[1] if url.startswith(f"{tmp_path}/own/")}
+        assert not urls[0] & urls[2]
+
     def test_one_that_is_empty_is_an_error(self, tmp_path):
         write_shards(tmp_path / "data", num_shards=1, per_shard=1)
         with pytest.raises(
