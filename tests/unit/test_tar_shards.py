@@ -519,6 +519,19 @@ class TestUrls:
         assert [name.replace("shard-00000", "").removesuffix(".tar") for name in objects] == expected.split()
         assert dataset.fetch([0]) == [jpeg(2 * int(expected.removeprefix("train/").removeprefix("extra/")[0]))]
 
+    def test_folders_in_braces_are_listed_together(self, data, monkeypatch):
+        asked: list[list[str]] = []
+        pages = Store.pages
+
+        def counting_pages(self: Store, folders):
+            asked.append(list(folders))
+            return pages(self, asked[-1])
+
+        monkeypatch.setattr(Store, "pages", counting_pages)
+        urls = [f"{data}/{{train,extra}}/shard-000000.tar", f"{data}/{{train,extra}}/*1.tar"]
+        assert len(tar_shards(urls)) == 8
+        assert asked == [[""], ["extra", "train"]]
+
     def test_a_pattern_fits_no_hidden_file(self, data):
         (data / "train/._shard-000000.tar").write_bytes(b"macOS" * 200)
         assert len(tar_shards(f"{data}/train/*.tar")) == 6
@@ -546,6 +559,7 @@ class TestUrls:
             ("{}/train/{{0..3.tar", "urls must have a closing brace for each opening one, got '{{0..3.tar'; "),
             ("{}/train/{{0}}.tar", "urls must have a range or a list in braces, got {{0}}; write {{000..146}} "),
             ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 files, got {{0..9999999}}; correct "),
+            ("{}/{{0..999}}/{{0..1999}}.tar", "urls must name at most 1000000 files, got '{{0..999}}/{{0..1999}}.tar"),
             ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{{000..146}}.tar"),
             (["memory://a/b.tar", "memory://c/d.tar"], "urls must lie in one bucket, got memory://a and others; copy "),
             (["memory://a/b.tar", "{}"], "urls must lie in one bucket, got memory://a and others; copy them to one"),
