@@ -27,9 +27,10 @@ _held: dict[Path, int] = {}
 
 
 def cache_folder(*names: str) -> Path:
-    """Return a folder of this user's cache on this host, which others can neither write to nor replace by another one.
+    """Return a folder of this user's cache on this host, which others can neither read nor write to.
 
-    It and the folders around it, up to that of the launcher, have mode 700.
+    It and the folders around it, up to that of the launcher, have mode 700. Whoever can write to the folder around
+    these, see ``XDG_CACHE_HOME``, can replace them by others.
 
     Raises:
         StorageError: A folder cannot be created, or belongs to another user.

@@ -208,14 +208,6 @@ class Store:
         """Returns the names of the folders directly in this one, sorted."""
         return sorted(name for _, page in self.pages([""]) for name in page.folders if name)
 
-    def listing(self, folder: str = "") -> tuple[list[str], list[StoredObject]]:
-        """Returns all pages of one folder as one, sorted: its folders, and its objects."""
-        folders, objects = list[str](), list[StoredObject]()
-        for _, page in self.pages([folder]):
-            folders += page.folders
-            objects += page.objects
-        return sorted(folders), sorted(objects, key=lambda each: each.name)
-
     def pages(self, folders: Iterable[str]) -> Iterator[tuple[str, ListedPage]]:
         """Yields what lies directly in folders, page by page, each page with its folder; nothing of it is kept.
 

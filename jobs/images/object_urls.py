@@ -1,6 +1,7 @@
 """From URLs with braces, patterns, or the name of a folder to the objects that a store holds."""
 
 import os
+import posixpath
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ _WILD = re.compile(r"[*?\[]")
 _SPECIAL = re.compile(r"[*?\[{]")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 _MOST = 1_000_000
-"""Names that a range stands for."""
+"""Names that a text with braces stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ def expand_braces(text: str) -> list[str]:
     """Returns what a text with braces stands for, as in a shell: ``{000..146}``, ``{a,b}``, one within another.
 
     Raises:
-        ValueError: The braces are wrong.
+        ValueError: The braces are wrong, or stand for more than a million names.
     """
     begin = text.find("{")
     if begin < 0 and "}" not in text:
@@ -100,6 +101,8 @@ def expand_braces(text: str) -> list[str]:
             for option in expand_braces(text[left + 1 : right])
         ]
     ends = expand_braces(text[end + 1 :])
+    if len(options) * len(ends) > _MOST:
+        raise ValueError(f"urls must name at most {_MOST} files, got {text!r}; correct the braces")
     return [text[:begin] + option + tail for option in options for tail in ends]
 
 
@@ -119,7 +122,8 @@ def _range(text: str) -> list[str]:
 def find_objects(store: Store, names: Sequence[str], kind: ObjectKind, builder: IndexBuilder) -> list[StoredObject]:
     """Returns the objects that a store holds, in the order of their URLs; those of a folder or pattern by name.
 
-    Notes in the builder which objects of a folder are passed over. Folders are listed once, and concurrently.
+    Notes in the builder which objects of a folder are passed over. Folders are listed once, and for all names those of
+    a depth concurrently.
 
     Args:
         store: The folder that holds all of them.
@@ -131,23 +135,21 @@ def find_objects(store: Store, names: Sequence[str], kind: ObjectKind, builder: 
         ValueError: A name stands for no object, or two for the same.
         StorageError: The store cannot be listed.
     """
-    folders = _Folders(store, kind)
-    found: dict[str, StoredObject] = {}
-    missing: list[str] = []
     expanded = [each for name in names for each in expand_braces(name)]
     for name in expanded:
         if name == "**" or name.endswith("/**"):
             raise ValueError(f"{store.url}/{name}: ends in **, which names folders; write **/*{kind.suffixes[0]}")
-        objects, others = folders.objects(name.split("/") if name else [])
-        if not objects:
-            missing.append(f"{store.url}/{name}".rstrip("/"))
-        for each in objects:
-            if each.name in found:
-                raise ValueError(f"{store.url}/{each.name}: is named twice in urls; name it once")
-            found[each.name] = each
-        for other in others:
-            is_hidden = other.rpartition("/")[2].startswith(kind.hidden)
-            builder.pass_over("hidden" if is_hidden else f"no {kind.name}", other)
+    named, others = _Folders(store, kind).objects([name.split("/") if name else [] for name in expanded])
+    found: dict[str, StoredObject] = {}
+    for _, each in named:
+        if each.name in found:
+            raise ValueError(f"{store.url}/{each.name}: is named twice in urls; name it once")
+        found[each.name] = each
+    for other in others:
+        is_hidden = other.rpartition("/")[2].startswith(kind.hidden)
+        builder.pass_over("hidden" if is_hidden else f"no {kind.name}", other)
+    present = {number for number, _ in named}
+    missing = [f"{store.url}/{name}".rstrip("/") for number, name in enumerate(expanded) if number not in present]
     if missing:
         others_too = f", nor do {len(missing) - 1} others of {len(expanded)}" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}: names no {kind.name}{others_too}; restore what is gone, or correct urls")
@@ -166,34 +168,40 @@ class _Folders:
 
     def __init__(self, store: Store, kind: ObjectKind) -> None:
         self._store, self._kind = store, kind
-        self._listed: dict[str, tuple[list[str], dict[str, StoredObject]]] = {}
+        self._listed: dict[str, tuple[set[str], dict[str, StoredObject]]] = {}
 
-    def objects(self, parts: Sequence[str]) -> tuple[list[StoredObject], list[str]]:
-        """Returns the objects that a name, given by its parts, stands for, and what was passed over; each by name."""
-        found: dict[str, StoredObject] = {}
+    def objects(self, names: Sequence[Sequence[str]]) -> tuple[list[tuple[int, StoredObject]], list[str]]:
+        """Returns the objects that names, given by their parts, stand for, and what was passed over.
+
+        Objects have the number of their name, and come in the order of these numbers, then by name; others by name.
+        """
+        found: set[tuple[int, str, str]] = set()
         others: set[str] = set()
-        level = [("", parts)]
+        level: list[tuple[int, str, Sequence[str]]] = [(number, "", parts) for number, parts in enumerate(names)]
         while level:
-            self._list({folder for folder, _ in level})
-            below: list[tuple[str, Sequence[str]]] = []
-            for folder, left in level:
+            self._list({folder for _, folder, _ in level})
+            below: list[tuple[int, str, Sequence[str]]] = []
+            for number, folder, left in level:
                 folders, objects = self._listed[folder]
-                below += [(_join(folder, name), rest) for name, rest in self._below(folders, left)]
+                below += [(number, _join(folder, name), rest) for name, rest in self._below(folders, left)]
                 for name in self._named(objects, left):
                     full = _join(folder, name)
                     if self._kind.is_one(name) and (left or not self._is_hidden(name)):
-                        found[full] = replace(objects[name], name=full)
+                        found.add((number, full, folder))
                     else:
                         others.add(full)
             level = below
-        return [found[name] for name in sorted(found)], sorted(others)
+        return [
+            (number, replace(self._listed[folder][1][posixpath.basename(full)], name=full))
+            for number, full, folder in sorted(found)
+        ], sorted(others)
 
     def _list(self, folders: set[str]) -> None:
         new = sorted(folders - self._listed.keys())
-        self._listed |= {folder: ([], {}) for folder in new}
+        self._listed |= {folder: (set(), {}) for folder in new}
         for folder, page in self._store.pages(new):
             check_parts(self._store.url, folder, page.folders)
-            self._listed[folder][0].extend(page.folders)
+            self._listed[folder][0].update(page.folders)
             self._listed[folder][1].update((each.name, each) for each in page.objects)
 
     def _below(self, folders: Collection[str], parts: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -40,7 +40,9 @@ def split_of(name: str) -> Literal["train", "val", "test"] | None:
 
 
 def drawn(index: Index, split: Split, val_fraction: float) -> np.ndarray:
-    """Returns the samples of a split by the SHA-256 of their names, so that no sample decides where another one is.
+    """Returns the samples of a split by the SHA-256 of names, so that no sample decides where another one is.
+
+    ``Index.draws`` says which names.
 
     Shapes: int64 [chosen].
 

@@ -46,10 +46,14 @@ def _dataset_blocks(dataset: Mapping[str, Any], verified: Mapping[str, Any] | No
     if sampled.get("bytes"):
         sizes = [(name, *sampled[name].values()) for name in ("width", "height", "bytes")]
         yield table([("", *sampled["bytes"]), *([name, *map(round, values)] for name, *values in sizes)])
-    broken = (verified or sampled)["broken"]
+    verified_broken = [] if verified is None else verified["broken"]
+    if verified_broken:
+        yield _broken(dataset["key"], verified_broken, "all")
+    shown = {each["url"] for each in verified_broken}
+    broken = [each for each in sampled["broken"] if each["url"] not in shown]
     if broken:
-        of = "all" if verified is not None else f"{sampled['samples']:,} sampled"
-        yield _broken(dataset["key"], broken, of)
+        but = "" if verified is None else ", but whole when verified"
+        yield _broken(dataset["key"], broken, f"{sampled['samples']:,} sampled{but}")
 
 
 def _broken(key: str, broken: Sequence[Mapping[str, str]], of: str) -> str:

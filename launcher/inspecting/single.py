@@ -1,4 +1,4 @@
-"""Single samples as the first steps of a run get them, and what is said of one that is bad."""
+"""Single samples of the first epoch, and what is said of one that is bad."""
 
 from typing import Any
 
@@ -11,6 +11,8 @@ from jobs.spec import JobSpec
 
 def read_sample(dataset: Any, number: int, split: Split, spec: JobSpec) -> Any:
     """Return a sample of the first epoch, transformed; of a bad one, the ``BadSample`` that its dataset raised.
+
+    Random transforms draw as in training, also for a sample of ``data.val``, for which validation draws otherwise.
 
     Raises:
         Exception: Anything else that the dataset raises.

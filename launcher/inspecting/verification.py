@@ -128,8 +128,10 @@ def _read(
 
 
 def _interrupted(found: Sequence[VerifiedIndex], num_read: int, total: int) -> Interrupted:
-    again = sum(each.num_unstamped for each in found)
-    lost = f", and reads {again:,} of these again, whose store tells neither versions nor times" if again else ""
+    unstamped, broken = sum(each.num_unstamped for each in found), sum(len(each.broken) for each in found)
+    again = [f"{unstamped:,} of these again, whose store tells neither versions nor times"] if unstamped else []
+    again += [f"what is broken ({broken:,}) again"] if broken else []
+    lost = "".join(f", and reads {each}" for each in again)
     interrupted = Interrupted(
         f"interrupted: {num_read:,} of {total:,} samples are verified; the same command goes on with the others{lost}"
     )

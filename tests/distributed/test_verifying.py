@@ -108,6 +108,17 @@ def test_what_changes_after_it_was_found_whole_is_read_again(images: IndexedImag
     assert verified(images, range(NUM)).num_resumed == 0, "a verification that ends keeps nothing"
 
 
+def test_what_is_broken_is_read_again(images: IndexedImages, tmp_path: Path) -> None:
+    path = Path(images.index.url_of(7))
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(Interrupted, match=r"goes on with the others, and reads what is broken \(1\) again$"):
+        verified(images, range(NUM), read=Gated(tmp_path), interrupt_at=1)
+    path.write_bytes(content)
+    found = verified(images, range(NUM))
+    assert (found.num_resumed, found.broken) == (SAMPLES_AT_ONCE - 1, {})
+
+
 def test_another_dataset_of_an_index_leaves_what_is_kept(images: IndexedImages, tmp_path: Path) -> None:
     train, val = range(2 * SAMPLES_AT_ONCE), range(2 * SAMPLES_AT_ONCE, NUM)
     with pytest.raises(Interrupted):

@@ -40,9 +40,10 @@ def build(proof, store, builder):
     if proof is not None:
         with open(proof, "a") as file:
             file.write(f"{os.getpid()}\\n")
-    builder.classes, _ = store.listing()
+    builder.classes = store.folders()
     for label, name in enumerate(builder.classes):
-        _, found = store.listing(name)
+        listed = (each for _, page in store.pages([name]) for each in page.objects)
+        found = sorted(listed, key=lambda each: each.name)
         names = [f"{name}/{each.name}" for each in found]
         builder.add_files(names, [each.size for each in found], [each.version for each in found], [label] * len(found))
 '''

@@ -303,6 +303,7 @@ def test_a_broken_sample_counts_wherever_it_was_found(where: str) -> None:
         "duplicates": None,
     }
     assert has_broken(whole)
+    assert data_text(whole).count("s3://b/1.jpg: is gone") == 1
     broken.clear()
     assert not has_broken(whole)
 
@@ -338,6 +339,12 @@ class TestText:
         verified = {"resumed": 0, "datasets": {"train": {"samples": 1200, "broken": []}}}
         assert "verified    all 1,200: 0 broken" in text(document(), verified=verified)
         assert "data.train is not verified" in text(document(), verified={"resumed": 0, "datasets": {}})
+        broken = [{"url": f"s3://b/{number}", "problem": "is gone"} for number in range(2)]
+        both = {"resumed": 0, "datasets": {"train": {"samples": 1200, "broken": broken[:1]}}}
+        assert text(document(sampled={"samples": 200, "broken": broken}), verified=both).endswith(
+            "data.train: 1 broken of all\ns3://b/0: is gone\n\n"
+            "data.train: 1 broken of 200 sampled, but whole when verified\ns3://b/1: is gone"
+        )
         resumed = verified | {"resumed": 700, "resumed_since": "2026-01-02T03:04:05+00:00"}
         assert text(document(), verified=resumed).endswith(
             "700 samples were not read again: earlier commands found them whole, the first at "

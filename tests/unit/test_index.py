@@ -76,7 +76,7 @@ def described(table: pa.Table, **others: Any) -> pa.Table:
     ("spoil", "what"),
     [
         (lambda table: table.replace_schema_metadata({}), "b'index'"),
-        (lambda table: described(table, version=99), "version 99, not 1"),
+        (lambda table: described(table, version=99), "version 99, not 2"),
         (lambda table: described(table, classes=["cat"]), "a label is no class"),
         (lambda table: described(table, classes=[]), "its table is another one"),
         (lambda table: described(table, passed_over=[1]), "'list' object has no attribute"),

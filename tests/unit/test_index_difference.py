@@ -92,6 +92,21 @@ def test_samples_in_containers_that_are_there_twice(tmp_path: Path) -> None:
     assert index_difference(old, again) == "4 samples changed: 0.tar#a, 0.tar#a, 0.tar#b, ..."
 
 
+def test_a_container_in_another_folder_is_another_one(tmp_path: Path) -> None:
+    """Its samples are drawn alike for a split."""
+
+    def shards(*folders: str) -> Index:
+        builder = IndexBuilder(Source("tar", "s3://bucket/shards"))
+        builder.classes = CLASSES
+        for folder in folders:
+            builder.add_container(f"{folder}/0.tar", 1024, "", offsets=[512], lengths=[10], labels=[0], keys=["x"])
+        return builder.write(tmp_path / "-".join(folders))
+
+    old = shards("a", "b")
+    assert index_difference(old, shards("c", "b")) == "1 sample added: c/0.tar#x; 1 sample removed: a/0.tar#x"
+    assert index_difference(old, shards("0", "a", "b")) == "1 sample added: 0/0.tar#x"
+
+
 def test_numbers_to_predict(tmp_path: Path) -> None:
     def make(name: str, targets: list[list[float]]) -> Index:
         builder = IndexBuilder(Source("table", "s3://bucket/data"))

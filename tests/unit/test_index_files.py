@@ -51,7 +51,8 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def build(store: Store, builder: IndexBuilder) -> None:
     builder.classes = ["a", "b"]
-    _, objects = store.listing()
+    objects = [each for _, page in store.pages([""]) for each in page.objects]
+    objects.sort(key=lambda each: each.name)
     found = [each for each in objects if each.name.endswith(".jpg")]
     for each in objects:
         if each not in found:

@@ -345,15 +345,18 @@ class TestSplits:
         assert len(parquet_images(f"{tmp_path}/train-*.parquet")) == 1
 
     def test_a_row_has_its_split_whatever_is_added(self, tmp_path):
-        write_parquet(tmp_path / "a.parquet", [png(n) for n in range(200)], label=[0] * 200)
-        split = {each: numbers_of(parquet_images(tmp_path, each, val_fraction=0.25)) for each in ("train", "val")}
+        own, other = tmp_path / "own", tmp_path / "other/0.parquet"
+        write_parquet(own / "a.parquet", [png(n) for n in range(200)], label=[0] * 200)
+        split = {each: numbers_of(parquet_images(own, each, val_fraction=0.25)) for each in ("train", "val")}
         assert sorted(split["train"] + split["val"]) == list(range(200))
         assert 30 < len(split["val"]) < 70
-        write_parquet(tmp_path / "0.parquet", [png(n) for n in range(1000, 1020)], label=[0] * 20)
-        again = reopened(lambda: parquet_images(tmp_path, "val", val_fraction=0.25))
-        assert [number for number in numbers_of(again) if number < 1000] == split["val"]
+        for path in (own / "0.parquet", other):
+            write_parquet(path, [png(n) for n in range(1000, 1020)], label=[0] * 20)
+        for urls in (own, [own / "a.parquet", other]):
+            again = reopened(lambda urls=urls: parquet_images(urls, "val", val_fraction=0.25))
+            assert [number for number in numbers_of(again) if number < 1000] == split["val"]
         with pytest.raises(ValueError, match="val_fraction must lie between 0 and 1, got 1.5"):
-            parquet_images(tmp_path, val_fraction=1.5)
+            parquet_images(own, val_fraction=1.5)
 
 
 class TestReading:

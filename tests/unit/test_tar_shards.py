@@ -519,6 +519,19 @@ class TestUrls:
         assert [name.replace("shard-00000", "").removesuffix(".tar") for name in objects] == expected.split()
         assert dataset.fetch([0]) == [jpeg(2 * int(expected.removeprefix("train/").removeprefix("extra/")[0]))]
 
+    def test_folders_in_braces_are_listed_together(self, data, monkeypatch):
+        asked: list[list[str]] = []
+        pages = Store.pages
+
+        def counting_pages(self: Store, folders):
+            asked.append(list(folders))
+            return pages(self, asked[-1])
+
+        monkeypatch.setattr(Store, "pages", counting_pages)
+        urls = [f"{data}/{{train,extra}}/shard-000000.tar", f"{data}/{{train,extra}}/*1.tar"]
+        assert len(tar_shards(urls)) == 8
+        assert asked == [[""], ["extra", "train"]]
+
     def test_a_pattern_fits_no_hidden_file(self, data):
         (data / "train/._shard-000000.tar").write_bytes(b"macOS" * 200)
         assert len(tar_shards(f"{data}/train/*.tar")) == 6
@@ -546,6 +559,7 @@ class TestUrls:
             ("{}/train/{{0..3.tar", "urls must have a closing brace for each opening one, got '{{0..3.tar'; "),
             ("{}/train/{{0}}.tar", "urls must have a range or a list in braces, got {{0}}; write {{000..146}} "),
             ("{}/train/{{0..9999999}}.tar", "urls must name at most 1000000 files, got {{0..9999999}}; correct "),
+            ("{}/{{0..999}}/{{0..1999}}.tar", "urls must name at most 1000000 files, got '{{0..999}}/{{0..1999}}.tar"),
             ([], "urls must be a URL or a list of URLs, got []; write s3://bucket/part-{{000..146}}.tar"),
             (["memory://a/b.tar", "memory://c/d.tar"], "urls must lie in one bucket, got memory://a and others; copy "),
             (["memory://a/b.tar", "{}"], "urls must lie in one bucket, got memory://a and others; copy them to one"),
@@ -589,6 +603,18 @@ class TestSplit:
         few, many = (tar_shards(str(tmp_path / shards), "val", val_fraction=0.3) for shards in "48")
         assert many.fetch(range(len(few))) == few.fetch(range(len(few)))
         assert len(many) > len(few)
+
+    def test_other_urls_move_no_sample(self, tmp_path):
+        """They change the folder that all have in common, and so the names of the samples."""
+        for folder, num_shards in (("own", 2), ("other", 4)):
+            write_shards(tmp_path / folder, num_shards=num_shards, per_shard=20)
+        alone = tar_shards(str(tmp_path / "own"), "val", val_fraction=0.3)
+        both = [str(tmp_path / folder) for folder in ("own", "other")]
+        beside, train = tar_shards(both, "val", val_fraction=0.3), tar_shards(both, "train", val_fraction=0.3)
+        assert alone.index.url_of(alone.numbers[0]) == beside.index.url_of(beside.numbers[0])
+        urls = [{each.index.url_of(number) for number in each.numbers} for each in (alone, beside, train)]
+        assert urls[0] == {url for url in urls[1] if url.startswith(f"{tmp_path}/own/")}
+        assert not urls[0] & urls[2]
 
     def test_one_that_is_empty_is_an_error(self, tmp_path):
         write_shards(tmp_path / "data", num_shards=1, per_shard=1)

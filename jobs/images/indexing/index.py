@@ -6,6 +6,7 @@ It is made once and mapped into the memory of every process, so that no process 
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from jobs.images.indexing.listing_progress import ListingProgress
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,9 @@ class IndexBuilder:
         """
         number = self._num_objects
         self._add_objects([name], [size], [version])
-        unique = [f"{name}#{key}" for key in keys]
-        self._add_samples(np.full(len(keys), number), offsets, lengths, labels, keys, unique)
+        # Without its folders: which of them are part of the name depends on the other URLs of the source.
+        drawn_by = [f"{posixpath.basename(name)}#{key}" for key in keys]
+        self._add_samples(np.full(len(keys), number), offsets, lengths, labels, keys, drawn_by)
 
     def _add_objects(self, names: Sequence[str], sizes: Sequence[int], versions: Sequence[str]) -> None:
         self._num_objects += len(names)
@@ -129,12 +131,12 @@ class IndexBuilder:
         self._add("size", np.asarray(sizes, np.int64))
         self._add("version", [version.encode() for version in versions])
 
-    def _add_samples(self, objects: Any, offsets: Any, lengths: Any, labels: Any, keys: Any, unique: Any) -> None:
+    def _add_samples(self, objects: Any, offsets: Any, lengths: Any, labels: Any, keys: Any, drawn_by: Any) -> None:
         self._add("object", np.asarray(objects, np.int64))
         self._add("offset", np.asarray(offsets, np.int64))
         self._add("length", np.asarray(lengths, np.int64))
         self._add("key", [os.fsencode(key) for key in keys])
-        self._add("draw", np.array([draw(name) for name in unique], np.uint64))
+        self._add("draw", np.array([draw(name) for name in drawn_by], np.uint64))
         self._add("label", np.asarray(labels, np.int64 if self.classes else np.float32).reshape(-1))
         self._num_samples += len(keys)
 
@@ -278,7 +280,9 @@ class Index:
 
     @property
     def draws(self) -> np.ndarray:
-        """Of each sample, the first 8 bytes of the SHA-256 of its name, as a number: it depends on no other sample.
+        """Of each sample, the first 8 bytes of the SHA-256 of a name, as a number: it depends on no other sample.
+
+        The name is that of its object; in a container, the last part of the container's name, and the sample's key.
 
         Shapes: uint64 [samples].
         """

@@ -1,14 +1,16 @@
 """Names what differs between two indexes of the same source, made at different times. Pure.
 
-Samples are matched by their draws, the digests of their names: numbers take little memory, and are sorted fast.
+Samples are matched by digests of their names: numbers take little memory, and are sorted fast.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from cluster.errors import storable
 from jobs.images.indexing.index import Index
+from jobs.images.indexing.index_columns import draw
 
 _MOST_NAMES = 3
 _BLOCK = 2**20
@@ -20,7 +22,7 @@ def index_difference(old: Index, new: Index) -> str:
 
     What was passed over does not count: a file that a desktop leaves among the images changes no sample.
     """
-    in_old_N, in_new_N, is_gone_O, is_added_N = _matched(old.draws, new.draws)
+    in_old_N, in_new_N, is_gone_O, is_added_N = _matched(_identities(old), _identities(new))
     changed_C = in_new_N[_changed(old, new, in_old_N, in_new_N)]
     parts = [
         _counted("added", new, np.flatnonzero(is_added_N)),
@@ -34,8 +36,19 @@ def index_difference(old: Index, new: Index) -> str:
     return "; ".join(filter(None, parts)) or "its samples, classes or splits are in another order"
 
 
+def _identities(index: Index) -> np.ndarray:
+    """Returns a number for each sample, from its name: a draw alone lacks the folder of a container.
+
+    Shapes: uint64 [samples].
+    """
+    names = index.objects["name"]
+    objects = np.fromiter((draw(os.fsdecode(name.as_py())) for name in names), np.uint64, len(names))
+    identities: np.ndarray = index.draws + objects[index.object_numbers]
+    return identities
+
+
 def _matched(old_O: np.ndarray, new_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Matches samples by their draws; of several with one draw, as in a table with a line twice, the first the first.
+    """Matches samples by their numbers; of several with one, as in a table with a line twice, the first the first.
 
     Returns:
         The numbers of the matched samples in the old index, and in the new one, in the order of the new one; which of

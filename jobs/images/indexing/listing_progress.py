@@ -8,7 +8,9 @@ _INTERVAL_S = 10.0
 
 
 class ListingProgress:
-    """Tells of a listing every ten seconds: the samples, their rate, and the time left where a total is known.
+    """Tells of a listing: the samples, their rate, and the time left where a total is known.
+
+    It tells when more is listed and ten seconds have passed since its last line; in between it is silent.
 
     Args:
         url: What is listed.

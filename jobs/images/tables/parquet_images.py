@@ -45,8 +45,8 @@ def parquet_images(
 
     If names of files say which hold ``train`` and which ``val`` (or ``validation``, ``valid``, ``dev``), as in
     ``train-00000-of-00002.parquet`` or ``validation/0.parquet``, these are the splits, and files of a test split are
-    passed over. Otherwise, also if all files are of ``train``, the SHA-256 of the file's name and the number of the row
-    decides the split of an image.
+    passed over. Otherwise, also if all files are of ``train``, the SHA-256 of the file's name, without its folders, and
+    the number of the row decides the split of an image.
 
     Args:
         urls: A file, a folder (with all below it), names with braces (``train-{00000..00009}.parquet``), a pattern such

@@ -60,8 +60,8 @@ def tar_shards(
     Args:
         urls: A shard, a folder of shards, names with braces (``s3://bucket/train-{000000..000146}.tar``), a pattern
             with ``*``, or a list of these; all in one bucket.
-        split: ``train`` or ``val``; None takes all samples. The SHA-256 of a sample's key and of its shard's name
-            below the folder that all URLs share decides.
+        split: ``train`` or ``val``; None takes all samples. The SHA-256 of a sample's key and of the last part of
+            its shard's name decides.
         transform: Applied to a uint8 image_3HW.
         image: The extension of the member that is the image, or several with ``;``, of which a sample's first counts.
         label: The key of the ``.json`` that holds the label, an integer or a name; None: the ``.cls`` holds an integer.
