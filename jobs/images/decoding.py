@@ -19,6 +19,9 @@ _LONGEST = (2**31 - 1) // 64 - 8
 columns, because an image may be turned."""
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """Error numbers of a path that leads to no file on any host."""
+_BYTES_PER_PIXEL, _BESIDE = 16, 2**25
+"""Memory that a decoder may need, at most: the coefficients of a progressive JPEG take 8 bytes a pixel, the canvases
+of a WebP as many, and what it decodes and Pillow's copy up to 4 each."""
 UPRIGHT = 1
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,29 +111,40 @@ def decode_image(content: bytes, url: str) -> Tensor:
 def opened(content: bytes, url: str) -> Iterator[ImageFile.ImageFile]:
     """Opens an encoded image for the block of a ``with`` statement, and names it in what Pillow raises there.
 
-    What is bad follows from the file alone, so that all hosts skip the same samples. So a lack of memory stays a
-    MemoryError, and what Pillow would refuse as such for its size alone is refused before.
+    What is bad follows from the file alone, so that all hosts skip the same samples. So a lack of memory is always a
+    MemoryError, and what Pillow would refuse as such for its size alone is refused before. Decoders report an
+    allocation that failed as they report damage, so an image counts as bad only if this host has memory to decode it.
 
     Raises:
         BadSample: It is no image, is damaged or too large.
         MemoryError: This host has too little memory.
     """
+    size = _size_of_webp(content)
     try:
         with Image.open(io.BytesIO(content)) as image:
+            size = image.size
             if max(image.size) > _LONGEST:
-                size = f"{image.width:,} x {image.height:,}"
-                raise BadSample(f"has {size} pixels, and at most {_LONGEST:,} can be in a row; remove the file", url)
+                raise BadSample(
+                    f"has {image.width:,} x {image.height:,} pixels, and at most {_LONGEST:,} can be in a row; remove "
+                    "the file",
+                    url,
+                )
             yield image
     except BadSample:
         raise
     except Exception as error:  # it depends on the format and the damage, and may be any
-        raise _undecodable(error, url) from error
+        raise _undecodable(error, url, size) from error
 
 
-def _undecodable(error: Exception, url: str) -> Exception:
-    """Returns the error for an image that Pillow cannot decode; ``error`` is Pillow's."""
-    # Its C code reports some allocations that failed as an OSError or RuntimeError.
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+def _undecodable(error: Exception, url: str, size: tuple[int, int]) -> Exception:
+    """Returns the error for an image that Pillow cannot decode.
+
+    Args:
+        error: Pillow's.
+        url: Where it lies.
+        size: Its width and height, or zeros if its header could not be read.
+    """
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or not _has_memory_for(size):
         return MemoryError(f"{url}: too little memory to decode it; give the process more, or remove the file")
     if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
         problem = "it has no header of an image that Pillow knows"
@@ -139,6 +153,35 @@ def _undecodable(error: Exception, url: str) -> Exception:
     else:
         problem = f"{type(error).__name__}: {one_line(error)}"
     return BadSample(f"cannot be decoded, {problem}; repair or remove the file", url)
+
+
+def _has_memory_for(size: tuple[int, int]) -> bool:
+    """Returns whether this process can allocate what the decoder of an image may need."""
+    pixels, limit = size[0] * size[1], Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > 2 * limit:  # Pillow refuses it for its size alone
+        return True
+    try:
+        bytearray(pixels * _BYTES_PER_PIXEL + _BESIDE)  # no page of it is touched
+    except MemoryError:
+        return False
+    return True
+
+
+def _size_of_webp(content: bytes) -> tuple[int, int]:
+    """Returns width and height of a WebP by its header, because Pillow allocates its pixels when it opens it.
+
+    Zeros: it is none.
+
+    Source: https://developers.google.com/speed/webp/docs/riff_container
+    """
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return 0, 0
+    if content[12:16] == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + bits % 2**14, 1 + (bits >> 14) % 2**14
+    return int.from_bytes(content[26:28], "little") % 2**14, int.from_bytes(content[28:30], "little") % 2**14
 
 
 def orientation_of(image: Image.Image) -> int:
