@@ -163,17 +163,16 @@ class Store:
 
         return self._call(f"read {name}", read, name, size=None)
 
-    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes | MissingObject]:
-        """Returns the bytes of each range, read in concurrent requests; an error in place of a missing object.
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterator[bytes | MissingObject]:
+        """Yields the bytes of each range, read in concurrent requests; an error in place of a missing object.
 
-        An object that ends within a range gives fewer bytes.
+        An object that ends within a range gives fewer bytes. Requests begin with the first item, and up to
+        ``max_requests`` are under way or wait to be taken; what was taken is not kept.
         """
         calls = ((f"read {each.name}", reading(each.offset, each.size), each.name, each.size) for each in ranges)
         missing = "restore it, or take it out of the data"
-        return [
-            MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
-            for each, content in zip(ranges, self._each(calls))
-        ]
+        for each, content in zip(ranges, self._each(calls)):
+            yield MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content
 
     def fingerprints(self, names: Iterable[str]) -> list[str]:
         """Returns for each object a text that changes with its content, see ``fingerprint``; in concurrent requests."""
@@ -307,8 +306,9 @@ class Store:
             if len(waiting) == self.max_requests:
                 first, started = waiting.popleft()
                 yield self._call(*first, started=started)
-        for each, started in waiting:
-            yield self._call(*each, started=started)
+        while waiting:
+            first, started = waiting.popleft()
+            yield self._call(*first, started=started)
 
     def _call(
         self,

@@ -204,7 +204,7 @@ def test_a_store_that_is_silent_is_given_up_before_the_worker_counts_as_hung(
 ) -> None:
     monkeypatch.setattr(data_stores, "_patience_s", data_stores.patience_below(hang_timeout_s=0.6))
     with pytest.raises(StorageError, match=f"late://{tmp_path}: cannot read silent: no answer within 0.2 s"):
-        data_store(f"late://{tmp_path}").read_ranges([ByteRange("silent", 0, 1)])
+        list(data_store(f"late://{tmp_path}").read_ranges([ByteRange("silent", 0, 1)]))
     (tmp_path / "answers").touch()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,6 +332,26 @@ class TestPrice:
         assert local_reads == [len(content[101])]
         assert in_blocks.fetch([101, 102]) == content[101:103]
         assert len(local_reads) == 1
+
+    def test_while_blocks_are_read_no_sample_is_in_memory_twice(self, tmp_path: Path) -> None:
+        """So what the plan tells is enough for the first read, which fills the whole buffer."""
+        length, block, blocks = 20_000, 8, 64
+        (tmp_path / "all.bin").write_bytes(bytes(blocks * (block + 1) * length))  # each block before a gap
+        builder = IndexBuilder(Source("tar", str(tmp_path)))
+        builder.classes = ["a"]
+        offsets = [(number + number // block) * length for number in range(blocks * block)]
+        builder.add_container(
+            "all.bin", blocks * (block + 1) * length, "", offsets=offsets, lengths=[length] * len(offsets),
+            labels=[0] * len(offsets), keys=list(map(str, offsets)),
+        )  # fmt: skip
+        images = IndexedImages(builder.write(tmp_path / "index.arrow"), read_ranges).in_blocks(block, len(offsets))
+        images.fetch([0])
+        tracemalloc.start()
+        try:
+            images.fetch(range(block, len(offsets), block))
+            assert tracemalloc.get_traced_memory()[1] < 1.25 * length * len(offsets)
+        finally:
+            tracemalloc.stop()
 
     def test_there_is_none_without_the_key(self, shards: IndexedImages) -> None:
         job, steps = described(None)
