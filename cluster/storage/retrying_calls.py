@@ -4,6 +4,7 @@ A call that fails for a transient reason is retried after pauses until patience 
 given up; it may still have its effect later. This module does not know what the calls do.
 """
 
+import contextlib
 import random
 import threading
 import time
@@ -123,15 +124,14 @@ class RetryingCalls:
         if started is None:
             started = self.start(call, name)
         within_s = min(_CALL_S, self._most_s) + extra_s
-        try:
-            return result_within(within_s + (size or 0) / _SLOWEST_BYTES_PER_S, started)
-        except OverrunError:
-            if size is not None:
-                raise
-        # Only a slow read is worth a request for the object's size.
-        asked = self.start(lambda fs, path: fs.info(path)["size"], name)
-        size = result_within(within_s, asked)
-        return result_within(within_s + size / _SLOWEST_BYTES_PER_S, started)
+        if size is None:
+            # Only a slow read is worth a request for the object's size, and both have the time of one try.
+            with contextlib.suppress(OverrunError):
+                return result_within(within_s / 2, started)
+            asked = self.start(lambda fs, path: fs.info(path)["size"], name)
+            with contextlib.suppress(OverrunError):
+                size = result_within(within_s / 2, asked)
+        return result_within(within_s + (size or 0) / _SLOWEST_BYTES_PER_S, started)
 
     def start(self, call: FileSystemCall[T], name: str) -> Started[T]:
         """Begins the first try of a call, for ``call``."""

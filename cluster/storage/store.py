@@ -48,6 +48,13 @@ class ByteRange:
     offset: int = 0
     size: int | None = None
     """None: to its end."""
+    expected: int | None = None
+    """Of a range to the end: the bytes that there should be, which give it time. None: unknown."""
+
+    @property
+    def most_bytes(self) -> int | None:
+        """The bytes that the time limit allows for."""
+        return self.expected if self.size is None else self.size
 
 
 class MissingObject(StorageError):  # noqa: N818 - it says what is so, as FileNotFound does
@@ -169,7 +176,7 @@ class Store:
         An object that ends within a range gives fewer bytes. Requests begin with the first item, and up to
         ``max_requests`` are under way or wait to be taken; what was taken is not kept.
         """
-        calls = ((f"read {each.name}", reading(each.offset, each.size), each.name, each.size) for each in ranges)
+        calls = ((f"read {each.name}", reading(each.offset, each.size), each.name, each.most_bytes) for each in ranges)
         missing = "restore it, or take it out of the data"
         for each, content in zip(ranges, self._each(calls)):
             yield MissingObject(f"{self.url}: holds no {each.name}; {missing}") if content is None else content

@@ -16,7 +16,7 @@ _patience_s = 100.0  # for the default of ``workers.hang_timeout_s``
 def patience_below(hang_timeout_s: float) -> float:
     """Returns how long to retry a read, in seconds, so that it fails before a worker that waits for it counts as hung.
 
-    It is a third, and as long may the last try take.
+    It is a third, and as long may the last try take, and a second longer for each MB that it reads.
     """
     return hang_timeout_s / 3
 

@@ -76,7 +76,8 @@ def range_of(places: Sequence[Place]) -> ByteRange:
     """Returns the range that holds all samples of a run."""
     first = places[0]
     if first.length < 0:
-        return ByteRange(first.object)
+        # To its end, whatever its size was, to notice one that grew.
+        return ByteRange(first.object, expected=first.size if first.size >= 0 else None)
     end = max(place.offset + place.length for place in places)
     return ByteRange(first.object, first.offset, end - first.offset)
 

@@ -1135,6 +1135,17 @@ class TestHang:
         with pytest.raises(StorageError, match="cannot read a: no answer within 1.5 s"):
             store.read("a")
 
+    def test_a_store_that_tells_no_size_either_has_the_time_of_one_try(self, tmp_path, monkeypatch):
+        """So a worker that waits for its data fails before it counts as hung."""
+        goes_on = threading.Event()
+        for name in ("cat_file", "info"):
+            monkeypatch.setattr(SyncedLocalFileSystem, name, lambda *_, **__: goes_on.wait())
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="cannot read a: no answer within 2 s"):
+            list(Store(str(tmp_path), patience_s=0, most_s=2.0).read_ranges([ByteRange("a")]))
+        assert time.monotonic() - began < 3.9
+        goes_on.set()
+
     def test_threads_are_used_again(self, store):
         store.write("a", b"1")
         before = threading.active_count()
