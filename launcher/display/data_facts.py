@@ -49,14 +49,15 @@ def _price(plan: "ShufflePlan") -> str:
     own, full = plan.own, plan.full
     if own.requests is None or own.read is None or full.requests is None or full.read is None:
         return "each sample by itself, as with a full shuffle: the dataset reads no blocks"
-    more = ""
+    where = more = ""
     if plan.readers > 1:
+        where = " (all workers on one host)"
         more = (
             f"; up to {plan.readers} loader processes read each block, or one with data.shuffle.streams: {plan.streams}"
         )
     return (
-        f"{_short(own.requests)} requests a sample and {_short(own.read)} bytes for each byte used, with a full "
-        f"shuffle {_short(full.requests)} and {_short(full.read)}{more}"
+        f"{_short(own.requests)} requests a sample and {_short(own.read)} bytes for each byte used{where}, with a "
+        f"full shuffle {_short(full.requests)} and {_short(full.read)}{more}"
     )
 
 

@@ -40,7 +40,9 @@ class Order:
 class ShufflePlan:
     """The order of the description, beside a permutation of all samples.
 
-    Where a number depends on the number of workers or on their hosts, it is the largest.
+    Where a number depends on the number of workers or on their hosts, it is the largest. Only the price of ``own`` is
+    that of workers on one host: on several, workers may have other numbers of shards, more of whose blocks several
+    processes read.
     """
 
     own: Order

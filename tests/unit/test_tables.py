@@ -224,7 +224,8 @@ class TestPlan:
             "row groups; in the 32 on a host, 8,240 MiB"
         )
         assert facts(replace(planned, readers=4, streams=4))[1].endswith(
-            "1 and 1; up to 4 loader processes read each block, or one with data.shuffle.streams: 4"
+            "bytes for each byte used (all workers on one host), with a full shuffle 1 and 1; up to 4 loader processes "
+            "read each block, or one with data.shuffle.streams: 4"
         )
         odd = Order(meet_in_micro_batch=1.0, meet_in_step=0.997, requests=1.2e-5, read=1234.5)
         assert facts(replace(planned, own=odd))[:2] == [
