@@ -271,7 +271,7 @@ class TestRows:
         asked = []
         read = Store.read
         monkeypatch.setattr(Store, "read", lambda self, name: asked.append(name) or read(self, name))
-        monkeypatch.delattr(Store, "listing")
+        monkeypatch.delattr(Store, "pages")
         monkeypatch.delattr(Store, "read_ranges")
         image_table(written(root / "t.csv", "path,label\na.png,x\n"))
         assert asked == ["t.csv"]
