@@ -159,7 +159,10 @@ def test_parquet_while_labels_are_read(tmp_path, told_of, monkeypatch):
 
 def test_a_parquet_table(tmp_path, told_of, monkeypatch):
     monkeypatch.setattr(parquet_columns, "_GROUPS_AT_ONCE", 2)
-    table = pa.table({"path": [f"{n}.jpg" for n in range(60)], "label": [0] * 60})
+    splits = ["train", "val", "test"]
+    table = pa.table({"path": [f"{n}.jpg" for n in range(60)], "label": [0] * 60, "fold": splits * 20})
     pq.write_table(table, tmp_path / "table.parquet", row_group_size=10)
     lines = told_of(lambda: image_table(tmp_path / "table.parquet"))
     assert done(lines) == ["20 of 60 rows", "40 of 60 rows"]
+    lines = told_of(lambda: image_table(tmp_path / "table.parquet", split="val", split_column="fold"))
+    assert [re.findall(r"(\d+) samples", line) for line in lines] == [["0"], ["0"], ["0"], ["20"]]

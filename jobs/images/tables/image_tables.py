@@ -175,6 +175,7 @@ def _build(file: _TableFile, split: Split | None, store: Store, builder: IndexBu
             "correct it, or name another column in split_column"
         )
     unknown = len(chosen)
+    builder.progress.listed(unknown)
     builder.add_files([names[row] for row in chosen], [-1] * unknown, [""] * unknown, labels[chosen])
 
 
@@ -219,7 +220,7 @@ def _parquet_rows(file: _TableFile, progress: ListingProgress) -> "tuple[pa.Tabl
         raise ValueError(f"{file.url}: {footer}")
     progress.expect(footer.num_rows, "rows")
     columns = list(dict.fromkeys([*file.texts, *file.labels]))
-    rows = read_columns(file.store, [footer], columns, lambda num_rows: progress.listed(num_rows, num_rows))[0]
+    rows = read_columns(file.store, [footer], columns, lambda num_rows: progress.listed(0, num_rows))[0]
     for column in file.texts:
         kind = rows.schema.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
