@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
@@ -33,6 +34,8 @@ _TURNED = {
     8: Image.Transpose.ROTATE_90,
 }
 """How to turn an image upright, by its orientation in EXIF."""
+DECODER = f"Pillow {PIL.__version__}, rules 1"
+"""What decides which images are bad. Make it rules 2 if ``decode_image`` refuses others."""
 
 
 class BadSample(ValueError):  # noqa: N818 - it says what is so

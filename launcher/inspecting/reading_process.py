@@ -20,7 +20,7 @@ from cluster.host.oom import be_taken_first
 from cluster.process import fork_server
 from cluster.process.orders import Task
 from cluster.process.workplace import take_place
-from jobs.images.decoding import BadSample, decode_image
+from jobs.images.decoding import DECODER, BadSample, decode_image
 from jobs.images.indexed_images import ReadSamples
 from jobs.images.indexing.index import Index, Place
 from launcher.inspecting.facts import IndexReader
@@ -56,12 +56,12 @@ def main(commands: Connection, task: Task) -> None:
 
 
 def verify_part(index: Index, read: ReadSamples, part: Part) -> Verified:
-    """Read, decode and hash samples, except for those that were found whole and have not changed.
+    """Read, decode and hash samples, except for those that this decoder found whole and that have not changed.
 
     Raises:
         StorageError: The store does not answer.
     """
-    stamps, read_at = stamps_of(index, part.numbers), int(time.time())
+    stamps, read_at = stamps_of(index, part.numbers, DECODER), int(time.time())
     is_unchanged = (stamps == part.stamps) & (stamps != UNKNOWN)
     stamp_of = dict(zip(part.numbers[~is_unchanged].tolist(), stamps[~is_unchanged].tolist()))
     whole, broken = list[tuple[int, bytes, int, int]](), dict[int, str]()

@@ -1,4 +1,4 @@
-"""Stamps of objects: numbers that change with their content, so that a command knows what it need not read again."""
+"""Stamps of objects: numbers that change with their content and its decoder; they tell what need not be read again."""
 
 import hashlib
 import os
@@ -13,11 +13,16 @@ UNKNOWN = 0
 """The stamp of an object that is not there, or whose store tells neither versions nor times."""
 
 
-def stamps_of(index: Index, numbers: np.ndarray) -> np.ndarray:
+def stamps_of(index: Index, numbers: np.ndarray, decoder: str) -> np.ndarray:
     """Return the stamp of the object that each sample lies in.
 
     Take them before the samples are read: content that comes in between then belongs to an older stamp, and counts as
     changed. The index has the versions that its listing found; without them the store is asked for each object.
+
+    Args:
+        index: The index.
+        numbers: The numbers of samples in it.
+        decoder: What decides which images are bad, and its version.
 
     Shapes: int64 [samples] -> uint64 [samples].
 
@@ -34,11 +39,11 @@ def stamps_of(index: Index, numbers: np.ndarray) -> np.ndarray:
             unversioned[each] = os.fsdecode(columns["name"][each].as_py())
     if unversioned:
         texts |= dict(zip(unversioned, data_store(index.source.url).fingerprints(unversioned.values())))
-    return _digests(texts[each] for each in objects.tolist())[of_samples]
+    return _digests((texts[each] for each in objects.tolist()), decoder)[of_samples]
 
 
-def _digests(texts: Iterable[str]) -> np.ndarray:
-    return np.array([_digest(text) if text else UNKNOWN for text in texts], np.uint64)
+def _digests(texts: Iterable[str], decoder: str) -> np.ndarray:
+    return np.array([_digest(f"{decoder} {text}") if text else UNKNOWN for text in texts], np.uint64)
 
 
 def _digest(text: str) -> int:

@@ -183,18 +183,28 @@ class TestPart:
 
     def test_a_file_with_its_old_size_and_time_has_changed(self, tmp_path: Path) -> None:
         index = of_files(tmp_path, [jpeg(0)])
-        path, before = path_of(index, 0), stamps_of(index, np.arange(1))
-        assert stamps_of(index, np.arange(1)) == before
+        path, before = path_of(index, 0), stamps_of(index, np.arange(1), "")
+        assert stamps_of(index, np.arange(1), "") == before
         times = path.stat()
         path.write_bytes(bytes(len(jpeg(0))))
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        assert stamps_of(index, np.arange(1)) != before
+        assert stamps_of(index, np.arange(1), "") != before
+
+    def test_another_version_of_the_decoder_reads_all_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index = of_files(tmp_path, [jpeg(0)])
+        first = verify_part(index, read_files, unread(0)).whole
+        part = Part(first["number"], first["stamp"])
+        assert verify_part(index, read_files, part).unchanged.tolist() == [0]
+        monkeypatch.setattr(reading_process, "DECODER", "Pillow 99.0.0, rules 1")
+        assert verify_part(index, read_files, part).unchanged.tolist() == []
 
     def test_where_the_index_has_versions_the_store_is_not_asked(self, tmp_path: Path) -> None:
         index = of_files(tmp_path, [jpeg(0), jpeg(0)], version='"etag"')
-        before = stamps_of(index, np.arange(2))
+        before = stamps_of(index, np.arange(2), "")
         path_of(index, 1).unlink()
-        assert stamps_of(index, np.arange(2)).tolist() == before.tolist()
+        assert stamps_of(index, np.arange(2), "").tolist() == before.tolist()
         assert UNKNOWN not in before
 
     def test_without_a_stamp_a_sample_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
