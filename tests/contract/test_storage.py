@@ -291,7 +291,7 @@ class StoreContract:
             lambda name: store.delete([name]),
             lambda name: store.delete([name], at_once=8),
             lambda name: list(store.read_ranges([ByteRange(name)])),
-            store.listing,
+            lambda name: list(store.pages([name])),
         ):
             with pytest.raises(StorageError, match="is no name of an object"):
                 call(name)
