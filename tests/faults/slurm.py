@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.hosts import Host, hosts
@@ -27,23 +26,26 @@ from tests.faults.hosts import why_there_can_be_none as why_no_hosts
 LOGIN = "login"
 CPUS, GPUS, MEMORY_MB = 8, 4, 16_000
 """Of each node, whatever the machine has; no GPU is real."""
+TICK_S = 30
+"""How often the controller looks whether jobs are near their limit; no setting changes it."""
+GRACE_S = 5
+"""What a job that is preempted has from the SIGTERM to its steps to that to its batch script."""
 PARTITIONS = {
     "main": "Default=YES PriorityTier=1 MaxTime=UNLIMITED",
     "short": "PriorityTier=1 MaxTime=1",
-    "scavenge": "PriorityTier=0 PreemptMode=REQUEUE GraceTime=20 MaxTime=UNLIMITED",
+    "scavenge": f"PriorityTier=0 PreemptMode=REQUEUE GraceTime={GRACE_S} MaxTime=UNLIMITED",
 }
 """All have all nodes. Jobs of ``main`` and ``short`` preempt those of ``scavenge``, which are requeued."""
 SETTINGS = {
-    "KillWait": "10",  # 30: from SIGTERM to SIGKILL of a job that is cancelled or has reached its limit
-    "MinJobAge": "60",  # 300: how long the controller remembers a job
-    "SlurmdTimeout": "10",  # 300: how long a node may not answer before it is down
+    "KillWait": "10",  # 30 s: from SIGTERM to SIGKILL of a job that is cancelled or has reached its limit
+    "SlurmdTimeout": "10",  # 300 s: how long a node may not answer before it is down, and up to 20 s more
     "ReturnToService": "2",  # 0: a node that was down is used again
     "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0",
 }
-"""Settings that differ from Slurm's own, which the comments give."""
+"""Settings that differ from Slurm's own values, which the comments give."""
 _CREDENTIALS_EXPIRE_S = 5
 """Slurm's own is 120, and 5 the least: about that long, a job that is requeued waits before it can start again."""
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+_PROGRAMS = ("munge", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 _PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 _START_LIMIT_S = 120.0
 _COMMAND_LIMIT_S = 60.0
@@ -62,8 +64,12 @@ def why_there_can_be_none() -> str | None:
 
 
 @contextmanager
-def slurm(*names: str) -> Iterator["Slurm"]:
+def slurm(*names: str, settings: Mapping[str, str] | None = None) -> Iterator["Slurm"]:
     """A Slurm whose nodes have these names, all of them idle, for as long as the context lasts.
+
+    Args:
+        names: Of the nodes.
+        settings: More of its slurm.conf.
 
     Raises:
         FileNotFoundError, CalledProcessError: ``why_there_can_be_none`` tells why.
@@ -75,27 +81,9 @@ def slurm(*names: str) -> Iterator["Slurm"]:
         home = Path(stack.enter_context(folder))
         login, *nodes = stack.enter_context(hosts(LOGIN, *names))
         made = Slurm(home, login, {node.name: node for node in nodes})
-        made.start()
+        stack.callback(made.end)
+        made.start(settings or {})
         yield made
-
-
-@dataclass(kw_only=True, slots=True)
-class _Daemon:
-    """A daemon in the foreground on a host.
-
-    Attributes:
-        process: Enters the host's namespaces and waits there for the daemon, its only child.
-        log: What the daemon has said.
-    """
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def pid(self) -> int:
-        """Of the daemon, as this machine sees it."""
-        entered = self.process.pid
-        return int(Path(f"/proc/{entered}/task/{entered}/children").read_text())
 
 
 class Slurm:
@@ -115,17 +103,25 @@ class Slurm:
         self.nodes = nodes
         self.conf = folder / "slurm.conf"
         self._own = folder / "own"
-        self._daemons: dict[str, _Daemon] = {}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        """By name; each enters the namespaces of a host, and waits there for the daemon, its only child."""
 
-    def start(self) -> None:
+    def start(self, settings: Mapping[str, str]) -> None:
         """Starts all daemons; returns when all nodes are idle."""
-        self._write_files()
+        self._write_files(settings)
         self._set_up(self.login)
-        self._start_daemon("slurmctld", self.login, "slurmctld", "-D", "-f", str(self.conf))
+        self.start_controller()
         for node in self.nodes.values():
             self._set_up(node)
             self.start_slurmd(node.name)
         self.wait_until(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), _START_LIMIT_S)
+
+    def end(self) -> None:
+        """Ends every process on all hosts."""
+        for host in (self.login, *self.nodes.values()):
+            host.end()
+        for daemon in self._daemons.values():
+            daemon.wait()
 
     def start_slurmd(self, node: str) -> None:
         """Starts the slurmd of a node that has none."""
@@ -134,14 +130,21 @@ class Slurm:
 
     def kill_slurmd(self, node: str) -> None:
         """Kills the slurmd of a node with SIGKILL. Its jobs go on: they belong to slurmstepd."""
-        daemon = self._daemons.pop(node)
-        os.kill(daemon.pid, signal.SIGKILL)
-        daemon.process.wait()
+        self._kill_daemon(node)
+
+    def start_controller(self) -> None:
+        """Starts slurmctld, which has been killed."""
+        self._start_daemon("slurmctld", self.login, "slurmctld", "-D", "-f", str(self.conf))
+
+    def kill_controller(self) -> None:
+        """Kills slurmctld with SIGKILL. It forgets jobs that are younger than a few seconds."""
+        self._kill_daemon("slurmctld")
 
     def power_off(self, node: str) -> None:
         """Takes a node's power: nothing on it ends in order, and no peer hears of it."""
         self.nodes[node].power_off()
-        self._daemons.pop(node).process.wait()
+        for daemon in (node, _munged(node)):
+            self._daemons.pop(daemon).wait()
 
     def power_on(self, node: str) -> None:
         """Starts a node that was off, with its slurmd."""
@@ -213,7 +216,7 @@ class Slurm:
         return found
 
     def node_states(self) -> dict[str, str]:
-        """The state of each node, as ``sinfo`` abbreviates it not: ``idle``, ``mixed``, ``down*``."""
+        """The state of each node in ``sinfo``'s words: ``idle``, ``mixed``, ``down*``, where ``*`` is: no answer."""
         lines = self.ask("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
         return dict(line.split() for line in lines)
 
@@ -232,7 +235,7 @@ class Slurm:
         """
         deadline = time.monotonic() + limit_s
         while True:
-            ended = [name for name, daemon in self._daemons.items() if daemon.process.poll() is not None]
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             assert not ended, f"ended: {ended}\n{self._logs()}"
             if happened():
                 return
@@ -243,7 +246,6 @@ class Slurm:
         """Gives a host that has just been powered on the names of all hosts, and a munged."""
         self._run_on(host, "mount", "--bind", self.folder / "hosts", "/etc/hosts")
         self._run_on(host, "mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs", self._own)
-        self._daemons.pop(f"munged-{host.name}", None)
         # It wants a socket and a log that all users can reach, which --force makes a warning.
         options = {
             "key-file": self.folder / "munge.key",
@@ -252,7 +254,7 @@ class Slurm:
             "seed-file": self._own / "munge.seed",
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        self._start_daemon(f"munged-{host.name}", host, "munged", "--foreground", "--force", *arguments)
+        self._start_daemon(_munged(host.name), host, "munged", "--foreground", "--force", *arguments)
 
         def answers() -> bool:
             command = host.command(["munge", "--no-input", f"--socket={self._own / 'munge.socket'}"], self.folder)
@@ -260,23 +262,27 @@ class Slurm:
 
         self.wait_until(answers, _START_LIMIT_S)
 
+    def _kill_daemon(self, name: str) -> None:
+        entered = self._daemons.pop(name)
+        children = Path(f"/proc/{entered.pid}/task/{entered.pid}/children")
+        os.kill(int(children.read_text()), signal.SIGKILL)
+        entered.wait()
+
     def _run_on(self, host: Host, *arguments: object) -> None:
         subprocess.run(host.command(arguments, self.folder), check=True, capture_output=True, timeout=_COMMAND_LIMIT_S)
 
     def _start_daemon(self, name: str, host: Host, program: str, *arguments: str) -> None:
-        log = self.folder / f"{name}.log"
         command = host.command([_which(program), *arguments], self.folder, {"SLURM_CONF": str(self.conf)})
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._daemons[name] = _Daemon(process=process, log=log)
 
     def _logs(self) -> str:
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-_LOG_TAIL:]}" for log in logs)
 
-    def _write_files(self) -> None:
+    def _write_files(self, more: Mapping[str, str]) -> None:
         self._own.mkdir()
         (self.folder / "state").mkdir()
         (self.folder / "munge.key").touch(0o600)
@@ -311,12 +317,17 @@ class Slurm:
             "PreemptMode": "REQUEUE",
             "MpiDefault": "none",
             **SETTINGS,
+            **more,
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         has = f"CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:fake:{GPUS}"
         lines += [f"NodeName={node.name} NodeAddr={node.address} {has}" for node in self.nodes.values()]
         lines += [f"PartitionName={name} Nodes=ALL {options}" for name, options in PARTITIONS.items()]
         self.conf.write_text("\n".join(lines) + "\n")
+
+
+def _munged(host: str) -> str:
+    return f"munged-{host}"
 
 
 def _which(program: str) -> str:
