@@ -162,8 +162,9 @@ def test_a_job_outlives_a_slurmd_and_the_controller(make_slurm) -> None:
     slurm.wait_for(job, "RUNNING")
     slurm.kill_slurmd("node2")
     slurm.start_slurmd("node2")
-    saved = slurm.folder / "state" / "job_state"
-    slurm.wait_until(saved.exists)
+    slurm.ask("scontrol", "update", f"JobId={job}", "Comment=running")
+    state = slurm.folder / "state" / "job_state"
+    slurm.wait_until(lambda: state.exists() and b"running" in state.read_bytes())
     slurm.kill_controller()
     slurm.start_controller()
     slurm.wait_until(lambda: slurm.node_states() == {"node1": "mixed", "node2": "mixed"})
