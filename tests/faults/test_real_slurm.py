@@ -158,8 +158,9 @@ def test_a_job_of_a_batch_host_without_power_starts_elsewhere(make_slurm) -> Non
 
 def test_a_job_outlives_a_slurmd_and_the_controller(make_slurm) -> None:
     slurm = make_slurm("node1", "node2")
-    job = slurm.submit("while [ ! -e go ]; do sleep 0.1; done; srun hostname", "--nodes=2")
-    slurm.wait_for(job, "RUNNING")
+    step = "touch on-$(hostname); while [ ! -e go ]; do sleep 0.1; done; hostname"
+    job = slurm.submit(f"srun bash -c '{step}'", "--nodes=2")
+    slurm.wait_until(lambda: all((slurm.folder / f"on-{node}").exists() for node in slurm.nodes))
     slurm.kill_slurmd("node2")
     slurm.start_slurmd("node2")
     slurm.ask("scontrol", "update", f"JobId={job}", "Comment=running")
