@@ -45,6 +45,8 @@ class Places:
 
     resources: WorkerResources
     """What each worker reserves."""
+    least: int
+    """The smallest number of workers that the run can train with."""
     most: int
     """The largest number of workers."""
     placement: Placement

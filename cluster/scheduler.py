@@ -8,9 +8,9 @@ there: that the command has not started yet, or why it ended.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from cluster.capacity import Capacity
+from cluster.capacity import Capacity, Places
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
@@ -22,12 +22,13 @@ class Job:
     """A job as the cluster reports it.
 
     Attributes:
-        id: The id that it was started with.
-        status: Its state.
+        id: The id that it was requested with.
+        status: Its state. A job that its cluster starts again after a time limit, a preemption or the loss of a node
+            is ``pending`` meanwhile, with the reason as ``message``.
         message: The cluster's explanation of the state, in one line; may be empty.
         exit_code: The exit code of the command; None while it runs, or if it never started.
         began_at: The Unix time at which it started; None before that.
-        metadata: The metadata that it was started with.
+        metadata: The metadata that it was requested with.
     """
 
     id: str
@@ -36,6 +37,32 @@ class Job:
     exit_code: int | None
     began_at: float | None
     metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRequest:
+    """A job to start.
+
+    Attributes:
+        id: Letters, digits, ``-`` and ``_``; must not be reused while the cluster is up.
+        command: A command line for the shell. It finds the address of the head of its Ray cluster in RAY_ADDRESS.
+        environment: Variables of the command and its child processes. Anyone with access to the cluster can read them,
+            so they must hold no secrets.
+        stop_grace_s: Seconds between the signal that stops the job and SIGKILL.
+        metadata: Information for people who look at the cluster; a value unique to this request shows whether it
+            started the job.
+        places: What the workers reserve, for a cluster whose jobs bring their own nodes. None: not known yet, which
+            only a cluster whose jobs start at once accepts.
+        variables: The names of environment variables that the command needs.
+    """
+
+    id: str
+    command: str
+    environment: Mapping[str, str]
+    stop_grace_s: int
+    metadata: Mapping[str, str]
+    places: Places | None = None
+    variables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,13 +121,22 @@ class ClusterReport:
 class Scheduler(ABC):
     """Runs commands on a cluster for a process on any machine. The constructor makes no connection.
 
+    Attributes:
+        starts_at_once: A job starts as soon as it is begun. False: it may wait in a queue for days, and brings its own
+            nodes, which ``inspect`` then cannot ask.
+
     Every method raises ClusterError, in one line, if the cluster cannot be reached, refuses access or refuses the
     request. Every method returns in bounded time.
     """
 
+    starts_at_once: ClassVar[bool]
+
     @abstractmethod
     def inspect(self, needs: Needs) -> ClusterReport:
-        """Have each node inspect itself, and return the report; takes seconds, and reserves no resources."""
+        """Have each node inspect itself, and return the report; takes seconds, and reserves no resources.
+
+        A cluster whose jobs do not start at once reports its capacity alone: its nodes inspect themselves in the job.
+        """
 
     @abstractmethod
     def report(self, job_id: str) -> ClusterReport:
@@ -111,31 +147,22 @@ class Scheduler(ABC):
         """
 
     @abstractmethod
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
+    def begin(self, request: JobRequest) -> Job:
         """Start a job, unless the cluster already has one with this id.
 
         The cluster decides this atomically: of several concurrent calls with the same id, one starts the job. If the
         answer to a call is lost, repeat the call.
 
-        Args:
-            job_id: Letters, digits, ``-`` and ``_``; must not be reused while the cluster is up.
-            command: A command line for the shell.
-            environment: Variables of the command and its child processes. Anyone with access to the cluster can read
-                them, so they must hold no secrets.
-            stop_grace_s: Seconds between SIGINT and SIGKILL when the job is stopped.
-            metadata: Information for people who look at the cluster; a value unique to this call shows whether this
-                call started the job.
-
         Returns:
             The job with this id, with the metadata of the call that started it.
+        """
+
+    @abstractmethod
+    def script(self, request: JobRequest) -> str:
+        """Return the batch script that ``begin`` would hand over.
+
+        Raises:
+            ClusterError: As for every method; or the cluster takes commands and no scripts.
         """
 
     @abstractmethod
@@ -148,7 +175,10 @@ class Scheduler(ABC):
 
     @abstractmethod
     def stop(self, job_id: str) -> None:
-        """Have a job receive SIGINT, and SIGKILL after its grace period; return without waiting for either."""
+        """Ask a job to save and end, with SIGKILL after its grace period; return without waiting for either.
+
+        A job that has not started yet ends at once.
+        """
 
     @abstractmethod
     def log(self, job_id: str) -> str:

@@ -6,7 +6,6 @@
 import shlex
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
 from types import NoneType
 from typing import Any, get_args
@@ -18,7 +17,7 @@ from cluster.errors import ClusterError, one_line
 from cluster.inspection import nodes
 from cluster.kinds.jobs_http import JobsHttp, OtherShape, Refused, field
 from cluster.ray import inspection
-from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.scheduler import ENDED, ClusterReport, Job, JobRequest, JobStatus, Needs, Scheduler
 
 _INSPECT_TIMEOUT_S = 180.0
 """Time limit of an inspection: start a job, join the cluster and wait for the nodes' answers."""
@@ -46,6 +45,8 @@ would kill them, and the steps since the newest checkpoint would be lost.
 
 class RayJobs(Scheduler):
     """The Jobs API at one address. Jobs run on the cluster's head."""
+
+    starts_at_once = True
 
     def __init__(self, url: str, venv: str | None = None) -> None:
         """Make no connection.
@@ -79,9 +80,16 @@ class RayJobs(Scheduler):
         """
         self.ray_version()  # gives the clearest error for a wrong address or token
         job_id = f"launcher-inspect-{uuid.uuid4().hex[:12]}"
-        environment = {nodes.NEEDS_VARIABLE: nodes.needs_to_text(needs)}
         try:
-            job = self.begin(job_id, inspection.COMMAND, environment, stop_grace_s=1, metadata=dict([_INSPECTION]))
+            job = self.begin(
+                JobRequest(
+                    id=job_id,
+                    command=inspection.COMMAND,
+                    environment={nodes.NEEDS_VARIABLE: nodes.needs_to_text(needs)},
+                    stop_grace_s=1,
+                    metadata=dict([_INSPECTION]),
+                )
+            )
             report = self.report(job_id)
         except BaseException:  # also Ctrl-C
             with suppress(ClusterError):
@@ -128,41 +136,36 @@ class RayJobs(Scheduler):
                 )
             time.sleep(_POLL_INTERVAL_S)
 
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
+    def begin(self, request: JobRequest) -> Job:
         """Start a job on the cluster's head, see ``Scheduler``.
 
         Raises:
             ClusterError: As for every method; or a value contains ``$``, because Ray expands variables in values.
         """
-        variables = {**environment, **_STOP_SIGNAL, _STOP_GRACE_VARIABLE: str(stop_grace_s)}
+        variables = {**request.environment, **_STOP_SIGNAL, _STOP_GRACE_VARIABLE: str(request.stop_grace_s)}
         unsafe = [name for name, value in variables.items() if "$" in value]
         if unsafe:
             raise ClusterError(f"{self._url}: the value of {unsafe[0]} holds a '$', which Ray would replace")
-        request = {
-            "submission_id": job_id,
-            "entrypoint": self._with_path(command),
+        content = {
+            "submission_id": request.id,
+            "entrypoint": self._with_path(request.command),
             "runtime_env": {"env_vars": variables},
-            "metadata": dict(metadata),
+            "metadata": dict(request.metadata),
         }
         refused: Refused | None = None
         try:
-            self._api.request("POST", "/api/jobs/", request)
+            self._api.request("POST", "/api/jobs/", content)
         except Refused as error:  # Ray reports a duplicate id as an internal error
             refused = error
-        job = self.read(job_id)
+        job = self.read(request.id)
         if job is not None:
             return job
         if refused is None:
-            raise self._api.no_jobs_api(f"has begun job {job_id}, and knows no such job")
+            raise self._api.no_jobs_api(f"has begun job {request.id}, and knows no such job")
         raise self._api.failed("does not begin a job", refused) from refused
+
+    def script(self, request: JobRequest) -> str:
+        raise ClusterError(f"{self._url}: takes job {request.id} as a command, and no script; use launcher submit")
 
     def read(self, job_id: str) -> Job | None:
         try:

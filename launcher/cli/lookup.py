@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from cluster.kinds.cluster import Cluster
     from cluster.run.run_directory import RunDirectory
     from cluster.scheduler import Scheduler
-    from cluster.spec import RayClusterSpec
+    from cluster.spec.kinds import JobsClusterSpec
     from launcher.watching.submitted_job import SubmittedJob
 
 
@@ -38,7 +38,7 @@ def find_cluster(cluster_name: str | None, overrides: tuple[str, ...]) -> tuple[
 
 def find_scheduler(
     cluster_name: str | None, overrides: tuple[str, ...] = ()
-) -> tuple["Scheduler", "RayClusterSpec", list[str]]:
+) -> tuple["Scheduler", "JobsClusterSpec", list[str]]:
     """Return the scheduler of a cluster that takes jobs, the cluster's spec, and the overrides of the job."""
     from launcher.config.clusters import load_jobs_cluster, open_scheduler
 

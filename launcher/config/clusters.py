@@ -16,7 +16,10 @@ from cluster.errors import DescriptionError, FieldError, nearest
 from cluster.kinds.cluster import Cluster
 from cluster.kinds.ray import JoinedRay, LocalRay
 from cluster.scheduler import Scheduler
-from cluster.spec import KINDS, ClusterSpec, LocalClusterSpec, RayClusterSpec
+from cluster.spec.kinds import KINDS, ClusterSpec, JobsClusterSpec
+from cluster.spec.local import LocalClusterSpec
+from cluster.spec.ray import RayClusterSpec
+from cluster.spec.slurm import SlurmClusterSpec
 from cluster.versions import check_ray_version
 from launcher.config.description import ClusterOverride, Language, read, read_text
 
@@ -57,6 +60,10 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
     check_ray_version()
     if isinstance(spec, LocalClusterSpec):
         return LocalRay(num_cores())
+    if isinstance(spec, SlurmClusterSpec):
+        raise DescriptionError(
+            f"{PREFIX}kind: slurm takes jobs, and no drivers; use launcher submit, or launcher render to see the script"
+        )
     if spec.takes_jobs:
         raise DescriptionError(
             f"{PREFIX}address: {spec.address} takes jobs, and no drivers; use launcher submit, or give HOST:PORT as "
@@ -65,7 +72,7 @@ def open_cluster(spec: ClusterSpec) -> Cluster:
     return JoinedRay(spec.address, spec.node_groups)
 
 
-def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayClusterSpec, list[str]]:
+def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[JobsClusterSpec, list[str]]:
     """Like ``load_cluster``, for a cluster that must take jobs.
 
     Raises:
@@ -75,7 +82,7 @@ def load_jobs_cluster(named: str | None, overrides: Sequence[str]) -> tuple[RayC
     return jobs_cluster(spec), job_overrides
 
 
-def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
+def jobs_cluster(spec: ClusterSpec) -> JobsClusterSpec:
     """Return the same spec, narrowed to a cluster that takes jobs.
 
     Raises:
@@ -86,7 +93,7 @@ def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
             f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
             "Jobs API of a Ray cluster, such as http://HOST:8265"
         )
-    if not spec.takes_jobs:
+    if isinstance(spec, RayClusterSpec) and not spec.takes_jobs:
         host = spec.address.rpartition(":")[0]
         raise DescriptionError(
             f"{PREFIX}address: {spec.address} takes drivers, and no jobs; write http://{host}:8265, or where else the "
@@ -95,8 +102,12 @@ def jobs_cluster(spec: ClusterSpec) -> RayClusterSpec:
     return spec
 
 
-def open_scheduler(spec: RayClusterSpec) -> Scheduler:
+def open_scheduler(spec: JobsClusterSpec) -> Scheduler:
     """Return the scheduler of a cluster that takes jobs; it can be used from any machine."""
+    if isinstance(spec, SlurmClusterSpec):
+        from cluster.kinds.slurm.jobs import SlurmJobs
+
+        return SlurmJobs(spec)
     from cluster.kinds.ray_jobs import RayJobs  # imports an HTTP client and the stores
 
     return RayJobs(spec.address, spec.venv)

@@ -160,4 +160,6 @@ def resources_of(workers: WorkersSpec, gpus: int) -> WorkerResources:
 
 def places_of(workers: WorkersSpec, gpus: int) -> Places:
     """Return the places of all workers; ``gpus`` is what ``decide_workers`` decided."""
-    return Places(resources=resources_of(workers, gpus), most=workers.most, placement=workers.placement)
+    return Places(
+        resources=resources_of(workers, gpus), least=workers.least, most=workers.most, placement=workers.placement
+    )

@@ -16,8 +16,8 @@ from cluster.errors import ClusterError, Interrupted, LauncherError
 from cluster.inspection.nodes import NEEDS_VARIABLE, needs_to_text
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, UnreadableSubmissionError, make_id
-from cluster.scheduler import ENDED, Job, Needs, Scheduler
-from cluster.spec import RayClusterSpec
+from cluster.scheduler import ENDED, Job, JobRequest, Needs, Scheduler
+from cluster.spec.kinds import JobsClusterSpec
 from launcher.submission.job_command import make_command, numbered, submitter
 from launcher.submission.standby import HAND_OVER_S
 
@@ -87,7 +87,7 @@ class HandOver:
         run: RunDirectory,
         known: Collection[str],
         scheduler: Scheduler,
-        place: RayClusterSpec,
+        place: JobsClusterSpec,
         tell: Callable[[str], None],
     ) -> None:
         self._run, self._known = run, known
@@ -270,16 +270,14 @@ class HandOver:
         """
         environment = {} if needs is None else {NEEDS_VARIABLE: needs_to_text(needs)}
         standby = {} if needs is None else {STANDBY: "1"}
-        command = make_command(self._run.url, submission_id, self._place, stands_by=needs is not None)
-        return _ask_twice(
-            lambda: self._scheduler.begin(
-                job_id,
-                command,
-                environment,
-                stop_grace_s=self._place.stop_grace_s,
-                metadata={"run": self._run.url, "submission": submission_id, **submitter(), **standby},
-            )
+        request = JobRequest(
+            id=job_id,
+            command=make_command(self._run.url, submission_id, self._place, stands_by=needs is not None),
+            environment=environment,
+            stop_grace_s=self._place.stop_grace_s,
+            metadata={"run": self._run.url, "submission": submission_id, **submitter(), **standby},
         )
+        return _ask_twice(lambda: self._scheduler.begin(request))
 
     def _stop(self, standby: Standby) -> None:
         """Stop a job on standby, unless the job of that name is somebody else's."""

@@ -7,7 +7,7 @@ import re
 import shlex
 import socket
 
-from cluster.spec import RayClusterSpec
+from cluster.spec.kinds import JobsClusterSpec
 from launcher.config.clusters import PREFIX
 
 _DIGITS = 12
@@ -31,7 +31,7 @@ def numbered(job_id: str, number: int) -> str:
     return f"{job_id.rpartition('-')[0]}-{number}"
 
 
-def make_command(run_url: str, submission_id: str, place: RayClusterSpec, *, stands_by: bool) -> str:
+def make_command(run_url: str, submission_id: str, place: JobsClusterSpec, *, stands_by: bool) -> str:
     """Return the shell command with which a job takes a submission on the cluster's head.
 
     Ray sets ``RAY_ADDRESS`` there. The same command given again resumes the run.

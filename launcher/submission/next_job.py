@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
-from cluster.spec import RayClusterSpec
+from cluster.spec.kinds import JobsClusterSpec
 from launcher.submission.handover import STANDBY
 from launcher.submission.run_snapshot import RunSnapshot
 from launcher.submission.standby import WAIT_S
@@ -29,7 +29,7 @@ class NextJob:
     why_not: str = ""
 
 
-def find_next_job(run: RunDirectory, before: RunSnapshot, scheduler: Scheduler, place: RayClusterSpec) -> NextJob:
+def find_next_job(run: RunDirectory, before: RunSnapshot, scheduler: Scheduler, place: JobsClusterSpec) -> NextJob:
     """Find the next job of a run: a free number, or the reason why none is to be started.
 
     If the run was submitted to this cluster and the cluster does not know the job, that job is started now under the

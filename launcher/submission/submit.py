@@ -22,7 +22,7 @@ from cluster.inspection.store import inspect_cluster, open_check
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
 from cluster.scheduler import ClusterReport, Scheduler
-from cluster.spec import RayClusterSpec
+from cluster.spec.kinds import JobsClusterSpec
 from cluster.storage.store import Store
 from cluster.versions import check_ray_version
 from launcher.code.packing import directory_in_code, pack_job
@@ -62,7 +62,7 @@ class _PackedCode:
 
 
 def submit(
-    description: Description, folder: Path, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+    description: Description, folder: Path, scheduler: Scheduler, place: JobsClusterSpec, display: Progress
 ) -> dict[str, Any]:
     """Hand a run over to a cluster, unless a job of it is there already or the run is complete.
 
@@ -107,7 +107,7 @@ def submit(
 
 
 def submit_again(
-    run: RunDirectory, overrides: Sequence[str], scheduler: Scheduler, place: RayClusterSpec, display: Progress
+    run: RunDirectory, overrides: Sequence[str], scheduler: Scheduler, place: JobsClusterSpec, display: Progress
 ) -> dict[str, Any]:
     """Hand a run over to any cluster, given its directory alone, with the code that it was submitted with.
 
@@ -154,7 +154,7 @@ def submit_again(
 
 
 def plan_there(
-    description: Description, folder: Path, scheduler: Scheduler, place: RayClusterSpec, display: Progress
+    description: Description, folder: Path, scheduler: Scheduler, place: JobsClusterSpec, display: Progress
 ) -> Plan:
     """Make all checks of ``submit`` and return the plan, without handing the run over.
 
@@ -173,7 +173,7 @@ def plan_there(
 
 
 @contextmanager
-def _named_in_errors(run: RunDirectory, place: RayClusterSpec) -> Iterator[None]:
+def _named_in_errors(run: RunDirectory, place: JobsClusterSpec) -> Iterator[None]:
     """Add run and cluster to the ``--json`` document of errors raised in the block."""
     try:
         yield
@@ -201,7 +201,7 @@ class _Submitting:
     import_paths: tuple[str, ...]
     pack: Callable[[Collection[str]], _PackedCode]
     scheduler: Scheduler
-    place: RayClusterSpec
+    place: JobsClusterSpec
     display: Progress
 
     def submit(self) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class _Submitting:
         return {"run": self.run.url, "job": job_id, "cluster": self.place.address, "status": status}
 
 
-def _variables(description: Description, place: RayClusterSpec) -> tuple[str, ...]:
+def _variables(description: Description, place: JobsClusterSpec) -> tuple[str, ...]:
     """Return the environment variables that every node must have: those of the cluster's description and of the job.
 
     A variable with a default counts if it is set here: without it, the nodes would train with another value than was
@@ -332,7 +332,7 @@ def _fit_there(
     store: Store,
     tried: DryRunResult,
     report: ClusterReport,
-    place: RayClusterSpec,
+    place: JobsClusterSpec,
     display: Progress,
 ) -> Plan:
     """Return the plan on the cluster, after checking that its nodes are fit for it.

@@ -19,7 +19,7 @@ from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_to_
 from cluster.kinds import jobs_http, ray_jobs
 from cluster.kinds.ray_jobs import RayJobs
 from cluster.ray.inspection import COMMAND
-from cluster.scheduler import ClusterReport, Job, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, Scheduler
 
 TOKEN = "a" * 64
 
@@ -130,7 +130,12 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
 
 
 def begin(jobs: RayJobs, job_id: str = "one", run: str = "s3://b/r", **environment: str) -> Job:
-    return jobs.begin(job_id, "launcher resume s3://b/r", environment, stop_grace_s=60, metadata={"run": run})
+    return jobs.begin(
+        JobRequest(
+            id=job_id, command="launcher resume s3://b/r", environment=environment, stop_grace_s=60,
+            metadata={"run": run},
+        )
+    )  # fmt: skip
 
 
 def test_the_life_of_a_job(head: Head) -> None:

@@ -49,7 +49,7 @@ def local_group() -> worker_group.WorkerGroup:
     replaced.steered_trainer = lambda *_: lambda *_, **__: SimpleNamespace(fit=lambda: None)
     replaced.host_on = lambda node, modules: hosts.append((node, modules))
     task = Task(entry=f"{HERE}:fork_from", run_url="", import_paths=(), working_directory=".")
-    places = Places(resources=WorkerResources(cpus=1.0, gpus=0, accelerator=None), most=1, placement="pack")
+    places = Places(resources=WorkerResources(cpus=1.0, gpus=0, accelerator=None), least=1, most=1, placement="pack")
     group = worker_group.WorkerGroup(task.entry, places, {}, is_shared=False, may_grow=False)
     group.assign(task)
     return group

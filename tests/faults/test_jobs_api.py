@@ -23,7 +23,7 @@ TIMEOUT_S = 600
 BEGIN = """\
 import sys, time
 from cluster.errors import ClusterError
-from cluster.scheduler import ENDED
+from cluster.scheduler import ENDED, JobRequest
 from launcher.config.clusters import load_cluster, open_scheduler
 
 scheduler = open_scheduler(load_cluster(sys.argv[1], [f"cluster.venv={sys.argv[2]}"])[0])
@@ -68,7 +68,9 @@ def wait(ready):
 COMMAND = "trap 'sleep 5; echo saved; kill $!; exit 0' INT; echo begun $GIVEN $ON_HEAD; sleep 600 & wait"
 
 def begin(run="s3://b/r"):
-    return scheduler.begin("one", COMMAND, {"GIVEN": "given"}, stop_grace_s=60, metadata={"run": run})
+    return scheduler.begin(
+        JobRequest(id="one", command=COMMAND, environment={"GIVEN": "given"}, stop_grace_s=60, metadata={"run": run})
+    )
 
 told = {"absent": scheduler.read("one"), "begins": [dict(begin().metadata), dict(begin("s3://b/other").metadata)]}
 wait(lambda: "begun given" in scheduler.log("one"))
@@ -80,7 +82,7 @@ told["jobs"] = {job.id: job.status for job in scheduler.jobs()}
 print(json.dumps(told))
 """
 FAIL = """
-scheduler.begin("two", "exit 7", {}, stop_grace_s=1, metadata={})
+scheduler.begin(JobRequest(id="two", command="exit 7", environment={}, stop_grace_s=1, metadata={}))
 while (job := scheduler.read("two")).status not in ENDED:
     time.sleep(0.1)
 print(job.status, job.exit_code)

@@ -7,7 +7,10 @@ import pytest
 from cluster.errors import DescriptionError
 from cluster.kinds.ray import JoinedRay
 from cluster.kinds.ray_jobs import RayJobs
-from cluster.spec import KINDS, LocalClusterSpec, RayClusterSpec, WorkerSpec
+from cluster.spec.kinds import KINDS
+from cluster.spec.local import LocalClusterSpec
+from cluster.spec.ray import RayClusterSpec
+from cluster.spec.worker import WorkerSpec
 from launcher.config.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
 from launcher.config.description import load, parse
 from launcher.config.reference import entries

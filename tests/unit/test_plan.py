@@ -115,7 +115,7 @@ def test_on_a_cluster_it_has_what_a_worker_has(job, servers, nodes, gpus):
         code_directory="job", working_directory=os.getcwd(), content=job.spec,
     )  # fmt: skip
     assert (call.wait_s, call.start_timeout_s, call.timeout_s) == (7, 8, 9)
-    places = Places(resources=call.resources, most=2, placement="pack")
+    places = Places(resources=call.resources, least=2, most=2, placement="pack")
     assert cluster.prepared == [("jobs.training.worker:main", places)]
     forked = {"jobs.training.worker", "launcher.planning.dry_run"}
     assert forked <= set(call.modules), "the workers fork from the same server"

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from cluster.errors import DescriptionError
-from cluster.spec import KINDS
+from cluster.spec.kinds import KINDS
 from jobs.components.optimizers import build_optimizer, group_parameters
 from jobs.components.targets import Builder
 from jobs.spec import GroupSpec, OptimizerSpec, Target, list_in

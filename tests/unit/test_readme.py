@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.errors import LauncherError
-from cluster.spec import RayClusterSpec
+from cluster.spec.ray import RayClusterSpec
 from jobs.components.targets import Builder
 from jobs.images.indexed_images import IndexedImages
 from launcher.cli import main

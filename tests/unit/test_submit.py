@@ -17,8 +17,9 @@ from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageE
 from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, SubmissionReport, Submissions, make_id
-from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
-from cluster.spec import NodeGroupSpec, RayClusterSpec, WorkerSpec
+from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, Scheduler
+from cluster.spec.ray import NodeGroupSpec, RayClusterSpec
+from cluster.spec.worker import WorkerSpec
 from cluster.storage.store import Store
 from launcher.cli import main
 from launcher.config.clusters import load_cluster
@@ -92,30 +93,27 @@ class FakeScheduler(Scheduler):
     def report(self, job_id: str) -> ClusterReport:
         return answered(self.has, self.asked[job_id])
 
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
-        assert environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
-        self.grace_periods_s.append(stop_grace_s)
-        assert metadata["run"] in command
-        assert metadata["submission"] in command
-        if job_id not in self.known:
-            self.known[job_id], self.metadata[job_id] = "pending", metadata
-            self.commands.append(command)
-            if environment:
-                self.asked[job_id] = needs_from_text(environment[NEEDS_VARIABLE])
+    starts_at_once = True
+
+    def begin(self, request: JobRequest) -> Job:
+        assert request.environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
+        self.grace_periods_s.append(request.stop_grace_s)
+        assert request.metadata["run"] in request.command
+        assert request.metadata["submission"] in request.command
+        if request.id not in self.known:
+            self.known[request.id], self.metadata[request.id] = "pending", request.metadata
+            self.commands.append(request.command)
+            if request.environment:
+                self.asked[request.id] = needs_from_text(request.environment[NEEDS_VARIABLE])
         self.breaks -= 1
         if self.breaks >= 0:
             raise ClusterError(f"{URL}: nobody answers")
-        job = self.read(job_id)
+        job = self.read(request.id)
         assert job is not None
         return job
+
+    def script(self, request: JobRequest) -> str:
+        raise NotImplementedError
 
     def read(self, job_id: str) -> Job | None:
         if job_id not in self.known:

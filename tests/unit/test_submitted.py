@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from cluster.errors import ClusterError, StorageError
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, SubmissionReport, Submissions
-from cluster.scheduler import ClusterReport, Job, JobStatus, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, Scheduler
 from launcher.cli import main, output
 from launcher.config import clusters
 from launcher.watching import logs, stop, submitted_job
@@ -56,15 +56,12 @@ class FakeCluster(Scheduler):
     def report(self, job_id: str) -> ClusterReport:
         raise NotImplementedError
 
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
+    starts_at_once = True
+
+    def begin(self, request: JobRequest) -> Job:
+        raise NotImplementedError
+
+    def script(self, request: JobRequest) -> str:
         raise NotImplementedError
 
     def read(self, job_id: str) -> Job | None:

@@ -1,55 +1,18 @@
-"""The description of a cluster, as frozen dataclasses, one for each kind of cluster.
-
-Like the job language, this module imports only the standard library, ``cluster.capacity`` and ``cluster.errors``. The
-docstring under a field is its reference text, which ``launcher schema --cluster KIND`` prints. A description holds no
-secrets: a token comes from the environment.
-"""
+"""The description of a running Ray cluster."""
 
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from cluster.capacity import NodeGroup, Placement, node_resources
+from cluster.capacity import NodeGroup, node_resources
 from cluster.errors import FieldError
+from cluster.spec.checks import check_variables, is_folder
+from cluster.spec.worker import WorkerSpec
 
 _HOST_AND_PORT = re.compile(r"(?:[^\s:/?#\[\]@]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _URL_START = re.compile("^https?://")
-_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
-_FOLDER = re.compile(r"/[^\x00-\x1f\x7f:]*[^\x00-\x1f\x7f:/]")
-"""An absolute path without a colon, which separates the folders of PATH."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSpec:
-    """What each worker gets on this cluster, in place of what the job file says; the command line overrides both.
-    It applies to a run only while that is on this cluster: elsewhere the job file, or that cluster, decides."""
-
-    cpus: float | None = None
-    """CPU cores that each worker reserves."""
-    gpus: int | None = None
-    """GPUs per worker, 0 or 1."""
-    accelerator: str | None = None
-    """The accelerator type a worker needs, by Ray's name for it, such as ``H100``."""
-    placement: Placement | None = None
-    """``pack``: on as few nodes as possible; ``spread``: on as many as possible."""
-
-    def __post_init__(self) -> None:
-        if self.cpus is not None and not 0 < self.cpus < math.inf:
-            raise FieldError("cpus", f"must be finite and above 0, got {self.cpus}")
-        if self.gpus not in (None, 0, 1):
-            raise FieldError("gpus", f"must be 0 or 1, got {self.gpus}; a worker drives one GPU, raise workers.num")
-
-    def overrides(self, section: str = "workers") -> list[str]:
-        """Return these values as ``key=value`` changes of a section of a description, by default of a job's."""
-        return [f"{section}.{name}={json.dumps(value)}" for name, value in asdict(self).items() if value is not None]
-
-    def keeping(self, overrides: Collection[str]) -> "WorkerSpec":
-        """Return a copy with only the fields that are among the given items of ``overrides``."""
-        names = {override.partition("=")[0].removeprefix("workers.") for override in overrides}
-        return replace(self, **{name: None for name in asdict(self) if name not in names})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,19 +39,6 @@ class NodeGroupSpec:
     def node_group(self) -> NodeGroup:
         """Return the group with its resources by Ray's names."""
         return NodeGroup(most=self.nodes, resources=node_resources(self.cpus, self.gpus, self.accelerator))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocalClusterSpec:
-    """This machine alone; Ray is started for the run, and ends with it."""
-
-    kind: Literal["local"] = "local"
-    worker: WorkerSpec = field(default_factory=WorkerSpec)
-
-    @property
-    def takes_jobs(self) -> bool:
-        """Whether ``launcher submit`` can submit jobs to it: never."""
-        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,12 +76,8 @@ class RayClusterSpec:
         if not _is_host_and_port(where):
             advice = "the Jobs API listens at port 8265 of the head" if is_url else "`ray start --head` printed it"
             raise FieldError("address", f"must be HOST:PORT or http(s)://HOST:PORT, got {self.address!r}; {advice}")
-        for number, name in enumerate(self.env):
-            if not _VARIABLE.fullmatch(name):  # it may be a secret, so it is not shown
-                raise FieldError(
-                    f"env[{number}]", "must be the name of an environment variable; values have no place here"
-                )
-        if self.venv is not None and not _FOLDER.fullmatch(self.venv):
+        check_variables(self.env)
+        if self.venv is not None and not is_folder(self.venv):
             raise FieldError("venv", f"must be the absolute path of a folder on the head, got {self.venv!r}")
         if self.stop_grace_s < 1:
             raise FieldError("stop_grace_s", f"must be at least 1 second, got {self.stop_grace_s}")
@@ -155,7 +101,3 @@ class RayClusterSpec:
 def _is_host_and_port(text: str) -> bool:
     found = _HOST_AND_PORT.fullmatch(text)
     return found is not None and 0 < int(found["port"]) < 1 << 16
-
-
-ClusterSpec = LocalClusterSpec | RayClusterSpec
-KINDS: Mapping[str, type[ClusterSpec]] = {"local": LocalClusterSpec, "ray": RayClusterSpec}
