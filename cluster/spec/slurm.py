@@ -11,8 +11,7 @@ from cluster.errors import FieldError
 from cluster.spec.checks import check_variables, is_folder
 from cluster.spec.worker import WorkerSpec
 
-_DURATION = re.compile(r"(?:[0-9]+-[0-9]{1,2}(?::[0-9]{1,2}){0,2}|[0-9]+(?::[0-9]{1,2}){1,2})")
-"""``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes``, and so on."""
+_DURATION = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<rest>[0-9]+(?::[0-9]{1,2}){0,2})")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
 _LIST = re.compile(r"[A-Za-z0-9_.@+:,&|*()\[\]/-]+")
 """What may stand in a feature expression, a list of nodes or a dependency: nothing that a shell would split."""
@@ -34,6 +33,27 @@ _LONGEST_SIGNAL_S = 65535
 """The longest time that ``sbatch --signal`` takes."""
 SIGNAL_MARGIN_S = 60
 """How much earlier than ``stop_grace_s`` before its limit a job is told: Slurm looks at limits every 30 s."""
+_SHORTEST_START_S = 60
+"""The least time from the start of a job to its first step that a time limit must leave."""
+
+
+def seconds_of(duration: str) -> int | None:
+    """Return the seconds of a duration as Slurm writes it; None: it is none.
+
+    The forms are ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, and after ``days-`` ``hours``,
+    ``hours:minutes`` or ``hours:minutes:seconds``.
+
+    Source: sbatch(1), ``--time``.
+    """
+    found = _DURATION.fullmatch(duration)
+    if found is None:
+        return None
+    parts = [int(part) for part in found["rest"].split(":")]
+    if found["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +151,7 @@ class SlurmClusterSpec:
             value = getattr(self, name)
             if value is not None and not _LIST.fullmatch(value):
                 raise FieldError(name, f"must be as sbatch --{name} takes it, without spaces and quotes, got {value!r}")
-        if self.time is not None and not _DURATION.fullmatch(self.time):
-            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}')
+        self._check_time()
         if self.max_requeues < 0:
             raise FieldError("max_requeues", f"must be at least 0, got {self.max_requeues}")
         if not 1 <= self.stop_grace_s <= _LONGEST_SIGNAL_S - SIGNAL_MARGIN_S:
@@ -169,6 +188,21 @@ class SlurmClusterSpec:
     def driver_overrides(self) -> list[str]:
         """Return what a driver on the cluster needs beside the address, as changes of a description of the cluster."""
         return self.worker.overrides("worker")
+
+    def _check_time(self) -> None:
+        if self.time is None:
+            return
+        limit_s = seconds_of(self.time)
+        if limit_s is None:
+            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}')
+        least_s = self.stop_grace_s + SIGNAL_MARGIN_S + _SHORTEST_START_S
+        if limit_s < least_s:
+            raise FieldError(
+                "time",
+                f"must be at least {least_s} s, got {self.time!r}: the job is told to save stop_grace_s="
+                f"{self.stop_grace_s} and {SIGNAL_MARGIN_S} s before it, and needs a minute to start; raise it, or "
+                "lower stop_grace_s",
+            )
 
     @staticmethod
     def _check_option(key: str, option: str) -> None:

@@ -142,8 +142,8 @@ def test_text_that_looks_like_a_number_stays_text(write):
     [
         ("", "own.yaml: is empty; it needs kind"),
         ("[ray]", "own.yaml: must be a mapping, got ['ray']; it needs kind"),
-        ("address: head:6379", "own.yaml: kind is missing; write one of local, ray"),
-        ("kind: rya", "own.yaml: kind must be one of local, ray, got 'rya' (did you mean 'ray'?)"),
+        ("address: head:6379", "own.yaml: kind is missing; write one of local, ray, slurm"),
+        ("kind: rya", "own.yaml: kind must be one of local, ray, slurm, got 'rya' (did you mean 'ray'?)"),
         ("kind: ray", "own.yaml: address is missing; write text"),
         (
             "kind: ray\naddress: head",
