@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cluster.errors import ClusterError
 from cluster.host import identity
 from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_from_log
 from cluster.inspection.store import answer
-from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
+from cluster.scheduler import ENDED, ClusterReport, Job, JobRequest, JobStatus, Needs, NodeReport, Scheduler
 from cluster.storage.store import Store
 from launcher.planning.nodes import own_versions
 
@@ -67,6 +67,8 @@ def answered(report: ClusterReport, needs: Needs) -> ClusterReport:
 class LocalScheduler(Scheduler):
     """Jobs are processes, and what is known of them lies in a folder, so that several submitters see the same."""
 
+    starts_at_once = True
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._jobs, self._home, self._work = folder / "jobs", folder / "home", folder / "work"
@@ -92,38 +94,30 @@ class LocalScheduler(Scheduler):
             assert time.monotonic() < deadline, f"no report within {_REPORT_LIMIT_S:.0f} s\n{self.log(job_id)}"
             time.sleep(0.05)
 
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
-        assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
-        assert stop_grace_s > 0
+    def begin(self, request: JobRequest) -> Job:
+        assert re.fullmatch("[A-Za-z0-9_-]+", request.id)
+        assert request.stop_grace_s > 0
         new = self.folder / f"new-{uuid.uuid4().hex}"
         new.mkdir()
-        (new / "needs").write_text(environment.get(NEEDS_VARIABLE, ""))
-        (new / "metadata").write_text(json.dumps(dict(metadata)))
+        (new / "needs").write_text(request.environment.get(NEEDS_VARIABLE, ""))
+        (new / "metadata").write_text(json.dumps(dict(request.metadata)))
         try:
-            new.rename(self._jobs / job_id)  # with all that others may read of it
+            new.rename(self._jobs / request.id)  # with all that others may read of it
         except OSError:  # there is one of this name
             shutil.rmtree(new)
-            return self._known(job_id)
+            return self._known(request.id)
         hold = shlex.quote(str(self.folder / "hold"))
-        code = shlex.quote(str(self._jobs / job_id / "exit_code"))
-        begun = shlex.quote(str(self._jobs / job_id / "begun"))
+        code = shlex.quote(str(self._jobs / request.id / "exit_code"))
+        begun = shlex.quote(str(self._jobs / request.id / "begun"))
         wait = f"while [ -e {hold} ]; do sleep 0.05; done; touch {begun}"
-        line = f"{wait}; ({command}); echo $? > {code}.new; mv {code}.new {code}"
-        with (self._jobs / job_id / "log").open("wb") as log:
+        line = f"{wait}; ({request.command}); echo $? > {code}.new; mv {code}.new {code}"
+        with (self._jobs / request.id / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["sh", "-c", line],
                 cwd=self._work,
                 env={
                     **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
-                    **environment,
+                    **request.environment,
                     "HOME": str(self._home),
                     "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
                     "RAY_ADDRESS": "local",
@@ -134,9 +128,12 @@ class LocalScheduler(Scheduler):
                 start_new_session=True,
             )
         began = {"pid": process.pid, "started": identity.started(process.pid), "at": time.time()}
-        (self._jobs / job_id / "new").write_text(json.dumps(began))
-        (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
-        return self._known(job_id)
+        (self._jobs / request.id / "new").write_text(json.dumps(began))
+        (self._jobs / request.id / "new").rename(self._jobs / request.id / "process")
+        return self._known(request.id)
+
+    def script(self, request: JobRequest) -> str:
+        raise ClusterError(f"it takes job {request.id} as a command")
 
     @contextmanager
     def held(self) -> Iterator[None]:
