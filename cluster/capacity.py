@@ -100,6 +100,8 @@ class Capacity:
     """The total resources that the autoscaler may reach, as it reports; None: no autoscaler, or it reports none."""
     groups: tuple[NodeGroup, ...] = ()
     """The nodes that the autoscaler may reach, as the cluster's description declares them; empty: none declared."""
+    is_complete: bool = False
+    """Nobody adds nodes that are not known here."""
 
     @property
     def may_grow(self) -> bool:
@@ -134,6 +136,10 @@ class Capacity:
     def declared(self, groups: Sequence[NodeGroup]) -> "Capacity":
         """Return this capacity with the groups that the cluster's description declares for its autoscaler."""
         return replace(self, groups=tuple(groups))
+
+    def unused(self) -> "Capacity":
+        """Return this capacity for a job that waits until it gets nodes of its own: all are free, and none is added."""
+        return replace(self, nodes=tuple(replace(node, free=node.resources) for node in self.nodes), is_complete=True)
 
 
 def node_resources(cpus: float, gpus: int, accelerator: str | None) -> dict[str, float]:

@@ -80,8 +80,8 @@ def test_what_takes_no_jobs():
     with pytest.raises(DescriptionError) as caught:
         load_jobs_cluster("local", [])
     assert str(caught.value) == (
-        "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the Jobs API of "
-        "a Ray cluster, such as http://HOST:8265"
+        "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the file of a "
+        "Slurm cluster, or the Jobs API of a Ray cluster, such as http://HOST:8265"
     )
     with pytest.raises(DescriptionError) as caught:
         load_jobs_cluster("head:6379", [])
