@@ -195,11 +195,7 @@ class SlurmClusterSpec:
     @property
     def array_numbers(self) -> tuple[int, ...]:
         """The numbers of the array, in order; empty: there is none."""
-        numbers = set[int]()
-        for part in (self.array or "").partition("%")[0].split(","):
-            if found := _ARRAY_PART.fullmatch(part):
-                numbers.update(range(int(found["first"]), int(found["last"] or found["first"]) + 1))
-        return tuple(sorted(numbers))
+        return tuple(sorted({number for part in self._array_ranges for number in part}))
 
     @property
     def array_limit(self) -> int | None:
@@ -226,6 +222,12 @@ class SlurmClusterSpec:
                 "lower stop_grace_s",
             )
 
+    @property
+    def _array_ranges(self) -> list[range]:
+        parts = (self.array or "").partition("%")[0].split(",")
+        found = [match for match in map(_ARRAY_PART.fullmatch, parts) if match]
+        return [range(int(match["first"]), int(match["last"] or match["first"]) + 1) for match in found]
+
     def _check_array(self) -> None:
         if self.array is None:
             return
@@ -233,7 +235,7 @@ class SlurmClusterSpec:
         is_limit = not percent or (limit.isdecimal() and int(limit) > 0)
         if not is_limit or not all(map(_ARRAY_PART.fullmatch, parts.split(","))):
             raise FieldError("array", f"must be such as 0-2, 1,5,9 or 0-9%3, got {self.array!r}")
-        if not 0 < len(self.array_numbers) <= _LONGEST_ARRAY:
+        if not all(self._array_ranges) or sum(map(len, self._array_ranges)) > _LONGEST_ARRAY:
             raise FieldError("array", f"must have from 1 to {_LONGEST_ARRAY} numbers, got {self.array!r}")
 
     @staticmethod

@@ -81,14 +81,14 @@ class Uni:
         found = self.slurm.ask("squeue", "--noheader", "--states=all", f"--name={newest[1].job}", "--format=%i")
         return found.splitlines()[0]
 
-    def wait_until(self, run: Path, happened: Callable[[], bool]) -> None:
-        self.slurm.wait_until(happened, LIMIT_S, lambda: self.log(run))
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        self.slurm.wait_until(happened, LIMIT_S, self.logs)
 
     def wait_for_end(self, run: Path, *states: str) -> dict[str, str]:
         """Waits until the job of a run is in one of Slurm's states; returns what Slurm says."""
         return self.slurm.wait_for(self.number_of(run), *states, limit_s=LIMIT_S)
 
-    def log(self, run: Path) -> str:
+    def logs(self) -> str:
         logs = [*self.jobs.rglob("*log*")]
         return "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
 
@@ -124,7 +124,7 @@ def test_from_submission_to_the_end(uni) -> None:
     script = uni.launcher("render", "digits", *uni.overrides("digits", "workers.num=2"), "--cluster", uni.file)
     assert "#SBATCH --nodes=2\n" in script
     run = uni.submit("digits", "workers.num=2")
-    uni.wait_until(run, checkpointed(run, 20))
+    uni.wait_until(checkpointed(run, 20))
     number = uni.number_of(run)
     told = uni.status(run, asks=True)
     assert (told["status"], told["job_status"]) == ("running", "running")
@@ -153,14 +153,14 @@ def test_a_time_limit_that_is_too_short_twice(uni) -> None:
     run = uni.submit("digits", "workers.num=2", "train.epochs=60")
     reached = 0
     for tries in (1, 2):
-        uni.wait_until(run, checkpointed(run, reached + 20))
+        uni.wait_until(checkpointed(run, reached + 20))
         job = uni.slurm.wait_for(uni.number_of(run), "RUNNING")
         assert job["Restarts"] == str(tries - 1)
         if tries == 1:  # the real thing, which Slurm looks for every half minute
             uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", f"EndTime=now+{2 * TICK_S}")
         else:  # the signal alone
             uni.slurm.ask("scancel", "--batch", "--signal=USR1", job["JobId"])
-        uni.wait_until(run, lambda tries=tries: len(events(run, "requeued")) == tries)
+        uni.wait_until(lambda tries=tries: len(events(run, "requeued")) == tries)
         told = uni.status(run, asks=True)
         assert told["status"] in ("requeued", "running")
         reached = RunDirectory(str(run)).checkpoints.steps()[-1]
@@ -177,7 +177,7 @@ def test_stop_and_cancel(uni) -> None:
     uni = uni("node1")
     long = ("workers.num=1", "train.epochs=2000", "cluster.nodes.cpus=8", "cluster.worker.cpus=8")
     stopped, waits = uni.submit("stopped", *long), uni.submit("waits", *long)
-    uni.wait_until(waits, lambda: uni.slurm.job(uni.number_of(waits))["Reason"] in ("Resources", "Priority"))
+    uni.wait_until(lambda: uni.slurm.job(uni.number_of(waits))["Reason"] in ("Resources", "Priority"))
     told = uni.status(waits, asks=True)
     assert (told["status"], told["job_status"]) == ("submitted", "pending")
     assert "Resources" in told["job_message"] or "Priority" in told["job_message"]
@@ -186,14 +186,14 @@ def test_stop_and_cancel(uni) -> None:
     assert uni.status(waits)["status"] == "stopped"
     uni.wait_for_end(waits, "CANCELLED")
 
-    uni.wait_until(stopped, checkpointed(stopped, 20))
+    uni.wait_until(checkpointed(stopped, 20))
     uni.launcher("stop", stopped)
     told = uni.status(stopped)
     assert (told["status"], told["saved_step"]) == ("stopped", told["step"])
     assert uni.wait_for_end(stopped, "FAILED", "CANCELLED", "COMPLETED")["Restarts"] == "0"
 
     cancelled = uni.submit("cancelled", *long)
-    uni.wait_until(cancelled, checkpointed(cancelled, 20))
+    uni.wait_until(checkpointed(cancelled, 20))
     uni.slurm.ask("scancel", uni.number_of(cancelled))
     ended = uni.wait_for_end(cancelled, "CANCELLED")
     assert ended["Restarts"] == "0"
@@ -206,7 +206,7 @@ def test_two_jobs_at_once_on_one_node(uni) -> None:
     uni = uni("node1")
     runs = [uni.submit(f"digits-{number}", "workers.num=1", f"seed={number}") for number in range(2)]
     for run in runs:
-        uni.wait_until(run, checkpointed(run, 20))
+        uni.wait_until(checkpointed(run, 20))
     assert {uni.slurm.job(uni.number_of(run))["JobState"] for run in runs} == {"RUNNING"}
     for number, run in enumerate(runs):
         uni.wait_for_end(run, "COMPLETED")
@@ -216,7 +216,7 @@ def test_two_jobs_at_once_on_one_node(uni) -> None:
 def test_a_range_of_nodes_goes_on_without_one_that_dies(uni) -> None:
     uni = uni("node1", "node2")
     run = uni.submit("digits", "workers.num=[1, 2]", "train.epochs=60")
-    uni.wait_until(run, checkpointed(run, 20))
+    uni.wait_until(checkpointed(run, 20))
     job = uni.slurm.job(uni.number_of(run))
     batch_host = job["BatchHost"]
     (other,) = {"node1", "node2"} - {batch_host}
@@ -232,7 +232,7 @@ def test_a_range_of_nodes_goes_on_without_one_that_dies(uni) -> None:
 def test_a_slurmd_that_is_killed_and_comes_back_disturbs_nothing(uni) -> None:
     uni = uni("node1", "node2")
     run = uni.submit("digits", "workers.num=2")
-    uni.wait_until(run, checkpointed(run, 20))
+    uni.wait_until(checkpointed(run, 20))
     uni.slurm.kill_slurmd("node2")
     uni.slurm.start_slurmd("node2")
     assert uni.wait_for_end(run, "COMPLETED")["Restarts"] == "0"
@@ -242,7 +242,7 @@ def test_a_slurmd_that_is_killed_and_comes_back_disturbs_nothing(uni) -> None:
 def test_a_fixed_number_of_nodes_starts_again_without_one_that_dies(uni) -> None:
     uni = uni("node1", "node2", "node3")
     run = uni.submit("digits", "workers.num=2", "train.epochs=60", "cluster.exclude=node3")
-    uni.wait_until(run, checkpointed(run, 20))
+    uni.wait_until(checkpointed(run, 20))
     number = uni.number_of(run)
     uni.slurm.ask("scontrol", "show", "job", shlex.quote(number))
     uni.slurm.power_off("node2")
