@@ -54,6 +54,16 @@ def test_a_cluster_file_of_ten_lines(read) -> None:
 
 
 @pytest.mark.parametrize(
+    ("array", "numbers", "limit"),
+    [("0-2", (0, 1, 2), None), ("1,5,9", (1, 5, 9), None), ("7,0-2,1%2", (0, 1, 2, 7), 2), ("3", (3,), None)],
+)
+def test_an_array(read, array: str, numbers: tuple[int, ...], limit: int | None) -> None:
+    spec = read(LEAST, f"cluster.array='{array}'")
+    assert (spec.array_numbers, spec.array_limit) == (numbers, limit)
+    assert read(LEAST).array_numbers == ()
+
+
+@pytest.mark.parametrize(
     ("change", "error"),
     [
         ("time=30", "time must be text"),
@@ -67,6 +77,10 @@ def test_a_cluster_file_of_ten_lines(read) -> None:
         ("nodes.cpus=0", "nodes.cpus must be at least 1, got 0"),
         ("nodes.gpu_type=a100", "nodes.gpu_type needs gpus, which are 0"),
         ("nodes.memory_gb=0", "nodes.memory_gb must be at least 1, got 0"),
+        ("array='0-'", "array must be such as 0-2, 1,5,9 or 0-9%3, got '0-'"),
+        ("array='1%0'", "array must be such as 0-2"),
+        ("array='5-1'", "array must have from 1 to 100 numbers, got '5-1'"),
+        ("array='0-100'", "array must have from 1 to 100 numbers"),
         ("max_requeues=-1", "max_requeues must be at least 0, got -1"),
         ("venv=venv", "venv must be the absolute path of a folder that all nodes see, got 'venv'"),
         ("folder=~/x", "folder must be the absolute path of a folder that all nodes see, got '~/x'"),
