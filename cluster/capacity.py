@@ -101,7 +101,7 @@ class Capacity:
     groups: tuple[NodeGroup, ...] = ()
     """The nodes that the autoscaler may reach, as the cluster's description declares them; empty: none declared."""
     is_complete: bool = False
-    """Nobody adds nodes that are not known here."""
+    """No autoscaler adds nodes that are not known here."""
 
     @property
     def may_grow(self) -> bool:
@@ -136,10 +136,6 @@ class Capacity:
     def declared(self, groups: Sequence[NodeGroup]) -> "Capacity":
         """Return this capacity with the groups that the cluster's description declares for its autoscaler."""
         return replace(self, groups=tuple(groups))
-
-    def unused(self) -> "Capacity":
-        """Return this capacity for a job that waits until it gets nodes of its own: all are free, and none is added."""
-        return replace(self, nodes=tuple(replace(node, free=node.resources) for node in self.nodes), is_complete=True)
 
 
 def node_resources(cpus: float, gpus: int, accelerator: str | None) -> dict[str, float]:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,41 @@ class FakeScheduler(Scheduler):
 
     def log(self, job_id: str) -> str:
         raise NotImplementedError
+
+
+@dataclass
+class FakeQueue(FakeScheduler):
+    """A cluster whose jobs wait in a queue for nodes of their own: they stay pending, and have no nodes to ask."""
+
+    requests: list[JobRequest] = field(default_factory=list)
+    refusal: str = ""
+    """Why it refuses every job; empty: it takes them."""
+
+    starts_at_once = False
+
+    def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # there is no node to ask
+        return replace(self.has, nodes=(), silent=())
+
+    def report(self, job_id: str) -> ClusterReport:
+        raise AssertionError(f"{job_id} stands by for days")
+
+    def begin(self, request: JobRequest) -> Job:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return super().begin(request)
+
+    def script(self, request: JobRequest) -> str:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return f"#!/bin/bash\n#SBATCH --job-name={request.id}\n{request.command}\n"
+
+    def sbatch(self, request: JobRequest) -> None:
+        """What a person does with a script."""
+        self.known[request.id], self.metadata[request.id] = "pending", request.metadata
 
 
 class LocalScheduler(Scheduler):

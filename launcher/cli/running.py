@@ -96,6 +96,8 @@ def resume(
                 "--standby: is for jobs of submit; leave out --at, --as, --force, --inspect, --take-over, --wait"
             )
         return _resume_from_standby(run_url, overrides, submission_id, cluster_name, as_json)
+    if inspect and submission_id is None:
+        raise DescriptionError("--inspect: is for jobs of submit, which name their --submission; leave it out")
     run_directory = find_run(run_url)
     with run_directory.submissions.answered(submission_id):
         from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler

@@ -286,8 +286,8 @@ def fit_there(
     Raises:
         ClusterError: The nodes lack what the run needs, or can never hold its workers.
     """
-    capacity = report.capacity.declared(place.node_groups) if scheduler.starts_at_once else report.capacity.unused()
-    report = replace(report, capacity=capacity)
+    capacity = report.capacity.declared(place.node_groups)
+    report = replace(report, capacity=replace(capacity, is_complete=not scheduler.starts_at_once))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
     if plan.why_cpu:
