@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,102 @@ def answered(report: ClusterReport, needs: Needs) -> ClusterReport:
         if not node.store_error:
             answer(Store(needs.store), needs.check, node.id)
     return report
+
+
+@dataclass
+class FakeScheduler(Scheduler):
+    """A cluster that has what a test gives it, and begins nothing: its jobs stand by for ever."""
+
+    has: ClusterReport = field(default_factory=a_cluster)
+    known: dict[str, JobStatus] = field(default_factory=dict)
+    metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    grace_periods_s: list[int] = field(default_factory=list)
+    asked: dict[str, Needs] = field(default_factory=dict)
+    breaks: int = 0
+    """How many answers to come are lost."""
+    began_at: float | None = None
+    """When all of its jobs began."""
+
+    def inspect(self, needs: Needs) -> ClusterReport:
+        raise NotImplementedError
+
+    def report(self, job_id: str) -> ClusterReport:
+        return answered(self.has, self.asked[job_id])
+
+    starts_at_once = True
+
+    def begin(self, request: JobRequest) -> Job:
+        assert request.environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
+        self.grace_periods_s.append(request.stop_grace_s)
+        assert request.metadata["run"] in request.command
+        assert request.metadata["submission"] in request.command
+        if request.id not in self.known:
+            self.known[request.id], self.metadata[request.id] = "pending", request.metadata
+            self.commands.append(request.command)
+            if request.environment:
+                self.asked[request.id] = needs_from_text(request.environment[NEEDS_VARIABLE])
+        self.breaks -= 1
+        if self.breaks >= 0:
+            raise ClusterError(f"{URL}: nobody answers")
+        job = self.read(request.id)
+        assert job is not None
+        return job
+
+    def script(self, request: JobRequest) -> str:
+        raise NotImplementedError
+
+    def read(self, job_id: str) -> Job | None:
+        if job_id not in self.known:
+            return None
+        metadata = self.metadata.get(job_id, {})
+        return Job(
+            id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=self.began_at, metadata=metadata
+        )
+
+    def jobs(self) -> list[Job]:
+        raise NotImplementedError
+
+    def stop(self, job_id: str) -> None:
+        self.known[job_id] = "stopped"
+
+    def log(self, job_id: str) -> str:
+        raise NotImplementedError
+
+
+@dataclass
+class FakeQueue(FakeScheduler):
+    """A cluster whose jobs wait in a queue for nodes of their own: they stay pending, and have no nodes to ask."""
+
+    requests: list[JobRequest] = field(default_factory=list)
+    refusal: str = ""
+    """Why it refuses every job; empty: it takes them."""
+
+    starts_at_once = False
+
+    def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # there is no node to ask
+        return replace(self.has, nodes=(), silent=())
+
+    def report(self, job_id: str) -> ClusterReport:
+        raise AssertionError(f"{job_id} stands by for days")
+
+    def begin(self, request: JobRequest) -> Job:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return super().begin(request)
+
+    def script(self, request: JobRequest) -> str:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return f"#!/bin/bash\n#SBATCH --job-name={request.id}\n{request.command}\n"
+
+    def sbatch(self, request: JobRequest) -> None:
+        """What a person does with a script."""
+        self.known[request.id], self.metadata[request.id] = "pending", request.metadata
 
 
 class LocalScheduler(Scheduler):
