@@ -15,6 +15,7 @@ from cluster.scheduler import ClusterReport, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
 from cluster.storage.store import Store
 from cluster.versions import check_ray_version
+from launcher.config.clusters import job_nodes
 from launcher.config.description import Description, Difference
 from launcher.display.progress import Progress
 from launcher.planning.nodes import check_nodes, fit, own_versions
@@ -290,6 +291,7 @@ def fit_there(
     report = replace(report, capacity=replace(capacity, is_complete=not scheduler.starts_at_once))
     check_nodes(report, description.spec, place.address, own_versions(), display.warn)
     plan = fit(description, store, tried, report.capacity, place.address)
+    plan = replace(plan, job_nodes=job_nodes(place, places_of(description.spec.workers, plan.gpus)))
     if plan.why_cpu:
         display.warn(plan.why_cpu)
     if plan.why_wait:

@@ -3,6 +3,7 @@
 ``test_submit`` has what such a cluster shares with one whose jobs start at once.
 """
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 from cluster.spec.worker import WorkerSpec
 from launcher.config.clusters import load_cluster
 from launcher.config.description import ClusterOverride, Description, parse
+from launcher.display.tables import plan_text
 from launcher.planning.plan import Plan
 from launcher.submission import handover as hand_over_module
 from launcher.submission import submit as submit_module
@@ -119,14 +121,14 @@ def test_its_driver_gets_the_variables_and_what_the_cluster_says_of_workers(job,
 def test_what_workers_get_follows_from_what_slurm_reports(job, folder, change, gpus, least, most):
     kind = {"accelerator_type:A100": 1.0}
     queue = FakeQueue(a_cluster(a_node("n1", GPU=4.0, **kind), a_node("n2", GPU=4.0, **kind)))
-    said = Said()
-    hand_over(changed(job, change), folder, queue, said)
+    said, place = Said(), replace(SLURM, nodes=SlurmNodesSpec(cpus=8, gpus=4, accelerator="A100"))
+    hand_over(changed(job, change), folder, queue, said, place)
     places = queue.requests[0].places
     assert (places.resources.gpus, places.least, places.most) == (gpus, least, most)
     assert [warning.partition(": ")[0] for warning in said.warnings] == ["this cluster has 8 GPUs for 9 workers"] * (
         not gpus
     )
-    hand_over(changed(job, "name=other", "workers.num=2", "workers.accelerator=A100"), folder, queue)
+    hand_over(changed(job, "name=other", "workers.num=2", "workers.accelerator=A100"), folder, queue, place=place)
     assert queue.requests[1].places.resources.accelerator == "A100"
 
 
@@ -366,6 +368,19 @@ class TestTwoAtOnce:
 class TestThePlan:
     def plan(self, job: Description, folder: Path, queue: FakeQueue, place: SlurmClusterSpec = SLURM) -> Plan:
         return plan_there(job, folder, queue, place, Said())
+
+    @pytest.mark.parametrize(
+        ("change", "nodes"),
+        [
+            ("workers.num=8", "1 node of 8 CPU, 0 GPU"),
+            ("workers.num=9", "2 nodes of 8 CPU, 0 GPU"),
+            ("workers.num=[2,12]", "1 to 2 nodes of 8 CPU, 0 GPU"),
+        ],
+    )
+    def test_it_says_which_nodes_the_job_takes(self, job, folder, queue, change, nodes):
+        plan = self.plan(wanted := changed(job, change), folder, queue)
+        assert plan.as_dict()["job_nodes"] == nodes
+        assert re.search(f"^nodes +{nodes}$", plan_text(wanted.spec, plan), flags=re.MULTILINE)
 
     def test_it_begins_and_writes_nothing(self, job, folder, queue, tmp_path):
         plan = self.plan(changed(job, "workers.num=[2,12]"), folder, queue)
