@@ -6,7 +6,8 @@
     ├── CheckpointError          3   a checkpoint is missing, torn or does not fit
     ├── StorageError             4   the store cannot be read or written
     ├── ClusterError             5   Ray, a node or a worker failed
-    └── Interrupted            130   a signal ended the run, with everything saved
+    ├── Interrupted            130   a signal ended the run, with everything saved
+    └── Requeued                75   its batch job ends early, and its scheduler starts the same command again
 
 A message is one line of the form ``where: what, got value; what to do``.
 
@@ -110,7 +111,16 @@ class Interrupted(LauncherError):  # noqa: N818  # nothing went wrong
     exit_code = 130
 
 
-_TREE = (LauncherError, TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError, Interrupted)
+class Requeued(LauncherError):  # noqa: N818  # nothing went wrong
+    """The batch job of this process has to end early; its scheduler starts the same command again, which goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits(3)."""
+
+
+_TREE = (
+    LauncherError, TrainingError, DescriptionError, CheckpointError, StorageError, ClusterError, Interrupted, Requeued,
+)  # fmt: skip
 
 
 def class_in_tree(error: LauncherError) -> type[LauncherError]:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cluster.errors import DescriptionError, StorageError, one_line
+from cluster.errors import DescriptionError, Requeued, StorageError, one_line
+from cluster.host.batch_job import EndsEarly
 from cluster.storage.documents import read_document, write_document
 from cluster.storage.redaction import redacted
 from cluster.storage.store import Store
@@ -217,6 +218,8 @@ class Submissions:
     def answered(self, submission_id: str | None) -> Iterator[None]:
         """Context in which a driver takes a submission. Records an error that ends it before that.
 
+        A submission whose batch job ends early keeps waiting, for the next try of that job.
+
         Args:
             submission_id: None: the driver was not started for a submission.
 
@@ -229,6 +232,11 @@ class Submissions:
             yield
             if submission_id is not None and self.standing(submission_id) == "due":  # the driver had nothing to do
                 write_document(self._store, f"{submission_id}.done.json", {})
+        except (EndsEarly, Requeued):
+            if submission_id is not None:
+                with contextlib.suppress(StorageError):  # then it reads as silent until the next try begins
+                    self.delete_sign(submission_id)
+            raise
         except BaseException as error:
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # the job's output has the error anyway

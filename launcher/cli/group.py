@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from cluster.errors import DescriptionError, Interrupted, LauncherError, StorageError
+from cluster.errors import DescriptionError, Interrupted, LauncherError, Requeued, StorageError
+from cluster.host.batch_job import EndsEarly, interruption
 from cluster.host.signals import ASKING, stop_signals
 from launcher.cli import inspecting, python_path, reading, running
 from launcher.cli.options import JSON_REQUESTED
@@ -30,6 +31,8 @@ class _ErrorBorder(click.Group):
                 raise DescriptionError(python_path.problem)
             try:
                 return super().invoke(ctx)
+            except EndsEarly:
+                raise Requeued("its batch job ends early; its scheduler starts the same command again") from None
             except KeyboardInterrupt:
                 raise Interrupted("interrupted") from None
         except LauncherError as error:
@@ -38,7 +41,7 @@ class _ErrorBorder(click.Group):
                 click.echo(error.traceback, err=True)
             if ctx.meta.get(JSON_REQUESTED):
                 # It is the command that was interrupted; whether the run has stopped, only its document says.
-                status = "interrupted" if isinstance(error, Interrupted) else "failed"
+                status = {Interrupted: "interrupted", Requeued: "requeued"}.get(type(error), "failed")
                 with contextlib.suppress(StorageError):  # the verb's own error decides the exit code
                     show({"status": status, **(error.document or {}), "error": str(error)}, "", as_json=True)
             ctx.exit(error.exit_code)
@@ -47,10 +50,10 @@ class _ErrorBorder(click.Group):
 def _interrupt_on_signals() -> None:
     """Have every signal that asks for a stop do what Ctrl-C does."""
 
-    def interrupt(*_: object) -> None:
-        for number in ASKING:  # a closed terminal tells it more than once, which must not interrupt the clean-up
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        for asking in ASKING:  # a closed terminal tells it more than once, which must not interrupt the clean-up
+            signal.signal(asking, signal.SIG_IGN)
+        raise interruption(number)
 
     for number in stop_signals():
         if number != signal.SIGINT:
@@ -64,7 +67,8 @@ def main() -> None:
 
 
 for verb in (
-    running.run, running.resume, running.plan, running.submit, inspecting.data,
+    running.run, running.resume, running.plan, running.submit, running.render,
+    inspecting.data,
     reading.status, reading.stop, reading.list_runs, reading.checkpoints, reading.logs, reading.plot, reading.export,
     reading.schema,
 ):  # fmt: skip

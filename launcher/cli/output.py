@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.errors import Interrupted, StorageError
+from cluster.errors import Interrupted, Requeued, StorageError
+from cluster.host.batch_job import batch_job
 from launcher.cli.streams import write_out
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def drive_and_show(work: Callable[["Progress"], dict[str, Any]], cluster: "Clust
     from launcher.display.progress import open_progress
     from launcher.display.tables import summary
 
+    batch_job()  # a variable of it that means nothing is an error before anything starts
     display = open_progress(sys.stderr)
     try:
         with joined(cluster):
@@ -49,6 +51,8 @@ def drive_and_show(work: Callable[["Progress"], dict[str, Any]], cluster: "Clust
     show(result, summary(result), as_json)
     if interrupted and result["status"] == "stopped":
         sys.exit(Interrupted.exit_code)
+    if result["status"] == "requeued":
+        sys.exit(Requeued.exit_code)
 
 
 def submit_and_show(

@@ -90,8 +90,8 @@ def jobs_cluster(spec: ClusterSpec) -> JobsClusterSpec:
     """
     if isinstance(spec, LocalClusterSpec):
         raise DescriptionError(
-            f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
-            "Jobs API of a Ray cluster, such as http://HOST:8265"
+            f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the file "
+            "of a Slurm cluster, or the Jobs API of a Ray cluster, such as http://HOST:8265"
         )
     if isinstance(spec, RayClusterSpec) and not spec.takes_jobs:
         host = spec.address.rpartition(":")[0]

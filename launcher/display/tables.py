@@ -59,7 +59,8 @@ def summary(result: Mapping[str, Any]) -> str:
     """
     run, status = result["run"], result["status"]
     blocks = [
-        f"{run} {f'is {status}' if status in ('running', 'submitted') else status}{_position(result)}",
+        f"{run} {f'is {status}' if status in ('running', 'submitted', 'requeued') else status}{_position(result)}",
+        _requeued(result) if status == "requeued" else None,
         table(("", *fact) for fact in _facts(result)),
         result.get("error"),
         f"next: {indent(table(_next_commands(result)), ' ' * len('next: ')).lstrip()}",
@@ -72,7 +73,7 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = {name: value for name, value in result.items() if value is not None}
     if "saved_step" in known:
         yield "checkpoint", f"step {known['saved_step']:,}"
-    elif "saved_step" in result and result["status"] in ("stopped", "failed"):
+    elif "saved_step" in result and result["status"] in ("stopped", "requeued", "failed"):
         yield "checkpoint", "none yet, so resume begins at step 0"
     yield from ((name, number(value)) for name, value in _metrics(result).items() if value is not None)
     if best := _best(result):
@@ -100,6 +101,13 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "submitted", f"by {known['user']} from {known['host']}{at}"
     if known.get("state_sha256"):
         yield "state", f"sha256 {known['state_sha256']}"
+
+
+def _requeued(result: Mapping[str, Any]) -> str:
+    """Return where a run stands whose scheduler starts it again."""
+    saved = result.get("saved_step")
+    where = "nothing saved yet" if saved is None else f"saved at step {saved:,}"
+    return f"{where} {result.get('requeued') or ''}".rstrip() + "; its scheduler starts it again"
 
 
 def runs_table(results: Iterable[Mapping[str, Any]], now: float | None = None) -> str:
@@ -321,16 +329,18 @@ def _next_commands(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     logs = (f"launcher logs {run}", "read what the workers wrote")
     if result.get("job") is not None:
         logs = (f"launcher logs {run} {on_cluster}", "read what the workers and the driver wrote")
+    waiting = [
+        (f"launcher status {run} {on_cluster}", "see what the job waits for"),
+        (f"launcher stop {run} {on_cluster}", "stop the job"),
+    ]
     commands = {
         "completed": [
             (f"launcher plot {run}", "draw the curves"),
             (f"launcher checkpoints {run}", "see what was saved"),
         ],
         "running": [(f"launcher logs {run} --follow", "see what the workers write")],
-        "submitted": [
-            (f"launcher status {run} {on_cluster}", "see what the job waits for"),
-            (f"launcher stop {run} {on_cluster}", "stop the job"),
-        ],
+        "submitted": waiting,
+        "requeued": waiting,
         "failed": [resume, logs],
     }
     return commands.get(status, [resume])

@@ -18,6 +18,7 @@ from jobs.spec import JobSpec
 from launcher.driver.attempt import NONE, Attempt
 from launcher.driver.change import Change
 from launcher.driver.environments import Environments
+from launcher.driver.excluded_nodes import ExcludedNodes
 from launcher.driver.failure_reports import FailureReports
 from launcher.driver.failures import Failures
 from launcher.driver.gathering import Gathering
@@ -26,8 +27,7 @@ from launcher.driver.lost_gpus import LostGpus
 from launcher.driver.membership import Membership
 from launcher.driver.reports import Reports
 from launcher.driver.run_log import RunLog
-from launcher.driver.stop_conditions import StopConditions
-from launcher.driver.stop_signals import StopSignals
+from launcher.driver.stop_conditions import Stop, StopConditions
 from launcher.driver.verdicts import GiveUp
 
 
@@ -40,7 +40,7 @@ class Driver:
         spec: JobSpec,
         run_url: str,
         run_log: RunLog,
-        signals: StopSignals,
+        stop: StopConditions,
         first_workers: Sequence[Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -50,7 +50,7 @@ class Driver:
             spec: The job.
             run_url: The run, for messages.
             run_log: Records what happens.
-            signals: Counts the signals that ask the run to stop.
+            stop: Decides when the run stops.
             first_workers: The environments of the workers that the run began on; None: not known yet.
             clock: A monotonic clock in seconds.
         """
@@ -64,9 +64,7 @@ class Driver:
         self._seconds_before = run_log.state.seconds
         self._ledger = Ledger(begun_at=self._started_at, booked=dict(run_log.state.time))
         self._failures = Failures(spec.workers.max_failures)
-        self._signals = signals
-        self._stop = StopConditions(spec, run_log, signals, self._started_at)
-        self._stop_reason: str | None = None
+        self._stop = stop
         self._attempt = Attempt()
         self._change: Change | None = None
         """The change in progress: the current workers save, then others replace them."""
@@ -88,9 +86,9 @@ class Driver:
             finally:
                 self._membership.group.close()
         except LauncherError as error:
-            self._end("stopped" if isinstance(error, Interrupted) else "failed", error)
+            self._end(error)
             raise
-        self._end("completed" if self._attempt.completed else "stopped")
+        self._end()
 
     def _wire(self, membership: Membership) -> None:
         """Make the parts that need the workers' group."""
@@ -100,6 +98,7 @@ class Driver:
         self._environments = Environments(self._run_url, membership, run_log, self._first_workers)
         self._failure_reports = FailureReports(self._run_url, membership, run_log)
         self._lost_gpus = LostGpus(spec.workers, membership, run_log)
+        self._excluded = ExcludedNodes(self._stop.job, membership, run_log)
         self._reports = Reports(
             run_log=run_log,
             membership=membership,
@@ -123,7 +122,7 @@ class Driver:
         """Whether the run ends: all workers have finished and no others follow, or none are left or wanted."""
         if not self._have_finished:
             return False
-        has_ended = self._attempt.completed or self._stop_reason is not None
+        has_ended = self._attempt.completed or self._stop.accepted is not None
         return has_ended or (self._membership.is_complete and self._change is None)
 
     @property
@@ -181,7 +180,7 @@ class Driver:
             agents=frozenset(agent.id for agent in membership.agents.values()),
             host=membership.host,
             meeting_port=None,
-            stop=self._stop_reason is not None,
+            stop=self._stop.accepted is not None,
         )
         self._display.phase("building the model on the workers")
 
@@ -200,7 +199,7 @@ class Driver:
         step = self._run_log.state.step
         self._failures.draining(change.leaving)
         if change.ends_here:
-            self._ask_to_stop(f"{change.reason}, and the driver runs on it")
+            self._ask_to_stop(Stop(f"{change.reason}, and the driver runs on it"))
             return
         self._change = change
         left_s = change.leave_by - time.time()
@@ -240,16 +239,22 @@ class Driver:
             return
         self._ledger.failed(now)
         self._failure_reports.note(verdict.failure)
-        if isinstance(verdict, GiveUp):
-            if not self._environments.leave_out_unfit(verdict.failure):
-                raise self._failure_reports.final_error(verdict, self._attempt.number)
-            self._regroup()
-            return
+        self._excluded.note(verdict.failure)
         what = self._failure_reports.line(verdict.failure)
+        if isinstance(verdict, GiveUp):
+            if self._environments.leave_out_unfit(verdict.failure):
+                self._regroup()
+            elif (stop := self._excluded.stop_after(verdict.failure)) is None:
+                raise self._failure_reports.final_error(verdict, self._attempt.number)
+            else:
+                self._display.warn(f"{what}, {verdict.why}")
+                self._attempt.trains = False
+                self._ask_to_stop(stop)
+            return
         later = f" in {verdict.wait_s} s" if verdict.wait_s else ""
         self._attempt.trains = False
         self._stop.first_start_is_over()
-        if self._stop_reason is not None or self._why_stop(now) is not None:  # new workers would only start to stop
+        if self._stop.accepted is not None or self._why_stop(now) is not None:  # new workers would only start to stop
             self._display.warn(f"{what}; the run stops at the newest checkpoint")
             self._regroup()
             return
@@ -280,11 +285,10 @@ class Driver:
             self._run_log.flush()
         if self._run_log.is_settled:
             self._judge(now)
-        if self._signals.is_abandoned:
+        if self._stop.is_abandoned:
             raise Interrupted(f"abandoned at step {self._run_log.state.step}; launcher resume {self._run_url}")
-        reason = self._why_stop(now)
-        if reason is not None and self._stop_reason is None:
-            self._ask_to_stop(reason)
+        if self._stop.accepted is None and (stop := self._why_stop(now)) is not None:
+            self._ask_to_stop(stop)
         self._see_to_workers(now)
 
     def _account(self, now: float) -> None:
@@ -301,7 +305,11 @@ class Driver:
             self._ledger.parked(now)
             self._regroup()  # all workers have saved
         if not membership.num_workers:
-            if self._stop_reason is None:
+            if self._stop.accepted is not None:
+                return
+            if self._gathering.is_in_vain(now) and (stop := self._excluded.stop_for_others()) is not None:
+                self._ask_to_stop(stop)
+            else:
                 self._gathering.gather(now)
         elif not membership.is_complete:
             late = membership.late(now)
@@ -311,27 +319,32 @@ class Driver:
             self._on_agents_lost(silent, "")
         elif self._attempt.number == NONE and is_settled:
             self._start_attempt()
-        elif self._attempt.trains and self._change is None and self._stop_reason is None:
+        elif self._attempt.trains and self._change is None and self._stop.accepted is None:
             change = membership.change(now)
             if change is not None:
                 self._plan_change(change)
 
-    def _ask_to_stop(self, reason: str) -> None:
-        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once."""
-        self._stop_reason = reason
-        self._run_log.event("stop_requested", step=self._run_log.state.step, reason=reason)
+    def _ask_to_stop(self, stop: Stop) -> None:
+        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once.
+
+        Raises:
+            LauncherError: The run fails for that.
+        """
+        stop = self._stop.accept(stop)
         if self._attempt.trains:
-            self._display.message(f"{reason}: the workers finish their step and save; Ctrl-C twice abandons that")
+            self._display.message(f"{stop.text}: the workers finish their step and save; Ctrl-C twice abandons that")
             self._membership.group.order(stop=True)
         else:
-            self._display.message(f"{reason}: no worker trains, the run stops at the newest checkpoint")
+            self._display.message(f"{stop.text}: no worker trains, the run stops at the newest checkpoint")
             self._regroup()
 
-    def _why_stop(self, now: float) -> str | None:
+    def _why_stop(self, now: float) -> Stop | None:
         return self._stop.reason(now, waits_for_room=self._gathering.waits)
 
-    def _end(self, status: str, error: LauncherError | None = None) -> None:
-        now = self._clock()
+    def _end(self, error: LauncherError | None = None) -> None:
+        now, completed, written = self._clock(), self._attempt.completed, None
         self._ledger.ended(now, kept=error is None)
         self._account(now)
-        self._run_log.close(status, error, lambda: self._signals.is_abandoned)
+        while (status := self._stop.outcome(error, completed=completed)) != written:  # a signal may change it meanwhile
+            self._run_log.close(status, error, lambda: self._stop.is_abandoned)
+            written = status

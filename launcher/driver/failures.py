@@ -271,6 +271,7 @@ class Failures:
             cause="exchange_timeout" if is_stuck else "hung",
             message=what,
             rank=rank,
+            is_common=are_alike,
             step=step,
             # Two first steps that hang at the same line are no accident: the second one ends the run.
             place=f"first step after {step}, {doing}, {line}" if found.is_first_step and line and not silent else "",
@@ -297,7 +298,14 @@ class Failures:
         if silent and all(failed.cause == "exchange_timeout" for failed in self._broken.values()):
             others = f"worker{'s' * (len(self._broken) > 1)} {listed(sorted(self._broken))}"
             what = f"says nothing, and {others} waited for it in vain: {first.message}"
-            return Failure(cause="hung", message=what, rank=silent[0], step=first.step, limit="workers.timeout_s")
+            return Failure(
+                cause="hung",
+                message=what,
+                rank=silent[0],
+                is_common=len(silent) > 1,
+                step=first.step,
+                limit="workers.timeout_s",
+            )
         what = f"no worker says more than: {first.message}"
         return Failure(cause=first.cause, message=what, rank=rank, step=first.step)
 

@@ -34,6 +34,11 @@ class Gathering:
         """Whether the run waits for room."""
         return self._waiting_since is not None
 
+    def is_in_vain(self, now: float) -> bool:
+        """Return whether there has been too little room for so long that no more comes on nodes that are fixed."""
+        patience_s = min(_ASK_AFTER_S, self._workers.wait_s)
+        return self._waiting_since is not None and now - self._waiting_since >= patience_s
+
     def gather(self, now: float) -> None:
         """Start workers if there is room for them, unless it is too early to try again.
 

@@ -156,6 +156,7 @@ class PendingWrites:
             yield "matrix"
         yield "matrix"
         if is_closing:
+            self._read_stop_request()
             self._run.clear_stop()
             self.metrics.publish()
             yield "copy of metrics"
@@ -206,4 +207,7 @@ class PendingWrites:
     def _write_status(self) -> None:
         self._run.write_status(self.status)
         self._status_at = self._clock()
-        self._is_stop_requested = self._run.is_stop_requested()
+        self._read_stop_request()
+
+    def _read_stop_request(self) -> None:
+        self._is_stop_requested = self._is_stop_requested or self._run.is_stop_requested()

@@ -56,6 +56,7 @@ class Reports:
         self._attempt = attempt
         self._pending.attempt_started(self._membership.num_workers)
         self._stragglers.restart()
+        self._stop.pace.attempt_started()
 
     def handle(self, rank: int, report: messages.Report) -> None:
         """Handle a report of the current attempt."""
@@ -72,6 +73,7 @@ class Reports:
             case messages.RowLogged():
                 self._environments.step_done()
                 self._ledger.reported(report.spent)
+                self._stop.pace.row_logged(report.row["step"], report.time, report.spent)
                 self._run_log.row(report.row, report.time)
             case messages.MatrixMeasured():
                 self._run_log.matrix(report)
@@ -120,6 +122,7 @@ class Reports:
         if rank == 0:
             self._attempt.trains, self._attempt.began_at = True, started.step
             self._stop.first_start_is_over()
+            self._run_log.state.tries_without_step = 0
             self._ledger.training_began(self._clock(), started.spent)
             self._run_log.begins_at(started.step)
             self._pending.training_began(self._clock())

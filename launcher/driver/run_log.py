@@ -63,7 +63,7 @@ class RunLog:
         self.state = state
         self.display = display
         self.save_s = 0.0
-        """How long the last save took."""
+        """How long the longest save of this driver took."""
         self._spec = spec
         self._plan = plan
         self._run = run
@@ -231,7 +231,7 @@ class RunLog:
         """Write everything, and how the run ended. A store that fails now does not hide an earlier failure.
 
         Args:
-            status: ``completed``, ``stopped`` or ``failed``.
+            status: ``completed``, ``stopped``, ``requeued`` or ``failed``.
             error: Why the run failed or was interrupted; None: it did not, and was not.
             is_abandoned: Whether the user wants to wait no longer.
 
@@ -239,7 +239,11 @@ class RunLog:
             LauncherError: Something could not be written, so the run is not complete; or another driver has taken it
                 over.
         """
-        failure = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
+        how = {"error": str(error), "traceback": getattr(error, "traceback", "")} if error else {}
+        if status == "requeued":
+            how = {"reason": self.state.requeued}
+        else:
+            self.state.requeued = None
         try:
             # A run that is stopped leaves old checkpoints to its next driver.
             if not self.is_settled or (status == "completed" and self._pending.has_old_checkpoints):
@@ -247,7 +251,7 @@ class RunLog:
             self.tend()
             self.state.status = status
             self.state.error = None if error is None else str(error)
-            self.event(status, step=self.state.step, **failure)
+            self.event(status, step=self.state.step, **how)
             self._pending.is_closing = True
             self.flush()
             self._background.finish(is_abandoned)
@@ -272,7 +276,7 @@ class RunLog:
         """Take note of a checkpoint that exists now."""
         manifest, (best_step, value) = save.manifest, save.best
         self.state.state_sha256 = manifest.state_sha256
-        self.state.saved_step, self.save_s = manifest.step, save.seconds
+        self.state.saved_step, self.save_s = manifest.step, max(self.save_s, save.seconds)
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         save.committed()

@@ -35,3 +35,7 @@ class RunState:
     failure: dict[str, Any] | None = None
     """The last failure of a worker; it stays while the run goes on."""
     error: str | None = None
+    requeued: str | None = None
+    """Why the scheduler of its batch job starts the run again, as the end of a sentence; None: it does not."""
+    tries_without_step: int = 0
+    """How many tries of its batch job in a row ended before the workers' first step."""

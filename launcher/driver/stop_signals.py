@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Collection, Iterator
 
+from cluster.host.batch_job import ENDING_EARLY, interruption
 from cluster.host.signals import ABANDONING, ASKING, stop_signals
 
 
@@ -17,6 +18,8 @@ class StopSignals:
         """Only assigns."""
         self.first: signal.Signals | None = None
         """The signal that came first; None: none has come."""
+        self.is_on_purpose = False
+        """Whether one has come that says more than that a batch job has to end early: the run should not go on."""
         self.interrupting: Collection[int] = ()
         """The signals that raise ``KeyboardInterrupt`` too, while the driver's loop does not run.
 
@@ -46,9 +49,10 @@ class StopSignals:
     def count(self, number: int, _: object = None) -> None:
         """Count a signal; a handler of signals."""
         self.first = self.first or signal.Signals(number)
+        self.is_on_purpose |= number != ENDING_EARLY
         self._num_abandoning += number in ABANDONING
         if number in self.interrupting:
             self.interrupting = [each for each in self.interrupting if each in ABANDONING]
-            raise KeyboardInterrupt
+            raise interruption(number)
         if self.raises_if_abandoned and self.is_abandoned and number in ABANDONING:
             raise KeyboardInterrupt

@@ -40,6 +40,7 @@ class Failure:
         kind: Who is responsible; None: trying again does not help.
         rank: The worker; None: it concerns all workers.
         ranks: All workers with the same cause, if there are several.
+        is_common: Whether other workers report the same, so that the node of ``rank`` need not be the cause.
         step: The optimizer steps that the worker had completed; None: not known.
         error: The type of the error if the failure ends the run.
         place: The step and line at which the code failed; empty: not known, or not the code's failure.
@@ -57,6 +58,7 @@ class Failure:
     step: int | None = None
     error: type[LauncherError] = ClusterError
     ranks: frozenset[int] = frozenset()
+    is_common: bool = False
     place: str = ""
     traceback: str = ""
     log_tail: str = ""

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.errors import CheckpointError, Interrupted, LauncherError, StorageError
+from cluster.errors import CheckpointError, Interrupted, LauncherError, Requeued, StorageError
+from cluster.host.batch_job import batch_job
 from cluster.host.signals import ABANDONING, stop_signals
 from cluster.kinds.cluster import Cluster
 from cluster.process.orders import Task
@@ -26,6 +27,7 @@ from launcher.driver.goodput import taken_over
 from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
+from launcher.driver.stop_conditions import StopConditions
 from launcher.driver.stop_signals import StopSignals
 from launcher.planning.built_index import digests_of
 from launcher.planning.placement import places_of
@@ -50,13 +52,16 @@ def ready_to_drive(cluster: Cluster, display: Progress) -> Iterator[StopSignals]
     Raises:
         ClusterError: The start failed.
         Interrupted: A signal came meanwhile.
+        Requeued: SIGUSR1 came meanwhile, and the scheduler of the batch job starts the same command again.
     """
     signals = StopSignals()
     display.phase("starting Ray")
     with signals.caught(), cluster.started():
         signals.interrupting = stop_signals()
         if signals.first is not None:
-            raise Interrupted(f"{signals.first.name} came before training began; nothing was changed")
+            goes_on = batch_job().requeues and not signals.is_on_purpose
+            error = Requeued if goes_on else Interrupted
+            raise error(f"{signals.first.name} came before training began; nothing was changed")
         yield signals
 
 
@@ -112,7 +117,8 @@ def drive_run(
     state = _state_so_far(run, spec, plan, events)
     run.stay_alive()
     run_log = RunLog(spec=spec, plan=plan, run=run, state=state, display=display, tracker=tracker, events=events)
-    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, signals=signals, first_workers=first_workers(events))
+    stop = StopConditions(spec, run_log, signals, batch_job())
+    driver = Driver(spec=spec, run_url=run.url, run_log=run_log, stop=stop, first_workers=first_workers(events))
 
     def make_membership() -> Membership:
         task = _make_task(spec, run, code, plan, may_differ=may_differ)
@@ -127,7 +133,7 @@ def drive_run(
         raise
     finally:
         _finish(run, spec.name, run_log, tracker, signals)
-    return run_log.document() | {"interrupted": signals.first is not None}
+    return run_log.document() | {"interrupted": stop.is_cut_short}
 
 
 def _finish(run: RunDirectory, name: str, run_log: RunLog, tracker: Tracker, signals: StopSignals) -> None:
@@ -164,6 +170,7 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
         state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
+        state.tries_without_step = status.get("tries_without_step", 0)
     for event in events:
         if event["kind"] == "attempt_started":  # written at once; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

@@ -23,7 +23,7 @@ _TAIL_BYTES = 64 * 2**10
 """How much of the end of a log is kept, to find the place in a later read that lacks the beginning."""
 _PATIENCE_S = 600.0
 """How long the state of the job may stay unknown while the run has not begun."""
-_ALIVE = ("running", "submitted")
+_ALIVE = ("running", "submitted", "requeued")
 
 T = TypeVar("T")
 
@@ -133,11 +133,15 @@ class _WaitReporter:
         """Return why no log comes; empty if logs come or will soon."""
         if document.get("job_status", "") is None:
             return f"{document['job_message']}; asking again"
-        if document["status"] != "submitted":
+        if document["status"] not in ("submitted", "requeued"):
             return ""
         if "job_status" not in document:
+            has_begun = document["status"] == "requeued"
+            what = "waits for its scheduler to start it again" if has_begun else "has not begun"
+            if "job" not in document:  # its batch script was not submitted by the launcher
+                return f"{self._run.url}: {what}"
             where = f"job {document['job']} on {document['cluster']}"
-            return f"{self._run.url}: has not begun; it waits as {where}: give --cluster that to follow the job"
+            return f"{self._run.url}: {what}; it waits as {where}: give --cluster that to follow the job"
         if document["job_status"] != "pending":
             return ""
         message = f": {document['job_message']}" if document["job_message"] else ""

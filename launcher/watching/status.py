@@ -1,5 +1,6 @@
 """Reads the status of a run, and of its checkpoints, from its directory alone."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def with_newest_checkpoint(run: RunDirectory, document: dict[str, Any]) -> dict[
 
     The last status of a driver may be older than its last checkpoint, which may be bad or gone, too.
     """
-    if document["status"] not in ("stopped", "failed"):
+    if document["status"] not in ("stopped", "requeued", "failed"):
         return document
     return document | {"saved_step": max(run.checkpoints.survey().manifests, default=None)}
 
@@ -79,6 +80,8 @@ def read_without_checkpoints(run: RunDirectory, silence_s: float = SILENCE_S) ->
             "status": "failed",
             "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
         }
+    if status["status"] == "requeued":
+        document |= _job_of(run)
     return document
 
 
@@ -86,6 +89,14 @@ def about_submission(submission: Submission) -> dict[str, Any]:
     """Return the keys that tell who submitted a run, when, to which cluster and as which job."""
     about = {"job": submission.job, "cluster": submission.cluster, "user": submission.user, "host": submission.host}
     return {**about, "submitted_at": submission.time}
+
+
+def _job_of(run: RunDirectory) -> dict[str, Any]:
+    """Return the keys about the job of a run that its scheduler starts again; empty if the run was not submitted."""
+    with contextlib.suppress(UnreadableSubmissionError):
+        newest = run.submissions.read_newest()
+        return {} if newest is None else about_submission(newest[1])
+    return {}
 
 
 def _unanswered_submission(

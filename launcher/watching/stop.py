@@ -1,4 +1,4 @@
-"""Stops a run from any machine: through its directory, or through its job on a cluster if it has not begun."""
+"""Stops a run from any machine: through its directory, or through its job on a cluster if no driver has it."""
 
 import time
 from typing import Any
@@ -17,14 +17,16 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     Args:
         run: The run.
         timeout_s: How long to wait, in seconds.
-        job: The run's job on a cluster, which is stopped if the run has not begun. None: no cluster is asked.
+        job: The run's job on a cluster, which is stopped if the run has not begun, or waits for its scheduler to start
+            it again. None: no cluster is asked.
 
     Returns:
         The ``--json`` document after the stop.
 
     Raises:
-        ClusterError: The run is still running after ``timeout_s``. Or it has not begun, so that no driver reads the
-            request, and no cluster was named, or another cluster, or the cluster does not stop the job.
+        ClusterError: The run is still running after ``timeout_s``. Or no driver reads the request, because the run has
+            not begun or waits for its scheduler to start it again, and no cluster was named, or another cluster, or the
+            cluster does not stop the job.
     """
     deadline = time.monotonic() + timeout_s
     lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
@@ -41,6 +43,15 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
             )
         time.sleep(_INTERVAL_S)
         status = lookout.look()
+    if job is not None and status["status"] == "requeued":
+        status = job.stopped(deadline)
+    if status["status"] == "requeued":
+        where = (
+            f"give --cluster the cluster that it was submitted to, {status['cluster']}"
+            if "cluster" in status
+            else ("cancel its batch job there")
+        )
+        raise ClusterError(f"{run.url}: waits for its scheduler to start it again; to stop it, {where}")
     if status["status"] == "submitted":  # on another cluster, or submitted again meanwhile
         raise ClusterError(
             f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "

@@ -18,6 +18,7 @@ from cluster.run.run_directory import RunDirectory, list_runs
 from cluster.run.submissions import Submission
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage.store import Store
+from launcher.watching.requeued import end_requeued
 from launcher.watching.status import (
     LONG_SILENCE_S,
     NOT_BEGUN,
@@ -31,6 +32,10 @@ from launcher.watching.status import (
 
 _STOP_INTERVAL_S = 0.5
 _LOG_LINES = 3
+
+
+class UnknownJobError(ClusterError):
+    """The cluster answers, and does not know the job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +65,12 @@ class SubmittedJob:
         """Return the state of the job.
 
         Raises:
-            ClusterError: The cluster does not answer, or does not know the job.
+            ClusterError: The cluster does not answer.
+            UnknownJobError: It does not know the job.
         """
         job = self.scheduler.read(self.id)
         if job is None:
-            raise ClusterError(
+            raise UnknownJobError(
                 f"{self.cluster}: knows no job {self.id}; {self.run.url} was submitted to "
                 f"{self.submission.cluster}: give --cluster that, or submit the run again"
             )
@@ -91,11 +97,12 @@ class SubmittedJob:
 
     def _document(self, silence_s: float) -> dict[str, Any]:
         """Return the same without a look at the checkpoints."""
-        job, unknown = None, ""
+        job, unknown, is_forgotten = None, "", False
         try:
             job = self.read()  # before the directory, so that what the job wrote before it ended is seen
         except ClusterError as error:
             unknown = str(error)
+            is_forgotten = isinstance(error, UnknownJobError) and self.cluster == self.submission.cluster
         document = read_without_checkpoints(self.run, silence_s)
         newest = document.get("cluster", self.submission.cluster)
         if newest != self.submission.cluster:  # the run was submitted elsewhere since
@@ -104,19 +111,24 @@ class SubmittedJob:
             return document | {"job_status": None, "job_message": unknown}
         document |= about_submission(self.submission)
         if job is None:
-            return document | {"job_status": None, "job_message": unknown}
-        if not _ended_before(document, job):
+            document |= {"job_status": None, "job_message": unknown}
+            if is_forgotten and document["status"] == "requeued":
+                why = f"{self.cluster}: does not know job {self.id} any more, which was to start the run again"
+                document |= {"status": "stopped", "error": f"{why}; submit the run again"}
+            return document
+        if not _ended_without_driver(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
         log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
-        ended = {"status": _outcome(job), "error": f"{why}; {log}; submit the run again"}
+        ended = {"status": _outcome(document, job), "error": f"{why}; {log}; submit the run again"}
         return document | _about(job) | ended
 
     def stopped(self, deadline: float) -> dict[str, Any]:
-        """Stop the job of a run that has not begun, wait for its end, and mark the submission as stopped.
+        """Stop the job of a run that no driver has, because the run has not begun or its scheduler starts it again; wait
+        for the job's end, and mark the submission or the run as stopped.
 
-        If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission is
-        marked all the same, for commands that ask no cluster.
+        If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission or the
+        run is marked all the same, for commands that ask no cluster.
 
         Args:
             deadline: When to give up, by ``time.monotonic``.
@@ -132,11 +144,13 @@ class SubmittedJob:
         if job is None:
             if self._is_unanswered():
                 self.run.submissions.mark_stopped(self.submission_id)
+            end_requeued(self.run)
             return read_status(self.run, LONG_SILENCE_S)
         if job.status in ("succeeded", "failed"):
             document = self.document(LONG_SILENCE_S)
             if self._is_unanswered():
                 self.run.submissions.mark_failed(self.submission_id, _last_output(job, self.scheduler))
+            end_requeued(self.run)
             return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
@@ -149,6 +163,7 @@ class SubmittedJob:
             time.sleep(_STOP_INTERVAL_S)
         if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
+        end_requeued(self.run)
         return read_status(self.run, LONG_SILENCE_S)
 
     def _is_unanswered(self) -> bool:
@@ -180,7 +195,7 @@ def submitted_job(run: RunDirectory, scheduler: Scheduler, cluster: str) -> Subm
 def read_statuses_with_jobs(
     store: Store, scheduler: Scheduler, cluster: str, warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return the ``--json`` documents of the runs in a store; those that have not begun with the state of their job.
+    """Return the ``--json`` documents of the runs in a store; those that wait for their job with its state.
 
     Jobs follow that wait on the cluster for a run that is not in the store.
 
@@ -229,17 +244,19 @@ def _last_output(job: Job, scheduler: Scheduler) -> str:
 
 
 def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
-    """Add the state of its job to the document of a run that has not begun."""
-    if job is None or _has_begun(document):
+    """Add the state of its job to the document of a run that has not begun, or that its scheduler starts again."""
+    if job is None or (_has_begun(document) and document["status"] != "requeued"):
         return document
-    if not _ended_before(document, job):
+    if not _ended_without_driver(document, job):
         return document | _about(job)
-    return document | _about(job) | {"status": _outcome(job), "error": document["error"] or job.message or None}
+    ended = {"status": _outcome(document, job), "error": document["error"] or job.message or None}
+    return document | _about(job) | ended
 
 
-def _ended_before(document: Mapping[str, Any], job: Job) -> bool:
-    """Return whether a job ended before a driver took its run."""
-    return document["status"] in ("submitted", "failed") and not _has_begun(document) and job.status in ENDED
+def _ended_without_driver(document: Mapping[str, Any], job: Job) -> bool:
+    """Return whether a job ended before a driver took its run, or took it again."""
+    has_no_driver = document["status"] in ("submitted", "failed") and not _has_begun(document)
+    return (has_no_driver or document["status"] == "requeued") and job.status in ENDED
 
 
 def _has_begun(document: Mapping[str, Any]) -> bool:
@@ -254,8 +271,8 @@ def _is_submitted(job: Job) -> bool:
         return True
 
 
-def _outcome(job: Job) -> str:
-    return "stopped" if job.status == "stopped" else "failed"
+def _outcome(document: Mapping[str, Any], job: Job) -> str:
+    return "stopped" if job.status == "stopped" or document["status"] == "requeued" else "failed"
 
 
 def _about(job: Job) -> dict[str, Any]:

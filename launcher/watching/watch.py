@@ -21,7 +21,7 @@ _END_DELAY_S = 15.0
 """How much later than its job a run may show its end in its directory, or the other way round."""
 _PATIENCE_S = 600.0
 """How long the cluster may not answer while the run has not begun."""
-_ALIVE = ("submitted", "running")
+_ALIVE = ("submitted", "running", "requeued")
 
 
 def watch(

@@ -17,6 +17,7 @@ import pytest
 
 from cluster.capacity import Node, WorkerResources
 from cluster.errors import Cause, ClusterError, Interrupted, LauncherError, TrainingError
+from cluster.host.batch_job import BatchJob
 from cluster.process.data_messages import DataDelayed, SampleSkipped
 from cluster.process.messages import (
     DOING,
@@ -50,6 +51,7 @@ from launcher.driver.driver import Driver
 from launcher.driver.membership import MOST_MISFITS, Membership
 from launcher.driver.run_log import RunLog
 from launcher.driver.run_state import RunState
+from launcher.driver.stop_conditions import StopConditions
 from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
 
@@ -58,6 +60,8 @@ Script = list[list[ToDriver] | float]
 PRESENT = -1
 """Stands, in a script, for the generation of the agents that were started last."""
 SPENT: Spent = {**dict.fromkeys(DOING, 0.0), "start": 1.0, "data": 0.1, "forward": 0.2, "backward": 0.3}
+STARTED_AT = 1_700_000_000.0
+"""When the driver starts, in Unix time."""
 LAG = 0.6
 """Seconds after which room for fewer than the most is believed to be all there is."""
 
@@ -132,6 +136,7 @@ def drive(
     screen: io.StringIO | None = None,
     is_shared: bool = False,
     signals: StopSignals | None = None,
+    job: BatchJob | None = None,
     **workers: Any,
 ) -> tuple[dict[str, Any], Group]:
     """Drives a run through a script, which ends with the run.
@@ -153,10 +158,17 @@ def drive(
         tracker=NoTracker(),
     )
     group.is_settled = lambda: record.is_settled
-    driver = Driver(
-        spec=spec, run_url=run.url, run_log=record, signals=signals or StopSignals(), first_workers=first_workers,
+    stop = StopConditions(
+        spec,
+        record,
+        signals or StopSignals(),
+        job or BatchJob(),
         clock=lambda: group.now,
-    )  # fmt: skip
+        unix_clock=lambda: STARTED_AT,
+    )
+    driver = Driver(
+        spec=spec, run_url=run.url, run_log=record, stop=stop, first_workers=first_workers, clock=lambda: group.now
+    )
     scripted: Any = group
     try:
         with record:

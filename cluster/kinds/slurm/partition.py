@@ -75,7 +75,7 @@ def read_capacity(commands: SlurmCommands, spec: SlurmClusterSpec) -> Capacity:
         ClusterError: As ``SlurmCommands.ask``; or the partition cannot run the job, whatever the number of its nodes.
     """
     asked = [
-        query("sinfo", "--noheader", "--all", "--Node", f"--partition={spec.partition}", f"--format={_NODE_FORMAT}"),
+        query("sinfo", "--noheader", "--Node", f"--partition={spec.partition}", f"--format={_NODE_FORMAT}"),
         query("scontrol", "show", "partition", "--all", "--oneliner"),
     ]
     if spec.exclude is not None:
