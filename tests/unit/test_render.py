@@ -129,6 +129,22 @@ def test_two_people_at_once_leave_each_other_alone(job, folder, queue, monkeypat
     assert submissions.standing(mine) == "superseded"
 
 
+def test_one_that_a_job_takes_meanwhile_stays(job, folder, queue, monkeypatch):
+    """Then the script that is printed is for nothing, and its job says so."""
+    rendered(job, folder, queue)
+    (first,) = submissions_of(job)
+    write = Submissions.write
+
+    def write_later(submissions: Submissions, *args: Any) -> str:
+        submissions.mark_taken(first)
+        return write(submissions, *args)
+
+    monkeypatch.setattr(Submissions, "write", write_later)
+    rendered(job, folder, queue)
+    (second,) = set(submissions_of(job)) - {first}
+    assert run_of(job).submissions.standing(second) == "superseded"
+
+
 def test_one_that_somebody_else_submits_meanwhile_is_theirs(job, folder, queue, monkeypatch):
     def try_meanwhile(*_: Any) -> Any:
         monkeypatch.setattr(submitting_module, "try_job", lambda *_: TRIED)

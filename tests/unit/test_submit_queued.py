@@ -243,6 +243,7 @@ class TestTheSameRunAgain:
         first = hand_over(job, folder, queue)["job"]
         queue.known[first] = ended
         assert hand_over(job, folder, queue)["job"] == make_job_id(run_of(job).url, 1)
+        assert [report.number for report in run_of(job).submissions.reports()] == [0, 1]
         assert len(queue.commands) == 2
 
     @pytest.mark.parametrize("has_taken", [False, True])
@@ -266,6 +267,16 @@ class TestTheSameRunAgain:
         assert hand_over(job, folder, FakeQueue(TWO_NODES), said)["job"] == make_job_id(run_of(job).url, 1)
         assert [report.number for report in run_of(job).submissions.reports()] == [0, 1]
         assert said.warnings[0].startswith(f"{run_of(job).url} waits on slurm:me@other, too; the job that begins first")
+
+    def test_what_waits_on_another_cluster_under_the_same_number_stays(self, job, folder, queue):
+        hand_over(job, folder, queue)
+        report, submission = newest_of(run_of(job))
+        other = run_of(job).submissions.write(replace(submission, cluster="slurm:other"), make_id(0, 7.0))
+        queue.known.clear()
+        hand_over(job, folder, queue)
+        left = [each.id for each in run_of(job).submissions.reports()]
+        assert left == [other, queue.requests[-1].metadata["submission"]]
+        assert report.id not in left
 
     def test_when_it_is_complete(self, job, folder, queue):
         run = run_of(job)
