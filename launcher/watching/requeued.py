@@ -7,7 +7,7 @@ from launcher.watching.status import without_driver
 
 
 def end_requeued(run: RunDirectory) -> None:
-    """Record that a requeued run is stopped, once its job has ended; another run, or one that is driven, stays as it is.
+    """Record that a requeued run is stopped, once its job has ended; a run with another status stays as it is.
 
     This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
     run since it looked, and leaves it.

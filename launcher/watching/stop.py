@@ -31,7 +31,7 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     deadline = time.monotonic() + timeout_s
     lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
     status = lookout.look()
-    if job is not None and job.is_due():  # even if another driver is running the run
+    if job is not None and (job.is_due() or status["status"] == "requeued"):  # even if another driver runs it
         status = job.stopped(deadline)
     if status["status"] == "running":
         run.request_stop()
@@ -43,7 +43,7 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
             )
         time.sleep(_INTERVAL_S)
         status = lookout.look()
-    if job is not None and status["status"] == "requeued":
+    if job is not None and status["status"] == "requeued":  # its batch job has ended early just then
         status = job.stopped(deadline)
     if status["status"] == "requeued":
         where = (

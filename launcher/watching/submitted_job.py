@@ -124,8 +124,8 @@ class SubmittedJob:
         return document | _about(job) | ended
 
     def stopped(self, deadline: float) -> dict[str, Any]:
-        """Stop the job of a run that no driver has, because the run has not begun or its scheduler starts it again; wait
-        for the job's end, and mark the submission or the run as stopped.
+        """Stop the job of a run that has not begun or that its scheduler starts again, and wait for the job's end; mark
+        the submission or the run as stopped.
 
         If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission or the
         run is marked all the same, for commands that ask no cluster.

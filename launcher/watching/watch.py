@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Interrupted, Requeued
 from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.config.description import parse
@@ -33,7 +33,7 @@ def watch(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[dict[str, Any], int]:
-    """Show the status of a run until it ends.
+    """Show the status of a run until it ends. One that is requeued has not: its job will start it again.
 
     Args:
         run: The run.
@@ -81,9 +81,12 @@ def watch(
             watched_job.ask(document)
             if watched_job.is_over and watched_job.updated_since(document):
                 watched_job = job_id = None  # another driver goes on with the run
+            elif watched_job.is_over and watched_job.job is not None and document["status"] == "requeued":
+                why = f"{why_ended(watched_job.job, document, scheduler)}; submit the run again to go on"
+                return document | {"status": "stopped", "error": why}, _exit_code(document, watched_job.job)
             elif watched_job.is_over or (watched_job.is_silent and document["status"] == "submitted"):
                 raise _lost(run, watched_job, document, scheduler)
-            elif watched_job.job is not None and document["status"] == "submitted":
+            elif watched_job.job is not None and document["status"] in ("submitted", "requeued"):
                 text = f"job {watched_job.job_id} is {watched_job.job.status}"
                 why = document.get("waits_for") or watched_job.job.message
                 text += f": {why}" if why else ""
@@ -163,6 +166,8 @@ def _exit_code(document: dict[str, Any], ended: Job | None) -> int:
     of_run = int(document["status"] == "failed")
     if ended is None or ended.exit_code is None or ended.exit_code < 0:  # negative: killed by a signal
         return of_run
+    if ended.exit_code == Requeued.exit_code:  # its scheduler has not started it again
+        return Interrupted.exit_code
     return ended.exit_code or of_run
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, Requeued
+from cluster.host.batch_job import EndsEarly
 from cluster.run.submissions import SignOfLife, Submission, SubmissionReport, Submissions, UnreadableSubmissionError
 from cluster.storage.store import Store
 
@@ -161,6 +162,24 @@ class TestAnswered:
         with pytest.raises(type(signal)), submissions.answered(submission_id):
             raise signal
         assert submissions.read_failure(submission_id) == "it was stopped before the run began"
+
+    @pytest.mark.parametrize("early", [EndsEarly(), Requeued("SIGUSR1 came before training began")])
+    def test_one_whose_batch_job_ends_early_waits_for_its_next_try(self, submissions, early):
+        submission_id = submissions.write(FIRST)
+        submissions.write_sign(submission_id, "planning")
+        with pytest.raises(type(early)), submissions.answered(submission_id):
+            raise early
+        assert newest(submissions).state == "waiting"
+        assert submissions.read_sign(submission_id) is None, "it would read as a job that says nothing any more"
+        assert submissions.standing(submission_id) == "due"
+
+    def test_the_next_try_of_a_job_that_has_taken_it_goes_on(self, submissions):
+        submission_id = submissions.write(FIRST)
+        submissions.mark_taken(submission_id)
+        for ends in (SystemExit(75), EndsEarly(), ClusterError("no room")):
+            with pytest.raises(type(ends)), submissions.answered(submission_id):
+                raise ends
+            assert (newest(submissions).state, submissions.standing(submission_id)) == ("taken", "taken")
 
     def test_one_that_asks_for_nothing_is_done(self, submissions):
         submission_id = submissions.write(FIRST)

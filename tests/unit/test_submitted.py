@@ -17,8 +17,10 @@ from cluster.run.submissions import Submission, SubmissionReport, Submissions
 from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, Scheduler
 from launcher.cli import main, output
 from launcher.config import clusters
+from launcher.runs.takeover import check_not_driven_since, observe
 from launcher.watching import logs, stop, submitted_job
 from launcher.watching.status import LONG_SILENCE_S, SILENCE_S, read_status
+from tests import saved
 from tests.schedulers import URL
 from tests.unit.test_submit import JOB, Said
 
@@ -500,6 +502,163 @@ class TestStop:
     def test_a_cluster_that_is_away_says_so(self, run, cluster):
         cluster.error = ClusterError(f"{URL}: nobody answers there")
         assert one_error(launcher("stop", run.url, *ON_CLUSTER), 5) == f"{URL}: nobody answers there"
+
+
+class TestRequeued:
+    """A run whose batch job has ended early, and starts again."""
+
+    @pytest.fixture(autouse=True)
+    def _requeued(self, run):
+        drive(run, "requeued", requeued="at the time limit of its job", saved_step=7, error=None)
+        saved.save(run.checkpoints, 7, {"model.bin": b"m"})
+
+    def test_the_directory_says_so(self, run):
+        told = document("status", run.url)
+        assert {name: told[name] for name in ("status", "step", "saved_step", "job", "cluster", "user", "error")} == {
+            "status": "requeued", "step": 7, "saved_step": 7, "job": JOB_ID, "cluster": URL, "user": "ann",
+            "error": None,
+        }  # fmt: skip
+        lines = launcher("status", run.url).stdout.splitlines()
+        assert lines[0].startswith(f"{run.url} is requeued at step 7")
+        assert lines[2] == "saved at step 7 at the time limit of its job; its scheduler starts it again"
+        assert any(f"launcher stop {run.url} --cluster {URL} " in line for line in lines)
+        assert [each["status"] for each in document("list", Path(run.url).parent)] == ["requeued"]
+        assert " requeued " in launcher("list", Path(run.url).parent).stdout
+
+    @pytest.mark.parametrize("status", ["pending", "running"])
+    def test_the_cluster_says_when_it_starts_again(self, run, cluster, status):
+        cluster.put(status, message="it may start at 12:00")
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job_status"], told["job_message"]) == (
+            "requeued", status, "it may start at 12:00",
+        )  # fmt: skip
+        (listed,) = document("list", Path(run.url).parent, *ON_CLUSTER)
+        assert (listed["status"], listed["job_status"]) == ("requeued", status)
+
+    def test_a_job_that_has_ended_starts_nothing(self, run, cluster):
+        cluster.put("failed", exit_code=75)
+        cluster.logs[JOB_ID] = "launcher: not requeued, after 100 tries\n"
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["saved_step"]) == ("stopped", 7)
+        assert told["error"].startswith(
+            f"job {JOB_ID} ended at step 7, with exit code 75: launcher: not requeued, after 100 tries; "
+        )
+        (listed,) = document("list", Path(run.url).parent, *ON_CLUSTER)
+        assert listed["status"] == "stopped"
+        assert document("status", run.url)["status"] == "requeued", "the directory alone cannot know"
+
+    def test_nor_does_one_that_the_cluster_has_forgotten(self, run, cluster):
+        del cluster
+        told = document("status", run.url, *ON_CLUSTER)
+        assert (told["status"], told["job_status"]) == ("stopped", None)
+        assert told["error"] == (
+            f"{URL}: does not know job {JOB_ID} any more, which was to start the run again; submit the run again"
+        )
+
+    def test_a_cluster_that_is_away_or_another_one_says_nothing_of_it(self, run, cluster):
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        assert document("status", run.url, *ON_CLUSTER)["status"] == "requeued"
+        cluster.error = None
+        assert document("status", run.url, "--cluster", OTHER)["status"] == "requeued"
+
+    def test_to_stop_it_its_cluster_is_needed(self, run):
+        assert one_error(launcher("stop", run.url), 5) == (
+            f"{run.url}: waits for its scheduler to start it again; to stop it, give --cluster the cluster that it was "
+            f"submitted to, {URL}"
+        )
+        assert document("status", run.url)["status"] == "requeued"
+
+    @pytest.mark.parametrize("before", ["pending", "running", "stopped", "failed", None])
+    def test_then_its_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
+        if before is not None:
+            cluster.put(before)
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert told["status"] == "stopped"
+        assert cluster.asked_to_stop == ([JOB_ID] if before in ("pending", "running") else [])
+        told = document("status", run.url)
+        assert (told["status"], told["step"], told["saved_step"], told["requeued"]) == ("stopped", 7, 7, None)
+        assert run.events().read()[-1]["kind"] == "stopped"
+        assert not run.is_stop_requested(), "the next driver would stop at once"
+
+    def test_a_driver_that_plans_meanwhile_leaves_it(self, run, cluster):
+        cluster.put("pending")
+        observed = observe(run)
+        document("stop", run.url, *ON_CLUSTER)
+        with pytest.raises(ClusterError, match="has driven it since this process looked at it"):
+            check_not_driven_since(run, observed, take_over=False)
+
+    def test_one_that_has_started_meanwhile_is_asked_as_usual(self, run, cluster, monkeypatch):
+        """The next try takes the run just as the command has seen it requeued, and a person drives it elsewhere."""
+
+        def takes_it() -> JobStatus:
+            drive(run, "running")
+            return "stopped"
+
+        def request_stop(directory: RunDirectory) -> None:
+            written = directory.read_status() or {}
+            directory.store.write(
+                directory.store.names("drivers")[0], json.dumps(written | {"status": "stopped", "step": 9}).encode()
+            )
+
+        monkeypatch.setattr(RunDirectory, "request_stop", request_stop)
+        cluster.put("running")
+        cluster.at_stop = takes_it
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"]) == ("stopped", 9)
+
+    def test_one_that_is_requeued_on_its_way_out_is_stopped(self, run, cluster):
+        """The next try saves, and its script does not requeue it, because it was asked to stop."""
+
+        def saves() -> JobStatus:
+            drive(run, "requeued", step=9)
+            return "failed"
+
+        cluster.put("running")
+        cluster.at_stop = saves
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"]) == ("stopped", 9)
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_its_logs_are_followed_to_the_end_of_the_run(self, run, cluster, monkeypatch, named):
+        cluster.put("pending", message="it may start at 12:00")
+        looks = 0
+
+        def sleep(_: float) -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                drive(run, "running", updated=time.time())
+                cluster.put("running")
+            if looks == 5:
+                drive(run, "completed")
+                cluster.put("succeeded")
+            assert looks < 10
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        ended = launcher("logs", run.url, "-f", *(ON_CLUSTER if named else ()))
+        assert (ended.exit_code, looks) == (0, 5), ended.stderr
+        assert ended.stderr.splitlines() == [
+            f"warning: {run.url}: job {JOB_ID} is pending: it may start at 12:00" if named else
+            f"warning: {run.url}: waits for its scheduler to start it again; it waits as job {JOB_ID} on {URL}: give "
+            "--cluster that to follow the job"
+        ]  # fmt: skip
+
+    def test_nor_further_than_its_job(self, run, cluster, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda _: cluster.put("stopped"))
+        cluster.put("pending")
+        assert launcher("logs", run.url, "-f", *ON_CLUSTER).exit_code == 0
+
+    def test_one_that_nobody_submitted(self, tmp_path, monkeypatch):
+        run = RunDirectory(str(tmp_path / "store/other"))
+        run.write_description(JOB.format(store=tmp_path / "store"), {})
+        run.take_lease()
+        run.write_status({"status": "requeued", "step": 7})
+        assert one_error(launcher("stop", run.url), 5) == (
+            f"{run.url}: waits for its scheduler to start it again; to stop it, cancel its batch job there"
+        )
+        monkeypatch.setattr(time, "sleep", lambda _: run.write_status({"status": "completed", "step": 7}))
+        ended = launcher("logs", run.url, "-f")
+        assert ended.stderr == f"warning: {run.url}: waits for its scheduler to start it again\n"
 
 
 class TestLogs:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,34 @@ def test_a_job_that_is_killed_on_a_host_far_away_is_told_within_half_a_minute(wa
 )
 def test_the_exit_code_is_that_of_the_command_which_drove_the_run(watched, status, job, code):
     assert watched(Cluster(job), RUNNING, RUNNING | {"status": status})[1] == code
+
+
+REQUEUED = RUNNING | {"status": "requeued"}
+
+
+def test_a_run_that_is_requeued_is_watched_until_its_job_goes_on(watched):
+    pending = replace(a_job("pending", 75), message="it may start at 12:00")
+    *_, waited_s, said = watched(
+        Cluster(a_job("running"), pending), *[REQUEUED] * 100, RUNNING, RUNNING | {"status": "completed"}
+    )
+    assert waited_s >= 200
+    assert said.phases[-1] == "job own-0 is pending: it may start at 12:00"
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [(a_job("failed", 75), 130), (a_job("stopped"), 0), (a_job("failed", 5), 5)],
+    ids=["too many tries", "cancelled", "the next try has failed"],
+)
+def test_one_whose_job_has_ended_is_stopped(watched, job, code):
+    document, exit_code, _, _ = watched(Cluster(job), REQUEUED)
+    assert (document["status"], exit_code) == ("stopped", code)
+    assert document["error"].startswith(f"job own-0 {'was stopped' if job.status == 'stopped' else 'ended'} at step 7")
+
+
+def test_one_whose_job_is_not_known_any_more_is_an_error(watched):
+    with pytest.raises(ClusterError, match="the cluster does not know job own-0 any more; submit the run again"):
+        watched(Cluster(None), REQUEUED)
 
 
 def test_a_driver_whose_clock_is_behind_is_watched_to_its_end(tmp_path):

@@ -1,0 +1,500 @@
+"""A driver in a batch job: when it stops, and whether the scheduler starts it again."""
+
+import itertools
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.errors import ClusterError, DescriptionError, Interrupted, TrainingError
+from cluster.host import batch_job as environment
+from cluster.host.batch_job import BatchJob, EndsEarly, batch_job
+from cluster.process.messages import ToDriver, Unkillable
+from cluster.run.run_directory import RunDirectory
+from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
+from launcher.driver.run_state import RunState
+from launcher.driver.stop_conditions import Pace, StopConditions
+from launcher.driver.stop_signals import StopSignals
+from tests.specs import bare_job
+from tests.unit.test_driver import (
+    HELLO,
+    LAG,
+    SPENT,
+    STARTED_AT,
+    Script,
+    agents_lost,
+    both,
+    died,
+    done,
+    drive,
+    events,
+    exited,
+    failed,
+    failure,
+    hello,
+    hung,
+    left,
+    node,
+    not_begun,
+    one,
+    run,
+    saved,
+    started,
+)
+
+__all__ = ["run"]
+
+USR1, TERM, INT = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
+GOES_ON = BatchJob(requeues=True)
+
+
+def job(ends_in_s: float, *, requeues: bool = True) -> BatchJob:
+    return BatchJob(ends_at=STARTED_AT + ends_in_s, requeues=requeues)
+
+
+class TestEnvironment:
+    def test_a_process_outside_of_a_batch_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("ENDS_AT", "REQUEUES", "LOST_NODES"):
+            monkeypatch.delenv(f"LAUNCHER_JOB_{name}", raising=False)
+        assert batch_job() == BatchJob(ends_at=None, requeues=False, lost_nodes_path=None)
+        for name in ("ENDS_AT", "REQUEUES", "LOST_NODES"):
+            monkeypatch.setenv(f"LAUNCHER_JOB_{name}", "")
+        assert batch_job() == BatchJob(ends_at=None, requeues=False, lost_nodes_path=None)
+
+    def test_what_its_script_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", "1700000100")
+        monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", "1")
+        monkeypatch.setenv("LAUNCHER_JOB_LOST_NODES", "/scratch/lost nodes")
+        assert batch_job() == BatchJob(
+            ends_at=1_700_000_100.0, requeues=True, lost_nodes_path=Path("/scratch/lost nodes")
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "value", "what"),
+        [
+            (
+                "ENDS_AT",
+                "2026-01-01T00:00:00",
+                "must be a Unix time in whole seconds, got '2026-01-01T00:00:00'; leave",
+            ),
+            ("ENDS_AT", "-1", "must be a Unix time in whole seconds, got '-1'; leave it unset"),
+            ("REQUEUES", "yes", "must be 1, got 'yes'; leave it unset if the job is not requeued"),
+        ],
+    )
+    def test_what_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, what: str) -> None:
+        monkeypatch.setenv(f"LAUNCHER_JOB_{name}", value)
+        with pytest.raises(DescriptionError, match=rf"^LAUNCHER_JOB_{name}: {what}"):
+            batch_job()
+
+    @pytest.mark.parametrize(("number", "requeues", "expected"), [
+        (USR1, "1", EndsEarly), (TERM, "1", KeyboardInterrupt), (USR1, "", KeyboardInterrupt),
+    ])  # fmt: skip
+    def test_what_a_signal_raises_before_training(
+        self, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, requeues: str, expected: type[BaseException]
+    ) -> None:
+        monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", requeues)
+        assert type(environment.interruption(number)) is expected
+        signals = StopSignals()
+        signals.interrupting = (USR1, TERM)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signals.count(number)
+        assert type(caught.value) is expected
+
+
+class Case:
+    """Stop conditions whose clock a test sets."""
+
+    def __init__(
+        self, job: BatchJob, *, max_seconds: float | None = None, save_s: float = 0.0, budget: float | None = None
+    ):
+        self.signals = StopSignals()
+        self.events: list[dict[str, Any]] = []
+        self.run_log: Any = SimpleNamespace(
+            is_stop_requested=False, save_s=save_s, saved_step=7, state=RunState(step=7),
+            event=lambda kind, **content: self.events.append({"kind": kind, **content}),
+        )  # fmt: skip
+        spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(max_worker_hours=budget))
+        self.stop = StopConditions(
+            spec, self.run_log, self.signals, job, clock=lambda: 1000.0, unix_clock=lambda: STARTED_AT
+        )
+
+    def trains(self) -> "Case":
+        self.stop.first_start_is_over()
+        return self
+
+    def at(self, seconds: float, *, waits: bool = False) -> str | None:
+        """Why the run stops so many seconds after its start."""
+        stop = self.stop.reason(1000.0 + seconds, waits_for_room=waits)
+        return None if stop is None else stop.text
+
+    def outcome(self, at: float) -> str:
+        stop = self.stop.reason(1000.0 + at, waits_for_room=False)
+        assert stop is not None
+        self.stop.accept(stop)
+        return self.stop.outcome(None, completed=False)
+
+
+AT_LIMIT = "stopping at the time limit of its job"
+
+
+class TestDeadline:
+    """A step takes at most 30 s as long as it is not known, and the end 30 s."""
+
+    def test_what_is_left_is_enough_for_a_save_of_this_run(self) -> None:
+        assert Case(job(1000)).trains().at(940) is None
+        assert Case(job(1000)).trains().at(940.1) == AT_LIMIT
+        assert Case(job(1000), save_s=400.0).trains().at(540) is None
+        assert Case(job(1000), save_s=400.0).trains().at(540.1) == AT_LIMIT
+
+    def test_and_for_the_steps_in_progress_and_a_validation(self) -> None:
+        case = Case(job(1000)).trains()
+        for step, sent_at, validation in ((10, 5e6, 0.0), (20, 5e6 + 50, 0.0), (30, 5e6 + 200, 100.0)):
+            case.stop.pace.row_logged(step, sent_at, SPENT | {"validation": validation})
+        assert case.at(1000 - 30 - 3 * 5 - 100) is None
+        assert case.at(1000 - 30 - 3 * 5 - 100 + 0.1) == AT_LIMIT
+
+    def test_a_step_is_measured_by_one_clock(self) -> None:
+        pace = Pace()
+        pace.row_logged(10, 5e6, SPENT)
+        pace.attempt_started()
+        pace.row_logged(11, 1.0, SPENT)
+        assert pace.stop_s == 30.0, "nothing is known yet"
+        pace.row_logged(21, 21.0, SPENT)
+        assert pace.stop_s == pytest.approx(6.0)
+
+    @pytest.mark.parametrize(
+        ("max_seconds", "ends_in_s", "why"),
+        [(500.0, 1000.0, "stopping at train.max_seconds=500"), (950.0, 1000.0, AT_LIMIT), (500.0, 500.0, AT_LIMIT)],
+    )
+    def test_the_earlier_limit_wins_and_says_so(self, max_seconds: float, ends_in_s: float, why: str) -> None:
+        case = Case(job(ends_in_s), max_seconds=max_seconds).trains()
+        assert case.at(2000.0) == why
+        assert case.outcome(2000.0) == ("requeued" if why == AT_LIMIT else "stopped")
+        assert case.stop.is_cut_short == (why == AT_LIMIT)
+
+    def test_without_a_requeue_the_run_is_interrupted(self) -> None:
+        case = Case(job(1000, requeues=False)).trains()
+        assert (case.outcome(950), case.stop.is_cut_short) == ("stopped", True)
+
+    def test_a_limit_that_is_too_short_for_a_start_is_an_error(self) -> None:
+        case = Case(job(100))
+        assert case.at(40) is None
+        with pytest.raises(ClusterError) as caught:
+            case.at(40.1)
+        assert str(caught.value) == (
+            "the time limit of the batch job is too short for a start: 60 s before it, the workers have yet to train; "
+            "give the job more time; the newest checkpoint is of step 7"
+        )
+
+    def test_unless_the_start_has_waited_for_room(self) -> None:
+        case = Case(job(100))
+        assert case.at(10, waits=True) is None
+        assert case.outcome(41) == "requeued"
+        assert Case(job(100)).at(41, waits=True) == AT_LIMIT
+
+    def test_a_limit_of_the_description_waits_for_the_first_step_and_that_of_the_job_does_not(self) -> None:
+        case = Case(job(100), max_seconds=10.0)
+        assert case.at(20) is None
+        with pytest.raises(ClusterError, match="too short for a start"):
+            case.at(41)
+        assert case.trains().at(20) == "stopping at train.max_seconds=10"
+
+    def test_a_job_without_a_limit(self) -> None:
+        case = Case(GOES_ON, budget=1.0)
+        assert case.at(1e9) is None
+        case.run_log.state.worker_hours = 2.0
+        assert case.at(1e9) is None
+        assert case.trains().at(1e9) == "stopping at workers.max_worker_hours=1"
+        assert case.outcome(1e9) == "stopped"
+
+    def test_tries_that_end_before_their_first_step_are_not_repeated_for_ever(self) -> None:
+        """The warning comes so early that no try reaches its first step."""
+        state = RunState()
+        for tries in (1, 2):
+            case = Case(job(1000))
+            case.run_log.state, state.requeued = state, None
+            case.signals.count(USR1)
+            assert (case.outcome(5), state.tries_without_step) == ("requeued", tries)
+        for reset in (lambda case: case.trains(), lambda case: case.at(1, waits=True)):
+            case = Case(job(1000))
+            case.run_log.state = state
+            reset(case)
+            case.signals.count(USR1)
+            assert (case.outcome(5), state.tries_without_step) == ("requeued", 2), "this one had its chance"
+        case = Case(job(1000))
+        case.run_log.state = state
+        case.signals.count(USR1)
+        with pytest.raises(ClusterError, match="too short for a start: 3 tries in a row ended before the workers trai"):
+            case.outcome(5)
+        assert state.tries_without_step == 0
+
+
+ON_PURPOSE = (TERM, INT, signal.SIGHUP, signal.SIGUSR2)
+ORDERS = [
+    ((USR1,), "requeued"),
+    ((USR1, USR1), "requeued"),
+    *(((number,), "stopped") for number in ON_PURPOSE),
+    *((order, "stopped") for number in ON_PURPOSE for order in itertools.permutations((USR1, number))),
+]
+
+
+class TestSignals:
+    @pytest.mark.parametrize(("numbers", "outcome"), ORDERS, ids=lambda value: str(value))
+    @pytest.mark.parametrize("late", [False, True], ids=["at once", "during the save"])
+    def test_only_the_warning_of_the_job_alone_requeues(
+        self, numbers: tuple[signal.Signals, ...], outcome: str, *, late: bool
+    ) -> None:
+        case = Case(GOES_ON).trains()
+        case.signals.count(numbers[0])
+        first = case.stop.reason(1001.0, waits_for_room=False) if late else None
+        for number in numbers[1:]:
+            case.signals.count(number)
+        stop = first or case.stop.reason(1001.0, waits_for_room=False)
+        assert stop is not None
+        case.stop.accept(stop)
+        assert stop.text == f"stopping on {numbers[0].name}"
+        assert case.stop.outcome(None, completed=False) == outcome
+        assert (case.stop.is_cut_short, case.stop.is_abandoned) == (True, False)
+        assert case.stop.outcome(None, completed=True) == "completed"
+        assert case.stop.outcome(TrainingError("x"), completed=False) == "failed"
+        assert case.stop.outcome(Interrupted("x"), completed=False) == "stopped"
+
+    @pytest.mark.parametrize(("numbers", "outcome"), ORDERS, ids=lambda value: str(value))
+    def test_without_a_requeue_none_does(self, numbers: tuple[signal.Signals, ...], outcome: str) -> None:
+        del outcome
+        case = Case(BatchJob()).trains()
+        for number in numbers:
+            case.signals.count(number)
+        assert case.outcome(1) == "stopped"
+
+    def test_launcher_stop_wins_too(self) -> None:
+        case = Case(GOES_ON).trains()
+        case.signals.count(USR1)
+        assert case.outcome(1) == "requeued"
+        case.run_log.is_stop_requested = True
+        assert case.stop.outcome(None, completed=False) == "stopped"
+        case = Case(GOES_ON).trains()
+        case.run_log.is_stop_requested = True
+        assert (case.outcome(1), case.stop.is_cut_short) == ("stopped", False)
+
+    def test_one_that_comes_before_training(self) -> None:
+        case = Case(GOES_ON)
+        case.signals.count(USR1)
+        assert case.outcome(1) == "requeued"
+
+
+class TestDriver:
+    def test_a_run_at_the_limit_of_its_job_is_saved_and_requeued(self, run: RunDirectory) -> None:
+        script: Script = [HELLO, [*both(started(step=0)), saved(0, 5, seconds=20.0)], 120.0, left(2, 0, 9)]
+        document, group = drive(run, script, job=job(200.0))
+
+        assert (document["status"], document["step"], document["saved_step"]) == ("requeued", 9, 9)
+        assert document["requeued"] == "at the time limit of its job"
+        assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
+        (requeued,) = events(run, "requeued")
+        assert (requeued["step"], requeued["reason"]) == (9, "at the time limit of its job")
+        assert events(run, "stopped") == []
+        assert (run.read_status() or {})["status"] == "requeued"
+
+    def test_the_longest_save_counts(self, run: RunDirectory) -> None:
+        training = [*both(started(step=0)), saved(0, 5, seconds=100.0), saved(0, 6, seconds=1.0)]
+        document, _ = drive(run, [HELLO, training, 50.0, left(2, 0, 9)], job=job(200.0))
+        assert document["status"] == "requeued"
+
+    def test_without_a_requeue_it_is_stopped(self, run: RunDirectory) -> None:
+        script: Script = [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)]
+        document, _ = drive(run, script, job=job(200.0, requeues=False))
+
+        assert (document["status"], document["requeued"]) == ("stopped", None)
+        (stopping,) = events(run, "stop_requested")
+        assert stopping["reason"] == AT_LIMIT
+        assert len(events(run, "stopped")) == 1
+
+    def test_a_step_of_this_try_clears_the_count_of_tries(self, run: RunDirectory) -> None:
+        document, _ = drive(run, [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)], job=job(200.0))
+        assert document["tries_without_step"] == 0
+
+    def test_a_start_that_is_longer_than_the_limit_fails(self, run: RunDirectory) -> None:
+        with pytest.raises(ClusterError, match="too short for a start: .* there is no checkpoint yet"):
+            drive(run, [HELLO, 150.0], job=job(200.0))
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_one_that_waits_for_room_at_the_limit_is_requeued(self, run: RunDirectory) -> None:
+        document, group = drive(run, [LAG, 150.0, []], lambda _: [node("a", 0)], job=job(200.0), wait_s=1e4)
+        assert (document["status"], document["saved_step"], group.started) == ("requeued", None, [])
+
+    def test_a_signal_that_comes_while_the_end_is_written_is_heard(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        signals = StopSignals()
+        signals.count(USR1)
+        write = RunDirectory.write_status
+
+        def write_and_signal(directory: RunDirectory, status: dict[str, Any]) -> None:
+            write(directory, status)
+            if status["status"] == "requeued":
+                signals.count(TERM)
+
+        monkeypatch.setattr(RunDirectory, "write_status", write_and_signal)
+        document, _ = drive(run, [[]], signals=signals, job=GOES_ON)
+
+        assert (document["status"], document["requeued"]) == ("stopped", None)
+        assert (run.read_status() or {})["status"] == "stopped"
+        assert [event["kind"] for event in run.events().read()][-2:] == ["requeued", "stopped"]
+
+    def test_a_request_that_comes_last_is_seen_before_it_is_cleared(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        signals = StopSignals()
+        signals.count(USR1)
+        clear = RunDirectory.clear_stop
+
+        def ask_and_clear(directory: RunDirectory) -> None:
+            clear(directory)
+
+        monkeypatch.setattr(RunDirectory, "clear_stop", ask_and_clear)
+        flush = type(run.events()).flush
+
+        def flush_and_ask(log: Any) -> None:
+            flush(log)
+            if any(event["kind"] == "requeued" for event in run.events().read()):
+                run.request_stop()
+
+        monkeypatch.setattr(type(run.events()), "flush", flush_and_ask)
+        document, _ = drive(run, [[]], signals=signals, job=GOES_ON)
+        assert document["status"] == "stopped"
+
+
+THREE = [node("a", 1), node("b", 1), node("c", 1)]
+DEAD = "its node has died"
+
+
+class TestExcludedNodes:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return tmp_path / "lost"
+
+    @pytest.fixture
+    def in_job(self, path: Path) -> BatchJob:
+        return BatchJob(requeues=True, lost_nodes_path=path)
+
+    def test_a_lost_node_is_told_once_and_the_run_does_not_wait_for_another(
+        self, run: RunDirectory, in_job: BatchJob, path: Path
+    ) -> None:
+        """Two of two nodes are needed, and the job gets no third one."""
+
+        def look(now: float) -> list[node]:  # type: ignore[valid-type]
+            return [node("a", 1), node("b", 1)] if now < 0.6 else [node("a", 0)]
+
+        script: Script = [
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0, []
+        ]  # fmt: skip
+        document, group = drive(run, script, look, job=in_job, wait_s=600.0)
+
+        assert path.read_text() == "10.0.0.b\n"
+        (excluded,) = events(run, "excluded")
+        assert (excluded["address"], excluded["node"], excluded["cause"]) == ("10.0.0.b", "b", "node_lost")
+        assert (document["status"], document["saved_step"]) == ("requeued", 5)
+        assert document["requeued"] == "to go on without node 10.0.0.b"
+        assert group.started == [2, 0]
+
+    @pytest.mark.parametrize("without", ["requeues", "lost nodes"])
+    def test_else_it_waits_as_long_as_it_may(self, run: RunDirectory, path: Path, without: str) -> None:
+        in_job = BatchJob(requeues=without != "requeues", lost_nodes_path=path if without != "lost nodes" else None)
+
+        def look(now: float) -> list[Any]:
+            return [node("a", 1), node("b", 1)] if now < 0.6 else [node("a", 0)]
+
+        script: Script = [
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0, 15.0
+        ]  # fmt: skip
+        with pytest.raises(ClusterError, match="after 20 s of waiting"):
+            drive(run, script, look, job=in_job, wait_s=20.0)
+        assert path.exists() == (without == "requeues")
+
+    def test_a_wait_that_may_be_short_does_not_end_the_run_either(self, run: RunDirectory, in_job: BatchJob) -> None:
+        def look(now: float) -> list[Any]:
+            return [node("a", 1), node("b", 1)] if now < 0.6 else [node("a", 0)]
+
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], LAG, 1.5, 2.0, []]
+        document, _ = drive(run, script, look, job=in_job, wait_s=2.0)
+        assert document["status"] == "requeued"
+
+    def test_a_run_that_can_goes_on_with_the_rest(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], hello("a", "c"),
+                          both(started(step=0), 1), done(2, 1)]  # fmt: skip
+        document, _ = drive(run, script, lambda _: THREE, job=in_job)
+        assert (document["status"], path.read_text()) == ("completed", "10.0.0.b\n")
+
+    def test_too_many_failures_of_a_node(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
+        lost = one(failure("gpu_lost", "CUDA error: uncorrectable ECC error encountered", step=3), 0, 0)
+        script: Script = [hello("a", "a"), [*both(started(step=0)), saved(0, 5)], [lost, *exited(0)], []]
+        document, _ = drive(run, script, job=in_job, max_failures=MaxFailuresSpec(machine=0))
+
+        assert (document["status"], document["requeued"]) == ("requeued", "to go on without node 10.0.0.a")
+        assert path.read_text() == "10.0.0.a\n"
+        assert events(run, "excluded")[0]["cause"] == "gpu_lost"
+
+    def test_a_hang_of_one_and_a_process_that_cannot_be_killed(
+        self, run: RunDirectory, in_job: BatchJob, path: Path
+    ) -> None:
+        stuck = Unkillable(
+            rank=1, id="b-1", generation=1, attempt=0, pid=4711, for_s=30.2, state="", on_gpu=False
+        )  # fmt: skip
+        script: Script = [
+            hello("a", "b"), both(started(step=0)), [hung(0, "backward"), hung(1, "data")], [stuck], hello("a", "c"),
+            both(started(step=0), 2), done(2, 2),
+        ]  # fmt: skip
+        drive(run, script, lambda _: THREE, job=in_job)
+        assert path.read_text() == "10.0.0.b\n"
+        assert [event["cause"] for event in events(run, "excluded")] == ["hung"]
+
+    @pytest.mark.parametrize(
+        "reports",
+        [
+            [failed(1, 0, place="step 3, mine.py:4, ValueError", step=3), *exited(0)],
+            [died(1)],
+            [not_begun(0, "start"), not_begun(1, "start")],
+            [hung(0, "data"), hung(1, "data")],
+            [agents_lost({0: "its agent has said nothing for 300 s", 1: "its agent has said nothing for 300 s"})],
+        ],
+        ids=["the code", "killed", "the same line of a first step", "all alike", "all nodes"],
+    )
+    def test_no_node_is_held_responsible_for_what_may_be_the_codes(
+        self, run: RunDirectory, in_job: BatchJob, path: Path, reports: list[ToDriver]
+    ) -> None:
+        with pytest.raises((ClusterError, TrainingError)):
+            drive(
+                run, [hello("a", "b"), both(started(step=0)), reports], lambda _: THREE, job=in_job,
+                max_failures=MaxFailuresSpec(machine=0, code=0),
+            )  # fmt: skip
+        assert not path.exists()
+        assert events(run, "excluded") == []
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_a_failure_of_the_code_never_requeues_though_a_node_was_lost_before(
+        self, run: RunDirectory, in_job: BatchJob
+    ) -> None:
+        raised: list[ToDriver] = [failed(1, 1, place="step 3, mine.py:4, ValueError", step=3), *exited(1)]
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], hello("a", "c"),
+                          both(started(step=0), 1), raised]  # fmt: skip
+        with pytest.raises(TrainingError):
+            drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(code=0))
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_a_file_that_cannot_be_written_is_a_warning(self, run: RunDirectory, tmp_path: Path) -> None:
+        in_job = BatchJob(requeues=True, lost_nodes_path=tmp_path / "no folder" / "lost")
+        with pytest.raises(ClusterError):
+            drive(
+                run, [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})]], lambda _: THREE, job=in_job,
+                max_failures=MaxFailuresSpec(machine=0),
+            )  # fmt: skip
+        assert events(run, "excluded") == []
+
+    def test_a_limit_of_the_run_that_was_reached_before_holds(self, run: RunDirectory, in_job: BatchJob) -> None:
+        lost = one(failure("gpu_lost", "CUDA error: uncorrectable ECC error encountered", step=3), 0, 0)
+        script: Script = [hello("a", "a"), [*both(started(step=0)), saved(0, 5)], 10.0, [lost, *exited(0)], []]
+        document, _ = drive(run, script, job=in_job, max_failures=MaxFailuresSpec(machine=0), max_seconds=9.0)
+        assert document["status"] == "stopped"
