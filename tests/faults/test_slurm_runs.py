@@ -158,6 +158,9 @@ def test_a_time_limit_that_is_too_short_twice(uni) -> None:
         assert job["Restarts"] == str(tries - 1)
         if tries == 1:  # the real thing, which Slurm looks for every half minute
             uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", f"EndTime=now+{2 * TICK_S}")
+            uni.wait_until(lambda: len(events(run, "requeued")) == 1)
+            uni.slurm.wait_for(job["JobId"], "PENDING")
+            uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", "TimeLimit=60")  # of the other tries
         else:  # the signal alone
             uni.slurm.ask("scancel", "--batch", "--signal=USR1", job["JobId"])
         uni.wait_until(lambda tries=tries: len(events(run, "requeued")) == tries)
