@@ -1,8 +1,9 @@
 """The verbs that begin or continue a run: run, resume, plan, submit, render."""
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,10 @@ from launcher.cli.options import (
 from launcher.cli.output import drive_and_show, joined, show, submit_and_show
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cluster.scheduler import Scheduler
+    from cluster.spec.kinds import JobsClusterSpec
     from launcher.config.description import Description
     from launcher.display.progress import Progress
 
@@ -208,6 +213,14 @@ def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, 
     scheduler, jobs_spec, job_overrides = find_scheduler(cluster_name, overrides)
     path = find_job(job)
     description = load(path, job_overrides)
+    if jobs_spec.array_numbers:
+        if wait:
+            raise DescriptionError(
+                "--wait: shows one run, and an array has several; leave it out, and use launcher list"
+            )
+        descriptions = _of_array(description, path, job_overrides, jobs_spec.array_numbers)
+        _submit_array(descriptions, path.parent, scheduler, jobs_spec, as_json=as_json)
+        return
     from launcher.submission.submit import submit as submit_run
 
     def work(display: "Progress") -> dict[str, Any]:
@@ -234,10 +247,46 @@ def render(job: str, overrides: tuple[str, ...], cluster_name: str, as_json: boo
     path = find_job(job)
     description = load(path, job_overrides)
     from launcher.submission.submit import render as render_run
+    from launcher.submission.submit import render_array
 
     with contextlib.closing(open_progress(sys.stderr)) as display:
-        document = render_run(description, path.parent, scheduler, jobs_spec, display)
+        if jobs_spec.array_numbers:
+            descriptions = _of_array(description, path, job_overrides, jobs_spec.array_numbers)
+            document = render_array(descriptions, path.parent, scheduler, jobs_spec, display)
+        else:
+            document = render_run(description, path.parent, scheduler, jobs_spec, display)
     show(document, document["script"].removesuffix("\n"), as_json)
+
+
+def _of_array(
+    description: "Description", path: "Path", overrides: Sequence[str], numbers: Sequence[int]
+) -> "dict[int, Description]":
+    """Return the job of each task of an array, by its number: the run NAME-NUMBER, with the number as its seed."""
+    from launcher.config.description import load
+
+    name = description.spec.name
+    return {
+        number: load(path, [*overrides, f"name={json.dumps(f'{name}-{number}')}", f"seed={number}"])
+        for number in numbers
+    }
+
+
+def _submit_array(
+    descriptions: "dict[int, Description]",
+    folder: "Path",
+    scheduler: "Scheduler",
+    place: "JobsClusterSpec",
+    *,
+    as_json: bool,
+) -> None:
+    """Submit the runs of an array, and print the document of each."""
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import summary
+    from launcher.submission.submit import submit_array
+
+    with contextlib.closing(open_progress(sys.stderr)) as display:
+        documents = submit_array(descriptions, folder, scheduler, place, display)
+    show(documents, "\n\n".join(map(summary, documents)), as_json)
 
 
 @contextlib.contextmanager

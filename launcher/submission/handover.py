@@ -99,26 +99,26 @@ class HandOver:
                 raise OvertakenError(job.id)
             number += 1
 
-    def render(self, submission: Submission, places: Places) -> tuple[str, str]:
-        """Write a submission, and return the batch script of the job that takes it, which a person hands over.
+    def offer(self, submission: Submission, places: Places) -> JobRequest:
+        """Write a submission, and return the request for its job, which another starts: a person, or an array.
 
         Args:
             submission: The submission, with the name of the job for its number.
             places: What the workers reserve.
 
-        Returns:
-            The name of the job, and the script.
-
         Raises:
             OvertakenError: Somebody else has submitted the run meanwhile, and nothing is written.
-            ClusterError: The cluster takes no scripts, and nothing is written.
         """
         number = self._free_number(submission)
         job_id, submission_id = numbered(submission.job, number), make_id(number, submission.time)
-        script = self._scheduler.script(self._request(job_id, submission_id, places))
         self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
         self._withdraw_replaced(number)
-        return job_id, script
+        return self._request(job_id, submission_id, places)
+
+    def withdraw_unless_begun(self, request: JobRequest) -> None:
+        """Withdraw a submission that was offered, if the cluster answers that it has no job for it."""
+        if self._has_no_job(request.id):
+            self._run.submissions.withdraw(request.metadata["submission"])
 
     @contextmanager
     def may_run(self, job_id: str) -> Iterator[None]:

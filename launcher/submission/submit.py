@@ -11,15 +11,15 @@ first submission that is written wins; the others see it and withdraw.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import DescriptionError, LauncherError
+from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.inspection.store import inspect_cluster
 from cluster.run.run_directory import RunDirectory
-from cluster.scheduler import Scheduler
+from cluster.scheduler import JobRequest, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
 from cluster.versions import check_ray_version
 from launcher.code.packing import directory_in_code, pack_job
@@ -31,7 +31,8 @@ from launcher.planning.store_check import checked_store
 from launcher.runs.begin import run_directory
 from launcher.runs.environment import git_state
 from launcher.runs.found_description import find_description
-from launcher.submission.submitting import PackedCode, Submitting, fit_there, variables_of
+from launcher.submission.handover import ask_twice
+from launcher.submission.submitting import NothingToDoError, PackedCode, Submitting, fit_there, variables_of
 
 
 def submit(
@@ -87,6 +88,83 @@ def render(
     run = run_directory(description)
     with _named_in_errors(run, place):
         return _submitting(run, description, folder, scheduler, place, display).render()
+
+
+def submit_array(
+    descriptions: Mapping[int, Description], folder: Path, scheduler: Scheduler, place: JobsClusterSpec,
+    display: Progress,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Hand several runs over to a cluster as the tasks of one array, except those that need no job.
+
+    Args:
+        descriptions: The jobs by the numbers of their tasks.
+        folder, scheduler, place, display: See ``submit``.
+
+    Returns:
+        The document of each run, as ``submit``.
+
+    Raises:
+        LauncherError: See ``submit``; no run is submitted then, unless the message says that a job may have started.
+    """
+    with ExitStack() as offers:
+        documents, requests = _offer(offers, descriptions, folder, scheduler, place, display)
+        if requests:
+            display.phase(f"beginning {len(requests)} tasks of an array")
+            ask_twice(lambda: scheduler.begin_array(requests))
+    return documents
+
+
+def render_array(
+    descriptions: Mapping[int, Description], folder: Path, scheduler: Scheduler, place: JobsClusterSpec,
+    display: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Do the same as ``submit_array``, except that the batch script is returned, and a person hands it over.
+
+    Returns:
+        ``runs``, the document of each run; ``script``.
+
+    Raises:
+        ClusterError: No run needs a job; or see ``render``.
+        LauncherError: See ``render``.
+    """
+    with ExitStack() as offers:
+        documents, requests = _offer(offers, descriptions, folder, scheduler, place, display)
+        if not requests:
+            raise ClusterError(f"{place.address}: each run of the array has a job already, or is complete")
+        return {"runs": documents, "script": scheduler.array_script(requests)}
+
+
+def _offer(
+    offers: ExitStack,
+    descriptions: Mapping[int, Description],
+    folder: Path,
+    scheduler: Scheduler,
+    place: JobsClusterSpec,
+    display: Progress,
+) -> tuple[list[dict[str, Any]], dict[int, JobRequest]]:
+    """Check the runs of an array, and write all that their jobs need.
+
+    Args:
+        offers: Withdraws what was written if the block of this context fails.
+        descriptions, folder, scheduler, place, display: See ``submit_array``.
+
+    Returns:
+        The document of each run, and the requests for jobs by the numbers of their tasks.
+    """
+    documents, requests = [], {}
+    for number, description in descriptions.items():
+        run = run_directory(description)
+        with _named_in_errors(run, place):
+            submitting = _submitting(run, description, folder, scheduler, place, display)
+            job_id = None
+            try:
+                requests[number] = offers.enter_context(submitting.offered())
+                job_id = requests[number].id
+            except NothingToDoError as nothing:
+                display.message(str(nothing))
+                job_id = nothing.job_id
+            documents.append(submitting.result(job_id))
+    return documents, requests
 
 
 def submit_again(

@@ -1,17 +1,17 @@
 """One submission of a run: the checks on this machine and on the cluster, then one of the ways to hand it over."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cluster.capacity import Places
-from cluster.errors import ClusterError, DescriptionError
+from cluster.errors import ClusterError, DescriptionError, LauncherError
 from cluster.inspection.store import inspect_cluster, open_check
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
-from cluster.scheduler import ClusterReport, Scheduler
+from cluster.scheduler import ClusterReport, JobRequest, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
 from cluster.storage.store import Store
 from cluster.versions import check_ray_version
@@ -98,13 +98,29 @@ class Submitting:
         except NothingToDoError as nothing:
             self.display.message(str(nothing))
             self._warn_unchanged(nothing)
-            return self._result(nothing.job_id)
+            return self.result(nothing.job_id)
         except OvertakenError as overtaken:
             self.display.message(str(overtaken))
-            return self._result(overtaken.job_id)
+            return self.result(overtaken.job_id)
 
     def render(self) -> dict[str, Any]:
         """Check, and write all that a job needs; return the document of ``launcher.submission.submit.render``."""
+        with self.offered() as request:
+            script = self.scheduler.script(request)
+        return self.result(request.id) | {"script": script}
+
+    @contextmanager
+    def offered(self) -> Iterator[JobRequest]:
+        """Check, and write all that a job needs, which is started in the block; withdraw that if the block fails.
+
+        Yields:
+            The request for the job.
+
+        Raises:
+            DescriptionError: The cluster takes no scripts; or the description cannot run as written.
+            NothingToDoError: A job of the run is there already, or the run is complete.
+            LauncherError: A check failed.
+        """
         if self.scheduler.starts_at_once:
             raise DescriptionError(f"{self.place.address}: takes commands, and no scripts; use launcher submit")
         try:
@@ -112,11 +128,15 @@ class Submitting:
             hand_over, submission, plan = self._prepare(before, number)
         except NothingToDoError as nothing:
             self._warn_unchanged(nothing)
-            nothing.document = self._result(nothing.job_id)
+            nothing.document = self.result(nothing.job_id)
             raise
-        job_id, script = hand_over.render(submission, self._places(plan))
-        self.display.message(f"rendered {one_line(self.description.spec, plan)}")
-        return self._result(job_id) | {"script": script}
+        request = hand_over.offer(submission, self._places(plan))
+        self.display.message(f"prepared {one_line(self.description.spec, plan)}")
+        try:
+            yield request
+        except LauncherError:
+            hand_over.withdraw_unless_begun(request)
+            raise
 
     def _find_next(self) -> tuple[RunSnapshot, int]:
         """Return the state of the run, and the number of its next job.
@@ -253,13 +273,14 @@ class Submitting:
         """Say that a job has started; return the document."""
         with hand_over.may_run(job_id):
             self.display.message(f"submitted {one_line(self.description.spec, plan)}")
-            return self._result(job_id)
+            return self.result(job_id)
 
     def _warn_unchanged(self, nothing: NothingToDoError) -> None:
         for change in nothing.changed:
             self.display.warn(f"not changed: {change}")
 
-    def _result(self, job_id: str | None) -> dict[str, Any]:
+    def result(self, job_id: str | None) -> dict[str, Any]:
+        """Return the document about the run and its job, if it has one."""
         status = read_status(self.run)["status"]
         return {"run": self.run.url, "job": job_id, "cluster": self.place.address, "status": status}
 

@@ -73,7 +73,7 @@ def test_it_is_the_script_of_the_job_that_submit_would_begin(job, folder, queue)
     assert (submission.job, submission.cluster, submission.description) == (document["job"], WHERE, job.text)
     assert b"mine.py" in run.read_code(submission.code_sha256)
     assert (queue.known, queue.commands) == ({}, []), "nothing is handed over"
-    assert said.messages[-1].startswith("rendered digits: ")
+    assert said.messages[-1].startswith("prepared digits: ")
     assert read_status(run)["status"] == "submitted"
 
     submit(job, folder, queue, SLURM, Said())
