@@ -231,7 +231,7 @@ class TestTheCommand:
         assert (ended.exit_code, ended.stdout) == (
             0, f"#!/bin/bash\n#SBATCH --job-name={queue.requests[0].id}\n{queue.requests[0].command}\n",
         )  # fmt: skip
-        assert "rendered digits: " in ended.stderr
+        assert "prepared digits: " in ended.stderr
         assert "seed: 3\n" in newest_of(run_of(parse(JOB.format(store=tmp_path / "store"), "a")))[1].description
 
     def test_json(self, words, queue):
