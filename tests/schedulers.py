@@ -133,6 +133,7 @@ class FakeQueue(FakeScheduler):
     requests: list[JobRequest] = field(default_factory=list)
     refusal: str = ""
     """Why it refuses every job; empty: it takes them."""
+    arrays: list[dict[int, JobRequest]] = field(default_factory=list)
 
     starts_at_once = False
 
@@ -155,6 +156,15 @@ class FakeQueue(FakeScheduler):
         assert request.places is not None, "nobody knows how many nodes it takes"
         self.requests.append(request)
         return f"#!/bin/bash\n#SBATCH --job-name={request.id}\n{request.command}\n"
+
+    def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
+        self.arrays.append(dict(requests))
+        return {number: self.begin(request) for number, request in requests.items()}
+
+    def array_script(self, requests: Mapping[int, JobRequest]) -> str:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        return "#!/bin/bash\n" + "".join(f"{number}) {request.command}\n" for number, request in requests.items())
 
     def sbatch(self, request: JobRequest) -> None:
         """What a person does with a script."""
