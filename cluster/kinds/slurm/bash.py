@@ -47,9 +47,10 @@ fi
 """)
 
 OWN = Text(r"""
-# What only this job needs, where all of its nodes see it: the token of its Ray, and reports.
-own=@own.$SLURM_JOB_ID
-rm -rf "$own"
+# What only this try needs, where all of its nodes see it: the token of its Ray, and reports. A try whose node was lost
+# has left its own; that node may come back.
+own=@own.$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+rm -rf @own."$SLURM_JOB_ID"-*
 mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost

@@ -35,9 +35,10 @@ else
     export LAUNCHER_JOB_REQUEUES=1
 fi
 
-# What only this job needs, where all of its nodes see it: the token of its Ray, and reports.
-own=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.$SLURM_JOB_ID
-rm -rf "$own"
+# What only this try needs, where all of its nodes see it: the token of its Ray, and reports. A try whose node was lost
+# has left its own; that node may come back.
+own=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+rm -rf /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURM_JOB_ID"-*
 mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
