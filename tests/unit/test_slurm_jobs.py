@@ -90,7 +90,12 @@ def test_of_two_jobs_begun_at_once_the_first_stays(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", "", a_line(JobID=8, State="PENDING", Comment=OURS) + other)
     slurm.plan("sbatch", "8\n")
     assert SlurmJobs(a_spec()).begin(REQUEST).metadata["submission"] == "of-another"
-    assert slurm.calls[-1] == "scancel 8"
+    assert slurm.calls[-2:] == ["scontrol update JobId=8 Comment=withdrawn", "scancel 8"]
+
+
+def test_a_job_that_was_withdrawn_is_not_seen(slurm: FakeSlurm) -> None:
+    withdrawn = a_line(JobID=8, State="CANCELLED", Comment="withdrawn", NodeList="")
+    assert read(slurm, withdrawn, a_line(JobID=7, State="COMPLETED")).status == "succeeded"
 
 
 def test_the_script_of_a_job_can_be_submitted_by_hand(slurm: FakeSlurm) -> None:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from cluster.errors import ClusterError
 from cluster.kinds.slurm.commands import Answer, SlurmCommands, query
 from cluster.kinds.slurm.partition import read_capacity
-from cluster.kinds.slurm.queue import FORMAT, SUBMISSION, QueuedJob, jobs_from
+from cluster.kinds.slurm.queue import FORMAT, SUBMISSION, WITHDRAWN, QueuedJob, jobs_from
 from cluster.kinds.slurm.script import log_path, render
 from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, Scheduler
 from cluster.spec.slurm import SlurmClusterSpec
@@ -68,7 +68,8 @@ class SlurmJobs(Scheduler):
         jobs = self._listed(listed, request.id)
         first = _first_alive(jobs)
         if first is not None and first.number < int(number):
-            self._commands.ask(("scancel", number))
+            mark = f"Comment={WITHDRAWN}"  # so that the outcome of the first is not taken for that of this one
+            self._commands.ask(("scontrol", "update", f"JobId={number}", mark), ("scancel", number))
             return self._job(first)
         own = next((job for job in jobs if job.number == int(number)), None)
         if own is None:

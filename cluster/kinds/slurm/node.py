@@ -9,6 +9,7 @@ each node kills all that Ray has started there. What Ray prints goes to stderr.
 import argparse
 import ctypes
 import os
+import re
 import select
 import signal
 import socket
@@ -41,6 +42,8 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _START_LIMIT_S = 100.0
 """How long Ray may take to start; shorter than the script waits for its head, so that this program says what failed."""
 _POLL_INTERVAL_S = 0.1
+_ASK_INTERVAL_S = 5.0
+"""Between two questions to the controller, from the nodes that have lost their Ray."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -49,6 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpus", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--first", help="the node of the script, for a job that outlives the loss of nodes")
     options = parser.parse_args()
     name, is_first = os.environ["SLURMD_NODENAME"], os.environ["SLURM_NODEID"] == "0"
     _adopt_orphans()
@@ -58,9 +62,13 @@ def main() -> int:
                 _run(name, is_first, Path(folder), [f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"])
             finally:
                 _kill_descendants()
+                if is_first:  # a script that was killed leaves it
+                    Path(os.environ["RAY_AUTH_TOKEN_PATH"]).unlink(missing_ok=True)
     except ClusterError as error:
         print("head" if is_first else name, "failed", flush=True)
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if options.first is not None and not is_first:
+            _end_without_script(options.first)
         return error.exit_code
     return 0
 
@@ -141,6 +149,34 @@ def _has_ended(timeout_s: float) -> bool:
     """Return whether the script has ended, after at most this time."""
     readable, _, _ = select.select([sys.stdin.fileno()], [], [], timeout_s)
     return bool(readable) and not os.read(sys.stdin.fileno(), 4096)
+
+
+def _end_without_script(first: str) -> None:
+    """Wait for the end of the script; if its node is lost, end this try of the job.
+
+    Slurm lets a job with --no-kill run on without the node of its script, for ever. Ray ends here when it has lost its
+    head, which is on that node.
+    """
+    job, tries = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    while not _has_ended(_ASK_INTERVAL_S):
+        shown = _ask("scontrol", "show", "job", "--oneliner", job)
+        fields = dict(re.findall(r"\b(JobState|Restarts|NodeList)=(\S*)", shown))
+        if not fields:  # the controller does not answer
+            continue
+        if (fields["JobState"], fields["Restarts"]) != ("RUNNING", tries):
+            return
+        if first not in _ask("scontrol", "show", "hostnames", fields["NodeList"]).split():
+            end = ["scontrol", "requeue"] if os.environ.get("LAUNCHER_JOB_REQUEUES") else ["scancel"]
+            print(f"{first}, which ran the batch script, is lost: {' '.join(end)} {job}", file=sys.stderr, flush=True)
+            _ask(*end, job)
+
+
+def _ask(*command: str) -> str:
+    """Return what a command of Slurm's prints; empty if it fails or takes too long."""
+    with suppress(subprocess.TimeoutExpired):
+        asked = subprocess.run(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=60, text=True)
+        return asked.stdout if asked.returncode == 0 else ""
+    return ""
 
 
 def _adopt_orphans() -> None:

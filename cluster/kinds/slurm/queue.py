@@ -60,6 +60,8 @@ _REASONS = (
 """How reasons begin that do not explain themselves, and what they mean; the first that fits counts."""
 SUBMISSION = "submission"
 """Key in the metadata of every job of the launcher."""
+WITHDRAWN = "withdrawn"
+"""The comment of a job that was submitted while another of its name was there, and never started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,13 +148,13 @@ class QueuedJob:
 def jobs_from(text: str) -> list[QueuedJob]:
     """Return the jobs in what ``squeue --Format`` with ``FORMAT`` prints, the oldest first.
 
-    Lines that begin with no number are parts of comments of others.
+    Withdrawn ones are left out. Lines that begin with no number are parts of comments of others.
 
     Raises:
         ValueError: A line has another form.
     """
     lines = [line for line in text.splitlines() if line[: _WIDTHS["JobID"]].strip().isdecimal()]
-    return sorted(map(_job, lines), key=lambda job: job.number)
+    return sorted((_job(line) for line in lines if line.split()[-1] != WITHDRAWN), key=lambda job: job.number)
 
 
 def _job(line: str) -> QueuedJob:
