@@ -257,3 +257,19 @@ def test_a_fixed_number_of_nodes_starts_again_without_one_that_dies(uni) -> None
     uni.slurm.power_on("node2")
     assert uni.wait_for_end(run, "COMPLETED")["Restarts"] == "1"
     assert_same_bits(run, "train.epochs=60")
+
+
+def test_an_array_of_three_seeds(uni) -> None:
+    uni = uni("node1", "node2")
+    words = [*uni.overrides("digits", "workers.num=1"), "cluster.array=0-2"]
+    told = json.loads(uni.launcher("submit", "digits", *words, "--cluster", uni.file, "--json"))
+    runs = [Path(document["run"]) for document in told]
+    assert [run.name for run in runs] == ["digits-0", "digits-1", "digits-2"]
+    numbers = [uni.number_of(run) for run in runs]
+    assert len({number.partition("_")[0] for number in numbers}) == 1, "one array"
+    for seed, run in enumerate(runs):
+        ended = uni.slurm.wait_for(numbers[seed], "COMPLETED", limit_s=LIMIT_S)
+        assert ended["ArrayTaskId"] == str(seed)
+        assert_same_bits(run, f"seed={seed}")
+        assert uni.status(run, asks=True)["job_status"] == "succeeded"
+        assert "epoch" in uni.launcher("logs", run, "--cluster", uni.file)

@@ -1,4 +1,4 @@
-"""The batch scripts of ten cluster files, each as a person has read it in ``slurm_scripts``."""
+"""The batch scripts of eleven cluster files, each as a person has read it in ``slurm_scripts``."""
 
 import shlex
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from cluster.capacity import Places, WorkerResources
 from cluster.errors import ClusterError
-from cluster.kinds.slurm.script import log_path, node_range, render
+from cluster.kinds.slurm.script import log_path, node_range, render, render_array
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
@@ -30,16 +30,23 @@ class Case:
     environment: tuple[tuple[str, str], ...] = ()
 
     def script(self) -> str:
-        request = JobRequest(
-            id="digits-0a1b2c3d4e5f-0",
-            command=f'exec launcher resume {shlex.quote(self.run)} --submission 1-2-3 --json --cluster "$RAY_ADDRESS"',
+        if self.spec.array_numbers:
+            return render_array(
+                self.spec, self.folder, {number: self.request(f"-{number}") for number in self.spec.array_numbers}
+            )
+        return render(self.spec, self.folder, self.request())
+
+    def request(self, task: str = "") -> JobRequest:
+        run = self.run + task
+        return JobRequest(
+            id=f"digits{task}-0a1b2c3d4e5f-0",
+            command=f'exec launcher resume {shlex.quote(run)} --submission 1-2-3 --json --cluster "$RAY_ADDRESS"',
             environment=dict(self.environment),
             stop_grace_s=self.spec.stop_grace_s,
-            metadata={"run": self.run, "submission": "1-2-3"},
+            metadata={"run": run, "submission": "1-2-3"},
             places=places(self.least, self.most, self.gpus),
             variables=self.variables,
         )
-        return render(self.spec, self.folder, request)
 
 
 def places(least: int, most: int, gpus: int = 0, cpus: float = 2) -> Places:
@@ -97,6 +104,10 @@ CASES = {
             options=("--mail-type=END,FAIL", "--exclusive"),
         ),
         least=2, most=2, gpus=1,
+    ),
+    "array": Case(
+        SlurmClusterSpec(partition="main", nodes=EIGHT_CORES, array="0-2%2", dependency="afterok:1234"),
+        folder="/home/it's me",
     ),
     "quoting": Case(
         SlurmClusterSpec(partition="main", nodes=EIGHT_CORES, venv="/shared/my venv", max_requeues=3),

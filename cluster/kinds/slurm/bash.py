@@ -25,6 +25,15 @@ for name in @names; do
 done
 """)
 
+TASK = Text(r"""
+# Each task of the array is a run of its own: it has a name, by which `launcher status` finds it, and a log.
+case $SLURM_ARRAY_TASK_ID in
+@tasks
+esac
+scontrol update JobId="$SLURM_JOB_ID" JobName="$name" Comment="$comment"
+exec >> @folder/"$name".log 2>&1
+""")
+
 ABOUT_JOB = r"""
 set -u
 job=$(scontrol show job --oneliner "$SLURM_JOB_ID")

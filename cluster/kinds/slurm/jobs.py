@@ -6,13 +6,14 @@ run one after the other, and holds the job's metadata as its comment. This modul
 """
 
 import shlex
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, listed
 from cluster.kinds.slurm.commands import Answer, SlurmCommands, query
 from cluster.kinds.slurm.partition import read_capacity
 from cluster.kinds.slurm.queue import FORMAT, SUBMISSION, WITHDRAWN, QueuedJob, jobs_from
-from cluster.kinds.slurm.script import log_path, render
+from cluster.kinds.slurm.script import array_name, comment_of, log_path, render, render_array
 from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, Scheduler
 from cluster.spec.slurm import SlurmClusterSpec
 
@@ -57,14 +58,7 @@ class SlurmJobs(Scheduler):
             return self._job(alive)
         script = render(self._spec, folder, request)
         submitted, listed = self._commands.ask(("sbatch", "--parsable"), self._squeue(request.id), stdin=script)
-        if submitted.code:
-            raise self._commands.refused(f"does not take job {request.id}", submitted)
-        number = submitted.text.strip().rpartition("\n")[2].partition(";")[0]  # a cluster's name may follow
-        if not number.isdecimal():
-            raise ClusterError(
-                f"{self._spec.address}: took job {request.id}, and sbatch --parsable printed {submitted.text[:100]!r} "
-                "in place of a number; look at squeue there"
-            )
+        number = self._number(submitted, request.id)
         jobs = self._listed(listed, request.id)
         first = _first_alive(jobs)
         if first is not None and first.number < int(number):
@@ -77,6 +71,33 @@ class SlurmJobs(Scheduler):
                 f"{self._spec.address}: took job {request.id} as {number}, and does not list it; look at squeue there"
             )
         return self._job(own)
+
+    def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
+        """Submit jobs as the tasks of an array, except those whose name a job has that waits or runs.
+
+        Each task gets the name and the comment of its job at once, so that it is found while it waits; the script gives
+        them once more, for an array that a person submits.
+        """
+        folder, _ = self._prepare(array_name(requests))
+        due = {number: each for number, each in requests.items() if _first_alive(self._named(each.id)) is None}
+        if due:
+            (submitted,) = self._commands.ask(("sbatch", "--parsable"), stdin=render_array(self._spec, folder, due))
+            array = self._number(submitted, array_name(requests))
+            renames = [_rename(f"{array}_{task}", request) for task, request in due.items()]
+            self._commands.ask(*renames)  # one that has ended already cannot be changed
+        jobs = {number: self.read(request.id) for number, request in requests.items()}
+        lost = [requests[number].id for number, job in jobs.items() if job is None]
+        if lost:
+            raise ClusterError(f"{self._spec.address}: took {listed(lost)}, and does not list it; look at squeue there")
+        return {number: job for number, job in jobs.items() if job is not None}
+
+    def array_script(self, requests: Mapping[int, JobRequest]) -> str:
+        """Return the script, and make the folder of the logs.
+
+        Raises:
+            ClusterError: As for every method.
+        """
+        return render_array(self._spec, self._prepare(array_name(requests))[0], requests)
 
     def script(self, request: JobRequest) -> str:
         """Return the script, and make the folder of the job's log, which ``sbatch`` does not make.
@@ -132,6 +153,22 @@ class SlurmJobs(Scheduler):
             return ""
         raise self._commands.refused(f"does not give the log of job {job_id}", answer)
 
+    def _number(self, submitted: Answer, job_id: str) -> str:
+        """Return Slurm's number of a job that was submitted.
+
+        Raises:
+            ClusterError: Slurm has refused it, or the answer has no number.
+        """
+        if submitted.code:
+            raise self._commands.refused(f"does not take job {job_id}", submitted)
+        number = submitted.text.strip().rpartition("\n")[2].partition(";")[0]  # a cluster's name may follow
+        if not number.isdecimal():
+            raise ClusterError(
+                f"{self._spec.address}: took job {job_id}, and sbatch --parsable printed {submitted.text[:100]!r} "
+                "in place of a number; look at squeue there"
+            )
+        return number
+
     @property
     def _relative_folder(self) -> str:
         """The folder of the jobs' logs, for commands, which run in the home folder."""
@@ -175,6 +212,10 @@ class SlurmJobs(Scheduler):
 def _first_alive(jobs: list[QueuedJob]) -> QueuedJob | None:
     """Return the oldest job that has not ended, for which the others of its name wait."""
     return next((job for job in jobs if not job.has_ended), None)
+
+
+def _rename(task: str, request: JobRequest) -> tuple[str, ...]:
+    return ("scontrol", "update", f"JobId={task}", f"JobName={request.id}", f"Comment={comment_of(request)}")
 
 
 def _stop_commands(job: QueuedJob) -> list[tuple[str, ...]]:

@@ -6,8 +6,9 @@ why it does what it does; ``cluster/kinds/slurm/node.py`` is the program that it
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import indent
 from urllib.parse import urlencode
 
 from cluster.capacity import Capacity, NodeGroup, Places, amounts_text
@@ -58,13 +59,40 @@ def render(spec: SlurmClusterSpec, folder: str, request: JobRequest) -> str:
     Raises:
         ClusterError: Not even one worker fits on a node, or Slurm takes no such folder.
     """
+    return _text(spec, folder, request, {})
+
+
+def render_array(spec: SlurmClusterSpec, folder: str, requests: Mapping[int, JobRequest]) -> str:
+    """Return the batch script of an array, whose tasks differ in nothing but the run.
+
+    Args:
+        spec, folder: See ``render``.
+        requests: The jobs by the numbers of their tasks.
+
+    Raises:
+        ClusterError: See ``render``.
+    """
+    return _text(spec, folder, next(iter(requests.values())), requests)
+
+
+def array_name(requests: Mapping[int, JobRequest]) -> str:
+    """Return the name of an array, which each of its tasks has until it gets its own."""
+    return f"array-{next(iter(requests.values())).id}"
+
+
+def comment_of(request: JobRequest) -> str:
+    """Return the metadata of a job as its comment in Slurm."""
+    return urlencode(request.metadata)
+
+
+def _text(spec: SlurmClusterSpec, folder: str, request: JobRequest, tasks: Mapping[int, JobRequest]) -> str:
     assert request.places is not None, "the number of nodes depends on the workers"
     if found := [character for character in _NOT_IN_LOG if character in folder]:
         raise ClusterError(
             f"folder: must not have {found[0]}, which Slurm replaces in the path of a log, got {folder!r}"
         )
     least, most = node_range(spec, request.places)
-    return "".join(_Script(spec, folder, request, least, most).parts())
+    return "".join(_Script(spec, folder, request, tasks, least, most).parts())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +102,9 @@ class _Script:
     spec: SlurmClusterSpec
     folder: str
     request: JobRequest
+    """The job, or one of the array."""
+    tasks: Mapping[int, JobRequest]
+    """The jobs of an array by the numbers of its tasks; empty: it is no array."""
     least: int
     most: int
 
@@ -86,7 +117,9 @@ class _Script:
         yield bash.BEGIN.substitute(folder=self.folder, environment=environment)
         if self._variables:
             yield bash.VARIABLES.substitute(names=" ".join(self._variables))
-        own = shlex.quote(f"{self.folder}/{self.request.id}")
+        if self.tasks:
+            yield bash.TASK.substitute(tasks=self._cases(self._name), folder=shlex.quote(self.folder))
+        own = self._files
         yield bash.ABOUT_JOB
         if spec.max_requeues:
             yield bash.MAY_REQUEUE.substitute(max_requeues=spec.max_requeues)
@@ -114,8 +147,19 @@ class _Script:
         return list(dict.fromkeys([*self.request.variables, *self.spec.env]))
 
     @property
-    def _node_log(self) -> str:
-        return f"{self.folder}/{self.request.id}.%N.log"
+    def _files(self) -> str:
+        """How the paths of the job's files begin, as bash reads it."""
+        if self.tasks:
+            return f'{shlex.quote(self.folder)}/"$name"'
+        return shlex.quote(f"{self.folder}/{self.request.id}")
+
+    @staticmethod
+    def _name(task: JobRequest) -> str:
+        return f"name={task.id} comment={shlex.quote(comment_of(task))}"
+
+    def _cases(self, line: Callable[[JobRequest], str]) -> str:
+        """Return the lines of a ``case`` with one line of bash for each task."""
+        return "\n".join(f"    {number}) {line(task)} ;;" for number, task in self.tasks.items())
 
     @property
     def _gpus(self) -> str:
@@ -125,13 +169,20 @@ class _Script:
     def _options(self) -> Iterator[str]:
         """The options of sbatch."""
         spec, request = self.spec, self.request
-        yield f"--job-name={request.id}"
-        yield f"--comment={urlencode(request.metadata)}"
+        if self.tasks:
+            limit = "" if spec.array_limit is None else f"%{spec.array_limit}"
+            yield f"--job-name={array_name(self.tasks)}"
+            yield f"--array={','.join(map(str, self.tasks))}{limit}"
+        else:
+            yield f"--job-name={request.id}"
+            yield f"--comment={comment_of(request)}"
         yield f"--partition={spec.partition}"
         for name in ("account", "qos", "constraint", "reservation", "exclude"):
             if value := getattr(spec, name):
                 yield f"--{name}={value}"
-        yield f"--dependency={','.join(['singleton', *([spec.dependency] if spec.dependency else [])])}"
+        # The tasks of an array have one name until they start, and need not wait for each other.
+        if dependencies := [*([] if self.tasks else ["singleton"]), *([spec.dependency] if spec.dependency else [])]:
+            yield f"--dependency={','.join(dependencies)}"
         yield f"--nodes={self.least}-{self.most}" if self._is_range else f"--nodes={self.least}"
         yield "--ntasks-per-node=1"
         yield f"--cpus-per-task={spec.nodes.cpus}"
@@ -147,7 +198,7 @@ class _Script:
             yield "--no-kill"
         yield f"--export={','.join(self._variables) or 'NIL'}"
         yield "--open-mode=append"
-        yield f"--output={shlex.quote(log_path(self.folder, request.id))}"
+        yield f"--output={shlex.quote(log_path(self.folder, '%x' if self.tasks else request.id))}"
         yield from (option for option in spec.options if not option.startswith(_OF_STEPS))
 
     def _environment(self) -> Iterator[str]:
@@ -165,7 +216,7 @@ class _Script:
         lines = [
             ['--overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1', cores, *gpus],
             ["--input=all --wait=0 --kill-on-bad-exit=0", *(["--no-kill"] if self._outlives_nodes else [])],
-            ["--open-mode=append", f"--error={shlex.quote(self._node_log)}"],
+            ["--open-mode=append", f"--error={self._files}.%N.log"],
         ]
         if self.spec.container_image is not None:
             lines.append([*self._container()])
@@ -194,14 +245,17 @@ class _Script:
 
     def _driver(self) -> str:
         """The command of the driver."""
+        command = self.request.command
+        if self.tasks:
+            command = f"case $SLURM_ARRAY_TASK_ID in\n{self._cases(lambda task: task.command)}\nesac"
         if self.spec.container_image is None:
-            return f"(\n    {self.request.command}\n)"
+            return f"(\n{indent(command, ' ' * 4)}\n)"
         venv = self._venv_in_container
         path = "" if venv is None else f"export PATH={shlex.quote(f'{venv}/bin')}:$PATH; "
         return (
             'srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" '
             f"--cpus-per-task={self.spec.nodes.cpus} \\\n    {' '.join(self._container())} \\\n"
-            f"    bash -c {shlex.quote(path + self.request.command)}"
+            f"    bash -c {shlex.quote(path + command)}"
         )
 
     def _tell(self) -> str:

@@ -60,7 +60,7 @@ trap 'exit 143' TERM
 touch "$own/reports"
 exec 9> >(exec srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=8 \
     --input=all --wait=0 --kill-on-bad-exit=0 \
-    --open-mode=append --error='/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0.%N.log' \
+    --open-mode=append --error='/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0'.%N.log \
     python -P -m cluster.kinds.slurm.node --cpus=8 --gpus=0 >> "$own/reports")
 nodes=$!
 
