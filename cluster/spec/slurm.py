@@ -9,9 +9,9 @@ from typing import Literal
 from cluster.capacity import NodeGroup, node_resources
 from cluster.errors import FieldError
 from cluster.spec.checks import check_variables, is_folder
+from cluster.spec.durations import seconds_from
 from cluster.spec.worker import WorkerSpec
 
-_DURATION = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<rest>[0-9]+(?::[0-9]{1,2}){0,2})")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
 _LIST = re.compile(r"[A-Za-z0-9_.@+:,&|*()\[\]/-]+")
 """What may stand in a feature expression, a list of nodes or a dependency: nothing that a shell would split."""
@@ -38,25 +38,6 @@ SIGNAL_MARGIN_S = 60
 """How much earlier than ``stop_grace_s`` before its limit a job is told: Slurm looks at limits every 30 s."""
 _SHORTEST_START_S = 60
 """The least time from the start of a job to its first step that a time limit must leave."""
-
-
-def seconds_of(duration: str) -> int | None:
-    """Return the seconds of a duration as Slurm writes it; None: it is none.
-
-    The forms are ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, and after ``days-`` ``hours``,
-    ``hours:minutes`` or ``hours:minutes:seconds``.
-
-    Source: sbatch(1), ``--time``.
-    """
-    found = _DURATION.fullmatch(duration)
-    if found is None:
-        return None
-    parts = [int(part) for part in found["rest"].split(":")]
-    if found["days"] is not None:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
-    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,9 +191,10 @@ class SlurmClusterSpec:
     def _check_time(self) -> None:
         if self.time is None:
             return
-        limit_s = seconds_of(self.time)
-        if limit_s is None:
-            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}')
+        try:
+            limit_s = seconds_from(self.time)
+        except ValueError as error:
+            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}') from error
         least_s = self.stop_grace_s + SIGNAL_MARGIN_S + _SHORTEST_START_S
         if limit_s < least_s:
             raise FieldError(

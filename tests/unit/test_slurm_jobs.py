@@ -10,9 +10,9 @@ from fake_slurm import FakeSlurm, a_line
 from cluster.errors import ClusterError
 from cluster.kinds.slurm import commands, jobs
 from cluster.kinds.slurm.commands import SlurmCommands
-from cluster.kinds.slurm.duration import seconds_from
 from cluster.kinds.slurm.jobs import SlurmJobs
 from cluster.scheduler import Job, JobRequest, JobStatus
+from cluster.spec.durations import seconds_from
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
 NAME = "digits-0"
@@ -415,3 +415,9 @@ def test_a_line_of_another_form(slurm: FakeSlurm) -> None:
 )  # fmt: skip
 def test_durations(text: str, seconds: float) -> None:
     assert seconds_from(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "-1", "1-", "1 2"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        seconds_from(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DescriptionError
-from cluster.spec.slurm import SlurmClusterSpec, seconds_of
+from cluster.spec.slurm import SlurmClusterSpec
 from launcher.config.clusters import load_cluster, open_cluster
 
 LEAST = "kind: slurm\npartition: gpu\nnodes: {cpus: 8}\n"
@@ -22,17 +22,6 @@ def read(tmp_path: Path) -> Callable[..., SlurmClusterSpec]:
         return spec
 
     return read
-
-
-@pytest.mark.parametrize(
-    ("duration", "seconds"),
-    [
-        ("30", 1800), ("30:00", 1800), ("90:30", 5430), ("4:00:00", 14400), ("1-12", 129600), ("1-00:30", 88200),
-        ("2-01:02:03", 176523), ("0-0", 0), ("", None), ("4h", None), ("1:2:3:4", None), ("-1", None), ("1-", None),
-    ],
-)  # fmt: skip
-def test_durations(duration: str, seconds: int | None) -> None:
-    assert seconds_of(duration) == seconds
 
 
 def test_the_least_that_it_needs(read) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError, listed, nearest
 from cluster.kinds.slurm.commands import SlurmCommands, query
-from cluster.kinds.slurm.duration import seconds_from
+from cluster.spec.durations import seconds_from
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
 _NODE_FORMAT = "%N|%T|%c|%m|%G|%f"

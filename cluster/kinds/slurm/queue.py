@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl
 
-from cluster.kinds.slurm.duration import seconds_from
 from cluster.scheduler import Job, JobStatus
+from cluster.spec.durations import seconds_from
 
 _WIDTHS: Mapping[str, int] = {
     "JobID": 24, "State": 24, "Reason": 128, "StartTime": 32, "exit_code": 16, "RestartCnt": 16, "TimeUsed": 24,
