@@ -4,6 +4,7 @@ Sources: squeue(1), JOB STATE CODES and JOB REASON CODES, of Slurm 22.05 to 24.1
 """
 
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ _STATUSES: Mapping[str, JobStatus] = {
     "DEADLINE": "failed", "OUT_OF_MEMORY": "failed", "LAUNCH_FAILED": "failed", "RECONFIG_FAIL": "failed",
     "REVOKED": "failed",
 }  # fmt: skip
-_STOPPED_CODES = (75, 130)
-"""Exit codes of a driver that has saved and ended because it was asked to, see ``cluster/errors.py``."""
 _SIGNAL_CODES = 128
 """What a shell adds to the number of the signal that ends a command."""
+_STOPPED_CODES = (75, 130, _SIGNAL_CODES + signal.SIGTERM)
+"""Exit codes of a driver that has saved and ended because it was asked to, see ``cluster/errors.py``, and of a script
+that was stopped before it had a driver."""
 _NOT_SET = ("", "N/A", "NONE", "Unknown", "None", "(null)")
 _REASONS = (
     ("Priority", "others are before it"),
