@@ -60,6 +60,11 @@ def batch_job() -> BatchJob:
     )
 
 
+def is_batch_job() -> bool:
+    """Return whether the script of a batch job has started this process, or one before it."""
+    return any(os.environ.get(name) for name in (_ENDS_AT, _REQUEUES, _LOST_NODES))
+
+
 def interruption(number: int) -> KeyboardInterrupt:
     """Return what the handler of a signal raises before training begins, for the signal that has come."""
     return EndsEarly() if number == ENDING_EARLY and os.environ.get(_REQUEUES) == "1" else KeyboardInterrupt()

@@ -5,6 +5,7 @@ foreground process group; a batch scheduler such as Slurm sends SIGUSR1 or SIGUS
 the job, some time before its time limit. Only the driver acts on them: it still needs all others to save.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,12 @@ def stop_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def kept_from_children() -> Iterator[None]:
-    """Have the processes that start in this context, and theirs, not receive the signals that reach many.
+def kept_from_children(*also: signal.Signals) -> Iterator[None]:
+    """Have the processes that start in this context, and theirs, not receive the signals that reach many, nor ``also``.
 
     They inherit the calling thread's mask. This process receives what arrives meanwhile at the end, if not before.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_MANY)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*_OF_MANY, *also])
     try:
         yield
     finally:
@@ -47,4 +48,19 @@ def ignore_stops() -> None:
     """
     for number in _OF_MANY:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_MANY)
+    if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_MANY):
+        # A scheduler sends it to all processes of a batch job, and whoever started this one has blocked it for that.
+        owner = os.getpid()
+        signal.signal(signal.SIGTERM, lambda *_: None if os.getpid() == owner else _end_by_sigterm())
+        obey_sigterm()
+
+
+def obey_sigterm() -> None:
+    """No longer block SIGTERM, so that programs that this process starts can be ended with it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def _end_by_sigterm() -> None:
+    """End a process that was forked from one that ignores SIGTERM, as the signal does."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -34,8 +34,9 @@ from typing import Any
 
 from cluster.errors import LauncherError, TrainingError, one_line, storable
 from cluster.gpu_errors import SIGNS
+from cluster.host.batch_job import is_batch_job
 from cluster.host.processes import state_of
-from cluster.host.signals import kept_from_children
+from cluster.host.signals import kept_from_children, obey_sigterm
 from cluster.host.temporary_folder import check_socket_path, in_temporary_folder
 from cluster.process.forked_environment import take_environment
 from cluster.process.popen import LAST_WAIT_S, Popen
@@ -68,9 +69,11 @@ def start(modules: Sequence[str]) -> None:
     os.environ["PYTHONHASHSEED"] = "0"  # read by the interpreter at its start
     _own.set_forkserver_preload([*dict.fromkeys([*modules, __name__])])
     _check_temporary_folder()
+    # A scheduler sends SIGTERM to all processes of a batch job; the driver acts on it, and needs the workers to save.
+    also = [signal.SIGTERM] if is_batch_job() else []
     with kept_from_children(), _safe_path():
         ensure_tracker_running()  # it unblocks SIGINT, which the server must not get while it imports
-    with kept_from_children(), _safe_path():
+    with kept_from_children(*also), _safe_path():
         _own.ensure_running()
     _fork_from(_own)
 
@@ -188,6 +191,7 @@ def print_to(log_path: str) -> None:
 def _send_result(connection: Connection, log_path: str, function: str, args: tuple[Any, ...]) -> None:
     global _caller
     _caller = connection
+    obey_sigterm()
     print_to(log_path)
     try:
         result: tuple[Any, LauncherError | None] = (resolve(function)(*args), None)

@@ -1,6 +1,8 @@
 """The signals that ask for a stop: which count, what they interrupt, and what a child inherits."""
 
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -83,6 +85,25 @@ def test_what_starts_meanwhile_inherits_a_mask() -> None:
     with kept_from_children():
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= OF_MANY
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_sigterm_of_a_batch_job_ends_no_training_process_and_still_ends_what_that_has_started() -> None:
+    """The mask is that of whoever started it; without one, SIGTERM ends it as ever."""
+    default = signal.getsignal(signal.SIGTERM)
+    ignore_stops()
+    assert signal.getsignal(signal.SIGTERM) is default
+    with kept_from_children(signal.SIGTERM):
+        ignore_stops()
+        signal.raise_signal(signal.SIGTERM)  # it comes at once: it is not blocked any more
+        program = subprocess.Popen(["sleep", "1000"])
+        forked = os.fork()
+        if not forked:
+            signal.pause()
+            os._exit(1)
+        program.terminate()
+        os.kill(forked, signal.SIGTERM)
+        assert program.wait() == -signal.SIGTERM
+        assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == -signal.SIGTERM
 
 
 def test_a_program_that_a_training_process_starts_may_handle_them() -> None:
