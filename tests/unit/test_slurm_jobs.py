@@ -131,14 +131,12 @@ def test_the_script_of_a_job_can_be_submitted_by_hand(slurm: FakeSlurm) -> None:
         ({"State": "COMPLETED"}, "succeeded", "", 0),
         ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 768}, "failed", "failed: NonZeroExitCode", 3),
         ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": "3:0"}, "failed", "failed: NonZeroExitCode", 3),
-        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 75 << 8}, "stopped", "failed: NonZeroExitCode",
-         75),
-        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 130 << 8}, "stopped", "failed: NonZeroExitCode",
+        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 75 << 8}, "stopped", "ended after a signal", 75),
+        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 130 << 8}, "stopped", "ended after a signal",
          130),
-        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 143 << 8}, "stopped", "failed: NonZeroExitCode",
+        ({"State": "FAILED", "Reason": "NonZeroExitCode", "exit_code": 143 << 8}, "stopped", "ended after a signal",
          143),
-        ({"State": "FAILED", "Reason": "JobLaunchFailure", "exit_code": 15}, "stopped", "failed: JobLaunchFailure",
-         143),
+        ({"State": "FAILED", "Reason": "JobLaunchFailure", "exit_code": 15}, "stopped", "ended after a signal", 143),
         ({"State": "FAILED", "Reason": "JobLaunchFailure", "exit_code": 9}, "failed", "failed: JobLaunchFailure", 137),
         ({"State": "CANCELLED", "exit_code": "0:15"}, "stopped", "cancelled", 143),
         ({"State": "TIMEOUT", "Reason": "TimeLimit"}, "failed", "timeout: TimeLimit", None),
@@ -233,8 +231,9 @@ def test_a_job_that_can_take_no_signal_is_cancelled(slurm: FakeSlurm, state: str
     assert not any("--batch" in call for call in slurm.calls)
 
 
-def test_a_job_that_ends_while_it_is_stopped_is_no_error(slurm: FakeSlurm) -> None:
-    slurm.plan("squeue", a_line(), "")
+@pytest.mark.parametrize("after", ["", a_line(State="COMPLETED"), a_line(State="COMPLETING", TimeUsed="0:00")])
+def test_a_job_that_ends_while_it_is_stopped_is_no_error(slurm: FakeSlurm, after: str) -> None:
+    slurm.plan("squeue", a_line(), after)
     slurm.plan("scancel", "", error="scancel: error: Kill job error on job id 7: Invalid job id specified\n", code=1)
     slurm.plan("scontrol", "", error="Job has already finished for job 7\n", code=1)
     SlurmJobs(a_spec()).stop(NAME)

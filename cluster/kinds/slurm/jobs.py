@@ -130,9 +130,10 @@ class SlurmJobs(Scheduler):
             return
         commands = [command for job in alive for command in _stop_commands(job)]
         *answers, listed = self._commands.ask(*commands, self._squeue(job_id))
-        left = [job for job in self._listed(listed, job_id) if not job.has_ended]
+        # What is COMPLETING ends; if it was to start again, the first scancel has put an end to that.
+        left = [job for job in self._listed(listed, job_id) if not job.has_ended and job.state != "COMPLETING"]
         refused = [answer for answer, command in zip(answers, commands) if answer.code and "scancel" in command]
-        missed = [job for job in left if job.state != "COMPLETING" and job.used_s < _YOUNG_S]
+        missed = [job for job in left if job.used_s < _YOUNG_S]
         if missed:
             again = self._commands.ask(*(("scancel", str(job.number)) for job in missed))
             refused = [answer for answer in again if answer.code]

@@ -130,6 +130,8 @@ class QueuedJob:
             return ""
         if status == "running":
             return attempt
+        if status == "stopped" and self.state != "CANCELLED":
+            return "ended after a signal"
         if status != "pending":
             return self.state.lower() + (f": {self.reason}" if self.reason else "")
         if self.state == "SUSPENDED":
