@@ -100,6 +100,8 @@ class Capacity:
     """The total resources that the autoscaler may reach, as it reports; None: no autoscaler, or it reports none."""
     groups: tuple[NodeGroup, ...] = ()
     """The nodes that the autoscaler may reach, as the cluster's description declares them; empty: none declared."""
+    is_complete: bool = False
+    """No autoscaler adds nodes that are not known here."""
 
     @property
     def may_grow(self) -> bool:

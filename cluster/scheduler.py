@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cluster.capacity import Capacity, Places
+from cluster.errors import ClusterError
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
@@ -164,6 +165,20 @@ class Scheduler(ABC):
         Raises:
             ClusterError: As for every method; or the cluster takes commands and no scripts.
         """
+
+    def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
+        """Start jobs as the tasks of one array, each with its number, except those that the cluster already has.
+
+        Either all of them start or none does.
+
+        Returns:
+            The jobs by their numbers.
+        """
+        raise ClusterError(f"{next(iter(requests.values())).id}: this kind of cluster has no arrays; submit each run")
+
+    def array_script(self, requests: Mapping[int, JobRequest]) -> str:
+        """Return the batch script that ``begin_array`` would hand over if the cluster had none of the jobs."""
+        raise ClusterError(f"{next(iter(requests.values())).id}: this kind of cluster has no arrays; submit each run")
 
     @abstractmethod
     def read(self, job_id: str) -> Job | None:

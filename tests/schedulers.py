@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cluster.errors import ClusterError
 from cluster.host import identity
 from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text, report_from_log
 from cluster.inspection.store import answer
-from cluster.scheduler import ENDED, ClusterReport, Job, JobStatus, Needs, NodeReport, Scheduler
+from cluster.scheduler import ENDED, ClusterReport, Job, JobRequest, JobStatus, Needs, NodeReport, Scheduler
 from cluster.storage.store import Store
 from launcher.planning.nodes import own_versions
 
@@ -64,8 +65,116 @@ def answered(report: ClusterReport, needs: Needs) -> ClusterReport:
     return report
 
 
+@dataclass
+class FakeScheduler(Scheduler):
+    """A cluster that has what a test gives it, and begins nothing: its jobs stand by for ever."""
+
+    has: ClusterReport = field(default_factory=a_cluster)
+    known: dict[str, JobStatus] = field(default_factory=dict)
+    metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    grace_periods_s: list[int] = field(default_factory=list)
+    asked: dict[str, Needs] = field(default_factory=dict)
+    breaks: int = 0
+    """How many answers to come are lost."""
+    began_at: float | None = None
+    """When all of its jobs began."""
+
+    def inspect(self, needs: Needs) -> ClusterReport:
+        raise NotImplementedError
+
+    def report(self, job_id: str) -> ClusterReport:
+        return answered(self.has, self.asked[job_id])
+
+    starts_at_once = True
+
+    def begin(self, request: JobRequest) -> Job:
+        assert request.environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
+        self.grace_periods_s.append(request.stop_grace_s)
+        assert request.metadata["run"] in request.command
+        assert request.metadata["submission"] in request.command
+        if request.id not in self.known:
+            self.known[request.id], self.metadata[request.id] = "pending", request.metadata
+            self.commands.append(request.command)
+            if request.environment:
+                self.asked[request.id] = needs_from_text(request.environment[NEEDS_VARIABLE])
+        self.breaks -= 1
+        if self.breaks >= 0:
+            raise ClusterError(f"{URL}: nobody answers")
+        job = self.read(request.id)
+        assert job is not None
+        return job
+
+    def script(self, request: JobRequest) -> str:
+        raise NotImplementedError
+
+    def read(self, job_id: str) -> Job | None:
+        if job_id not in self.known:
+            return None
+        metadata = self.metadata.get(job_id, {})
+        return Job(
+            id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=self.began_at, metadata=metadata
+        )
+
+    def jobs(self) -> list[Job]:
+        raise NotImplementedError
+
+    def stop(self, job_id: str) -> None:
+        self.known[job_id] = "stopped"
+
+    def log(self, job_id: str) -> str:
+        raise NotImplementedError
+
+
+@dataclass
+class FakeQueue(FakeScheduler):
+    """A cluster whose jobs wait in a queue for nodes of their own: they stay pending, and have no nodes to ask."""
+
+    requests: list[JobRequest] = field(default_factory=list)
+    refusal: str = ""
+    """Why it refuses every job; empty: it takes them."""
+    arrays: list[dict[int, JobRequest]] = field(default_factory=list)
+
+    starts_at_once = False
+
+    def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # there is no node to ask
+        return replace(self.has, nodes=(), silent=())
+
+    def report(self, job_id: str) -> ClusterReport:
+        raise AssertionError(f"{job_id} stands by for days")
+
+    def begin(self, request: JobRequest) -> Job:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return super().begin(request)
+
+    def script(self, request: JobRequest) -> str:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        assert request.places is not None, "nobody knows how many nodes it takes"
+        self.requests.append(request)
+        return f"#!/bin/bash\n#SBATCH --job-name={request.id}\n{request.command}\n"
+
+    def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
+        self.arrays.append(dict(requests))
+        return {number: self.begin(request) for number, request in requests.items()}
+
+    def array_script(self, requests: Mapping[int, JobRequest]) -> str:
+        if self.refusal:
+            raise ClusterError(self.refusal)
+        return "#!/bin/bash\n" + "".join(f"{number}) {request.command}\n" for number, request in requests.items())
+
+    def sbatch(self, request: JobRequest) -> None:
+        """What a person does with a script."""
+        self.known[request.id], self.metadata[request.id] = "pending", request.metadata
+
+
 class LocalScheduler(Scheduler):
     """Jobs are processes, and what is known of them lies in a folder, so that several submitters see the same."""
+
+    starts_at_once = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,38 +201,30 @@ class LocalScheduler(Scheduler):
             assert time.monotonic() < deadline, f"no report within {_REPORT_LIMIT_S:.0f} s\n{self.log(job_id)}"
             time.sleep(0.05)
 
-    def begin(
-        self,
-        job_id: str,
-        command: str,
-        environment: Mapping[str, str],
-        *,
-        stop_grace_s: int,
-        metadata: Mapping[str, str],
-    ) -> Job:
-        assert re.fullmatch("[A-Za-z0-9_-]+", job_id)
-        assert stop_grace_s > 0
+    def begin(self, request: JobRequest) -> Job:
+        assert re.fullmatch("[A-Za-z0-9_-]+", request.id)
+        assert request.stop_grace_s > 0
         new = self.folder / f"new-{uuid.uuid4().hex}"
         new.mkdir()
-        (new / "needs").write_text(environment.get(NEEDS_VARIABLE, ""))
-        (new / "metadata").write_text(json.dumps(dict(metadata)))
+        (new / "needs").write_text(request.environment.get(NEEDS_VARIABLE, ""))
+        (new / "metadata").write_text(json.dumps(dict(request.metadata)))
         try:
-            new.rename(self._jobs / job_id)  # with all that others may read of it
+            new.rename(self._jobs / request.id)  # with all that others may read of it
         except OSError:  # there is one of this name
             shutil.rmtree(new)
-            return self._known(job_id)
+            return self._known(request.id)
         hold = shlex.quote(str(self.folder / "hold"))
-        code = shlex.quote(str(self._jobs / job_id / "exit_code"))
-        begun = shlex.quote(str(self._jobs / job_id / "begun"))
+        code = shlex.quote(str(self._jobs / request.id / "exit_code"))
+        begun = shlex.quote(str(self._jobs / request.id / "begun"))
         wait = f"while [ -e {hold} ]; do sleep 0.05; done; touch {begun}"
-        line = f"{wait}; ({command}); echo $? > {code}.new; mv {code}.new {code}"
-        with (self._jobs / job_id / "log").open("wb") as log:
+        line = f"{wait}; ({request.command}); echo $? > {code}.new; mv {code}.new {code}"
+        with (self._jobs / request.id / "log").open("wb") as log:
             process = subprocess.Popen(
                 ["sh", "-c", line],
                 cwd=self._work,
                 env={
                     **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
-                    **environment,
+                    **request.environment,
                     "HOME": str(self._home),
                     "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
                     "RAY_ADDRESS": "local",
@@ -134,9 +235,12 @@ class LocalScheduler(Scheduler):
                 start_new_session=True,
             )
         began = {"pid": process.pid, "started": identity.started(process.pid), "at": time.time()}
-        (self._jobs / job_id / "new").write_text(json.dumps(began))
-        (self._jobs / job_id / "new").rename(self._jobs / job_id / "process")
-        return self._known(job_id)
+        (self._jobs / request.id / "new").write_text(json.dumps(began))
+        (self._jobs / request.id / "new").rename(self._jobs / request.id / "process")
+        return self._known(request.id)
+
+    def script(self, request: JobRequest) -> str:
+        raise ClusterError(f"it takes job {request.id} as a command")
 
     @contextmanager
     def held(self) -> Iterator[None]:

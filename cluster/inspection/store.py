@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Protocol
 
 from cluster.errors import StorageError, one_line
 from cluster.run.checkpoints import CONCURRENT_REQUESTS
-from cluster.scheduler import ClusterReport, Needs, NodeReport, Scheduler
+from cluster.scheduler import ClusterReport, Needs, NodeReport
 from cluster.storage.store import MissingObject, Store
 
 _SUBMITTER = "submitter"
@@ -29,20 +30,27 @@ _LEFT_AFTER_S = 24 * 3600.0
 """Age of a folder whose check has surely ended, even if the clocks of submitters differ by hours."""
 
 
-def inspect_cluster(scheduler: Scheduler, store: Store, variables: tuple[str, ...]) -> ClusterReport:
+class Inspectable(Protocol):
+    """A cluster whose nodes inspect themselves: a ``Scheduler``, or a ``Cluster`` that this process has joined."""
+
+    def inspect(self, needs: Needs) -> ClusterReport:
+        """Have each node inspect itself, and return the report."""
+
+
+def inspect_cluster(cluster: Inspectable, store: Store, variables: tuple[str, ...]) -> ClusterReport:
     """Inspect a cluster for a run, check the nodes' stores, and return the report.
 
     Args:
-        scheduler: The cluster.
+        cluster: The cluster.
         store: The store of the run; the check leaves nothing there.
         variables: The names of environment variables that each node must have.
 
     Raises:
-        ClusterError: As ``Scheduler.inspect``.
+        ClusterError: As ``inspect`` of the cluster.
         StorageError: This process cannot use the store.
     """
     with open_check(store) as check:
-        return check.completed(scheduler.inspect(check.needs(variables)))
+        return check.completed(cluster.inspect(check.needs(variables)))
 
 
 class StoreCheck:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from ray._private import state as _ray_state
 from ray._private import utils as _ray_utils
 from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray._private.parameter import RayParams
 from ray.job_config import JobConfig
 
 
@@ -20,6 +21,14 @@ def without_working_directory() -> JobConfig:
     Client. The flag changes nothing else for a job without a runtime environment of local files.
     """
     return JobConfig(_client_job=True)
+
+
+def without_client_server(parameters: RayParams, _is_head: bool) -> None:
+    """Keep a head that ``ray start`` starts from serving Ray Client, whose port must be a fixed one.
+
+    ``ray start`` calls what RAY_START_HOOK names before it starts anything. (Ray 2.60)
+    """
+    parameters.ray_client_server_port = None
 
 
 @contextmanager

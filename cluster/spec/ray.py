@@ -93,6 +93,11 @@ class RayClusterSpec:
         return [*self.worker.overrides("worker"), *([f"autoscaler={json.dumps(groups)}"] if groups else [])]
 
     @property
+    def array_numbers(self) -> tuple[int, ...]:
+        """The numbers of the array that a submission becomes: none."""
+        return ()
+
+    @property
     def takes_jobs(self) -> bool:
         """Whether ``launcher submit`` can submit jobs to it: its address is a URL, of the Jobs API."""
         return "://" in self.address

@@ -9,31 +9,35 @@ from typing import Literal
 from cluster.capacity import NodeGroup, node_resources
 from cluster.errors import FieldError
 from cluster.spec.checks import check_variables, is_folder
+from cluster.spec.durations import seconds_from
 from cluster.spec.worker import WorkerSpec
 
-_DURATION = re.compile(r"(?:[0-9]+-[0-9]{1,2}(?::[0-9]{1,2}){0,2}|[0-9]+(?::[0-9]{1,2}){1,2})")
-"""``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes``, and so on."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
 _LIST = re.compile(r"[A-Za-z0-9_.@+:,&|*()\[\]/-]+")
 """What may stand in a feature expression, a list of nodes or a dependency: nothing that a shell would split."""
+_ARRAY_PART = re.compile(r"(?P<first>[0-9]{1,7})(?:-(?P<last>[0-9]{1,7}))?")
+_LONGEST_ARRAY = 100
+"""Each task is a run, which is tried out before it is submitted."""
 _OPTION = re.compile(r"--[a-z][a-z-]*(?:=[^\s'\"\\#]+)?")
 _OWN_OPTIONS: Mapping[str, str] = {
     "--account": "account", "--partition": "partition", "--qos": "qos", "--constraint": "constraint",
     "--reservation": "reservation", "--exclude": "exclude", "--dependency": "dependency", "--time": "time",
     "--nodes": "nodes", "--cpus-per-task": "nodes.cpus", "--gpus-per-node": "nodes.gpus", "--gres": "nodes.gpus",
     "--mem": "nodes.memory_gb", "--requeue": "max_requeues", "--no-requeue": "max_requeues",
-    "--signal": "stop_grace_s", "--container-image": "container_image", "--export": "env",
+    "--signal": "stop_grace_s", "--container-image": "container_image", "--export": "env", "--array": "array",
 }  # fmt: skip
 """Options of ``sbatch`` that a field stands for, with that field."""
 _WRITTEN_OPTIONS = (
     "--job-name", "--comment", "--output", "--error", "--open-mode", "--ntasks", "--ntasks-per-node", "--gpus",
-    "--no-kill", "--wrap", "--array", "--parsable", "--test-only", "--chdir",
+    "--no-kill", "--wrap", "--parsable", "--test-only", "--chdir",
 )  # fmt: skip
 """Options of ``sbatch`` that the script needs for itself, or that change what the script is."""
 _LONGEST_SIGNAL_S = 65535
 """The longest time that ``sbatch --signal`` takes."""
 SIGNAL_MARGIN_S = 60
 """How much earlier than ``stop_grace_s`` before its limit a job is told: Slurm looks at limits every 30 s."""
+_SHORTEST_START_S = 60
+"""The least time from the start of a job to its first step that a time limit must leave."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +102,9 @@ class SlurmClusterSpec:
     """Nodes that are not used, such as ``node[7,12-14]``."""
     dependency: str | None = None
     """When the job may start, such as ``afterok:1234``."""
+    array: str | None = None
+    """Numbers such as ``0-2``, ``1,5,9`` or ``0-9%3`` (three at a time): ``launcher submit`` then submits a run NAME-N
+    with the seed N for each number N, as the tasks of one Slurm array."""
     max_requeues: int = 100
     """How often a job requeues itself at most; 0: never."""
     stop_grace_s: int = 300
@@ -131,8 +138,8 @@ class SlurmClusterSpec:
             value = getattr(self, name)
             if value is not None and not _LIST.fullmatch(value):
                 raise FieldError(name, f"must be as sbatch --{name} takes it, without spaces and quotes, got {value!r}")
-        if self.time is not None and not _DURATION.fullmatch(self.time):
-            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}')
+        self._check_time()
+        self._check_array()
         if self.max_requeues < 0:
             raise FieldError("max_requeues", f"must be at least 0, got {self.max_requeues}")
         if not 1 <= self.stop_grace_s <= _LONGEST_SIGNAL_S - SIGNAL_MARGIN_S:
@@ -166,9 +173,52 @@ class SlurmClusterSpec:
         """The nodes that an autoscaler may start: none."""
         return []
 
+    @property
+    def array_numbers(self) -> tuple[int, ...]:
+        """The numbers of the array, in order; empty: there is none."""
+        return tuple(sorted({number for part in self._array_ranges for number in part}))
+
+    @property
+    def array_limit(self) -> int | None:
+        """How many tasks of the array run at once at most; None: any number."""
+        limit = (self.array or "").partition("%")[2]
+        return int(limit) if limit else None
+
     def driver_overrides(self) -> list[str]:
         """Return what a driver on the cluster needs beside the address, as changes of a description of the cluster."""
         return self.worker.overrides("worker")
+
+    def _check_time(self) -> None:
+        if self.time is None:
+            return
+        try:
+            limit_s = seconds_from(self.time)
+        except ValueError as error:
+            raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}') from error
+        least_s = self.stop_grace_s + SIGNAL_MARGIN_S + _SHORTEST_START_S
+        if limit_s < least_s:
+            raise FieldError(
+                "time",
+                f"must be at least {least_s} s, got {self.time!r}: the job is told to save stop_grace_s="
+                f"{self.stop_grace_s} and {SIGNAL_MARGIN_S} s before it, and needs a minute to start; raise it, or "
+                "lower stop_grace_s",
+            )
+
+    @property
+    def _array_ranges(self) -> list[range]:
+        parts = (self.array or "").partition("%")[0].split(",")
+        found = [match for match in map(_ARRAY_PART.fullmatch, parts) if match]
+        return [range(int(match["first"]), int(match["last"] or match["first"]) + 1) for match in found]
+
+    def _check_array(self) -> None:
+        if self.array is None:
+            return
+        parts, percent, limit = self.array.partition("%")
+        is_limit = not percent or (limit.isdecimal() and int(limit) > 0)
+        if not is_limit or not all(map(_ARRAY_PART.fullmatch, parts.split(","))):
+            raise FieldError("array", f"must be such as 0-2, 1,5,9 or 0-9%3, got {self.array!r}")
+        if not all(self._array_ranges) or sum(map(len, self._array_ranges)) > _LONGEST_ARRAY:
+            raise FieldError("array", f"must have from 1 to {_LONGEST_ARRAY} numbers, got {self.array!r}")
 
     @staticmethod
     def _check_option(key: str, option: str) -> None:

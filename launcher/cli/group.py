@@ -67,7 +67,8 @@ def main() -> None:
 
 
 for verb in (
-    running.run, running.resume, running.plan, running.submit, inspecting.data,
+    running.run, running.resume, running.plan, running.submit, running.render,
+    inspecting.data,
     reading.status, reading.stop, reading.list_runs, reading.checkpoints, reading.logs, reading.plot, reading.export,
     reading.schema,
 ):  # fmt: skip

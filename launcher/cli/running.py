@@ -1,14 +1,16 @@
-"""The verbs that begin or continue a run: run, resume, plan, submit."""
+"""The verbs that begin or continue a run: run, resume, plan, submit, render."""
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.errors import DescriptionError
 from cluster.host.temporary_folder import TemporaryFolderError
+from cluster.spec.local import LocalClusterSpec
 from launcher.cli.lookup import find_cluster, find_run, find_scheduler
 from launcher.cli.options import (
     cluster_option,
@@ -23,6 +25,10 @@ from launcher.cli.options import (
 from launcher.cli.output import drive_and_show, joined, show, submit_and_show
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cluster.scheduler import Scheduler
+    from cluster.spec.kinds import JobsClusterSpec
     from launcher.config.description import Description
     from launcher.display.progress import Progress
 
@@ -66,6 +72,7 @@ def run(job: str, overrides: tuple[str, ...], take_over: bool, cluster_name: str
     is_flag=True,
     help="First report on the nodes and wait for the submission; jobs of submit pass it.",
 )
+@click.option("--inspect", is_flag=True, help="First inspect the nodes; jobs of submit that bring their own pass it.")
 @take_over_option
 @cluster_option
 @wait_option
@@ -78,6 +85,7 @@ def resume(
     force: bool,
     submission_id: str | None,
     standby: bool,
+    inspect: bool,
     take_over: bool,
     cluster_name: str | None,
     wait: bool,
@@ -88,11 +96,13 @@ def resume(
     If --cluster names a cluster that takes jobs, RUN is submitted there, and the command returns.
     """
     if standby:
-        if at is not None or new is not None or force or take_over or wait:
+        if at is not None or new is not None or force or inspect or take_over or wait:
             raise DescriptionError(
-                "--standby: is for jobs of submit; leave out --at, --as, --force, --take-over, --wait"
+                "--standby: is for jobs of submit; leave out --at, --as, --force, --inspect, --take-over, --wait"
             )
         return _resume_from_standby(run_url, overrides, submission_id, cluster_name, as_json)
+    if inspect and submission_id is None:
+        raise DescriptionError("--inspect: is for jobs of submit, which name their --submission; leave it out")
     run_directory = find_run(run_url)
     with run_directory.submissions.answered(submission_id):
         from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
@@ -102,7 +112,7 @@ def resume(
             if at is not None or new is not None or force or take_over:
                 raise DescriptionError(
                     f"--cluster {cluster_name}: takes jobs, which go on with a run as it is; for --at, --as, --force "
-                    "and --take-over give HOST:PORT of its Ray head, on one of its hosts"
+                    "and --take-over leave out --cluster, or give HOST:PORT of a Ray head, on one of its hosts"
                 )
             jobs_spec = jobs_cluster(cluster_spec)
             scheduler = open_scheduler(jobs_spec)
@@ -115,15 +125,16 @@ def resume(
         if wait:
             raise DescriptionError(
                 "--wait: is for a run that is submitted, and this one goes on here, shown to its end; leave it out, or "
-                "give --cluster the Jobs API of a cluster"
+                "give --cluster one that takes jobs"
             )
         cluster = open_cluster(cluster_spec)
+        variables = () if isinstance(cluster_spec, LocalClusterSpec) else cluster_spec.env
         from launcher.runs.resume import resume as resume_run
 
         def work(display: "Progress") -> dict[str, Any]:
             return resume_run(
                 run_directory, job_overrides, cluster, display, force=force, take_over=take_over, at=at, new=new,
-                submission_id=submission_id,
+                submission_id=submission_id, inspects=variables if inspect else None,
             )  # fmt: skip
 
         return drive_and_show(work, cluster, as_json=as_json)
@@ -202,12 +213,80 @@ def submit(job: str, overrides: tuple[str, ...], cluster_name: str, wait: bool, 
     scheduler, jobs_spec, job_overrides = find_scheduler(cluster_name, overrides)
     path = find_job(job)
     description = load(path, job_overrides)
+    if jobs_spec.array_numbers:
+        if wait:
+            raise DescriptionError(
+                "--wait: shows one run, and an array has several; leave it out, and use launcher list"
+            )
+        descriptions = _of_array(description, path, job_overrides, jobs_spec.array_numbers)
+        _submit_array(descriptions, path.parent, scheduler, jobs_spec, as_json=as_json)
+        return
     from launcher.submission.submit import submit as submit_run
 
     def work(display: "Progress") -> dict[str, Any]:
         return submit_run(description, path.parent, scheduler, jobs_spec, display)
 
     submit_and_show(work, scheduler, wait=wait, as_json=as_json)
+
+
+@click.command()
+@job_argument
+@overrides_argument
+@submit_cluster_option
+@json_option
+def render(job: str, overrides: tuple[str, ...], cluster_name: str, as_json: bool) -> None:
+    """Do what submit does, except that the batch script is printed: read it, then hand it to `sbatch` yourself.
+
+    If a job of the run is there already, or nothing is left to do, that is an error, with exit code 5.
+    """
+    from launcher.config.description import load
+    from launcher.config.job_files import find_job
+    from launcher.display.progress import open_progress
+
+    scheduler, jobs_spec, job_overrides = find_scheduler(cluster_name, overrides)
+    path = find_job(job)
+    description = load(path, job_overrides)
+    from launcher.submission.submit import render as render_run
+    from launcher.submission.submit import render_array
+
+    with contextlib.closing(open_progress(sys.stderr)) as display:
+        if jobs_spec.array_numbers:
+            descriptions = _of_array(description, path, job_overrides, jobs_spec.array_numbers)
+            document = render_array(descriptions, path.parent, scheduler, jobs_spec, display)
+        else:
+            document = render_run(description, path.parent, scheduler, jobs_spec, display)
+    show(document, document["script"].removesuffix("\n"), as_json)
+
+
+def _of_array(
+    description: "Description", path: "Path", overrides: Sequence[str], numbers: Sequence[int]
+) -> "dict[int, Description]":
+    """Return the job of each task of an array, by its number: the run NAME-NUMBER, with the number as its seed."""
+    from launcher.config.description import load
+
+    name = description.spec.name
+    return {
+        number: load(path, [*overrides, f"name={json.dumps(f'{name}-{number}')}", f"seed={number}"])
+        for number in numbers
+    }
+
+
+def _submit_array(
+    descriptions: "dict[int, Description]",
+    folder: "Path",
+    scheduler: "Scheduler",
+    place: "JobsClusterSpec",
+    *,
+    as_json: bool,
+) -> None:
+    """Submit the runs of an array, and print the document of each."""
+    from launcher.display.progress import open_progress
+    from launcher.display.tables import summary
+    from launcher.submission.submit import submit_array
+
+    with contextlib.closing(open_progress(sys.stderr)) as display:
+        documents = submit_array(descriptions, folder, scheduler, place, display)
+    show(documents, "\n\n".join(map(summary, documents)), as_json)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import cluster
-from cluster.capacity import num_cores
+from cluster.capacity import NodeGroup, Places, num_cores
 from cluster.errors import DescriptionError, FieldError, nearest
 from cluster.kinds.cluster import Cluster
 from cluster.kinds.ray import JoinedRay, LocalRay
@@ -90,8 +90,8 @@ def jobs_cluster(spec: ClusterSpec) -> JobsClusterSpec:
     """
     if isinstance(spec, LocalClusterSpec):
         raise DescriptionError(
-            f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the "
-            "Jobs API of a Ray cluster, such as http://HOST:8265"
+            f"{PREFIX}kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the file "
+            "of a Slurm cluster, or the Jobs API of a Ray cluster, such as http://HOST:8265"
         )
     if isinstance(spec, RayClusterSpec) and not spec.takes_jobs:
         host = spec.address.rpartition(":")[0]
@@ -111,6 +111,21 @@ def open_scheduler(spec: JobsClusterSpec) -> Scheduler:
     from cluster.kinds.ray_jobs import RayJobs  # imports an HTTP client and the stores
 
     return RayJobs(spec.address, spec.venv)
+
+
+def job_nodes(spec: JobsClusterSpec, places: Places) -> str:
+    """Return the nodes that a job brings for its workers, such as ``2 nodes of 8 CPU, 4 GPU``; empty: it brings none.
+
+    Raises:
+        ClusterError: Not even one worker fits on such a node.
+    """
+    if isinstance(spec, RayClusterSpec):
+        return ""
+    from cluster.kinds.slurm.script import node_range
+
+    least, most = node_range(spec, places)
+    nodes = NodeGroup(most=most, resources=spec.nodes.resources)
+    return f"{nodes}" if least == most else f"{least} to {nodes}"
 
 
 def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:

@@ -148,6 +148,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
     unused = f"; {plan.unused_per_epoch:,} others each epoch wait for the next" if plan.unused_per_epoch else ""
     validation = f"{plan.num_val_samples:,} samples" if plan.num_val_samples else "none"
     sum_order = "one order for any number of workers" if spec.train.exact else "the backend's own order"
+    if_any = [("nodes", plan.job_nodes), ("no GPU", plan.why_cpu), ("wait", plan.why_wait), ("hint", plan.hint)]
     facts = [
         ("run", f"{plan.run} (the store was written, read and cleaned)"),
         ("model", f"{plan.parameters:,} parameters"),
@@ -158,9 +159,7 @@ def plan_text(spec: JobSpec, plan: "Plan") -> str:
         ("batch", f"{spec.train.global_batch:,} = {spec.train.shards} shards of {plan.micro_batch:,}"),
         ("steps", f"{plan.steps_per_epoch:,} an epoch, {plan.total_steps:,} in all{limit}"),
         ("workers", f"{plan.num_workers}{bounds} on {'GPU with NCCL' if plan.gpus else 'CPU with gloo'}: {shards}"),
-        *([("no GPU", plan.why_cpu)] if plan.why_cpu else []),
-        *([("wait", plan.why_wait)] if plan.why_wait else []),
-        *([("hint", plan.hint)] if plan.hint else []),
+        *(fact for fact in if_any if fact[1]),
         *([("placement", "spread over as many nodes as there is room on")] if spec.workers.placement != "pack" else []),
         ("gradients", f"summed in {sum_order}"),
         ("loss", _loss(spec.loss)),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping
 
 from cluster.capacity import Capacity, amounts_text
 from cluster.errors import ClusterError, DescriptionError, listed
+from cluster.inspection.store import inspect_cluster
+from cluster.kinds.cluster import Cluster
 from cluster.scheduler import ClusterReport
 from cluster.storage.store import Store
 from cluster.versions import submission_versions
@@ -23,20 +25,39 @@ def own_versions() -> dict[str, str]:
     return {**submission_versions(), "ray": importlib.metadata.version("ray")}
 
 
+def inspect_nodes(
+    cluster: Cluster, description: Description, variables: tuple[str, ...], warn: Callable[[str], None]
+) -> None:
+    """Have the nodes of a cluster that this process has joined inspect themselves, and check what they report.
+
+    Args:
+        cluster: The cluster.
+        description: The job.
+        variables: The names of the environment variables that every node must have.
+        warn: Receives a warning about nodes that did not report.
+
+    Raises:
+        ClusterError: As ``check_nodes``; or the cluster is gone.
+        StorageError: This process cannot use the store.
+    """
+    report = inspect_cluster(cluster, Store(description.spec.store), variables)
+    check_nodes(report, description.spec, "the nodes of this job", own_versions(), warn)
+
+
 def check_nodes(
     report: ClusterReport, spec: JobSpec, where: str, own: Mapping[str, str], warn: Callable[[str], None]
 ) -> None:
     """Check that the nodes have what a run needs.
 
     Args:
-        report: What the nodes reported.
+        report: What the nodes reported; nothing, if they inspect themselves in the job.
         spec: The job; it decides which nodes could hold a worker.
         where: The name of the cluster in errors.
         own: The versions of this process.
         warn: Receives a warning about nodes that did not report.
 
     Raises:
-        ClusterError: No node reported; or versions differ, a variable is missing, or the store cannot be used.
+        ClusterError: No node answered; or versions differ, a variable is missing, or the store cannot be used.
     """
     if report.silent and not report.nodes:
         raise ClusterError(f"{where}: no node answers: {listed(report.silent)}; look at the cluster's own logs")

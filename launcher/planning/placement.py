@@ -62,7 +62,7 @@ def decide_workers(
         )
     place, num_gpus = ("this machine", gpus_here) if capacity is None else ("this cluster", capacity.num_gpus)
     # capacity.limits is not enough: a cluster may report the limits of its autoscaler without accelerator types.
-    is_declared = capacity is None or capacity.groups
+    is_declared = capacity is None or capacity.groups or capacity.is_complete
     more = "" if is_declared else "; if its autoscaler may start such nodes, write them as cluster.autoscaler"
     gpus = int(num_gpus >= workers.least) if workers.gpus == "auto" else workers.gpus
     if gpus * workers.least > num_gpus:

@@ -156,6 +156,8 @@ class Plan:
     """The indexes of the data that the workers use."""
     shuffle: ShufflePlan | None
     """Price and mixing of ``data.shuffle``. None: an epoch is a permutation of all samples."""
+    job_nodes: str = ""
+    """The nodes that the job brings, for people. Empty: it uses nodes that are there."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for ``--json``."""

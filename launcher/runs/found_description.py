@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
+from cluster.run.submissions import UnreadableSubmissionError
 from cluster.storage.store import MissingObject
 from launcher.config.description import Description, parse
 
@@ -58,7 +59,7 @@ def find_description(run: RunDirectory, submission_id: str | None = None) -> Fou
         submission_id: The submission for which this process was started; None: a person resumes the run.
 
     Raises:
-        ClusterError: The submission is superseded: the run has taken another one since.
+        ClusterError: The submission is superseded: the run has taken another one since; or it was withdrawn.
         StorageError: The description cannot be read.
     """
     source = f"{run.url}/job.yaml"
@@ -66,8 +67,26 @@ def find_description(run: RunDirectory, submission_id: str | None = None) -> Fou
     with contextlib.suppress(MissingObject):  # the run may be submitted, and not begun
         own_text = run.read_job()
     to_take = _submission_to_take(run, submission_id, has_begun=own_text is not None)
-    text = (own_text or run.read_job()) if to_take is None else run.submissions.read(to_take).description
+    text = (own_text or run.read_job()) if to_take is None else _submitted_text(run, to_take)
     return FoundDescription(stored=parse(own_text or text, source), text=text, submission_id=to_take)
+
+
+def _submitted_text(run: RunDirectory, submission_id: str) -> str:
+    """Return the description of a submission.
+
+    Raises:
+        ClusterError: It was withdrawn.
+        StorageError: It cannot be read.
+    """
+    try:
+        return run.submissions.read(submission_id).description
+    except UnreadableSubmissionError as error:
+        if run.submissions.is_there(submission_id):
+            raise
+        raise ClusterError(
+            f"{run.url}: submission {submission_id} was withdrawn, or another one replaced it before this job started; "
+            "nothing is left to do for this job"
+        ) from error
 
 
 def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_begun: bool) -> str | None:

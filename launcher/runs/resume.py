@@ -14,6 +14,7 @@ from cluster.storage.store import Store
 from launcher.code.user_code import UserCode, find_code
 from launcher.config.description import Description
 from launcher.display.progress import Progress
+from launcher.planning.nodes import inspect_nodes
 from launcher.runs.changes import changes_of, compare, unsafe_changes
 from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.found_description import find_description
@@ -35,6 +36,7 @@ def resume(
     at: int | None = None,
     new: str | None = None,
     submission_id: str | None = None,
+    inspects: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Resume a run from a checkpoint, given its directory alone.
 
@@ -49,6 +51,8 @@ def resume(
         new: The name or the URL of a branch, which goes on in place of the run; None: no branch.
         submission_id: The submission for which this process was started. The run takes its description and its code,
             unless the run has already taken this submission or a later one.
+        inspects: The names of the environment variables that the nodes of the cluster are inspected for before workers
+            start. None: the nodes are not inspected.
 
     Returns:
         The ``--json`` document.
@@ -73,7 +77,7 @@ def resume(
     if branch is None:
         return continue_run(
             run, observed, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at,
-            to_take=found.submission_id if submission_id else None,
+            to_take=found.submission_id if submission_id else None, inspects=inspects,
         )  # fmt: skip
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
@@ -93,6 +97,7 @@ def continue_run(
     take_over: bool,
     at: int | None = None,
     to_take: str | None = None,
+    inspects: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Continue an existing run, after checking that ``wanted`` describes that run.
 
@@ -102,7 +107,7 @@ def continue_run(
         wanted: The description to go on with.
         code: The user's code.
         to_take: The submission for which this process was started, if the run has yet to take it.
-        run, cluster, display, force, take_over, at: See ``resume``.
+        run, cluster, display, force, take_over, at, inspects: See ``resume``.
     """
     changes, is_same = compare(run, stored, wanted, force=force)
     meet_other_driver(run, display, take_over=take_over)
@@ -119,6 +124,9 @@ def continue_run(
     placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
     # Do not wait for room with --take-over: the live driver holds it.
     with planning_sign(run, to_take, display.phase) as tell:
+        if inspects is not None:
+            tell("inspecting the nodes")
+            inspect_nodes(cluster, placed, inspects, display.warn)
         plan = plan_to_resume(run, placed, reached, code, cluster, tell, force=force, may_wait=not take_over)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")

@@ -1,7 +1,8 @@
-"""Hand a run over to a cluster: start a job on standby, then write the submission that this job takes.
+"""Hand a run over to a cluster: write its submission, and start the job that takes it.
 
 The cluster starts one job per name. A job's name has the number of its submission, and the job takes only the
-submission that it was started for.
+submission that it was started for. A cluster whose jobs start at once begins the job first, see
+``launcher.submission.standby_handover``; on any other, the submission waits for its job in the run directory.
 """
 
 import math
@@ -9,26 +10,20 @@ import shlex
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
+from cluster.capacity import Places
 from cluster.errors import ClusterError, Interrupted, LauncherError
-from cluster.inspection.nodes import NEEDS_VARIABLE, needs_to_text
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, UnreadableSubmissionError, make_id
-from cluster.scheduler import ENDED, Job, JobRequest, Needs, Scheduler
+from cluster.scheduler import ENDED, Job, JobRequest, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
 from launcher.submission.job_command import make_command, numbered, submitter
-from launcher.submission.standby import HAND_OVER_S
 
 T = TypeVar("T")
 
-STANDBY = "standby"
-"""Key in the metadata of a job that was started before its submission was written."""
 _ASK_AGAIN_S = 2.0
-_LOOK_INTERVAL_S = 0.2
-_TAKE_UP_S = 15.0
-"""How long a job may take to write that it has found its submission, which is as long as it may take to end."""
 
 
 class NothingBegunError(ClusterError):
@@ -47,38 +42,15 @@ class OvertakenError(NothingBegunError):
         self.job_id = job_id
 
 
-@dataclass(kw_only=True, slots=True)
-class Standby:
-    """A job on standby, see ``launcher.submission.standby``.
-
-    Attributes:
-        number: The number of earlier jobs of the run.
-        job_id: The name of the job on the cluster.
-        submission_id: The submission that it waits for.
-        asked_at: When the cluster was asked to start it, by ``time.monotonic``.
-        is_used: Whether its submission is written, so that the job goes on without this process.
-    """
-
-    number: int
-    job_id: str
-    submission_id: str
-    asked_at: float
-    is_used: bool = False
-
-    @property
-    def is_in_time(self) -> bool:
-        """Whether the job still waits if its submission is written now."""
-        return time.monotonic() - self.asked_at < HAND_OVER_S
-
-
 class HandOver:
     """Hands a run over to a cluster.
 
     Args:
         run: The run, which may not exist yet.
         known: The ids of the run's submissions when this process first looked; any other is somebody else's.
-        scheduler: The Jobs API of the cluster.
+        scheduler: The cluster.
         place: The description of the cluster.
+        variables: The names of environment variables that every node must have.
         tell: Shows what is being done.
     """
 
@@ -88,90 +60,65 @@ class HandOver:
         known: Collection[str],
         scheduler: Scheduler,
         place: JobsClusterSpec,
+        variables: tuple[str, ...],
         tell: Callable[[str], None],
     ) -> None:
         self._run, self._known = run, known
-        self._scheduler, self._place, self._tell = scheduler, place, tell
+        self._scheduler, self._place, self._variables, self._tell = scheduler, place, variables, tell
 
-    @contextmanager
-    def standby(self, job_id: str, number: int, needs: Needs) -> Iterator[Standby]:
-        """Start a job on standby, with ``number`` or the next free number.
+    def begin(self, submission: Submission, places: Places) -> str:
+        """Write a submission, and start a job for it, with its number or the next free one.
 
-        At the end of the block the job is stopped unless it is used. If the cluster does not answer then, the job ends
-        by itself once its wait is over.
-
-        Args:
-            job_id: The name of a job of the run, with any number.
-            number: The number of earlier jobs of the run.
-            needs: What the job inspects the nodes for.
-
-        Raises:
-            OvertakenError: Somebody else has submitted the run meanwhile.
-            ClusterError: The cluster does not start a job.
-        """
-        while True:
-            standby = Standby(
-                number=number,
-                job_id=numbered(job_id, number),
-                submission_id=make_id(number, time.time()),
-                asked_at=time.monotonic(),
-            )
-            self._tell(f"beginning {standby.job_id}")
-            try:
-                job = self._begin(standby.job_id, standby.submission_id, needs)
-                if _is_for(standby.submission_id, job):
-                    yield standby
-                    return
-            finally:
-                if not standby.is_used:
-                    self._stop(standby)
-            if job.status not in ENDED and any(_is_for(report.id, job) for report in self._run.submissions.reports()):
-                raise OvertakenError(job.id)
-            number += 1
-
-    def submit(self, submission: Submission, standby: Standby) -> str:
-        """Write a submission for the job on standby, or start another job for it if that one is gone.
-
-        Of two processes that do so at the same time, one sees the other's submission and withdraws its own. If neither
-        sees the other's, both jobs start, and the one that does not get the lease ends.
+        Of two processes that do so at the same time, the one whose job the cluster starts wins, and the other withdraws
+        its submission. If both jobs start, the one that does not get the lease ends.
 
         Args:
-            submission: The submission, with the number and the name of the job on standby.
-            standby: That job.
+            submission: The submission, with the name of the job for its number.
+            places: What the workers reserve.
 
         Returns:
             The name of the job.
 
         Raises:
             OvertakenError: Somebody else has submitted the run meanwhile, and this submission is withdrawn.
+            NothingBegunError: The cluster refuses the job, and this submission is withdrawn.
             Interrupted, LauncherError: A job may have started, if the message says so.
         """
-        newest = self._check_overtaken()
-        if standby.is_in_time and newest <= standby.number:
-            standby.is_used = True
-            try:
-                with self.may_run(standby.job_id):
-                    self._run.submissions.write(submission, standby.submission_id)  # changes nothing else of the run
-                    self._check_overtaken(below=standby.number)
-                    if self._is_taken_up(standby):
-                        return standby.job_id
-            except OvertakenError:
-                standby.is_used = False
-                self._run.submissions.withdraw(standby.submission_id)
-                raise
-            self._run.submissions.withdraw(standby.submission_id)
-        number = max(standby.number, newest)
+        number = self._free_number(submission)
         while True:
-            number += 1
-            job_id = numbered(standby.job_id, number)
-            submission = replace(submission, number=number, job=job_id)
-            submission_id = self._run.submissions.write(submission)
+            job_id = numbered(submission.job, number)
+            submission_id = self._run.submissions.write(replace(submission, number=number, job=job_id))
             self._tell(f"beginning {job_id}")
             with self.may_run(job_id):
-                job = self._begin_or_withdraw(job_id, submission_id)
-            if _is_for(submission_id, job):
+                job = self._begin_or_withdraw(self._request(job_id, submission_id, places), submission_id)
+            if is_for(submission_id, job):
+                self._withdraw_replaced(number)
                 return job_id
             self._run.submissions.withdraw(submission_id)
+            if self._is_of_somebody(job):
+                raise OvertakenError(job.id)
+            number += 1
+
+    def offer(self, submission: Submission, places: Places) -> JobRequest:
+        """Write a submission, and return the request for its job, which another starts: a person, or an array.
+
+        Args:
+            submission: The submission, with the name of the job for its number.
+            places: What the workers reserve.
+
+        Raises:
+            OvertakenError: Somebody else has submitted the run meanwhile, and nothing is written.
+        """
+        number = self._free_number(submission)
+        job_id, submission_id = numbered(submission.job, number), make_id(number, submission.time)
+        self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
+        self._withdraw_replaced(number)
+        return self._request(job_id, submission_id, places)
+
+    def withdraw_unless_begun(self, request: JobRequest) -> None:
+        """Withdraw a submission that was offered, if the cluster answers that it has no job for it."""
+        if self._has_no_job(request.id):
+            self._run.submissions.withdraw(request.metadata["submission"])
 
     @contextmanager
     def may_run(self, job_id: str) -> Iterator[None]:
@@ -187,10 +134,9 @@ class HandOver:
         try:
             yield
         except KeyboardInterrupt as interrupt:
-            url, cluster = shlex.quote(self._run.url), shlex.quote(self._place.address)
             error = Interrupted(
                 f"interrupted while job {job_id} of {self._run.url} was begun, which may run now; stop it with "
-                f"`launcher stop {url} --cluster {cluster}`"
+                f"`launcher stop {shlex.quote(self._run.url)}` and the same --cluster"
             )
             error.document = {"job": job_id}
             raise error from interrupt
@@ -220,37 +166,45 @@ class HandOver:
             with suppress(UnreadableSubmissionError):  # it was just withdrawn, or its writer was killed
                 submission = self._run.submissions.read(report.id)
                 job = self._scheduler.read(submission.job) if submission.cluster == self._place.address else None
-                if job is not None and job.status not in ENDED and _is_for(report.id, job):
+                if job is not None and job.status not in ENDED and is_for(report.id, job):
                     raise OvertakenError(job.id)
         return reports[-1].number if reports else -1
 
-    def _is_taken_up(self, standby: Standby) -> bool:
-        """Return whether the job takes the submission that was written for it: False if it ended before it saw it.
+    def _free_number(self, submission: Submission) -> int:
+        """Return the number of a submission, or a higher one if somebody else has submitted the run meanwhile.
 
-        The job answers in the run directory. If it is alive and has not answered in time, its store is slow, and it
-        counts as taken up.
+        Raises:
+            OvertakenError: Their job is alive.
         """
-        deadline = time.monotonic() + _TAKE_UP_S
-        while True:
-            # Before the store, so that the answer of a job that has ended is seen.
-            job = _ask_twice(lambda: self._scheduler.read(standby.job_id))
-            if self._run.submissions.is_answered(standby.submission_id):
-                return True
-            if job is None or job.status in ENDED:
-                return False
-            if time.monotonic() > deadline:
-                return True
-            time.sleep(_LOOK_INTERVAL_S)
+        newest = self._check_overtaken()
+        return submission.number if newest <= submission.number else newest + 1
 
-    def _begin_or_withdraw(self, job_id: str, submission_id: str) -> Job:
-        """Do the same as ``_begin``; withdraw the submission if the cluster answers that no job has started for it."""
+    def _withdraw_replaced(self, number: int) -> None:
+        """Withdraw the submissions of the same number that wait here for a job that this cluster does not know.
+
+        Their scripts were rendered and not handed over, or the cluster has lost their jobs. Such a job ends if it
+        starts after all.
+        """
+        for report in self._run.submissions.reports():
+            if report.number != number or report.state != "waiting" or report.id not in self._known:
+                continue
+            with suppress(UnreadableSubmissionError):
+                if self._run.submissions.read(report.id).cluster == self._place.address:
+                    self._run.submissions.withdraw(report.id)
+
+    def _is_of_somebody(self, job: Job) -> bool:
+        """Return whether a job is alive and its submission is written: on standby, it may still be refused."""
+        return job.status not in ENDED and any(is_for(report.id, job) for report in self._run.submissions.reports())
+
+    def _begin_or_withdraw(self, request: JobRequest, submission_id: str) -> Job:
+        """Start a job; withdraw its submission if the cluster answers that no job has started for it."""
         try:
-            return self._begin(job_id, submission_id)
+            return self._begin(request)
         except ClusterError as error:
-            if not self._has_no_job(job_id):
+            if not self._has_no_job(request.id):
                 raise
             self._run.submissions.withdraw(submission_id)  # so that a job which starts late ends
-            raise NothingBegunError(f"{error}; no job has begun, submit the run again") from error
+            raise NothingBegunError(f"{error}; no job has begun: correct that, or submit the run again") from error
 
     def _has_no_job(self, job_id: str) -> bool:
         """Return whether the cluster answers that it has no such job."""
@@ -259,39 +213,33 @@ class HandOver:
         except ClusterError:
             return False
 
-    def _begin(self, job_id: str, submission_id: str, needs: Needs | None = None) -> Job:
-        """Start a job for a submission unless there is one of that name; return the job of that name.
+    def _begin(self, request: JobRequest) -> Job:
+        """Start a job unless there is one of that name; return the job of that name."""
+        return ask_twice(lambda: self._scheduler.begin(request))
 
-        Args:
-            job_id: The name of the job.
-            submission_id: The submission that it takes.
-            needs: What a job on standby inspects the nodes for; None: the submission is written already, so the job
-                does not stand by.
+    def _request(self, job_id: str, submission_id: str, places: Places | None) -> JobRequest:
+        """Return the request for the job of a submission that is written.
+
+        On a cluster whose jobs do not start at once, the job inspects its own nodes.
         """
-        environment = {} if needs is None else {NEEDS_VARIABLE: needs_to_text(needs)}
-        standby = {} if needs is None else {STANDBY: "1"}
-        request = JobRequest(
+        inspects = None if self._scheduler.starts_at_once else self._variables
+        return JobRequest(
             id=job_id,
-            command=make_command(self._run.url, submission_id, self._place, stands_by=needs is not None),
-            environment=environment,
+            command=make_command(self._run.url, submission_id, self._place, inspects=inspects),
+            environment={},
             stop_grace_s=self._place.stop_grace_s,
-            metadata={"run": self._run.url, "submission": submission_id, **submitter(), **standby},
+            metadata={"run": self._run.url, "submission": submission_id, **submitter()},
+            places=places,
+            variables=self._variables,
         )
-        return _ask_twice(lambda: self._scheduler.begin(request))
-
-    def _stop(self, standby: Standby) -> None:
-        """Stop a job on standby, unless the job of that name is somebody else's."""
-        with suppress(ClusterError):
-            job = self._scheduler.read(standby.job_id)
-            if job is not None and job.status not in ENDED and _is_for(standby.submission_id, job):
-                self._scheduler.stop(standby.job_id)
 
 
-def _is_for(submission_id: str, job: Job) -> bool:
+def is_for(submission_id: str, job: Job) -> bool:
+    """Return whether a job was started for a submission."""
     return job.metadata.get("submission") == submission_id
 
 
-def _ask_twice(ask: Callable[[], T]) -> T:
+def ask_twice(ask: Callable[[], T]) -> T:
     """Ask the cluster, and once more after a failure: perhaps only the answer was lost.
 
     Raises:

@@ -2,10 +2,12 @@
 
 import getpass
 import hashlib
+import json
 import os
 import re
 import shlex
 import socket
+from collections.abc import Sequence
 
 from cluster.spec.kinds import JobsClusterSpec
 from launcher.config.clusters import PREFIX
@@ -31,20 +33,30 @@ def numbered(job_id: str, number: int) -> str:
     return f"{job_id.rpartition('-')[0]}-{number}"
 
 
-def make_command(run_url: str, submission_id: str, place: JobsClusterSpec, *, stands_by: bool) -> str:
-    """Return the shell command with which a job takes a submission on the cluster's head.
+def make_command(
+    run_url: str,
+    submission_id: str,
+    place: JobsClusterSpec,
+    *,
+    stands_by: bool = False,
+    inspects: Sequence[str] | None = None,
+) -> str:
+    """Return the shell command with which a job takes a submission on a host of its Ray cluster.
 
-    Ray sets ``RAY_ADDRESS`` there. The same command given again resumes the run.
+    ``RAY_ADDRESS`` is set there. The same command given again resumes the run.
 
     Args:
         run_url: The run.
         submission_id: The submission to take.
         place: The description of the cluster.
         stands_by: Whether the job is on standby, because the submission is yet to be written.
+        inspects: The names of the environment variables that the job checks its nodes for before workers start. None:
+            it does not inspect its nodes, because they were inspected when the run was submitted.
     """
-    standby = " --standby" if stands_by else ""
-    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id}{standby} --json"
-    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in place.driver_overrides())
+    first = " --standby" * stands_by + " --inspect" * (inspects is not None)
+    variables = [f"env={json.dumps(list(inspects))}"] if inspects else []
+    changes = "".join(f" {shlex.quote(f'{PREFIX}{change}')}" for change in [*variables, *place.driver_overrides()])
+    resume = f"exec launcher resume {shlex.quote(run_url)} --submission {submission_id}{first} --json"
     return f'{resume} --cluster "$RAY_ADDRESS"{changes}'
 
 

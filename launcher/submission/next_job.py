@@ -8,9 +8,9 @@ from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
-from launcher.submission.handover import STANDBY
 from launcher.submission.run_snapshot import RunSnapshot
 from launcher.submission.standby import WAIT_S
+from launcher.submission.standby_handover import STANDBY
 from launcher.watching.status import is_driven
 
 

@@ -500,7 +500,14 @@ ASKS: dict[str, Callable[[RayJobs], Any]] = {
 
 
 def test_every_method_is_asked() -> None:
-    assert ASKS.keys() == Scheduler.__abstractmethods__ | {"ray_version"}
+    assert ASKS.keys() == Scheduler.__abstractmethods__ - {"script"} | {"ray_version"}
+
+
+def test_it_takes_no_script() -> None:
+    with pytest.raises(ClusterError, match="takes job one as a command, and no script; use launcher submit"):
+        RayJobs("http://head:8265").script(
+            JobRequest(id="one", command="true", environment={}, stop_grace_s=1, metadata={})
+        )
 
 
 @pytest.mark.parametrize("ask", ASKS)

@@ -10,6 +10,7 @@ from cluster.kinds.ray_jobs import RayJobs
 from cluster.spec.kinds import KINDS
 from cluster.spec.local import LocalClusterSpec
 from cluster.spec.ray import RayClusterSpec
+from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 from cluster.spec.worker import WorkerSpec
 from launcher.config.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
 from launcher.config.description import load, parse
@@ -80,8 +81,8 @@ def test_what_takes_no_jobs():
     with pytest.raises(DescriptionError) as caught:
         load_jobs_cluster("local", [])
     assert str(caught.value) == (
-        "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the Jobs API of "
-        "a Ray cluster, such as http://HOST:8265"
+        "cluster.kind: local is this machine, which takes no jobs; use launcher run, or give --cluster the file of a "
+        "Slurm cluster, or the Jobs API of a Ray cluster, such as http://HOST:8265"
     )
     with pytest.raises(DescriptionError) as caught:
         load_jobs_cluster("head:6379", [])
@@ -95,6 +96,15 @@ def test_what_takes_no_jobs():
 def test_a_shipped_one_reads_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert load_cluster("ray", [])[0] == RayClusterSpec(address="head:6379")
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    nodes = SlurmNodesSpec(cpus=4, gpus=2)
+    spec = SlurmClusterSpec(partition="gpu", nodes=nodes)
+    assert load_jobs_cluster("slurm", ["cluster.nodes.gpus=2"]) == (spec, [])
+    with pytest.raises(DescriptionError) as caught:
+        open_cluster(spec)
+    assert str(caught.value) == (
+        "cluster.kind: slurm takes jobs, and no drivers; use launcher submit, or launcher render to see the script"
+    )
 
 
 def test_the_job_says_least_and_the_command_line_last(write):
@@ -142,8 +152,8 @@ def test_text_that_looks_like_a_number_stays_text(write):
     [
         ("", "own.yaml: is empty; it needs kind"),
         ("[ray]", "own.yaml: must be a mapping, got ['ray']; it needs kind"),
-        ("address: head:6379", "own.yaml: kind is missing; write one of local, ray"),
-        ("kind: rya", "own.yaml: kind must be one of local, ray, got 'rya' (did you mean 'ray'?)"),
+        ("address: head:6379", "own.yaml: kind is missing; write one of local, ray, slurm"),
+        ("kind: rya", "own.yaml: kind must be one of local, ray, slurm, got 'rya' (did you mean 'ray'?)"),
         ("kind: ray", "own.yaml: address is missing; write text"),
         (
             "kind: ray\naddress: head",
@@ -204,7 +214,7 @@ def test_what_is_wrong_with_a_file(write, text, message):
             "rya",
             [],
             "--cluster rya: is no cluster (did you mean 'ray'?); write HOST:PORT of a Ray head, "
-            "http://HOST:8265 to submit there, the path of a YAML file, or one of local, ray",
+            "http://HOST:8265 to submit there, the path of a YAML file, or one of local, ray, slurm",
         ),
         (
             "h:70000",
@@ -236,7 +246,7 @@ def test_what_is_wrong_on_the_command_line(named, overrides, message):
 def test_every_key_is_documented_and_every_shipped_file_is_of_a_kind():
     for kind, language in KINDS.items():
         assert all(entry.doc for entry in entries(language) if entry.key != "kind"), kind
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"local", "ray"}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"local", "ray", "slurm"}
 
 
 class TestOwnClusters:
@@ -263,7 +273,7 @@ class TestOwnClusters:
             load_cluster("lba", [])
         assert str(caught.value) == (
             "--cluster lba: is no cluster (did you mean 'lab'?); write HOST:PORT of a Ray head, http://HOST:8265 to "
-            "submit there, the path of a YAML file, or one of lab, local, ray"
+            "submit there, the path of a YAML file, or one of lab, local, ray, slurm"
         )
 
     @pytest.mark.parametrize("configured", [None, "", "relative"])

@@ -14,8 +14,7 @@ from cluster.scheduler import ClusterReport, Needs
 from cluster.storage.store import Store
 from launcher.cli import main
 from launcher.submission import standby as standby_module
-from launcher.submission.handover import HAND_OVER_S
-from launcher.submission.standby import WAIT_S, stand_by
+from launcher.submission.standby import HAND_OVER_S, WAIT_S, stand_by
 from tests.schedulers import URL, a_cluster
 
 NEEDS = Needs(store="s3://b/runs", variables=("TOKEN",), check="check")

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,7 @@ from cluster.errors import ClusterError, StorageError
 from cluster.inspection import store as store_check
 from cluster.inspection.nodes import store_error
 from cluster.inspection.store import inspect_cluster
-from cluster.scheduler import ClusterReport, Job, Needs, NodeReport, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, NodeReport, Scheduler
 from cluster.storage.store import Store
 
 
@@ -40,7 +39,12 @@ class Nodes(Scheduler):
     def report(self, job_id: str) -> ClusterReport:
         raise NotImplementedError
 
-    def begin(self, *_: Any, **__: Any) -> bool:
+    starts_at_once = True
+
+    def begin(self, request: JobRequest) -> Job:
+        raise NotImplementedError
+
+    def script(self, request: JobRequest) -> str:
         raise NotImplementedError
 
     def read(self, job_id: str) -> Job | None:

@@ -14,10 +14,9 @@ import pytest
 
 from cluster.capacity import Capacity
 from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError
-from cluster.inspection.nodes import NEEDS_VARIABLE, needs_from_text
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, SubmissionReport, Submissions, make_id
-from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, Scheduler
+from cluster.scheduler import ClusterReport, Job, JobStatus
 from cluster.spec.ray import NodeGroupSpec, RayClusterSpec
 from cluster.spec.worker import WorkerSpec
 from cluster.storage.store import Store
@@ -26,14 +25,16 @@ from launcher.config.clusters import load_cluster
 from launcher.config.description import ClusterOverride, Description, load, parse
 from launcher.planning.nodes import own_versions
 from launcher.submission import handover as hand_over_module
+from launcher.submission import standby_handover as standby_module
 from launcher.submission import submit as submit_module
-from launcher.submission.handover import STANDBY
+from launcher.submission import submitting as submitting_module
 from launcher.submission.job_command import make_command, make_job_id
 from launcher.submission.standby import WAIT_S
+from launcher.submission.standby_handover import STANDBY
 from launcher.submission.submit import submit, submit_again
 from launcher.watching.status import read_status
 from tests import saved
-from tests.schedulers import URL, a_cluster, a_node, a_report, answered
+from tests.schedulers import URL, FakeScheduler, a_cluster, a_node, a_report, answered
 from tests.specs import TRIED
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -72,73 +73,12 @@ class Said:
         pass
 
 
-@dataclass
-class FakeScheduler(Scheduler):
-    """A cluster that has what a test gives it, and begins nothing: its jobs stand by for ever."""
-
-    has: ClusterReport = field(default_factory=a_cluster)
-    known: dict[str, JobStatus] = field(default_factory=dict)
-    metadata: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
-    grace_periods_s: list[int] = field(default_factory=list)
-    asked: dict[str, Needs] = field(default_factory=dict)
-    breaks: int = 0
-    """How many answers to come are lost."""
-    began_at: float | None = None
-    """When all of its jobs began."""
-
-    def inspect(self, needs: Needs) -> ClusterReport:
-        raise NotImplementedError
-
-    def report(self, job_id: str) -> ClusterReport:
-        return answered(self.has, self.asked[job_id])
-
-    starts_at_once = True
-
-    def begin(self, request: JobRequest) -> Job:
-        assert request.environment.keys() <= {NEEDS_VARIABLE}, "everyone can read it"
-        self.grace_periods_s.append(request.stop_grace_s)
-        assert request.metadata["run"] in request.command
-        assert request.metadata["submission"] in request.command
-        if request.id not in self.known:
-            self.known[request.id], self.metadata[request.id] = "pending", request.metadata
-            self.commands.append(request.command)
-            if request.environment:
-                self.asked[request.id] = needs_from_text(request.environment[NEEDS_VARIABLE])
-        self.breaks -= 1
-        if self.breaks >= 0:
-            raise ClusterError(f"{URL}: nobody answers")
-        job = self.read(request.id)
-        assert job is not None
-        return job
-
-    def script(self, request: JobRequest) -> str:
-        raise NotImplementedError
-
-    def read(self, job_id: str) -> Job | None:
-        if job_id not in self.known:
-            return None
-        metadata = self.metadata.get(job_id, {})
-        return Job(
-            id=job_id, status=self.known[job_id], message="", exit_code=None, began_at=self.began_at, metadata=metadata
-        )
-
-    def jobs(self) -> list[Job]:
-        raise NotImplementedError
-
-    def stop(self, job_id: str) -> None:
-        self.known[job_id] = "stopped"
-
-    def log(self, job_id: str) -> str:
-        raise NotImplementedError
-
-
 @pytest.fixture(autouse=True)
 def _tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial needs torch and seconds, and is not what these tests are about; jobs that stand by tell nothing."""
-    monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", -1.0)
+    monkeypatch.setattr(standby_module, "_TAKE_UP_S", -1.0)
 
-    monkeypatch.setattr(submit_module, "try_job", lambda *_: TRIED)
+    monkeypatch.setattr(submitting_module, "try_job", lambda *_: TRIED)
 
 
 @pytest.fixture
@@ -286,7 +226,9 @@ def test_a_job_that_asks_for_what_no_node_has_is_refused_in_one_line(job, folder
 
 
 def test_an_operator_that_would_raise_on_its_gpus_is_a_mistake_in_the_job(job, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(submit_module, "try_job", lambda *_: replace(TRIED, would_raise_on_gpu=("median in model.a",)))
+    monkeypatch.setattr(
+        submitting_module, "try_job", lambda *_: replace(TRIED, would_raise_on_gpu=("median in model.a",))
+    )
     scheduler = FakeScheduler(a_cluster(a_node("10.0.0.1", CPU=4.0, GPU=2.0)))
 
     with pytest.raises(
@@ -463,7 +405,7 @@ def test_a_job_id_is_fit_for_every_cluster(name):
 
 
 def test_a_url_is_quoted_for_the_shell():
-    command = make_command("/runs/my run; rm", "0-ab", RayClusterSpec(address=URL), stands_by=False)
+    command = make_command("/runs/my run; rm", "0-ab", RayClusterSpec(address=URL))
     assert "resume '/runs/my run; rm' --submission 0-ab --json" in command
 
 
@@ -556,15 +498,15 @@ class TestAJobThatDoesNotStandByAnyMore:
         self.is_begun(job, scheduler, "stopped")
 
     def test_since_the_trial_took_too_long(self, job, folder, monkeypatch):
-        monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 0.0)
+        monkeypatch.setattr(standby_module, "HAND_OVER_S", 0.0)
         scheduler = FakeScheduler()
         assert hand_over(job, folder, scheduler)["status"] == "submitted"
         self.is_begun(job, scheduler, "stopped")
 
     def test_since_it_ends_just_then(self, job, folder, monkeypatch):
         """It is said to run until all of its processes have ended."""
-        monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", 60.0)
-        monkeypatch.setattr(hand_over_module, "_LOOK_INTERVAL_S", 0.0)
+        monkeypatch.setattr(standby_module, "_TAKE_UP_S", 60.0)
+        monkeypatch.setattr(standby_module, "_LOOK_INTERVAL_S", 0.0)
         scheduler, read, states = FakeScheduler(), FakeScheduler.read, ["running"] * 5 + ["failed"]
 
         def ends(job_id: str) -> Job | None:
@@ -577,8 +519,8 @@ class TestAJobThatDoesNotStandByAnyMore:
         self.is_begun(job, scheduler, "failed")
 
     def test_and_one_that_says_that_it_has_found_it_is_waited_for_no_longer(self, job, folder, monkeypatch):
-        monkeypatch.setattr(hand_over_module, "_TAKE_UP_S", math.inf)
-        monkeypatch.setattr(hand_over_module, "_LOOK_INTERVAL_S", 0.0)
+        monkeypatch.setattr(standby_module, "_TAKE_UP_S", math.inf)
+        monkeypatch.setattr(standby_module, "_LOOK_INTERVAL_S", 0.0)
         scheduler, read, looks = FakeScheduler(), FakeScheduler.read, list[str]()
 
         def finds(job_id: str) -> Job | None:
@@ -607,7 +549,7 @@ class TestAJobThatDoesNotStandByAnyMore:
     def test_on_a_cluster_that_refuses_to_begin_another_leaves_nothing(self, job, folder, monkeypatch, knows):
         """Unless it does not tell that it knows of none: then it may begin it yet."""
         monkeypatch.setattr(hand_over_module, "_ASK_AGAIN_S", 0.0)
-        monkeypatch.setattr(hand_over_module, "HAND_OVER_S", 0.0)
+        monkeypatch.setattr(standby_module, "HAND_OVER_S", 0.0)
         scheduler = FakeScheduler()
         once_written(monkeypatch, scheduler, (lambda _: None) if knows else away)
         begin = scheduler.begin
@@ -618,7 +560,11 @@ class TestAJobThatDoesNotStandByAnyMore:
             return begin(*args, **named)
 
         monkeypatch.setattr(scheduler, "begin", begin_one)
-        what = "no job has begun, submit the run again$" if knows else "may have begun, submit the run again to see$"
+        what = (
+            "no job has begun: correct that, or submit the run again$"
+            if knows
+            else "may have begun, submit the run again to see$"
+        )
         with pytest.raises(ClusterError, match=f"No available agent; .*{what}"):
             hand_over(job, folder, scheduler)
         assert (run_of(job).submissions.newest() is None) == knows
@@ -637,7 +583,7 @@ def interrupt(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize("at", ["try_job", "pack_job", "check_nodes"])
 def test_ctrl_c_while_a_job_stands_by_stops_it(job, folder, tmp_path, monkeypatch, at):
     scheduler = FakeScheduler()
-    monkeypatch.setattr(submit_module, at, interrupt)
+    monkeypatch.setattr(submit_module if at == "pack_job" else submitting_module, at, interrupt)
     with pytest.raises(KeyboardInterrupt):
         hand_over(job, folder, scheduler)
     assert ([*scheduler.known.values()], (tmp_path / "store").exists()) == (["stopped"], False)
@@ -651,11 +597,11 @@ def test_ctrl_c_once_the_submission_is_written_says_that_its_job_may_run(job, fo
         write(*args)
         raise KeyboardInterrupt
 
-    of: Any = submit_module if at == "read_status" else Submissions
+    of: Any = submitting_module if at == "read_status" else Submissions
     monkeypatch.setattr(of, at, write_and_interrupt if at == "write" else interrupt)
     with pytest.raises(Interrupted, match="which may run now; stop it with `launcher stop ") as caught:
         hand_over(job, folder, scheduler)
-    assert f"{run_of(job).url} --cluster {URL}`" in str(caught.value)
+    assert str(caught.value).endswith(f"{run_of(job).url}` and the same --cluster")
     assert caught.value.document == {
         "run": run_of(job).url, "job": make_job_id(run_of(job).url, 0), "cluster": URL,
     }  # fmt: skip
@@ -855,7 +801,7 @@ class TestTheSameRunAgain:
         run.take_lease()
         run.write_status({"status": "stopped", "step": 3})
         with monkeypatch.context() as clock:
-            clock.setattr(submit_module.time, "time", lambda: 1_000.0)
+            clock.setattr(submitting_module.time, "time", lambda: 1_000.0)
             hand_over(job, folder, FakeScheduler())
         assert read_status(run)["status"] == "submitted"
         run.take_lease()

@@ -324,7 +324,7 @@ def test_a_run_that_was_never_submitted_is_no_job(tmp_path, cluster, verb):
         ),
         (
             "local",
-            r"cluster\.kind: local is this machine, which takes no jobs; .* give --cluster the Jobs API of a Ray ",
+            r"cluster\.kind: local is this machine, which takes no jobs; .* give --cluster the file of a Slurm ",
         ),
         ("no-such", r"--cluster no-such: is no cluster"),
     ],

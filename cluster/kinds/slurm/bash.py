@@ -1,0 +1,155 @@
+"""The parts of the batch script of a job, as bash; ``script.py`` chooses and fills them."""
+
+from string import Template
+
+
+class Text(Template):
+    """A part of the script, in which ``@name`` is replaced."""
+
+    delimiter = "@"
+
+
+BEGIN = Text(r"""
+# Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
+# @folder first.
+
+unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
+@environment""")
+
+VARIABLES = Text(r"""
+for name in @names; do
+    if [ -z "$(printenv "$name")" ]; then
+        echo "$name: must be set and exported, where sbatch is called or by the login shell" >&2
+        exit 5
+    fi
+done
+""")
+
+TASK = Text(r"""
+# Each task of the array is a run of its own: it has a name, by which `launcher status` finds it, and a log.
+case $SLURM_ARRAY_TASK_ID in
+@tasks
+esac
+scontrol update JobId="$SLURM_JOB_ID" JobName="$name" Comment="$comment"
+exec >> @folder/"$name".log 2>&1
+""")
+
+ABOUT_JOB = r"""
+set -u
+job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
+
+# When the job reaches its time limit, before which the driver saves; empty: never.
+LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
+export LAUNCHER_JOB_ENDS_AT
+"""
+
+MAY_REQUEUE = Text(r"""
+# Whether this script can start again, so that the driver may end with 75: saved, and to go on.
+if [ "${SLURM_RESTART_COUNT:-0}" -ge @max_requeues ]; then
+    echo "This job does not requeue itself any more: it has been requeued $SLURM_RESTART_COUNT times." >&2
+elif [ "$(field Requeue)" != 1 ]; then
+    echo "This job does not requeue itself: Slurm does not let it." >&2
+else
+    export LAUNCHER_JOB_REQUEUES=1
+fi
+""")
+
+OWN = Text(r"""
+# What only this try needs, where all of its nodes see it: the token of its Ray, and reports. A try whose node was lost
+# has left its own; that node may come back.
+own=@own.$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+rm -rf @own."$SLURM_JOB_ID"-*
+mkdir -m 700 "$own" || exit 5
+(umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
+
+nodes='' told=''
+clean_up() {
+    trap '' TERM USR1
+    exec 9>&-    # Ray ends on all nodes
+    local limit=$((SECONDS + @limit_s))
+    while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
+    kill -KILL "$nodes" 2>/dev/null
+    rm -rf "$own"
+}
+trap clean_up EXIT
+trap told=1 USR1
+trap 'exit 143' TERM
+""")
+
+RAY = Text(r"""
+# Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
+touch "$own/reports"
+exec 9> >(exec srun @srun \
+    @program >> "$own/reports")
+nodes=$!
+
+await_reports() {
+    local limit=$((SECONDS + @limit_s))
+    while [ "$(wc -l < "$own/reports")" -lt "$1" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
+        sleep 0.1
+    done
+}
+await_reports 1    # by the first node: where its head listens
+RAY_ADDRESS=$(sed -n 's/^head \(.*:\)/\1/p' "$own/reports")
+if [ -z "$RAY_ADDRESS" ]; then
+    echo "Ray did not start; see" @log."$SLURMD_NODENAME".log >&2
+    exit 5
+fi
+export RAY_ADDRESS
+echo "$RAY_ADDRESS" >&9
+await_reports $((1 + SLURM_JOB_NUM_NODES))    # and by each node: that it has joined, or has failed
+""")
+
+DRIVER = Text(r"""
+# The driver, which must not hold the pipe.
+@driver 9>&- &
+driver=$!
+
+@tell
+@cancel
+trap tell USR1    # the time limit is near
+[ -z "$told" ] || tell
+
+while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done
+wait "$driver"
+code=$?
+""")
+
+TELL = r"""
+# Asks the driver to save and to end. A Python that does not handle the signal yet would die of it.
+tell() {
+    until grep -q '^SigCgt:.*[2367abef]..$' "/proc/$driver/status" 2>/dev/null; do
+        kill -0 "$driver" 2>/dev/null || return
+        sleep 0.1
+    done
+    kill -USR1 "$driver"
+}"""
+
+TELL_STEP = r"""
+# Asks the driver, which is step 1 of the job, to save and to end.
+tell() { scancel --signal=USR1 "$SLURM_JOB_ID.1"; }"""
+
+CANCEL = Text(r"""
+# On scancel; and on preemption, after which Slurm requeues the job itself.
+@cancelled
+    (sleep @grace_s; kill -KILL "$driver") 9>&- &
+    tell
+}
+trap cancel TERM""")
+
+REQUEUE = r"""
+if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ -n "${LAUNCHER_JOB_REQUEUES:-}" ]; then
+    excluded=$(field ExcNodeList)
+    excluded=${excluded#(null)}
+    for address in $(sort -u "$own/lost" 2>/dev/null); do
+        node=$(sed -n "s/ $address\$//p" "$own/reports")
+        excluded+=${node:+${excluded:+,}$node}
+    done
+    clean_up    # first, because Slurm sends SIGTERM to all when it requeues
+    for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && break; sleep 5; done
+    # Slurm lets a job exclude nodes from its next try only between the requeue and the end of this one.
+    [ -z "$excluded" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+fi
+"""

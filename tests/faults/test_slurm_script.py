@@ -1,0 +1,214 @@
+"""The batch script of a job on a real Slurm, with Ray on its nodes and a driver."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cluster.capacity import Places, WorkerResources
+from cluster.kinds.slurm.script import render
+from cluster.scheduler import JobRequest
+from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
+from tests.faults.slurm import Slurm
+
+pytestmark = pytest.mark.slow
+
+CHECKOUT = Path(__file__).parents[2]
+LIMIT_S = 300.0
+"""For what takes 40 s on an idle machine with two cores."""
+
+
+class Job:
+    """A job that trains ``digits``, and its run."""
+
+    def __init__(
+        self,
+        slurm: Slurm,
+        name: str,
+        *options: str,
+        workers: int = 2,
+        least: int | None = None,
+        env: tuple[str, ...] = (),
+        exclude: str | None = None,
+        command: str | None = None,
+    ) -> None:
+        self._slurm = slurm
+        self.name = name
+        self.folder = slurm.folder / "it's #1 $jobs"
+        self.folder.mkdir(exist_ok=True)
+        self.temporary = Path("/tmp") / slurm.folder.name / name  # short, for Ray's sockets
+        self.run = slurm.folder / "runs" / name
+        num = f"[{least},{workers}]" if least else str(workers)
+        words = ["digits", f"name={name}", f"store={slurm.folder}/runs", f"workers.num={num}", "workers.cpus=1"]
+        words += ["workers.gpus=0", "tracking.mode=disabled", *options, "--json"]
+        request = JobRequest(
+            id=name,
+            command=command or f'exec launcher run {shlex.join(words)} --cluster "$RAY_ADDRESS"',
+            environment={"TMPDIR": str(self.temporary), "PYTHONPATH": str(CHECKOUT)},
+            stop_grace_s=300,
+            metadata={"run": str(self.run)},
+            places=Places(
+                resources=WorkerResources(cpus=1, gpus=0, accelerator=None),
+                least=least or workers,
+                most=workers,
+                placement="pack",
+            ),
+        )
+        spec = SlurmClusterSpec(
+            partition="main", nodes=SlurmNodesSpec(cpus=1), venv=sys.prefix, env=env, exclude=exclude
+        )
+        self.temporary.mkdir(parents=True)
+        self.script = self.folder / f"{name}.sh"
+        self.script.write_text(render(spec, str(self.folder), request))
+
+    def submit(self, *options: str, environment: dict[str, str] | None = None) -> None:
+        self.id = self._slurm.ask("sbatch", "--parsable", *options, self.script, environment=environment)
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        self._slurm.wait_until(happened, LIMIT_S, self.said)
+
+    def wait_for(self, *states: str) -> dict[str, str]:
+        """What Slurm says about it once it is in one of the states."""
+        self.wait_until(lambda: self._slurm.job(self.id).get("JobState") in states)
+        return self._slurm.job(self.id)
+
+    def said(self) -> str:
+        """All that its processes have printed."""
+        return "\n".join(
+            f"{log.name}: {log.read_text()[-3000:]}" for log in sorted(self.folder.glob(f"{self.name}*.log"))
+        )
+
+    def status(self) -> dict[str, object]:
+        """What ``launcher status`` says about the run."""
+        command = self._slurm.command(["launcher", "status", self.run, "--json"], self.folder)
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return dict(json.loads(asked.stdout)) if asked.returncode == 0 else {}
+
+    def check_nothing_is_left(self) -> None:
+        """No process of the job on any node, no token, no folder of Ray; the launcher keeps a cache of code."""
+        self._slurm.wait_until(lambda: not any(processes(self._slurm, node) for node in self._slurm.nodes))
+        assert [path.name for path in self.folder.iterdir() if path.is_dir()] == []
+        assert [path.name for path in self.temporary.iterdir() if path.name.startswith(("ray", "tmp"))] == []
+
+
+def processes(slurm: Slurm, node: str) -> list[str]:
+    """The command lines of the processes of a node that are neither Slurm's nor of what holds the node."""
+    listed = subprocess.run(
+        slurm.nodes[node].command(["ps", "-eo", "args"], slurm.folder), capture_output=True, text=True, check=True
+    )
+    own = ("COMMAND", "sleep infinity", "ps -eo", "munged", "slurmd", "/usr/sbin/slurmd", "sh -c echo ready")
+    return [line for line in listed.stdout.splitlines() if not line.startswith(own) and "munged" not in line]
+
+
+def files_with(text: str) -> list[str]:
+    """The command lines and environments of this machine's processes that have a text."""
+    found = []
+    for path in [*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")]:
+        with suppress(OSError):  # ended meanwhile
+            found += [str(path)] * (text.encode() in path.read_bytes())
+    return found
+
+
+def test_a_job_trains_on_two_nodes_and_leaves_nothing(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2")
+    job = Job(slurm, "digits", "train.epochs=2", env=("OF_USER",))
+    job.submit(environment={"OF_USER": "1", "NOT_NAMED": "2"})
+    job.wait_until(lambda: job.status().get("status") == "running")
+    (token,) = job.folder.glob("digits.*/token")
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert files_with(token.read_text()) == []
+    assert files_with("OF_USER=1") != []
+    assert files_with("NOT_NAMED=2") == []
+    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["NumNodes"]) == ("COMPLETED", "2"), job.said()
+    assert job.status()["status"] == "completed"
+    job.check_nothing_is_left()
+
+
+def test_two_jobs_at_once_on_one_node_complete(make_slurm) -> None:
+    slurm = make_slurm("node1")
+    jobs = [Job(slurm, name, "train.epochs=2", workers=1) for name in ("first", "second")]
+    for job in jobs:
+        job.submit()
+    began = [slurm.wait_for(job.id, "RUNNING") for job in jobs]
+    assert {job["NodeList"] for job in began} == {"node1"}
+    for job in jobs:
+        assert job.wait_for("COMPLETED", "FAILED", "CANCELLED")["JobState"] == "COMPLETED", job.said()
+        assert job.status()["status"] == "completed"
+    for job in jobs:
+        job.check_nothing_is_left()
+
+
+def test_a_job_that_is_cancelled_saves_first_and_stays_cancelled(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2", KillWait="60")
+    job = Job(slurm, "digits", "train.epochs=1000")
+    job.submit()
+    job.wait_until(lambda: (job.status().get("step") or 0) > 0)
+    slurm.ask("scancel", job.id)
+    ended = job.wait_for("CANCELLED")
+    slurm.wait_until(lambda: set(slurm.node_states().values()) == {"idle"})
+    job.check_nothing_is_left()
+    status = job.status()
+    assert status["status"] in ("stopped", "requeued"), status
+    assert status["checkpoint"] == status["step"] > 0, status
+    assert ended["Restarts"] == "0"
+
+
+SAVES = """case ${SLURM_RESTART_COUNT:-0} in 0) echo 10.77.0.2 >> "$LAUNCHER_JOB_LOST_NODES";; 1) ;; *) exit 0;; esac
+    [ "$LAUNCHER_JOB_REQUEUES" = 1 ] || exit 9
+    exit 75"""
+"""A driver that asks twice for another try, and holds node1 responsible for the first."""
+
+
+def test_a_job_starts_again_without_the_node_that_failed(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2", "node3", "node4")
+    job = Job(slurm, "digits", command=SAVES, exclude="node4")
+    job.submit()
+    assert job.wait_for("RUNNING")["NodeList"] == "node[1-2]"
+    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), job.said()
+    assert ended["NodeList"] == "node[2-3]"
+    assert ended["ExcNodeList"] == "node4,node1"
+    job.check_nothing_is_left()
+
+
+def test_a_job_that_may_not_requeue_says_so(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2")
+    job = Job(slurm, "digits", command="exit ${LAUNCHER_JOB_REQUEUES:-75}")
+    job.submit("--no-requeue")
+    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
+    assert "This job does not requeue itself: Slurm does not let it." in job.said()
+    job.check_nothing_is_left()
+
+
+def test_a_script_that_is_killed_leaves_no_process_and_no_token(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2")
+    job = Job(slurm, "digits", "train.epochs=1000")
+    job.submit()
+    job.wait_until(lambda: job.status().get("status") == "running")
+    slurm.ask("scancel", "--batch", "--signal=KILL", job.id)
+    job.wait_for("FAILED", "CANCELLED")
+    job.wait_until(lambda: not any(processes(slurm, node) for node in slurm.nodes))
+    assert list(job.folder.glob("digits.*/token")) == []
+    assert list(job.temporary.glob("ray*")) == []
+
+
+def test_a_job_with_a_range_of_nodes_that_loses_that_of_its_script_starts_again(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2")
+    job = Job(slurm, "digits", "train.epochs=1000", least=1)
+    job.submit()
+    job.wait_until(lambda: (job.status().get("step") or 0) > 0)
+    assert job.wait_for("RUNNING")["BatchHost"] == "node1"
+    slurm.power_off("node1")
+    job.wait_until(lambda: slurm.job(job.id)["Restarts"] == "1")
+    again = job.wait_for("RUNNING")
+    assert (again["BatchHost"], again["NodeList"]) == ("node2", "node2")
+    assert "node1, which ran the batch script, is lost: scontrol requeue" in job.said()
+    slurm.ask("scancel", job.id)
+    job.wait_for("CANCELLED")

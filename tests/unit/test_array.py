@@ -1,0 +1,108 @@
+"""An array: a run for each number, handed over together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cluster.run.run_directory import RunDirectory
+from launcher.cli import main
+from launcher.submission import handover, submitting
+from tests.schedulers import FakeQueue
+from tests.specs import TRIED
+from tests.unit.test_submit import JOB
+
+CLUSTER = "kind: slurm\nlogin: me@login\npartition: gpu\nnodes: {cpus: 8}\narray: 0-2%2\n"
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
+    """A cluster; the dry run needs torch and seconds, and is not what these tests are about."""
+    queue = FakeQueue()
+    monkeypatch.setattr("launcher.config.clusters.open_scheduler", lambda _: queue)
+    monkeypatch.setattr(submitting, "try_job", lambda *_: TRIED)
+    monkeypatch.setattr(handover, "_ASK_AGAIN_S", 0.0)
+    return queue
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "digits.yaml").write_text(JOB.format(store=tmp_path / "store"))
+    (tmp_path / "uni.yaml").write_text(CLUSTER)
+    return tmp_path / "store"
+
+
+def launcher(verb: str, store: Path, *more: str) -> Result:
+    return CliRunner().invoke(
+        main, [verb, str(store.parent / "digits.yaml"), "--cluster", str(store.parent / "uni.yaml"), *more]
+    )
+
+
+def waiting(store: Path, number: int) -> list[str]:
+    """The ids of a run's submissions."""
+    return [report.id for report in RunDirectory(f"{store}/digits-{number}").submissions.reports()]
+
+
+def test_each_number_is_a_run_with_that_seed(queue, store) -> None:
+    ended = launcher("submit", store, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    documents = json.loads(ended.stdout)
+    assert [document["run"] for document in documents] == [f"{store}/digits-{number}" for number in range(3)]
+    assert {document["status"] for document in documents} == {"submitted"}
+    (array,) = queue.arrays
+    for number, request in array.items():
+        found = RunDirectory(f"{store}/digits-{number}").submissions.read_newest()
+        assert found is not None
+        assert (found[0].id, found[1].job) == (request.metadata["submission"], request.id)
+        assert f"seed: {number}\n" in found[1].description
+        assert f"name: digits-{number}\n" in found[1].description
+    assert len({request.id for request in array.values()}) == 3
+
+
+def test_those_that_are_there_already_are_left_alone(queue, store) -> None:
+    launcher("submit", store)
+    job_id = queue.arrays[0][1].id
+    queue.known[job_id] = "failed"
+    ended = launcher("submit", store, "--json")
+    assert [*queue.arrays[1]] == [1]
+    assert [document["job"] for document in json.loads(ended.stdout)][0::2] == [
+        queue.arrays[0][number].id for number in (0, 2)
+    ]
+    assert queue.arrays[1][1].id != job_id
+
+
+def test_one_that_is_refused_leaves_nothing(queue, store) -> None:
+    queue.refusal = "slurm:me@login: does not take the array: Invalid account"
+    ended = launcher("submit", store)
+    assert (ended.exit_code, queue.refusal in ended.stderr) == (5, True)
+    assert [waiting(store, number) for number in range(3)] == [[], [], []]
+
+
+def test_an_answer_that_is_lost_may_have_begun_it(queue, store) -> None:
+    queue.breaks = 2
+    ended = launcher("submit", store)
+    assert ended.exit_code == 5
+    assert waiting(store, 0), "its job is there"
+    assert waiting(store, 1) == []
+    assert json.loads(launcher("submit", store, "--json").stdout)[0]["status"] == "submitted"
+    assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
+
+
+def test_its_script(queue, store) -> None:
+    ended = launcher("render", store)
+    assert ended.exit_code == 0, ended.stderr
+    assert [line[:2] for line in ended.stdout.splitlines()[1:]] == ["0)", "1)", "2)"]
+    assert queue.arrays == []
+    assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
+    document = json.loads(launcher("render", store, "--json").stdout)
+    assert [*document] == ["runs", "script"]
+    launcher("submit", store)
+    again = launcher("render", store)
+    assert (again.exit_code, "each run of the array has a job already" in again.stderr) == (5, True)
+
+
+def test_it_has_no_one_run_to_wait_for(queue, store) -> None:
+    ended = launcher("submit", store, "--wait")
+    assert (ended.exit_code, "--wait: shows one run" in ended.stderr) == (2, True)
+    assert (queue.arrays, store.exists()) == ([], False)
