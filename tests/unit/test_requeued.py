@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from launcher.driver.run_state import RunState
 from launcher.driver.stop_conditions import Pace, StopConditions
 from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
+from tests.unit import test_driver
 from tests.unit.test_driver import (
     HELLO,
     LAG,
@@ -312,7 +314,10 @@ class TestDriver:
         assert stopping["reason"] == AT_LIMIT
         assert len(events(run, "stopped")) == 1
 
-    def test_a_step_of_this_try_clears_the_count_of_tries(self, run: RunDirectory) -> None:
+    def test_a_step_of_this_try_clears_the_count_of_tries(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(test_driver, "RunState", partial(RunState, tries_without_step=2))
         document, _ = drive(run, [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)], job=job(200.0))
         assert document["tries_without_step"] == 0
 
@@ -456,7 +461,7 @@ class TestExcludedNodes:
         [
             [failed(1, 0, place="step 3, mine.py:4, ValueError", step=3), *exited(0)],
             [died(1)],
-            [not_begun(0, "start"), not_begun(1, "start")],
+            [not_begun(0, "start"), not_begun(1, "data")],
             [hung(0, "data"), hung(1, "data")],
             [agents_lost({0: "its agent has said nothing for 300 s", 1: "its agent has said nothing for 300 s"})],
         ],
@@ -473,6 +478,13 @@ class TestExcludedNodes:
         assert not path.exists()
         assert events(run, "excluded") == []
         assert (run.read_status() or {})["status"] == "failed"
+
+    def test_nor_is_one_of_several_that_say_nothing(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
+        waited = one(failure("exchange_timeout", "waited for the others in vain", step=3), 0)
+        script: Script = [hello("a", "b", "c"), [one(started(step=0), rank) for rank in range(3)], [waited], 6.0]
+        with pytest.raises(ClusterError, match="worker 1 on node 10.0.0.b: says nothing"):
+            drive(run, script, lambda _: THREE, job=in_job, num=3, max_failures=MaxFailuresSpec(machine=0))
+        assert not path.exists()
 
     def test_a_failure_of_the_code_never_requeues_though_a_node_was_lost_before(
         self, run: RunDirectory, in_job: BatchJob

@@ -509,7 +509,7 @@ class TestRequeued:
 
     @pytest.fixture(autouse=True)
     def _requeued(self, run):
-        drive(run, "requeued", requeued="at the time limit of its job", saved_step=7, error=None)
+        drive(run, "requeued", requeued="at the time limit of its job", saved_step=3, error=None)
         saved.save(run.checkpoints, 7, {"model.bin": b"m"})
 
     def test_the_directory_says_so(self, run):
@@ -605,6 +605,13 @@ class TestRequeued:
         cluster.at_stop = takes_it
         told = document("stop", run.url, *ON_CLUSTER)
         assert (told["status"], told["step"]) == ("stopped", 9)
+
+    def test_one_that_is_requeued_as_it_is_asked_is_stopped_too(self, run, cluster, monkeypatch):
+        drive(run, "running", updated=time.time())
+        cluster.put("running")
+        monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "requeued", step=9))
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], told["step"], cluster.asked_to_stop) == ("stopped", 9, [JOB_ID])
 
     def test_one_that_is_requeued_on_its_way_out_is_stopped(self, run, cluster):
         """The next try saves, and its script does not requeue it, because it was asked to stop."""
