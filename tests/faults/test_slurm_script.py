@@ -91,7 +91,13 @@ class Job:
 
     def check_nothing_is_left(self) -> None:
         """No process of the job on any node, no token, no folder of Ray; the launcher keeps a cache of code."""
-        self._slurm.wait_until(lambda: not any(processes(self._slurm, node) for node in self._slurm.nodes))
+        left: list[str] = []
+
+        def is_none_left() -> bool:
+            left[:] = [line for node in self._slurm.nodes for line in processes(self._slurm, node)]
+            return not left
+
+        self._slurm.wait_until(is_none_left, about=lambda: "\n".join(left))
         assert [path.name for path in self.folder.iterdir() if path.is_dir()] == []
         assert [path.name for path in self.temporary.iterdir() if path.name.startswith(("ray", "tmp"))] == []
 

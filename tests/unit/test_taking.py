@@ -1,6 +1,8 @@
 """A driver takes a run: killed on the way, it leaves a description with its own code; a rival's run it leaves alone."""
 
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 from crashing_file_system import Killed, copy_of_store, fresh_faults, restore
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Interrupted, Requeued
+from cluster.host.batch_job import EndsEarly
 from cluster.run.bundle import CodeFile, make_bundle
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
@@ -21,6 +24,7 @@ from launcher.runs import begin as begin_module
 from launcher.runs import driving, planning_sign, resumed_plan, takeover
 from launcher.runs.begin import begin, plan_only
 from launcher.runs.resume import resume
+from launcher.watching.status import read_status
 from tests.launcher_without_ray import Machine
 from tests.processes import wait_until
 from tests.schedulers import URL
@@ -347,3 +351,54 @@ def test_a_submission_that_is_withdrawn_while_its_job_plans(
     with pytest.raises(ClusterError, match="was withdrawn; nothing is left to do for this job$"):
         resume(run, (), Machine(2), Said(), submission_id=submission_id)
     assert (planned, run.read_status(), run.exists()) == ([pair], None, False)
+
+
+class TestBatchJob:
+    """A job that has to end before it has the run, and starts again."""
+
+    @pytest.fixture(autouse=True)
+    def _handlers_are_put_back(self) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGUSR1)
+        yield
+        signal.signal(signal.SIGUSR1, before)
+
+    def test_one_that_ends_early_while_it_plans_takes_the_run_in_its_next_try(self, run, planned, monkeypatch):
+        submission_id, wanted = submit(run, 0)
+
+        def end_early(*_: Any, **__: Any) -> Plan:
+            raise EndsEarly
+
+        with monkeypatch.context() as while_planning:
+            plan_with(while_planning, end_early)
+            with pytest.raises(EndsEarly), run.submissions.answered(submission_id):
+                resume(run, (), Machine(2), Said(), submission_id=submission_id)
+        assert not run.exists()
+        told = read_status(run)
+        assert (told["status"], told["waits_for"]) == ("submitted", None)
+        for _ in range(2):  # the next try takes the submission, and the one after that goes on with it
+            take(run, submission_id)
+            assert (stored(run), planned[-1], run.submissions.standing(submission_id)) == (wanted, wanted, "taken")
+
+    @pytest.mark.parametrize(
+        ("numbers", "requeues", "error"),
+        [
+            ((signal.SIGUSR1,), "1", Requeued),
+            ((signal.SIGUSR1,), "", Interrupted),
+            ((signal.SIGTERM,), "1", Interrupted),
+            ((signal.SIGUSR1, signal.SIGTERM), "1", Interrupted),
+            ((signal.SIGTERM, signal.SIGUSR1), "1", Interrupted),
+        ],
+    )
+    def test_a_signal_that_comes_while_ray_starts(self, monkeypatch, numbers, requeues, error):
+        class Starting(Machine):
+            def started(self) -> AbstractContextManager[None]:
+                for number in numbers:
+                    signal.raise_signal(number)
+                return super().started()
+
+        monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", requeues)
+        with (
+            pytest.raises(error, match=f"{numbers[0].name} came before training began; nothing was changed"),
+            driving.ready_to_drive(Starting(2), Said()),
+        ):
+            raise AssertionError("nothing is driven")

@@ -134,7 +134,7 @@ tell() { scancel --signal=USR1 "$SLURM_JOB_ID.1"; }"""
 CANCEL = Text(r"""
 # On scancel; and on preemption, after which Slurm requeues the job itself.
 @cancelled
-    (sleep @grace_s; kill -KILL "$driver") 9>&- &
+    (timeout @grace_s tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
     tell
 }
 trap cancel TERM""")

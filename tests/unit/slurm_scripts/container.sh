@@ -94,7 +94,7 @@ tell() { scancel --signal=USR1 "$SLURM_JOB_ID.1"; }
 cancelled=''
 cancel() {
     cancelled=1
-    (sleep 300; kill -KILL "$driver") 9>&- &
+    (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
     tell
 }
 trap cancel TERM

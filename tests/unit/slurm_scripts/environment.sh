@@ -107,7 +107,7 @@ tell() {
 cancelled=''
 cancel() {
     cancelled=1
-    (sleep 300; kill -KILL "$driver") 9>&- &
+    (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
     tell
 }
 trap cancel TERM

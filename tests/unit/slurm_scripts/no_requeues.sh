@@ -88,7 +88,7 @@ tell() {
 }
 # On scancel; and on preemption, after which Slurm requeues the job itself.
 cancel() {
-    (sleep 300; kill -KILL "$driver") 9>&- &
+    (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
     tell
 }
 trap cancel TERM
