@@ -4,7 +4,7 @@ Slurm accepts a job that no node of the partition can hold, or whose time limit 
 ever; so those are refused here. Whether an account, a quality of service or a reservation may use the partition, only
 Slurm knows.
 
-Sources: sinfo(1) and scontrol(1) of Slurm 22.05 to 24.11.
+Sources: sinfo(1) and scontrol(1) of Slurm 22.05.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Jobs in Slurm's queue, as ``squeue`` shows them.
 
-Sources: squeue(1), JOB STATE CODES and JOB REASON CODES, of Slurm 22.05 to 24.11.
+Sources: squeue(1), JOB STATE CODES and JOB REASON CODES, of Slurm 22.05.
 """
 
 import os
