@@ -9,6 +9,7 @@ import pytest
 
 from cluster.errors import LauncherError
 from cluster.spec.ray import RayClusterSpec
+from cluster.spec.slurm import SlurmClusterSpec
 from jobs.components.targets import Builder
 from jobs.images.indexed_images import IndexedImages
 from launcher.cli import main
@@ -74,6 +75,16 @@ def test_the_file_of_a_cluster_takes_jobs(tmp_path: Path) -> None:
     assert (spec.address, spec.venv, len(spec.env), changes) == (
         "http://HEAD:8265", "/opt/venv", 2, ["workers.cpus=8.0", "workers.gpus=1"],
     )  # fmt: skip
+    open_scheduler(spec)
+
+
+def test_the_file_of_a_slurm_cluster_takes_jobs(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(kind: slurm\n.+?)```", README, flags=re.DOTALL)
+    (tmp_path / "uni.yaml").write_text(text)
+    assert len(text.splitlines()) == 10
+    spec, changes = load_cluster(str(tmp_path / "uni.yaml"), [])
+    assert isinstance(spec, SlurmClusterSpec)
+    assert (spec.nodes.gpus, spec.time, changes) == (4, "4:00:00", ["workers.cpus=8.0", "workers.gpus=1"])
     open_scheduler(spec)
 
 
