@@ -26,7 +26,6 @@ NO_CONTROLLER = "Unable to contact slurm controller (connect failure)"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]:
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr(jobs, "render", lambda _, folder, request: f"#!/bin/bash\n# {folder}\n{request.command}\n")
     monkeypatch.setattr(jobs, "log_path", lambda folder, job_id: f"{folder}/{job_id}.log")
     with monkeypatch.context() as of_zone:
@@ -163,7 +162,7 @@ def test_a_job_that_was_cancelled_before_it_began(slurm: FakeSlurm) -> None:
 def test_a_state_that_is_not_known_is_named(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", a_line(State="DREAMING"))
     error = the_error(lambda: SlurmJobs(a_spec()).read(NAME))
-    assert error.startswith("slurm:here: job 7 (digits-0) is 'DREAMING', which is no state")
+    assert error.startswith("slurm:local: job 7 (digits-0) is 'DREAMING', which is no state")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ def test_a_job_of_another_user_is_not_stopped(slurm: FakeSlurm) -> None:
     slurm.plan("scancel", "", error=f"scancel: error: {denied}\n", code=210)
     slurm.plan("scontrol", "", error="Access/permission denied for job 7\n", code=1)
     error = the_error(lambda: SlurmJobs(a_spec()).stop(NAME))
-    assert error == f"slurm:here: does not stop job {NAME}: {denied}"
+    assert error == f"slurm:local: does not stop job {NAME}: {denied}"
 
 
 def test_the_log_of_a_job(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +325,7 @@ def test_commands_run_one_after_the_other_and_their_answers_stay_apart(slurm: Fa
 def test_what_slurm_refuses(slurm: FakeSlurm, said: str, code: int, words: str) -> None:
     slurm.plan("sbatch", "", error=said, code=code)
     error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
-    assert error == f"slurm:here: does not take job {NAME}: {words}"
+    assert error == f"slurm:local: does not take job {NAME}: {words}"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +349,7 @@ def test_a_login_node_that_cannot_be_reached(slurm: FakeSlurm, error: str, says:
 @pytest.mark.parametrize("login", [None, "me@login"])
 def test_a_controller_that_does_not_answer(slurm: FakeSlurm, login: str | None) -> None:
     slurm.plan("squeue", "", error=f"slurm_load_jobs error: {NO_CONTROLLER}\n", code=1)
-    where = "here" if login is None else login
+    where = "local" if login is None else login
     for call in (SlurmJobs(a_spec(login)).jobs, lambda: SlurmJobs(a_spec(login)).read(NAME)):
         says = f"slurm:{where}: its controller does not answer squeue: {NO_CONTROLLER}; try again in some minutes"
         assert the_error(call).startswith(says)
@@ -359,7 +358,7 @@ def test_a_controller_that_does_not_answer(slurm: FakeSlurm, login: str | None) 
 @pytest.mark.parametrize(
     ("login", "says"),
     [
-        (None, "slurm:here: there is no squeue on this machine; is it a login node of a Slurm cluster? Give one as"),
+        (None, "slurm:local: there is no squeue on this machine; is it a login node of a Slurm cluster? Give one as"),
         ("login", "slurm:login: there is no squeue on the PATH of a login shell there; give the login node"),
     ],
 )
@@ -390,7 +389,7 @@ def test_a_command_that_hangs_is_ended(slurm: FakeSlurm, monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_made(slurm: FakeSlurm) -> None:
     (slurm.home / ".launcher").write_text("a file")
     error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
-    assert error.startswith("slurm:here: cannot make the folder .launcher/slurm, see cluster.folder: ")
+    assert error.startswith("slurm:local: cannot make the folder .launcher/slurm, see cluster.folder: ")
 
 
 @pytest.mark.parametrize("said", ["", "Submitted batch job 7\n"])
