@@ -216,6 +216,16 @@ def test_a_job_that_waits_is_cancelled_and_one_that_runs_is_told(slurm: FakeSlur
     ]
 
 
+def test_a_task_of_an_array_is_stopped_alone(slurm: FakeSlurm) -> None:
+    """The number of one of its tasks is that of the array, and would stop all of them."""
+    slurm.plan("squeue", a_line(JobArrayID="7_2", TimeUsed="0:00"))
+    SlurmJobs(a_spec()).stop(NAME)
+    stops = [call for call in slurm.calls if not call.startswith("squeue")]
+    assert {stop.split()[-1] for stop in stops} == {"Requeue=0", "7_2"}
+    assert stops[0] == "scontrol update JobId=7_2 Requeue=0"
+    assert all("--array" in call for call in slurm.calls if call.startswith("squeue"))
+
+
 def test_a_job_that_starts_while_it_is_stopped_is_cancelled(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", a_line(State="PENDING", TimeUsed="0:00"), a_line(TimeUsed="0:01"))
     SlurmJobs(a_spec()).stop(NAME)

@@ -19,7 +19,8 @@ from cluster.spec.slurm import SlurmClusterSpec
 
 _FOLDER = ".launcher/slurm"
 """In the home folder."""
-_SQUEUE = ("squeue", "--noheader", "--all", "--states=all", f"--Format={FORMAT}")
+_SQUEUE = ("squeue", "--noheader", "--all", "--array", "--states=all", f"--Format={FORMAT}")
+"""``--array``: a line for each task, also of those that are one job until the first of them changes or starts."""
 _SIGNAL_LIMIT_S = 20
 """``scancel`` asks again for 95 s if a job cannot take a signal yet, or no more."""
 _YOUNG_S = 10.0
@@ -135,7 +136,7 @@ class SlurmJobs(Scheduler):
         refused = [answer for answer, command in zip(answers, commands) if answer.code and "scancel" in command]
         missed = [job for job in left if job.used_s < _YOUNG_S]
         if missed:
-            again = self._commands.ask(*(("scancel", str(job.number)) for job in missed))
+            again = self._commands.ask(*(("scancel", job.id) for job in missed))
             refused = [answer for answer in again if answer.code]
         if refused and left:
             raise self._commands.refused(f"does not stop job {job_id}", refused[0])
@@ -221,12 +222,11 @@ def _rename(task: str, request: JobRequest) -> tuple[str, ...]:
 
 def _stop_commands(job: QueuedJob) -> list[tuple[str, ...]]:
     """Return the commands that stop a job, whatever state it is in when they arrive."""
-    number = str(job.number)
     commands: list[tuple[str, ...]] = [
-        ("scontrol", "update", f"JobId={number}", "Requeue=0"),
-        ("scancel", "--state=PENDING", number),  # also a job that has just requeued itself, and is COMPLETING
+        ("scontrol", "update", f"JobId={job.id}", "Requeue=0"),
+        ("scancel", "--state=PENDING", job.id),  # also a job that has just requeued itself, and is COMPLETING
     ]
     if job.state in ("CONFIGURING", "SUSPENDED"):  # a signal waits until its nodes are there
-        return [*commands, ("scancel", number)]
-    signal = ("scancel", "--batch", "--signal=TERM", "--state=RUNNING", number)
+        return [*commands, ("scancel", job.id)]
+    signal = ("scancel", "--batch", "--signal=TERM", "--state=RUNNING", job.id)
     return [*commands, ("timeout", str(_SIGNAL_LIMIT_S), *signal)]
