@@ -79,7 +79,7 @@ def test_a_job_is_begun_once(slurm: FakeSlurm, state: str) -> None:
 
 def test_a_job_whose_name_has_ended_is_begun_again(slurm: FakeSlurm) -> None:
     ended = a_line(JobID=5, State="FAILED", exit_code=256)
-    slurm.plan("squeue", ended, ended + a_line(JobID=8))
+    slurm.plan("squeue", ended, ended + a_line(JobID=8, Comment=OURS))
     slurm.plan("sbatch", "8\n")
     assert SlurmJobs(a_spec()).begin(REQUEST).status == "running"
 
@@ -90,6 +90,15 @@ def test_of_two_jobs_begun_at_once_the_first_stays(slurm: FakeSlurm) -> None:
     slurm.plan("sbatch", "8\n")
     assert SlurmJobs(a_spec()).begin(REQUEST).metadata["submission"] == "of-another"
     assert slurm.calls[-2:] == ["scontrol update JobId=8 Comment=withdrawn", "scancel 8"]
+
+
+@pytest.mark.parametrize("comment", ["(null)", "set by the site", "submission=of-another"])
+def test_a_site_that_changes_comments_is_refused(slurm: FakeSlurm, comment: str) -> None:
+    slurm.plan("squeue", "", a_line(Comment=comment))
+    slurm.plan("sbatch", "7\n")
+    error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
+    assert error.startswith(f"slurm:local: changes the comment of job {NAME}, by which launcher knows it, so ")
+    assert slurm.calls[-1] == "scancel 7"
 
 
 def test_a_job_that_was_withdrawn_is_not_seen(slurm: FakeSlurm) -> None:
@@ -300,7 +309,7 @@ def test_variables_of_other_jobs_and_of_a_user_change_nothing(
     foreign = ("SQUEUE_FORMAT", "SQUEUE_SORT", "SBATCH_PARTITION", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS", "SINFO_ALL")
     for name, value in {**kept, **dict.fromkeys(foreign, "x")}.items():
         monkeypatch.setenv(name, value)
-    slurm.plan("squeue", "", a_line())
+    slurm.plan("squeue", "", a_line(Comment=OURS))
     slurm.plan("sbatch", "7\n")
     SlurmJobs(a_spec(login)).begin(REQUEST)
     for_script, for_query = slurm.environment("sbatch"), slurm.environment("squeue")

@@ -107,10 +107,9 @@ class QueuedJob:
         return "run" in self.metadata and SUBMISSION in self.metadata
 
     @property
-    def array(self) -> tuple[str, int] | None:
-        """Slurm's number of its array, and its number in there; None: it is no task of an array."""
-        array, _, task = self.id.partition("_")
-        return (array, int(task)) if task else None
+    def task(self) -> str:
+        """Its number in its array; empty: it is no task of an array."""
+        return self.id.partition("_")[2]
 
     def as_job(self) -> Job:
         """Return the job as a scheduler reports it.
