@@ -107,18 +107,20 @@ class HandOver:
             places: What the workers reserve.
 
         Raises:
-            OvertakenError: Somebody else has submitted the run meanwhile, and nothing is written.
+            OvertakenError: Somebody else has submitted the run meanwhile, and nothing is left of this submission.
         """
         number = self._free_number(submission)
         job_id, submission_id = numbered(submission.job, number), make_id(number, submission.time)
-        self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
-        self._withdraw_replaced(number)
+        try:
+            self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
+            job = self._scheduler.read(job_id)  # perhaps its script, rendered before, was handed over meanwhile
+            if job is not None and job.status not in ENDED:
+                raise OvertakenError(job.id)
+            self._withdraw_replaced(number)
+        except BaseException:  # also Ctrl-C
+            self._run.submissions.withdraw(submission_id)
+            raise
         return self._request(job_id, submission_id, places)
-
-    def withdraw_unless_begun(self, request: JobRequest) -> None:
-        """Withdraw a submission that was offered, if the cluster answers that it has no job for it."""
-        if self._has_no_job(request.id):
-            self._run.submissions.withdraw(request.metadata["submission"])
 
     @contextmanager
     def may_run(self, job_id: str) -> Iterator[None]:
@@ -201,17 +203,18 @@ class HandOver:
         try:
             return self._begin(request)
         except ClusterError as error:
-            if not self._has_no_job(request.id):
+            if not self._has_no_job(request.id, submission_id):
                 raise
             self._run.submissions.withdraw(submission_id)  # so that a job which starts late ends
             raise NothingBegunError(f"{error}; no job has begun: correct that, or submit the run again") from error
 
-    def _has_no_job(self, job_id: str) -> bool:
-        """Return whether the cluster answers that it has no such job."""
+    def _has_no_job(self, job_id: str, submission_id: str) -> bool:
+        """Return whether the cluster answers that it has no job for a submission, or only one that is over."""
         try:
-            return self._scheduler.read(job_id) is None
+            job = self._scheduler.read(job_id)
         except ClusterError:
             return False
+        return job is None or (job.status in ENDED and not is_for(submission_id, job))
 
     def _begin(self, request: JobRequest) -> Job:
         """Start a job unless there is one of that name; return the job of that name."""

@@ -189,6 +189,20 @@ def test_a_job_that_slurm_refuses_leaves_no_submission(job, folder, queue):
     assert hand_over(job, folder, queue)["job"] == make_job_id(run_of(job).url, 0)
 
 
+def test_a_job_that_is_cancelled_for_it_is_not_this_one_leaves_no_submission(job, folder, queue, monkeypatch):
+    """Its comment, by which it would be known, is another than was asked for."""
+
+    def begin_and_cancel(request: JobRequest) -> Job:
+        queue.sbatch(replace(request, metadata={}))
+        queue.stop(request.id)
+        raise ClusterError(f"{WHERE}: changes the comment")
+
+    monkeypatch.setattr(queue, "begin", begin_and_cancel)
+    with pytest.raises(ClusterError, match="changes the comment; no job has begun"):
+        hand_over(job, folder, queue)
+    assert run_of(job).submissions.reports() == []
+
+
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, queue):
     queue.breaks = 1
     assert hand_over(job, folder, queue)["status"] == "submitted"
