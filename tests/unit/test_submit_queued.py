@@ -224,6 +224,19 @@ def away() -> Job | None:
     raise ClusterError(f"{WHERE}: nobody answers")
 
 
+def test_ctrl_c_while_its_submission_is_written_leaves_none(job, folder, queue, monkeypatch):
+    write = Submissions.write
+
+    def write_and_interrupt(submissions: Submissions, *args: Any) -> str:
+        write(submissions, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Submissions, "write", write_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hand_over(job, folder, queue)
+    assert (queue.requests, run_of(job).submissions.reports()) == ([], [])
+
+
 def test_ctrl_c_while_a_job_is_begun(job, folder, queue, monkeypatch):
     begin = queue.begin
 
