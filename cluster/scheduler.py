@@ -112,11 +112,13 @@ class ClusterReport:
         capacity: The nodes that are alive, and what the autoscaler may add.
         nodes: One report for each node that answered in time.
         silent: The addresses of the nodes that did not answer in time.
+        warnings: What is not as a user would expect it, and no reason not to submit.
     """
 
     capacity: Capacity
     nodes: tuple[NodeReport, ...]
     silent: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Scheduler(ABC):

@@ -158,6 +158,19 @@ def test_what_is_refused(asked: dict[str, object], error: str) -> None:
     assert the_error(**asked) == error
 
 
+@pytest.mark.parametrize(
+    ("mode", "max_requeues", "warns"), [("CANCEL", 9, True), ("CANCEL", 0, False), ("REQUEUE", 9, False)]
+)
+def test_a_partition_that_cancels_what_it_preempts(slurm: FakeSlurm, mode: str, max_requeues: int, warns: bool) -> None:
+    slurm.plan("scontrol", PARTITIONS.replace("State=UP", f"PreemptMode={mode} State=UP"))
+    spec = SlurmClusterSpec(partition="main", nodes=SlurmNodesSpec(cpus=4), max_requeues=max_requeues)
+    warnings = SlurmJobs(spec).inspect(Needs(store="s3://b", variables=(), check="")).warnings
+    assert list(warnings) == warns * [
+        "slurm:local: partition main cancels the jobs that it preempts (PreemptMode=CANCEL): such a job saves, and "
+        "does not start again by itself; submit the run again then"
+    ]
+
+
 def test_what_only_several_nodes_have_is_refused(slurm: FakeSlurm) -> None:
     slurm.plan("sinfo", REAL)
     assert the_error(cpus=128, gpus=4) == (

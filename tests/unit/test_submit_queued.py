@@ -132,6 +132,14 @@ def test_what_workers_get_follows_from_what_slurm_reports(job, folder, change, g
     assert queue.requests[1].places.resources.accelerator == "A100"
 
 
+def test_what_the_cluster_warns_of_is_shown(job, folder, queue):
+    queue.has = replace(queue.has, warnings=("preempted jobs do not come back",))
+    said, planned, job = Said(), Said(), changed(job, "workers.gpus=0")
+    hand_over(job, folder, queue, said)
+    plan_there(changed(job, "name=other"), folder, queue, SLURM, planned)
+    assert said.warnings == planned.warnings == ["preempted jobs do not come back"]
+
+
 REFUSALS = {
     "more workers than the partition holds": (
         ["workers.num=17"],

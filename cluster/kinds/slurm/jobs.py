@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 from cluster.errors import ClusterError, listed
 from cluster.kinds.slurm.array import is_for, mark_of, names_of, tasks_of
 from cluster.kinds.slurm.commands import Answer, SlurmCommands, query
-from cluster.kinds.slurm.partition import read_capacity
+from cluster.kinds.slurm.partition import read_partition
 from cluster.kinds.slurm.queue import FORMAT, SUBMISSION, WITHDRAWN, QueuedJob, jobs_from
 from cluster.kinds.slurm.script import array_name, comment_of, log_path, render, render_array
 from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, Scheduler
@@ -41,7 +41,7 @@ class SlurmJobs(Scheduler):
         self._known_folder = spec.folder
 
     def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # the nodes inspect themselves in the job
-        return ClusterReport(capacity=read_capacity(self._commands, self._spec), nodes=(), silent=())
+        return read_partition(self._commands, self._spec)
 
     def report(self, job_id: str) -> ClusterReport:
         raise ClusterError(
