@@ -112,11 +112,13 @@ class ClusterReport:
         capacity: The nodes that are alive, and what the autoscaler may add.
         nodes: One report for each node that answered in time.
         silent: The addresses of the nodes that did not answer in time.
+        warnings: What is not as a user would expect it, and no reason not to submit.
     """
 
     capacity: Capacity
     nodes: tuple[NodeReport, ...]
     silent: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Scheduler(ABC):
@@ -169,12 +171,17 @@ class Scheduler(ABC):
     def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
         """Start jobs as the tasks of one array, each with its number, except those that the cluster already has.
 
-        Either all of them start or none does.
+        Either all of them start or none does. If the answer to a call is lost, repeat the call.
 
         Returns:
             The jobs by their numbers.
         """
         raise ClusterError(f"{next(iter(requests.values())).id}: this kind of cluster has no arrays; submit each run")
+
+    def has_any(self, requests: Mapping[int, JobRequest]) -> bool:
+        """Return whether the cluster has any job that a call of ``begin_array`` has started for these requests."""
+        there = [(self.read(each.id), each) for each in requests.values()]
+        return any(job is not None and job.metadata == each.metadata for job, each in there)
 
     def array_script(self, requests: Mapping[int, JobRequest]) -> str:
         """Return the batch script that ``begin_array`` would hand over if the cluster had none of the jobs."""

@@ -159,7 +159,12 @@ class FakeQueue(FakeScheduler):
 
     def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
         self.arrays.append(dict(requests))
-        return {number: self.begin(request) for number, request in requests.items()}
+        breaks, self.breaks = self.breaks, 0
+        jobs = {number: self.begin(request) for number, request in requests.items()}
+        self.breaks = breaks - 1
+        if self.breaks >= 0:
+            raise ClusterError(f"{URL}: nobody answers")
+        return jobs
 
     def array_script(self, requests: Mapping[int, JobRequest]) -> str:
         if self.refusal:

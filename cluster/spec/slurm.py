@@ -1,7 +1,6 @@
 """The description of a Slurm cluster."""
 
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,9 +28,9 @@ _OWN_OPTIONS: Mapping[str, str] = {
 """Options of ``sbatch`` that a field stands for, with that field."""
 _WRITTEN_OPTIONS = (
     "--job-name", "--comment", "--output", "--error", "--open-mode", "--ntasks", "--ntasks-per-node", "--gpus",
-    "--no-kill", "--wrap", "--parsable", "--test-only", "--chdir",
+    "--no-kill", "--wrap", "--parsable", "--test-only", "--chdir", "--wait", "--clusters",
 )  # fmt: skip
-"""Options of ``sbatch`` that the script needs for itself, or that change what the script is."""
+"""Options of ``sbatch`` that the script needs for itself, or that change what the script is or who looks after it."""
 _LONGEST_SIGNAL_S = 65535
 """The longest time that ``sbatch --signal`` takes."""
 SIGNAL_MARGIN_S = 60
@@ -165,8 +164,13 @@ class SlurmClusterSpec:
 
     @property
     def address(self) -> str:
-        """The name of the cluster in submissions and messages."""
-        return f"slurm:{self.login or socket.gethostname()}"
+        """The name of the cluster in messages, and in submissions, which say by it which cluster to ask for their job.
+
+        It must not depend on the machine that asks, for a cluster has several login nodes. Clusters that are each used
+        from a login node of their own have the same name; as they know no jobs of each other, a run that moves between
+        them without ``login`` reads as one whose job is forgotten.
+        """
+        return f"slurm:{self.login or 'local'}"
 
     @property
     def node_groups(self) -> list[NodeGroup]:
@@ -228,4 +232,6 @@ class SlurmClusterSpec:
         if name in _OWN_OPTIONS:
             raise FieldError(key, f"{name} has a field of its own; write {_OWN_OPTIONS[name]}")
         if name in _WRITTEN_OPTIONS:
-            raise FieldError(key, f"must not be {name}, which the script decides")
+            raise FieldError(key, f"must not be {name}, which the launcher decides")
+        if full := [each for each in (*_OWN_OPTIONS, *_WRITTEN_OPTIONS) if each.startswith(name)]:
+            raise FieldError(key, f"must be the full name of an option; {name} may stand for {full[0]}")

@@ -54,7 +54,7 @@ def check_nodes(
         spec: The job; it decides which nodes could hold a worker.
         where: The name of the cluster in errors.
         own: The versions of this process.
-        warn: Receives a warning about nodes that did not report.
+        warn: Receives warnings about the cluster, and about nodes that did not report.
 
     Raises:
         ClusterError: No node answered; or versions differ, a variable is missing, or the store cannot be used.
@@ -74,6 +74,8 @@ def check_nodes(
             f"{where}: the store cannot be used from {listed(away, most=3)}; "
             "use one that every node reaches, such as s3://bucket/runs"
         )
+    for warning in report.warnings:
+        warn(warning)
     if report.silent:
         warn(f"{where}: no answer from {listed(report.silent)}; workers may be placed there all the same")
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cluster.capacity import Places
-from cluster.errors import ClusterError, Interrupted, LauncherError
+from cluster.errors import ClusterError, Interrupted, LauncherError, StorageError
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission, UnreadableSubmissionError, make_id
 from cluster.scheduler import ENDED, Job, JobRequest, Scheduler
@@ -87,13 +87,14 @@ class HandOver:
         number = self._free_number(submission)
         while True:
             job_id = numbered(submission.job, number)
-            submission_id = self._run.submissions.write(replace(submission, number=number, job=job_id))
             self._tell(f"beginning {job_id}")
+            with self._nothing_left(submission_id := make_id(number, submission.time)):
+                self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
             with self.may_run(job_id):
                 job = self._begin_or_withdraw(self._request(job_id, submission_id, places), submission_id)
-            if is_for(submission_id, job):
-                self._withdraw_replaced(number)
-                return job_id
+                if is_for(submission_id, job):
+                    self._withdraw_replaced(number)
+                    return job_id
             self._run.submissions.withdraw(submission_id)
             if self._is_of_somebody(job):
                 raise OvertakenError(job.id)
@@ -107,18 +108,17 @@ class HandOver:
             places: What the workers reserve.
 
         Raises:
-            OvertakenError: Somebody else has submitted the run meanwhile, and nothing is written.
+            OvertakenError: Somebody else has submitted the run meanwhile, and nothing is left of this submission.
         """
         number = self._free_number(submission)
         job_id, submission_id = numbered(submission.job, number), make_id(number, submission.time)
-        self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
-        self._withdraw_replaced(number)
+        with self._nothing_left(submission_id):
+            self._run.submissions.write(replace(submission, number=number, job=job_id), submission_id)
+            job = self._scheduler.read(job_id)  # perhaps its script, rendered before, was handed over meanwhile
+            if job is not None and job.status not in ENDED:
+                raise OvertakenError(job.id)
+            self._withdraw_replaced(number)
         return self._request(job_id, submission_id, places)
-
-    def withdraw_unless_begun(self, request: JobRequest) -> None:
-        """Withdraw a submission that was offered, if the cluster answers that it has no job for it."""
-        if self._has_no_job(request.id):
-            self._run.submissions.withdraw(request.metadata["submission"])
 
     @contextmanager
     def may_run(self, job_id: str) -> Iterator[None]:
@@ -145,6 +145,16 @@ class HandOver:
         except LauncherError as error:
             error.args = (f"{error}; job {job_id} may have begun, submit the run again to see",)
             error.document = {"job": job_id}
+            raise
+
+    @contextmanager
+    def _nothing_left(self, submission_id: str) -> Iterator[None]:
+        """Withdraw a submission, for which no job is begun yet, if the block that writes it fails."""
+        try:
+            yield
+        except BaseException:  # also Ctrl-C
+            with suppress(StorageError):
+                self._run.submissions.withdraw(submission_id)
             raise
 
     def _check_overtaken(self, below: float = math.inf) -> int:
@@ -201,17 +211,18 @@ class HandOver:
         try:
             return self._begin(request)
         except ClusterError as error:
-            if not self._has_no_job(request.id):
+            if not self._has_no_job(request.id, submission_id):
                 raise
             self._run.submissions.withdraw(submission_id)  # so that a job which starts late ends
             raise NothingBegunError(f"{error}; no job has begun: correct that, or submit the run again") from error
 
-    def _has_no_job(self, job_id: str) -> bool:
-        """Return whether the cluster answers that it has no such job."""
+    def _has_no_job(self, job_id: str, submission_id: str) -> bool:
+        """Return whether the cluster answers that it has no job for a submission, or only one that is over."""
         try:
-            return self._scheduler.read(job_id) is None
+            job = self._scheduler.read(job_id)
         except ClusterError:
             return False
+        return job is None or (job.status in ENDED and not is_for(submission_id, job))
 
     def _begin(self, request: JobRequest) -> Job:
         """Start a job unless there is one of that name; return the job of that name."""

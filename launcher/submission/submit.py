@@ -13,13 +13,14 @@ first submission that is written wins; the others see it and withdraw.
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, DescriptionError, LauncherError
+from cluster.errors import ClusterError, DescriptionError, Interrupted, LauncherError
 from cluster.inspection.store import inspect_cluster
 from cluster.run.run_directory import RunDirectory
-from cluster.scheduler import JobRequest, Scheduler
+from cluster.scheduler import Job, JobRequest, Scheduler
 from cluster.spec.kinds import JobsClusterSpec
 from cluster.versions import check_ray_version
 from launcher.code.packing import directory_in_code, pack_job
@@ -31,7 +32,7 @@ from launcher.planning.store_check import checked_store
 from launcher.runs.begin import run_directory
 from launcher.runs.environment import git_state
 from launcher.runs.found_description import find_description
-from launcher.submission.handover import ask_twice
+from launcher.submission.handover import OvertakenError, ask_twice, is_for
 from launcher.submission.submitting import NothingToDoError, PackedCode, Submitting, fit_there, variables_of
 
 
@@ -106,12 +107,24 @@ def submit_array(
     Raises:
         LauncherError: See ``submit``; no run is submitted then, unless the message says that a job may have started.
     """
-    with ExitStack() as offers:
-        documents, requests = _offer(offers, descriptions, folder, scheduler, place, display)
-        if requests:
-            display.phase(f"beginning {len(requests)} tasks of an array")
-            ask_twice(lambda: scheduler.begin_array(requests))
-    return documents
+    with ExitStack() as withdrawal:
+        array = _offer(withdrawal, descriptions, folder, scheduler, place, display)
+        if array.requests:
+            display.phase(f"beginning {len(array.requests)} tasks of an array")
+            try:
+                jobs = ask_twice(lambda: scheduler.begin_array(array.requests))
+            except BaseException as error:  # also Ctrl-C
+                if _has_none(scheduler, array.requests):
+                    raise
+                withdrawal.pop_all()
+                may_run = f"{str(error) or 'interrupted'}; jobs of the array may have begun, submit it again to see"
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(may_run) from error
+                error.args = (may_run,)
+                raise
+            array.note(jobs, display)
+        withdrawal.pop_all()
+    return array.documents()
 
 
 def render_array(
@@ -127,44 +140,75 @@ def render_array(
         ClusterError: No run needs a job; or see ``render``.
         LauncherError: See ``render``.
     """
-    with ExitStack() as offers:
-        documents, requests = _offer(offers, descriptions, folder, scheduler, place, display)
-        if not requests:
+    with ExitStack() as withdrawal:
+        array = _offer(withdrawal, descriptions, folder, scheduler, place, display)
+        if not array.requests:
             raise ClusterError(f"{place.address}: each run of the array has a job already, or is complete")
-        return {"runs": documents, "script": scheduler.array_script(requests)}
+        script = scheduler.array_script(array.requests)
+        withdrawal.pop_all()
+    return {"runs": array.documents(), "script": script}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Array:
+    """The runs of an array, by the numbers of their tasks.
+
+    Attributes:
+        runs: The submission of each.
+        requests: The requests for jobs, of the runs that need one.
+        job_ids: The name of each run's job; None: it needs none.
+    """
+
+    runs: dict[int, Submitting] = field(default_factory=dict)
+    requests: dict[int, JobRequest] = field(default_factory=dict)
+    job_ids: dict[int, str | None] = field(default_factory=dict)
+
+    def note(self, jobs: Mapping[int, Job], display: Progress) -> None:
+        """Withdraw the submissions of the runs that somebody else has submitted at the same time, and won."""
+        for number, request in self.requests.items():
+            if not is_for(request.metadata["submission"], jobs[number]):
+                self.runs[number].withdraw(request)
+                display.message(f"{self.runs[number].run.url}: {OvertakenError(jobs[number].id)}")
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Return the document of each run."""
+        return [submitting.result(self.job_ids[number]) for number, submitting in self.runs.items()]
 
 
 def _offer(
-    offers: ExitStack,
+    withdrawal: ExitStack,
     descriptions: Mapping[int, Description],
     folder: Path,
     scheduler: Scheduler,
     place: JobsClusterSpec,
     display: Progress,
-) -> tuple[list[dict[str, Any]], dict[int, JobRequest]]:
+) -> _Array:
     """Check the runs of an array, and write all that their jobs need.
 
     Args:
-        offers: Withdraws what was written if the block of this context fails.
+        withdrawal: Withdraws what was written when it is closed.
         descriptions, folder, scheduler, place, display: See ``submit_array``.
-
-    Returns:
-        The document of each run, and the requests for jobs by the numbers of their tasks.
     """
-    documents, requests = [], {}
+    array = _Array()
     for number, description in descriptions.items():
         run = run_directory(description)
         with _named_in_errors(run, place):
-            submitting = _submitting(run, description, folder, scheduler, place, display)
-            job_id = None
+            array.runs[number] = _submitting(run, description, folder, scheduler, place, display)
             try:
-                requests[number] = offers.enter_context(submitting.offered())
-                job_id = requests[number].id
-            except NothingToDoError as nothing:
+                array.requests[number] = array.runs[number].offer(withdrawal)
+                array.job_ids[number] = array.requests[number].id
+            except (NothingToDoError, OvertakenError) as nothing:
                 display.message(str(nothing))
-                job_id = nothing.job_id
-            documents.append(submitting.result(job_id))
-    return documents, requests
+                array.job_ids[number] = nothing.job_id
+    return array
+
+
+def _has_none(scheduler: Scheduler, requests: Mapping[int, JobRequest]) -> bool:
+    """Return whether the cluster answers that it has none of the jobs of an array."""
+    try:
+        return not scheduler.has_any(requests)
+    except ClusterError:
+        return False
 
 
 def submit_again(

@@ -1,13 +1,13 @@
 """One submission of a run: the checks on this machine and on the cluster, then one of the ways to hand it over."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cluster.capacity import Places
-from cluster.errors import ClusterError, DescriptionError, LauncherError
+from cluster.errors import ClusterError, DescriptionError
 from cluster.inspection.store import inspect_cluster, open_check
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
@@ -105,20 +105,22 @@ class Submitting:
 
     def render(self) -> dict[str, Any]:
         """Check, and write all that a job needs; return the document of ``launcher.submission.submit.render``."""
-        with self.offered() as request:
+        with ExitStack() as withdrawal:
+            request = self.offer(withdrawal)
             script = self.scheduler.script(request)
+            withdrawal.pop_all()
         return self.result(request.id) | {"script": script}
 
-    @contextmanager
-    def offered(self) -> Iterator[JobRequest]:
-        """Check, and write all that a job needs, which is started in the block; withdraw that if the block fails.
+    def offer(self, withdrawal: ExitStack) -> JobRequest:
+        """Check, and write all that a job needs, which is yet to be started; return the request for it.
 
-        Yields:
-            The request for the job.
+        Args:
+            withdrawal: Withdraws that when it is closed.
 
         Raises:
             DescriptionError: The cluster takes no scripts; or the description cannot run as written.
             NothingToDoError: A job of the run is there already, or the run is complete.
+            OvertakenError: Somebody else has submitted the run meanwhile.
             LauncherError: A check failed.
         """
         if self.scheduler.starts_at_once:
@@ -131,12 +133,13 @@ class Submitting:
             nothing.document = self.result(nothing.job_id)
             raise
         request = hand_over.offer(submission, self._places(plan))
+        withdrawal.callback(self.withdraw, request)
         self.display.message(f"prepared {one_line(self.description.spec, plan)}")
-        try:
-            yield request
-        except LauncherError:
-            hand_over.withdraw_unless_begun(request)
-            raise
+        return request
+
+    def withdraw(self, request: JobRequest) -> None:
+        """Withdraw what was offered, so that a job which starts for it all the same ends."""
+        self.run.submissions.withdraw(request.metadata["submission"])
 
     def _find_next(self) -> tuple[RunSnapshot, int]:
         """Return the state of the run, and the number of its next job.

@@ -130,8 +130,9 @@ class FakeSlurm:
 def a_line(**fields: object) -> str:
     """A line of squeue about a running job, with other values of some fields."""
     values: Mapping[str, object] = {
-        "JobID": 7, "State": "RUNNING", "Reason": "None", "StartTime": "2026-01-31T12:00:00", "exit_code": 0,
-        "RestartCnt": 0, "TimeUsed": "1:00:00", "NodeList": "n1", "Name": "digits-0", "Comment": "(null)", **fields,
+        "JobID": 7, "JobArrayID": fields.get("JobID", 7), "State": "RUNNING", "Reason": "None",
+        "StartTime": "2026-01-31T12:00:00", "exit_code": 0, "RestartCnt": 0, "TimeUsed": "1:00:00", "NodeList": "n1",
+        "Name": "digits-0", "Comment": "(null)", **fields,
     }  # fmt: skip
     widths = dict(each.split(":") for each in FORMAT.split(","))
     assert values.keys() == widths.keys()

@@ -1,12 +1,18 @@
 """An array: a run for each number, handed over together."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from cluster.capacity import Places
+from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
+from cluster.run.submissions import Submission
+from cluster.scheduler import Job, JobRequest
 from launcher.cli import main
 from launcher.submission import handover, submitting
 from tests.schedulers import FakeQueue
@@ -83,10 +89,74 @@ def test_an_answer_that_is_lost_may_have_begun_it(queue, store) -> None:
     queue.breaks = 2
     ended = launcher("submit", store)
     assert ended.exit_code == 5
-    assert waiting(store, 0), "its job is there"
-    assert waiting(store, 1) == []
+    assert "nobody answers; jobs of the array may have begun, submit it again to see" in ended.stderr
+    assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
     assert json.loads(launcher("submit", store, "--json").stdout)[0]["status"] == "submitted"
     assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("has_any", [True, False, None])
+def test_ctrl_c_while_it_is_begun_leaves_submissions_for_jobs_that_may_run(queue, store, monkeypatch, has_any) -> None:
+    """None: the cluster does not say whether it has any. The names of its jobs may be yet to come."""
+
+    def interrupt(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    def say(_: object) -> bool:
+        if has_any is None:
+            raise ClusterError("nobody answers")
+        return has_any
+
+    monkeypatch.setattr(queue, "begin_array", interrupt)
+    monkeypatch.setattr(queue, "has_any", say)
+    ended = launcher("submit", store)
+    assert ended.exit_code == 130
+    assert ("may have begun" in ended.stderr) == (has_any is not False)
+    assert [len(waiting(store, number)) for number in range(3)] == [int(has_any is not False)] * 3
+
+
+@pytest.mark.parametrize("verb", ["submit", "render"])
+def test_ctrl_c_while_one_is_tried_out_leaves_nothing(queue, store, monkeypatch, verb) -> None:
+    tried = [TRIED, TRIED]
+
+    def try_or_interrupt(*_: object) -> Any:
+        if not tried:
+            raise KeyboardInterrupt
+        return tried.pop()
+
+    monkeypatch.setattr(submitting, "try_job", try_or_interrupt)
+    assert launcher(verb, store).exit_code == 130
+    assert (tried, queue.arrays) == ([], [])
+    assert [waiting(store, number) for number in range(3)] == [[], [], []]
+
+
+def test_one_that_somebody_else_submits_meanwhile_is_left_to_them(queue, store, monkeypatch) -> None:
+    """Task 0 while the array is begun, so that their job has its name; task 1 while it is tried out."""
+    theirs, begin = {"run": "x", "submission": "theirs"}, queue.begin_array
+
+    def begin_later(requests: dict[int, JobRequest]) -> dict[int, Job]:
+        queue.sbatch(replace(requests[0], metadata=theirs))
+        return begin(requests)
+
+    offer = handover.HandOver.offer
+
+    def offer_or_lose(self: handover.HandOver, submission: Submission, places: Places) -> JobRequest:
+        if "digits-1-" in submission.job:
+            raise handover.OvertakenError(submission.job)
+        return offer(self, submission, places)
+
+    monkeypatch.setattr(queue, "begin_array", begin_later)
+    monkeypatch.setattr(handover.HandOver, "offer", offer_or_lose)
+    ended = launcher("submit", store, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert [*queue.arrays[0]] == [0, 2]
+    assert [len(waiting(store, number)) for number in range(3)] == [0, 0, 1]
+    documents = json.loads(ended.stdout)
+    assert [document["job"].rpartition("-")[0].rpartition("-")[0] for document in documents] == [
+        f"digits-{number}" for number in range(3)
+    ]
+    assert documents[2]["status"] == "submitted"
+    assert ended.stderr.count("the run was submitted by somebody else at the same time, as job digits-") == 2
 
 
 def test_its_script(queue, store) -> None:

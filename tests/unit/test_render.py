@@ -110,6 +110,24 @@ def test_a_second_one_replaces_the_first(job, folder, queue, monkeypatch):
     assert (ended.stderr, json.loads(ended.stdout)["error"]) == (f"error: {why}\n", why)
 
 
+@pytest.mark.parametrize("again", [rendered, submit])
+def test_one_that_is_handed_over_while_the_next_is_tried_out_stays(job, folder, queue, monkeypatch, again):
+    rendered(job, folder, queue)
+    first = submissions_of(job)
+
+    def try_later(*_: Any) -> Any:
+        queue.sbatch(queue.requests[0])
+        return TRIED
+
+    monkeypatch.setattr(submitting_module, "try_job", try_later)
+    if again is rendered:
+        with pytest.raises(OvertakenError, match="was submitted by somebody else at the same time, as job"):
+            rendered(job, folder, queue)
+    else:
+        assert submit(job, folder, queue, SLURM, Said())["job"] == queue.requests[0].id
+    assert submissions_of(job) == first
+
+
 def test_two_people_at_once_leave_each_other_alone(job, folder, queue, monkeypatch):
     """The job that begins first has the run."""
     write, others = Submissions.write, list[str]()

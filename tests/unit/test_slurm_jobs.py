@@ -26,7 +26,6 @@ NO_CONTROLLER = "Unable to contact slurm controller (connect failure)"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]:
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr(jobs, "render", lambda _, folder, request: f"#!/bin/bash\n# {folder}\n{request.command}\n")
     monkeypatch.setattr(jobs, "log_path", lambda folder, job_id: f"{folder}/{job_id}.log")
     with monkeypatch.context() as of_zone:
@@ -80,7 +79,7 @@ def test_a_job_is_begun_once(slurm: FakeSlurm, state: str) -> None:
 
 def test_a_job_whose_name_has_ended_is_begun_again(slurm: FakeSlurm) -> None:
     ended = a_line(JobID=5, State="FAILED", exit_code=256)
-    slurm.plan("squeue", ended, ended + a_line(JobID=8))
+    slurm.plan("squeue", ended, ended + a_line(JobID=8, Comment=OURS))
     slurm.plan("sbatch", "8\n")
     assert SlurmJobs(a_spec()).begin(REQUEST).status == "running"
 
@@ -91,6 +90,15 @@ def test_of_two_jobs_begun_at_once_the_first_stays(slurm: FakeSlurm) -> None:
     slurm.plan("sbatch", "8\n")
     assert SlurmJobs(a_spec()).begin(REQUEST).metadata["submission"] == "of-another"
     assert slurm.calls[-2:] == ["scontrol update JobId=8 Comment=withdrawn", "scancel 8"]
+
+
+@pytest.mark.parametrize("comment", ["(null)", "set by the site", "submission=of-another"])
+def test_a_site_that_changes_comments_is_refused(slurm: FakeSlurm, comment: str) -> None:
+    slurm.plan("squeue", "", a_line(Comment=comment))
+    slurm.plan("sbatch", "7\n")
+    error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
+    assert error.startswith(f"slurm:local: changes the comment of job {NAME}, by which launcher knows it, so ")
+    assert slurm.calls[-1] == "scancel 7"
 
 
 def test_a_job_that_was_withdrawn_is_not_seen(slurm: FakeSlurm) -> None:
@@ -163,7 +171,7 @@ def test_a_job_that_was_cancelled_before_it_began(slurm: FakeSlurm) -> None:
 def test_a_state_that_is_not_known_is_named(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", a_line(State="DREAMING"))
     error = the_error(lambda: SlurmJobs(a_spec()).read(NAME))
-    assert error.startswith("slurm:here: job 7 (digits-0) is 'DREAMING', which is no state")
+    assert error.startswith("slurm:local: job 7 (digits-0) is 'DREAMING', which is no state")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +225,16 @@ def test_a_job_that_waits_is_cancelled_and_one_that_runs_is_told(slurm: FakeSlur
     ]
 
 
+def test_a_task_of_an_array_is_stopped_alone(slurm: FakeSlurm) -> None:
+    """The number of one of its tasks is that of the array, and would stop all of them."""
+    slurm.plan("squeue", a_line(JobArrayID="7_2", TimeUsed="0:00"))
+    SlurmJobs(a_spec()).stop(NAME)
+    stops = [call for call in slurm.calls if not call.startswith("squeue")]
+    assert {stop.split()[-1] for stop in stops} == {"Requeue=0", "7_2"}
+    assert stops[0] == "scontrol update JobId=7_2 Requeue=0"
+    assert all("--array" in call for call in slurm.calls if call.startswith("squeue"))
+
+
 def test_a_job_that_starts_while_it_is_stopped_is_cancelled(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", a_line(State="PENDING", TimeUsed="0:00"), a_line(TimeUsed="0:01"))
     SlurmJobs(a_spec()).stop(NAME)
@@ -245,7 +263,7 @@ def test_a_job_of_another_user_is_not_stopped(slurm: FakeSlurm) -> None:
     slurm.plan("scancel", "", error=f"scancel: error: {denied}\n", code=210)
     slurm.plan("scontrol", "", error="Access/permission denied for job 7\n", code=1)
     error = the_error(lambda: SlurmJobs(a_spec()).stop(NAME))
-    assert error == f"slurm:here: does not stop job {NAME}: {denied}"
+    assert error == f"slurm:local: does not stop job {NAME}: {denied}"
 
 
 def test_the_log_of_a_job(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +309,7 @@ def test_variables_of_other_jobs_and_of_a_user_change_nothing(
     foreign = ("SQUEUE_FORMAT", "SQUEUE_SORT", "SBATCH_PARTITION", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS", "SINFO_ALL")
     for name, value in {**kept, **dict.fromkeys(foreign, "x")}.items():
         monkeypatch.setenv(name, value)
-    slurm.plan("squeue", "", a_line())
+    slurm.plan("squeue", "", a_line(Comment=OURS))
     slurm.plan("sbatch", "7\n")
     SlurmJobs(a_spec(login)).begin(REQUEST)
     for_script, for_query = slurm.environment("sbatch"), slurm.environment("squeue")
@@ -326,7 +344,7 @@ def test_commands_run_one_after_the_other_and_their_answers_stay_apart(slurm: Fa
 def test_what_slurm_refuses(slurm: FakeSlurm, said: str, code: int, words: str) -> None:
     slurm.plan("sbatch", "", error=said, code=code)
     error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
-    assert error == f"slurm:here: does not take job {NAME}: {words}"
+    assert error == f"slurm:local: does not take job {NAME}: {words}"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +368,7 @@ def test_a_login_node_that_cannot_be_reached(slurm: FakeSlurm, error: str, says:
 @pytest.mark.parametrize("login", [None, "me@login"])
 def test_a_controller_that_does_not_answer(slurm: FakeSlurm, login: str | None) -> None:
     slurm.plan("squeue", "", error=f"slurm_load_jobs error: {NO_CONTROLLER}\n", code=1)
-    where = "here" if login is None else login
+    where = "local" if login is None else login
     for call in (SlurmJobs(a_spec(login)).jobs, lambda: SlurmJobs(a_spec(login)).read(NAME)):
         says = f"slurm:{where}: its controller does not answer squeue: {NO_CONTROLLER}; try again in some minutes"
         assert the_error(call).startswith(says)
@@ -359,7 +377,7 @@ def test_a_controller_that_does_not_answer(slurm: FakeSlurm, login: str | None) 
 @pytest.mark.parametrize(
     ("login", "says"),
     [
-        (None, "slurm:here: there is no squeue on this machine; is it a login node of a Slurm cluster? Give one as"),
+        (None, "slurm:local: there is no squeue on this machine; is it a login node of a Slurm cluster? Give one as"),
         ("login", "slurm:login: there is no squeue on the PATH of a login shell there; give the login node"),
     ],
 )
@@ -390,7 +408,7 @@ def test_a_command_that_hangs_is_ended(slurm: FakeSlurm, monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_made(slurm: FakeSlurm) -> None:
     (slurm.home / ".launcher").write_text("a file")
     error = the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
-    assert error.startswith("slurm:here: cannot make the folder .launcher/slurm, see cluster.folder: ")
+    assert error.startswith("slurm:local: cannot make the folder .launcher/slurm, see cluster.folder: ")
 
 
 @pytest.mark.parametrize("said", ["", "Submitted batch job 7\n"])

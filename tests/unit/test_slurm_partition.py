@@ -34,7 +34,6 @@ gpu01|mixed|64|515000|gpu:a100:4(S:0-1)|a100,nvlink
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
     fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
     fake.plan("scontrol", PARTITIONS)
     fake.plan("sinfo", RECORDED)
@@ -129,7 +128,7 @@ def test_a_limit_of_time() -> None:
     assert names_of(partition="short", time="1-12", qos="long")
     assert names_of(time="365-0")
     assert the_error(partition="short", time="1-12") == (
-        "slurm:here: partition short: gives a job at most 1-00:00:00, and cluster.time is 1-12; write at most "
+        "slurm:local: partition short: gives a job at most 1-00:00:00, and cluster.time is 1-12; write at most "
         '"1-00:00:00": the job saves, requeues itself and goes on'
     )
 
@@ -137,20 +136,20 @@ def test_a_limit_of_time() -> None:
 @pytest.mark.parametrize(
     ("asked", "error"),
     [
-        ({"partition": "shot"}, "slurm:here: has no partition 'shot' (did you mean 'short'?); cluster.partition must "
+        ({"partition": "shot"}, "slurm:local: has no partition 'shot' (did you mean 'short'?); cluster.partition must "
          "be one of main, off, short"),
-        ({"partition": "off"}, "slurm:here: partition off is inactive and starts no jobs; ask its administrators, or "
+        ({"partition": "off"}, "slurm:local: partition off is inactive and starts no jobs; ask its administrators, or "
          "use another"),
-        ({"partition": "short", "cpus": 8}, "slurm:here: partition short: gives a job at most 6 CPU of a node, and "
+        ({"partition": "short", "cpus": 8}, "slurm:local: partition short: gives a job at most 6 CPU of a node, and "
          "cluster.nodes.cpus is 8; write at most 6"),
-        ({"cpus": 9}, "slurm:here: partition main: no node has 9 CPU (cluster.nodes.cpus); it has 3 nodes with 8 CPU, "
+        ({"cpus": 9}, "slurm:local: partition main: no node has 9 CPU (cluster.nodes.cpus); it has 3 nodes with 8 CPU, "
          "4 GPU (fake), 15.62 GB"),
-        ({"gpus": 8}, "slurm:here: partition main: no node has 8 GPU (cluster.nodes.gpus); it has 3 nodes with 8 CPU, "
+        ({"gpus": 8}, "slurm:local: partition main: no node has 8 GPU (cluster.nodes.gpus); it has 3 nodes with 8 CPU, "
          "4 GPU (fake), 15.62 GB"),
-        ({"gpus": 1, "gpu_type": "h100", "memory_gb": 99}, "slurm:here: partition main: no node has 1 GPU of type "
+        ({"gpus": 1, "gpu_type": "h100", "memory_gb": 99}, "slurm:local: partition main: no node has 1 GPU of type "
          "h100 (cluster.nodes.gpus), 99 GB (cluster.nodes.memory_gb); it has 3 nodes with 8 CPU, 4 GPU (fake), "
          "15.62 GB"),
-        ({"constraint": "h100"}, "slurm:here: partition main: no node has the feature h100 (cluster.constraint); it "
+        ({"constraint": "h100"}, "slurm:local: partition main: no node has the feature h100 (cluster.constraint); it "
          "has 3 nodes with 8 CPU, 4 GPU (fake), 15.62 GB"),
     ],
 )  # fmt: skip
@@ -159,10 +158,23 @@ def test_what_is_refused(asked: dict[str, object], error: str) -> None:
     assert the_error(**asked) == error
 
 
+@pytest.mark.parametrize(
+    ("mode", "max_requeues", "warns"), [("CANCEL", 9, True), ("CANCEL", 0, False), ("REQUEUE", 9, False)]
+)
+def test_a_partition_that_cancels_what_it_preempts(slurm: FakeSlurm, mode: str, max_requeues: int, warns: bool) -> None:
+    slurm.plan("scontrol", PARTITIONS.replace("State=UP", f"PreemptMode={mode} State=UP"))
+    spec = SlurmClusterSpec(partition="main", nodes=SlurmNodesSpec(cpus=4), max_requeues=max_requeues)
+    warnings = SlurmJobs(spec).inspect(Needs(store="s3://b", variables=(), check="")).warnings
+    assert list(warnings) == warns * [
+        "slurm:local: partition main cancels the jobs that it preempts (PreemptMode=CANCEL): such a job saves, and "
+        "does not start again by itself; submit the run again then"
+    ]
+
+
 def test_what_only_several_nodes_have_is_refused(slurm: FakeSlurm) -> None:
     slurm.plan("sinfo", REAL)
     assert the_error(cpus=128, gpus=4) == (
-        "slurm:here: partition main: no node has 128 CPU (cluster.nodes.cpus) and 4 GPU (cluster.nodes.gpus); it has "
+        "slurm:local: partition main: no node has 128 CPU (cluster.nodes.cpus) and 4 GPU (cluster.nodes.gpus); it has "
         "4 nodes with 64 CPU, 4 GPU (a100), 502.9 GB, 1 node with 48 CPU, 2 GPU (v100), 2 GPU (a100), 251 GB, "
         "1 node with 128 CPU, 1007 GB"
     )
@@ -173,7 +185,7 @@ def test_nodes_that_are_all_down_are_named(slurm: FakeSlurm) -> None:
         "sinfo", "n1|drained|8|16000|(null)|(null)\nn2|down*|8|16000|(null)|(null)\nn3|idle|1|16000|(null)|(null)\n"
     )
     assert the_error(cpus=8) == (
-        "slurm:here: partition main: the nodes that have what a job takes of each get no jobs now: n1 (drained), "
+        "slurm:local: partition main: the nodes that have what a job takes of each get no jobs now: n1 (drained), "
         "n2 (down*); see `sinfo -R` there for the reasons"
     )
 
@@ -191,4 +203,4 @@ def test_an_answer_of_another_form(slurm: FakeSlurm, text: str) -> None:
 
 def test_an_answer_that_is_refused(slurm: FakeSlurm) -> None:
     slurm.plan("sinfo", "", error="sinfo: error: Invalid user id\n", code=1)
-    assert the_error() == "slurm:here: does not say which nodes there are: Invalid user id"
+    assert the_error() == "slurm:local: does not say which nodes there are: Invalid user id"

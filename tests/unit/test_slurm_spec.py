@@ -30,6 +30,14 @@ def test_the_least_that_it_needs(read) -> None:
     assert spec.nodes.resources == {"CPU": 8, "GPU": 0.0}
 
 
+def test_its_name_is_the_same_on_all_its_login_nodes(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for host in ("login1", "login2"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        names.add(read(LEAST).address)
+    assert names == {"slurm:local"}
+
+
 def test_a_cluster_file_of_ten_lines(read) -> None:
     spec = read(
         "kind: slurm\nlogin: me@login.uni.edu\npartition: gpu\naccount: vision\n"
@@ -80,7 +88,10 @@ def test_an_array(read, array: str, numbers: tuple[int, ...], limit: int | None)
         ("options=[-N2]", r"options\[0\] must be --NAME or --NAME=VALUE"),
         ("options=[--partition=x]", r"options\[0\] --partition has a field of its own; write partition"),
         ("options=[--gres=gpu:4]", r"options\[0\] --gres has a field of its own; write nodes.gpus"),
-        ("options=[--output=x]", r"options\[0\] must not be --output, which the script decides"),
+        ("options=[--output=x]", r"options\[0\] must not be --output, which the launcher decides"),
+        ("options=[--wait]", r"options\[0\] must not be --wait, which the launcher decides"),
+        ("options=[--clusters=x]", r"options\[0\] must not be --clusters, which the launcher decides"),
+        ("options=[--cluster=x]", r"options\[0\] must be the full name of an option; --cluster may stand for --clust"),
     ],
 )
 def test_what_is_wrong_with_one(read, change: str, error: str) -> None:

@@ -132,6 +132,14 @@ def test_what_workers_get_follows_from_what_slurm_reports(job, folder, change, g
     assert queue.requests[1].places.resources.accelerator == "A100"
 
 
+def test_what_the_cluster_warns_of_is_shown(job, folder, queue):
+    queue.has = replace(queue.has, warnings=("preempted jobs do not come back",))
+    said, planned, job = Said(), Said(), changed(job, "workers.gpus=0")
+    hand_over(job, folder, queue, said)
+    plan_there(changed(job, "name=other"), folder, queue, SLURM, planned)
+    assert said.warnings == planned.warnings == ["preempted jobs do not come back"]
+
+
 REFUSALS = {
     "more workers than the partition holds": (
         ["workers.num=17"],
@@ -189,6 +197,20 @@ def test_a_job_that_slurm_refuses_leaves_no_submission(job, folder, queue):
     assert hand_over(job, folder, queue)["job"] == make_job_id(run_of(job).url, 0)
 
 
+def test_a_job_that_is_cancelled_for_it_is_not_this_one_leaves_no_submission(job, folder, queue, monkeypatch):
+    """Its comment, by which it would be known, is another than was asked for."""
+
+    def begin_and_cancel(request: JobRequest) -> Job:
+        queue.sbatch(replace(request, metadata={}))
+        queue.stop(request.id)
+        raise ClusterError(f"{WHERE}: changes the comment")
+
+    monkeypatch.setattr(queue, "begin", begin_and_cancel)
+    with pytest.raises(ClusterError, match="changes the comment; no job has begun"):
+        hand_over(job, folder, queue)
+    assert run_of(job).submissions.reports() == []
+
+
 def test_an_answer_that_is_lost_is_asked_for_again(job, folder, queue):
     queue.breaks = 1
     assert hand_over(job, folder, queue)["status"] == "submitted"
@@ -208,6 +230,19 @@ def test_a_login_host_that_goes_away_while_a_job_is_begun(job, folder, queue, mo
 
 def away() -> Job | None:
     raise ClusterError(f"{WHERE}: nobody answers")
+
+
+def test_ctrl_c_while_its_submission_is_written_leaves_none(job, folder, queue, monkeypatch):
+    write = Submissions.write
+
+    def write_and_interrupt(submissions: Submissions, *args: Any) -> str:
+        write(submissions, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Submissions, "write", write_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hand_over(job, folder, queue)
+    assert (queue.requests, run_of(job).submissions.reports()) == ([], [])
 
 
 def test_ctrl_c_while_a_job_is_begun(job, folder, queue, monkeypatch):

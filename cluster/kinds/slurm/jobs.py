@@ -8,10 +8,12 @@ run one after the other, and holds the job's metadata as its comment. This modul
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
+from urllib.parse import urlencode
 
 from cluster.errors import ClusterError, listed
+from cluster.kinds.slurm.array import is_for, mark_of, names_of, tasks_of
 from cluster.kinds.slurm.commands import Answer, SlurmCommands, query
-from cluster.kinds.slurm.partition import read_capacity
+from cluster.kinds.slurm.partition import read_partition
 from cluster.kinds.slurm.queue import FORMAT, SUBMISSION, WITHDRAWN, QueuedJob, jobs_from
 from cluster.kinds.slurm.script import array_name, comment_of, log_path, render, render_array
 from cluster.scheduler import ClusterReport, Job, JobRequest, Needs, Scheduler
@@ -19,7 +21,8 @@ from cluster.spec.slurm import SlurmClusterSpec
 
 _FOLDER = ".launcher/slurm"
 """In the home folder."""
-_SQUEUE = ("squeue", "--noheader", "--all", "--states=all", f"--Format={FORMAT}")
+_SQUEUE = ("squeue", "--noheader", "--all", "--array", "--states=all", f"--Format={FORMAT}")
+"""``--array``: a line for each task, also of those that are one job until the first of them changes or starts."""
 _SIGNAL_LIMIT_S = 20
 """``scancel`` asks again for 95 s if a job cannot take a signal yet, or no more."""
 _YOUNG_S = 10.0
@@ -38,7 +41,7 @@ class SlurmJobs(Scheduler):
         self._known_folder = spec.folder
 
     def inspect(self, needs: Needs) -> ClusterReport:  # noqa: ARG002  # the nodes inspect themselves in the job
-        return ClusterReport(capacity=read_capacity(self._commands, self._spec), nodes=(), silent=())
+        return read_partition(self._commands, self._spec)
 
     def report(self, job_id: str) -> ClusterReport:
         raise ClusterError(
@@ -52,7 +55,7 @@ class SlurmJobs(Scheduler):
         Of several jobs that were submitted at the same time, the first stays. No second one has started meanwhile:
         jobs of the same name wait for each other.
         """
-        folder, known = self._prepare(request.id)
+        folder, known = self._prepare(request.id, request.id)
         alive = _first_alive(known)
         if alive is not None:
             return self._job(alive)
@@ -70,6 +73,8 @@ class SlurmJobs(Scheduler):
             raise ClusterError(
                 f"{self._spec.address}: took job {request.id} as {number}, and does not list it; look at squeue there"
             )
+        if not is_for(own, request):
+            raise self._changed(request.id, number)
         return self._job(own)
 
     def begin_array(self, requests: Mapping[int, JobRequest]) -> dict[int, Job]:
@@ -78,18 +83,31 @@ class SlurmJobs(Scheduler):
         Each task gets the name and the comment of its job at once, so that it is found while it waits; the script gives
         them once more, for an array that a person submits.
         """
-        folder, _ = self._prepare(array_name(requests))
-        due = {number: each for number, each in requests.items() if _first_alive(self._named(each.id)) is None}
-        if due:
-            (submitted,) = self._commands.ask(("sbatch", "--parsable"), stdin=render_array(self._spec, folder, due))
-            array = self._number(submitted, array_name(requests))
-            renames = [_rename(f"{array}_{task}", request) for task, request in due.items()]
-            self._commands.ask(*renames)  # one that has ended already cannot be changed
-        jobs = {number: self.read(request.id) for number, request in requests.items()}
-        lost = [requests[number].id for number, job in jobs.items() if job is None]
-        if lost:
+        name, names, mark = array_name(requests), names_of(requests), mark_of(requests)
+        folder, known = self._prepare(name, *names)
+        there = tasks_of(known, requests)
+        if due := {number: each for number, each in requests.items() if number not in there}:
+            sbatch = ("sbatch", "--parsable", f"--job-name={name}", f"--comment={urlencode(mark)}")
+            script = render_array(self._spec, folder, due)
+            submitted, answer = self._commands.ask(sbatch, self._squeue(*names), stdin=script)
+            array = self._number(submitted, name)
+            known = self._listed(answer, *names)
+            if any(job.name == name and job.id.startswith(f"{array}_") and job.metadata != mark for job in known):
+                raise self._changed(name, array)
+            there = tasks_of(known, requests)
+        if nameless := {number: job for number, job in there.items() if job.name == name}:
+            renames = [_rename(job.id, requests[number]) for number, job in nameless.items()]
+            *_, answer = self._commands.ask(*renames, self._squeue(*names))  # one that has ended keeps its name
+            there = tasks_of(self._listed(answer, *names), requests)
+        if lost := [each.id for number, each in requests.items() if number not in there or there[number].name == name]:
             raise ClusterError(f"{self._spec.address}: took {listed(lost)}, and does not list it; look at squeue there")
-        return {number: job for number, job in jobs.items() if job is not None}
+        return {number: self._job(job) for number, job in there.items()}
+
+    def has_any(self, requests: Mapping[int, JobRequest]) -> bool:
+        names, mark = names_of(requests), mark_of(requests)
+        (answer,) = self._commands.ask(self._squeue(*names))
+        there = tasks_of(self._listed(answer, *names), requests)
+        return any(job.metadata == mark or is_for(job, requests[number]) for number, job in there.items())
 
     def array_script(self, requests: Mapping[int, JobRequest]) -> str:
         """Return the script, and make the folder of the logs.
@@ -97,7 +115,8 @@ class SlurmJobs(Scheduler):
         Raises:
             ClusterError: As for every method.
         """
-        return render_array(self._spec, self._prepare(array_name(requests))[0], requests)
+        name = array_name(requests)
+        return render_array(self._spec, self._prepare(name, name)[0], requests)
 
     def script(self, request: JobRequest) -> str:
         """Return the script, and make the folder of the job's log, which ``sbatch`` does not make.
@@ -105,7 +124,7 @@ class SlurmJobs(Scheduler):
         Raises:
             ClusterError: As for every method.
         """
-        return render(self._spec, self._prepare(request.id)[0], request)
+        return render(self._spec, self._prepare(request.id, request.id)[0], request)
 
     def read(self, job_id: str) -> Job | None:
         jobs = self._named(job_id)
@@ -117,7 +136,7 @@ class SlurmJobs(Scheduler):
         pattern = f"/{SUBMISSION}=/s/ *$//p"
         filtered = f"{shlex.join(_SQUEUE)} | sed -n {shlex.quote(pattern)}"
         (answer,) = self._commands.ask(query("bash", "-o", "pipefail", "-c", filtered))
-        return [self._job(job) for job in self._listed(answer, None) if job.is_ours]
+        return [self._job(job) for job in self._listed(answer) if job.is_ours]
 
     def stop(self, job_id: str) -> None:
         """End what waits, and send SIGTERM to the script of what runs, and to nothing else of it.
@@ -135,7 +154,7 @@ class SlurmJobs(Scheduler):
         refused = [answer for answer, command in zip(answers, commands) if answer.code and "scancel" in command]
         missed = [job for job in left if job.used_s < _YOUNG_S]
         if missed:
-            again = self._commands.ask(*(("scancel", str(job.number)) for job in missed))
+            again = self._commands.ask(*(("scancel", job.id) for job in missed))
             refused = [answer for answer in again if answer.code]
         if refused and left:
             raise self._commands.refused(f"does not stop job {job_id}", refused[0])
@@ -175,31 +194,39 @@ class SlurmJobs(Scheduler):
         """The folder of the jobs' logs, for commands, which run in the home folder."""
         return self._spec.folder or _FOLDER
 
-    def _prepare(self, job_id: str) -> tuple[str, list[QueuedJob]]:
-        """Make the folder for a job's log; return the folder of all logs, and the jobs of this name, oldest first."""
+    def _changed(self, job_id: str, number: str) -> ClusterError:
+        """Cancel a job that has another comment than it was submitted with; return the error."""
+        self._commands.ask(("scancel", number))
+        return ClusterError(
+            f"{self._spec.address}: changes the comment of job {job_id}, by which launcher knows it, so the job is "
+            "cancelled; ask the administrators not to change --comment, or use another cluster"
+        )
+
+    def _prepare(self, job_id: str, *names: str) -> tuple[str, list[QueuedJob]]:
+        """Make the folder for a job's log; return the folder of all logs, and the jobs of these names, oldest first."""
         folder = str(PurePosixPath(log_path(self._relative_folder, job_id)).parent)
         home, made, listed = self._commands.ask(
-            ("printenv", "HOME"), ("mkdir", "-p", "-m", "700", "--", folder), self._squeue(job_id)
+            ("printenv", "HOME"), ("mkdir", "-p", "-m", "700", "--", folder), self._squeue(*names)
         )
         if made.code:
             raise self._commands.refused(f"cannot make the folder {folder}, see cluster.folder", made)
-        return self._spec.folder or f"{home.text.strip()}/{_FOLDER}", self._listed(listed, job_id)
+        return self._spec.folder or f"{home.text.strip()}/{_FOLDER}", self._listed(listed, *names)
 
     @staticmethod
-    def _squeue(job_id: str) -> tuple[str, ...]:
-        return query(*_SQUEUE, f"--name={job_id}")
+    def _squeue(*names: str) -> tuple[str, ...]:
+        return query(*_SQUEUE, f"--name={','.join(names)}")
 
     def _named(self, job_id: str) -> list[QueuedJob]:
         """Return the jobs of a name, the oldest first."""
         (answer,) = self._commands.ask(self._squeue(job_id))
         return self._listed(answer, job_id)
 
-    def _listed(self, answer: Answer, name: str | None) -> list[QueuedJob]:
-        """Return the jobs in an answer of squeue, the oldest first; those of a name, if one is given."""
+    def _listed(self, answer: Answer, *names: str) -> list[QueuedJob]:
+        """Return the jobs in an answer of squeue, the oldest first; those of some names, if any are given."""
         if answer.code:
             raise self._commands.refused("does not say which jobs there are", answer)
         try:
-            return [job for job in jobs_from(answer.text) if name in (None, job.name)]
+            return [job for job in jobs_from(answer.text) if not names or job.name in names]
         except ValueError as error:
             raise ClusterError(f"{self._spec.address}: {error}; use a version of launcher for its Slurm") from error
 
@@ -221,12 +248,11 @@ def _rename(task: str, request: JobRequest) -> tuple[str, ...]:
 
 def _stop_commands(job: QueuedJob) -> list[tuple[str, ...]]:
     """Return the commands that stop a job, whatever state it is in when they arrive."""
-    number = str(job.number)
     commands: list[tuple[str, ...]] = [
-        ("scontrol", "update", f"JobId={number}", "Requeue=0"),
-        ("scancel", "--state=PENDING", number),  # also a job that has just requeued itself, and is COMPLETING
+        ("scontrol", "update", f"JobId={job.id}", "Requeue=0"),
+        ("scancel", "--state=PENDING", job.id),  # also a job that has just requeued itself, and is COMPLETING
     ]
     if job.state in ("CONFIGURING", "SUSPENDED"):  # a signal waits until its nodes are there
-        return [*commands, ("scancel", number)]
-    signal = ("scancel", "--batch", "--signal=TERM", "--state=RUNNING", number)
+        return [*commands, ("scancel", job.id)]
+    signal = ("scancel", "--batch", "--signal=TERM", "--state=RUNNING", job.id)
     return [*commands, ("timeout", str(_SIGNAL_LIMIT_S), *signal)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from cluster.capacity import Capacity, Node
 from cluster.errors import ClusterError, listed, nearest
 from cluster.kinds.slurm.commands import SlurmCommands, query
+from cluster.scheduler import ClusterReport
 from cluster.spec.durations import seconds_from
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
@@ -66,8 +67,8 @@ class SlurmNode:
         return sum(self.gpus.values()) if kind is None else self.gpus.get(kind, 0)
 
 
-def read_capacity(commands: SlurmCommands, spec: SlurmClusterSpec) -> Capacity:
-    """Ask a cluster what its partition has, and return the nodes that a job can get, with what it takes of each.
+def read_partition(commands: SlurmCommands, spec: SlurmClusterSpec) -> ClusterReport:
+    """Ask a cluster what its partition has, and report the nodes that a job can get, with what it takes of each.
 
     What other jobs have reserved counts as free: a job waits for its nodes, and has all of it then.
 
@@ -86,9 +87,11 @@ def read_capacity(commands: SlurmCommands, spec: SlurmClusterSpec) -> Capacity:
             raise commands.refused("does not say which nodes there are", answer)
     excluded = frozenset(answers[2].text.split()) if spec.exclude is not None else frozenset()
     try:
-        return capacity_of(spec, nodes_from(answers[0].text), partitions_from(answers[1].text), excluded)
+        nodes, partitions = nodes_from(answers[0].text), partitions_from(answers[1].text)
+        capacity = capacity_of(spec, nodes, partitions, excluded)
     except ValueError as error:
         raise ClusterError(f"{spec.address}: {error}; use a version of launcher for its Slurm") from error
+    return ClusterReport(capacity=capacity, nodes=(), silent=(), warnings=_warnings(spec, partitions[spec.partition]))
 
 
 def capacity_of(
@@ -199,6 +202,15 @@ def _check_limits(spec: SlurmClusterSpec, partition: Mapping[str, str], where: s
             f'{where}: gives a job at most {longest}, and cluster.time is {spec.time}; write at most "{longest}": the '
             "job saves, requeues itself and goes on"
         )
+
+
+def _warnings(spec: SlurmClusterSpec, partition: Mapping[str, str]) -> tuple[str, ...]:
+    if spec.max_requeues == 0 or "CANCEL" not in partition.get("PreemptMode", ""):
+        return ()
+    return (
+        f"{spec.address}: partition {spec.partition} cancels the jobs that it preempts (PreemptMode=CANCEL): such a "
+        "job saves, and does not start again by itself; submit the run again then",
+    )
 
 
 def _fitting(spec: SlurmClusterSpec, nodes: Sequence[SlurmNode], where: str) -> list[SlurmNode]:

@@ -15,15 +15,15 @@ from cluster.scheduler import Job, JobStatus
 from cluster.spec.durations import seconds_from
 
 _WIDTHS: Mapping[str, int] = {
-    "JobID": 24, "State": 24, "Reason": 128, "StartTime": 32, "exit_code": 16, "RestartCnt": 16, "TimeUsed": 24,
-    "NodeList": 64, "Name": 256, "Comment": 1100,
+    "JobID": 24, "JobArrayID": 32, "State": 24, "Reason": 128, "StartTime": 32, "exit_code": 16, "RestartCnt": 16,
+    "TimeUsed": 24, "NodeList": 64, "Name": 256, "Comment": 1100,
 }  # fmt: skip
 """The fields that are asked for, and their width: Slurm cuts longer ones, and a comment has at most 1024 characters.
 
 ``RestartCnt`` and ``exit_code`` are only in ``--Format``, and ``--json`` has another schema in each release.
 """
 FORMAT = ",".join(f"{name}:{width}" for name, width in _WIDTHS.items())
-"""For ``squeue --Format``."""
+"""For ``squeue --array --Format``."""
 
 _STATUSES: Mapping[str, JobStatus] = {
     "PENDING": "pending", "CONFIGURING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending",
@@ -71,7 +71,8 @@ class QueuedJob:
     """A job as Slurm knows it.
 
     Attributes:
-        number: Slurm's id; that of an array stands for all of its tasks that have not started.
+        number: Slurm's number. One task of an array has that of the array, and so have all that are still one job.
+        id: What Slurm's commands take for this job alone: the number, or ``ARRAY_TASK``.
         name: Its name, which is the id that it was requested with. Several jobs may have one name.
         state: Slurm's word.
         reason: Slurm's word for why it is in this state; empty: none.
@@ -84,6 +85,7 @@ class QueuedJob:
     """
 
     number: int
+    id: str
     name: str
     state: str
     reason: str
@@ -103,6 +105,11 @@ class QueuedJob:
     def is_ours(self) -> bool:
         """Whether the launcher has submitted it."""
         return "run" in self.metadata and SUBMISSION in self.metadata
+
+    @property
+    def task(self) -> str:
+        """Its number in its array; empty: it is no task of an array."""
+        return self.id.partition("_")[2]
 
     def as_job(self) -> Job:
         """Return the job as a scheduler reports it.
@@ -150,7 +157,7 @@ class QueuedJob:
 
 
 def jobs_from(text: str) -> list[QueuedJob]:
-    """Return the jobs in what ``squeue --Format`` with ``FORMAT`` prints, the oldest first.
+    """Return the jobs in what ``squeue`` with ``FORMAT`` prints, the oldest first.
 
     Withdrawn ones are left out. Lines that begin with no number are parts of comments of others.
 
@@ -171,6 +178,7 @@ def _job(line: str) -> QueuedJob:
     state, reason = fields["State"], fields["Reason"]
     return QueuedJob(
         number=int(fields["JobID"]),
+        id=fields["JobArrayID"],
         name=fields["Name"],
         state=state,
         reason="" if reason in _NOT_SET else reason,
