@@ -3,17 +3,19 @@
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
 from launcher.driver.pending_writes import event_row
-from launcher.watching.status import without_driver
+from launcher.watching.status import read_without_checkpoints, without_driver
 
 
 def end_requeued(run: RunDirectory) -> None:
     """Record that a requeued run is stopped, once its job has ended; a run with another status stays as it is.
 
+    So does one that was submitted since: a later lease would make that submission count no more.
+
     This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
     run since it looked, and leaves it.
     """
     status = run.read_status()
-    if status is None or status["status"] != "requeued":
+    if status is None or status["status"] != "requeued" or read_without_checkpoints(run)["status"] != "requeued":
         return
     try:
         run.take_lease()

@@ -92,10 +92,10 @@ def about_submission(submission: Submission) -> dict[str, Any]:
 
 
 def _job_of(run: RunDirectory) -> dict[str, Any]:
-    """Return the keys about the job of a run that its scheduler starts again; empty if the run was not submitted."""
+    """Return the keys about the job that has the run, which its scheduler starts again; empty if it is not known."""
+    taken = [report.id for report in run.submissions.reports() if report.state == "taken"]
     with contextlib.suppress(UnreadableSubmissionError):
-        newest = run.submissions.read_newest()
-        return {} if newest is None else about_submission(newest[1])
+        return about_submission(run.submissions.read(taken[-1])) if taken else {}
     return {}
 
 

@@ -144,13 +144,13 @@ class SubmittedJob:
         if job is None:
             if self._is_unanswered():
                 self.run.submissions.mark_stopped(self.submission_id)
-            end_requeued(self.run)
+            self._end_requeued()
             return read_status(self.run, LONG_SILENCE_S)
         if job.status in ("succeeded", "failed"):
             document = self.document(LONG_SILENCE_S)
             if self._is_unanswered():
                 self.run.submissions.mark_failed(self.submission_id, _last_output(job, self.scheduler))
-            end_requeued(self.run)
+            self._end_requeued()
             return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
@@ -163,8 +163,13 @@ class SubmittedJob:
             time.sleep(_STOP_INTERVAL_S)
         if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
-        end_requeued(self.run)
+        self._end_requeued()
         return read_status(self.run, LONG_SILENCE_S)
+
+    def _end_requeued(self) -> None:
+        """Record that the run is stopped if it is requeued, unless it waits for another job than this one."""
+        if self.run.submissions.standing(self.submission_id) == "taken":
+            end_requeued(self.run)
 
     def _is_unanswered(self) -> bool:
         """Return whether the submission is still marked as waiting."""

@@ -580,6 +580,24 @@ class TestRequeued:
         assert run.events().read()[-1]["kind"] == "stopped"
         assert not run.is_stop_requested(), "the next driver would stop at once"
 
+    @pytest.mark.parametrize("left_there", [None, "failed", "pending"])
+    def test_one_that_waits_for_a_job_on_another_cluster_is_not(self, run, cluster, left_there):
+        submit(run, 1, OTHER)
+        drive(run, "requeued", step=9)
+        if left_there is not None:
+            cluster.put(left_there)
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert "waits for its scheduler to start it again" in error
+        assert OTHER in error
+        assert document("status", run.url)["status"] == "requeued"
+
+    def test_its_job_is_that_which_has_taken_it(self, run):
+        submit(run, 1, OTHER)
+        run.take_lease()  # the next try of the first job
+        run.write_status({"status": "requeued", "step": 9})
+        told = document("status", run.url)
+        assert (told["status"], told["job"], told["cluster"]) == ("requeued", JOB_ID, URL)
+
     def test_a_driver_that_plans_meanwhile_leaves_it(self, run, cluster):
         cluster.put("pending")
         observed = observe(run)
