@@ -14,8 +14,10 @@ def end_requeued(run: RunDirectory) -> None:
     This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
     run since it looked, and leaves it.
     """
-    status = run.read_status()
-    if status is None or status["status"] != "requeued" or read_without_checkpoints(run)["status"] != "requeued":
+    if read_without_checkpoints(run)["status"] != "requeued":
+        return
+    status = run.read_status()  # right before the lease, for a driver that has come meanwhile
+    if status is None or status["status"] != "requeued":
         return
     try:
         run.take_lease()

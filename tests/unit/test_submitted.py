@@ -18,7 +18,7 @@ from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, 
 from launcher.cli import main, output
 from launcher.config import clusters
 from launcher.runs.takeover import check_not_driven_since, observe
-from launcher.watching import logs, stop, submitted_job
+from launcher.watching import logs, requeued, stop, submitted_job
 from launcher.watching.status import LONG_SILENCE_S, SILENCE_S, read_status
 from tests import saved
 from tests.schedulers import URL
@@ -597,6 +597,18 @@ class TestRequeued:
         run.write_status({"status": "requeued", "step": 9})
         told = document("status", run.url)
         assert (told["status"], told["job"], told["cluster"]) == ("requeued", JOB_ID, URL)
+
+    def test_a_driver_that_comes_meanwhile_keeps_it(self, run, monkeypatch):
+        read = requeued.read_without_checkpoints
+
+        def read_and_drive(directory: RunDirectory) -> dict[str, Any]:
+            told = read(directory)
+            drive(run, "running", step=9)
+            return told
+
+        monkeypatch.setattr(requeued, "read_without_checkpoints", read_and_drive)
+        requeued.end_requeued(run)
+        assert (run.read_status() or {})["status"] == "running"
 
     def test_a_driver_that_plans_meanwhile_leaves_it(self, run, cluster):
         cluster.put("pending")
