@@ -88,6 +88,15 @@ class SubmittedJob:
         """Return whether the job has yet to take the run."""
         return self.run.submissions.standing(self.submission_id) == "due"
 
+    def is_alive(self) -> bool:
+        """Return whether the cluster knows the job, and it has not ended.
+
+        Raises:
+            ClusterError: The cluster does not answer.
+        """
+        job = self.scheduler.read(self.id)
+        return job is not None and job.status not in ENDED
+
     def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
         """Return the ``--json`` document of the run, see ``read_status``, with the state of the job.
 
@@ -124,8 +133,8 @@ class SubmittedJob:
         return document | _about(job) | ended
 
     def stopped(self, deadline: float) -> dict[str, Any]:
-        """Stop the job of a run that has not begun or that its scheduler starts again, and wait for the job's end; mark
-        the submission or the run as stopped.
+        """Stop the job of a run that no live driver has, and wait for the job's end; mark as stopped the submission, or
+        the run if it was to start again.
 
         If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission or the
         run is marked all the same, for commands that ask no cluster.

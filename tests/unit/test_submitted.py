@@ -504,6 +504,48 @@ class TestStop:
         assert one_error(launcher("stop", run.url, *ON_CLUSTER), 5) == f"{URL}: nobody answers there"
 
 
+class TestStopLost:
+    """A run whose driver is lost, or has written how it ended, and whose job its scheduler starts again."""
+
+    @pytest.mark.parametrize("before", ["pending", "running"])
+    @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+    def test_its_job_is_stopped(self, run, cluster, status, before):
+        drive(run, status, updated=time.time() - 600.0)
+        cluster.put(before)
+        told = document("stop", run.url, *ON_CLUSTER)
+        ended = "failed" if status == "failed" else "stopped"
+        assert (cluster.asked_to_stop, told["status"], told["step"]) == ([JOB_ID], ended, 7)
+        assert document("status", run.url)["status"] == ended
+
+    def test_it_is_once_the_driver_counts_as_lost(self, run, cluster, monkeypatch):
+        drive(run, "running", updated=time.time())
+        cluster.put("pending")
+        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
+        monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "running", updated=time.time() - 600.0))
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert cluster.asked_to_stop == [JOB_ID]
+
+    @pytest.mark.parametrize("job", ["failed", None])
+    @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+    def test_one_whose_job_is_over_is_left_as_it_is(self, run, cluster, status, job):
+        drive(run, status, updated=time.time() - 600.0)
+        if job is not None:
+            cluster.put(job)
+        lease = run.store.names("drivers")
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert told["status"] == ("stopped" if status == "stopped" else "failed")
+        assert (cluster.asked_to_stop, run.store.names("drivers")) == ([], lease)
+
+    @pytest.mark.parametrize("status", ["running", "completed"])
+    def test_one_that_is_driven_or_complete_keeps_its_job(self, run, cluster, status, monkeypatch):
+        drive(run, status, updated=time.time())
+        cluster.put("running")
+        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
+        monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "stopped"))
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], cluster.asked_to_stop) == ("completed" if status == "completed" else "stopped", [])
+
+
 class TestRequeued:
     """A run whose batch job has ended early, and starts again."""
 
@@ -601,8 +643,8 @@ class TestRequeued:
     def test_a_driver_that_comes_meanwhile_keeps_it(self, run, monkeypatch):
         read = requeued.read_without_checkpoints
 
-        def read_and_drive(directory: RunDirectory) -> dict[str, Any]:
-            told = read(directory)
+        def read_and_drive(directory: RunDirectory, silence_s: float) -> dict[str, Any]:
+            told = read(directory, silence_s)
             drive(run, "running", step=9)
             return told
 
