@@ -18,7 +18,7 @@ from cluster.run.run_directory import RunDirectory, list_runs
 from cluster.run.submissions import Submission
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage.store import Store
-from launcher.watching.requeued import end_requeued
+from launcher.watching.requeued import end_requeued, outcome_of, with_next_try
 from launcher.watching.status import (
     LONG_SILENCE_S,
     NOT_BEGUN,
@@ -125,6 +125,7 @@ class SubmittedJob:
                 why = f"{self.cluster}: does not know job {self.id} any more, which was to start the run again"
                 document |= {"status": "stopped", "error": f"{why}; submit the run again"}
             return document
+        document = with_next_try(document, job)
         if not _ended_without_driver(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
@@ -137,7 +138,7 @@ class SubmittedJob:
         the run if it was to start again.
 
         If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission or the
-        run is marked all the same, for commands that ask no cluster.
+        run is marked all the same, as failed if the job has failed, for commands that ask no cluster.
 
         Args:
             deadline: When to give up, by ``time.monotonic``.
@@ -159,7 +160,8 @@ class SubmittedJob:
             document = self.document(LONG_SILENCE_S)
             if self._is_unanswered():
                 self.run.submissions.mark_failed(self.submission_id, _last_output(job, self.scheduler))
-            self._end_requeued()
+            outcome = outcome_of(job)
+            self._end_requeued(outcome, document.get("error") if outcome == "failed" else None)
             return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
@@ -175,10 +177,10 @@ class SubmittedJob:
         self._end_requeued()
         return read_status(self.run, LONG_SILENCE_S)
 
-    def _end_requeued(self) -> None:
-        """Record that the run is stopped if it is requeued, unless it waits for another job than this one."""
+    def _end_requeued(self, outcome: str = "stopped", error: str | None = None) -> None:
+        """Record the end of the run if it is requeued, unless it waits for another job than this one."""
         if self.run.submissions.standing(self.submission_id) == "taken":
-            end_requeued(self.run)
+            end_requeued(self.run, outcome, error)
 
     def _is_unanswered(self) -> bool:
         """Return whether the submission is still marked as waiting."""
@@ -259,7 +261,10 @@ def _last_output(job: Job, scheduler: Scheduler) -> str:
 
 def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
     """Add the state of its job to the document of a run that has not begun, or that its scheduler starts again."""
-    if job is None or (_has_begun(document) and document["status"] != "requeued"):
+    if job is None:
+        return document
+    document = with_next_try(document, job)
+    if _has_begun(document) and document["status"] != "requeued":
         return document
     if not _ended_without_driver(document, job):
         return document | _about(job)
@@ -286,7 +291,7 @@ def _is_submitted(job: Job) -> bool:
 
 
 def _outcome(document: Mapping[str, Any], job: Job) -> str:
-    return "stopped" if job.status == "stopped" or document["status"] == "requeued" else "failed"
+    return outcome_of(job) if document["status"] == "requeued" or job.status == "stopped" else "failed"
 
 
 def _about(job: Job) -> dict[str, Any]:

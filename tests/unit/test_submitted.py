@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -525,6 +525,24 @@ class TestStopLost:
         assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
         assert cluster.asked_to_stop == [JOB_ID]
 
+    @pytest.mark.parametrize(
+        ("status", "began_s", "told"),
+        [("pending", 0.0, "requeued"), ("running", 600.0, "requeued"), ("running", -600.0, "failed")],
+        ids=["waits", "runs again", "runs, and its driver says nothing"],
+    )
+    def test_one_whose_own_job_starts_it_again_counts_as_requeued(self, run, cluster, status, began_s, told):
+        drive(run, "running", updated=time.time() - 600.0)
+        cluster.put(status, message="try 2")
+        cluster.known[JOB_ID] = replace(cluster.known[JOB_ID], began_at=time.time() + began_s)
+        found = document("status", run.url, *ON_CLUSTER)
+        assert (found["status"], found["job"], found["job_status"]) == (told, JOB_ID, status)
+        (listed,) = document("list", Path(run.url).parent, *ON_CLUSTER)
+        assert (listed["status"], listed.get("job_status")) == (told, status if told == "requeued" else None)
+        if told == "requeued":
+            assert found["error"] is None
+            line = "nothing saved yet before its driver was lost; its scheduler starts it again"
+            assert line in launcher("status", run.url, *ON_CLUSTER).stdout.splitlines()
+
     @pytest.mark.parametrize("job", ["failed", None])
     @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
     def test_one_whose_job_is_over_is_left_as_it_is(self, run, cluster, status, job):
@@ -610,7 +628,29 @@ class TestRequeued:
         )
         assert document("status", run.url)["status"] == "requeued"
 
-    @pytest.mark.parametrize("before", ["pending", "running", "stopped", "failed", None])
+    @pytest.mark.parametrize("exit_code", [0, 1, 2, 5, 137, None])
+    def test_a_next_try_that_has_failed_is_no_stop(self, run, cluster, exit_code):
+        cluster.put("succeeded" if exit_code == 0 else "failed", exit_code=exit_code)
+        cluster.logs[JOB_ID] = LOG
+        told = document("status", run.url, *ON_CLUSTER)
+        assert told["status"] == "failed"
+        assert "code/ab.zip is missing; restore it" in told["error"]
+        assert [each["status"] for each in document("list", Path(run.url).parent, *ON_CLUSTER)] == ["failed"]
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
+        told = document("status", run.url)
+        assert (told["status"], told["step"], told["saved_step"]) == ("failed", 7, 7)
+        assert "code/ab.zip is missing; restore it" in told["error"]
+        assert run.events().read()[-1]["kind"] == "failed"
+
+    @pytest.mark.parametrize("exit_code", [75, 130, 143])
+    def test_one_that_was_told_to_end_is(self, run, cluster, exit_code):
+        cluster.put("failed", exit_code=exit_code)
+        assert document("status", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        told = document("status", run.url)
+        assert (told["status"], told["error"]) == ("stopped", None)
+
+    @pytest.mark.parametrize("before", ["pending", "running", "stopped", None])
     def test_then_its_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
         if before is not None:
             cluster.put(before)
