@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
+from launcher.config.cluster_addresses import give_cluster
 from launcher.watching.status import Lookout, read_status
 from launcher.watching.submitted_job import SubmittedJob
 
@@ -47,16 +48,14 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     if job is not None and status["status"] != "stopped" and _may_start_again(status, job):  # its driver is lost
         status = job.stopped(deadline)
     if status["status"] == "requeued":
-        where = (
-            f"give --cluster the cluster that it was submitted to, {status['cluster']}"
-            if "cluster" in status
-            else ("cancel its batch job there")
-        )
-        raise ClusterError(f"{run.url}: waits for its scheduler to start it again; to stop it, {where}")
+        how = "cancel its batch job there"
+        if "cluster" in status:
+            how = f"it was submitted to {status['cluster']}: {give_cluster(status['cluster'])} to stop it"
+        raise ClusterError(f"{run.url}: waits for its scheduler to start it again; {how}")
     if status["status"] == "submitted":  # on another cluster, or submitted again meanwhile
         raise ClusterError(
-            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
-            f"submitted to, {status['cluster']}"
+            f"{run.url}: has not begun yet; it waits as job {status['job']} on {status['cluster']}: "
+            f"{give_cluster(status['cluster'])} to stop it"
         )
     return status
 

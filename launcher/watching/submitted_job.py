@@ -18,6 +18,7 @@ from cluster.run.run_directory import RunDirectory, list_runs
 from cluster.run.submissions import Submission
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage.store import Store
+from launcher.config.cluster_addresses import cluster_option, give_cluster
 from launcher.watching.requeued import end_requeued, outcome_of, with_next_try
 from launcher.watching.status import (
     LONG_SILENCE_S,
@@ -72,7 +73,7 @@ class SubmittedJob:
         if job is None:
             raise UnknownJobError(
                 f"{self.cluster}: knows no job {self.id}; {self.run.url} was submitted to "
-                f"{self.submission.cluster}: give --cluster that, or submit the run again"
+                f"{self.submission.cluster}: {give_cluster(self.submission.cluster)}, or submit the run again"
             )
         return job
 
@@ -116,7 +117,7 @@ class SubmittedJob:
         newest = document.get("cluster", self.submission.cluster)
         if newest != self.submission.cluster:  # the run was submitted elsewhere since
             status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
-            unknown = f"{status}; the run was submitted to {newest} since: give --cluster that"
+            unknown = f"{status}; the run was submitted to {newest} since: {give_cluster(newest)}"
             return document | {"job_status": None, "job_message": unknown}
         document |= about_submission(self.submission)
         if job is None:
@@ -129,7 +130,7 @@ class SubmittedJob:
         if not _ended_without_driver(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
-        log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
+        log = f"`launcher logs {shlex.quote(self.run.url)} {cluster_option(self.cluster)}` shows its log"
         ended = {"status": _outcome(document, job), "error": f"{why}; {log}; submit the run again"}
         return document | _about(job) | ended
 

@@ -368,8 +368,7 @@ def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
 class TestStop:
     def test_one_that_waits_needs_its_cluster(self, run):
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: has not begun yet; to stop its job, {JOB_ID}, give --cluster the cluster that it was "
-            f"submitted to, {URL}"
+            f"{run.url}: has not begun yet; it waits as job {JOB_ID} on {URL}: give --cluster that to stop it"
         )
         assert not run.is_stop_requested()
 
@@ -383,7 +382,7 @@ class TestStop:
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         monkeypatch.setattr(time, "sleep", sleep)
-        assert "has not begun yet; to stop its job," in one_error(launcher("stop", run.url), 5)
+        assert "has not begun yet; it waits as job" in one_error(launcher("stop", run.url), 5)
 
     @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
     def test_the_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
@@ -477,17 +476,16 @@ class TestStop:
         cluster.put("pending")
         cluster.at_stop = submit_again
         error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
-        assert error.startswith(f"{run.url}: has not begun yet; to stop its job, {JOB_ID[:-1]}1, give --cluster ")
-        assert error.endswith(f" submitted to, {where}")
+        assert error == (
+            f"{run.url}: has not begun yet; it waits as job {JOB_ID[:-1]}1 on {where}: give --cluster that to stop it"
+        )
 
     @pytest.mark.parametrize("ended", ["failed", "succeeded", "stopped"])
     def test_one_that_waits_on_another_cluster_too_is_not_stopped(self, run, cluster, ended):
         submit(run, 1, OTHER)
         cluster.put(ended)
         error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
-        assert error.endswith(
-            f"to stop its job, {JOB_ID[:-1]}1, give --cluster the cluster that it was submitted to, {OTHER}"
-        )
+        assert error.endswith(f" it waits as job {JOB_ID[:-1]}1 on {OTHER}: give --cluster that to stop it")
 
     @pytest.mark.parametrize("status", ["failed", "stopped"])
     def test_what_goes_on_with_the_run_has_the_word(self, run, status):
@@ -623,8 +621,8 @@ class TestRequeued:
 
     def test_to_stop_it_its_cluster_is_needed(self, run):
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: waits for its scheduler to start it again; to stop it, give --cluster the cluster that it was "
-            f"submitted to, {URL}"
+            f"{run.url}: waits for its scheduler to start it again; it was submitted to {URL}: give --cluster that to "
+            "stop it"
         )
         assert document("status", run.url)["status"] == "requeued"
 
@@ -773,11 +771,50 @@ class TestRequeued:
         run.take_lease()
         run.write_status({"status": "requeued", "step": 7})
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: waits for its scheduler to start it again; to stop it, cancel its batch job there"
+            f"{run.url}: waits for its scheduler to start it again; cancel its batch job there"
         )
         monkeypatch.setattr(time, "sleep", lambda _: run.write_status({"status": "completed", "step": 7}))
         ended = launcher("logs", run.url, "-f")
         assert ended.stderr == f"warning: {run.url}: waits for its scheduler to start it again\n"
+
+
+SLURM = "slurm:me@login"
+
+
+class TestNamedByItsFile:
+    """No text advises a value of --cluster that cannot be typed."""
+
+    @pytest.fixture(autouse=True)
+    def _on_slurm(self, run, tmp_path, cluster):
+        submit(run, 1, SLURM)
+        (tmp_path / "lab.yaml").write_text("kind: slurm\nlogin: me@login\npartition: gpu\nnodes: {cpus: 8}\n")
+        self.on_slurm = ("--cluster", tmp_path / "lab.yaml")
+        self.run, self.cluster = run, cluster
+
+    def _texts(self) -> list[str]:
+        verbs = [("status",), ("stop",), ("stop", *ON_CLUSTER), ("status", *ON_CLUSTER), ("status", *self.on_slurm)]
+        ended = [launcher(verb, self.run.url, *options) for verb, *options in verbs]
+        return [each.stdout + each.stderr for each in ended]
+
+    @pytest.mark.parametrize("begun", [False, True])
+    @pytest.mark.parametrize("job", ["pending", "failed", None])
+    def test_in_what_the_verbs_say(self, begun, job):
+        if begun:
+            drive(self.run, "requeued")
+        if job is not None:
+            self.cluster.put(job, f"{JOB_ID[:-1]}1")
+        texts = self._texts()
+        assert [text for text in texts if f"--cluster {SLURM}" in text or "it was submitted to, slurm" in text] == []
+        assert f"{SLURM}: give --cluster its file to stop it\n" in texts[1]
+        if job is None:
+            assert f"{SLURM} since: give --cluster its file" in texts[3]
+        if job == "failed":
+            assert f"`launcher logs {self.run.url} --cluster CLUSTER` shows its log" in texts[4]
+
+    def test_in_what_logs_waits_for(self, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda _: drive(self.run, "completed"))
+        ended = launcher("logs", self.run.url, "-f")
+        assert ended.stderr.endswith(f" on {SLURM}: give --cluster its file to follow the job\n")
 
 
 class TestLogs:
