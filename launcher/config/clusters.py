@@ -5,7 +5,6 @@ A name stands for a file in ``~/.config/launcher/clusters``, or for a shipped fi
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from cluster.spec.local import LocalClusterSpec
 from cluster.spec.ray import RayClusterSpec
 from cluster.spec.slurm import SlurmClusterSpec
 from cluster.versions import check_ray_version
+from launcher.config.cluster_addresses import is_typed
 from launcher.config.description import ClusterOverride, Language, read, read_text
 
 PREFIX = "cluster."
@@ -129,7 +129,7 @@ def job_nodes(spec: JobsClusterSpec, places: Places) -> str:
 
 
 def _read(named: str, overrides: Sequence[str]) -> ClusterSpec:
-    if re.fullmatch(r"[^/]+:\d+|https?://.*", named):
+    if is_typed(named):
         source = "--cluster" if "@" in named else f"--cluster {named}"  # a password may stand before the @
         return _read_spec(f"kind: ray\naddress: {json.dumps(named)}\n", source, overrides)
     if named.endswith((".yaml", ".yml")):

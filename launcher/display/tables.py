@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import listed
 from jobs.spec import JobSpec, LossSpec
+from launcher.config.cluster_addresses import cluster_option
 from launcher.display.data_facts import data_facts
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _job(result: Mapping[str, Any]) -> str | None:
 
 def _next_commands(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     status, run = result["status"], shlex.quote(result["run"])
-    on_cluster = f"--cluster {shlex.quote(result['cluster'])}" if result.get("cluster") else "--cluster CLUSTER"
+    on_cluster = cluster_option(result.get("cluster"))
     resume = (f"launcher resume {run}", "go on from the newest good checkpoint")
     logs = (f"launcher logs {run}", "read what the workers wrote")
     if result.get("job") is not None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
+from launcher.config.cluster_addresses import give_cluster
 from launcher.watching.patience import read_patiently
 from launcher.watching.status import LONG_SILENCE_S, read_status
 from launcher.watching.submitted_job import SubmittedJob
@@ -140,8 +141,8 @@ class _WaitReporter:
             what = "waits for its scheduler to start it again" if has_begun else "has not begun"
             if "job" not in document:  # its batch script was not submitted by the launcher
                 return f"{self._run.url}: {what}"
-            where = f"job {document['job']} on {document['cluster']}"
-            return f"{self._run.url}: {what}; it waits as {where}: give --cluster that to follow the job"
+            where = f"job {document['job']} on {document['cluster']}: {give_cluster(document['cluster'])}"
+            return f"{self._run.url}: {what}; it waits as {where} to follow the job"
         if document["job_status"] != "pending":
             return ""
         message = f": {document['job_message']}" if document["job_message"] else ""

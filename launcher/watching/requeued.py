@@ -1,25 +1,70 @@
-"""Ends the wait of a run that the scheduler of its batch job was to start again."""
+"""A run that the scheduler of its batch job is to start again: what its job says of it, and the end of its wait."""
 
+import signal
+from typing import Any
+
+from cluster.errors import Interrupted, Requeued
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
+from cluster.scheduler import Job
 from launcher.driver.pending_writes import event_row
-from launcher.watching.status import without_driver
+from launcher.watching.status import LONG_SILENCE_S, read_without_checkpoints, without_driver
+
+_STOPPED_CODES = (Requeued.exit_code, Interrupted.exit_code, 128 + signal.SIGTERM)
+"""Exit codes of a job that has ended because it was told to, with everything saved."""
 
 
-def end_requeued(run: RunDirectory) -> None:
-    """Record that a requeued run is stopped, once its job has ended; a run with another status stays as it is.
+def with_next_try(document: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Return the document of a run, as that of a requeued one if only its driver is lost and its job starts it again.
+
+    A job that its scheduler requeues by itself, after the loss of a node or a preemption, has no time to say so.
+
+    Args:
+        document: As from ``read_without_checkpoints``.
+        job: The job that has the run.
+    """
+    claimed = document.get("claimed")
+    if document["status"] != "failed" or claimed is None:
+        return document
+    is_next_try = job.status == "running" and job.began_at is not None and job.began_at > claimed
+    return as_requeued(document) if job.status == "pending" or is_next_try else document
+
+
+def as_requeued(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document of a run whose driver is lost as that of a requeued one."""
+    return document | {"status": "requeued", "requeued": "before its driver was lost", "error": None}
+
+
+def outcome_of(job: Job) -> str:
+    """Return the status of a requeued run whose job has ended and starts it no more."""
+    was_told = job.status == "stopped" or job.exit_code in _STOPPED_CODES
+    return "stopped" if was_told else "failed"
+
+
+def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None = None) -> None:
+    """Record that a run which its scheduler was to start again is stopped, or failed, once its job has ended.
+
+    Such a run is requeued, or its last driver is lost. A run with another status stays as it is.
+
+    So does one that was submitted since: a later lease would make that submission count no more.
 
     This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
     run since it looked, and leaves it.
+
+    Args:
+        run: The run.
+        outcome: ``stopped`` or ``failed``.
+        error: Why it failed.
     """
-    status = run.read_status()
-    if status is None or status["status"] != "requeued":
+    told = read_without_checkpoints(run, LONG_SILENCE_S)["status"]
+    status = run.read_status()  # right before the lease, for a driver that has come meanwhile
+    if status is None or (told, status["status"]) not in (("requeued", "requeued"), ("failed", "running")):
         return
     try:
         run.take_lease()
         events = run.events()
-        events.append(event_row("stopped", {"step": status["step"]}))
+        events.append(event_row(outcome, {"step": status["step"]} | ({"error": error} if error else {})))
         events.flush()
-        run.write_status(without_driver(status) | {"status": "stopped", "requeued": None})
+        run.write_status(without_driver(status) | {"status": outcome, "requeued": None, "error": error})
     except SupersededError:  # another driver has just taken it
         return

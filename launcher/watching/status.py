@@ -60,7 +60,11 @@ def with_newest_checkpoint(run: RunDirectory, document: dict[str, Any]) -> dict[
 
 
 def read_without_checkpoints(run: RunDirectory, silence_s: float = SILENCE_S) -> dict[str, Any]:
-    """Return the same without a look at the checkpoints, for tables; ``saved_step`` is what the last driver wrote."""
+    """Return the same without a look at the checkpoints, for tables; ``saved_step`` is what the last driver wrote.
+
+    Only the document of a run that counts as failed because its driver is lost has ``claimed``, the time at which that
+    driver had taken its lease.
+    """
     status = run.read_status()
     # For a run that goes on or is complete, the submission adds nothing; skipping it makes listings cheap.
     if not _goes_on_or_is_complete(status, silence_s):
@@ -79,8 +83,9 @@ def read_without_checkpoints(run: RunDirectory, silence_s: float = SILENCE_S) ->
         document |= {
             "status": "failed",
             "error": f"the driver on {status['host']} has said nothing for {silent_s:.0f} s; resume goes on",
+            "claimed": status["claimed"],
         }
-    if status["status"] == "requeued":
+    if document["status"] == "requeued" or "claimed" in document:
         document |= _job_of(run)
     return document
 
@@ -92,10 +97,10 @@ def about_submission(submission: Submission) -> dict[str, Any]:
 
 
 def _job_of(run: RunDirectory) -> dict[str, Any]:
-    """Return the keys about the job of a run that its scheduler starts again; empty if the run was not submitted."""
+    """Return the keys about the job that has the run, which its scheduler starts again; empty if it is not known."""
+    taken = [report.id for report in run.submissions.reports() if report.state == "taken"]
     with contextlib.suppress(UnreadableSubmissionError):
-        newest = run.submissions.read_newest()
-        return {} if newest is None else about_submission(newest[1])
+        return about_submission(run.submissions.read(taken[-1])) if taken else {}
     return {}
 
 

@@ -1,10 +1,12 @@
 """Stops a run from any machine: through its directory, or through its job on a cluster if no driver has it."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.run.run_directory import RunDirectory
+from launcher.config.cluster_addresses import give_cluster
 from launcher.watching.status import Lookout, read_status
 from launcher.watching.submitted_job import SubmittedJob
 
@@ -17,8 +19,8 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     Args:
         run: The run.
         timeout_s: How long to wait, in seconds.
-        job: The run's job on a cluster, which is stopped if the run has not begun, or waits for its scheduler to start
-            it again. None: no cluster is asked.
+        job: The run's job on a cluster, which is stopped if it is alive and no live driver has the run: the job has yet
+            to begin it, or its scheduler starts it again. None: no cluster is asked.
 
     Returns:
         The ``--json`` document after the stop.
@@ -31,7 +33,7 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     deadline = time.monotonic() + timeout_s
     lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
     status = lookout.look()
-    if job is not None and (job.is_due() or status["status"] == "requeued"):  # even if another driver runs it
+    if job is not None and (job.is_due() or _may_start_again(status, job)):  # even if another driver runs it
         status = job.stopped(deadline)
     if status["status"] == "running":
         run.request_stop()
@@ -43,18 +45,27 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
             )
         time.sleep(_INTERVAL_S)
         status = lookout.look()
-    if job is not None and status["status"] == "requeued":  # its batch job has ended early just then
+    if job is not None and status["status"] != "stopped" and _may_start_again(status, job):  # its driver is lost
         status = job.stopped(deadline)
     if status["status"] == "requeued":
-        where = (
-            f"give --cluster the cluster that it was submitted to, {status['cluster']}"
-            if "cluster" in status
-            else ("cancel its batch job there")
-        )
-        raise ClusterError(f"{run.url}: waits for its scheduler to start it again; to stop it, {where}")
+        how = "cancel its batch job there"
+        if "cluster" in status:
+            how = f"it was submitted to {status['cluster']}: {give_cluster(status['cluster'])} to stop it"
+        raise ClusterError(f"{run.url}: waits for its scheduler to start it again; {how}")
     if status["status"] == "submitted":  # on another cluster, or submitted again meanwhile
         raise ClusterError(
-            f"{run.url}: has not begun yet; to stop its job, {status['job']}, give --cluster the cluster that it was "
-            f"submitted to, {status['cluster']}"
+            f"{run.url}: has not begun yet; it waits as job {status['job']} on {status['cluster']}: "
+            f"{give_cluster(status['cluster'])} to stop it"
         )
     return status
+
+
+def _may_start_again(status: Mapping[str, Any], job: SubmittedJob) -> bool:
+    """Return whether a job may yet start a run that no live driver has, whatever the last one wrote or did not write.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
+    if status["status"] in ("running", "completed"):
+        return False
+    return status["status"] == "requeued" or job.is_alive()

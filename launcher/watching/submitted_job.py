@@ -18,7 +18,8 @@ from cluster.run.run_directory import RunDirectory, list_runs
 from cluster.run.submissions import Submission
 from cluster.scheduler import ENDED, Job, Scheduler
 from cluster.storage.store import Store
-from launcher.watching.requeued import end_requeued
+from launcher.config.cluster_addresses import cluster_option, give_cluster
+from launcher.watching.requeued import end_requeued, outcome_of, with_next_try
 from launcher.watching.status import (
     LONG_SILENCE_S,
     NOT_BEGUN,
@@ -72,7 +73,7 @@ class SubmittedJob:
         if job is None:
             raise UnknownJobError(
                 f"{self.cluster}: knows no job {self.id}; {self.run.url} was submitted to "
-                f"{self.submission.cluster}: give --cluster that, or submit the run again"
+                f"{self.submission.cluster}: {give_cluster(self.submission.cluster)}, or submit the run again"
             )
         return job
 
@@ -87,6 +88,15 @@ class SubmittedJob:
     def is_due(self) -> bool:
         """Return whether the job has yet to take the run."""
         return self.run.submissions.standing(self.submission_id) == "due"
+
+    def is_alive(self) -> bool:
+        """Return whether the cluster knows the job, and it has not ended.
+
+        Raises:
+            ClusterError: The cluster does not answer.
+        """
+        job = self.scheduler.read(self.id)
+        return job is not None and job.status not in ENDED
 
     def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
         """Return the ``--json`` document of the run, see ``read_status``, with the state of the job.
@@ -107,7 +117,7 @@ class SubmittedJob:
         newest = document.get("cluster", self.submission.cluster)
         if newest != self.submission.cluster:  # the run was submitted elsewhere since
             status = unknown if job is None else f"{self.cluster}: job {job.id} is {job.status}"
-            unknown = f"{status}; the run was submitted to {newest} since: give --cluster that"
+            unknown = f"{status}; the run was submitted to {newest} since: {give_cluster(newest)}"
             return document | {"job_status": None, "job_message": unknown}
         document |= about_submission(self.submission)
         if job is None:
@@ -116,19 +126,20 @@ class SubmittedJob:
                 why = f"{self.cluster}: does not know job {self.id} any more, which was to start the run again"
                 document |= {"status": "stopped", "error": f"{why}; submit the run again"}
             return document
+        document = with_next_try(document, job)
         if not _ended_without_driver(document, job):
             return document | _about(job)
         why = why_ended(job, document, self.scheduler)
-        log = f"`launcher logs {shlex.quote(self.run.url)} --cluster {shlex.quote(self.cluster)}` shows its log"
+        log = f"`launcher logs {shlex.quote(self.run.url)} {cluster_option(self.cluster)}` shows its log"
         ended = {"status": _outcome(document, job), "error": f"{why}; {log}; submit the run again"}
         return document | _about(job) | ended
 
     def stopped(self, deadline: float) -> dict[str, Any]:
-        """Stop the job of a run that has not begun or that its scheduler starts again, and wait for the job's end; mark
-        the submission or the run as stopped.
+        """Stop the job of a run that no live driver has, and wait for the job's end; mark as stopped the submission, or
+        the run if it was to start again.
 
         If the job has ended by itself, or its own cluster does not know it, nothing is stopped. The submission or the
-        run is marked all the same, for commands that ask no cluster.
+        run is marked all the same, as failed if the job has failed, for commands that ask no cluster.
 
         Args:
             deadline: When to give up, by ``time.monotonic``.
@@ -144,13 +155,14 @@ class SubmittedJob:
         if job is None:
             if self._is_unanswered():
                 self.run.submissions.mark_stopped(self.submission_id)
-            end_requeued(self.run)
+            self._end_requeued()
             return read_status(self.run, LONG_SILENCE_S)
         if job.status in ("succeeded", "failed"):
             document = self.document(LONG_SILENCE_S)
             if self._is_unanswered():
                 self.run.submissions.mark_failed(self.submission_id, _last_output(job, self.scheduler))
-            end_requeued(self.run)
+            outcome = outcome_of(job)
+            self._end_requeued(outcome, document.get("error") if outcome == "failed" else None)
             return document
         if job.status not in ENDED:
             self.scheduler.stop(self.id)
@@ -163,8 +175,13 @@ class SubmittedJob:
             time.sleep(_STOP_INTERVAL_S)
         if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
-        end_requeued(self.run)
+        self._end_requeued()
         return read_status(self.run, LONG_SILENCE_S)
+
+    def _end_requeued(self, outcome: str = "stopped", error: str | None = None) -> None:
+        """Record the end of the run if it is requeued, unless it waits for another job than this one."""
+        if self.run.submissions.standing(self.submission_id) == "taken":
+            end_requeued(self.run, outcome, error)
 
     def _is_unanswered(self) -> bool:
         """Return whether the submission is still marked as waiting."""
@@ -245,7 +262,10 @@ def _last_output(job: Job, scheduler: Scheduler) -> str:
 
 def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
     """Add the state of its job to the document of a run that has not begun, or that its scheduler starts again."""
-    if job is None or (_has_begun(document) and document["status"] != "requeued"):
+    if job is None:
+        return document
+    document = with_next_try(document, job)
+    if _has_begun(document) and document["status"] != "requeued":
         return document
     if not _ended_without_driver(document, job):
         return document | _about(job)
@@ -272,7 +292,7 @@ def _is_submitted(job: Job) -> bool:
 
 
 def _outcome(document: Mapping[str, Any], job: Job) -> str:
-    return "stopped" if job.status == "stopped" or document["status"] == "requeued" else "failed"
+    return outcome_of(job) if document["status"] == "requeued" or job.status == "stopped" else "failed"
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from cluster.scheduler import ENDED, Job, Scheduler
 from launcher.config.description import parse
 from launcher.display.progress import Progress
 from launcher.watching.patience import read_patiently
+from launcher.watching.requeued import as_requeued, outcome_of, with_next_try
 from launcher.watching.status import Lookout, read_status
 from launcher.watching.submitted_job import why_ended
 
@@ -56,6 +57,8 @@ def watch(
     last_phase, lookout = "", Lookout(lambda silence_s: read_status(run, silence_s), clock)
     while True:
         document = read_patiently(lookout.look, display.warn, clock, sleep)
+        if watched_job is not None:
+            document = watched_job.with_next_try(document)
         if document["status"] == "failed" and document.get("begun") is False:
             raise _failed_early(run, document, _wait_for_end(job_id, scheduler, clock, sleep), scheduler)
         if document["status"] == "completed":
@@ -83,7 +86,8 @@ def watch(
                 watched_job = job_id = None  # another driver goes on with the run
             elif watched_job.is_over and watched_job.job is not None and document["status"] == "requeued":
                 why = f"{why_ended(watched_job.job, document, scheduler)}; submit the run again to go on"
-                return document | {"status": "stopped", "error": why}, _exit_code(document, watched_job.job)
+                document = document | {"status": outcome_of(watched_job.job), "error": why}
+                return document, _exit_code(document, watched_job.job)
             elif watched_job.is_over or (watched_job.is_silent and document["status"] == "submitted"):
                 raise _lost(run, watched_job, document, scheduler)
             elif watched_job.job is not None and document["status"] in ("submitted", "requeued"):
@@ -123,6 +127,7 @@ class _WatchedJob:
         self._answered_at = clock()
         self._gone_at: float | None = None
         self._updated: float | None = None
+        self._lost_at: float | None = None
 
     def ask(self, document: Mapping[str, Any]) -> None:
         """Ask the cluster, unless it was asked less than ``_JOB_INTERVAL_S`` ago.
@@ -145,6 +150,22 @@ class _WatchedJob:
             self._gone_at = self._updated = None
         elif self._gone_at is None:
             self._gone_at = self._clock()
+
+    def with_next_try(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Return the document of a run, as that of a requeued one if its driver is lost and its job starts it again.
+
+        While the job is in the try of the lost driver, that is so for ten minutes: a scheduler takes some to notice
+        that a node is lost.
+        """
+        if "claimed" not in document:
+            self._lost_at = None
+            return document
+        self.ask(document)
+        self._lost_at = self._clock() if self._lost_at is None else self._lost_at
+        may_change = bool(self.error) or (self.job is not None and self.job.status not in ENDED)
+        if may_change and self._clock() - self._lost_at <= _PATIENCE_S:
+            return as_requeued(document)
+        return document if self.job is None else with_next_try(document, self.job)
 
     @property
     def is_over(self) -> bool:

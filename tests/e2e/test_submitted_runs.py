@@ -301,7 +301,7 @@ def test_a_run_that_waits_for_its_cluster_is_known_by_its_submission(laptop, clu
         assert listed["status"] == "submitted"
         stopped = launcher("stop", run, cwd=tmp_path)
         assert (stopped.exit_code, len(stopped.stderr.strip().splitlines())) == (5, 1)
-        assert f"has not begun yet; to stop its job, {job_id}, give --cluster the cluster that" in stopped.stderr
+        assert f"has not begun yet; it waits as job {job_id} on " in stopped.stderr
         told = launcher("status", run, *CLUSTER, "--json", cwd=tmp_path).document
         assert (told["status"], told["job"], told["job_status"]) == ("submitted", job_id, "pending")
         (tmp_path / "other-store").mkdir()

@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cluster.scheduler import ClusterReport, Job, JobRequest, JobStatus, Needs, 
 from launcher.cli import main, output
 from launcher.config import clusters
 from launcher.runs.takeover import check_not_driven_since, observe
-from launcher.watching import logs, stop, submitted_job
+from launcher.watching import logs, requeued, stop, submitted_job
 from launcher.watching.status import LONG_SILENCE_S, SILENCE_S, read_status
 from tests import saved
 from tests.schedulers import URL
@@ -368,8 +368,7 @@ def test_ctrl_c_ends_the_wait_also_while_the_store_is_away(run, monkeypatch):
 class TestStop:
     def test_one_that_waits_needs_its_cluster(self, run):
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: has not begun yet; to stop its job, {JOB_ID}, give --cluster the cluster that it was "
-            f"submitted to, {URL}"
+            f"{run.url}: has not begun yet; it waits as job {JOB_ID} on {URL}: give --cluster that to stop it"
         )
         assert not run.is_stop_requested()
 
@@ -383,7 +382,7 @@ class TestStop:
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         monkeypatch.setattr(time, "sleep", sleep)
-        assert "has not begun yet; to stop its job," in one_error(launcher("stop", run.url), 5)
+        assert "has not begun yet; it waits as job" in one_error(launcher("stop", run.url), 5)
 
     @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
     def test_the_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
@@ -477,17 +476,16 @@ class TestStop:
         cluster.put("pending")
         cluster.at_stop = submit_again
         error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
-        assert error.startswith(f"{run.url}: has not begun yet; to stop its job, {JOB_ID[:-1]}1, give --cluster ")
-        assert error.endswith(f" submitted to, {where}")
+        assert error == (
+            f"{run.url}: has not begun yet; it waits as job {JOB_ID[:-1]}1 on {where}: give --cluster that to stop it"
+        )
 
     @pytest.mark.parametrize("ended", ["failed", "succeeded", "stopped"])
     def test_one_that_waits_on_another_cluster_too_is_not_stopped(self, run, cluster, ended):
         submit(run, 1, OTHER)
         cluster.put(ended)
         error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
-        assert error.endswith(
-            f"to stop its job, {JOB_ID[:-1]}1, give --cluster the cluster that it was submitted to, {OTHER}"
-        )
+        assert error.endswith(f" it waits as job {JOB_ID[:-1]}1 on {OTHER}: give --cluster that to stop it")
 
     @pytest.mark.parametrize("status", ["failed", "stopped"])
     def test_what_goes_on_with_the_run_has_the_word(self, run, status):
@@ -502,6 +500,66 @@ class TestStop:
     def test_a_cluster_that_is_away_says_so(self, run, cluster):
         cluster.error = ClusterError(f"{URL}: nobody answers there")
         assert one_error(launcher("stop", run.url, *ON_CLUSTER), 5) == f"{URL}: nobody answers there"
+
+
+class TestStopLost:
+    """A run whose driver is lost, or has written how it ended, and whose job its scheduler starts again."""
+
+    @pytest.mark.parametrize("before", ["pending", "running"])
+    @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+    def test_its_job_is_stopped(self, run, cluster, status, before):
+        drive(run, status, updated=time.time() - 600.0)
+        cluster.put(before)
+        told = document("stop", run.url, *ON_CLUSTER)
+        ended = "failed" if status == "failed" else "stopped"
+        assert (cluster.asked_to_stop, told["status"], told["step"]) == ([JOB_ID], ended, 7)
+        assert document("status", run.url)["status"] == ended
+
+    def test_it_is_once_the_driver_counts_as_lost(self, run, cluster, monkeypatch):
+        drive(run, "running", updated=time.time())
+        cluster.put("pending")
+        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
+        monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "running", updated=time.time() - 600.0))
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert cluster.asked_to_stop == [JOB_ID]
+
+    @pytest.mark.parametrize(
+        ("status", "began_s", "told"),
+        [("pending", 0.0, "requeued"), ("running", 600.0, "requeued"), ("running", -600.0, "failed")],
+        ids=["waits", "runs again", "runs, and its driver says nothing"],
+    )
+    def test_one_whose_own_job_starts_it_again_counts_as_requeued(self, run, cluster, status, began_s, told):
+        drive(run, "running", updated=time.time() - 600.0)
+        cluster.put(status, message="try 2")
+        cluster.known[JOB_ID] = replace(cluster.known[JOB_ID], began_at=time.time() + began_s)
+        found = document("status", run.url, *ON_CLUSTER)
+        assert (found["status"], found["job"], found["job_status"]) == (told, JOB_ID, status)
+        (listed,) = document("list", Path(run.url).parent, *ON_CLUSTER)
+        assert (listed["status"], listed.get("job_status")) == (told, status if told == "requeued" else None)
+        if told == "requeued":
+            assert found["error"] is None
+            line = "nothing saved yet before its driver was lost; its scheduler starts it again"
+            assert line in launcher("status", run.url, *ON_CLUSTER).stdout.splitlines()
+
+    @pytest.mark.parametrize("job", ["failed", None])
+    @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+    def test_one_whose_job_is_over_is_left_as_it_is(self, run, cluster, status, job):
+        drive(run, status, updated=time.time() - 600.0)
+        if job is not None:
+            cluster.put(job)
+        lease = run.store.names("drivers")
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert told["status"] == ("stopped" if status == "stopped" else "failed")
+        assert (cluster.asked_to_stop, run.store.names("drivers")) == ([], lease)
+
+    @pytest.mark.parametrize("status", ["running", "completed"])
+    def test_one_that_is_driven_or_complete_keeps_its_job(self, run, cluster, status, monkeypatch):
+        drive(run, status, updated=time.time())
+        cluster.put("running")
+        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
+        monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "stopped"))
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], cluster.asked_to_stop) == ("completed" if status == "completed" else "stopped", [])
 
 
 class TestRequeued:
@@ -563,12 +621,34 @@ class TestRequeued:
 
     def test_to_stop_it_its_cluster_is_needed(self, run):
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: waits for its scheduler to start it again; to stop it, give --cluster the cluster that it was "
-            f"submitted to, {URL}"
+            f"{run.url}: waits for its scheduler to start it again; it was submitted to {URL}: give --cluster that to "
+            "stop it"
         )
         assert document("status", run.url)["status"] == "requeued"
 
-    @pytest.mark.parametrize("before", ["pending", "running", "stopped", "failed", None])
+    @pytest.mark.parametrize("exit_code", [0, 1, 2, 5, 137, None])
+    def test_a_next_try_that_has_failed_is_no_stop(self, run, cluster, exit_code):
+        cluster.put("succeeded" if exit_code == 0 else "failed", exit_code=exit_code)
+        cluster.logs[JOB_ID] = LOG
+        told = document("status", run.url, *ON_CLUSTER)
+        assert told["status"] == "failed"
+        assert "code/ab.zip is missing; restore it" in told["error"]
+        assert [each["status"] for each in document("list", Path(run.url).parent, *ON_CLUSTER)] == ["failed"]
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "failed"
+        told = document("status", run.url)
+        assert (told["status"], told["step"], told["saved_step"]) == ("failed", 7, 7)
+        assert "code/ab.zip is missing; restore it" in told["error"]
+        assert run.events().read()[-1]["kind"] == "failed"
+
+    @pytest.mark.parametrize("exit_code", [75, 130, 143])
+    def test_one_that_was_told_to_end_is(self, run, cluster, exit_code):
+        cluster.put("failed", exit_code=exit_code)
+        assert document("status", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        told = document("status", run.url)
+        assert (told["status"], told["error"]) == ("stopped", None)
+
+    @pytest.mark.parametrize("before", ["pending", "running", "stopped", None])
     def test_then_its_job_is_stopped_and_the_run_is_too(self, run, cluster, before):
         if before is not None:
             cluster.put(before)
@@ -579,6 +659,36 @@ class TestRequeued:
         assert (told["status"], told["step"], told["saved_step"], told["requeued"]) == ("stopped", 7, 7, None)
         assert run.events().read()[-1]["kind"] == "stopped"
         assert not run.is_stop_requested(), "the next driver would stop at once"
+
+    @pytest.mark.parametrize("left_there", [None, "failed", "pending"])
+    def test_one_that_waits_for_a_job_on_another_cluster_is_not(self, run, cluster, left_there):
+        submit(run, 1, OTHER)
+        drive(run, "requeued", step=9)
+        if left_there is not None:
+            cluster.put(left_there)
+        error = one_error(launcher("stop", run.url, *ON_CLUSTER), 5)
+        assert "waits for its scheduler to start it again" in error
+        assert OTHER in error
+        assert document("status", run.url)["status"] == "requeued"
+
+    def test_its_job_is_that_which_has_taken_it(self, run):
+        submit(run, 1, OTHER)
+        run.take_lease()  # the next try of the first job
+        run.write_status({"status": "requeued", "step": 9})
+        told = document("status", run.url)
+        assert (told["status"], told["job"], told["cluster"]) == ("requeued", JOB_ID, URL)
+
+    def test_a_driver_that_comes_meanwhile_keeps_it(self, run, monkeypatch):
+        read = requeued.read_without_checkpoints
+
+        def read_and_drive(directory: RunDirectory, silence_s: float) -> dict[str, Any]:
+            told = read(directory, silence_s)
+            drive(run, "running", step=9)
+            return told
+
+        monkeypatch.setattr(requeued, "read_without_checkpoints", read_and_drive)
+        requeued.end_requeued(run)
+        assert (run.read_status() or {})["status"] == "running"
 
     def test_a_driver_that_plans_meanwhile_leaves_it(self, run, cluster):
         cluster.put("pending")
@@ -661,11 +771,50 @@ class TestRequeued:
         run.take_lease()
         run.write_status({"status": "requeued", "step": 7})
         assert one_error(launcher("stop", run.url), 5) == (
-            f"{run.url}: waits for its scheduler to start it again; to stop it, cancel its batch job there"
+            f"{run.url}: waits for its scheduler to start it again; cancel its batch job there"
         )
         monkeypatch.setattr(time, "sleep", lambda _: run.write_status({"status": "completed", "step": 7}))
         ended = launcher("logs", run.url, "-f")
         assert ended.stderr == f"warning: {run.url}: waits for its scheduler to start it again\n"
+
+
+SLURM = "slurm:me@login"
+
+
+class TestNamedByItsFile:
+    """No text advises a value of --cluster that cannot be typed."""
+
+    @pytest.fixture(autouse=True)
+    def _on_slurm(self, run, tmp_path, cluster):
+        submit(run, 1, SLURM)
+        (tmp_path / "lab.yaml").write_text("kind: slurm\nlogin: me@login\npartition: gpu\nnodes: {cpus: 8}\n")
+        self.on_slurm = ("--cluster", tmp_path / "lab.yaml")
+        self.run, self.cluster = run, cluster
+
+    def _texts(self) -> list[str]:
+        verbs = [("status",), ("stop",), ("stop", *ON_CLUSTER), ("status", *ON_CLUSTER), ("status", *self.on_slurm)]
+        ended = [launcher(verb, self.run.url, *options) for verb, *options in verbs]
+        return [each.stdout + each.stderr for each in ended]
+
+    @pytest.mark.parametrize("begun", [False, True])
+    @pytest.mark.parametrize("job", ["pending", "failed", None])
+    def test_in_what_the_verbs_say(self, begun, job):
+        if begun:
+            drive(self.run, "requeued")
+        if job is not None:
+            self.cluster.put(job, f"{JOB_ID[:-1]}1")
+        texts = self._texts()
+        assert [text for text in texts if f"--cluster {SLURM}" in text or "it was submitted to, slurm" in text] == []
+        assert f"{SLURM}: give --cluster its file to stop it\n" in texts[1]
+        if job is None:
+            assert f"{SLURM} since: give --cluster its file" in texts[3]
+        if job == "failed":
+            assert f"`launcher logs {self.run.url} --cluster CLUSTER` shows its log" in texts[4]
+
+    def test_in_what_logs_waits_for(self, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda _: drive(self.run, "completed"))
+        ended = launcher("logs", self.run.url, "-f")
+        assert ended.stderr.endswith(f" on {SLURM}: give --cluster its file to follow the job\n")
 
 
 class TestLogs:

@@ -110,13 +110,36 @@ def test_a_run_that_is_requeued_is_watched_until_its_job_goes_on(watched):
 
 @pytest.mark.parametrize(
     ("job", "code"),
-    [(a_job("failed", 75), 130), (a_job("stopped"), 0), (a_job("failed", 5), 5)],
-    ids=["too many tries", "cancelled", "the next try has failed"],
+    [(a_job("failed", 75), 130), (a_job("stopped"), 0), (a_job("failed", 5), 5), (a_job("failed"), 1)],
+    ids=["too many tries", "cancelled", "the next try has failed", "killed"],
 )
-def test_one_whose_job_has_ended_is_stopped(watched, job, code):
+def test_one_whose_job_has_ended_is_stopped_or_failed(watched, job, code):
     document, exit_code, _, _ = watched(Cluster(job), REQUEUED)
-    assert (document["status"], exit_code) == ("stopped", code)
+    assert (document["status"], exit_code) == ("stopped" if code in (0, 130) else "failed", code)
     assert document["error"].startswith(f"job own-0 {'was stopped' if job.status == 'stopped' else 'ended'} at step 7")
+
+
+LOST = RUNNING | {"status": "failed", "error": "says nothing", "claimed": 1e9}
+
+
+def test_a_run_whose_driver_is_lost_is_watched_until_its_job_goes_on(watched):
+    again = [replace(a_job("pending"), message="try 2"), replace(a_job("running"), began_at=2e9)]
+    cluster = Cluster(a_job("running"), ClusterError("away"), again[0], again[0], again[1])
+    _, code, waited_s, said = watched(cluster, RUNNING, *[LOST] * 100, RUNNING, RUNNING | {"status": "completed"})
+    assert code == 0
+    assert waited_s >= 200
+    assert said.phases == ["job own-0 is running", "job own-0 is pending: try 2", "job own-0 is running"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "limit_s"),
+    [(a_job("failed"), 30), (replace(a_job("running"), began_at=1e8), 700), (None, 30), (ClusterError("away"), 700)],
+    ids=["ended", "hangs", "unknown", "away"],
+)
+def test_else_it_has_failed(watched, answer, limit_s):
+    document, code, waited_s, _ = watched(Cluster(answer), LOST)
+    assert (document["status"], document["error"], code) == ("failed", "says nothing", 1)
+    assert waited_s < limit_s
 
 
 def test_one_whose_job_is_not_known_any_more_is_an_error(watched):
