@@ -97,6 +97,7 @@ def drive_run(
         LauncherError: The run failed, or another driver took it over.
     """
     spec = description.spec
+    signals.has_begun = True
     signals.interrupting = ()  # from now on a signal asks for a stop in order
     signals.raises_if_abandoned = True  # until the driver's loop runs: the store may not answer
     if plan.why_cpu:

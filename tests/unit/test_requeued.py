@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted, TrainingError
+from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError, TrainingError
 from cluster.host import batch_job as environment
 from cluster.host.batch_job import BatchJob, EndsEarly, batch_job
 from cluster.process.messages import ToDriver, Unkillable
 from cluster.run.run_directory import RunDirectory
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
+from launcher.cli import output
 from launcher.driver.run_state import RunState
 from launcher.driver.stop_conditions import Pace, StopConditions
 from launcher.driver.stop_signals import StopSignals
@@ -510,3 +512,28 @@ class TestExcludedNodes:
         script: Script = [hello("a", "a"), [*both(started(step=0)), saved(0, 5)], 10.0, [lost, *exited(0)], []]
         document, _ = drive(run, script, job=in_job, max_failures=MaxFailuresSpec(machine=0), max_seconds=9.0)
         assert document["status"] == "stopped"
+
+
+class NoCluster:
+    """A cluster that is always there."""
+
+    def joined(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("status", ["requeued", "completed"])
+def test_a_full_disk_does_not_hide_that_a_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    def write_out(_: str) -> bool:
+        raise StorageError("stdout: No space left on device: the result is not written")
+
+    monkeypatch.setattr(output, "write_out", write_out)
+    ended = pytest.raises(SystemExit) if status == "requeued" else pytest.raises(StorageError)
+    cluster: Any = NoCluster()
+    document = {"run": "s3://runs/digits", "status": status, "step": 3, "time": {}}
+    with ended as caught:
+        output.drive_and_show(lambda _: document, cluster, as_json=True)
+    if status == "requeued":
+        assert getattr(caught.value, "code", None) == 75
+        assert "warning: stdout: No space left on device" in capsys.readouterr().err
