@@ -94,7 +94,7 @@ class Driver:
         """Make the parts that need the workers' group."""
         spec, run_log = self._spec, self._run_log
         self._membership = membership
-        self._gathering = Gathering(spec.workers, self._run_url, membership, run_log)
+        self._gathering = Gathering(spec.workers, self._run_url, membership, run_log, self._stop.job)
         self._environments = Environments(self._run_url, membership, run_log, self._first_workers)
         self._failure_reports = FailureReports(self._run_url, membership, run_log)
         self._lost_gpus = LostGpus(spec.workers, membership, run_log)
@@ -165,6 +165,7 @@ class Driver:
         state.attempts += 1
         self._reports.attempt_started(self._attempt)
         self._environments.attempt_ended()
+        self._excluded.attempt_started()
         self._failures.attempt_started(membership.num_workers)
         self._ledger.workers_there(self._clock())
         self._run_log.event(
@@ -305,12 +306,10 @@ class Driver:
             self._ledger.parked(now)
             self._regroup()  # all workers have saved
         if not membership.num_workers:
-            if self._stop.accepted is not None:
-                return
-            if self._gathering.is_in_vain(now) and (stop := self._excluded.stop_for_others()) is not None:
+            if self._stop.accepted is None and (error := self._gathering.gather(now)) is not None:
+                if (stop := self._excluded.stop_for_others()) is None:
+                    raise error
                 self._ask_to_stop(stop)
-            else:
-                self._gathering.gather(now)
         elif not membership.is_complete:
             late = membership.late(now)
             if late and is_settled:  # else ``_judge`` waits for the store, and they may join meanwhile

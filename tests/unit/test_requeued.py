@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError, TrainingError
 from cluster.host import batch_job as environment
 from cluster.host.batch_job import BatchJob, EndsEarly, batch_job
-from cluster.process.messages import ToDriver, Unkillable
+from cluster.process.messages import Hung, ToDriver, Unkillable
 from cluster.run.run_directory import RunDirectory
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
 from launcher.cli import output
@@ -374,6 +374,9 @@ class TestDriver:
         assert document["status"] == "stopped"
 
 
+WAITS_FOR_DATA = Hung(
+    step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=True, stack="", data_delay="s3://x: no answer"
+)
 THREE = [node("a", 1), node("b", 1), node("c", 1)]
 DEAD = "its node has died"
 
@@ -408,16 +411,18 @@ class TestExcludedNodes:
         assert group.started == [2, 0]
 
     @pytest.mark.parametrize("without", ["requeues", "lost nodes"])
-    def test_else_it_waits_as_long_as_it_may(self, run: RunDirectory, path: Path, without: str) -> None:
+    def test_else_it_waits_as_long_as_that_may_help(self, run: RunDirectory, path: Path, without: str) -> None:
         in_job = BatchJob(requeues=without != "requeues", lost_nodes_path=path if without != "lost nodes" else None)
 
         def look(now: float) -> list[Any]:
             return [node("a", 1), node("b", 1)] if now < 0.6 else [node("a", 0)]
 
         script: Script = [
-            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0, 15.0
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0,
+            *([] if without == "requeues" else [15.0]),
         ]  # fmt: skip
-        with pytest.raises(ClusterError, match="after 20 s of waiting"):
+        expected = "batch job gets no other nodes" if without == "requeues" else "after 20 s of waiting"
+        with pytest.raises(ClusterError, match=expected):
             drive(run, script, look, job=in_job, wait_s=20.0)
         assert path.exists() == (without == "requeues")
 
@@ -465,9 +470,21 @@ class TestExcludedNodes:
             [died(1)],
             [not_begun(0, "start"), not_begun(1, "data")],
             [hung(0, "data"), hung(1, "data")],
+            [hung(0, "backward"), hung(1, "data")],
+            [hung(0, "backward", is_silent=True), hung(1, "data", is_silent=True)],
+            [hung(0, "backward"), one(WAITS_FOR_DATA, 1)],
             [agents_lost({0: "its agent has said nothing for 300 s", 1: "its agent has said nothing for 300 s"})],
         ],
-        ids=["the code", "killed", "the same line of a first step", "all alike", "all nodes"],
+        ids=[
+            "the code",
+            "killed",
+            "the same line of a first step",
+            "all alike",
+            "one behind the other",
+            "all silent",
+            "data",
+            "all nodes",
+        ],
     )
     def test_no_node_is_held_responsible_for_what_may_be_the_codes(
         self, run: RunDirectory, in_job: BatchJob, path: Path, reports: list[ToDriver]
@@ -480,6 +497,46 @@ class TestExcludedNodes:
         assert not path.exists()
         assert events(run, "excluded") == []
         assert (run.read_status() or {})["status"] == "failed"
+
+    def test_nor_is_the_only_one_if_it_says_nothing(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
+        """The job may have been suspended."""
+        with pytest.raises(ClusterError):
+            drive(
+                run, [hello("a", "a"), both(started(step=0)), [hung(1, "data", is_silent=True)]], lambda _: THREE,
+                job=in_job, max_failures=MaxFailuresSpec(machine=0),
+            )  # fmt: skip
+        assert not path.exists()
+
+    def test_nor_is_a_second_one_that_says_nothing_at_the_same_place(
+        self, run: RunDirectory, in_job: BatchJob, path: Path
+    ) -> None:
+        """Code that keeps Python's lock looks so."""
+        again = Hung(step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=True, stack="")
+        script: Script = [hello("a", "b"), both(started(step=0)), [hung(1, "data", is_silent=True)]]
+        script += [both(started(step=0), 1), [one(again, 0, 1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
+        assert path.read_text() == "10.0.0.b\n"
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_nor_does_one_that_was_lost_before_requeue_a_later_failure(
+        self, run: RunDirectory, in_job: BatchJob
+    ) -> None:
+        later = Hung(step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=False, stack="")
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], hello("a", "c")]
+        script += [both(started(step=0), 1), [one(later, 0, 1), one(later, 1, 1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_room_that_comes_at_last_is_used(self, run: RunDirectory, in_job: BatchJob) -> None:
+        def look(now: float) -> list[Any]:
+            return [node("a", 1), node("b", 1)] if now < 0.6 or now > 11 else [node("a", 0)]
+
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], LAG, 5.0, 7.0]
+        script += [hello("a", "b"), both(started(step=0), 1), done(2, 1)]
+        document, _ = drive(run, script, look, job=in_job, wait_s=600.0)
+        assert document["status"] == "completed"
 
     def test_nor_is_one_of_several_that_say_nothing(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
         waited = one(failure("exchange_timeout", "waited for the others in vain", step=3), 0)
