@@ -324,11 +324,7 @@ class Driver:
                 self._plan_change(change)
 
     def _ask_to_stop(self, stop: Stop) -> None:
-        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once.
-
-        Raises:
-            LauncherError: The run fails for that.
-        """
+        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once."""
         stop = self._stop.accept(stop)
         if self._attempt.trains:
             self._display.message(f"{stop.text}: the workers finish their step and save; Ctrl-C twice abandons that")
@@ -345,5 +341,6 @@ class Driver:
         self._ledger.ended(now, kept=error is None)
         self._account(now)
         while (status := self._stop.outcome(error, completed=completed)) != written:  # a signal may change it meanwhile
+            self._run_log.state.interrupted = status == "stopped" and self._stop.is_cut_short
             self._run_log.close(status, error, lambda: self._stop.is_abandoned)
             written = status

@@ -3,7 +3,6 @@
 import itertools
 import signal
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,6 @@ from launcher.driver.run_state import RunState
 from launcher.driver.stop_conditions import Pace, StopConditions
 from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
-from tests.unit import test_driver
 from tests.unit.test_driver import (
     HELLO,
     LAG,
@@ -116,7 +114,7 @@ class Case:
         self.signals = StopSignals()
         self.events: list[dict[str, Any]] = []
         self.run_log: Any = SimpleNamespace(
-            is_stop_requested=False, save_s=save_s, saved_step=7, state=RunState(step=7),
+            is_stop_requested=False, save_s=save_s, saved_step=7, has_reached_end=False, state=RunState(step=7),
             event=lambda kind, **content: self.events.append({"kind": kind, **content}),
         )  # fmt: skip
         spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(max_worker_hours=budget))
@@ -213,27 +211,6 @@ class TestDeadline:
         assert case.trains().at(1e9) == "stopping at workers.max_worker_hours=1"
         assert case.outcome(1e9) == "stopped"
 
-    def test_tries_that_end_before_their_first_step_are_not_repeated_for_ever(self) -> None:
-        """The warning comes so early that no try reaches its first step."""
-        state = RunState()
-        for tries in (1, 2):
-            case = Case(job(1000))
-            case.run_log.state, state.requeued = state, None
-            case.signals.count(USR1)
-            assert (case.outcome(5), state.tries_without_step) == ("requeued", tries)
-        for reset in (lambda case: case.trains(), lambda case: case.at(1, waits=True)):
-            case = Case(job(1000))
-            case.run_log.state = state
-            reset(case)
-            case.signals.count(USR1)
-            assert (case.outcome(5), state.tries_without_step) == ("requeued", 2), "this one had its chance"
-        case = Case(job(1000))
-        case.run_log.state = state
-        case.signals.count(USR1)
-        with pytest.raises(ClusterError, match="too short for a start: 3 tries in a row ended before the workers trai"):
-            case.outcome(5)
-        assert state.tries_without_step == 0
-
 
 ON_PURPOSE = (TERM, INT, signal.SIGHUP, signal.SIGUSR2)
 ORDERS = [
@@ -283,6 +260,14 @@ class TestSignals:
         case.run_log.is_stop_requested = True
         assert (case.outcome(1), case.stop.is_cut_short) == ("stopped", False)
 
+    def test_one_in_the_last_step_does_not_either(self) -> None:
+        """The next try would have nothing to do, and would end as this one did."""
+        case = Case(GOES_ON).trains()
+        case.signals.count(USR1)
+        assert (case.outcome(1), case.stop.is_cut_short) == ("requeued", True)
+        case.run_log.has_reached_end = True
+        assert (case.stop.outcome(None, completed=False), case.stop.is_cut_short) == ("stopped", False)
+
     def test_one_that_comes_before_training(self) -> None:
         case = Case(GOES_ON)
         case.signals.count(USR1)
@@ -315,13 +300,6 @@ class TestDriver:
         (stopping,) = events(run, "stop_requested")
         assert stopping["reason"] == AT_LIMIT
         assert len(events(run, "stopped")) == 1
-
-    def test_a_step_of_this_try_clears_the_count_of_tries(
-        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(test_driver, "RunState", partial(RunState, tries_without_step=2))
-        document, _ = drive(run, [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)], job=job(200.0))
-        assert document["tries_without_step"] == 0
 
     def test_a_start_that_is_longer_than_the_limit_fails(self, run: RunDirectory) -> None:
         with pytest.raises(ClusterError, match="too short for a start: .* there is no checkpoint yet"):
