@@ -18,6 +18,7 @@ ENDING_EARLY: Final = signal.SIGUSR1
 _ENDS_AT = "LAUNCHER_JOB_ENDS_AT"
 _REQUEUES = "LAUNCHER_JOB_REQUEUES"
 _LOST_NODES = "LAUNCHER_JOB_LOST_NODES"
+_ID = "LAUNCHER_JOB_ID"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,15 @@ def batch_job() -> BatchJob:
         requeues=requeues == "1",
         lost_nodes_path=Path(path) if path else None,
     )
+
+
+def batch_job_id() -> str | None:
+    """Return the id of the batch job of this process, the same in each of its tries; None: it has none, or is in none.
+
+    A process of the job that looks alive while this one runs is of an earlier try, on a node that is cut off from the
+    scheduler.
+    """
+    return os.environ.get(_ID) or None
 
 
 def is_batch_job() -> bool:

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cluster.errors import ClusterError, StorageError
+from cluster.host.batch_job import batch_job_id
 from cluster.host.identity import place, started
 from cluster.storage.documents import read_document, write_document
 from cluster.storage.store import Store
@@ -29,7 +30,7 @@ from cluster.storage.store import Store
 STATUS_INTERVAL_S = 5.0
 """A live driver that reaches the store writes its status at least this often, in seconds."""
 
-DRIVER_KEYS = ("host", "pid", "place", "started", "claimed")
+DRIVER_KEYS = ("host", "pid", "place", "started", "claimed", "batch_job")
 """Keys of a status that describe its driver, not the run."""
 
 _FOLDER = "drivers"
@@ -71,7 +72,8 @@ class Lease:
         self._newest_writer = newest_writer
         self._clock = clock
         claimed, pid = round(time.time(), 3), os.getpid()
-        self._identity = dict(zip(DRIVER_KEYS, (socket.gethostname(), pid, place(), started(pid), claimed)))
+        who = (socket.gethostname(), pid, place(), started(pid), claimed, batch_job_id())
+        self._identity = dict(zip(DRIVER_KEYS, who))
         self.write({**(status or {}), "status": "running"})
         self.check()
         store.delete(map(_object, earlier))

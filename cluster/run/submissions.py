@@ -23,7 +23,7 @@ from cluster.storage.typed_json import from_json
 
 SubmissionState = Literal["waiting", "taken", "failed", "stopped", "done"]
 
-Standing = Literal["due", "taken", "superseded"]
+Standing = Literal["due", "taken", "superseded", "stopped"]
 
 _MARKS: tuple[SubmissionState, ...] = ("taken", "stopped", "failed", "done")
 """States that a mark file records; if there are several, the first one counts."""
@@ -194,17 +194,21 @@ class Submissions:
 
         Returns:
             ``due``: take it; ``taken``: go on with the run, an earlier process of the job has taken it; ``superseded``:
-                nothing, another submission that is not older was taken.
+                nothing, another submission that is not older was taken; ``stopped``: nothing, it was stopped before its
+                job started.
 
         Raises:
             DescriptionError: ``submission_id`` is no submission id.
         """
-        taken = {report.id for report in self.reports() if report.state == "taken"}
+        states = {report.id: report.state for report in self.reports()}
+        taken = {other for other, state in states.items() if state == "taken"}
         if any(_number(other) > _number(submission_id) for other in taken):
             return "superseded"
         if submission_id in taken:
             return "taken"
-        return "superseded" if any(_number(other) == _number(submission_id) for other in taken) else "due"
+        if any(_number(other) == _number(submission_id) for other in taken):
+            return "superseded"
+        return "stopped" if states.get(submission_id) == "stopped" else "due"
 
     def mark_taken(self, submission_id: str) -> None:
         """Records that the run now has the description and the code of a submission."""
@@ -271,6 +275,14 @@ class Submissions:
     def delete_sign(self, submission_id: str) -> None:
         """Deletes the heartbeat of a submission's job; no more will follow."""
         self._store.delete([f"{submission_id}.sign.json"])
+
+    def write_tries(self, submission_id: str, without_progress: int) -> None:
+        """Writes how many tries of a submission's job in a row have ended without a newer checkpoint."""
+        write_document(self._store, f"{submission_id}.tries.json", {"without_progress": without_progress})
+
+    def read_tries(self, submission_id: str) -> int:
+        """Returns how many tries of a submission's job in a row have ended without a newer checkpoint."""
+        return int((read_document(self._store, f"{submission_id}.tries.json") or {}).get("without_progress", 0))
 
     def withdraw(self, submission_id: str) -> None:
         """Deletes a submission that no job is to take."""

@@ -48,10 +48,16 @@ def drive_and_show(work: Callable[["Progress"], dict[str, Any]], cluster: "Clust
     finally:
         display.close()
     interrupted = result.pop("interrupted", False)
-    show(result, summary(result), as_json)
+    is_requeued = result["status"] == "requeued"
+    try:
+        show(result, summary(result), as_json)
+    except StorageError as error:  # the output of a batch job may be on a full disk
+        if not is_requeued:
+            raise
+        warn(str(error))
     if interrupted and result["status"] == "stopped":
         sys.exit(Interrupted.exit_code)
-    if result["status"] == "requeued":
+    if is_requeued:
         sys.exit(Requeued.exit_code)
 
 

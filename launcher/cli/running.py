@@ -104,7 +104,9 @@ def resume(
     if inspect and submission_id is None:
         raise DescriptionError("--inspect: is for jobs of submit, which name their --submission; leave it out")
     run_directory = find_run(run_url)
-    with run_directory.submissions.answered(submission_id):
+    from launcher.runs.next_try import answered
+
+    with answered(run_directory, submission_id):
         from launcher.config.clusters import jobs_cluster, load_cluster, open_cluster, open_scheduler
 
         cluster_spec, job_overrides = load_cluster(cluster_name, overrides)
@@ -148,6 +150,7 @@ def _resume_from_standby(
         raise DescriptionError("--standby: waits for a submission; name it with --submission")
     cluster, job_overrides = find_cluster(cluster_name, overrides)
     from cluster.run.run_directory import RunDirectory
+    from launcher.runs.next_try import answered
     from launcher.runs.resume import resume as resume_run
     from launcher.submission.standby import stand_by
 
@@ -155,7 +158,7 @@ def _resume_from_standby(
 
     def work(display: "Progress") -> dict[str, Any]:
         stand_by(run_directory, submission_id, cluster, display.phase)
-        with run_directory.submissions.answered(submission_id):
+        with answered(run_directory, submission_id):
             return resume_run(run_directory, job_overrides, cluster, display, submission_id=submission_id)
 
     drive_and_show(work, cluster, as_json=as_json)

@@ -94,7 +94,7 @@ class Driver:
         """Make the parts that need the workers' group."""
         spec, run_log = self._spec, self._run_log
         self._membership = membership
-        self._gathering = Gathering(spec.workers, self._run_url, membership, run_log)
+        self._gathering = Gathering(spec.workers, self._run_url, membership, run_log, self._stop.job)
         self._environments = Environments(self._run_url, membership, run_log, self._first_workers)
         self._failure_reports = FailureReports(self._run_url, membership, run_log)
         self._lost_gpus = LostGpus(spec.workers, membership, run_log)
@@ -165,6 +165,7 @@ class Driver:
         state.attempts += 1
         self._reports.attempt_started(self._attempt)
         self._environments.attempt_ended()
+        self._excluded.attempt_started()
         self._failures.attempt_started(membership.num_workers)
         self._ledger.workers_there(self._clock())
         self._run_log.event(
@@ -305,12 +306,10 @@ class Driver:
             self._ledger.parked(now)
             self._regroup()  # all workers have saved
         if not membership.num_workers:
-            if self._stop.accepted is not None:
-                return
-            if self._gathering.is_in_vain(now) and (stop := self._excluded.stop_for_others()) is not None:
+            if self._stop.accepted is None and (error := self._gathering.gather(now)) is not None:
+                if (stop := self._excluded.stop_for_others()) is None:
+                    raise error
                 self._ask_to_stop(stop)
-            else:
-                self._gathering.gather(now)
         elif not membership.is_complete:
             late = membership.late(now)
             if late and is_settled:  # else ``_judge`` waits for the store, and they may join meanwhile
@@ -325,11 +324,7 @@ class Driver:
                 self._plan_change(change)
 
     def _ask_to_stop(self, stop: Stop) -> None:
-        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once.
-
-        Raises:
-            LauncherError: The run fails for that.
-        """
+        """Have the workers save and end; if none trains, there is nothing to save, and the run ends at once."""
         stop = self._stop.accept(stop)
         if self._attempt.trains:
             self._display.message(f"{stop.text}: the workers finish their step and save; Ctrl-C twice abandons that")
@@ -346,5 +341,6 @@ class Driver:
         self._ledger.ended(now, kept=error is None)
         self._account(now)
         while (status := self._stop.outcome(error, completed=completed)) != written:  # a signal may change it meanwhile
+            self._run_log.state.interrupted = status == "stopped" and self._stop.is_cut_short
             self._run_log.close(status, error, lambda: self._stop.is_abandoned)
             written = status

@@ -62,9 +62,10 @@ def of_unkillable(rank: int, report: Unkillable) -> Failure:
     """Return the failure of a worker whose former process does not end."""
     state = f", {' '.join(report.state.split())}" if report.state else ""
     what = f"its former process {report.pid} has not ended {report.for_s:.0f} s after SIGKILL{state}"
+    failed = partial(Failure, rank=rank, is_unkillable=True)
     if report.on_gpu:
-        return Failure(cause="gpu_lost", message=f"{what}: it holds its GPU, whose driver may hang", rank=rank)
-    return Failure(cause="hung", message=f"{what}: a driver or a file system may hang", rank=rank)
+        return failed(cause="gpu_lost", message=f"{what}: it holds its GPU, whose driver may hang")
+    return failed(cause="hung", message=f"{what}: a driver or a file system may hang")
 
 
 def with_assertion(message: str, log: str) -> str:

@@ -7,10 +7,8 @@ from launcher.driver.run_log import RunLog
 from launcher.driver.stop_conditions import Stop
 from launcher.driver.verdicts import Failure
 
-_OF_NODES: tuple[Cause, ...] = ("gpu_lost", "node_lost", "hung")
-"""Causes for which the node of a worker is held responsible."""
-_FOR_WANT_OF_NODES: tuple[Cause, ...] = (*_OF_NODES, "not_started")
-"""Causes of which a job on other nodes may be free."""
+_OF_NODES: tuple[Cause, ...] = ("gpu_lost", "node_lost")
+"""Causes for which the node of a worker is held responsible, as it is for a worker that does not respond or end."""
 
 
 class ExcludedNodes:
@@ -21,40 +19,45 @@ class ExcludedNodes:
         self._job = job
         self._membership = membership
         self._run_log = run_log
+        self._told: set[str] = set()
+        """The addresses that the scheduler was told."""
+        self._hangs: set[tuple[int | None, str]] = set()
+        """At which step and in which phase workers that do not respond hung."""
+        self.attempt_started()
+
+    def attempt_started(self) -> None:
+        """Forget the failures before: there is room for workers without the nodes that were lost."""
         self._addresses: list[str] = []
+        """The addresses of the nodes that are responsible for the failure for which there are no workers."""
+        self._failure: Failure | None = None
 
     def note(self, failure: Failure) -> None:
-        """Tell the scheduler which nodes are responsible for a failure, if any are, each once.
-
-        The user's code is responsible for a failure at a place in it, and if all nodes are concerned at once, none is.
-        """
+        """Tell the scheduler which nodes are responsible for a failure, if any are, each once."""
         path = self._job.lost_nodes_path
-        if path is None or failure.cause not in _OF_NODES or failure.rank is None or failure.place or failure.is_common:
+        if path is None:
             return
-        membership = self._membership
-        places = dict(membership.place_of(rank) for rank in failure.ranks or [failure.rank])
-        if 1 < len(places) >= len({agent.node for agent in membership.agents.values()}):
-            return
-        for node, address in places.items():
-            if address is None or address in self._addresses:
+        for node, address in self._responsible(failure).items():
+            if address is None:
                 continue
-            try:
-                with path.open("a") as file:
-                    file.write(f"{address}\n")
-            except OSError as error:
-                self._run_log.display.warn(
-                    f"{path}: {error.strerror}; the next try of this job may get node {address} again"
+            if address not in self._told:
+                try:
+                    with path.open("a") as file:
+                        file.write(f"{address}\n")
+                except OSError as error:
+                    self._run_log.display.warn(
+                        f"{path}: {error.strerror}; the next try of this job may get node {address} again"
+                    )
+                    continue
+                self._told.add(address)
+                self._run_log.event(
+                    "excluded", step=self._run_log.state.step, address=address, node=node, cause=failure.cause
                 )
-                continue
             self._addresses.append(address)
-            self._run_log.event(
-                "excluded", step=self._run_log.state.step, address=address, node=node, cause=failure.cause
-            )
+            self._failure = failure
 
     def stop_after(self, failure: Failure) -> Stop | None:
         """Return how the run stops at a failure that would end it; None: it ends with the failure."""
-        is_of_nodes = failure.cause in _FOR_WANT_OF_NODES and not failure.place and not failure.is_common
-        return self.stop_for_others() if is_of_nodes else None
+        return self.stop_for_others() if failure is self._failure or failure.cause == "not_started" else None
 
     def stop_for_others(self) -> Stop | None:
         """Return how the run stops if it cannot go on with the nodes that it has; None: the next try would get these.
@@ -65,3 +68,24 @@ class ExcludedNodes:
             return None
         why = f"to go on without node{'s' * (len(self._addresses) > 1)} {listed(self._addresses)}"
         return Stop(f"stopping {why}", requeued=why)
+
+    def _responsible(self, failure: Failure) -> dict[str | None, str | None]:
+        """Return the addresses of the nodes that are responsible for a failure, by node id.
+
+        If all nodes are concerned at once, none is; nor is one on which a worker does not respond at a place at which
+        one did not before, because code that keeps Python's lock looks the same.
+        """
+        if failure.rank is None or failure.is_common or not self._is_of_nodes(failure):
+            return {}
+        membership = self._membership
+        places = dict(membership.place_of(rank) for rank in failure.ranks or [failure.rank])
+        concerns_all = len(places) >= len({agent.node for agent in membership.agents.values()})
+        return {} if concerns_all and (len(places) > 1 or failure.is_silent) else places
+
+    def _is_of_nodes(self, failure: Failure) -> bool:
+        if failure.is_silent and failure.hang is not None:
+            where = (failure.hang["step"], failure.hang["doing"])
+            if where in self._hangs:
+                return False
+            self._hangs.add(where)
+        return failure.cause in _OF_NODES or failure.is_silent or failure.is_unkillable

@@ -237,7 +237,10 @@ class Failures:
         rank = min(causes, key=lambda rank: (telling.index(causes[rank]), rank))
         kind = _KINDS_OF_LOSS.get(causes[rank], "machine")
         ranks = frozenset(other for other, cause in causes.items() if cause == causes[rank])
-        return Failure(cause=causes[rank], message=self._lost[rank], kind=kind, rank=rank, ranks=ranks)
+        cause = causes[rank]
+        return Failure(
+            cause=cause, message=self._lost[rank], kind=kind, rank=rank, ranks=ranks, is_silent=cause == "hung"
+        )
 
     def _of_all_agents(self, reason: str) -> Failure:
         """Return the failure of agents that did not start, or that Ray ended together."""
@@ -271,7 +274,9 @@ class Failures:
             cause="exchange_timeout" if is_stuck else "hung",
             message=what,
             rank=rank,
+            ranks=frozenset(silent),
             is_common=are_alike,
+            is_silent=bool(silent) and not found.data_delay,
             step=step,
             # Two first steps that hang at the same line are no accident: the second one ends the run.
             place=f"first step after {step}, {doing}, {line}" if found.is_first_step and line and not silent else "",

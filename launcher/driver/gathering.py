@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.errors import ClusterError
+from cluster.host.batch_job import BatchJob
 from jobs.spec import WorkersSpec
 from launcher.driver.membership import Membership
 from launcher.driver.run_log import RunLog
@@ -19,12 +20,16 @@ those of others starts no node.
 class Gathering:
     """Waits for room for the workers of a run. Times are passed in, in seconds of a monotonic clock."""
 
-    def __init__(self, workers: WorkersSpec, run_url: str, membership: Membership, run_log: RunLog) -> None:
+    def __init__(
+        self, workers: WorkersSpec, run_url: str, membership: Membership, run_log: RunLog, job: BatchJob
+    ) -> None:
         """Only assigns."""
         self._workers = workers
         self._run_url = run_url
         self._membership = membership
         self._run_log = run_log
+        self._are_nodes_fixed = job.lost_nodes_path is not None
+        self._limit_s = min(_ASK_AFTER_S, workers.wait_s) if self._are_nodes_fixed else workers.wait_s
         self._waiting_since: float | None = None
         self.start_at = 0.0
         """Start no workers before this time."""
@@ -34,24 +39,22 @@ class Gathering:
         """Whether the run waits for room."""
         return self._waiting_since is not None
 
-    def is_in_vain(self, now: float) -> bool:
-        """Return whether there has been too little room for so long that no more comes on nodes that are fixed."""
-        patience_s = min(_ASK_AFTER_S, self._workers.wait_s)
-        return self._waiting_since is not None and now - self._waiting_since >= patience_s
-
-    def gather(self, now: float) -> None:
+    def gather(self, now: float) -> ClusterError | None:
         """Start workers if there is room for them, unless it is too early to try again.
 
-        Raises:
-            ClusterError: There has been no room for longer than ``workers.wait_s``.
+        Returns:
+            What is missing, if there has been no room for longer than ``workers.wait_s``, or so long that no more comes
+            because the nodes are fixed. None: it is not known yet whether there is room.
         """
         if now < self.start_at:
-            return
+            return None
         membership = self._membership
         room = membership.room(now)
         if room is None:
-            return
+            return None
         waited_s = 0.0 if room and not membership.is_unplaced else self._note_wait(now)
+        if waited_s > self._limit_s:
+            return self._shortage_error()
         if room:
             if not self.waits:
                 self._run_log.display.phase(_starting(room))
@@ -62,6 +65,7 @@ class Gathering:
             membership.start(0, now)
         elif membership.group.is_shared and waited_s >= _ASK_AFTER_S:
             membership.start(self._workers.least, now)
+        return None
 
     def placed(self, nodes: Sequence[str], now: float) -> None:
         """Record the nodes, by rank, on which Ray has placed the agents; empty: they have released their places."""
@@ -77,27 +81,29 @@ class Gathering:
         state.workers, state.waits_for, self._waiting_since = count, None, None
 
     def _note_wait(self, now: float) -> float:
-        """Report that the run waits for room, and for what; return how long it has waited, in seconds.
-
-        Raises:
-            ClusterError: It has waited for longer than ``workers.wait_s``.
-        """
-        shortage, limit_s = self._membership.shortage(), self._workers.wait_s
+        """Report that the run waits for room, and for what; return how long it has waited, in seconds."""
+        shortage, limit_s = self._membership.shortage(), self._limit_s
         run_log = self._run_log
         run_log.state.waits_for = shortage
         if self._waiting_since is None:
             self._waiting_since = now
             run_log.flush()
             run_log.event("waiting", step=run_log.state.step, reason=shortage)
-            asked = "; an autoscaler, if there is one, is asked for them" if self._membership.group.is_shared else ""
+            grows = self._membership.group.is_shared and not self._are_nodes_fixed
+            asked = "; an autoscaler, if there is one, is asked for them" if grows else ""
             run_log.display.message(f"waiting for workers, for up to {limit_s:g} s: {shortage}{asked}")
-        waited_s = now - self._waiting_since
-        if waited_s > limit_s:
-            raise ClusterError(
-                f"{shortage}, after {limit_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
-                f"or lower workers.num, then launcher resume {self._run_url}"
+        return now - self._waiting_since
+
+    def _shortage_error(self) -> ClusterError:
+        shortage = self._membership.shortage()
+        if self._are_nodes_fixed:
+            return ClusterError(
+                f"{shortage}, and a batch job gets no other nodes; submit it again, or with a lower workers.num"
             )
-        return waited_s
+        return ClusterError(
+            f"{shortage}, after {self._limit_s:.0f} s of waiting (workers.wait_s); free or add nodes, "
+            f"or lower workers.num, then launcher resume {self._run_url}"
+        )
 
 
 def _starting(num_workers: int) -> str:

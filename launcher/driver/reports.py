@@ -122,7 +122,6 @@ class Reports:
         if rank == 0:
             self._attempt.trains, self._attempt.began_at = True, started.step
             self._stop.first_start_is_over()
-            self._run_log.state.tries_without_step = 0
             self._ledger.training_began(self._clock(), started.spent)
             self._run_log.begins_at(started.step)
             self._pending.training_began(self._clock())

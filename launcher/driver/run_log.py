@@ -186,6 +186,11 @@ class RunLog:
         return self.state.saved_step or 0
 
     @property
+    def has_reached_end(self) -> bool:
+        """Whether the workers have completed the last step that they are to train."""
+        return self.state.step >= self._plan.end_step
+
+    @property
     def save_interval(self) -> int:
         """Steps between scheduled checkpoints."""
         return self._spec.checkpoint.every_steps or self._plan.steps_per_epoch

@@ -37,5 +37,5 @@ class RunState:
     error: str | None = None
     requeued: str | None = None
     """Why the scheduler of its batch job starts the run again, as the end of a sentence; None: it does not."""
-    tries_without_step: int = 0
-    """How many tries of its batch job in a row ended before the workers' first step."""
+    interrupted: bool = False
+    """Whether a signal or the time limit of its job has stopped the run, and nothing else."""

@@ -18,8 +18,6 @@ _FIRST_STEPS_S = 30.0
 """What the workers may take to stop before it is known how long a step takes."""
 _STEPS_TO_STOP = 3
 """How many steps the workers begin at most before they save: that many are under way when they agree to stop."""
-_MOST_TRIES = 3
-"""How many tries of a job in a row may end before their workers' first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,9 @@ class StopConditions:
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether a signal or the time limit of the job has interrupted the run."""
+        """Whether a signal or the time limit of the job has interrupted the run before its last step."""
+        if self._run_log.has_reached_end:
+            return False
         return self._signals.first is not None or (self.accepted is not None and self.accepted.is_cut_short)
 
     def first_start_is_over(self) -> None:
@@ -149,27 +149,18 @@ class StopConditions:
         return None
 
     def accept(self, stop: Stop) -> Stop:
-        """Record why the run stops, unless it stops already; return why it does.
-
-        Raises:
-            ClusterError: Again the job ends before its workers' first step, after several tries that did the same.
-        """
-        if self.accepted is not None:
-            return self.accepted
-        self.accepted, state = stop, self._run_log.state
-        self._run_log.event("stop_requested", step=state.step, reason=stop.text)
-        state.requeued = stop.requeued
-        if stop.requeued is not None and stop.is_cut_short and self._is_first_start and not self._has_waited:
-            state.tries_without_step += 1
-            if state.tries_without_step >= _MOST_TRIES:
-                state.tries_without_step = 0
-                raise self._too_short(f"{_MOST_TRIES} tries in a row ended before the workers trained")
-        return stop
+        """Record why the run stops, unless it stops already; return why it does."""
+        if self.accepted is None:
+            self.accepted, state = stop, self._run_log.state
+            self._run_log.event("stop_requested", step=state.step, reason=stop.text)
+            state.requeued = stop.requeued
+        return self.accepted
 
     def outcome(self, error: LauncherError | None, *, completed: bool) -> str:
         """Return the status with which the run ends now; it may change until that is written.
 
-        A run whose batch job ends early does not go on if somebody wants it to stop, too.
+        A run whose batch job ends early does not go on if somebody wants it to stop, too, or if it has reached the last
+        step that it is to train.
 
         Args:
             error: What ends the run; None: it ends in order.
@@ -181,7 +172,8 @@ class StopConditions:
             return "completed"
         is_requeued = self.accepted is not None and self.accepted.requeued is not None
         is_unwanted = self._signals.is_on_purpose or self._run_log.is_stop_requested
-        return "requeued" if is_requeued and not is_unwanted else "stopped"
+        is_over = self._run_log.has_reached_end
+        return "requeued" if is_requeued and not is_unwanted and not is_over else "stopped"
 
     def _stop_of_job(self, why: str) -> Stop:
         """Return the stop for a signal, or for the time limit of the job."""

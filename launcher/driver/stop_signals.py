@@ -28,6 +28,8 @@ class StopSignals:
         """
         self.raises_if_abandoned = False
         """Whether a second Ctrl-C or SIGTERM raises ``KeyboardInterrupt``, for while nobody reads ``is_abandoned``."""
+        self.has_begun = False
+        """Whether the run is driven: how it ends then decides the exit code, and no signal that comes after that."""
         self._num_abandoning = 0
 
     @property
@@ -37,13 +39,16 @@ class StopSignals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Count the signals that come inside the block. If one has come, those that only ask are ignored afterwards."""
+        """Count the signals that come inside the block.
+
+        If one has come, or the run has begun, those that only ask are ignored afterwards.
+        """
         before = {number: signal.signal(number, self.count) for number in stop_signals()}
         try:
             yield
         finally:
             for number, handler in before.items():
-                is_late = self.first is not None and number in ASKING
+                is_late = (self.has_begun or self.first is not None) and number in ASKING
                 signal.signal(number, signal.SIG_IGN if is_late else handler)
 
     def count(self, number: int, _: object = None) -> None:

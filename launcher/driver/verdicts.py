@@ -41,6 +41,8 @@ class Failure:
         rank: The worker; None: it concerns all workers.
         ranks: All workers with the same cause, if there are several.
         is_common: Whether other workers report the same, so that the node of ``rank`` need not be the cause.
+        is_silent: Whether the worker hung and does not even send heartbeats, so that its node may be the cause.
+        is_unkillable: Whether its former process does not end.
         step: The optimizer steps that the worker had completed; None: not known.
         error: The type of the error if the failure ends the run.
         place: The step and line at which the code failed; empty: not known, or not the code's failure.
@@ -59,6 +61,8 @@ class Failure:
     error: type[LauncherError] = ClusterError
     ranks: frozenset[int] = frozenset()
     is_common: bool = False
+    is_silent: bool = False
+    is_unkillable: bool = False
     place: str = ""
     traceback: str = ""
     log_tail: str = ""

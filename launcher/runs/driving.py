@@ -76,6 +76,7 @@ def drive_run(
     back_to: Manifest | None = None,
     *,
     may_differ: bool,
+    keeps_stop: bool = False,
 ) -> dict[str, Any]:
     """Take the lease of a run, write its documents, start the workers, and drive them to the end.
 
@@ -89,6 +90,7 @@ def drive_run(
         signals: From ``ready_to_drive``, in whose context this is called.
         back_to: The checkpoint to go back to first; None: go on from the newest good one.
         may_differ: Whether workers may train although they differ.
+        keeps_stop: Whether a request to stop that has come before is for this driver too.
 
     Returns:
         The ``--json`` document.
@@ -97,11 +99,13 @@ def drive_run(
         LauncherError: The run failed, or another driver took it over.
     """
     spec = description.spec
+    signals.has_begun = True
     signals.interrupting = ()  # from now on a signal asks for a stop in order
     signals.raises_if_abandoned = True  # until the driver's loop runs: the store may not answer
     if plan.why_cpu:
         display.warn(plan.why_cpu)
-    run.clear_stop()  # a request to an earlier driver; one that comes after the lease is taken is for this driver
+    if not keeps_stop:
+        run.clear_stop()  # a request to an earlier driver; one that comes after the lease is taken is for this driver
     run.take_lease()
     if back_to is not None:
         go_back(run, back_to)
@@ -133,7 +137,7 @@ def drive_run(
         raise
     finally:
         _finish(run, spec.name, run_log, tracker, signals)
-    return run_log.document() | {"interrupted": stop.is_cut_short}
+    return run_log.document()
 
 
 def _finish(run: RunDirectory, name: str, run_log: RunLog, tracker: Tracker, signals: StopSignals) -> None:
@@ -170,7 +174,6 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
         state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
-        state.tries_without_step = status.get("tries_without_step", 0)
     for event in events:
         if event["kind"] == "attempt_started":  # written at once; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

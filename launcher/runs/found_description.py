@@ -59,7 +59,7 @@ def find_description(run: RunDirectory, submission_id: str | None = None) -> Fou
         submission_id: The submission for which this process was started; None: a person resumes the run.
 
     Raises:
-        ClusterError: The submission is superseded: the run has taken another one since; or it was withdrawn.
+        ClusterError: The submission is superseded: the run has taken another one since; or it was withdrawn or stopped.
         StorageError: The description cannot be read.
     """
     source = f"{run.url}/job.yaml"
@@ -96,7 +96,7 @@ def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_beg
     description yet: then it takes the newest one.
 
     Raises:
-        ClusterError: The submission is superseded: the run has taken another one since.
+        ClusterError: The submission is superseded: the run has taken another one since; or it was stopped.
     """
     if submission_id is not None:
         standing = run.submissions.standing(submission_id)
@@ -105,6 +105,8 @@ def _submission_to_take(run: RunDirectory, submission_id: str | None, *, has_beg
                 f"{run.url}: submission {submission_id} is superseded, the run was begun for another one since; "
                 "nothing is left to do for this job"
             )
+        if standing == "stopped":
+            raise ClusterError(f"{run.url}: submission {submission_id} was stopped; nothing is left to do for this job")
         return submission_id if standing == "due" else None
     newest = None if has_begun else run.submissions.newest()
     return None if newest is None else newest.id

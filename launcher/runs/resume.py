@@ -18,6 +18,7 @@ from launcher.planning.nodes import inspect_nodes
 from launcher.runs.changes import changes_of, compare, unsafe_changes
 from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.found_description import find_description
+from launcher.runs.next_try import bounded_tries, end, stopped
 from launcher.runs.planning_sign import planning_sign
 from launcher.runs.resumed_plan import placed_at, plan_to_resume
 from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, good_checkpoint_at
@@ -60,6 +61,26 @@ def resume(
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
+    with bounded_tries(run, submission_id):
+        return _resume(
+            run, overrides, cluster, display, force=force, take_over=take_over, at=at, new=new,
+            submission_id=submission_id, inspects=inspects,
+        )  # fmt: skip
+
+
+def _resume(
+    run: RunDirectory,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    display: Progress,
+    *,
+    force: bool,
+    take_over: bool,
+    at: int | None,
+    new: str | None,
+    submission_id: str | None,
+    inspects: tuple[str, ...] | None,
+) -> dict[str, Any]:
     observed = observe(run)
     found = find_description(run, submission_id)
     stored = found.stored
@@ -78,6 +99,7 @@ def resume(
         return continue_run(
             run, observed, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at,
             to_take=found.submission_id if submission_id else None, inspects=inspects,
+            is_next_try=submission_id is not None and found.submission_id is None,
         )  # fmt: skip
     if at is not None:
         steps = [checkpoint_at(run, at, steps).step]
@@ -98,6 +120,7 @@ def continue_run(
     at: int | None = None,
     to_take: str | None = None,
     inspects: tuple[str, ...] | None = None,
+    is_next_try: bool = False,
 ) -> dict[str, Any]:
     """Continue an existing run, after checking that ``wanted`` describes that run.
 
@@ -107,6 +130,7 @@ def continue_run(
         wanted: The description to go on with.
         code: The user's code.
         to_take: The submission for which this process was started, if the run has yet to take it.
+        is_next_try: Whether the run took it in an earlier try of the batch job of this process.
         run, cluster, display, force, take_over, at, inspects: See ``resume``.
     """
     changes, is_same = compare(run, stored, wanted, force=force)
@@ -118,6 +142,9 @@ def continue_run(
     if status is not None and status["status"] == "completed" and is_same and not goes_back:
         display.message(f"{run.url} is complete; nothing to do (another name starts another run)")
         return without_driver(status)
+    if is_next_try and (document := stopped(run)) is not None:
+        display.message(f"{run.url} was stopped; nothing is left to do for this job (launcher resume goes on)")
+        return document
     for change in changes:
         display.message(f"changed {change}")
     reached = max(steps, default=0) if at is None else at
@@ -130,7 +157,9 @@ def continue_run(
         plan = plan_to_resume(run, placed, reached, code, cluster, tell, force=force, may_wait=not take_over)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
-        return without_driver(status)
+        if status["status"] == "requeued":
+            end(run, status, "stopped")
+        return without_driver(run.read_status() or status)
     if back_to is None:
         display.message(f"resuming {run.url}")
     else:
@@ -139,7 +168,9 @@ def continue_run(
         check_not_driven_since(run, observed, take_over=take_over)
         if to_take is not None and not run.submissions.is_there(to_take):
             raise ClusterError(f"{run.url}: submission {to_take} was withdrawn; nothing is left to do for this job")
-        return drive_run(run, wanted, plan, code, cluster, display, signals, back_to, may_differ=force)
+        return drive_run(
+            run, wanted, plan, code, cluster, display, signals, back_to, may_differ=force, keeps_stop=is_next_try
+        )
 
 
 def _branch(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError
+from cluster.host.batch_job import batch_job_id
 from cluster.run.lease import DRIVER_KEYS
 from cluster.run.run_directory import RunDirectory
 from cluster.storage.store import MissingObject
@@ -57,6 +58,8 @@ def meet_other_driver(run: RunDirectory, display: Progress, *, take_over: bool) 
     driver = f"process {status['pid']} on {status['host']}"
     if take_over:
         display.message(f"taking {run.url} over from {driver}")
+    elif _is_earlier_try(status):
+        display.message(f"{driver} ran {run.url} in an earlier try of this job: going on in its place")
     elif is_driven(run, status):
         raise ClusterError(
             f"{run.url}: {driver} is running it; stop it with `launcher stop {run.url}`, or add --take-over to go on "
@@ -81,6 +84,7 @@ def check_not_driven_since(run: RunDirectory, observed: ObservedRun, *, take_ove
     """
     now = observe(run)
     has_written = observed.is_running and now.status != observed.status  # the driver that seemed dead is alive
+    take_over = take_over or (now.status is not None and _is_earlier_try(now.status))
     if now.identity == observed.identity and (take_over or not has_written):
         return
     who = "somebody" if now.status is None else f"process {now.status['pid']} on {now.status['host']}"
@@ -88,3 +92,11 @@ def check_not_driven_since(run: RunDirectory, observed: ObservedRun, *, take_ove
         f"{run.url}: {who} has driven it since this process looked at it; nothing was changed here: look at "
         f"`launcher status {run.url}`, then give the command again"
     )
+
+
+def _is_earlier_try(status: dict[str, Any]) -> bool:
+    """Return whether a driver is an earlier try of this process's batch job; it may be cut off and write on.
+
+    The scheduler holds it for dead, and the lease keeps it from writing once this process has taken that.
+    """
+    return batch_job_id() is not None and status.get("batch_job") == batch_job_id()

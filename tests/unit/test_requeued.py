@@ -2,24 +2,24 @@
 
 import itertools
 import signal
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted, TrainingError
+from cluster.errors import ClusterError, DescriptionError, Interrupted, StorageError, TrainingError
 from cluster.host import batch_job as environment
 from cluster.host.batch_job import BatchJob, EndsEarly, batch_job
-from cluster.process.messages import ToDriver, Unkillable
+from cluster.process.messages import Hung, ToDriver, Unkillable
 from cluster.run.run_directory import RunDirectory
 from jobs.spec import MaxFailuresSpec, TrainSpec, WorkersSpec
+from launcher.cli import output
 from launcher.driver.run_state import RunState
 from launcher.driver.stop_conditions import Pace, StopConditions
 from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
-from tests.unit import test_driver
 from tests.unit.test_driver import (
     HELLO,
     LAG,
@@ -114,7 +114,7 @@ class Case:
         self.signals = StopSignals()
         self.events: list[dict[str, Any]] = []
         self.run_log: Any = SimpleNamespace(
-            is_stop_requested=False, save_s=save_s, saved_step=7, state=RunState(step=7),
+            is_stop_requested=False, save_s=save_s, saved_step=7, has_reached_end=False, state=RunState(step=7),
             event=lambda kind, **content: self.events.append({"kind": kind, **content}),
         )  # fmt: skip
         spec = bare_job(train=TrainSpec(max_seconds=max_seconds), workers=WorkersSpec(max_worker_hours=budget))
@@ -211,27 +211,6 @@ class TestDeadline:
         assert case.trains().at(1e9) == "stopping at workers.max_worker_hours=1"
         assert case.outcome(1e9) == "stopped"
 
-    def test_tries_that_end_before_their_first_step_are_not_repeated_for_ever(self) -> None:
-        """The warning comes so early that no try reaches its first step."""
-        state = RunState()
-        for tries in (1, 2):
-            case = Case(job(1000))
-            case.run_log.state, state.requeued = state, None
-            case.signals.count(USR1)
-            assert (case.outcome(5), state.tries_without_step) == ("requeued", tries)
-        for reset in (lambda case: case.trains(), lambda case: case.at(1, waits=True)):
-            case = Case(job(1000))
-            case.run_log.state = state
-            reset(case)
-            case.signals.count(USR1)
-            assert (case.outcome(5), state.tries_without_step) == ("requeued", 2), "this one had its chance"
-        case = Case(job(1000))
-        case.run_log.state = state
-        case.signals.count(USR1)
-        with pytest.raises(ClusterError, match="too short for a start: 3 tries in a row ended before the workers trai"):
-            case.outcome(5)
-        assert state.tries_without_step == 0
-
 
 ON_PURPOSE = (TERM, INT, signal.SIGHUP, signal.SIGUSR2)
 ORDERS = [
@@ -281,6 +260,14 @@ class TestSignals:
         case.run_log.is_stop_requested = True
         assert (case.outcome(1), case.stop.is_cut_short) == ("stopped", False)
 
+    def test_one_in_the_last_step_does_not_either(self) -> None:
+        """The next try would have nothing to do, and would end as this one did."""
+        case = Case(GOES_ON).trains()
+        case.signals.count(USR1)
+        assert (case.outcome(1), case.stop.is_cut_short) == ("requeued", True)
+        case.run_log.has_reached_end = True
+        assert (case.stop.outcome(None, completed=False), case.stop.is_cut_short) == ("stopped", False)
+
     def test_one_that_comes_before_training(self) -> None:
         case = Case(GOES_ON)
         case.signals.count(USR1)
@@ -313,13 +300,6 @@ class TestDriver:
         (stopping,) = events(run, "stop_requested")
         assert stopping["reason"] == AT_LIMIT
         assert len(events(run, "stopped")) == 1
-
-    def test_a_step_of_this_try_clears_the_count_of_tries(
-        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(test_driver, "RunState", partial(RunState, tries_without_step=2))
-        document, _ = drive(run, [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)], job=job(200.0))
-        assert document["tries_without_step"] == 0
 
     def test_a_start_that_is_longer_than_the_limit_fails(self, run: RunDirectory) -> None:
         with pytest.raises(ClusterError, match="too short for a start: .* there is no checkpoint yet"):
@@ -372,6 +352,9 @@ class TestDriver:
         assert document["status"] == "stopped"
 
 
+WAITS_FOR_DATA = Hung(
+    step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=True, stack="", data_delay="s3://x: no answer"
+)
 THREE = [node("a", 1), node("b", 1), node("c", 1)]
 DEAD = "its node has died"
 
@@ -406,16 +389,18 @@ class TestExcludedNodes:
         assert group.started == [2, 0]
 
     @pytest.mark.parametrize("without", ["requeues", "lost nodes"])
-    def test_else_it_waits_as_long_as_it_may(self, run: RunDirectory, path: Path, without: str) -> None:
+    def test_else_it_waits_as_long_as_that_may_help(self, run: RunDirectory, path: Path, without: str) -> None:
         in_job = BatchJob(requeues=without != "requeues", lost_nodes_path=path if without != "lost nodes" else None)
 
         def look(now: float) -> list[Any]:
             return [node("a", 1), node("b", 1)] if now < 0.6 else [node("a", 0)]
 
         script: Script = [
-            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0, 15.0
+            hello("a", "b"), [*both(started(step=0)), saved(0, 5)], [agents_lost({1: DEAD})], LAG, 5.0, 6.0,
+            *([] if without == "requeues" else [15.0]),
         ]  # fmt: skip
-        with pytest.raises(ClusterError, match="after 20 s of waiting"):
+        expected = "batch job gets no other nodes" if without == "requeues" else "after 20 s of waiting"
+        with pytest.raises(ClusterError, match=expected):
             drive(run, script, look, job=in_job, wait_s=20.0)
         assert path.exists() == (without == "requeues")
 
@@ -463,9 +448,21 @@ class TestExcludedNodes:
             [died(1)],
             [not_begun(0, "start"), not_begun(1, "data")],
             [hung(0, "data"), hung(1, "data")],
+            [hung(0, "backward"), hung(1, "data")],
+            [hung(0, "backward", is_silent=True), hung(1, "data", is_silent=True)],
+            [hung(0, "backward"), one(WAITS_FOR_DATA, 1)],
             [agents_lost({0: "its agent has said nothing for 300 s", 1: "its agent has said nothing for 300 s"})],
         ],
-        ids=["the code", "killed", "the same line of a first step", "all alike", "all nodes"],
+        ids=[
+            "the code",
+            "killed",
+            "the same line of a first step",
+            "all alike",
+            "one behind the other",
+            "all silent",
+            "data",
+            "all nodes",
+        ],
     )
     def test_no_node_is_held_responsible_for_what_may_be_the_codes(
         self, run: RunDirectory, in_job: BatchJob, path: Path, reports: list[ToDriver]
@@ -478,6 +475,46 @@ class TestExcludedNodes:
         assert not path.exists()
         assert events(run, "excluded") == []
         assert (run.read_status() or {})["status"] == "failed"
+
+    def test_nor_is_the_only_one_if_it_says_nothing(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
+        """The job may have been suspended."""
+        with pytest.raises(ClusterError):
+            drive(
+                run, [hello("a", "a"), both(started(step=0)), [hung(1, "data", is_silent=True)]], lambda _: THREE,
+                job=in_job, max_failures=MaxFailuresSpec(machine=0),
+            )  # fmt: skip
+        assert not path.exists()
+
+    def test_nor_is_a_second_one_that_says_nothing_at_the_same_place(
+        self, run: RunDirectory, in_job: BatchJob, path: Path
+    ) -> None:
+        """Code that keeps Python's lock looks so."""
+        again = Hung(step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=True, stack="")
+        script: Script = [hello("a", "b"), both(started(step=0)), [hung(1, "data", is_silent=True)]]
+        script += [both(started(step=0), 1), [one(again, 0, 1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
+        assert path.read_text() == "10.0.0.b\n"
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_nor_does_one_that_was_lost_before_requeue_a_later_failure(
+        self, run: RunDirectory, in_job: BatchJob
+    ) -> None:
+        later = Hung(step=7, doing="data", is_first_step=False, for_s=300.4, is_silent=False, stack="")
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], hello("a", "c")]
+        script += [both(started(step=0), 1), [one(later, 0, 1), one(later, 1, 1)]]
+        with pytest.raises(ClusterError):
+            drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
+        assert (run.read_status() or {})["status"] == "failed"
+
+    def test_room_that_comes_at_last_is_used(self, run: RunDirectory, in_job: BatchJob) -> None:
+        def look(now: float) -> list[Any]:
+            return [node("a", 1), node("b", 1)] if now < 0.6 or now > 11 else [node("a", 0)]
+
+        script: Script = [hello("a", "b"), both(started(step=0)), [agents_lost({1: DEAD})], LAG, 5.0, 7.0]
+        script += [hello("a", "b"), both(started(step=0), 1), done(2, 1)]
+        document, _ = drive(run, script, look, job=in_job, wait_s=600.0)
+        assert document["status"] == "completed"
 
     def test_nor_is_one_of_several_that_say_nothing(self, run: RunDirectory, in_job: BatchJob, path: Path) -> None:
         waited = one(failure("exchange_timeout", "waited for the others in vain", step=3), 0)
@@ -510,3 +547,28 @@ class TestExcludedNodes:
         script: Script = [hello("a", "a"), [*both(started(step=0)), saved(0, 5)], 10.0, [lost, *exited(0)], []]
         document, _ = drive(run, script, job=in_job, max_failures=MaxFailuresSpec(machine=0), max_seconds=9.0)
         assert document["status"] == "stopped"
+
+
+class NoCluster:
+    """A cluster that is always there."""
+
+    def joined(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("status", ["requeued", "completed"])
+def test_a_full_disk_does_not_hide_that_a_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    def write_out(_: str) -> bool:
+        raise StorageError("stdout: No space left on device: the result is not written")
+
+    monkeypatch.setattr(output, "write_out", write_out)
+    ended = pytest.raises(SystemExit) if status == "requeued" else pytest.raises(StorageError)
+    cluster: Any = NoCluster()
+    document = {"run": "s3://runs/digits", "status": status, "step": 3, "time": {}}
+    with ended as caught:
+        output.drive_and_show(lambda _: document, cluster, as_json=True)
+    if status == "requeued":
+        assert getattr(caught.value, "code", None) == 75
+        assert "warning: stdout: No space left on device" in capsys.readouterr().err

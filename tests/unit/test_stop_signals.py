@@ -80,6 +80,23 @@ def test_a_closed_terminal_that_tells_it_again_is_ignored_after_the_run() -> Non
     assert not signals.is_abandoned
 
 
+@pytest.mark.parametrize("number", ASKING)
+def test_one_that_only_asks_does_not_change_how_a_run_has_ended(number: signal.Signals) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    signals = StopSignals()
+    with signals.caught():
+        pass
+    with pytest.raises(KeyboardInterrupt):  # nothing has begun: the command is interrupted
+        signal.raise_signal(number)
+    with signals.caught():
+        signals.has_begun = True
+    signal.raise_signal(number)
+    signal.signal(number, before)
+
+
 def test_what_starts_meanwhile_inherits_a_mask() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with kept_from_children():

@@ -328,6 +328,23 @@ class TestARunThatSomebodyElseTakesWhileThisProcessPlans:
         self.is_left_alone(lambda: resume(run, (), Machine(2), Said()))
         other.check_lease()
 
+    @pytest.mark.parametrize("job", ["7", "8"])
+    def test_an_earlier_try_of_the_same_job_may_write_on(self, run, meanwhile, monkeypatch, job):
+        """The scheduler has lost its node, and the store has not."""
+        submission_id, _ = submit(run, 0)
+        monkeypatch.setenv("LAUNCHER_JOB_ID", "7")
+        take(run, submission_id)
+        other = self.rival(run)
+        other.write_status({"status": "running", "step": 3})
+        monkeypatch.setenv("LAUNCHER_JOB_ID", job)
+        meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))
+        expected = Training if job == "7" else ClusterError
+        with pytest.raises(expected):
+            resume(run, (), Machine(2), Said(), submission_id=submission_id)
+        if job == "7":
+            with pytest.raises(SupersededError):
+                other.check_lease()
+
     def test_a_driver_that_is_taken_over_from_may_write_on(self, run, meanwhile):
         other = self.rival(run)
         meanwhile.append(lambda: other.write_status({"status": "running", "step": 4}))

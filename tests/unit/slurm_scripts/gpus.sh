@@ -28,6 +28,7 @@ field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 # When the job reaches its time limit, before which the driver saves; empty: never.
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
+export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then

@@ -26,6 +26,7 @@ field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 # When the job reaches its time limit, before which the driver saves; empty: never.
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
+export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 
 # What only this try needs, where all of its nodes see it: the token of its Ray, and reports. A try whose node was lost
 # has left its own; that node may come back.

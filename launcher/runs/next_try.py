@@ -1,0 +1,132 @@
+"""The tries of one batch job: its scheduler starts the same command again, which goes on with the run or leaves it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.errors import ClusterError, Interrupted, Requeued, StorageError, one_line
+from cluster.host.batch_job import EndsEarly, batch_job
+from cluster.run.lease import SupersededError
+from cluster.run.run_directory import RunDirectory
+from launcher.driver.pending_writes import event_row
+from launcher.watching.status import without_driver
+
+_MOST_TRIES = 3
+"""How many tries in a row may end without a newer checkpoint than the one that they began with."""
+_NEAR_S = 600.0
+"""At least so long before its time limit a job is told that it is near; a warning long before that is of preemption."""
+
+
+@contextlib.contextmanager
+def answered(run: RunDirectory, submission_id: str | None) -> Iterator[None]:
+    """Context in which the job of a submission drives its run; see ``Submissions.answered``.
+
+    A run that waits for its next try is marked as failed, or as stopped, if that try ends before it drives the run.
+    """
+    with run.submissions.answered(submission_id):
+        try:
+            yield
+        except (EndsEarly, Requeued, SystemExit):  # it waits for another one; or the run has ended, and says how
+            raise
+        except BaseException as error:
+            if submission_id is not None:
+                with contextlib.suppress(StorageError):  # the job's output has the error anyway
+                    if run.submissions.standing(submission_id) == "taken":
+                        _end_requeued(run, error)
+            raise
+
+
+@contextlib.contextmanager
+def bounded_tries(run: RunDirectory, submission_id: str | None) -> Iterator[None]:
+    """Context of one try of a submission's job. Counts those that end early without a newer checkpoint.
+
+    A try that is preempted says nothing of the run, and is not counted.
+
+    Raises:
+        ClusterError: This was the last of too many in a row, so the scheduler should not start another one.
+    """
+    began_at, before = time.monotonic(), 0 if submission_id is None else _newest_step(run)
+    try:
+        yield
+    except (EndsEarly, Requeued):
+        if submission_id is not None:
+            _count(run, submission_id, before, began_at, "on SIGUSR1 before training began")
+        raise
+    status = None if submission_id is None else run.read_status()
+    if submission_id is not None and status is not None and status["status"] == "requeued":
+        _count(run, submission_id, before, began_at, status["requeued"])
+
+
+def stopped(run: RunDirectory) -> dict[str, Any] | None:
+    """Return the document of a run that somebody stopped since the try before; None: it is to go on.
+
+    A signal to the driver alone does not count: had it been meant for the job, there would be no next try.
+    """
+    status = run.read_status()
+    if status is None:
+        return None
+    if run.is_stop_requested():
+        if status["status"] in ("requeued", "running"):
+            end(run, status, "stopped")
+        run.clear_stop()
+    elif status["status"] != "stopped" or status.get("interrupted"):
+        return None
+    return without_driver(run.read_status() or status) | {"interrupted": False}
+
+
+def end(run: RunDirectory, status: dict[str, Any], how: str, error: str | None = None) -> None:
+    """Record how a run has ended that no driver drives to its end.
+
+    This process takes the lease for that, like a driver; if another driver has just taken it, the run is that one's.
+    """
+    try:
+        run.take_lease()
+        events = run.events()
+        events.append(event_row(how, {"step": status.get("step"), **({"error": error} if error else {})}))
+        events.flush()
+        run.write_status(without_driver(status) | {"status": how, "error": error, "requeued": None})
+    except SupersededError:
+        return
+
+
+def _end_requeued(run: RunDirectory, error: BaseException) -> None:
+    status = run.read_status()
+    if status is None or status["status"] != "requeued":
+        return
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
+        end(run, status | {"interrupted": True}, "stopped")
+    else:
+        end(run, status, "failed", one_line(error) or repr(error))
+
+
+def _count(run: RunDirectory, submission_id: str, before: int, began_at: float, why: str) -> None:
+    submissions, newest = run.submissions, _newest_step(run)
+    tries = 0 if newest > before else submissions.read_tries(submission_id) + (not _is_preempted(why, began_at))
+    is_last = tries >= _MOST_TRIES
+    submissions.write_tries(submission_id, 0 if is_last else tries)  # a person may start the job again
+    if not is_last:
+        return
+    url = run.url
+    advice = (
+        f"look at its failures with `launcher logs {url}`"
+        if why.startswith("to go on without")
+        else "give the job more time, or save more often (checkpoint.every_steps)"
+    )
+    saved = f"the newest is of step {newest}" if newest else "there is none yet"
+    raise ClusterError(
+        f"{url}: {tries} tries of its batch job in a row ended without a newer checkpoint, this one {why}; {saved}; "
+        f"{advice}, then submit it again"
+    )
+
+
+def _is_preempted(why: str, began_at: float) -> bool:
+    """Return whether a signal has ended a try that still had most of its time."""
+    ends_at = batch_job().ends_at
+    if not why.startswith("on "):
+        return False
+    return ends_at is None or ends_at - time.time() > max(_NEAR_S, time.monotonic() - began_at)
+
+
+def _newest_step(run: RunDirectory) -> int:
+    return max(run.checkpoints.steps(), default=0)
