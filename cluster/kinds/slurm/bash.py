@@ -13,8 +13,12 @@ BEGIN = Text(r"""
 # Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
 # @folder first.
 
+told=''
+trap told=1 USR1    # the time limit is near, and there is no driver yet
 unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
-@environment""")
+@environment
+set +eu +o pipefail    # which what comes before may have set
+""")
 
 VARIABLES = Text(r"""
 for name in @names; do
@@ -30,16 +34,30 @@ TASK = Text(r"""
 case $SLURM_ARRAY_TASK_ID in
 @tasks
 esac
-scontrol update JobId="$SLURM_JOB_ID" JobName="$name" Comment="$comment"
+patiently scontrol update JobId="$job_id" JobName="$name" Comment="$comment"
 exec >> @folder/"$name".log 2>&1
 """)
 
-ABOUT_JOB = r"""
-set -u
-job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
+SLURM = Text(r"""
+job_id=@job_id
 
+# Runs a command of Slurm's until it succeeds: its controller may not answer for minutes, while another takes its place.
+patiently() {
+    local limit=$((SECONDS + @patience_s))
+    until "$@@"; do
+        [ "$SECONDS" -lt "$limit" ] || return
+        sleep 5
+    done
+}
+
+# What Slurm knows of this job, with times as `date` reads them; and a field of it.
+show() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$job_id"; }
+field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
+""")
+
+ABOUT_JOB = r"""
 # When the job reaches its time limit, before which the driver saves; empty: never.
+job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 """
@@ -48,6 +66,8 @@ MAY_REQUEUE = Text(r"""
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
 if [ "${SLURM_RESTART_COUNT:-0}" -ge @max_requeues ]; then
     echo "This job does not requeue itself any more: it has been requeued $SLURM_RESTART_COUNT times." >&2
+elif [ -z "$job" ]; then
+    echo "This job does not requeue itself: Slurm's controller does not answer." >&2
 elif [ "$(field Requeue)" != 1 ]; then
     echo "This job does not requeue itself: Slurm does not let it." >&2
 else
@@ -64,17 +84,17 @@ mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
 
-nodes='' told=''
+nodes=''
 clean_up() {
     trap '' TERM USR1
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + @limit_s))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
     kill -KILL "$nodes" 2>/dev/null
+    nodes=''    # another process may get the number
     rm -rf "$own"
 }
 trap clean_up EXIT
-trap told=1 USR1
 trap 'exit 143' TERM
 """)
 
@@ -129,7 +149,7 @@ tell() {
 
 TELL_STEP = r"""
 # Asks the driver, which is step 1 of the job, to save and to end.
-tell() { scancel --signal=USR1 "$SLURM_JOB_ID.1"; }"""
+tell() { scancel --signal=USR1 "$job_id.1"; }"""
 
 CANCEL = Text(r"""
 # On scancel; and on preemption, after which Slurm requeues the job itself.
@@ -148,8 +168,8 @@ if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ -n "${LAUNCHER_JOB_REQUEUES:-}" 
         excluded+=${node:+${excluded:+,}$node}
     done
     clean_up    # first, because Slurm sends SIGTERM to all when it requeues
-    for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && break; sleep 5; done
+    for ((i = 0; i < 5; i++)); do scontrol requeue "$job_id" && break; sleep 5; done
     # Slurm lets a job exclude nodes from its next try only between the requeue and the end of this one.
-    [ -z "$excluded" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+    [ -z "$excluded" ] || scontrol update JobId="$job_id" ExcNodeList="$excluded"
 fi
 """

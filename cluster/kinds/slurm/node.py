@@ -157,7 +157,7 @@ def _end_without_script(first: str) -> None:
     Slurm lets a job with --no-kill run on without the node of its script, for ever. Ray ends here when it has lost its
     head, which is on that node.
     """
-    job, tries = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, tries = _job_id(), os.environ.get("SLURM_RESTART_COUNT", "0")
     while not _has_ended(_ASK_INTERVAL_S):
         shown = _ask("scontrol", "show", "job", "--oneliner", job)
         fields = dict(re.findall(r"\b(JobState|Restarts|NodeList)=(\S*)", shown))
@@ -169,6 +169,12 @@ def _end_without_script(first: str) -> None:
             end = ["scontrol", "requeue"] if os.environ.get("LAUNCHER_JOB_REQUEUES") else ["scancel"]
             print(f"{first}, which ran the batch script, is lost: {' '.join(end)} {job}", file=sys.stderr, flush=True)
             _ask(*end, job)
+
+
+def _job_id() -> str:
+    """Return the job as Slurm's commands take it: one task has the number of the array, which to them means all."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _ask(*command: str) -> str:

@@ -23,6 +23,8 @@ _START_LIMIT_S = 120
 """How long the script waits for Ray, twice: for its head, and for the nodes that join it."""
 _END_LIMIT_S = 20
 """How long it waits for the end of Ray, which takes a second."""
+_PATIENCE_S = 300
+"""How long it asks a controller that does not answer."""
 _NOT_IN_LOG = '%"\\'
 """Characters that sbatch replaces in the path of a log."""
 
@@ -117,6 +119,7 @@ class _Script:
         yield bash.BEGIN.substitute(folder=self.folder, environment=environment)
         if self._variables:
             yield bash.VARIABLES.substitute(names=" ".join(self._variables))
+        yield bash.SLURM.substitute(job_id=self._job_id, patience_s=_PATIENCE_S)
         if self.tasks:
             yield bash.TASK.substitute(tasks=self._cases(self._name), folder=shlex.quote(self.folder))
         own = self._files
@@ -141,6 +144,11 @@ class _Script:
         Its nodes must then ask Slurm whether the script still lives, and containers have no ``scontrol``.
         """
         return self._is_range and self.spec.container_image is None
+
+    @property
+    def _job_id(self) -> str:
+        """The job as Slurm's commands take it: one task has the number of the array, which to them means all tasks."""
+        return '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if self.tasks else "$SLURM_JOB_ID"
 
     @property
     def _variables(self) -> list[str]:

@@ -16,19 +16,37 @@
 # Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
 # /home/me/.launcher/slurm first.
 
+told=''
+trap told=1 USR1    # the time limit is near, and there is no driver yet
 unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
 
-set -u
-job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+set +eu +o pipefail    # which what comes before may have set
+
+job_id=$SLURM_JOB_ID
+
+# Runs a command of Slurm's until it succeeds: its controller may not answer for minutes, while another takes its place.
+patiently() {
+    local limit=$((SECONDS + 300))
+    until "$@"; do
+        [ "$SECONDS" -lt "$limit" ] || return
+        sleep 5
+    done
+}
+
+# What Slurm knows of this job, with times as `date` reads them; and a field of it.
+show() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$job_id"; }
 field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
 # When the job reaches its time limit, before which the driver saves; empty: never.
+job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
     echo "This job does not requeue itself any more: it has been requeued $SLURM_RESTART_COUNT times." >&2
+elif [ -z "$job" ]; then
+    echo "This job does not requeue itself: Slurm's controller does not answer." >&2
 elif [ "$(field Requeue)" != 1 ]; then
     echo "This job does not requeue itself: Slurm does not let it." >&2
 else
@@ -43,17 +61,17 @@ mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
 
-nodes='' told=''
+nodes=''
 clean_up() {
     trap '' TERM USR1
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + 20))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
     kill -KILL "$nodes" 2>/dev/null
+    nodes=''    # another process may get the number
     rm -rf "$own"
 }
 trap clean_up EXIT
-trap told=1 USR1
 trap 'exit 143' TERM
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
@@ -117,8 +135,8 @@ if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ -n "${LAUNCHER_JOB_REQUEUES:-}" 
         excluded+=${node:+${excluded:+,}$node}
     done
     clean_up    # first, because Slurm sends SIGTERM to all when it requeues
-    for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && break; sleep 5; done
+    for ((i = 0; i < 5; i++)); do scontrol requeue "$job_id" && break; sleep 5; done
     # Slurm lets a job exclude nodes from its next try only between the requeue and the end of this one.
-    [ -z "$excluded" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+    [ -z "$excluded" ] || scontrol update JobId="$job_id" ExcNodeList="$excluded"
 fi
 exit "$code"

@@ -17,13 +17,29 @@
 # Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
 # /home/me/.launcher/slurm first.
 
+told=''
+trap told=1 USR1    # the time limit is near, and there is no driver yet
 unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
 
-set -u
-job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+set +eu +o pipefail    # which what comes before may have set
+
+job_id=$SLURM_JOB_ID
+
+# Runs a command of Slurm's until it succeeds: its controller may not answer for minutes, while another takes its place.
+patiently() {
+    local limit=$((SECONDS + 300))
+    until "$@"; do
+        [ "$SECONDS" -lt "$limit" ] || return
+        sleep 5
+    done
+}
+
+# What Slurm knows of this job, with times as `date` reads them; and a field of it.
+show() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$job_id"; }
 field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
 # When the job reaches its time limit, before which the driver saves; empty: never.
+job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 
@@ -35,17 +51,17 @@ mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
 
-nodes='' told=''
+nodes=''
 clean_up() {
     trap '' TERM USR1
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + 20))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
     kill -KILL "$nodes" 2>/dev/null
+    nodes=''    # another process may get the number
     rm -rf "$own"
 }
 trap clean_up EXIT
-trap told=1 USR1
 trap 'exit 143' TERM
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
