@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cluster.kinds.slurm.script import render, render_array
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
-LIMIT_S = 60.0
+LIMIT_S = 15.0
 JOB = "JobId=7 JobName=digits JobState=RUNNING Reason=None Requeue=1 Restarts=0 EndTime=Unknown PreemptTime=None"
 SCONTROL = """\
 echo "scontrol $*" >> "$FAKE/calls"
@@ -30,7 +31,8 @@ echo "srun $*" >> "$FAKE/calls"
 . "$FAKE/nodes"
 exec cat > /dev/null
 """
-JOINED = "echo 'head 10.0.0.1:6379'; read head; echo 'n1 10.0.0.1'; echo 'n2 10.0.0.2'"
+JOINED = "echo 'ray-head 10.0.0.1:6379'; read head; echo 'ray-node n1 10.0.0.1'; echo 'ray-node n2 10.0.0.2'"
+SINFO = "printf '%s idle\\n' n1 n2 n3 n4\n"
 SLEEP = 'case $1 in 5) exec /bin/sleep 0.1 ;; *) exec /bin/sleep "$1" ;; esac\n'
 HANDLES = """\
 import os, signal, sys
@@ -56,7 +58,7 @@ class Script:
         self.fake.mkdir()
         self.jobs = folder / "jobs"
         self.jobs.mkdir()
-        programs = {"scontrol": SCONTROL, "srun": RAY, "sleep": SLEEP, "sinfo": "printf '%s\\n' n1 n2 n3 n4\n"}
+        programs = {"scontrol": SCONTROL, "srun": RAY, "sleep": SLEEP, "sinfo": SINFO}
         for name, text in programs.items():
             self.program(name, text)
         self.answer("job", JOB)
@@ -130,7 +132,7 @@ class Script:
 
     def end(self) -> None:
         for started in self._started:
-            if started.poll() is None:
+            with suppress(ProcessLookupError):  # the script may leave what ends with its job
                 os.killpg(started.pid, signal.SIGKILL)
             started.communicate()
 
@@ -144,7 +146,7 @@ def script(tmp_path: Path) -> Iterator[Script]:
 
 def test_a_driver_that_has_saved_has_the_job_requeued(script: Script) -> None:
     assert script.run("exit 75")[0] == 75
-    assert script.calls("requeue") == ["scontrol requeue 7"]
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
     assert list(script.jobs.iterdir()) == []
 
 
@@ -168,7 +170,7 @@ def test_a_time_limit_that_is_near_before_the_driver_starts_is_kept_for_it(scrip
 @pytest.mark.parametrize("option", ["set -e", "set -u", "set -o pipefail", "set -euo pipefail"])
 def test_options_that_a_prologue_sets_do_not_end_the_script(script: Script, option: str) -> None:
     assert script.run("exit 75", prologue=(option,))[0] == 75
-    assert script.calls("requeue") == ["scontrol requeue 7"]
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
 
 
 def test_a_controller_that_does_not_answer_at_first_is_asked_again(script: Script) -> None:
@@ -177,4 +179,99 @@ def test_a_controller_that_does_not_answer_at_first_is_asked_again(script: Scrip
     script.wait_for(lambda: len(script.calls("show job")) > 1)
     script.answer("job", JOB)
     assert started.wait(LIMIT_S) == 75
-    assert script.calls("requeue") == ["scontrol requeue 7"]
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
+CANCELLED = JOB.replace("RUNNING", "COMPLETING")
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "is_requeued"),
+    [
+        (CANCELLED, 130, False),
+        (CANCELLED.replace("Restarts=0", "Restarts=1"), 75, False),  # preempted: Slurm has requeued it
+        (CANCELLED.replace("None", "TimeLimit", 1), 75, True),
+        (JOB, 75, True),  # a SIGTERM of its own
+    ],
+)
+def test_the_driver_hears_whether_its_job_is_over(script: Script, said: str, code: int, is_requeued: bool) -> None:
+    started = script.start(DRIVE)
+    script.wait_for(script.drives)
+    script.answer("job", said)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(LIMIT_S) == code
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"] * is_requeued
+
+
+def test_a_job_that_is_cancelled_while_it_cleans_up_stays_cancelled(script: Script) -> None:
+    script.answer("nodes", f"{JOINED}; cat > /dev/null; cp $FAKE/cancelled $FAKE/job")
+    script.answer("cancelled", CANCELLED)
+    assert script.run("exit 75")[0] == 75
+    assert script.calls("scontrol requeue") == []
+
+
+def test_a_requeue_is_tried_again_and_then_nodes_are_excluded(script: Script) -> None:
+    (script.fake / "deaf").touch()
+    script.answer("job", f"{JOB} ExcNodeList=n4")
+    assert script.run('echo 10.0.0.2 > "$LAUNCHER_JOB_LOST_NODES"; exit 75', least=1)[0] == 75
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"] * 2
+    assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n4,n2"]
+
+
+def test_a_driver_that_has_not_yet_begun_is_not_killed(script: Script) -> None:
+    started = script.start('touch "$FAKE/forked"; sleep 0.5; exec python "$FAKE/driver.py"')
+    script.wait_for((script.fake / "forked").exists)
+    started.send_signal(signal.SIGUSR1)
+    assert started.wait(LIMIT_S) == 75
+
+
+def test_what_else_the_nodes_print_is_no_report(script: Script) -> None:
+    script.answer("nodes", f"echo Loading; echo head; {JOINED.replace('; read', '; echo joined; echo n1 ok; read')}")
+    code, said = script.run('echo "at $RAY_ADDRESS"; exit 75')
+    assert (code, "at 10.0.0.1:6379" in said) == (75, True), said
+
+
+@pytest.mark.parametrize("failed", ["echo ray-node n2 failed", ":"])
+def test_a_job_starts_again_without_a_node_that_does_not_join(script: Script, failed: str) -> None:
+    script.answer("nodes", f"{JOINED.replace('echo' + ' ' + repr('ray-node n2 10.0.0.2'), failed)}; exit 0")
+    code, said = script.run("exit 0")
+    assert (code, "Ray did not start on n2; see" in said) == (75, True), said
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n2"]
+    assert script.run("exit 0", max_requeues=0)[0] == 5
+    assert script.run("exit 0", restarts=100)[0] == 5
+    assert script.run("exit 3", least=1)[0] == 3
+    assert len(script.calls("scontrol requeue")) == 1
+
+
+def test_a_job_does_not_exclude_more_nodes_than_it_can_do_without(script: Script) -> None:
+    script.answer("job", f"{JOB} ExcNodeList=n3,n4")
+    lost = 'echo 10.0.0.2 > "$LAUNCHER_JOB_LOST_NODES"; exit 75'
+    script.run(lost, exclude="n4")
+    assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n4,n2"]
+    script.run(lost, exclude="n3,n4")
+    assert len(script.calls("update")) == 1
+    script.program("sinfo", "printf '%s\\n' 'n1 idle' 'n2 mixed' 'n3 idle' 'n4 drained*'\n")
+    script.run(lost)
+    assert script.calls("update")[1:] == ["scontrol update JobId=7 ExcNodeList=n2"]
+    script.program("sinfo", "exit 1")
+    script.run(lost)
+    assert script.calls("update")[2:] == ["scontrol update JobId=7 ExcNodeList=n3,n4,n2"]
+
+
+def test_the_driver_of_a_container_is_told(script: Script) -> None:
+    step = 'case "$*" in */driver) while [ "$1" != bash ]; do shift; done; exec "$@" ;; esac\n'
+    script.program("srun", step + RAY)
+    started = script.start(DRIVE, container_image="image")
+    started.send_signal(signal.SIGUSR1)
+    assert started.wait(LIMIT_S) == 75
+
+
+def test_the_nodes_have_the_python_of_the_launcher(script: Script) -> None:
+    script.program("launcher", "")
+    (script.fake / "launcher").write_text("#!/opt/pipx/venvs/launcher/bin/python3.12\n")
+    script.run("exit 0")
+    assert len(script.calls(" /opt/pipx/venvs/launcher/bin/python3.12 -P -m cluster.kinds.slurm.node")) == 1
+    (script.fake / "launcher").write_text("#!/usr/bin/env python\n")
+    script.run("exit 0")
+    assert len(script.calls(" python -P -m cluster.kinds.slurm.node")) == 1
