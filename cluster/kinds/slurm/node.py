@@ -1,9 +1,9 @@
 """The program that a batch script runs on each node of its job: Ray, for as long as the script lives.
 
 The script reads the stdout of all nodes, and holds a pipe to their stdin. The first node starts a head and prints
-``head HOST:PORT``, which the script writes to all, so that the others join it. Each node then prints its name and its
-address; one that cannot go on prints ``failed`` in place of its address. When the script ends, the pipe is closed, and
-each node kills all that Ray has started there. What Ray prints goes to stderr.
+``ray-head HOST:PORT``, which the script writes to all, so that the others join it. Each node then prints
+``ray-node NAME ADDRESS``; one that cannot go on prints ``failed`` in place of its address. When the script ends, the
+pipe is closed, and each node kills all that Ray has started there. What Ray prints goes to stderr.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _SETTINGS = {
 }
 """Of Ray. Without the checks of health, the head notices the loss of a node after a minute, and not after seconds."""
 _OBJECT_STORE_BYTES = 100 * 2**20
-_START_LIMIT_S = 100.0
+_START_LIMIT_S = 600.0
 """How long Ray may take to start; shorter than the script waits for its head, so that this program says what failed."""
 _POLL_INTERVAL_S = 0.1
 _ASK_INTERVAL_S = 5.0
@@ -65,7 +65,7 @@ def main() -> int:
                 if is_first:  # a script that was killed leaves it
                     Path(os.environ["RAY_AUTH_TOKEN_PATH"]).unlink(missing_ok=True)
     except ClusterError as error:
-        print("head" if is_first else name, "failed", flush=True)
+        print("ray-head" if is_first else f"ray-node {name}", "failed", flush=True)
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         if options.first is not None and not is_first:
             _end_without_script(options.first)
@@ -94,8 +94,8 @@ def _run(name: str, is_first: bool, folder: Path, resources: list[str]) -> None:
             late = "has ended" if ray.returncode is not None else f"is not done after {_START_LIMIT_S:.0f} s"
             raise ClusterError(f"`ray start` {late}; above is what it printed")
     if is_first:
-        print(f"head {head}", flush=True)
-    print(f"{name} {address}", flush=True)
+        print(f"ray-head {head}", flush=True)
+    print(f"ray-node {name} {address}", flush=True)
     while not _has_ended(_POLL_INTERVAL_S):
         if ray.poll() is not None:
             raise ClusterError("Ray has ended; above is what it printed")
@@ -157,7 +157,7 @@ def _end_without_script(first: str) -> None:
     Slurm lets a job with --no-kill run on without the node of its script, for ever. Ray ends here when it has lost its
     head, which is on that node.
     """
-    job, tries = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, tries = _job_id(), os.environ.get("SLURM_RESTART_COUNT", "0")
     while not _has_ended(_ASK_INTERVAL_S):
         shown = _ask("scontrol", "show", "job", "--oneliner", job)
         fields = dict(re.findall(r"\b(JobState|Restarts|NodeList)=(\S*)", shown))
@@ -169,6 +169,12 @@ def _end_without_script(first: str) -> None:
             end = ["scontrol", "requeue"] if os.environ.get("LAUNCHER_JOB_REQUEUES") else ["scancel"]
             print(f"{first}, which ran the batch script, is lost: {' '.join(end)} {job}", file=sys.stderr, flush=True)
             _ask(*end, job)
+
+
+def _job_id() -> str:
+    """Return the job as Slurm's commands take it: one task has the number of the array, which to them means all."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _ask(*command: str) -> str:

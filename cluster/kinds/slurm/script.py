@@ -19,10 +19,12 @@ from cluster.spec.slurm import SIGNAL_MARGIN_S, SlurmClusterSpec
 
 _OF_STEPS = "--container-"
 """How the options of Pyxis begin, which are for the steps and not for the job."""
-_START_LIMIT_S = 120
-"""How long the script waits for Ray, twice: for its head, and for the nodes that join it."""
+_START_LIMIT_S = 1800
+"""How long the script waits for Ray, twice: for its head, and for the nodes that join it. A container may be large."""
 _END_LIMIT_S = 20
 """How long it waits for the end of Ray, which takes a second."""
+_PATIENCE_S = 300
+"""How long it asks a controller that does not answer."""
 _NOT_IN_LOG = '%"\\'
 """Characters that sbatch replaces in the path of a log."""
 
@@ -117,6 +119,7 @@ class _Script:
         yield bash.BEGIN.substitute(folder=self.folder, environment=environment)
         if self._variables:
             yield bash.VARIABLES.substitute(names=" ".join(self._variables))
+        yield bash.SLURM.substitute(job_id=self._job_id, patience_s=_PATIENCE_S)
         if self.tasks:
             yield bash.TASK.substitute(tasks=self._cases(self._name), folder=shlex.quote(self.folder))
         own = self._files
@@ -124,10 +127,22 @@ class _Script:
         if spec.max_requeues:
             yield bash.MAY_REQUEUE.substitute(max_requeues=spec.max_requeues)
         yield bash.OWN.substitute(own=own, limit_s=_END_LIMIT_S)
-        yield bash.RAY.substitute(srun=self._srun(), program=self._program(), limit_s=_START_LIMIT_S, log=own)
+        if spec.max_requeues:
+            exclude = shlex.quote(spec.exclude or "")
+            yield bash.REQUEUE.substitute(exclude=exclude, partition=shlex.quote(spec.partition), least=self.least)
+        give_up = "    requeue_without $missing\n" if spec.max_requeues else ""
+        yield bash.RAY.substitute(
+            python=bash.PYTHON if self._is_of_launcher else "",
+            srun=self._srun(),
+            program=self._program(),
+            limit_s=_START_LIMIT_S,
+            log=own,
+            least=self.least,
+            give_up=give_up,
+        )
         yield bash.DRIVER.substitute(driver=self._driver(), tell=self._tell(), cancel=self._cancel())
         if spec.max_requeues:
-            yield bash.REQUEUE
+            yield bash.GO_ON
         yield 'exit "$code"\n'
 
     @property
@@ -141,6 +156,11 @@ class _Script:
         Its nodes must then ask Slurm whether the script still lives, and containers have no ``scontrol``.
         """
         return self._is_range and self.spec.container_image is None
+
+    @property
+    def _job_id(self) -> str:
+        """The job as Slurm's commands take it: one task has the number of the array, which to them means all tasks."""
+        return '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if self.tasks else "$SLURM_JOB_ID"
 
     @property
     def _variables(self) -> list[str]:
@@ -236,12 +256,19 @@ class _Script:
         nodes = self.spec.nodes
         venv = self._venv_in_container
         python = "python" if venv is None else shlex.quote(f"{venv}/bin/python")
+        if self._is_of_launcher:
+            python = '"${python:-python}"'
         first = ' --first="$SLURMD_NODENAME"' if self._outlives_nodes else ""
         return f"{python} -P -m cluster.kinds.slurm.node --cpus={nodes.cpus} --gpus={nodes.gpus}{first}"
 
     @property
     def _venv_in_container(self) -> str | None:
         return self.spec.venv if self.spec.container_image is not None else None
+
+    @property
+    def _is_of_launcher(self) -> bool:
+        """Whether the Python of the nodes is that of the ``launcher`` on the PATH."""
+        return self.spec.venv is None and self.spec.container_image is None
 
     def _driver(self) -> str:
         """The command of the driver."""
@@ -251,18 +278,20 @@ class _Script:
         if self.spec.container_image is None:
             return f"(\n{indent(command, ' ' * 4)}\n)"
         venv = self._venv_in_container
+        process = 'echo $$ > "$0"; '
         path = "" if venv is None else f"export PATH={shlex.quote(f'{venv}/bin')}:$PATH; "
         return (
             'srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" '
             f"--cpus-per-task={self.spec.nodes.cpus} \\\n    {' '.join(self._container())} \\\n"
-            f"    bash -c {shlex.quote(path + command)}"
+            f'    bash -c {shlex.quote(process + path + command)} "$own/driver"'
         )
 
     def _tell(self) -> str:
-        """What asks the driver to save; in a container it is a step, whose processes only Slurm reaches."""
-        return (bash.TELL if self.spec.container_image is None else bash.TELL_STEP).strip()
+        """What sends the driver a signal; in a container it is no child of the shell, but writes its number."""
+        process = "$driver" if self.spec.container_image is None else '$(cat "$own/driver" 2>/dev/null)'
+        return bash.TELL.substitute(process=process).strip()
 
     def _cancel(self) -> str:
-        """What to do on SIGTERM, and to remember so that the job does not requeue itself."""
-        cancelled = "cancelled=''\ncancel() {\n    cancelled=1" if self.spec.max_requeues else "cancel() {"
-        return bash.CANCEL.substitute(cancelled=cancelled, grace_s=self.request.stop_grace_s).strip()
+        """What to do on SIGTERM."""
+        tell = bash.TELL_WHY if self.spec.max_requeues else "    tell USR1"
+        return bash.CANCEL.substitute(grace_s=self.request.stop_grace_s, tell=tell).strip()

@@ -15,10 +15,13 @@
 # Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
 # /home/me/.launcher/slurm first.
 
+told=''
+trap told=1 USR1    # the time limit is near, and there is no driver yet
 unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
 module load cuda/12.4
 conda activate launcher
 export LAUNCHER_NOTE='two words'
+set +eu +o pipefail    # which what comes before may have set
 
 for name in AWS_ACCESS_KEY_ID WANDB_API_KEY AWS_SECRET_ACCESS_KEY; do
     if [ -z "$(printenv "$name")" ]; then
@@ -27,11 +30,23 @@ for name in AWS_ACCESS_KEY_ID WANDB_API_KEY AWS_SECRET_ACCESS_KEY; do
     fi
 done
 
-set -u
-job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+job_id=$SLURM_JOB_ID
+
+# Runs a command of Slurm's until it succeeds: its controller may not answer for minutes, while another takes its place.
+patiently() {
+    local limit=$((SECONDS + 300))
+    until "$@"; do
+        [ "$SECONDS" -lt "$limit" ] || return
+        sleep 5
+    done
+}
+
+# What Slurm knows of this job, with times as `date` reads them; and a field of it.
+show() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$job_id"; }
 field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
 # When the job reaches its time limit, before which the driver saves; empty: never.
+job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
@@ -39,6 +54,8 @@ export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
     echo "This job does not requeue itself any more: it has been requeued $SLURM_RESTART_COUNT times." >&2
+elif [ -z "$job" ]; then
+    echo "This job does not requeue itself: Slurm's controller does not answer." >&2
 elif [ "$(field Requeue)" != 1 ]; then
     echo "This job does not requeue itself: Slurm does not let it." >&2
 else
@@ -53,42 +70,94 @@ mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
 
-nodes='' told=''
+nodes=''
 clean_up() {
     trap '' TERM USR1
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + 20))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
     kill -KILL "$nodes" 2>/dev/null
+    nodes=''    # another process may get the number
     rm -rf "$own"
 }
 trap clean_up EXIT
-trap told=1 USR1
 trap 'exit 143' TERM
+
+# Whether this job is over for good: Slurm has ended it, and not to start it again itself nor because of the time limit;
+# or somebody wants it not to start again, as `launcher stop` does.
+is_over() {
+    [ "$(field Requeue)" = 0 ] && return
+    [[ $(field JobState) =~ ^(COMPLETING|CANCELLED|PREEMPTED)$ ]] && [ "$(field Reason)" != TimeLimit ] &&
+        [ "$(field Restarts)" = "${SLURM_RESTART_COUNT:-0}" ]
+}
+
+# Has Slurm start this script again without the nodes that are named, and ends; does nothing if that may not be.
+requeue_without() {
+    [ -n "${LAUNCHER_JOB_REQUEUES:-}" ] || return
+    clean_up    # first, because Slurm sends SIGTERM to all when it requeues
+    patiently requeue || return
+    exclude "$(IFS=,; echo "$*")"
+    exit 75
+}
+requeue() {
+    job=$(show) || return
+    ! is_over || exit 75    # somebody has cancelled it
+    [ "$(field Restarts)" != "${SLURM_RESTART_COUNT:-0}" ] || scontrol requeue "$job_id"
+}
+
+# Slurm lets a job exclude nodes from its next try only between the requeue and the end of this one.
+exclude() {
+    local before excluded
+    before=$(field ExcNodeList)
+    before=${before#(null)}
+    # If all make too few nodes left: only the new ones, or none, and always those of the cluster file.
+    for excluded in "$(join "$before" "$1")" "$(join '' "$1")" ''; do
+        leaves_enough "$excluded" && break
+    done
+    [ "$excluded" = "$before" ] || patiently scontrol update JobId="$job_id" ExcNodeList="$excluded"
+}
+join() { echo "$1${2:+${1:+,}$2}"; }
+leaves_enough() {
+    local nodes
+    nodes=$(sinfo --noheader --Node --partition=main --format='%N %T') || return 0
+    nodes=$(sed -E '/ (down|drain|fail|unknown|future)/d; s/ .*//' <<< "$nodes" | sort -u)
+    [ "$(grep -cvxFf <([ -z "$1" ] || scontrol show hostnames "$1") <<< "$nodes")" -ge 1 ]
+}
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
 touch "$own/reports"
+# The first line of `launcher` names its Python; the one on the PATH may be another.
+python=$(sed -n '1s/^#!\(.*\/python[^ ]*\)$/\1/p' "$(command -v launcher)" 2>/dev/null)
 exec 9> >(exec srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=8 \
     --input=all --wait=0 --kill-on-bad-exit=0 \
     --open-mode=append --error=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.%N.log \
-    python -P -m cluster.kinds.slurm.node --cpus=8 --gpus=0 >> "$own/reports")
+    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=8 --gpus=0 >> "$own/reports")
 nodes=$!
 
-await_reports() {
-    local limit=$((SECONDS + 120))
-    while [ "$(wc -l < "$own/reports")" -lt "$1" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
+# What the nodes have reported; a prologue or a container may print too.
+reports() { sed -n "s/^ray-$1 //p" "$own/reports"; }
+await() {
+    local limit=$((SECONDS + 1800))
+    while [ "$(reports "$1" | wc -l)" -lt "$2" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
         sleep 0.1
     done
 }
-await_reports 1    # by the first node: where its head listens
-RAY_ADDRESS=$(sed -n 's/^head \(.*:\)/\1/p' "$own/reports")
+await head 1    # by the first node: where its head listens
+RAY_ADDRESS=$(reports head | grep :)
 if [ -z "$RAY_ADDRESS" ]; then
-    echo "Ray did not start; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
+    echo "Ray did not start on $SLURMD_NODENAME; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
     exit 5
 fi
 export RAY_ADDRESS
 echo "$RAY_ADDRESS" >&9
-await_reports $((1 + SLURM_JOB_NUM_NODES))    # and by each node: that it has joined, or has failed
+await node "$SLURM_JOB_NUM_NODES"    # by each node: that it has joined, or has failed
+joined=$(reports node | sed '/ failed$/d; s/ .*//')
+if [ "$(wc -w <<< "$joined")" -lt 1 ]; then
+    missing=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$joined")
+    echo "Ray did not start on" $missing"; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.NODE.log >&2
+    requeue_without $missing
+    exit 5
+fi
 
 # The driver, which must not hold the pipe.
 (
@@ -96,39 +165,33 @@ await_reports $((1 + SLURM_JOB_NUM_NODES))    # and by each node: that it has jo
 ) 9>&- &
 driver=$!
 
-# Asks the driver to save and to end. A Python that does not handle the signal yet would die of it.
+# Sends the driver a signal, on which it saves and ends. A Python that does not handle it yet would die of it; and what
+# this shell has forked seems to, until it runs another program.
 tell() {
-    until grep -q '^SigCgt:.*[2367abef]..$' "/proc/$driver/status" 2>/dev/null; do
+    local process
+    until process=$driver && [ ! "/proc/$process/exe" -ef "/proc/$$/exe" ] &&
+        grep -q '^SigCgt:.*[abef]..$' "/proc/$process/status" 2>/dev/null; do
         kill -0 "$driver" 2>/dev/null || return
         sleep 0.1
     done
-    kill -USR1 "$driver"
+    kill -"$1" "$process"
 }
-# On scancel; and on preemption, after which Slurm requeues the job itself.
-cancelled=''
+# On SIGTERM: by scancel, a preemption, or the time limit.
 cancel() {
-    cancelled=1
     (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
-    tell
+    # SIGUSR1: to go on in another try. SIGUSR2: for good.
+    if job=$(show) && is_over; then tell USR2; else tell USR1; fi
 }
 trap cancel TERM
-trap tell USR1    # the time limit is near
-[ -z "$told" ] || tell
+trap 'tell USR1' USR1    # the time limit is near
+[ -z "$told" ] || tell USR1
 
 while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done
 wait "$driver"
 code=$?
 
-if [ "$code" = 75 ] && [ -z "$cancelled" ] && [ -n "${LAUNCHER_JOB_REQUEUES:-}" ]; then
-    excluded=$(field ExcNodeList)
-    excluded=${excluded#(null)}
-    for address in $(sort -u "$own/lost" 2>/dev/null); do
-        node=$(sed -n "s/ $address\$//p" "$own/reports")
-        excluded+=${node:+${excluded:+,}$node}
-    done
-    clean_up    # first, because Slurm sends SIGTERM to all when it requeues
-    for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && break; sleep 5; done
-    # Slurm lets a job exclude nodes from its next try only between the requeue and the end of this one.
-    [ -z "$excluded" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+if [ "$code" = 75 ]; then
+    lost=$(reports node | while read -r node address; do grep -qsxF "$address" "$own/lost" && echo "$node"; done)
+    requeue_without $lost
 fi
 exit "$code"

@@ -17,13 +17,28 @@
 # Starts Ray on each node of the job, and drives a run from the first. To submit it by hand, make the folder
 # /home/me/.launcher/slurm first.
 
+told=''
+trap told=1 USR1    # the time limit is near, and there is no driver yet
 unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
+set +eu +o pipefail    # which what comes before may have set
 
-set -u
-job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+job_id=$SLURM_JOB_ID
+
+# Runs a command of Slurm's until it succeeds: its controller may not answer for minutes, while another takes its place.
+patiently() {
+    local limit=$((SECONDS + 300))
+    until "$@"; do
+        [ "$SECONDS" -lt "$limit" ] || return
+        sleep 5
+    done
+}
+
+# What Slurm knows of this job, with times as `date` reads them; and a field of it.
+show() { SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$job_id"; }
 field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
 # When the job reaches its time limit, before which the driver saves; empty: never.
+job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
@@ -36,42 +51,52 @@ mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
 
-nodes='' told=''
+nodes=''
 clean_up() {
     trap '' TERM USR1
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + 20))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
     kill -KILL "$nodes" 2>/dev/null
+    nodes=''    # another process may get the number
     rm -rf "$own"
 }
 trap clean_up EXIT
-trap told=1 USR1
 trap 'exit 143' TERM
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
 touch "$own/reports"
+# The first line of `launcher` names its Python; the one on the PATH may be another.
+python=$(sed -n '1s/^#!\(.*\/python[^ ]*\)$/\1/p' "$(command -v launcher)" 2>/dev/null)
 exec 9> >(exec srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=32 --gpus-per-node=4 \
     --input=all --wait=0 --kill-on-bad-exit=0 --no-kill \
     --open-mode=append --error=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.%N.log \
-    python -P -m cluster.kinds.slurm.node --cpus=32 --gpus=4 --first="$SLURMD_NODENAME" >> "$own/reports")
+    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=32 --gpus=4 --first="$SLURMD_NODENAME" >> "$own/reports")
 nodes=$!
 
-await_reports() {
-    local limit=$((SECONDS + 120))
-    while [ "$(wc -l < "$own/reports")" -lt "$1" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
+# What the nodes have reported; a prologue or a container may print too.
+reports() { sed -n "s/^ray-$1 //p" "$own/reports"; }
+await() {
+    local limit=$((SECONDS + 1800))
+    while [ "$(reports "$1" | wc -l)" -lt "$2" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
         sleep 0.1
     done
 }
-await_reports 1    # by the first node: where its head listens
-RAY_ADDRESS=$(sed -n 's/^head \(.*:\)/\1/p' "$own/reports")
+await head 1    # by the first node: where its head listens
+RAY_ADDRESS=$(reports head | grep :)
 if [ -z "$RAY_ADDRESS" ]; then
-    echo "Ray did not start; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
+    echo "Ray did not start on $SLURMD_NODENAME; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
     exit 5
 fi
 export RAY_ADDRESS
 echo "$RAY_ADDRESS" >&9
-await_reports $((1 + SLURM_JOB_NUM_NODES))    # and by each node: that it has joined, or has failed
+await node "$SLURM_JOB_NUM_NODES"    # by each node: that it has joined, or has failed
+joined=$(reports node | sed '/ failed$/d; s/ .*//')
+if [ "$(wc -w <<< "$joined")" -lt 1 ]; then
+    missing=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$joined")
+    echo "Ray did not start on" $missing"; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.NODE.log >&2
+    exit 5
+fi
 
 # The driver, which must not hold the pipe.
 (
@@ -79,22 +104,25 @@ await_reports $((1 + SLURM_JOB_NUM_NODES))    # and by each node: that it has jo
 ) 9>&- &
 driver=$!
 
-# Asks the driver to save and to end. A Python that does not handle the signal yet would die of it.
+# Sends the driver a signal, on which it saves and ends. A Python that does not handle it yet would die of it; and what
+# this shell has forked seems to, until it runs another program.
 tell() {
-    until grep -q '^SigCgt:.*[2367abef]..$' "/proc/$driver/status" 2>/dev/null; do
+    local process
+    until process=$driver && [ ! "/proc/$process/exe" -ef "/proc/$$/exe" ] &&
+        grep -q '^SigCgt:.*[abef]..$' "/proc/$process/status" 2>/dev/null; do
         kill -0 "$driver" 2>/dev/null || return
         sleep 0.1
     done
-    kill -USR1 "$driver"
+    kill -"$1" "$process"
 }
-# On scancel; and on preemption, after which Slurm requeues the job itself.
+# On SIGTERM: by scancel, a preemption, or the time limit.
 cancel() {
     (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
-    tell
+    tell USR1
 }
 trap cancel TERM
-trap tell USR1    # the time limit is near
-[ -z "$told" ] || tell
+trap 'tell USR1' USR1    # the time limit is near
+[ -z "$told" ] || tell USR1
 
 while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done
 wait "$driver"
