@@ -192,6 +192,7 @@ CANCELLED = JOB.replace("RUNNING", "COMPLETING")
         (CANCELLED.replace("Restarts=0", "Restarts=1"), 75, False),  # preempted: Slurm has requeued it
         (CANCELLED.replace("None", "TimeLimit", 1), 75, True),
         (JOB, 75, True),  # a SIGTERM of its own
+        (JOB.replace("Requeue=1", "Requeue=0"), 130, False),  # launcher stop
     ],
 )
 def test_the_driver_hears_whether_its_job_is_over(script: Script, said: str, code: int, is_requeued: bool) -> None:
@@ -263,6 +264,7 @@ def test_the_driver_of_a_container_is_told(script: Script) -> None:
     step = 'case "$*" in */driver) while [ "$1" != bash ]; do shift; done; exec "$@" ;; esac\n'
     script.program("srun", step + RAY)
     started = script.start(DRIVE, container_image="image")
+    script.wait_for(lambda: any(script.jobs.iterdir()))  # it heeds the signal by then
     started.send_signal(signal.SIGUSR1)
     assert started.wait(LIMIT_S) == 75
 
