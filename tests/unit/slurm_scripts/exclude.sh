@@ -77,7 +77,7 @@ trap 'exit 143' TERM
 # Whether this job is over for good: Slurm has ended it, and not to start it again itself nor because of the time limit;
 # or somebody wants it not to start again, as `launcher stop` does.
 is_over() {
-    [ "$(field Requeue)" = 0 ] && return
+    [ "$(field Requeue)" = 0 ] && return 0    # in a trap, return alone means something else
     [[ $(field JobState) =~ ^(COMPLETING|CANCELLED|PREEMPTED)$ ]] && [ "$(field Reason)" != TimeLimit ] &&
         [ "$(field Restarts)" = "${SLURM_RESTART_COUNT:-0}" ]
 }
