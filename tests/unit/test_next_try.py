@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued
 from cluster.host.batch_job import EndsEarly
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
-from launcher.runs import next_try
+from launcher.runs import driving, next_try
 from launcher.runs import resume as resume_module
 from launcher.runs.next_try import answered, bounded_tries, end
 from launcher.runs.resume import resume
 from tests.launcher_without_ray import Machine
+from tests.specs import bare_job
 from tests.unit.test_submit import JOB, Said
 from tests.unit.test_taking import Training, planned, submit, take
 
@@ -45,6 +47,13 @@ def leaves(run: RunDirectory, **status: Any) -> None:
     before = RunDirectory(run.url)
     before.take_lease()
     before.write_status({"status": "requeued", "step": 3, "requeued": "on SIGUSR1", "error": None, **status})
+
+
+def test_it_knows_how_long_a_save_and_a_validation_take(run: RunDirectory) -> None:
+    leaves(run, seconds=1.0, best=None, time={}, save_s=600.0, validation_s=30.0)
+    plan: Any = SimpleNamespace(steps_per_epoch=10)
+    state = driving._state_so_far(run, bare_job(), plan, [])
+    assert (state.save_s, state.validation_s) == (600.0, 30.0)
 
 
 class TestOneThatFailsBeforeItDrivesTheRun:
