@@ -12,6 +12,7 @@ from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued
 from cluster.host.batch_job import EndsEarly
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
+from launcher.config.description import parse
 from launcher.runs import driving, next_try
 from launcher.runs import resume as resume_module
 from launcher.runs.next_try import answered, bounded_tries, end
@@ -100,6 +101,36 @@ class TestOneThatFailsBeforeItDrivesTheRun:
             raise ClusterError("x")
         assert (run.read_status() or {})["status"] == "requeued"
         assert run.submissions.read_failure(later) == "x"
+
+
+@pytest.mark.parametrize(
+    ("cause", "node", "requeues", "folder"),
+    [
+        ("gpu_lost", "10.0.0.b", "1", "."), ("connection_lost", "10.0.0.b", "1", "."), ("gpu_lost", None, "1", "."),
+        ("gpu_lost", "10.0.0.b", "", "."), ("gpu_lost", "10.0.0.b", "1", "none"),
+    ],
+)  # fmt: skip
+def test_one_whose_dry_run_loses_its_gpu_goes_on_without_that_node(
+    run: RunDirectory, submission_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cause: Any, node: str | None, requeues: str, folder: str,
+) -> None:  # fmt: skip
+    path = tmp_path / folder / "lost"
+    monkeypatch.setenv("LAUNCHER_JOB_LOST_NODES", str(path))
+    monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", requeues)
+    error = ClusterError("the GPU failed", cause=cause)
+    error.node = node
+
+    def plan(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(resume_module, "plan_to_resume", plan)
+    run.write_description(parse(JOB.format(store=tmp_path), "digits.yaml").text, {})
+    goes_on = (cause, node, requeues, folder) == ("gpu_lost", "10.0.0.b", "1", ".")
+    expected = Requeued if goes_on else ClusterError
+    with pytest.raises(expected):
+        resume(run, (), Machine(2), Said(), submission_id=submission_id)
+    assert (path.exists(), run.submissions.read_tries(submission_id)) == (goes_on, int(goes_on))
+    assert not goes_on or path.read_text() == "10.0.0.b\n"
 
 
 class TestTriesWithoutProgress:
