@@ -52,11 +52,13 @@ class LauncherError(Exception):
         cause: Why a training process that raises this fails.
         step: The optimizer steps that it had completed; None: every worker would fail in the same way.
         place: The step and line of the failure, where another try may help; else empty.
+        node: The address of the node on which a call raised it; None: it was raised here.
     """
 
     exit_code = 1
     document: dict[str, Any] | None = None
     cause: Cause = "code"
+    node: str | None = None
 
     def __init__(
         self, message: str, traceback: str = "", *, cause: Cause | None = None, step: int | None = None, place: str = ""

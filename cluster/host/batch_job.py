@@ -36,6 +36,16 @@ class BatchJob:
     requeues: bool = False
     lost_nodes_path: Path | None = None
 
+    def exclude(self, address: str) -> None:
+        """Tell the scheduler that the next try should do without a node; ``lost_nodes_path`` is not None.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        assert self.lost_nodes_path is not None
+        with self.lost_nodes_path.open("a") as file:
+            file.write(f"{address}\n")
+
 
 class EndsEarly(KeyboardInterrupt):
     """SIGUSR1 has come, and the scheduler starts the same command again."""

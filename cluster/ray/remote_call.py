@@ -99,7 +99,7 @@ def _located(error: Exception, address: str) -> Exception:
     if isinstance(error, fork_server.ServerLostError):
         return _LostError(f"node {address}: the process of the call {error}")
     if isinstance(error, LauncherError):
-        error.args = (f"node {address}: {error}",)
+        error.args, error.node = (f"node {address}: {error}",), address
         return error
     kind = ChildProcessError if isinstance(error, ChildProcessError) else TimeoutError
     return kind(f"on node {address} {error}")  # their texts are predicates about the process

@@ -41,8 +41,7 @@ class ExcludedNodes:
                 continue
             if address not in self._told:
                 try:
-                    with path.open("a") as file:
-                        file.write(f"{address}\n")
+                    self._job.exclude(address)
                 except OSError as error:
                     self._run_log.display.warn(
                         f"{path}: {error.strerror}; the next try of this job may get node {address} again"

@@ -62,7 +62,7 @@ class RunLog:
         """
         self.state = state
         self.display = display
-        self.save_s = 0.0
+        self._own_save_s = 0.0
         """How long the longest save of this driver took."""
         self._spec = spec
         self._plan = plan
@@ -186,6 +186,11 @@ class RunLog:
         return self.state.saved_step or 0
 
     @property
+    def save_s(self) -> float:
+        """How long a save takes, in seconds, as far as it is known."""
+        return self.state.save_s
+
+    @property
     def has_reached_end(self) -> bool:
         """Whether the workers have completed the last step that they are to train."""
         return self.state.step >= self._plan.end_step
@@ -281,7 +286,8 @@ class RunLog:
         """Take note of a checkpoint that exists now."""
         manifest, (best_step, value) = save.manifest, save.best
         self.state.state_sha256 = manifest.state_sha256
-        self.state.saved_step, self.save_s = manifest.step, max(self.save_s, save.seconds)
+        self._own_save_s = max(self._own_save_s, save.seconds)
+        self.state.saved_step, self.state.save_s = manifest.step, self._own_save_s
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         save.committed()

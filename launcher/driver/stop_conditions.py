@@ -10,6 +10,7 @@ from cluster.host.batch_job import BatchJob
 from cluster.process.messages import Spent
 from jobs.spec import JobSpec
 from launcher.driver.run_log import RunLog
+from launcher.driver.run_state import RunState
 from launcher.driver.stop_signals import StopSignals
 
 _CLOSING_S = 30.0
@@ -39,14 +40,15 @@ class Stop:
 class Pace:
     """How long the workers take to stop, by what rank 0 reports of its steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: RunState) -> None:
+        self._state = state
         self._last: tuple[int, float] | None = None
         """Step and time of the last row of this attempt, by the worker's clock."""
         self._validating_s = 0.0
         """What this attempt has spent in validations so far."""
         self._step_s: float | None = None
         self._validation_s = 0.0
-        """The longest validation."""
+        """The longest validation of this driver."""
 
     def attempt_started(self) -> None:
         """Forget the times of earlier processes, which may have had another clock."""
@@ -55,7 +57,8 @@ class Pace:
     def row_logged(self, step: int, sent_at: float, spent: Spent) -> None:
         """Take the report of a row: its step, when it was sent, and the seconds spent so far, by progress mark."""
         validation_s, self._validating_s = spent["validation"] - self._validating_s, spent["validation"]
-        self._validation_s = max(self._validation_s, validation_s)
+        if validation_s > self._validation_s:
+            self._validation_s = self._state.validation_s = validation_s
         if self._last is not None and step > self._last[0]:
             self._step_s = max(0.0, sent_at - self._last[1] - validation_s) / (step - self._last[0])
         self._last = step, sent_at
@@ -64,7 +67,7 @@ class Pace:
     def stop_s(self) -> float:
         """The seconds from a request to stop to the beginning of the last save."""
         steps_s = _FIRST_STEPS_S if self._step_s is None else _STEPS_TO_STOP * self._step_s
-        return steps_s + self._validation_s
+        return steps_s + self._state.validation_s
 
 
 class StopConditions:
@@ -91,7 +94,7 @@ class StopConditions:
             unix_clock: Unix time, which is read once.
         """
         self.job = job
-        self.pace = Pace()
+        self.pace = Pace(run_log.state)
         self.accepted: Stop | None = None
         """Why the run stops; None: it goes on."""
         self._spec = spec

@@ -49,13 +49,37 @@ def bounded_tries(run: RunDirectory, submission_id: str | None) -> Iterator[None
     began_at, before = time.monotonic(), 0 if submission_id is None else _newest_step(run)
     try:
         yield
-    except (EndsEarly, Requeued):
+    except (EndsEarly, Requeued) as error:
         if submission_id is not None:
-            _count(run, submission_id, before, began_at, "on SIGUSR1 before training began")
+            node = error.node if isinstance(error, Requeued) else None
+            why = "on SIGUSR1 before training began" if node is None else f"to go on without node {node}"
+            _count(run, submission_id, before, began_at, why)
         raise
     status = None if submission_id is None else run.read_status()
     if submission_id is not None and status is not None and status["status"] == "requeued":
         _count(run, submission_id, before, began_at, status["requeued"])
+
+
+@contextlib.contextmanager
+def planned_elsewhere() -> Iterator[None]:
+    """Context in which a try plans. If the GPU of the dry run is lost, the next try does without its node.
+
+    Raises:
+        Requeued: The GPU is lost, and the scheduler starts the same command again.
+    """
+    try:
+        yield
+    except ClusterError as error:
+        job = batch_job()
+        if error.cause != "gpu_lost" or error.node is None or job.lost_nodes_path is None or not job.requeues:
+            raise
+        try:
+            job.exclude(error.node)
+        except OSError:  # the next try might get the same node
+            raise error from None
+        requeued = Requeued(f"{error}; the next try of this job does without that node")
+        requeued.node = error.node
+        raise requeued from error
 
 
 def stopped(run: RunDirectory) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from launcher.planning.nodes import inspect_nodes
 from launcher.runs.changes import changes_of, compare, unsafe_changes
 from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.found_description import find_description
-from launcher.runs.next_try import bounded_tries, end, stopped
+from launcher.runs.next_try import bounded_tries, end, planned_elsewhere, stopped
 from launcher.runs.planning_sign import planning_sign
 from launcher.runs.resumed_plan import placed_at, plan_to_resume
 from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, good_checkpoint_at
@@ -150,7 +150,7 @@ def continue_run(
     reached = max(steps, default=0) if at is None else at
     placed = placed_at(run, wanted) if wanted.spec.store == stored.spec.store else wanted
     # Do not wait for room with --take-over: the live driver holds it.
-    with planning_sign(run, to_take, display.phase) as tell:
+    with planned_elsewhere(), planning_sign(run, to_take, display.phase) as tell:
         if inspects is not None:
             tell("inspecting the nodes")
             inspect_nodes(cluster, placed, inspects, display.warn)

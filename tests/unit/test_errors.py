@@ -90,6 +90,8 @@ def test_every_error_of_a_training_process_ends_the_run_as_what_it_is() -> None:
 def test_every_error_of_a_call_on_a_node_names_the_node() -> None:
     for kind in all_kinds():
         located = _located(through_ray(error_of(kind)), "10.0.0.2")
+        assert isinstance(located, LauncherError)
+        assert located.node == "10.0.0.2"
         assert str(located) == str(through_ray(located)) == "node 10.0.0.2: job.yaml: no"
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued
 from cluster.host.batch_job import EndsEarly
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
-from launcher.runs import next_try
+from launcher.config.description import parse
+from launcher.runs import driving, next_try
 from launcher.runs import resume as resume_module
 from launcher.runs.next_try import answered, bounded_tries, end
 from launcher.runs.resume import resume
 from tests.launcher_without_ray import Machine
+from tests.specs import bare_job
 from tests.unit.test_submit import JOB, Said
 from tests.unit.test_taking import Training, planned, submit, take
 
@@ -45,6 +48,13 @@ def leaves(run: RunDirectory, **status: Any) -> None:
     before = RunDirectory(run.url)
     before.take_lease()
     before.write_status({"status": "requeued", "step": 3, "requeued": "on SIGUSR1", "error": None, **status})
+
+
+def test_it_knows_how_long_a_save_and_a_validation_take(run: RunDirectory) -> None:
+    leaves(run, seconds=1.0, best=None, time={}, save_s=600.0, validation_s=30.0)
+    plan: Any = SimpleNamespace(steps_per_epoch=10)
+    state = driving._state_so_far(run, bare_job(), plan, [])
+    assert (state.save_s, state.validation_s) == (600.0, 30.0)
 
 
 class TestOneThatFailsBeforeItDrivesTheRun:
@@ -91,6 +101,36 @@ class TestOneThatFailsBeforeItDrivesTheRun:
             raise ClusterError("x")
         assert (run.read_status() or {})["status"] == "requeued"
         assert run.submissions.read_failure(later) == "x"
+
+
+@pytest.mark.parametrize(
+    ("cause", "node", "requeues", "folder"),
+    [
+        ("gpu_lost", "10.0.0.b", "1", "."), ("connection_lost", "10.0.0.b", "1", "."), ("gpu_lost", None, "1", "."),
+        ("gpu_lost", "10.0.0.b", "", "."), ("gpu_lost", "10.0.0.b", "1", "none"),
+    ],
+)  # fmt: skip
+def test_one_whose_dry_run_loses_its_gpu_goes_on_without_that_node(
+    run: RunDirectory, submission_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cause: Any, node: str | None, requeues: str, folder: str,
+) -> None:  # fmt: skip
+    path = tmp_path / folder / "lost"
+    monkeypatch.setenv("LAUNCHER_JOB_LOST_NODES", str(path))
+    monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", requeues)
+    error = ClusterError("the GPU failed", cause=cause)
+    error.node = node
+
+    def plan(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(resume_module, "plan_to_resume", plan)
+    run.write_description(parse(JOB.format(store=tmp_path), "digits.yaml").text, {})
+    goes_on = (cause, node, requeues, folder) == ("gpu_lost", "10.0.0.b", "1", ".")
+    expected = Requeued if goes_on else ClusterError
+    with pytest.raises(expected):
+        resume(run, (), Machine(2), Said(), submission_id=submission_id)
+    assert (path.exists(), run.submissions.read_tries(submission_id)) == (goes_on, int(goes_on))
+    assert not goes_on or path.read_text() == "10.0.0.b\n"
 
 
 class TestTriesWithoutProgress:

@@ -3,6 +3,7 @@
 import itertools
 import signal
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from launcher.driver.run_state import RunState
 from launcher.driver.stop_conditions import Pace, StopConditions
 from launcher.driver.stop_signals import StopSignals
 from tests.specs import bare_job
+from tests.unit import test_driver
 from tests.unit.test_driver import (
     HELLO,
     LAG,
@@ -158,7 +160,7 @@ class TestDeadline:
         assert case.at(1000 - 30 - 3 * 5 - 100 + 0.1) == AT_LIMIT
 
     def test_a_step_is_measured_by_one_clock(self) -> None:
-        pace = Pace()
+        pace = Pace(RunState())
         pace.row_logged(10, 5e6, SPENT)
         pace.attempt_started()
         pace.row_logged(11, 1.0, SPENT)
@@ -179,6 +181,14 @@ class TestDeadline:
     def test_without_a_requeue_the_run_is_interrupted(self) -> None:
         case = Case(job(1000, requeues=False)).trains()
         assert (case.outcome(950), case.stop.is_cut_short) == ("stopped", True)
+
+    def test_the_times_of_the_try_before_count_until_there_are_others(self) -> None:
+        case = Case(job(1000)).trains()
+        case.run_log.state.validation_s = 200.0
+        assert (case.at(1000 - 30 - 30 - 200), case.at(1000 - 30 - 30 - 200 + 0.1)) == (None, AT_LIMIT)
+        for step, sent_at, validation in ((10, 5e6, 0.0), (20, 5e6 + 150, 100.0)):
+            case.stop.pace.row_logged(step, sent_at, SPENT | {"validation": validation})
+        assert (case.at(1000 - 30 - 3 * 5 - 100), case.run_log.state.validation_s) == (None, 100.0)
 
     def test_a_limit_that_is_too_short_for_a_start_is_an_error(self) -> None:
         case = Case(job(100))
@@ -290,6 +300,16 @@ class TestDriver:
     def test_the_longest_save_counts(self, run: RunDirectory) -> None:
         training = [*both(started(step=0)), saved(0, 5, seconds=100.0), saved(0, 6, seconds=1.0)]
         document, _ = drive(run, [HELLO, training, 50.0, left(2, 0, 9)], job=job(200.0))
+        assert document["status"] == "requeued"
+
+    @pytest.mark.parametrize("is_saved", [True, False])
+    def test_until_a_first_save_that_of_the_try_before_counts(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, *, is_saved: bool
+    ) -> None:
+        monkeypatch.setattr(test_driver, "RunState", partial(RunState, save_s=100.0))
+        training = [*both(started(step=0)), *([saved(0, 5, seconds=10.0)] if is_saved else [])]
+        script: Script = [HELLO, training, 50.0, *([100.0] if is_saved else []), left(2, 0, 9)]
+        document, _ = drive(run, script, job=job(200.0))
         assert document["status"] == "requeued"
 
     def test_without_a_requeue_it_is_stopped(self, run: RunDirectory) -> None:
