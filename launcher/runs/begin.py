@@ -15,6 +15,7 @@ from launcher.planning.plan import Plan, make_plan
 from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.resume import continue_run
 from launcher.runs.takeover import check_not_driven_since, meet_other_driver, observe
+from launcher.watching.requeued import warn_of_next_try
 
 
 def begin(
@@ -43,6 +44,7 @@ def begin(
         if has_bundle(run):
             code = find_code(run)
             display.message(f"running with the code that was submitted, not with {code_folder(folder)}")
+        warn_of_next_try(run, display.warn)
         return continue_run(
             run, observed, stored, description, code, cluster, display, force=False, take_over=take_over
         )

@@ -29,6 +29,7 @@ from launcher.submission.job_command import submitter
 from launcher.submission.next_job import find_next_job
 from launcher.submission.run_snapshot import RunSnapshot, take_snapshot
 from launcher.submission.standby_handover import StandbyHandOver
+from launcher.watching.requeued import warn_of_next_try
 from launcher.watching.status import read_status
 
 _DIGITS = 12
@@ -161,6 +162,7 @@ class Submitting:
             display.warn(
                 f"{run.url} waits on {before.waits_on}, too; the job that begins first has it, the other one ends"
             )
+        warn_of_next_try(run, display.warn, here=place.address)
         return before, following.number
 
     def _submit_with_standby(self, before: RunSnapshot, number: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from launcher.watching.status import LONG_SILENCE_S, read_status
 from launcher.watching.submitted_job import SubmittedJob
 
 _INTERVAL_S = 2.0
+_QUEUE_INTERVAL_S = 10.0
+"""The same for a job in a queue: its site may count, and limit, what it is asked."""
 _LOGS_INTERVAL_S = 20.0
 """How often workers' logs are read, since agents write them as often; and a job's log once it is long."""
 _LONG_LOG_BYTES = 10**6
@@ -23,7 +25,7 @@ _LONG_LOG_BYTES = 10**6
 _TAIL_BYTES = 64 * 2**10
 """How much of the end of a log is kept, to find the place in a later read that lacks the beginning."""
 _PATIENCE_S = 600.0
-"""How long the state of the job may stay unknown while the run has not begun."""
+"""How long the state of the job may stay unknown while no driver has the run."""
 _ALIVE = ("running", "submitted", "requeued")
 
 T = TypeVar("T")
@@ -50,13 +52,14 @@ def log_pieces(
     Raises:
         StorageError: The store does not answer; with ``follow``, for longer than ``read_patiently`` retries.
         ClusterError: The cluster does not give the log of the job; the other logs have been yielded. With ``follow``,
-            the cluster is asked again while the run goes on, but at most ten minutes if the run has not begun.
+            the cluster is asked again while the run goes on, but at most ten minutes if no driver has the run.
     """
 
     def read(call: Callable[[], T]) -> T:
         return read_patiently(call, warn, time.monotonic, time.sleep) if follow else call()
 
     shown: defaultdict[str, _ShownLog] = defaultdict(_ShownLog)
+    interval_s = _INTERVAL_S if job is None or job.scheduler.starts_at_once else _QUEUE_INTERVAL_S
     waiting, workers_read_at, job_due_at = _WaitReporter(run, warn), -math.inf, -math.inf
     while True:
         is_last = True
@@ -81,7 +84,7 @@ def log_pieces(
                 yield from _addition(shown, f"job {job.id}", log, is_last=is_last)
         if is_last:
             return
-        time.sleep(_INTERVAL_S)
+        time.sleep(interval_s)
 
 
 def _document(run: RunDirectory, job: SubmittedJob | None) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def _may_grow(document: Mapping[str, Any]) -> bool:
 
 
 class _WaitReporter:
-    """Warns why no log comes; gives up on a run that has not begun if the state of its job stays unknown.
+    """Warns why no log comes; gives up on a run that no driver has if the state of its job stays unknown.
 
     Args:
         run: The run that is followed.
@@ -113,7 +116,7 @@ class _WaitReporter:
             document: The status of the run, with the state of its job if a cluster was asked.
 
         Raises:
-            ClusterError: The run has not begun, and the state of its job was unknown for ten minutes.
+            ClusterError: No driver has the run, and the state of its job was unknown for ten minutes.
         """
         reason = self._reason(document)
         if reason and reason != self._last_reason:
@@ -124,10 +127,10 @@ class _WaitReporter:
             return
         if self._unknown_since is None:
             self._unknown_since = time.monotonic()
-        if document["status"] == "submitted" and time.monotonic() - self._unknown_since > _PATIENCE_S:
+        if document["status"] != "running" and time.monotonic() - self._unknown_since > _PATIENCE_S:
             raise ClusterError(
-                f"{self._run.url}: has not begun, and its cluster has told nothing of job {document['job']} for "
-                f"{_PATIENCE_S / 60:.0f} minutes: {document['job_message']}"
+                f"{self._run.url}: is {document['status']}, and its cluster has told nothing of job {document['job']} "
+                f"for {_PATIENCE_S / 60:.0f} minutes: {document['job_message']}"
             )
 
     def _reason(self, document: Mapping[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """A run that the scheduler of its batch job is to start again: what its job says of it, and the end of its wait."""
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import Interrupted, Requeued
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import Job
+from launcher.config.cluster_addresses import give_cluster
 from launcher.driver.pending_writes import event_row
 from launcher.watching.status import LONG_SILENCE_S, read_without_checkpoints, without_driver
 
@@ -39,6 +41,23 @@ def outcome_of(job: Job) -> str:
     """Return the status of a requeued run whose job has ended and starts it no more."""
     was_told = job.status == "stopped" or job.exit_code in _STOPPED_CODES
     return "stopped" if was_told else "failed"
+
+
+def warn_of_next_try(run: RunDirectory, warn: Callable[[str], None], here: str | None = None) -> None:
+    """Warn a person who goes on with a run that a job in a queue is to start the run again, too.
+
+    Args:
+        run: The run.
+        warn: Receives the warning.
+        here: The address of the cluster that was asked about its jobs; those do not count.
+    """
+    document = read_without_checkpoints(run)
+    place = document.get("cluster")
+    if document["status"] == "requeued" and place is not None and place != here:
+        warn(
+            f"{run.url}: job {document['job']} on {place} is to start it again, too, and ends if somebody drives it "
+            f"then; launcher stop ends that job: {give_cluster(place)}"
+        )
 
 
 def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None = None) -> None:

@@ -32,6 +32,8 @@ from launcher.watching.status import (
 )
 
 _STOP_INTERVAL_S = 0.5
+_QUEUE_STOP_INTERVAL_S = 10.0
+"""The same for a job in a queue: its site may count, and limit, what it is asked."""
 _LOG_LINES = 3
 
 
@@ -172,7 +174,7 @@ class SubmittedJob:
                     f"{self.cluster}: job {self.id} is {job.status}, and has not ended since it was asked to stop; "
                     "look at `launcher status`, or wait with --timeout"
                 )
-            time.sleep(_STOP_INTERVAL_S)
+            time.sleep(_STOP_INTERVAL_S if self.scheduler.starts_at_once else _QUEUE_STOP_INTERVAL_S)
         if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
         self._end_requeued()

@@ -21,7 +21,7 @@ _JOB_INTERVAL_S = 10.0
 _END_DELAY_S = 15.0
 """How much later than its job a run may show its end in its directory, or the other way round."""
 _PATIENCE_S = 600.0
-"""How long the cluster may not answer while the run has not begun."""
+"""How long the cluster may not answer while no driver has the run."""
 _ALIVE = ("submitted", "running", "requeued")
 
 
@@ -36,6 +36,8 @@ def watch(
 ) -> tuple[dict[str, Any], int]:
     """Show the status of a run until it ends. One that is requeued has not: its job will start it again.
 
+    If that is a job which this process does not watch, such as one on another cluster, it is waited for ten minutes.
+
     Args:
         run: The run.
         job_id: The cluster's id of the run's job. None: the run has no job on the cluster.
@@ -49,11 +51,12 @@ def watch(
 
     Raises:
         ClusterError: The job has ended, or the cluster does not know it any more, and no other driver goes on with the
-            run; or the run has not begun, and the cluster does not answer for ten minutes.
+            run; or no driver has the run, and the cluster does not answer for ten minutes.
         StorageError: The store does not answer for longer than ``read_patiently`` retries.
     """
     epochs = read_patiently(lambda: _read_epochs(run), display.warn, clock, sleep)
     watched_job = None if job_id is None else _WatchedJob(scheduler, job_id, clock)
+    requeued_at: float | None = None
     last_phase, lookout = "", Lookout(lambda silence_s: read_status(run, silence_s), clock)
     while True:
         document = read_patiently(lookout.look, display.warn, clock, sleep)
@@ -88,7 +91,7 @@ def watch(
                 why = f"{why_ended(watched_job.job, document, scheduler)}; submit the run again to go on"
                 document = document | {"status": outcome_of(watched_job.job), "error": why}
                 return document, _exit_code(document, watched_job.job)
-            elif watched_job.is_over or (watched_job.is_silent and document["status"] == "submitted"):
+            elif watched_job.is_over or (watched_job.is_silent and document["status"] != "running"):
                 raise _lost(run, watched_job, document, scheduler)
             elif watched_job.job is not None and document["status"] in ("submitted", "requeued"):
                 text = f"job {watched_job.job_id} is {watched_job.job.status}"
@@ -97,6 +100,12 @@ def watch(
                 if text != last_phase:
                     display.phase(text)
                 last_phase = text
+        elif document["status"] != "requeued":
+            requeued_at = None
+        else:  # by a job that this process does not know, and cannot ask about
+            requeued_at = clock() if requeued_at is None else requeued_at
+            if clock() - requeued_at > _PATIENCE_S:
+                return document, Requeued.exit_code
         sleep(_INTERVAL_S)
 
 
@@ -218,7 +227,8 @@ def _wait_for_end(
 def _lost(run: RunDirectory, job: _WatchedJob, document: dict[str, Any], scheduler: Scheduler) -> ClusterError:
     """Return the error of a run whose job has ended, is unknown, or whose cluster does not answer."""
     if job.error:
-        why = f"has not begun, and its cluster has not answered for {_PATIENCE_S / 60:.0f} minutes: {job.error}"
+        silent = f"its cluster has not answered for {_PATIENCE_S / 60:.0f} minutes: {job.error}"
+        why = f"is {document['status']}, and {silent}"
         return _error(run, f"{why}; see whether it is up, and submit the run again", document)
     if job.job is None:
         return _error(run, f"the cluster does not know job {job.job_id} any more; submit the run again", document)

@@ -130,6 +130,20 @@ def test_nodes_that_are_not_fit_end_the_job_before_workers_start(run, submission
     assert not run.exists()
 
 
+@pytest.mark.parametrize("by", ["person", "next try"])
+def test_a_person_learns_that_its_job_is_to_start_it_again(run, submission_id, by):
+    said = Said()
+    run.submissions.mark_taken(submission_id)
+    submission = run.submissions.read(submission_id)
+    run.write_description(submission.description, {"code": submission.code_sha256, "attempts": [{}]})
+    run.take_lease()
+    run.write_status({"status": "requeued", "step": 7})
+    with pytest.raises(Planned):
+        resume(run, (), Nodes(a_cluster()), said, submission_id=submission_id if by == "next try" else None)
+    warned = [text for text in said.warnings if "job digits-0 on slurm:here is to start it again, too" in text]
+    assert len(warned) == (by == "person")
+
+
 def test_what_a_person_resumes_is_not_inspected(run, submission_id):
     nodes = Nodes(a_cluster())
     with pytest.raises(Planned):

@@ -305,6 +305,20 @@ class TestTheSameRunAgain:
         assert [report.number for report in run_of(job).submissions.reports()] == [0, 1]
         assert said.warnings[0].startswith(f"{run_of(job).url} waits on slurm:me@other, too; the job that begins first")
 
+    def test_one_that_another_cluster_is_to_start_again(self, job, folder, queue):
+        run = run_of(job)
+        hand_over(job, folder, queue, place=replace(SLURM, login="me@other"))
+        take_newest(run)
+        run.take_lease()
+        run.write_status({"status": "requeued", "step": 7})
+        queue.known.clear()
+        said = Said()
+        hand_over(job, folder, queue, said)
+        assert said.warnings[0] == (
+            f"{run.url}: job {make_job_id(run.url, 0)} on slurm:me@other is to start it again, too, and ends if "
+            "somebody drives it then; launcher stop ends that job: give --cluster its file"
+        )
+
     def test_what_waits_on_another_cluster_under_the_same_number_stays(self, job, folder, queue):
         hand_over(job, folder, queue)
         report, submission = newest_of(run_of(job))

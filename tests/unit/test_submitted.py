@@ -760,6 +760,20 @@ class TestRequeued:
             "--cluster that to follow the job"
         ]  # fmt: skip
 
+    def test_nor_for_ever_if_its_cluster_says_nothing(self, run, cluster, monkeypatch):
+        now = [0.0]
+
+        def sleep(_: float) -> None:
+            now[0] += 2.0
+            assert now[0] < 3600
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+        cluster.error = ClusterError(f"{URL}: nobody answers there")
+        ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
+        assert (ended.exit_code, now[0]) == (5, 602)
+        assert "is requeued, and its cluster has told nothing of job" in ended.stderr.splitlines()[-1]
+
     def test_nor_further_than_its_job(self, run, cluster, monkeypatch):
         monkeypatch.setattr(time, "sleep", lambda _: cluster.put("stopped"))
         cluster.put("pending")
@@ -897,7 +911,7 @@ class TestFollow:
         assert first.startswith(f"warning: {URL}: {why}")
         assert first.endswith("; asking again")
         assert last.startswith(
-            f"error: {run.url}: has not begun, and its cluster has told nothing of job {JOB_ID} for 10 minutes: "
+            f"error: {run.url}: is submitted, and its cluster has told nothing of job {JOB_ID} for 10 minutes: "
             f"{URL}: {why}"
         )
         assert 600 < now[0] < 610
@@ -976,6 +990,37 @@ class TestFollow:
 
         monkeypatch.setattr(time, "sleep", sleep)
         assert launcher("logs", run.url, "-f", *ON_CLUSTER).stdout == LOG
+
+
+class TestQueue:
+    """A cluster whose jobs wait in a queue."""
+
+    @pytest.fixture(autouse=True)
+    def _has_a_queue(self, cluster, monkeypatch):
+        monkeypatch.setattr(cluster, "starts_at_once", False)
+        self.slept: list[float] = []
+
+    def test_it_is_asked_every_ten_seconds_for_logs(self, run, cluster, monkeypatch):
+        def sleep(seconds: float) -> None:
+            self.slept.append(seconds)
+            drive(run, "completed")
+            cluster.put("succeeded")
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        cluster.put("pending")
+        assert launcher("logs", run.url, "-f", *ON_CLUSTER).exit_code == 0
+        assert self.slept == [10.0]
+
+    def test_and_for_the_end_of_a_job_that_is_stopped(self, run, cluster, monkeypatch):
+        def sleep(seconds: float) -> None:
+            self.slept.append(seconds)
+            cluster.put("stopped")
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        cluster.put("pending")
+        cluster.at_stop = lambda: "running"
+        assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
+        assert self.slept == [10.0]
 
 
 class TestList:

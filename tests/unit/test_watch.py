@@ -43,7 +43,9 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     run = RunDirectory(str(tmp_path / "run"))
     run.write_job(JOB.format(store=tmp_path))
 
-    def look(cluster: Cluster, *statuses: dict[str, Any] | StorageError) -> tuple[dict[str, Any], int, float, Said]:
+    def look(
+        cluster: Cluster, *statuses: dict[str, Any] | StorageError, job_id: str | None = "own-0"
+    ) -> tuple[dict[str, Any], int, float, Said]:
         now, said, left = [0.0], Said(), list(statuses)
 
         def read_status(*_: Any) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             assert now[0] < 3600
 
         scheduler: Any = cluster
-        document, code = watch(run, "own-0", scheduler, said, clock=lambda: now[0], sleep=sleep)
+        document, code = watch(run, job_id, scheduler, said, clock=lambda: now[0], sleep=sleep)
         return document, code, now[0], said
 
     return look
@@ -117,6 +119,20 @@ def test_one_whose_job_has_ended_is_stopped_or_failed(watched, job, code):
     document, exit_code, _, _ = watched(Cluster(job), REQUEUED)
     assert (document["status"], exit_code) == ("stopped" if code in (0, 130) else "failed", code)
     assert document["error"].startswith(f"job own-0 {'was stopped' if job.status == 'stopped' else 'ended'} at step 7")
+
+
+def test_one_whose_cluster_is_away_is_not_watched_without_end(watched):
+    with pytest.raises(ClusterError, match="is requeued, and its cluster has not answered for 10 minutes: away; see"):
+        watched(Cluster(a_job("pending"), ClusterError("away")), REQUEUED)
+
+
+def test_nor_one_that_a_job_of_another_cluster_is_to_start_again(watched):
+    nobody = ClusterError("not asked")
+    document, code, waited_s, _ = watched(Cluster(nobody), RUNNING, REQUEUED, job_id=None)
+    assert (document["status"], code) == ("requeued", 75)
+    assert 600 < waited_s < 700
+    again = [*[REQUEUED] * 200, RUNNING, *[REQUEUED] * 200, RUNNING | {"status": "stopped"}]
+    assert watched(Cluster(nobody), *again, job_id=None)[1] == 0
 
 
 LOST = RUNNING | {"status": "failed", "error": "says nothing", "claimed": 1e9}
