@@ -10,7 +10,7 @@ from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import Job
 from launcher.config.cluster_addresses import give_cluster
 from launcher.driver.pending_writes import event_row
-from launcher.watching.status import LONG_SILENCE_S, read_without_checkpoints, without_driver
+from launcher.watching.status import LONG_SILENCE_S, job_of, read_without_checkpoints, without_driver
 
 _STOPPED_CODES = (Requeued.exit_code, Interrupted.exit_code, 128 + signal.SIGTERM)
 """Exit codes of a job that has ended because it was told to, with everything saved."""
@@ -51,11 +51,12 @@ def warn_of_next_try(run: RunDirectory, warn: Callable[[str], None], here: str |
         warn: Receives the warning.
         here: The address of the cluster that was asked about its jobs; those do not count.
     """
-    document = read_without_checkpoints(run)
-    place = document.get("cluster")
-    if document["status"] == "requeued" and place is not None and place != here:
+    is_requeued = (run.read_status() or {}).get("status") == "requeued"
+    about = job_of(run) if is_requeued else {}
+    place = about.get("cluster")
+    if place is not None and place != here:
         warn(
-            f"{run.url}: job {document['job']} on {place} is to start it again, too, and ends if somebody drives it "
+            f"{run.url}: job {about['job']} on {place} is to start it again, too, and ends if somebody drives it "
             f"then; launcher stop ends that job: {give_cluster(place)}"
         )
 

@@ -86,7 +86,7 @@ def read_without_checkpoints(run: RunDirectory, silence_s: float = SILENCE_S) ->
             "claimed": status["claimed"],
         }
     if document["status"] == "requeued" or "claimed" in document:
-        document |= _job_of(run)
+        document |= job_of(run)
     return document
 
 
@@ -96,7 +96,7 @@ def about_submission(submission: Submission) -> dict[str, Any]:
     return {**about, "submitted_at": submission.time}
 
 
-def _job_of(run: RunDirectory) -> dict[str, Any]:
+def job_of(run: RunDirectory) -> dict[str, Any]:
     """Return the keys about the job that has the run, which its scheduler starts again; empty if it is not known."""
     taken = [report.id for report in run.submissions.reports() if report.state == "taken"]
     with contextlib.suppress(UnreadableSubmissionError):

@@ -505,6 +505,16 @@ class TestStop:
 class TestStopLost:
     """A run whose driver is lost, or has written how it ended, and whose job its scheduler starts again."""
 
+    @pytest.fixture(autouse=True)
+    def _time_passes_while_it_sleeps(self, monkeypatch):
+        now = [0.0]
+
+        def sleep(_: float) -> None:
+            now[0] += 2.0
+
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", sleep)
+
     @pytest.mark.parametrize("before", ["pending", "running"])
     @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
     def test_its_job_is_stopped(self, run, cluster, status, before):
@@ -518,7 +528,6 @@ class TestStopLost:
     def test_it_is_once_the_driver_counts_as_lost(self, run, cluster, monkeypatch):
         drive(run, "running", updated=time.time())
         cluster.put("pending")
-        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
         monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "running", updated=time.time() - 600.0))
         assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
         assert cluster.asked_to_stop == [JOB_ID]
@@ -556,7 +565,6 @@ class TestStopLost:
     def test_one_that_is_driven_or_complete_keeps_its_job(self, run, cluster, status, monkeypatch):
         drive(run, status, updated=time.time())
         cluster.put("running")
-        monkeypatch.setattr(stop, "_INTERVAL_S", 0.0)
         monkeypatch.setattr(RunDirectory, "request_stop", lambda _: drive(run, "stopped"))
         told = document("stop", run.url, *ON_CLUSTER)
         assert (told["status"], cluster.asked_to_stop) == ("completed" if status == "completed" else "stopped", [])
