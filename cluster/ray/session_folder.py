@@ -6,8 +6,8 @@ import tempfile
 
 from cluster.host.temporary_folder import TemporaryFolderError, check_socket_path, in_temporary_folder
 
-_LONGEST_SOCKET = "ray/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
-"""Ray names a session after the time of its start and the process that starts it."""
+LONGEST_SOCKET = "session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""Below the folder of all sessions. Ray names one after the time of its start and the process that starts it."""
 _ROOM_BYTES = 2**20
 """Room for the logs of a short session."""
 
@@ -27,7 +27,7 @@ def check_session_folder() -> None:
     variable, parent = _parent()
     if not parent:  # Ray takes it for the folder of its sockets all the same
         raise TemporaryFolderError(f"{variable}: must not be empty; unset it, or set it to a folder")
-    check_socket_path(parent, _LONGEST_SOCKET, variable)
+    check_socket_path(parent, f"ray/{LONGEST_SOCKET}", variable)
     with in_temporary_folder(parent, variable):
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent) as file:

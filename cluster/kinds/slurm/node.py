@@ -23,7 +23,9 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import ClusterError
+from cluster.host.temporary_folder import TemporaryFolderError, check_socket_path
 from cluster.ray.private_core import without_client_server
+from cluster.ray.session_folder import LONGEST_SOCKET
 
 _KEPT_FROM_RAY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Slurm sends SIGTERM to all processes of a step when it preempts or cancels a job, before the batch script hears of
@@ -44,6 +46,8 @@ _START_LIMIT_S = 600.0
 _POLL_INTERVAL_S = 0.1
 _ASK_INTERVAL_S = 5.0
 """Between two questions to the controller, from the nodes that have lost their Ray."""
+_ALIVE = ("RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "CONFIGURING")
+"""The states of a job that has not ended."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -57,7 +61,7 @@ def main() -> int:
     name, is_first = os.environ["SLURMD_NODENAME"], os.environ["SLURM_NODEID"] == "0"
     _adopt_orphans()
     try:
-        with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="ray-", dir=_parent(), ignore_cleanup_errors=True) as folder:
             try:
                 _run(name, is_first, Path(folder), [f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"])
             finally:
@@ -82,7 +86,7 @@ def _run(name: str, is_first: bool, folder: Path, resources: list[str]) -> None:
     head = None if is_first else _read_line()
     if head == "":
         return
-    address = _address_of(name)
+    address = _address_of(name, head)
     ray = _start_ray(head, address, folder, resources)
     # `ray start` writes this file into the folder of --temp-dir when all of the node's processes are up.
     reported = folder / "ray_current_cluster"
@@ -120,19 +124,44 @@ def _start_ray(head: str | None, address: str, folder: Path, resources: list[str
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
 
 
-def _address_of(name: str) -> str:
-    """Return the address of this node for others.
+def _parent() -> str:
+    """Return the folder for that of Ray; not the temporary one of this job if its path is too long for sockets."""
+    with suppress(TemporaryFolderError):
+        check_socket_path(tempfile.gettempdir(), f"ray-12345678/{LONGEST_SOCKET}")
+        return tempfile.gettempdir()
+    return "/tmp"  # noqa: S108
+
+
+def _address_of(name: str, head: str | None) -> str:
+    """Return the address of this node for others: of its name, of what Slurm calls it, or on the way to the head.
 
     Raises:
         ClusterError: It has none that others can reach.
     """
-    try:
+    if found := _resolved(name):
+        return found
+    if os.environ["SLURM_JOB_NUM_NODES"] == "1":
+        return "127.0.0.1"
+    shown = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "show", "node", "--oneliner", name))
+    if shown and (found := _resolved(shown[1])):
+        return found
+    if head is not None:
+        host, port = head.rsplit(":", 1)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way, suppress(OSError):
+            way.connect((host, int(port)))  # sends nothing
+            return str(way.getsockname()[0])
+    raise ClusterError(
+        f"the names of this node, {name} and Slurm's NodeAddr, have no address here that other nodes can reach; Ray "
+        "needs one: see /etc/hosts and DNS"
+    )
+
+
+def _resolved(name: str) -> str | None:
+    """Return the address of a name that other nodes can reach; None: it has none."""
+    with suppress(OSError):
         found = socket.gethostbyname(name)
-    except OSError as error:
-        raise ClusterError(f"the name {name} of this node has no address here: {error}; Ray needs one") from error
-    if found.startswith("127."):
-        raise ClusterError(f"the name {name} of this node is {found} here, where other nodes cannot reach it")
-    return found
+        return None if found.startswith("127.") else found
+    return None
 
 
 def _read_line() -> str:
@@ -163,9 +192,12 @@ def _end_without_script(first: str) -> None:
         fields = dict(re.findall(r"\b(JobState|Restarts|NodeList)=(\S*)", shown))
         if not fields:  # the controller does not answer
             continue
-        if (fields["JobState"], fields["Restarts"]) != ("RUNNING", tries):
+        if fields["JobState"] not in _ALIVE or fields["Restarts"] != tries:
             return
-        if first not in _ask("scontrol", "show", "hostnames", fields["NodeList"]).split():
+        if (
+            fields["JobState"] == "RUNNING"
+            and first not in _ask("scontrol", "show", "hostnames", fields["NodeList"]).split()
+        ):
             end = ["scontrol", "requeue"] if os.environ.get("LAUNCHER_JOB_REQUEUES") else ["scancel"]
             print(f"{first}, which ran the batch script, is lost: {' '.join(end)} {job}", file=sys.stderr, flush=True)
             _ask(*end, job)
@@ -179,7 +211,7 @@ def _job_id() -> str:
 
 def _ask(*command: str) -> str:
     """Return what a command of Slurm's prints; empty if it fails or takes too long."""
-    with suppress(subprocess.TimeoutExpired):
+    with suppress(subprocess.TimeoutExpired, FileNotFoundError):  # a container has no Slurm
         asked = subprocess.run(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=60, text=True)
         return asked.stdout if asked.returncode == 0 else ""
     return ""
