@@ -98,7 +98,7 @@ def _resume(
     wanted = found.changed(overrides) if submission_id else found.continued(overrides, reached)
     if branch is None:
         if submission_id is None:
-            warn_of_next_try(run, display.warn)
+            warn_of_next_try(run, observed.status, display.warn)
         return continue_run(
             run, observed, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at,
             to_take=found.submission_id if submission_id else None, inspects=inspects,

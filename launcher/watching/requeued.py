@@ -1,7 +1,7 @@
 """A run that the scheduler of its batch job is to start again: what its job says of it, and the end of its wait."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import Interrupted, Requeued
@@ -43,16 +43,18 @@ def outcome_of(job: Job) -> str:
     return "stopped" if was_told else "failed"
 
 
-def warn_of_next_try(run: RunDirectory, warn: Callable[[str], None], here: str | None = None) -> None:
+def warn_of_next_try(
+    run: RunDirectory, status: Mapping[str, Any] | None, warn: Callable[[str], None], here: str | None = None
+) -> None:
     """Warn a person who goes on with a run that a job in a queue is to start the run again, too.
 
     Args:
         run: The run.
+        status: The status that its last driver wrote; None: it never had a driver.
         warn: Receives the warning.
         here: The address of the cluster that was asked about its jobs; those do not count.
     """
-    is_requeued = (run.read_status() or {}).get("status") == "requeued"
-    about = job_of(run) if is_requeued else {}
+    about = job_of(run) if status is not None and status["status"] == "requeued" else {}
     place = about.get("cluster")
     if place is not None and place != here:
         warn(
