@@ -70,9 +70,6 @@ def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None 
 
     So does one that was submitted since: a later lease would make that submission count no more.
 
-    This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
-    run since it looked, and leaves it.
-
     Args:
         run: The run.
         outcome: ``stopped`` or ``failed``.
@@ -82,11 +79,26 @@ def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None 
     status = run.read_status()  # right before the lease, for a driver that has come meanwhile
     if status is None or (told, status["status"]) not in (("requeued", "requeued"), ("failed", "running")):
         return
+    end(run, status, outcome, error)
+
+
+def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str | None = None) -> None:
+    """Record how a run has ended that no driver drives to its end.
+
+    This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
+    run since it looked, and leaves it. If another driver has just taken the lease, the run is that one's.
+
+    Args:
+        run: The run.
+        status: The status that its last driver wrote.
+        outcome: ``stopped`` or ``failed``.
+        error: Why it failed.
+    """
     try:
         run.take_lease()
         events = run.events()
-        events.append(event_row(outcome, {"step": status["step"]} | ({"error": error} if error else {})))
+        events.append(event_row(outcome, {"step": status.get("step")} | ({"error": error} if error else {})))
         events.flush()
-        run.write_status(without_driver(status) | {"status": outcome, "requeued": None, "error": error})
-    except SupersededError:  # another driver has just taken it
+        run.write_status(without_driver(dict(status)) | {"status": outcome, "requeued": None, "error": error})
+    except SupersededError:
         return
