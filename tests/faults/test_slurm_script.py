@@ -161,7 +161,8 @@ def test_a_job_that_is_cancelled_saves_first_and_stays_cancelled(make_slurm) -> 
     job.check_nothing_is_left()
     status = job.status()
     assert status["status"] in ("stopped", "requeued"), status
-    assert status["checkpoint"] == status["step"] > 0, status
+    saved = [int(path.parent.name.removeprefix("step-")) for path in job.run.glob("checkpoints/step-*/manifest-*.json")]
+    assert max(saved) == status["step"], status
     assert ended["Restarts"] == "0"
 
 
@@ -210,11 +211,13 @@ def test_a_job_with_a_range_of_nodes_that_loses_that_of_its_script_starts_again(
     job = Job(slurm, "digits", "train.epochs=1000", least=1)
     job.submit()
     job.wait_until(lambda: (job.status().get("step") or 0) > 0)
-    assert job.wait_for("RUNNING")["BatchHost"] == "node1"
+    began = job.wait_for("RUNNING")
+    assert (began["BatchHost"], began["NodeList"]) == ("node1", "node[1-2]")
     slurm.power_off("node1")
     job.wait_until(lambda: slurm.job(job.id)["Restarts"] == "1")
     again = job.wait_for("RUNNING")
     assert (again["BatchHost"], again["NodeList"]) == ("node2", "node2")
-    assert "node1, which ran the batch script, is lost: scontrol requeue" in job.said()
+    said = (job.folder / "digits.node2.log").read_text()
+    assert f"node1, which ran the batch script, is lost: scontrol requeue {job.id}\n" in said
     slurm.ask("scancel", job.id)
     job.wait_for("CANCELLED")

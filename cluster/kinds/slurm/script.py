@@ -203,8 +203,8 @@ class _Script:
         # The tasks of an array have one name until they start, and need not wait for each other.
         if dependencies := [*([] if self.tasks else ["singleton"]), *([spec.dependency] if spec.dependency else [])]:
             yield f"--dependency={','.join(dependencies)}"
+        # Each node has one task, without --ntasks-per-node=1, with which Slurm takes as few nodes of a range as it can.
         yield f"--nodes={self.least}-{self.most}" if self._is_range else f"--nodes={self.least}"
-        yield "--ntasks-per-node=1"
         yield f"--cpus-per-task={spec.nodes.cpus}"
         if spec.nodes.gpus:
             yield f"--gpus-per-node={self._gpus}"

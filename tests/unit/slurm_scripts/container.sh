@@ -4,7 +4,6 @@
 #SBATCH --partition=gpu
 #SBATCH --dependency=singleton
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=4
 #SBATCH --signal=B:USR1@360

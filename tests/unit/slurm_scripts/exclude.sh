@@ -5,7 +5,6 @@
 #SBATCH --exclude=node[7,12-14]
 #SBATCH --dependency=singleton,afterok:1234,afterany:99
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --signal=B:USR1@360
 #SBATCH --requeue

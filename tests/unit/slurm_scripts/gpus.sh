@@ -5,7 +5,6 @@
 #SBATCH --account=vision
 #SBATCH --dependency=singleton
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=4
 #SBATCH --time=4:00:00

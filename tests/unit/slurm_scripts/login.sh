@@ -4,7 +4,6 @@
 #SBATCH --partition=main
 #SBATCH --dependency=singleton
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=64G
 #SBATCH --signal=B:USR1@960

@@ -7,7 +7,6 @@
 #SBATCH --reservation=maintenance.2
 #SBATCH --dependency=singleton
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=a100:2
 #SBATCH --signal=B:USR1@360
