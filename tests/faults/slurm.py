@@ -39,12 +39,15 @@ PARTITIONS = {
 SETTINGS = {
     "KillWait": "10",  # 30 s: from SIGTERM to SIGKILL of a job that is cancelled or has reached its limit
     "SlurmdTimeout": "10",  # 300 s: how long a node may not answer before it is down, and up to 20 s more
+    "BatchStartTimeout": "100",  # 10 s: how long a batch script may take to start
     "ReturnToService": "2",  # 0: a node that was down is used again
     "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0",
 }
 """Settings that differ from Slurm's own values, which the comments give."""
-_CREDENTIALS_EXPIRE_S = 5
-"""Slurm's own is 120, and 5 the least: about that long, a job that is requeued waits before it can start again."""
+_CREDENTIALS_EXPIRE_S = 20
+"""Slurm's own is 120: about that long, a job that is requeued waits before it can start again. It is also the time that
+a slurmd has to start a batch script: with ``--export=NIL`` it first runs a login shell, which takes seconds on a busy
+machine."""
 _PROGRAMS = ("munge", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 _PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 _START_LIMIT_S = 120.0
