@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.host.signals import ASKING
 from cluster.process import fork_server
 from cluster.storage import retrying_calls
 from cluster.storage.deadline import Started
@@ -48,6 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
     start: Any = fork_server.start
     replaced: Any = fork_server
     replaced.start = lambda modules: start([*dict.fromkeys([*modules, *_FORKED_NEEDS])])
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_put_back() -> Iterator[None]:
+    """A driver that has ended ignores the signals that only ask for a stop, until its process ends."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -44,7 +44,7 @@ def begin(
         if has_bundle(run):
             code = find_code(run)
             display.message(f"running with the code that was submitted, not with {code_folder(folder)}")
-        warn_of_next_try(run, display.warn)
+        warn_of_next_try(run, observed.status, display.warn)
         return continue_run(
             run, observed, stored, description, code, cluster, display, force=False, take_over=take_over
         )

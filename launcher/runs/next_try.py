@@ -7,9 +7,8 @@ from typing import Any
 
 from cluster.errors import ClusterError, Interrupted, Requeued, StorageError, one_line
 from cluster.host.batch_job import EndsEarly, batch_job
-from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
-from launcher.driver.pending_writes import event_row
+from launcher.watching.requeued import end
 from launcher.watching.status import without_driver
 
 _MOST_TRIES = 3
@@ -97,21 +96,6 @@ def stopped(run: RunDirectory) -> dict[str, Any] | None:
     elif status["status"] != "stopped" or status.get("interrupted"):
         return None
     return without_driver(run.read_status() or status) | {"interrupted": False}
-
-
-def end(run: RunDirectory, status: dict[str, Any], how: str, error: str | None = None) -> None:
-    """Record how a run has ended that no driver drives to its end.
-
-    This process takes the lease for that, like a driver; if another driver has just taken it, the run is that one's.
-    """
-    try:
-        run.take_lease()
-        events = run.events()
-        events.append(event_row(how, {"step": status.get("step"), **({"error": error} if error else {})}))
-        events.flush()
-        run.write_status(without_driver(status) | {"status": how, "error": error, "requeued": None})
-    except SupersededError:
-        return
 
 
 def _end_requeued(run: RunDirectory, error: BaseException) -> None:

@@ -18,12 +18,12 @@ from launcher.planning.nodes import inspect_nodes
 from launcher.runs.changes import changes_of, compare, unsafe_changes
 from launcher.runs.driving import drive_run, ready_to_drive
 from launcher.runs.found_description import find_description
-from launcher.runs.next_try import bounded_tries, end, planned_elsewhere, stopped
+from launcher.runs.next_try import bounded_tries, planned_elsewhere, stopped
 from launcher.runs.planning_sign import planning_sign
 from launcher.runs.resumed_plan import placed_at, plan_to_resume
 from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, good_checkpoint_at
 from launcher.runs.takeover import ObservedRun, check_not_driven_since, meet_other_driver, observe
-from launcher.watching.requeued import warn_of_next_try
+from launcher.watching.requeued import end, warn_of_next_try
 from launcher.watching.status import without_driver
 
 
@@ -98,7 +98,7 @@ def _resume(
     wanted = found.changed(overrides) if submission_id else found.continued(overrides, reached)
     if branch is None:
         if submission_id is None:
-            warn_of_next_try(run, display.warn)
+            warn_of_next_try(run, observed.status, display.warn)
         return continue_run(
             run, observed, stored, wanted, code, cluster, display, force=force, take_over=take_over, at=at,
             to_take=found.submission_id if submission_id else None, inspects=inspects,

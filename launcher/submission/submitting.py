@@ -162,7 +162,7 @@ class Submitting:
             display.warn(
                 f"{run.url} waits on {before.waits_on}, too; the job that begins first has it, the other one ends"
             )
-        warn_of_next_try(run, display.warn, here=place.address)
+        warn_of_next_try(run, before.status, display.warn, here=place.address)
         return before, following.number
 
     def _submit_with_standby(self, before: RunSnapshot, number: int) -> dict[str, Any]:

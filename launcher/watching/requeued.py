@@ -1,7 +1,7 @@
 """A run that the scheduler of its batch job is to start again: what its job says of it, and the end of its wait."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import Interrupted, Requeued
@@ -43,16 +43,18 @@ def outcome_of(job: Job) -> str:
     return "stopped" if was_told else "failed"
 
 
-def warn_of_next_try(run: RunDirectory, warn: Callable[[str], None], here: str | None = None) -> None:
+def warn_of_next_try(
+    run: RunDirectory, status: Mapping[str, Any] | None, warn: Callable[[str], None], here: str | None = None
+) -> None:
     """Warn a person who goes on with a run that a job in a queue is to start the run again, too.
 
     Args:
         run: The run.
+        status: The status that its last driver wrote; None: it never had a driver.
         warn: Receives the warning.
         here: The address of the cluster that was asked about its jobs; those do not count.
     """
-    is_requeued = (run.read_status() or {}).get("status") == "requeued"
-    about = job_of(run) if is_requeued else {}
+    about = job_of(run) if status is not None and status["status"] == "requeued" else {}
     place = about.get("cluster")
     if place is not None and place != here:
         warn(
@@ -68,9 +70,6 @@ def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None 
 
     So does one that was submitted since: a later lease would make that submission count no more.
 
-    This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
-    run since it looked, and leaves it.
-
     Args:
         run: The run.
         outcome: ``stopped`` or ``failed``.
@@ -80,11 +79,26 @@ def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None 
     status = run.read_status()  # right before the lease, for a driver that has come meanwhile
     if status is None or (told, status["status"]) not in (("requeued", "requeued"), ("failed", "running")):
         return
+    end(run, status, outcome, error)
+
+
+def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str | None = None) -> None:
+    """Record how a run has ended that no driver drives to its end.
+
+    This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
+    run since it looked, and leaves it. If another driver has just taken the lease, the run is that one's.
+
+    Args:
+        run: The run.
+        status: The status that its last driver wrote.
+        outcome: ``stopped`` or ``failed``.
+        error: Why it failed.
+    """
     try:
         run.take_lease()
         events = run.events()
-        events.append(event_row(outcome, {"step": status["step"]} | ({"error": error} if error else {})))
+        events.append(event_row(outcome, {"step": status.get("step")} | ({"error": error} if error else {})))
         events.flush()
-        run.write_status(without_driver(status) | {"status": outcome, "requeued": None, "error": error})
-    except SupersededError:  # another driver has just taken it
+        run.write_status(without_driver(dict(status)) | {"status": outcome, "requeued": None, "error": error})
+    except SupersededError:
         return

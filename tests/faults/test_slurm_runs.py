@@ -19,9 +19,10 @@ from tests.e2e.command import CHECKOUT, checkpointed, events
 from tests.faults.planned import undisturbed
 from tests.faults.slurm import TICK_S, Slurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-LIMIT_S = 400.0
+LIMIT_S = 900.0
+"""For each wait, of which the longest takes a minute and a half on a machine with nothing else to do."""
 VENV = Path(sys.executable).parents[1]
 FAST = ("checkpoint.every_steps=20", "tracking.mode=disabled", "train.epochs=30")
 CLUSTER = """
@@ -221,19 +222,19 @@ def test_two_jobs_at_once_on_one_node(uni) -> None:
 
 def test_a_range_of_nodes_goes_on_without_one_that_dies(uni) -> None:
     uni = uni("node1", "node2")
-    run = uni.submit("digits", "workers.num=[1, 2]", "train.epochs=120")
+    run = uni.submit("digits", "workers.num=[1, 2]", "train.epochs=60")
 
     def sizes() -> list[int]:
         return [len(event["workers"]) for event in events(run, "attempt_started")]
 
-    uni.wait_until(lambda: 2 in sizes())  # it may begin on the node whose Ray is up first
+    uni.wait_until(lambda: 2 in sizes() and checkpointed(run, 20)())
     job = uni.slurm.job(uni.number_of(run))
     batch_host = job["BatchHost"]
     (other,) = {"node1", "node2"} - {batch_host}
     uni.slurm.power_off(other)
     ended = uni.wait_for_end(run, "COMPLETED")
     assert (ended["Restarts"], ended["NodeList"]) == ("0", batch_host)
-    assert_same_bits(run, "train.epochs=120")
+    assert_same_bits(run, "train.epochs=60")
     assert sizes()[-1] == 1
 
 

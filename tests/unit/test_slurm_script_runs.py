@@ -16,7 +16,7 @@ from cluster.kinds.slurm.script import render, render_array
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 
-LIMIT_S = 15.0
+LIMIT_S = 60.0
 JOB = "JobId=7 JobName=digits JobState=RUNNING Reason=None Requeue=1 Restarts=0 EndTime=Unknown PreemptTime=None"
 SCONTROL = """\
 echo "scontrol $*" >> "$FAKE/calls"
@@ -227,7 +227,8 @@ def test_a_driver_that_has_not_yet_begun_is_not_killed(script: Script) -> None:
 
 
 def test_what_else_the_nodes_print_is_no_report(script: Script) -> None:
-    script.answer("nodes", f"echo Loading; echo head; {JOINED.replace('; read', '; echo joined; echo n1 ok; read')}")
+    joined = JOINED.replace("; read", "; echo joined; echo n1 ok; read")
+    script.answer("nodes", f"echo Loading; echo head; sleep 0.5; {joined}")
     code, said = script.run('echo "at $RAY_ADDRESS"; exit 75')
     assert (code, "at 10.0.0.1:6379" in said) == (75, True), said
 
