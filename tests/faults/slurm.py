@@ -248,6 +248,12 @@ class Slurm:
     def _set_up(self, host: Host) -> None:
         """Gives a host that has just been powered on the names of all hosts, and a munged."""
         self._run_on(host, "mount", "--bind", self.folder / "hosts", "/etc/hosts")
+        if host is not self.login:
+            # Login shells, of jobs and of Slurm itself, that read no file of this machine's user: they may end at any
+            # moment, with the host, and what such files start, as pyenv does, may leave a lock.
+            for name in (".bash_profile", ".bash_login", ".profile", ".bashrc"):
+                if (file := Path.home() / name).exists():
+                    self._run_on(host, "mount", "--bind", self.folder / "empty", file)
         self._run_on(host, "mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs", self._own)
         # It wants a socket and a log that all users can reach, which --force makes a warning.
         options = {
@@ -288,6 +294,7 @@ class Slurm:
     def _write_files(self, more: Mapping[str, str]) -> None:
         self._own.mkdir()
         (self.folder / "state").mkdir()
+        (self.folder / "empty").touch()
         (self.folder / "munge.key").touch(0o600)
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(128))
         everyone = [self.login, *self.nodes.values()]
