@@ -1,7 +1,7 @@
 """The rooms of the house: which may import which, and how long a file may be."""
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +58,9 @@ def test_every_file_can_be_read_in_one_sitting() -> None:
 def test_every_room_says_what_it_holds() -> None:
     for room in sorted({file.parent for file in FILES}):
         assert ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())), room
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Pytest imports them by their names alone, and cannot collect a second one; the GPU tier is collected alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "gpu")
+    assert [name for name, count in names.items() if count > 1] == []
