@@ -63,14 +63,17 @@ def test_a_temporary_folder_with_a_long_path_is_not_for_sockets(monkeypatch) -> 
 
 def test_a_suspended_job_is_watched_until_it_runs_or_ends(monkeypatch, answers) -> None:
     monkeypatch.setattr(node, "_has_ended", lambda _: False)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", "1")
     shown = "JobId=7 JobState={} Restarts=0 NodeList=n2 "
-    asked = answers(
-        *(shown.format("SUSPENDED"), "n2", shown.format("RUNNING"), "n2", "", shown.format("COMPLETING")),
-    )
-    node._end_without_script("n1")
+    asked = answers(shown.format("SUSPENDED"), shown.format("RUNNING"), "n2", "", shown.format("COMPLETING"))
+    node._end_without_script("7_3", "n1")
     assert ("scontrol", "requeue", "7_3") in asked
     assert {command[-1] for command in asked} == {"7_3", "n2"}
+
+
+def test_a_job_whose_nodes_slurm_does_not_name_is_left_alone(monkeypatch, answers) -> None:
+    monkeypatch.setattr(node, "_has_ended", lambda _: False)
+    shown = "JobId=7 JobState={} Restarts=0 NodeList=n[1-2] "
+    asked = answers(shown.format("RUNNING"), "", shown.format("COMPLETED"))
+    node._end_without_script("7", "n1")
+    assert [command[1] for command in asked] == ["show"] * 3

@@ -259,6 +259,59 @@ def test_a_job_does_not_exclude_more_nodes_than_it_can_do_without(script: Script
     script.program("sinfo", "exit 1")
     script.run(lost)
     assert script.calls("update")[2:] == ["scontrol update JobId=7 ExcNodeList=n3,n4,n2"]
+    others = (
+        "'n1 idle 8/64000/gpu:a100:4/(null)' 'n2 down* 8/64000/gpu:a100:4/(null)' 'n5 idle 8/64000/gpu:v100:4/(null)'"
+    )
+    script.program("sinfo", f"printf '%s\\n' {others}\n")
+    script.answer("job", JOB)
+    script.run(lost)
+    assert len(script.calls("update")) == 3, "n5 is no node like those of the job"
+    script.run(lost, least=1)
+    assert script.calls("update")[3:] == ["scontrol update JobId=7 ExcNodeList=n2"]
+
+
+def test_the_third_try_in_a_row_in_which_ray_does_not_start_is_the_last(script: Script) -> None:
+    no_second = f"{JOINED.replace('ray-node n2 10.0.0.2', 'ray-node n2 failed')}; exit 0"
+
+    def codes(*nodes: str) -> list[int]:
+        found = []
+        for each in nodes:
+            script.answer("nodes", each)
+            found.append(script.run("exit 3")[0])
+        return found
+
+    assert codes(no_second, no_second, f"{JOINED}; cat > /dev/null") == [75, 75, 3]
+    assert codes(no_second, no_second, no_second) == [75, 75, 5]
+    assert list(script.jobs.iterdir()) == []
+
+
+def test_a_first_node_whose_ray_does_not_start_is_excluded(script: Script) -> None:
+    script.answer("nodes", "echo ray-head failed; exit 0")
+    code, said = script.run("exit 0")
+    assert (code, "Ray did not start on n1; see" in said) == (75, True), said
+    assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n1"]
+    script.answer("nodes", "exit 127")  # there is no launcher
+    assert script.run("exit 0")[0] == 5
+    assert len(script.calls("scontrol requeue")) == 1
+
+
+def test_a_node_that_stays_silent_does_not_cost_the_job_its_time_limit(script: Script) -> None:
+    script.answer("nodes", "echo 'ray-head 10.0.0.1:6379'; read head; echo 'ray-node n1 10.0.0.1'; touch $FAKE/waits")
+    started = script.start("exit 0")
+    script.wait_for((script.fake / "waits").exists)
+    started.send_signal(signal.SIGUSR1)
+    said = started.communicate(timeout=LIMIT_S)[0]
+    assert (started.returncode, "The time limit is near, and Ray has not started" in said) == (75, True), said
+    assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n2"]
+
+
+def test_a_driver_that_slurm_itself_signals_goes_on_unless_the_job_is_over(script: Script) -> None:
+    assert script.run("exit 130")[0] == 75
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert script.run("exit 130", max_requeues=0)[0] == 130
+    script.answer("job", CANCELLED)
+    assert script.run("exit 130")[0] == 130
+    assert len(script.calls("scontrol requeue")) == 1
 
 
 def test_the_driver_of_a_container_is_told(script: Script) -> None:

@@ -56,7 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpus", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--first", help="the node of the script, for a job that outlives the loss of nodes")
+    parser.add_argument("--job", help="the job as Slurm's commands take it, if it outlives the loss of nodes")
+    parser.add_argument("--first", help="then the node of the script")
     options = parser.parse_args()
     name, is_first = os.environ["SLURMD_NODENAME"], os.environ["SLURM_NODEID"] == "0"
     _adopt_orphans()
@@ -71,8 +72,8 @@ def main() -> int:
     except ClusterError as error:
         print("ray-head" if is_first else f"ray-node {name}", "failed", flush=True)
         print(f"{name}: {error}", file=sys.stderr, flush=True)
-        if options.first is not None and not is_first:
-            _end_without_script(options.first)
+        if options.job is not None and not is_first:
+            _end_without_script(options.job, options.first)
         return error.exit_code
     return 0
 
@@ -180,13 +181,13 @@ def _has_ended(timeout_s: float) -> bool:
     return bool(readable) and not os.read(sys.stdin.fileno(), 4096)
 
 
-def _end_without_script(first: str) -> None:
+def _end_without_script(job: str, first: str) -> None:
     """Wait for the end of the script; if its node is lost, end this try of the job.
 
     Slurm lets a job with --no-kill run on without the node of its script, for ever. Ray ends here when it has lost its
     head, which is on that node.
     """
-    job, tries = _job_id(), os.environ.get("SLURM_RESTART_COUNT", "0")
+    tries = os.environ.get("SLURM_RESTART_COUNT", "0")
     while not _has_ended(_ASK_INTERVAL_S):
         shown = _ask("scontrol", "show", "job", "--oneliner", job)
         fields = dict(re.findall(r"\b(JobState|Restarts|NodeList)=(\S*)", shown))
@@ -194,19 +195,13 @@ def _end_without_script(first: str) -> None:
             continue
         if fields["JobState"] not in _ALIVE or fields["Restarts"] != tries:
             return
-        if (
-            fields["JobState"] == "RUNNING"
-            and first not in _ask("scontrol", "show", "hostnames", fields["NodeList"]).split()
-        ):
+        if fields["JobState"] != "RUNNING":
+            continue
+        left = _ask("scontrol", "show", "hostnames", fields["NodeList"]).split()
+        if left and first not in left:
             end = ["scontrol", "requeue"] if os.environ.get("LAUNCHER_JOB_REQUEUES") else ["scancel"]
             print(f"{first}, which ran the batch script, is lost: {' '.join(end)} {job}", file=sys.stderr, flush=True)
             _ask(*end, job)
-
-
-def _job_id() -> str:
-    """Return the job as Slurm's commands take it: one task has the number of the array, which to them means all."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _ask(*command: str) -> str:

@@ -22,8 +22,8 @@ from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 _NODE_FORMAT = "%N|%T|%c|%m|%G|%f"
 _STATE_MARKS = "*~#!%$@^-+"
 """What may stand behind the state of a node: it does not answer, saves power, reboots, is planned for a job, ..."""
-_NO_ANSWER = "*"
-_GONE = frozenset({"down", "drained", "draining", "fail", "failing", "error", "unknown", "inval", "future"})
+NO_ANSWER = "*"
+GONE = frozenset({"down", "drained", "draining", "fail", "failing", "error", "unknown", "inval", "future"})
 """States of nodes that get no new job until a person has looked at them."""
 _UNLIMITED = "UNLIMITED"
 _MB_PER_GB = 1024
@@ -54,7 +54,7 @@ class SlurmNode:
     @property
     def is_usable(self) -> bool:
         """Whether Slurm may start jobs on it, now or after those that run there."""
-        return _NO_ANSWER not in self.state and self.state.rstrip(_STATE_MARKS).lower() not in _GONE
+        return NO_ANSWER not in self.state and self.state.rstrip(_STATE_MARKS).lower() not in GONE
 
     @property
     def hardware(self) -> str:

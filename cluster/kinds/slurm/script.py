@@ -5,6 +5,7 @@ why it does what it does; ``cluster/kinds/slurm/node.py`` is the program that it
 """
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from urllib.parse import urlencode
 from cluster.capacity import Capacity, NodeGroup, Places, amounts_text
 from cluster.errors import ClusterError
 from cluster.kinds.slurm import bash
+from cluster.kinds.slurm.partition import GONE, NO_ANSWER
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SIGNAL_MARGIN_S, SlurmClusterSpec
 
@@ -123,14 +125,20 @@ class _Script:
         if self.tasks:
             yield bash.TASK.substitute(tasks=self._cases(self._name), folder=shlex.quote(self.folder))
         own = self._files
-        yield bash.ABOUT_JOB
+        yield bash.ABOUT_JOB.substitute(notice_s=self._notice_s)
         if spec.max_requeues:
             yield bash.MAY_REQUEUE.substitute(max_requeues=spec.max_requeues)
         yield bash.OWN.substitute(own=own, limit_s=_END_LIMIT_S)
         if spec.max_requeues:
-            exclude = shlex.quote(spec.exclude or "")
-            yield bash.REQUEUE.substitute(exclude=exclude, partition=shlex.quote(spec.partition), least=self.least)
-        give_up = "    requeue_without $missing\n" if spec.max_requeues else ""
+            yield bash.REQUEUE.substitute(
+                exclude=shlex.quote(spec.exclude or ""),
+                partition=shlex.quote(spec.partition),
+                gone="|".join(sorted(GONE)),
+                no_answer=re.escape(NO_ANSWER),
+                least=self.least,
+            )
+        else:
+            yield bash.NOT_STARTED
         yield bash.RAY.substitute(
             python=bash.PYTHON if self._is_of_launcher else "",
             srun=self._srun(),
@@ -138,7 +146,6 @@ class _Script:
             limit_s=_START_LIMIT_S,
             log=own,
             least=self.least,
-            give_up=give_up,
         )
         yield bash.DRIVER.substitute(driver=self._driver(), tell=self._tell(), cancel=self._cancel())
         if spec.max_requeues:
@@ -156,6 +163,11 @@ class _Script:
         Its nodes must then ask Slurm whether the script still lives, and containers have no ``scontrol``.
         """
         return self._is_range and self.spec.container_image is None
+
+    @property
+    def _notice_s(self) -> int:
+        """How long before its time limit the job is told of it."""
+        return self.request.stop_grace_s + SIGNAL_MARGIN_S
 
     @property
     def _job_id(self) -> str:
@@ -212,7 +224,7 @@ class _Script:
             yield f"--mem={spec.nodes.memory_gb}G"
         if spec.time:
             yield f"--time={spec.time}"
-        yield f"--signal=B:USR1@{request.stop_grace_s + SIGNAL_MARGIN_S}"
+        yield f"--signal=B:USR1@{self._notice_s}"
         yield "--requeue" if spec.max_requeues else "--no-requeue"
         if self._outlives_nodes:
             yield "--no-kill"
@@ -258,8 +270,8 @@ class _Script:
         python = "python" if venv is None else shlex.quote(f"{venv}/bin/python")
         if self._is_of_launcher:
             python = '"${python:-python}"'
-        first = ' --first="$SLURMD_NODENAME"' if self._outlives_nodes else ""
-        return f"{python} -P -m cluster.kinds.slurm.node --cpus={nodes.cpus} --gpus={nodes.gpus}{first}"
+        asks = ' --job="$job_id" --first="$SLURMD_NODENAME"' if self._outlives_nodes else ""
+        return f"{python} -P -m cluster.kinds.slurm.node --cpus={nodes.cpus} --gpus={nodes.gpus}{asks}"
 
     @property
     def _venv_in_container(self) -> str | None:

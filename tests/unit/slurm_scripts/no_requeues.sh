@@ -40,6 +40,7 @@ field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
+export LAUNCHER_JOB_NOTICE_S=360    # how long before that the script sends SIGUSR1
 export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 
 # What only this try needs, where all of its nodes see it: the token of its Ray, and reports. A try whose node was lost
@@ -49,6 +50,8 @@ rm -rf /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURM_JOB_ID"-*
 mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
+# A line for each try, of those in a row up to this one, in which Ray did not start.
+failed_starts=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.$SLURM_JOB_ID.failed-starts
 
 nodes=''
 clean_up() {
@@ -63,6 +66,8 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 143' TERM
 
+not_started() { exit 5; }
+
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
 touch "$own/reports"
 # The first line of `launcher` names its Python; the one on the PATH may be another.
@@ -70,7 +75,7 @@ python=$(sed -n '1s/^#!\(.*\/python[^ ]*\)$/\1/p' "$(command -v launcher)" 2>/de
 exec 9> >(exec srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=32 --gpus-per-node=4 \
     --input=all --wait=0 --kill-on-bad-exit=0 --no-kill \
     --open-mode=append --error=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.%N.log \
-    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=32 --gpus=4 --first="$SLURMD_NODENAME" >> "$own/reports")
+    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=32 --gpus=4 --job="$job_id" --first="$SLURMD_NODENAME" >> "$own/reports")
 nodes=$!
 
 # What the nodes have reported; a prologue or a container may print too.
@@ -78,14 +83,17 @@ reports() { sed -n "s/^ray-$1 //p" "$own/reports"; }
 await() {
     local limit=$((SECONDS + 1800))
     while [ "$(reports "$1" | wc -l)" -lt "$2" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
+        [ -z "$told" ] || { echo 'The time limit is near, and Ray has not started on all nodes.' >&2; return; }
         sleep 0.1
     done
 }
-await head 1    # by the first node: where its head listens
+await head 1    # by the first node: where its head listens, or that it has failed
 RAY_ADDRESS=$(reports head | grep :)
 if [ -z "$RAY_ADDRESS" ]; then
     echo "Ray did not start on $SLURMD_NODENAME; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
-    exit 5
+    [ -z "$(reports head)" ] || not_started "$SLURMD_NODENAME"
+    [ -z "$told" ] || not_started
+    exit 5    # the launcher did not start: its environment is wrong, on all nodes
 fi
 export RAY_ADDRESS
 echo "$RAY_ADDRESS" >&9
@@ -94,8 +102,9 @@ joined=$(reports node | sed '/ failed$/d; s/ .*//')
 if [ "$(wc -w <<< "$joined")" -lt 1 ]; then
     missing=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$joined")
     echo "Ray did not start on" $missing"; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.NODE.log >&2
-    exit 5
+    not_started $missing
 fi
+rm -f "$failed_starts"
 
 # The driver, which must not hold the pipe.
 (

@@ -39,6 +39,7 @@ field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 job=$(patiently show)
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
+export LAUNCHER_JOB_NOTICE_S=360    # how long before that the script sends SIGUSR1
 export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
@@ -59,6 +60,8 @@ rm -rf '/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0'."$SLURM_JOB_ID"-*
 mkdir -m 700 "$own" || exit 5
 (umask 077; head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' > "$own/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$own/token LAUNCHER_JOB_LOST_NODES=$own/lost
+# A line for each try, of those in a row up to this one, in which Ray did not start.
+failed_starts='/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0'.$SLURM_JOB_ID.failed-starts
 
 nodes=''
 clean_up() {
@@ -85,7 +88,7 @@ is_over() {
 requeue_without() {
     [ -n "${LAUNCHER_JOB_REQUEUES:-}" ] || return
     clean_up    # first, because Slurm sends SIGTERM to all when it requeues
-    patiently requeue || return
+    patiently requeue || { echo "This job does not start again: scontrol requeue fails." >&2; return; }
     exclude "$(IFS=,; echo "$*")"
     exit 75
 }
@@ -109,9 +112,24 @@ exclude() {
 join() { echo "$1${2:+${1:+,}$2}"; }
 leaves_enough() {
     local nodes
-    nodes=$(sinfo --noheader --Node --partition=main --format='%N %T') || return 0
-    nodes=$(sed -E '/ (down|drain|fail|unknown|future)/d; s/ .*//' <<< "$nodes" | sort -u)
-    [ "$(grep -cvxFf <([ -z "$1" ] || scontrol show hostnames "$1") <<< "$nodes")" -ge 1 ]
+    nodes=$(sinfo --noheader --Node --partition=main --format='%N %T %c/%m/%G/%f') && [ "$nodes" ] || return 0
+    # Those that get jobs and are like the nodes of this job; others may lack what it asks for.
+    nodes=$(awk -v own="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" '
+        BEGIN { split(own, names); for (i in names) is_own[names[i]] = 1 }
+        { hardware[$1] = $3 }
+        is_own[$1] { is_like[$3] = 1 }
+        tolower($2) !~ /^(down|drained|draining|error|fail|failing|future|inval|unknown)|\*/ { gets_jobs[$1] = 1 }
+        END { for (name in gets_jobs) if (is_like[hardware[name]]) print name }' <<< "$nodes")
+    [ "$(grep -vxFf <([ -z "$1" ] || scontrol show hostnames "$1") <<< "$nodes" | grep -c .)" -ge 1 ]
+}
+
+# Ends a try because Ray has not started on the nodes that are named, or not in time. The next try does without them;
+# after three such tries in a row there is none.
+not_started() {
+    echo >> "$failed_starts"
+    [ "$(wc -l < "$failed_starts")" -ge 3 ] || requeue_without "$@"
+    rm -f "$failed_starts"
+    exit 5
 }
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
@@ -127,14 +145,17 @@ reports() { sed -n "s/^ray-$1 //p" "$own/reports"; }
 await() {
     local limit=$((SECONDS + 1800))
     while [ "$(reports "$1" | wc -l)" -lt "$2" ] && [ "$SECONDS" -lt "$limit" ] && kill -0 "$nodes" 2>/dev/null; do
+        [ -z "$told" ] || { echo 'The time limit is near, and Ray has not started on all nodes.' >&2; return; }
         sleep 0.1
     done
 }
-await head 1    # by the first node: where its head listens
+await head 1    # by the first node: where its head listens, or that it has failed
 RAY_ADDRESS=$(reports head | grep :)
 if [ -z "$RAY_ADDRESS" ]; then
     echo "Ray did not start on $SLURMD_NODENAME; see" '/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0'."$SLURMD_NODENAME".log >&2
-    exit 5
+    [ -z "$(reports head)" ] || not_started "$SLURMD_NODENAME"
+    [ -z "$told" ] || not_started
+    exit 5    # the launcher did not start: its environment is wrong, on all nodes
 fi
 export RAY_ADDRESS
 echo "$RAY_ADDRESS" >&9
@@ -143,9 +164,9 @@ joined=$(reports node | sed '/ failed$/d; s/ .*//')
 if [ "$(wc -w <<< "$joined")" -lt 1 ]; then
     missing=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$joined")
     echo "Ray did not start on" $missing"; see" '/home/it'"'"'s me/$slurm #1/digits-0a1b2c3d4e5f-0'.NODE.log >&2
-    requeue_without $missing
-    exit 5
+    not_started $missing
 fi
+rm -f "$failed_starts"
 
 # The driver, which must not hold the pipe.
 (
@@ -178,7 +199,8 @@ while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done
 wait "$driver"
 code=$?
 
-if [ "$code" = 75 ]; then
+# 75: to go on in another try. 130: after a signal, which Slurm may have sent to a driver that is one of its steps.
+if [ "$code" = 75 ] || { [ "$code" = 130 ] && job=$(show) && ! is_over; }; then
     lost=$(reports node | while read -r node address; do grep -qsxF "$address" "$own/lost" && echo "$node"; done)
     requeue_without $lost
 fi
