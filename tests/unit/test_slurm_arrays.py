@@ -112,6 +112,13 @@ def test_an_array_that_a_person_has_submitted_for_other_submissions_is_not_taken
     assert commands(slurm)[1:] == [rename(1), rename(2), rename(3)]
 
 
+def test_an_array_that_is_not_listed_by_its_name_is_cancelled(slurm: FakeSlurm) -> None:
+    slurm.plan("squeue", "")
+    with pytest.raises(ClusterError, match="as 7, and does not list it by that name, so the job is cancelled"):
+        SlurmJobs(SPEC).begin_array(REQUESTS)
+    assert commands(slurm)[-1] == "scancel 7"
+
+
 def test_a_name_that_is_not_given_is_an_error_after_which_the_tasks_are_still_known(slurm: FakeSlurm) -> None:
     slurm.plan("squeue", "", NAMELESS)
     with pytest.raises(ClusterError, match="^slurm:local: took r1, r2, r3, and does not list it"):

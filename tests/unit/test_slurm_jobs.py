@@ -417,9 +417,10 @@ def test_a_number_that_sbatch_does_not_print(slurm: FakeSlurm, said: str) -> Non
     assert "in place of a number; look at squeue there" in the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
 
 
-def test_a_job_that_is_taken_and_not_listed(slurm: FakeSlurm) -> None:
+def test_a_job_that_is_not_listed_by_its_name_is_cancelled(slurm: FakeSlurm) -> None:
     slurm.plan("sbatch", "7\n")
     assert f"took job {NAME} as 7, and does not list it" in the_error(lambda: SlurmJobs(a_spec()).begin(REQUEST))
+    assert [call for call in slurm.calls if call.startswith("scancel")] == ["scancel 7"]
 
 
 def test_a_line_of_another_form(slurm: FakeSlurm) -> None:

@@ -52,8 +52,8 @@ class SlurmJobs(Scheduler):
     def begin(self, request: JobRequest) -> Job:
         """Submit a job, unless one of this name waits or runs.
 
-        Of several jobs that were submitted at the same time, the first stays. No second one has started meanwhile:
-        jobs of the same name wait for each other.
+        Of several jobs that were submitted at the same time, the first stays. No second one of this user has started
+        meanwhile: those of the same name wait for each other. One of another user may have, and is cancelled.
         """
         folder, known = self._prepare(request.id, request.id)
         alive = _first_alive(known)
@@ -70,9 +70,7 @@ class SlurmJobs(Scheduler):
             return self._job(first)
         own = next((job for job in jobs if job.number == int(number)), None)
         if own is None:
-            raise ClusterError(
-                f"{self._spec.address}: took job {request.id} as {number}, and does not list it; look at squeue there"
-            )
+            raise self._not_listed(request.id, number)
         if not is_for(own, request):
             raise self._changed(request.id, number)
         return self._job(own)
@@ -92,6 +90,8 @@ class SlurmJobs(Scheduler):
             submitted, answer = self._commands.ask(sbatch, self._squeue(*names), stdin=script)
             array = self._number(submitted, name)
             known = self._listed(answer, *names)
+            if not any(job.id.startswith(f"{array}_") for job in known):
+                raise self._not_listed(name, array)
             if any(job.name == name and job.id.startswith(f"{array}_") and job.metadata != mark for job in known):
                 raise self._changed(name, array)
             there = tasks_of(known, requests)
@@ -200,6 +200,14 @@ class SlurmJobs(Scheduler):
         return ClusterError(
             f"{self._spec.address}: changes the comment of job {job_id}, by which launcher knows it, so the job is "
             "cancelled; ask the administrators not to change --comment, or use another cluster"
+        )
+
+    def _not_listed(self, job_id: str, number: str) -> ClusterError:
+        """Cancel a job that is not found by the name that it was submitted with; return the error."""
+        self._commands.ask(("scancel", number))
+        return ClusterError(
+            f"{self._spec.address}: took job {job_id} as {number}, and does not list it by that name, so the job is "
+            "cancelled; submit it again, or ask the administrators not to change --job-name"
         )
 
     def _prepare(self, job_id: str, *names: str) -> tuple[str, list[QueuedJob]]:
