@@ -90,9 +90,9 @@ class SlurmClusterSpec:
     """The time limit of a job between two requeues, in quotes, as ``sbatch --time`` takes it: "4:00:00" or "1-12".
     Null: the limit of the partition."""
     account: str | None = None
-    """The account that is charged."""
+    """The account that is charged. Null: yours by default; SBATCH_ACCOUNT does not count."""
     qos: str | None = None
-    """The quality of service."""
+    """The quality of service. Null: that of the account; SBATCH_QOS does not count."""
     constraint: str | None = None
     """Features that the nodes must have, such as ``h100&nvlink``."""
     reservation: str | None = None
@@ -105,7 +105,7 @@ class SlurmClusterSpec:
     """Numbers such as ``0-2``, ``1,5,9`` or ``0-9%3`` (three at a time): ``launcher submit`` then submits a run NAME-N
     with the seed N for each number N, as the tasks of one Slurm array."""
     max_requeues: int = 100
-    """How often a job requeues itself at most; 0: never."""
+    """A job that has started again this often, for whatever reason, requeues itself no more; 0: it never does."""
     stop_grace_s: int = 300
     """Seconds before the time limit at which the job is told to save at the latest. The driver decides earlier, by
     what the last save took. 300 s are enough to write 30 GB at 100 MB/s."""

@@ -1,5 +1,6 @@
 """Which cluster is meant, and what it says of workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_a_shipped_one_reads_the_environment(monkeypatch):
     nodes = SlurmNodesSpec(cpus=4, gpus=2)
     spec = SlurmClusterSpec(partition="gpu", nodes=nodes)
     assert load_jobs_cluster("slurm", ["cluster.nodes.gpus=2"]) == (spec, [])
+    monkeypatch.setenv("SBATCH_ACCOUNT", "vision")
+    assert load_jobs_cluster("slurm", ["cluster.nodes.gpus=2"]) == (replace(spec, account="vision"), [])
     with pytest.raises(DescriptionError) as caught:
         open_cluster(spec)
     assert str(caught.value) == (
