@@ -109,22 +109,22 @@ def submit_array(
     """
     with ExitStack() as withdrawal:
         array = _offer(withdrawal, descriptions, folder, scheduler, place, display)
-        if array.requests:
-            display.phase(f"beginning {len(array.requests)} tasks of an array")
-            try:
-                jobs = ask_twice(lambda: scheduler.begin_array(array.requests))
-            except BaseException as error:  # also Ctrl-C
-                if _has_none(scheduler, array.requests):
-                    raise
-                withdrawal.pop_all()
-                may_run = f"{str(error) or 'interrupted'}; jobs of the array may have begun, submit it again to see"
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted(may_run) from error
-                error.args = (may_run,)
-                raise
-            array.note(jobs, display)
-        withdrawal.pop_all()
-    return array.documents()
+        if not array.requests:
+            return array.documents()
+        display.phase(f"beginning {len(array.requests)} tasks of an array")
+        kept = withdrawal.pop_all()  # from now on jobs may begin, which need their submissions
+    try:
+        array.note(ask_twice(lambda: scheduler.begin_array(array.requests)), display)
+        return array.documents()
+    except BaseException as error:  # also Ctrl-C
+        if _has_none(scheduler, array.requests):
+            kept.close()
+            raise
+        may_run = f"{str(error) or 'interrupted'}; jobs of the array may have begun, submit it again to see"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(may_run) from error
+        error.args = (may_run,)
+        raise
 
 
 def render_array(
@@ -204,10 +204,10 @@ def _offer(
 
 
 def _has_none(scheduler: Scheduler, requests: Mapping[int, JobRequest]) -> bool:
-    """Return whether the cluster answers that it has none of the jobs of an array."""
+    """Return whether the cluster answers that it has none of the jobs of an array; Ctrl-C ends the question."""
     try:
         return not scheduler.has_any(requests)
-    except ClusterError:
+    except (ClusterError, KeyboardInterrupt):
         return False
 
 

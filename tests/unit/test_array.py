@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cluster.capacity import Places
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StorageError
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
 from cluster.scheduler import Job, JobRequest
 from launcher.cli import main
-from launcher.submission import handover, submitting
+from launcher.submission import handover, submit, submitting
 from tests.schedulers import FakeQueue
 from tests.specs import TRIED
 from tests.unit.test_submit import JOB
@@ -95,16 +95,16 @@ def test_an_answer_that_is_lost_may_have_begun_it(queue, store) -> None:
     assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("has_any", [True, False, None])
+@pytest.mark.parametrize("has_any", [True, False, ClusterError("nobody answers"), KeyboardInterrupt()])
 def test_ctrl_c_while_it_is_begun_leaves_submissions_for_jobs_that_may_run(queue, store, monkeypatch, has_any) -> None:
-    """None: the cluster does not say whether it has any. The names of its jobs may be yet to come."""
+    """The cluster may not say whether it has any, or not before a second Ctrl-C. Its jobs may be named later."""
 
     def interrupt(*_: object) -> Any:
         raise KeyboardInterrupt
 
     def say(_: object) -> bool:
-        if has_any is None:
-            raise ClusterError("nobody answers")
+        if isinstance(has_any, BaseException):
+            raise has_any
         return has_any
 
     monkeypatch.setattr(queue, "begin_array", interrupt)
@@ -113,6 +113,19 @@ def test_ctrl_c_while_it_is_begun_leaves_submissions_for_jobs_that_may_run(queue
     assert ended.exit_code == 130
     assert ("may have begun" in ended.stderr) == (has_any is not False)
     assert [len(waiting(store, number)) for number in range(3)] == [int(has_any is not False)] * 3
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [(StorageError("the store is away"), 4), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("fails", ["note", "documents"])
+def test_an_error_once_it_has_begun_leaves_the_submissions(queue, store, monkeypatch, fails, error, exit_code) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(submit._Array, fails, fail)
+    ended = launcher("submit", store)
+    assert (ended.exit_code, len(queue.arrays)) == (exit_code, 1)
+    assert "; jobs of the array may have begun, submit it again to see" in ended.stderr
+    assert [len(waiting(store, number)) for number in range(3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("verb", ["submit", "render"])
