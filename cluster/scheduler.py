@@ -125,8 +125,9 @@ class Scheduler(ABC):
     """Runs commands on a cluster for a process on any machine. The constructor makes no connection.
 
     Attributes:
-        starts_at_once: A job starts as soon as it is begun. False: it may wait in a queue for days, and brings its own
-            nodes, which ``inspect`` then cannot ask.
+        starts_at_once: A job starts as soon as it is begun, and never again. False: it may wait in a queue for days, is
+            started again after a time limit, a preemption or the loss of a node, and brings its own nodes, which
+            ``inspect`` then cannot ask.
 
     Every method raises ClusterError, in one line, if the cluster cannot be reached, refuses access or refuses the
     request. Every method returns in bounded time.

@@ -11,6 +11,8 @@ from launcher.watching.status import Lookout, read_status
 from launcher.watching.submitted_job import SubmittedJob
 
 _INTERVAL_S = 0.5
+_END_DELAY_S = 20.0
+"""How long a job may take to end by itself once its driver has written how the run ended."""
 
 
 def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = None) -> dict[str, Any]:
@@ -19,8 +21,8 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     Args:
         run: The run.
         timeout_s: How long to wait, in seconds.
-        job: The run's job on a cluster, which is stopped if it is alive and no live driver has the run: the job has yet
-            to begin it, or its scheduler starts it again. None: no cluster is asked.
+        job: The run's job on a cluster, which is stopped if it has yet to begin the run, or if its scheduler may start
+            it again and no live driver has the run. None: no cluster is asked.
 
     Returns:
         The ``--json`` document after the stop.
@@ -33,7 +35,7 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     deadline = time.monotonic() + timeout_s
     lookout = Lookout(lambda silence_s: read_status(run, silence_s), time.monotonic)
     status = lookout.look()
-    if job is not None and (job.is_due() or _may_start_again(status, job)):  # even if another driver runs it
+    if job is not None and (job.is_due() or _may_start_again(status, job, deadline)):  # even if another driver runs it
         status = job.stopped(deadline)
     if status["status"] == "running":
         run.request_stop()
@@ -45,7 +47,8 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
             )
         time.sleep(_INTERVAL_S)
         status = lookout.look()
-    if job is not None and status["status"] != "stopped" and _may_start_again(status, job):  # its driver is lost
+    # The driver was lost meanwhile, or the run was requeued.
+    if job is not None and status["status"] != "stopped" and _may_start_again(status, job, deadline):
         status = job.stopped(deadline)
     if status["status"] == "requeued":
         how = "cancel its batch job there"
@@ -60,12 +63,16 @@ def stop_run(run: RunDirectory, timeout_s: float, job: SubmittedJob | None = Non
     return status
 
 
-def _may_start_again(status: Mapping[str, Any], job: SubmittedJob) -> bool:
+def _may_start_again(status: Mapping[str, Any], job: SubmittedJob, deadline: float) -> bool:
     """Return whether a job may yet start a run that no live driver has, whatever the last one wrote or did not write.
+
+    A driver that has written how the run ended may still draw pictures; its job has some time to end by itself.
 
     Raises:
         ClusterError: The cluster does not answer.
     """
-    if status["status"] in ("running", "completed"):
+    if status["status"] == "requeued":
+        return True
+    if status["status"] in ("running", "completed") or job.scheduler.starts_at_once:
         return False
-    return status["status"] == "requeued" or job.is_alive()
+    return job.is_alive(min(deadline, time.monotonic() + _END_DELAY_S))

@@ -91,13 +91,19 @@ class SubmittedJob:
         """Return whether the job has yet to take the run."""
         return self.run.submissions.standing(self.submission_id) == "due"
 
-    def is_alive(self) -> bool:
+    def is_alive(self, end_by: float) -> bool:
         """Return whether the cluster knows the job, and it has not ended.
+
+        Args:
+            end_by: Until when a job that runs may end, by ``time.monotonic``.
 
         Raises:
             ClusterError: The cluster does not answer.
         """
-        job = self.scheduler.read(self.id)
+        while (job := self.scheduler.read(self.id)) is not None and job.status == "running":
+            if time.monotonic() >= end_by:
+                return True
+            time.sleep(self._interval_s)
         return job is not None and job.status not in ENDED
 
     def document(self, silence_s: float = SILENCE_S) -> dict[str, Any]:
@@ -174,11 +180,16 @@ class SubmittedJob:
                     f"{self.cluster}: job {self.id} is {job.status}, and has not ended since it was asked to stop; "
                     "look at `launcher status`, or wait with --timeout"
                 )
-            time.sleep(_STOP_INTERVAL_S if self.scheduler.starts_at_once else _QUEUE_STOP_INTERVAL_S)
+            time.sleep(self._interval_s)
         if self.is_due():  # no driver has taken the run meanwhile
             self.run.submissions.mark_stopped(self.submission_id)
         self._end_requeued()
         return read_status(self.run, LONG_SILENCE_S)
+
+    @property
+    def _interval_s(self) -> float:
+        """How often the cluster is asked whether the job has ended."""
+        return _STOP_INTERVAL_S if self.scheduler.starts_at_once else _QUEUE_STOP_INTERVAL_S
 
     def _end_requeued(self, outcome: str = "stopped", error: str | None = None) -> None:
         """Record the end of the run if it is requeued, unless it waits for another job than this one."""

@@ -501,12 +501,27 @@ class TestStop:
         cluster.error = ClusterError(f"{URL}: nobody answers there")
         assert one_error(launcher("stop", run.url, *ON_CLUSTER), 5) == f"{URL}: nobody answers there"
 
+    @pytest.mark.parametrize("is_away", [True, False])
+    @pytest.mark.parametrize("status", ["completed", "stopped", "failed", "running"])
+    def test_one_that_has_ended_is_left_to_a_cluster_that_starts_no_job_again(self, run, cluster, status, is_away):
+        """The job may still finish the run of the tracker; and the driver of one that is "running" is lost."""
+        drive(run, status, updated=time.time() - 600.0)
+        cluster.put("running")
+        cluster.error = ClusterError(f"{URL}: nobody answers there") if is_away else None
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], cluster.asked_to_stop) == ("failed" if status == "running" else status, [])
+
 
 class TestStopLost:
     """A run whose driver is lost, or has written how it ended, and whose job its scheduler starts again."""
 
     @pytest.fixture(autouse=True)
-    def _time_passes_while_it_sleeps(self, monkeypatch):
+    def _has_a_queue(self, cluster, monkeypatch):
+        monkeypatch.setattr(cluster, "starts_at_once", False)
+
+    @pytest.fixture(autouse=True)
+    def now(self, monkeypatch):
+        """The time, which passes while a command sleeps."""
         now = [0.0]
 
         def sleep(_: float) -> None:
@@ -514,6 +529,29 @@ class TestStopLost:
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         monkeypatch.setattr(time, "sleep", sleep)
+        return now
+
+    @pytest.mark.parametrize("status", ["stopped", "failed"])
+    def test_a_job_whose_driver_wrote_the_end_may_end_by_itself(self, run, cluster, status, now, monkeypatch):
+        drive(run, status)
+        cluster.put("running")
+        read = cluster.read
+
+        def read_and_end(job_id: str) -> Job | None:
+            if now[0] >= 10.0:
+                cluster.put("succeeded")
+            return read(job_id)
+
+        monkeypatch.setattr(cluster, "read", read_and_end)
+        told = document("stop", run.url, *ON_CLUSTER)
+        assert (told["status"], cluster.asked_to_stop) == (status, [])
+
+    @pytest.mark.parametrize(("job", "waited_s"), [("pending", 0.0), ("running", 20.0)])
+    def test_else_it_is_stopped(self, run, cluster, job, waited_s, now):
+        drive(run, "failed")
+        cluster.put(job)
+        document("stop", run.url, *ON_CLUSTER)
+        assert (cluster.asked_to_stop, now[0]) == ([JOB_ID], waited_s)
 
     @pytest.mark.parametrize("before", ["pending", "running"])
     @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
