@@ -166,7 +166,7 @@ class _WatchedJob:
         While the job is in the try of the lost driver, that is so for ten minutes: a scheduler takes some to notice
         that a node is lost.
         """
-        if "claimed" not in document:
+        if "claimed" not in document or self._scheduler.starts_at_once:
             self._lost_at = None
             return document
         self.ask(document)

@@ -21,6 +21,8 @@ RUNNING = {"status": "running", "step": 7, "epoch": 0, "metrics": {}, "workers":
 class Cluster:
     """Tells of a job what a test has written down, one answer after the other; the last one stays."""
 
+    starts_at_once = False
+
     def __init__(self, *answers: Job | ClusterError | None) -> None:
         self._answers = list(answers)
 
@@ -156,6 +158,15 @@ def test_else_it_has_failed(watched, answer, limit_s):
     document, code, waited_s, _ = watched(Cluster(answer), LOST)
     assert (document["status"], document["error"], code) == ("failed", "says nothing", 1)
     assert waited_s < limit_s
+
+
+@pytest.mark.parametrize("answer", [a_job("running"), ClusterError("away")])
+def test_it_has_failed_at_once_on_a_cluster_that_starts_no_job_again(watched, answer):
+    cluster = Cluster(answer)
+    cluster.starts_at_once = True
+    document, code, waited_s, said = watched(cluster, RUNNING, LOST)
+    assert (document["status"], document["error"], code) == ("failed", "says nothing", 1)
+    assert (waited_s < 30, said.phases) == (True, [])
 
 
 def test_one_whose_job_is_not_known_any_more_is_an_error(watched):
