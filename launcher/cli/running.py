@@ -264,9 +264,19 @@ def render(job: str, overrides: tuple[str, ...], cluster_name: str, as_json: boo
 def _of_array(
     description: "Description", path: "Path", overrides: Sequence[str], numbers: Sequence[int]
 ) -> "dict[int, Description]":
-    """Return the job of each task of an array, by its number: the run NAME-NUMBER, with the number as its seed."""
-    from launcher.config.description import load
+    """Return the job of each task of an array, by its number: the run NAME-NUMBER, with the number as its seed.
 
+    Raises:
+        DescriptionError: An override sets the seed, too.
+    """
+    from launcher.config.description import load
+    from launcher.config.overrides import key_of
+
+    for override in overrides:
+        if key_of(override) == "seed":
+            raise DescriptionError(
+                f"command line: {override}: each task of cluster.array has its number as its seed; leave out seed"
+            )
     name = description.spec.name
     return {
         number: load(path, [*overrides, f"name={json.dumps(f'{name}-{number}')}", f"seed={number}"])

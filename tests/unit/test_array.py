@@ -189,3 +189,12 @@ def test_it_has_no_one_run_to_wait_for(queue, store) -> None:
     ended = launcher("submit", store, "--wait")
     assert (ended.exit_code, "--wait: shows one run" in ended.stderr) == (2, True)
     assert (queue.arrays, store.exists()) == ([], False)
+
+
+@pytest.mark.parametrize("verb", ["submit", "render"])
+def test_a_seed_beside_it_is_refused(queue, store, verb) -> None:
+    ended = launcher(verb, store, "seed=5")
+    assert (ended.exit_code, queue.arrays, store.exists()) == (2, [], False)
+    assert ended.stderr == (
+        "error: command line: seed=5: each task of cluster.array has its number as its seed; leave out seed\n"
+    )
