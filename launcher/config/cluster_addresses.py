@@ -3,7 +3,8 @@
 import re
 import shlex
 
-_TYPED = re.compile(r"[^/]+:\d+|https?://.*")
+_TYPED = re.compile(r"(?!slurm:.*:)[^/]+:\d+|https?://.*")
+"""Not slurm:LOGIN, whose login may be an IPv6 address; slurm:6379 is a Ray head."""
 
 
 def is_typed(address: str) -> bool:

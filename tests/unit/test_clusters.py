@@ -13,6 +13,7 @@ from cluster.spec.local import LocalClusterSpec
 from cluster.spec.ray import RayClusterSpec
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 from cluster.spec.worker import WorkerSpec
+from launcher.config.cluster_addresses import is_typed
 from launcher.config.clusters import load_cluster, load_jobs_cluster, open_cluster, open_scheduler
 from launcher.config.description import load, parse
 from launcher.config.reference import entries
@@ -47,6 +48,13 @@ def test_without_a_name_it_is_this_machine():
 
 def test_an_address_is_that_of_a_ray_head():
     assert load_cluster("10.0.0.1:6379", [])[0] == RayClusterSpec(address="10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("login", [None, "me@login.uni.edu", "fe80::1", "me@fe80::1"])
+def test_the_address_of_a_slurm_cluster_cannot_be_typed(login):
+    spec = SlurmClusterSpec(partition="gpu", nodes=SlurmNodesSpec(cpus=8), login=login)
+    assert not is_typed(spec.address)
+    assert is_typed("slurm:6379"), "a Ray head on a host of that name"
 
 
 @pytest.mark.parametrize(
