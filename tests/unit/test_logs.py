@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 from counting_file_system import CountingFileSystem
+from sleeping import replace_sleep
 
 from cluster.run.run_directory import RunDirectory
 from launcher.cli import main
@@ -49,7 +50,7 @@ def follow(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Callable[[floa
             return find(fs, path, **of)
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         monkeypatch.setattr(CountingFileSystem, "find", find_unless_away)
         ended = CliRunner().invoke(main, ["logs", run.url, "--follow"])
         return ended, now[0]

@@ -4,10 +4,10 @@ import hashlib
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
+from sleeping import replace_sleep
 
 from cluster.errors import StorageError
 from cluster.run.lease import SupersededError
@@ -25,7 +25,7 @@ def run(tmp_path) -> RunDirectory:
 def pauses(monkeypatch) -> list[float]:
     """The pauses asked for, none of them made."""
     asked: list[float] = []
-    monkeypatch.setattr(time, "sleep", asked.append)
+    replace_sleep(monkeypatch, asked.append)
     return asked
 
 
@@ -90,7 +90,7 @@ def test_a_document_torn_for_a_moment_is_read_again(run, monkeypatch):
     run.take_lease()
     (claim,) = run.store.names("drivers")
     run.store.write(claim, b'{"st')
-    monkeypatch.setattr(time, "sleep", lambda seconds: run.write_status({"step": 6}))  # noqa: ARG005
+    replace_sleep(monkeypatch, lambda seconds: run.write_status({"step": 6}))  # noqa: ARG005
     assert run.read_status()["step"] == 6
 
 

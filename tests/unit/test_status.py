@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sleeping import replace_sleep
 
 from cluster.errors import ClusterError, StorageError
 from cluster.run import lease
@@ -48,7 +49,7 @@ def seen(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         found = {"host": "elsewhere", "pid": 1, "status": "running", "updated": time.time() - ago_s, "step": 4}
         monkeypatch.setattr(run, "read_status", lambda: found)
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         return is_driven(run, found), now[0]
 
     return look
@@ -206,7 +207,7 @@ def test_who_acts_on_it_waits_longer(run: RunDirectory, ago_s, is_refused, monke
         now[0] += seconds
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", sleep)
+    replace_sleep(monkeypatch, sleep)
     die_elsewhere(run, ago_s)
     if is_refused:
         with pytest.raises(ClusterError, match="is running, at step 4; stop it first"):
@@ -234,7 +235,7 @@ def test_a_driver_whose_clock_is_behind_is_left_its_checkpoints_and_is_stopped(
             run.store.write(name, json.dumps((run.read_status() or {}) | {"status": "stopped"}).encode())
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", sleep)
+    replace_sleep(monkeypatch, sleep)
     die_elsewhere(run, 600.0)
     with pytest.raises(ClusterError, match="is running, at step 4; stop it first"):
         refuse_if_running(run)

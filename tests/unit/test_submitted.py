@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sleeping import replace_sleep
 
 from cluster.errors import ClusterError, StorageError
 from cluster.run.run_directory import RunDirectory
@@ -381,7 +382,7 @@ class TestStop:
             now[0] += seconds
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         assert "has not begun yet; it waits as job" in one_error(launcher("stop", run.url), 5)
 
     @pytest.mark.parametrize("before", ["pending", "running", "stopped"])
@@ -528,7 +529,7 @@ class TestStopLost:
             now[0] += 2.0
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         return now
 
     @pytest.mark.parametrize("status", ["stopped", "failed"])
@@ -797,7 +798,7 @@ class TestRequeued:
                 cluster.put("succeeded")
             assert looks < 10
 
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         ended = launcher("logs", run.url, "-f", *(ON_CLUSTER if named else ()))
         assert (ended.exit_code, looks) == (0, 5), ended.stderr
         assert ended.stderr.splitlines() == [
@@ -814,14 +815,14 @@ class TestRequeued:
             assert now[0] < 3600
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         cluster.error = ClusterError(f"{URL}: nobody answers there")
         ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
         assert (ended.exit_code, now[0]) == (5, 602)
         assert "is requeued, and its cluster has told nothing of job" in ended.stderr.splitlines()[-1]
 
     def test_nor_further_than_its_job(self, run, cluster, monkeypatch):
-        monkeypatch.setattr(time, "sleep", lambda _: cluster.put("stopped"))
+        replace_sleep(monkeypatch, lambda _: cluster.put("stopped"))
         cluster.put("pending")
         assert launcher("logs", run.url, "-f", *ON_CLUSTER).exit_code == 0
 
@@ -833,7 +834,7 @@ class TestRequeued:
         assert one_error(launcher("stop", run.url), 5) == (
             f"{run.url}: waits for its scheduler to start it again; cancel its batch job there"
         )
-        monkeypatch.setattr(time, "sleep", lambda _: run.write_status({"status": "completed", "step": 7}))
+        replace_sleep(monkeypatch, lambda _: run.write_status({"status": "completed", "step": 7}))
         ended = launcher("logs", run.url, "-f")
         assert ended.stderr == f"warning: {run.url}: waits for its scheduler to start it again\n"
 
@@ -872,7 +873,7 @@ class TestNamedByItsFile:
             assert f"`launcher logs {self.run.url} --cluster CLUSTER` shows its log" in texts[4]
 
     def test_in_what_logs_waits_for(self, monkeypatch):
-        monkeypatch.setattr(time, "sleep", lambda _: drive(self.run, "completed"))
+        replace_sleep(monkeypatch, lambda _: drive(self.run, "completed"))
         ended = launcher("logs", self.run.url, "-f")
         assert ended.stderr.endswith(f" on {SLURM}: give --cluster its file to follow the job\n")
 
@@ -920,7 +921,7 @@ class TestFollow:
                 cluster.logs[JOB_ID] = LOG
             assert looks < 10
 
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
         assert (ended.exit_code, ended.stdout, looks) == (0, LOG, 4)
         assert ended.stderr.splitlines() == [
@@ -940,7 +941,7 @@ class TestFollow:
             assert now[0] < 3600
 
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         return now
 
     @pytest.mark.parametrize(
@@ -975,7 +976,7 @@ class TestFollow:
                 cluster.logs[JOB_ID] = LOG
                 drive(run, "completed")
 
-        monkeypatch.setattr(time, "sleep", sleep_and_end)
+        replace_sleep(monkeypatch, sleep_and_end)
         ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
         assert (ended.exit_code, ended.stdout, now[0]) == (0, LOG, 900)
         assert ended.stderr.splitlines() == [
@@ -1004,7 +1005,7 @@ class TestFollow:
                 drive(run, "completed")
 
         monkeypatch.setattr(cluster, "log", log_and_note)
-        monkeypatch.setattr(time, "sleep", sleep_and_print)
+        replace_sleep(monkeypatch, sleep_and_print)
         ended = launcher("logs", run.url, "-f", *ON_CLUSTER)
         assert (ended.exit_code, ended.stdout) == (0, cluster.logs[JOB_ID])
         assert asked_at == [0, 2, 4, 6, 26, 46, 60]
@@ -1017,7 +1018,7 @@ class TestFollow:
             if now[0] == 900:
                 drive(run, "completed")
 
-        monkeypatch.setattr(time, "sleep", sleep_and_end)
+        replace_sleep(monkeypatch, sleep_and_end)
         ended = launcher("logs", run.url, "-f")
         assert (ended.exit_code, now[0]) == (0, 900)
         assert ended.stderr == (
@@ -1034,7 +1035,7 @@ class TestFollow:
             cluster.put("failed", exit_code=1)
             cluster.logs[JOB_ID] = LOG
 
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         assert launcher("logs", run.url, "-f", *ON_CLUSTER).stdout == LOG
 
 
@@ -1052,7 +1053,7 @@ class TestQueue:
             drive(run, "completed")
             cluster.put("succeeded")
 
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         cluster.put("pending")
         assert launcher("logs", run.url, "-f", *ON_CLUSTER).exit_code == 0
         assert self.slept == [10.0]
@@ -1062,7 +1063,7 @@ class TestQueue:
             self.slept.append(seconds)
             cluster.put("stopped")
 
-        monkeypatch.setattr(time, "sleep", sleep)
+        replace_sleep(monkeypatch, sleep)
         cluster.put("pending")
         cluster.at_stop = lambda: "running"
         assert document("stop", run.url, *ON_CLUSTER)["status"] == "stopped"
