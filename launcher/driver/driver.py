@@ -203,10 +203,10 @@ class Driver:
             self._ask_to_stop(Stop(f"{change.reason}, and the driver runs on it"))
             return
         self._change = change
-        left_s = change.leave_by - time.time()
-        if left_s < self._run_log.save_s:
+        left_s, save_s = change.leave_by - time.time(), self._run_log.last_save_s
+        if left_s < save_s:
             reason = (
-                f"{change.reason}: {max(0.0, left_s):.1f} s are left, and a save takes {self._run_log.save_s:.1f} s, "
+                f"{change.reason}: {max(0.0, left_s):.1f} s are left, and a save takes {save_s:.1f} s, "
                 f"so the checkpoint of step {self._run_log.saved_step} is relied upon"
             )
             self._run_log.event("leaving", step=step, reason=reason)

@@ -28,6 +28,8 @@ from launcher.planning.plan import Plan
 
 _RATE_WINDOW_S = 20.0
 """The time over which throughput is averaged."""
+_SAVES_THAT_COUNT = 3
+"""How many saves tell how long the next one takes: one in an outage of the store counts for two more saves."""
 
 
 class RunLog:
@@ -62,8 +64,8 @@ class RunLog:
         """
         self.state = state
         self.display = display
-        self._own_save_s = 0.0
-        """How long the longest save of this driver took."""
+        self.last_save_s = 0.0
+        """How long the last save of this driver took; 0: it has made none."""
         self._spec = spec
         self._plan = plan
         self._run = run
@@ -187,8 +189,8 @@ class RunLog:
 
     @property
     def save_s(self) -> float:
-        """How long a save takes, in seconds, as far as it is known."""
-        return self.state.save_s
+        """How long the next save may take, in seconds: as long as the longest of the last three; 0: none is known."""
+        return max(self.state.last_saves_s, default=0.0)
 
     @property
     def has_reached_end(self) -> bool:
@@ -286,8 +288,8 @@ class RunLog:
         """Take note of a checkpoint that exists now."""
         manifest, (best_step, value) = save.manifest, save.best
         self.state.state_sha256 = manifest.state_sha256
-        self._own_save_s = max(self._own_save_s, save.seconds)
-        self.state.saved_step, self.state.save_s = manifest.step, self._own_save_s
+        self.state.saved_step, self.last_save_s = manifest.step, save.seconds
+        self.state.last_saves_s = [*self.state.last_saves_s, save.seconds][-_SAVES_THAT_COUNT:]
         if self._spec.checkpoint.best is not None and best_step is not None:
             self.state.best = {"metric": self._spec.checkpoint.best.metric, "value": value, "step": best_step}
         save.committed()

@@ -39,7 +39,7 @@ class RunState:
     """Why the scheduler of its batch job starts the run again, as the end of a sentence; None: it does not."""
     interrupted: bool = False
     """Whether a signal or the time limit of its job has stopped the run, and nothing else."""
-    save_s: float = 0.0
-    """How long the longest save of this driver took; before its first one, that of the driver before."""
+    last_saves_s: list[float] = field(default_factory=list)
+    """How long the last three saves took, the newest last; earlier drivers may have made them."""
     validation_s: float = 0.0
-    """How long the longest validation took, in the same way."""
+    """How long the longest validation of this driver took; before its first one, that of the driver before."""

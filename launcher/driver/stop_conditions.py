@@ -140,7 +140,9 @@ class StopConditions:
         is_starting = self._is_first_start and not waits_for_room
         limit_s, budget = self._spec.train.max_seconds, self._spec.workers.max_worker_hours
         limit = math.inf if limit_s is None or is_starting else self._started_at + limit_s
-        job_limit = self._job_ends_at - self._run_log.save_s - self.pace.stop_s - _CLOSING_S
+        # During the first start there is nothing to save, and all times are of drivers before.
+        stop_s = _FIRST_STEPS_S if self._is_first_start else self.pace.stop_s + self._run_log.save_s
+        job_limit = self._job_ends_at - stop_s - _CLOSING_S
         if now > min(limit, job_limit):
             if limit <= job_limit:
                 return Stop(f"stopping at train.max_seconds={limit_s:g}")

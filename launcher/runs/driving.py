@@ -174,7 +174,7 @@ def _state_so_far(run: RunDirectory, spec: JobSpec, plan: Plan, events: Sequence
         state.seconds, state.best = status["seconds"], status["best"]
         state.time = taken_over(status["time"], status.get("unsaved", {}))
         state.failure, state.worker_hours = status.get("failure"), status.get("worker_hours", 0.0)
-        state.save_s, state.validation_s = status.get("save_s", 0.0), status.get("validation_s", 0.0)
+        state.last_saves_s, state.validation_s = status.get("last_saves_s", []), status.get("validation_s", 0.0)
     for event in events:
         if event["kind"] == "attempt_started":  # written at once; the status of a killed driver may be older
             state.attempts = event["attempt"] + 1

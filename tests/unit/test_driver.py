@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -1253,6 +1254,16 @@ class TestLeaving:
             "s are left, and a save takes 30.0 s, so the checkpoint of step 5 is relied upon"
         )
         assert events(run, "worker_lost") == []
+
+    def test_saves_before_the_last_one_and_those_of_drivers_before_do_not_count(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(f"{__name__}.RunState", partial(RunState, last_saves_s=[900.0]))
+        saves = [saved(0, 5, seconds=30.0), saved(0, 6)]
+        for script in ([[*both(started(step=0)), *saves], 1.1], [both(started(step=0)), 1.1]):
+            rest = [left(2, 0, 9), hello("a", "a"), both(started(step=9), 1), done(2, 1)]
+            _, group = drive(run, [hello("a", "b"), *script, *rest], self.draining(10.0))
+            assert [order for order in group.orders if order.get("stop")] == [{"stop": True}]
 
     def test_the_drivers_own_node_ends_the_run_resumable(self, run: RunDirectory) -> None:
         script: Script = [hello("a", "b"), both(started(step=0)), 1.1, left(2, 0, 9)]

@@ -51,10 +51,10 @@ def leaves(run: RunDirectory, **status: Any) -> None:
 
 
 def test_it_knows_how_long_a_save_and_a_validation_take(run: RunDirectory) -> None:
-    leaves(run, seconds=1.0, best=None, time={}, save_s=600.0, validation_s=30.0)
+    leaves(run, seconds=1.0, best=None, time={}, last_saves_s=[9.0, 600.0], validation_s=30.0)
     plan: Any = SimpleNamespace(steps_per_epoch=10)
     state = driving._state_so_far(run, bare_job(), plan, [])
-    assert (state.save_s, state.validation_s) == (600.0, 30.0)
+    assert (state.last_saves_s, state.validation_s) == ([9.0, 600.0], 30.0)
 
 
 class TestOneThatFailsBeforeItDrivesTheRun:

@@ -200,6 +200,13 @@ class TestDeadline:
             "give the job more time; the newest checkpoint is of step 7"
         )
 
+    def test_times_of_the_try_before_shorten_no_start(self) -> None:
+        """One outage of the store would fail the job for good."""
+        case = Case(job(1000), save_s=900.0)
+        case.run_log.state.validation_s = 200.0
+        assert case.at(940) is None
+        assert case.trains().at(0) == AT_LIMIT
+
     def test_unless_the_start_has_waited_for_room(self) -> None:
         case = Case(job(100))
         assert case.at(10, waits=True) is None
@@ -297,20 +304,21 @@ class TestDriver:
         assert events(run, "stopped") == []
         assert (run.read_status() or {})["status"] == "requeued"
 
-    def test_the_longest_save_counts(self, run: RunDirectory) -> None:
+    def test_the_longest_of_the_last_saves_counts(self, run: RunDirectory) -> None:
         training = [*both(started(step=0)), saved(0, 5, seconds=100.0), saved(0, 6, seconds=1.0)]
         document, _ = drive(run, [HELLO, training, 50.0, left(2, 0, 9)], job=job(200.0))
         assert document["status"] == "requeued"
 
-    @pytest.mark.parametrize("is_saved", [True, False])
-    def test_until_a_first_save_that_of_the_try_before_counts(
-        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, *, is_saved: bool
+    @pytest.mark.parametrize("saves", range(4))
+    def test_a_save_of_the_try_before_counts_until_there_are_three_others(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, saves: int
     ) -> None:
-        monkeypatch.setattr(test_driver, "RunState", partial(RunState, save_s=100.0))
-        training = [*both(started(step=0)), *([saved(0, 5, seconds=10.0)] if is_saved else [])]
-        script: Script = [HELLO, training, 50.0, *([100.0] if is_saved else []), left(2, 0, 9)]
+        monkeypatch.setattr(test_driver, "RunState", partial(RunState, last_saves_s=[100.0]))
+        training = [*both(started(step=0)), *(saved(0, 2 + number, seconds=10.0) for number in range(saves))]
+        script: Script = [HELLO, training, 50.0, *([100.0] if saves == 3 else []), left(2, 0, 9)]
         document, _ = drive(run, script, job=job(200.0))
         assert document["status"] == "requeued"
+        assert document["last_saves_s"] == [100.0, *[10.0] * saves, 2.0][-3:], "the last one as the run stops"
 
     def test_without_a_requeue_it_is_stopped(self, run: RunDirectory) -> None:
         script: Script = [HELLO, both(started(step=0)), 150.0, left(2, 0, 9)]
