@@ -72,14 +72,21 @@ class ExcludedNodes:
         """Return the addresses of the nodes that are responsible for a failure, by node id.
 
         If all nodes are concerned at once, none is; nor is one on which a worker does not respond at a place at which
-        one did not before, because code that keeps Python's lock looks the same.
+        one did not before, because code that keeps Python's lock looks the same. If several nodes are lost at once, and
+        they are all but the driver's own, that one may be cut off.
         """
         if failure.rank is None or failure.is_common or not self._is_of_nodes(failure):
             return {}
         membership = self._membership
         places = dict(membership.place_of(rank) for rank in failure.ranks or [failure.rank])
-        concerns_all = len(places) >= len({agent.node for agent in membership.agents.values()})
-        return {} if concerns_all and (len(places) > 1 or failure.is_silent) else places
+        nodes = membership.nodes_of(range(membership.num_workers))
+        if len(places) == 1:
+            return {} if failure.is_silent and len(nodes) <= 1 else places
+        node = membership.own_node()
+        own: dict[str | None, str | None] = {node.id: node.address} if node else {}
+        if nodes - own.keys() - places.keys():
+            return places
+        return own if failure.cause == "node_lost" and not own.keys() & places.keys() else {}
 
     def _is_of_nodes(self, failure: Failure) -> bool:
         if failure.is_silent and failure.hang is not None:

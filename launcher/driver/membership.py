@@ -114,6 +114,10 @@ class Membership:
         """Return the GPU of a worker, as in CUDA_VISIBLE_DEVICES; None: it has none, or its agent has not joined."""
         return (self.agents[rank].gpu or None) if rank in self.agents else None
 
+    def own_node(self) -> Node | None:
+        """Return the node of the driver; None: it is not known."""
+        return next((node for node in self._look() if node.is_here), None)
+
     def joined(self, hello: Hello, now: float) -> None:
         """Record that an agent has joined."""
         self.agents[hello.rank] = hello

@@ -385,6 +385,7 @@ WAITS_FOR_DATA = Hung(
 )
 THREE = [node("a", 1), node("b", 1), node("c", 1)]
 DEAD = "its node has died"
+SILENT = "its agent has said nothing for 300 s"
 
 
 class TestExcludedNodes:
@@ -534,6 +535,25 @@ class TestExcludedNodes:
         with pytest.raises(ClusterError):
             drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
         assert (run.read_status() or {})["status"] == "failed"
+
+    @pytest.mark.parametrize(
+        ("ranks", "reason", "told"),
+        [((1, 2), DEAD, "a"), ((0, 1), DEAD, "ab"), ((2,), DEAD, "c"), ((0, 1, 2), DEAD, ""), ((1, 2), SILENT, "")],
+        ids=["all others", "the own one too", "one of two", "all", "silence"],
+    )
+    def test_the_drivers_own_node_is_responsible_if_several_are_lost_and_they_are_all_others(
+        self, run: RunDirectory, in_job: BatchJob, ranks: tuple[int, ...], reason: str, told: str
+    ) -> None:
+        lost = agents_lost(dict.fromkeys(ranks, reason))
+        script: Script = [hello("a", "b", "c"), [one(started(step=0), rank) for rank in range(3)], [lost]]
+        script += [[]] if told else []
+        with nullcontext() if told else pytest.raises(ClusterError):
+            drive(
+                run, script, lambda _: [node("a", 1, is_here=True), node("b", 1), node("c", 1)], job=in_job, num=3,
+                max_failures=MaxFailuresSpec(machine=0),
+            )  # fmt: skip
+        assert [event["address"] for event in events(run, "excluded")] == [f"10.0.0.{id}" for id in told]
+        assert (run.read_status() or {})["status"] == ("requeued" if told else "failed")
 
     def test_room_that_comes_at_last_is_used(self, run: RunDirectory, in_job: BatchJob) -> None:
         def look(now: float) -> list[Any]:
