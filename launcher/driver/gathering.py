@@ -15,6 +15,8 @@ Then the run waits in Ray's queue, and an autoscaler starts nodes for what Ray c
 the autoscaler is not enough: nodes that other jobs use satisfy it, and a request that exceeds the limit together with
 those of others starts no node.
 """
+_PLACED_AFTER_S = 300.0
+"""How long Ray may find no room on nodes that are fixed though there is some, such as while former processes end."""
 
 
 class Gathering:
@@ -29,7 +31,6 @@ class Gathering:
         self._membership = membership
         self._run_log = run_log
         self._are_nodes_fixed = job.lost_nodes_path is not None
-        self._limit_s = min(_ASK_AFTER_S, workers.wait_s) if self._are_nodes_fixed else workers.wait_s
         self._waiting_since: float | None = None
         self.start_at = 0.0
         """Start no workers before this time."""
@@ -38,6 +39,13 @@ class Gathering:
     def waits(self) -> bool:
         """Whether the run waits for room."""
         return self._waiting_since is not None
+
+    @property
+    def _limit_s(self) -> float:
+        """How long to wait for room; it gets longer once Ray could not place workers for which there is some."""
+        if not self._are_nodes_fixed:
+            return self._workers.wait_s
+        return min(_PLACED_AFTER_S if self._membership.is_unplaced else _ASK_AFTER_S, self._workers.wait_s)
 
     def gather(self, now: float) -> ClusterError | None:
         """Start workers if there is room for them, unless it is too early to try again.

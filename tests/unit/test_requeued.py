@@ -27,6 +27,7 @@ from tests.unit.test_driver import (
     LAG,
     SPENT,
     STARTED_AT,
+    UNPLACED,
     Script,
     agents_lost,
     both,
@@ -37,6 +38,7 @@ from tests.unit.test_driver import (
     exited,
     failed,
     failure,
+    finished,
     hello,
     hung,
     left,
@@ -535,6 +537,14 @@ class TestExcludedNodes:
         with pytest.raises(ClusterError):
             drive(run, script, lambda _: THREE, job=in_job, max_failures=MaxFailuresSpec(machine=1))
         assert (run.read_status() or {})["status"] == "failed"
+
+    def test_places_that_ray_does_not_find_yet_are_awaited(self, run: RunDirectory, in_job: BatchJob) -> None:
+        """A former process may be slow to release what it holds."""
+        vain: Script = [15.0, UNPLACED]
+        document, _ = drive(run, [*(vain * 3), HELLO, finished(0)], job=in_job)
+        assert document["status"] == "completed"
+        with pytest.raises(ClusterError, match="Ray finds no room for 2 workers .* a batch job gets no other nodes"):
+            drive(run, [*(vain * 3), 300.0, UNPLACED], job=in_job)
 
     @pytest.mark.parametrize(
         ("ranks", "reason", "told"),
