@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.errors import ClusterError, Interrupted, Requeued, StorageError, one_line
@@ -36,27 +36,35 @@ def answered(run: RunDirectory, submission_id: str | None) -> Iterator[None]:
             raise
 
 
-@contextlib.contextmanager
-def bounded_tries(run: RunDirectory, submission_id: str | None) -> Iterator[None]:
-    """Context of one try of a submission's job. Counts those that end early without a newer checkpoint.
+def bounded_tries(run: RunDirectory, submission_id: str | None, drive: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Drive a run in one try of a submission's job. Count tries that end early without a newer checkpoint.
 
-    A try that is preempted says nothing of the run, and is not counted.
+    A try that is preempted says nothing of the run, and is not counted. Nor is one after which the store is away: how
+    the try has ended matters more.
+
+    Args:
+        run: The run.
+        submission_id: The submission for which this process was started; None: there is no job whose tries count.
+        drive: Drives the run, and returns its ``--json`` document.
 
     Raises:
         ClusterError: This was the last of too many in a row, so the scheduler should not start another one.
     """
-    began_at, before = time.monotonic(), 0 if submission_id is None else _newest_step(run)
+    if submission_id is None:
+        return drive()
+    began_at, before = time.monotonic(), _newest_step(run)
     try:
-        yield
+        document = drive()
     except (EndsEarly, Requeued) as error:
-        if submission_id is not None:
-            node = error.node if isinstance(error, Requeued) else None
-            why = "on SIGUSR1 before training began" if node is None else f"to go on without node {node}"
+        node = error.node if isinstance(error, Requeued) else None
+        why = "on SIGUSR1 before training began" if node is None else f"to go on without node {node}"
+        with contextlib.suppress(StorageError):
             _count(run, submission_id, before, began_at, why)
         raise
-    status = None if submission_id is None else run.read_status()
-    if submission_id is not None and status is not None and status["status"] == "requeued":
-        _count(run, submission_id, before, began_at, status["requeued"])
+    if document["status"] == "requeued":
+        with contextlib.suppress(StorageError):
+            _count(run, submission_id, before, began_at, document["requeued"])
+    return document
 
 
 @contextlib.contextmanager

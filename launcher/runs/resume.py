@@ -62,11 +62,14 @@ def resume(
     Raises:
         LauncherError: See the tree in ``cluster.errors``.
     """
-    with bounded_tries(run, submission_id):
+
+    def drive() -> dict[str, Any]:
         return _resume(
             run, overrides, cluster, display, force=force, take_over=take_over, at=at, new=new,
             submission_id=submission_id, inspects=inspects,
         )  # fmt: skip
+
+    return bounded_tries(run, submission_id, drive)
 
 
 def _resume(

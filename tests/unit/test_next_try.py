@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued
+from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued, StorageError
 from cluster.host.batch_job import EndsEarly
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
+from cluster.storage.store import Store
 from launcher.config.description import parse
 from launcher.runs import driving, next_try
 from launcher.runs import resume as resume_module
@@ -141,11 +142,13 @@ class TestTriesWithoutProgress:
         monkeypatch.setattr(next_try, "_newest_step", lambda _: steps[0])
 
         def tried(why: str | BaseException, *, advances: bool = False) -> None:
-            with bounded_tries(run, submission_id):
+            def drive() -> dict[str, Any]:
                 steps[0] += advances
                 if isinstance(why, BaseException):
                     raise why
-                leaves(run, requeued=why)
+                return {"status": "requeued", "requeued": why}
+
+            bounded_tries(run, submission_id, drive)
 
         return tried
 
@@ -191,12 +194,38 @@ class TestTriesWithoutProgress:
             tried("to go on without node 10.0.0.b")
 
     def test_one_that_ends_in_another_way_is_not_counted(self, run: RunDirectory, submission_id: str) -> None:
+        def refuse() -> dict[str, Any]:
+            raise DescriptionError("x")
+
         for _ in range(5):
-            with bounded_tries(run, submission_id):
-                leaves(run, status="stopped", requeued=None)
-            with pytest.raises(DescriptionError), bounded_tries(run, submission_id):
-                raise DescriptionError("x")
+            bounded_tries(run, submission_id, lambda: {"status": "stopped", "requeued": None})
+            with pytest.raises(DescriptionError):
+                bounded_tries(run, submission_id, refuse)
         assert run.submissions.read_tries(submission_id) == 0
+
+    @pytest.mark.parametrize("status", ["completed", "requeued"])
+    def test_a_store_that_is_away_afterwards_does_not_change_how_one_ends(
+        self, run: RunDirectory, submission_id: str, monkeypatch: pytest.MonkeyPatch, status: str
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise StorageError("the store is away")
+
+        def goes_away() -> None:
+            for name in ("exists", "names", "read", "write"):
+                monkeypatch.setattr(Store, name, fail)
+
+        def drive() -> dict[str, Any]:
+            goes_away()
+            return {"status": status, "requeued": "on SIGUSR1"}
+
+        def end_early() -> dict[str, Any]:
+            goes_away()
+            raise EndsEarly
+
+        with monkeypatch.context() as monkeypatch:
+            assert bounded_tries(run, submission_id, drive)["status"] == status
+        with monkeypatch.context() as monkeypatch, pytest.raises(EndsEarly):
+            bounded_tries(run, submission_id, end_early)
 
 
 @pytest.mark.usefixtures("planned")
