@@ -8,6 +8,7 @@ from cluster.errors import Interrupted, Requeued
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import Job
+from cluster.storage.redaction import redacted
 from launcher.config.cluster_addresses import give_cluster
 from launcher.driver.pending_writes import event_row
 from launcher.watching.status import LONG_SILENCE_S, job_of, read_without_checkpoints, without_driver
@@ -94,6 +95,8 @@ def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str |
         outcome: ``stopped`` or ``failed``.
         error: Why it failed.
     """
+    if error is not None:  # it may be any exception's text, or a job's log, and all who read the store can read it
+        error = redacted(error, {})
     try:
         run.take_lease()
         events = run.events()

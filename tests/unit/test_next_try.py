@@ -325,3 +325,10 @@ def test_the_end_of_a_run_is_that_of_a_driver_that_has_just_taken_it(
     monkeypatch.setattr(type(run.events()), "append", append_late)
     end(run, status, "failed", "x")
     assert (rival.read_status() or {})["status"] == "running"
+
+
+def test_the_end_of_a_run_shows_no_secrets(run: RunDirectory) -> None:
+    leaves(run)
+    end(run, run.read_status() or {}, "failed", "GET https://host/x?X-Amz-Signature=0badcafe failed")
+    told = "GET https://host/x?X-Amz-Signature=*** failed"
+    assert ((run.read_status() or {})["error"], run.events().read()[-1]["error"]) == (told, told)
