@@ -218,6 +218,10 @@ class Submissions:
         """Records that a submission's job was stopped before a driver took it."""
         write_document(self._store, f"{submission_id}.stopped.json", {})
 
+    def mark_done(self, submission_id: str) -> None:
+        """Records that a submission's driver had nothing to do."""
+        write_document(self._store, f"{submission_id}.done.json", {})
+
     @contextlib.contextmanager
     def answered(self, submission_id: str | None) -> Iterator[None]:
         """Context in which a driver takes a submission. Records an error that ends it before that.
@@ -234,8 +238,8 @@ class Submissions:
             check_id(submission_id)
         try:
             yield
-            if submission_id is not None and self.standing(submission_id) == "due":  # the driver had nothing to do
-                write_document(self._store, f"{submission_id}.done.json", {})
+            if submission_id is not None and self.standing(submission_id) == "due":
+                self.mark_done(submission_id)
         except (EndsEarly, Requeued):
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # then it reads as silent until the next try begins

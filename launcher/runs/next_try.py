@@ -8,7 +8,7 @@ from typing import Any
 from cluster.errors import ClusterError, Interrupted, Requeued, StorageError, one_line
 from cluster.host.batch_job import EndsEarly, batch_job
 from cluster.run.run_directory import RunDirectory
-from launcher.watching.requeued import end
+from launcher.watching.requeued import end, end_requeued
 from launcher.watching.status import without_driver
 
 _MOST_TRIES = 3
@@ -32,7 +32,10 @@ def answered(run: RunDirectory, submission_id: str | None) -> Iterator[None]:
             if submission_id is not None:
                 with contextlib.suppress(StorageError):  # the job's output has the error anyway
                     if run.submissions.standing(submission_id) == "taken":
-                        _end_requeued(run, error)
+                        if isinstance(error, (KeyboardInterrupt, Interrupted)):
+                            end_requeued(run, interrupted=True)
+                        else:
+                            end_requeued(run, "failed", one_line(error) or repr(error))
             raise
 
 
@@ -104,16 +107,6 @@ def stopped(run: RunDirectory) -> dict[str, Any] | None:
     elif status["status"] != "stopped" or status.get("interrupted"):
         return None
     return without_driver(run.read_status() or status) | {"interrupted": False}
-
-
-def _end_requeued(run: RunDirectory, error: BaseException) -> None:
-    status = run.read_status()
-    if status is None or status["status"] != "requeued":
-        return
-    if isinstance(error, (KeyboardInterrupt, Interrupted)):
-        end(run, status | {"interrupted": True}, "stopped")
-    else:
-        end(run, status, "failed", one_line(error) or repr(error))
 
 
 def _count(run: RunDirectory, submission_id: str, before: int, began_at: float, why: str) -> None:

@@ -23,8 +23,8 @@ from launcher.runs.planning_sign import planning_sign
 from launcher.runs.resumed_plan import placed_at, plan_to_resume
 from launcher.runs.rewind import branch_directory, checkpoint_at, copy_run, good_checkpoint_at
 from launcher.runs.takeover import ObservedRun, check_not_driven_since, meet_other_driver, observe
-from launcher.watching.requeued import end, warn_of_next_try
-from launcher.watching.status import without_driver
+from launcher.watching.requeued import end_requeued, warn_of_next_try
+from launcher.watching.status import LONG_SILENCE_S, read_without_checkpoints, without_driver
 
 
 def resume(
@@ -163,9 +163,10 @@ def continue_run(
         plan = plan_to_resume(run, placed, reached, code, cluster, tell, force=force, may_wait=not take_over)
     if status is not None and reached >= plan.end_step < plan.total_steps:
         display.message(f"{run.url} has reached train.max_steps={plan.end_step}; raise it to go on")
-        if status["status"] == "requeued":
-            end(run, status, "stopped")
-        return without_driver(run.read_status() or status)
+        if to_take is not None:  # else the run counts as submitted, for the job of this process
+            run.submissions.mark_done(to_take)
+        end_requeued(run)
+        return read_without_checkpoints(run, LONG_SILENCE_S)
     if back_to is None:
         display.message(f"resuming {run.url}")
     else:

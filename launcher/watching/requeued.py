@@ -64,8 +64,10 @@ def warn_of_next_try(
         )
 
 
-def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None = None) -> None:
-    """Record that a run which its scheduler was to start again is stopped, or failed, once its job has ended.
+def end_requeued(
+    run: RunDirectory, outcome: str = "stopped", error: str | None = None, *, interrupted: bool = False
+) -> None:
+    """Record that a run which its scheduler was to start again is stopped, or failed, once its job ends.
 
     Such a run is requeued, or its last driver is lost. A run with another status stays as it is.
 
@@ -75,15 +77,23 @@ def end_requeued(run: RunDirectory, outcome: str = "stopped", error: str | None 
         run: The run.
         outcome: ``stopped`` or ``failed``.
         error: Why it failed.
+        interrupted: Whether a signal has stopped it.
     """
     told = read_without_checkpoints(run, LONG_SILENCE_S)["status"]
     status = run.read_status()  # right before the lease, for a driver that has come meanwhile
     if status is None or (told, status["status"]) not in (("requeued", "requeued"), ("failed", "running")):
         return
-    end(run, status, outcome, error)
+    end(run, status, outcome, error, interrupted=interrupted)
 
 
-def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str | None = None) -> None:
+def end(
+    run: RunDirectory,
+    status: Mapping[str, Any],
+    outcome: str,
+    error: str | None = None,
+    *,
+    interrupted: bool = False,
+) -> None:
     """Record how a run has ended that no driver drives to its end.
 
     This process takes the lease for that, like a driver: one that plans at this moment sees that somebody has had the
@@ -94,6 +104,7 @@ def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str |
         status: The status that its last driver wrote.
         outcome: ``stopped`` or ``failed``.
         error: Why it failed.
+        interrupted: Whether a signal has stopped it.
     """
     if error is not None:  # it may be any exception's text, or a job's log, and all who read the store can read it
         error = redacted(error, {})
@@ -102,6 +113,7 @@ def end(run: RunDirectory, status: Mapping[str, Any], outcome: str, error: str |
         events = run.events()
         events.append(event_row(outcome, {"step": status.get("step")} | ({"error": error} if error else {})))
         events.flush()
-        run.write_status(without_driver(dict(status)) | {"status": outcome, "requeued": None, "error": error})
+        how = {"status": outcome, "requeued": None, "error": error, "interrupted": interrupted}
+        run.write_status(without_driver(dict(status)) | how)
     except SupersededError:
         return

@@ -1,23 +1,22 @@
 """The next try of a batch job: what it goes on with, what it leaves, and what it records if it fails."""
 
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.errors import ClusterError, DescriptionError, Interrupted, Requeued, StorageError
+from cluster.errors import ClusterError, Interrupted, Requeued
 from cluster.host.batch_job import EndsEarly
 from cluster.run.run_directory import RunDirectory
 from cluster.run.submissions import Submission
-from cluster.storage.store import Store
 from launcher.config.description import parse
-from launcher.runs import driving, next_try
+from launcher.runs import driving
 from launcher.runs import resume as resume_module
-from launcher.runs.next_try import answered, bounded_tries, end
+from launcher.runs.next_try import answered, end
 from launcher.runs.resume import resume
+from launcher.watching.status import read_status
 from tests.launcher_without_ray import Machine
 from tests.specs import bare_job
 from tests.unit.test_submit import JOB, Said
@@ -51,6 +50,12 @@ def leaves(run: RunDirectory, **status: Any) -> None:
     before.write_status({"status": "requeued", "step": 3, "requeued": "on SIGUSR1", "error": None, **status})
 
 
+def submit_since(run: RunDirectory, submission_id: str) -> None:
+    """A person submits the run again."""
+    before, status = run.submissions.read(submission_id), run.read_status() or {}
+    run.submissions.write(replace(before, number=1, time=8.0, claimed=status["claimed"]))
+
+
 def test_it_knows_how_long_a_save_and_a_validation_take(run: RunDirectory) -> None:
     leaves(run, seconds=1.0, best=None, time={}, last_saves_s=[9.0, 600.0], validation_s=30.0)
     plan: Any = SimpleNamespace(steps_per_epoch=10)
@@ -78,6 +83,7 @@ class TestOneThatFailsBeforeItDrivesTheRun:
         found = run.read_status() or {}
         assert (found["status"], found["error"], found["requeued"], found["step"]) == (status, text, None, 3)
         assert [event["kind"] for event in run.events().read()] == [status]
+        assert bool(found["interrupted"]) == (status == "stopped")
         assert run.submissions.standing(submission_id) == "taken"
 
     @pytest.mark.parametrize("ends", [EndsEarly(), Requeued("x"), SystemExit(75)], ids=repr)
@@ -102,6 +108,14 @@ class TestOneThatFailsBeforeItDrivesTheRun:
             raise ClusterError("x")
         assert (run.read_status() or {})["status"] == "requeued"
         assert run.submissions.read_failure(later) == "x"
+
+    def test_nor_one_that_was_submitted_since(self, run: RunDirectory, submission_id: str) -> None:
+        """A later lease would make that submission count no more."""
+        leaves(run)
+        submit_since(run, submission_id)
+        with pytest.raises(ClusterError), answered(run, submission_id):
+            raise ClusterError("x")
+        assert read_status(run)["status"] == "submitted"
 
 
 @pytest.mark.parametrize(
@@ -132,100 +146,6 @@ def test_one_whose_dry_run_loses_its_gpu_goes_on_without_that_node(
         resume(run, (), Machine(2), Said(), submission_id=submission_id)
     assert (path.exists(), run.submissions.read_tries(submission_id)) == (goes_on, int(goes_on))
     assert not goes_on or path.read_text() == "10.0.0.b\n"
-
-
-class TestTriesWithoutProgress:
-    @pytest.fixture
-    def tried(self, run: RunDirectory, submission_id: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-        monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", str(int(time.time()) + 300))
-        steps = [0]
-        monkeypatch.setattr(next_try, "_newest_step", lambda _: steps[0])
-
-        def tried(why: str | BaseException, *, advances: bool = False) -> None:
-            def drive() -> dict[str, Any]:
-                steps[0] += advances
-                if isinstance(why, BaseException):
-                    raise why
-                return {"status": "requeued", "requeued": why}
-
-            bounded_tries(run, submission_id, drive)
-
-        return tried
-
-    WHYS = ("on SIGUSR1", "at the time limit of its job", "to go on without node 10.0.0.b")
-
-    @pytest.mark.parametrize("last", WHYS)
-    def test_the_third_one_in_a_row_is_the_last(self, tried: Callable[..., None], last: str) -> None:
-        for why in self.WHYS[:2]:
-            tried(why)
-        with pytest.raises(ClusterError) as caught:
-            tried(last)
-        assert "3 tries of its batch job in a row ended without a newer checkpoint" in str(caught.value)
-        assert f"this one {last}; there is none yet; " in str(caught.value)
-        assert ("launcher logs" in str(caught.value)) == ("without node" in last)
-        tried(last)  # a person has started it again
-
-    @pytest.mark.parametrize("early", [EndsEarly(), Requeued("SIGUSR1 came before training began")], ids=repr)
-    def test_one_that_plans_counts_too(self, tried: Callable[..., None], early: BaseException) -> None:
-        for _ in range(2):
-            with pytest.raises(type(early)):
-                tried(early)
-        with pytest.raises(ClusterError, match="this one on SIGUSR1 before training began; "):
-            tried(early)
-
-    def test_a_newer_checkpoint_clears_the_count(self, tried: Callable[..., None]) -> None:
-        for advances in (False, False, True, False, False):
-            tried("at the time limit of its job", advances=advances)
-        with pytest.raises(ClusterError, match="; the newest is of step 1; "):
-            tried("at the time limit of its job")
-
-    def test_a_preempted_one_says_nothing_of_the_run(
-        self, tried: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for limit in ("", str(int(time.time()) + 3600)):
-            monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", limit)
-            for _ in range(5):
-                tried("on SIGUSR1")
-                with pytest.raises(EndsEarly):
-                    tried(EndsEarly())
-        for _ in range(2):
-            tried("to go on without node 10.0.0.b")
-        with pytest.raises(ClusterError):
-            tried("to go on without node 10.0.0.b")
-
-    def test_one_that_ends_in_another_way_is_not_counted(self, run: RunDirectory, submission_id: str) -> None:
-        def refuse() -> dict[str, Any]:
-            raise DescriptionError("x")
-
-        for _ in range(5):
-            bounded_tries(run, submission_id, lambda: {"status": "stopped", "requeued": None})
-            with pytest.raises(DescriptionError):
-                bounded_tries(run, submission_id, refuse)
-        assert run.submissions.read_tries(submission_id) == 0
-
-    @pytest.mark.parametrize("status", ["completed", "requeued"])
-    def test_a_store_that_is_away_afterwards_does_not_change_how_one_ends(
-        self, run: RunDirectory, submission_id: str, monkeypatch: pytest.MonkeyPatch, status: str
-    ) -> None:
-        def fail(*_: Any) -> None:
-            raise StorageError("the store is away")
-
-        def goes_away() -> None:
-            for name in ("exists", "names", "read", "write"):
-                monkeypatch.setattr(Store, name, fail)
-
-        def drive() -> dict[str, Any]:
-            goes_away()
-            return {"status": status, "requeued": "on SIGUSR1"}
-
-        def end_early() -> dict[str, Any]:
-            goes_away()
-            raise EndsEarly
-
-        with monkeypatch.context() as monkeypatch:
-            assert bounded_tries(run, submission_id, drive)["status"] == status
-        with monkeypatch.context() as monkeypatch, pytest.raises(EndsEarly):
-            bounded_tries(run, submission_id, end_early)
 
 
 @pytest.mark.usefixtures("planned")
@@ -283,18 +203,6 @@ class TestARunThatWasStopped:
         with pytest.raises(Training):
             self.leave(run, taken)
 
-    def test_one_that_has_reached_its_last_step(self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its job ended early in the last step; nothing is left to do, so that it must not wait for another try."""
-        submission_id, _ = submit(run, 0, "train.max_steps=5")
-        take(run, submission_id)
-        leaves(run, step=5)
-        monkeypatch.setattr(type(run.checkpoints), "steps", lambda _: [5])
-        said = Said()
-        document = resume(run, (), Machine(2), said, submission_id=submission_id)
-        assert (document["status"], document["requeued"]) == ("stopped", None)
-        assert (run.read_status() or {})["status"] == "stopped"
-        assert any("has reached train.max_steps=5" in message for message in said.messages)
-
     def test_a_person_goes_on_with_it(self, run: RunDirectory, taken: str) -> None:
         del taken
         leaves(run, status="stopped", requeued=None, interrupted=False)
@@ -309,6 +217,69 @@ class TestARunThatWasStopped:
         with pytest.raises(ClusterError, match="was stopped; nothing is left to do for this job$"):
             self.leave(run, submission_id)
         assert not run.exists()
+
+
+@pytest.mark.usefixtures("planned")
+class TestARunThatHasReachedItsLastStep:
+    """Its job ended early in that step. Nothing is left to do, so that it must not wait for another try."""
+
+    @pytest.fixture
+    def run(self, planned: Any, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:  # noqa: ARG002
+        from crashing_file_system import fresh_faults
+
+        fresh_faults()
+        run = RunDirectory("crash://runs/digits")
+        monkeypatch.setattr(type(run.checkpoints), "steps", lambda _: [5])
+        return run
+
+    @pytest.fixture
+    def taken(self, run: RunDirectory) -> str:
+        submission_id, _ = submit(run, 0, "train.max_steps=6")
+        take(run, submission_id)
+        leaves(run, step=5)
+        return submission_id
+
+    def go_on(self, run: RunDirectory, submission_id: str | None, *overrides: str) -> dict[str, Any]:
+        said = Said()
+        with answered(run, submission_id):
+            document = resume(run, overrides, Machine(2), said, submission_id=submission_id)
+        assert any("has reached train.max_steps=5" in message for message in said.messages)
+        return document
+
+    def test_it_is_stopped(self, run: RunDirectory, taken: str) -> None:
+        document = self.go_on(run, taken, "train.max_steps=5")
+        assert (document["status"], document["requeued"]) == ("stopped", None)
+        assert (run.read_status() or {})["status"] == "stopped"
+
+    def test_by_another_submission_too(self, run: RunDirectory, taken: str) -> None:
+        submit_since(run, taken)
+        newest = run.submissions.newest()
+        assert newest is not None
+        document = self.go_on(run, newest.id, "train.max_steps=5")
+        assert (document["status"], document["requeued"]) == ("stopped", None)
+        assert read_status(run)["status"] == (run.read_status() or {})["status"] == "stopped"
+
+    def test_a_driver_that_comes_while_this_one_plans_keeps_it(
+        self, run: RunDirectory, taken: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        del taken
+        rival, plan = RunDirectory(run.url), resume_module.plan_to_resume
+
+        def plan_and_lose(*arguments: Any, **named: Any) -> Any:
+            rival.take_lease()
+            return plan(*arguments, **named)
+
+        monkeypatch.setattr(resume_module, "plan_to_resume", plan_and_lose)
+        assert self.go_on(run, None, "train.max_steps=5")["status"] == "running"
+        rival.check_lease()
+
+    @pytest.mark.parametrize("is_next_try", [True, False])
+    def test_one_that_was_submitted_since_waits_for_that_job(
+        self, run: RunDirectory, taken: str, is_next_try: bool
+    ) -> None:
+        submit_since(run, taken)
+        document = self.go_on(run, taken if is_next_try else None, "train.max_steps=5")
+        assert (document["status"], read_status(run)["status"]) == ("submitted", "submitted")
 
 
 def test_the_end_of_a_run_is_that_of_a_driver_that_has_just_taken_it(
