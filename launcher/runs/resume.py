@@ -166,7 +166,7 @@ def continue_run(
         if to_take is not None:  # else the run counts as submitted, for the job of this process
             run.submissions.mark_done(to_take)
         end_requeued(run)
-        return read_without_checkpoints(run, LONG_SILENCE_S)
+        return read_without_checkpoints(run, LONG_SILENCE_S) | {"interrupted": False}
     if back_to is None:
         display.message(f"resuming {run.url}")
     else:

@@ -259,6 +259,12 @@ class TestARunThatHasReachedItsLastStep:
         assert (document["status"], document["requeued"]) == ("stopped", None)
         assert read_status(run)["status"] == (run.read_status() or {})["status"] == "stopped"
 
+    def test_a_signal_to_an_earlier_driver_is_none_to_this_one(self, run: RunDirectory, taken: str) -> None:
+        """Else the command would exit as if it were interrupted."""
+        del taken
+        leaves(run, status="stopped", step=5, requeued=None, interrupted=True)
+        assert not self.go_on(run, None, "train.max_steps=5")["interrupted"]
+
     def test_a_driver_that_comes_while_this_one_plans_keeps_it(
         self, run: RunDirectory, taken: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
