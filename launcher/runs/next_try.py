@@ -13,8 +13,8 @@ from launcher.watching.status import without_driver
 
 _MOST_TRIES = 3
 """How many tries in a row may end without a newer checkpoint than the one that they began with."""
-_NEAR_S = 600.0
-"""At least so long before its time limit a job is told that it is near; a warning long before that is of preemption."""
+_EARLY_S = 60.0
+"""A scheduler may send the signal of the time limit so much earlier than it was told to; Slurm does."""
 
 
 @contextlib.contextmanager
@@ -130,11 +130,11 @@ def _count(run: RunDirectory, submission_id: str, before: int, began_at: float, 
 
 
 def _is_preempted(why: str, began_at: float) -> bool:
-    """Return whether a signal has ended a try that still had most of its time."""
-    ends_at = batch_job().ends_at
+    """Return whether a signal, and not that of the time limit, has ended a try that still had most of its time."""
+    job = batch_job()
     if not why.startswith("on "):
         return False
-    return ends_at is None or ends_at - time.time() > max(_NEAR_S, time.monotonic() - began_at)
+    return job.ends_at is None or job.ends_at - time.time() > max(job.notice_s + _EARLY_S, time.monotonic() - began_at)
 
 
 def _newest_step(run: RunDirectory) -> int:

@@ -76,6 +76,22 @@ class TestTriesWithoutProgress:
         with pytest.raises(ClusterError):
             tried("to go on without node 10.0.0.b")
 
+    @pytest.mark.parametrize(("left_s", "counts"), [(1700, True), (1900, True), (1980, False)])
+    def test_one_that_is_told_of_its_time_limit_long_before_is_not_preempted(
+        self,
+        tried: Callable[..., None],
+        run: RunDirectory,
+        submission_id: str,
+        monkeypatch: pytest.MonkeyPatch,
+        left_s: int,
+        counts: bool,
+    ) -> None:
+        """The scheduler may send the signal a minute before it is due."""
+        monkeypatch.setenv("LAUNCHER_JOB_NOTICE_S", "1860")
+        monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", str(int(time.time()) + left_s))
+        tried("on SIGUSR1")
+        assert run.submissions.read_tries(submission_id) == counts
+
     def test_one_that_ends_in_another_way_is_not_counted(self, run: RunDirectory, submission_id: str) -> None:
         def refuse() -> dict[str, Any]:
             raise DescriptionError("x")

@@ -62,19 +62,20 @@ def job(ends_in_s: float, *, requeues: bool = True) -> BatchJob:
 
 class TestEnvironment:
     def test_a_process_outside_of_a_batch_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("ENDS_AT", "REQUEUES", "LOST_NODES"):
+        for name in ("ENDS_AT", "NOTICE_S", "REQUEUES", "LOST_NODES"):
             monkeypatch.delenv(f"LAUNCHER_JOB_{name}", raising=False)
-        assert batch_job() == BatchJob(ends_at=None, requeues=False, lost_nodes_path=None)
-        for name in ("ENDS_AT", "REQUEUES", "LOST_NODES"):
+        assert batch_job() == BatchJob(ends_at=None, notice_s=600.0, requeues=False, lost_nodes_path=None)
+        for name in ("ENDS_AT", "NOTICE_S", "REQUEUES", "LOST_NODES"):
             monkeypatch.setenv(f"LAUNCHER_JOB_{name}", "")
-        assert batch_job() == BatchJob(ends_at=None, requeues=False, lost_nodes_path=None)
+        assert batch_job() == BatchJob(ends_at=None, notice_s=600.0, requeues=False, lost_nodes_path=None)
 
     def test_what_its_script_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", "1700000100")
+        monkeypatch.setenv("LAUNCHER_JOB_NOTICE_S", "150")
         monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", "1")
         monkeypatch.setenv("LAUNCHER_JOB_LOST_NODES", "/scratch/lost nodes")
         assert batch_job() == BatchJob(
-            ends_at=1_700_000_100.0, requeues=True, lost_nodes_path=Path("/scratch/lost nodes")
+            ends_at=1_700_000_100.0, notice_s=150.0, requeues=True, lost_nodes_path=Path("/scratch/lost nodes")
         )
 
     @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ class TestEnvironment:
                 "must be a Unix time in whole seconds, got '2026-01-01T00:00:00'; leave",
             ),
             ("ENDS_AT", "-1", "must be a Unix time in whole seconds, got '-1'; leave it unset"),
+            ("NOTICE_S", "1.5", "must be a whole number of seconds, got '1.5'; leave it unset if it is not known"),
             ("REQUEUES", "yes", "must be 1, got 'yes'; leave it unset if the job is not requeued"),
         ],
     )
