@@ -280,13 +280,25 @@ class Submissions:
         """Deletes the heartbeat of a submission's job; no more will follow."""
         self._store.delete([f"{submission_id}.sign.json"])
 
-    def write_tries(self, submission_id: str, without_progress: int) -> None:
-        """Writes how many tries of a submission's job in a row have ended without a newer checkpoint."""
-        write_document(self._store, f"{submission_id}.tries.json", {"without_progress": without_progress})
+    def write_tries(self, submission_id: str, without_progress: int, newest_step: int) -> None:
+        """Writes how many tries of a submission's job in a row have ended without a newer checkpoint.
 
-    def read_tries(self, submission_id: str) -> int:
-        """Returns how many tries of a submission's job in a row have ended without a newer checkpoint."""
-        return int((read_document(self._store, f"{submission_id}.tries.json") or {}).get("without_progress", 0))
+        Args:
+            submission_id: The submission.
+            without_progress: The number of these tries.
+            newest_step: The step of the newest checkpoint; 0: there is none.
+        """
+        tries = {"without_progress": without_progress, "newest_step": newest_step}
+        write_document(self._store, f"{submission_id}.tries.json", tries)
+
+    def read_tries(self, submission_id: str, newest_step: int) -> int:
+        """Returns how many tries of a submission's job in a row have ended without a newer checkpoint.
+
+        A try that was killed is not counted, but may have saved: if ``newest_step``, that of the newest checkpoint, is
+        not the one that was written with the number, the number is 0.
+        """
+        tries = read_document(self._store, f"{submission_id}.tries.json") or {}
+        return int(tries["without_progress"]) if tries.get("newest_step") == newest_step else 0
 
     def withdraw(self, submission_id: str) -> None:
         """Deletes a submission that no job is to take."""

@@ -111,9 +111,11 @@ def stopped(run: RunDirectory) -> dict[str, Any] | None:
 
 def _count(run: RunDirectory, submission_id: str, before: int, began_at: float, why: str) -> None:
     submissions, newest = run.submissions, _newest_step(run)
-    tries = 0 if newest > before else submissions.read_tries(submission_id) + (not _is_preempted(why, began_at))
+    tries = 0
+    if newest <= before:
+        tries = submissions.read_tries(submission_id, before) + (not _is_preempted(why, began_at))
     is_last = tries >= _MOST_TRIES
-    submissions.write_tries(submission_id, 0 if is_last else tries)  # a person may start the job again
+    submissions.write_tries(submission_id, 0 if is_last else tries, newest)  # a person may start the job again
     if not is_last:
         return
     url = run.url

@@ -62,6 +62,17 @@ class TestTriesWithoutProgress:
         with pytest.raises(ClusterError, match="; the newest is of step 1; "):
             tried("at the time limit of its job")
 
+    def test_so_does_that_of_one_that_was_lost(self, tried: Callable[..., None]) -> None:
+        """Such a try, as one whose node fails, counts nothing itself."""
+        for _ in range(2):
+            tried("at the time limit of its job")
+        with pytest.raises(SystemExit):
+            tried(SystemExit(137), advances=True)
+        for _ in range(2):
+            tried("at the time limit of its job")
+        with pytest.raises(ClusterError, match="; the newest is of step 1; "):
+            tried("at the time limit of its job")
+
     def test_a_preempted_one_says_nothing_of_the_run(
         self, tried: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -90,7 +101,7 @@ class TestTriesWithoutProgress:
         monkeypatch.setenv("LAUNCHER_JOB_NOTICE_S", "1860")
         monkeypatch.setenv("LAUNCHER_JOB_ENDS_AT", str(int(time.time()) + left_s))
         tried("on SIGUSR1")
-        assert run.submissions.read_tries(submission_id) == counts
+        assert run.submissions.read_tries(submission_id, 0) == counts
 
     def test_one_that_ends_in_another_way_is_not_counted(self, run: RunDirectory, submission_id: str) -> None:
         def refuse() -> dict[str, Any]:
@@ -100,7 +111,7 @@ class TestTriesWithoutProgress:
             bounded_tries(run, submission_id, lambda: {"status": "stopped", "requeued": None})
             with pytest.raises(DescriptionError):
                 bounded_tries(run, submission_id, refuse)
-        assert run.submissions.read_tries(submission_id) == 0
+        assert run.submissions.read_tries(submission_id, 0) == 0
 
     @pytest.mark.parametrize("status", ["completed", "requeued"])
     def test_a_store_that_is_away_afterwards_does_not_change_how_one_ends(

@@ -144,7 +144,7 @@ def test_one_whose_dry_run_loses_its_gpu_goes_on_without_that_node(
     expected = Requeued if goes_on else ClusterError
     with pytest.raises(expected):
         resume(run, (), Machine(2), Said(), submission_id=submission_id)
-    assert (path.exists(), run.submissions.read_tries(submission_id)) == (goes_on, int(goes_on))
+    assert (path.exists(), run.submissions.read_tries(submission_id, 0)) == (goes_on, int(goes_on))
     assert not goes_on or path.read_text() == "10.0.0.b\n"
 
 
