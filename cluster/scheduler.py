@@ -5,17 +5,20 @@ command again continues the run. The run directory holds the state of the run; t
 there: that the command has not started yet, or why it ended.
 """
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cluster.capacity import Capacity, Places
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Interrupted, Requeued
 
 JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "stopped")
 """The states of a job that has ended."""
+STOPPED_CODES = (Requeued.exit_code, Interrupted.exit_code, 128 + signal.SIGTERM)
+"""Exit codes of a job that has ended because it was asked to: its driver has saved, or had not begun."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

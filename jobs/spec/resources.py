@@ -11,7 +11,8 @@ from jobs.spec.checks import at_least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaxFailuresSpec:
-    """How many failures of each kind a run recovers from; one more ends it. Null: no limit."""
+    """How many failures of each kind a run recovers from; one more ends it. Null: no limit. Every ``resume`` counts
+    from 0, and so does each try of a batch job."""
 
     machine: int | None = 10
     """Failures of the machine: lost workers, nodes and GPUs, workers that do not start, and processes that are killed,

@@ -44,9 +44,9 @@ class TrainSpec:
     reached."""
     max_seconds: float | None = None
     """Seconds after the start of ``run`` or ``resume`` at which the run saves and stops, for example before a time
-    limit of the machine; null: no limit. Only the first start of workers may take longer, until one step is done, so
-    that every ``resume`` makes progress. After that, or while it waits for workers, the run stops in time, at its
-    newest checkpoint."""
+    limit of the machine; null: no limit. Each try of a batch job counts from 0, like ``resume``. Only the first start
+    of workers may take longer, until one step is done, so that every ``resume`` makes progress. After that, or while it
+    waits for workers, the run stops in time, at its newest checkpoint."""
     global_batch: int = 64
     """Samples per optimizer step, over all workers; must divide by ``shards``."""
     shards: int = 4

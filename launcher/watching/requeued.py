@@ -1,20 +1,15 @@
 """A run that the scheduler of its batch job is to start again: what its job says of it, and the end of its wait."""
 
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cluster.errors import Interrupted, Requeued
 from cluster.run.lease import SupersededError
 from cluster.run.run_directory import RunDirectory
-from cluster.scheduler import Job
+from cluster.scheduler import STOPPED_CODES, Job
 from cluster.storage.redaction import redacted
 from launcher.config.cluster_addresses import give_cluster
 from launcher.driver.pending_writes import event_row
 from launcher.watching.status import LONG_SILENCE_S, job_of, read_without_checkpoints, without_driver
-
-_STOPPED_CODES = (Requeued.exit_code, Interrupted.exit_code, 128 + signal.SIGTERM)
-"""Exit codes of a job that has ended because it was told to, with everything saved."""
 
 
 def with_next_try(document: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -40,7 +35,7 @@ def as_requeued(document: dict[str, Any]) -> dict[str, Any]:
 
 def outcome_of(job: Job) -> str:
     """Return the status of a requeued run whose job has ended and starts it no more."""
-    was_told = job.status == "stopped" or job.exit_code in _STOPPED_CODES
+    was_told = job.status == "stopped" or job.exit_code in STOPPED_CODES
     return "stopped" if was_told else "failed"
 
 

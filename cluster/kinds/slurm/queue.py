@@ -4,14 +4,13 @@ Sources: squeue(1), JOB STATE CODES and JOB REASON CODES, of Slurm 22.05.
 """
 
 import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl
 
-from cluster.scheduler import Job, JobStatus
+from cluster.scheduler import STOPPED_CODES, Job, JobStatus
 from cluster.spec.durations import seconds_from
 
 _WIDTHS: Mapping[str, int] = {
@@ -39,9 +38,6 @@ _STATUSES: Mapping[str, JobStatus] = {
 }  # fmt: skip
 _SIGNAL_CODES = 128
 """What a shell adds to the number of the signal that ends a command."""
-_STOPPED_CODES = (75, 130, _SIGNAL_CODES + signal.SIGTERM)
-"""Exit codes of a driver that has saved and ended because it was asked to, see ``cluster/errors.py``, and of a script
-that was stopped before it had a driver."""
 _NOT_SET = ("", "N/A", "NONE", "Unknown", "None", "(null)")
 _REASONS = (
     ("Priority", "others are before it"),
@@ -120,7 +116,7 @@ class QueuedJob:
         status = _STATUSES.get(self.state)
         if status is None:
             raise ValueError(f"job {self.number} ({self.name}) is {self.state!r}, which is no state that is known here")
-        if status == "failed" and self.exit_code in _STOPPED_CODES:
+        if status == "failed" and self.exit_code in STOPPED_CODES:
             status = "stopped"
         return Job(
             id=self.name,
