@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from cluster.kinds.slurm.script import render
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
 from tests.faults.slurm import Slurm
+from tests.faults.slurm_processes import files_with, processes, wait_until_none_is_left
 
 pytestmark = pytest.mark.slow
 
@@ -91,33 +91,9 @@ class Job:
 
     def check_nothing_is_left(self) -> None:
         """No process of the job on any node, no token, no folder of Ray; the launcher keeps a cache of code."""
-        left: list[str] = []
-
-        def is_none_left() -> bool:
-            left[:] = [line for node in self._slurm.nodes for line in processes(self._slurm, node)]
-            return not left
-
-        self._slurm.wait_until(is_none_left, about=lambda: "\n".join(left))
+        wait_until_none_is_left(self._slurm)
         assert [path.name for path in self.folder.iterdir() if path.is_dir()] == []
         assert [path.name for path in self.temporary.iterdir() if path.name.startswith(("ray", "tmp"))] == []
-
-
-def processes(slurm: Slurm, node: str) -> list[str]:
-    """The command lines of the processes of a node that are neither Slurm's nor of what holds the node."""
-    listed = subprocess.run(
-        slurm.nodes[node].command(["ps", "-eo", "args"], slurm.folder), capture_output=True, text=True, check=True
-    )
-    own = ("COMMAND", "sleep infinity", "ps -eo", "munged", "slurmd", "/usr/sbin/slurmd", "sh -c echo ready")
-    return [line for line in listed.stdout.splitlines() if not line.startswith(own) and "munged" not in line]
-
-
-def files_with(text: str) -> list[str]:
-    """The command lines and environments of this machine's processes that have a text."""
-    found = []
-    for path in [*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")]:
-        with suppress(OSError):  # ended meanwhile
-            found += [str(path)] * (text.encode() in path.read_bytes())
-    return found
 
 
 def test_a_job_trains_on_two_nodes_and_leaves_nothing(make_slurm) -> None:

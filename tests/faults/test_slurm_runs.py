@@ -4,7 +4,6 @@ What disturbs a run changes no bit of it.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import CHECKOUT, checkpointed, events
 from tests.faults.planned import undisturbed
 from tests.faults.slurm import TICK_S, Slurm
+from tests.faults.slurm_processes import files_with, wait_until_none_is_left
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -106,19 +106,6 @@ def assert_same_bits(run: Path, *overrides: str) -> None:
     assert [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == rows
 
 
-def processes_that_say(word: str) -> list[str]:
-    """The command lines of this machine's processes that hold a word."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
-            try:
-                line = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:  # it has just ended
-                continue
-            found += [line] * (word in line)
-    return found
-
-
 def test_from_submission_to_the_end(uni) -> None:
     uni = uni("node1", "node2", "node3")
     script = uni.launcher("render", "digits", *uni.overrides("digits", "workers.num=2"), "--cluster", uni.file)
@@ -134,7 +121,7 @@ def test_from_submission_to_the_end(uni) -> None:
     assert len(secret) >= 32
     shown = uni.slurm.ask("scontrol", "show", "job", "-dd", number)
     assert secret not in shown + uni.slurm.ask("scontrol", "write", "batch_script", number, "-")
-    assert processes_that_say(secret) == []
+    assert files_with(secret) == []
     uni.wait_for_end(run, "COMPLETED")
     assert_same_bits(run)
     assert len({worker["address"] for worker in events(run, "attempt_started")[-1]["workers"]}) == 2
@@ -142,7 +129,7 @@ def test_from_submission_to_the_end(uni) -> None:
     assert (told["status"], told["job_status"]) == ("completed", "succeeded")
     assert not token.exists()
     uni.slurm.wait_until(lambda: set(uni.slurm.node_states().values()) == {"idle"})
-    assert processes_that_say("cluster.kinds.slurm.node") == []
+    wait_until_none_is_left(uni.slurm)
     assert "epoch" in uni.launcher("logs", run, "--cluster", uni.file)
     again = uni.launcher("submit", "digits", *uni.overrides("digits", "workers.num=2"), "--cluster", uni.file, "--json")
     assert json.loads(again)["job"] is None
