@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.collectives import exchange
+from jobs.parallel import worker_team
 
 
 @dataclass
@@ -46,6 +48,12 @@ class _ThisThread:
     def shutdown(self) -> None: ...
 
 
-def exchange_in_this_thread() -> None:
-    """Lets exchanges that are opened from now on run where they are measured; with one worker, none waits."""
+def free_in_this_thread() -> None:
+    """Lets what workers exchange from now on be allocated and freed where it is measured; with one worker, none waits.
+
+    A thread of gloo may be the last that holds the copy of all weights which DDP sends when it is made.
+    """
     exchange.ThreadPoolExecutor = _ThisThread  # type: ignore[assignment, misc]
+    worker_team.DistributedDataParallel = partial(  # type: ignore[assignment, misc]
+        worker_team.DistributedDataParallel, init_sync=False
+    )

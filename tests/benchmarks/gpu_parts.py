@@ -27,7 +27,7 @@ from jobs.training.restore import restore_newest
 from launcher.planning.dry_run import try_out
 from tests.benchmarks.arms import Gate, Quartiles
 from tests.benchmarks.gpu_arms import Arm, Scale, Times, launched, loop_of, measure, naive, open_team, tuned
-from tests.memory import exchange_in_this_thread, measured_memory
+from tests.memory import free_in_this_thread, measured_memory
 
 Figures = dict[str, Any]
 _MIB = 2**20
@@ -239,7 +239,7 @@ def memory(scale: Scale, deadline: float) -> Figures:  # noqa: ARG001  # it take
         "fp32": {"precision": "fp32", "channels_last": False},
     }
     if not scale.on_gpu:
-        exchange_in_this_thread()
+        free_in_this_thread()
     planned = {name: _planned_memory(scale, train) for name, train in cases.items()}
     team_of = open_team(scale)
     figures: Figures = {}

@@ -19,7 +19,7 @@ from jobs.training.step_batches import StepBatch
 from jobs.training.worker import meet
 from tests.distributed.small_job import UNFROZEN_FROM_STEP, full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
-from tests.memory import exchange_in_this_thread, measured_memory
+from tests.memory import free_in_this_thread, measured_memory
 
 CPU = torch.device("cpu")
 LAYERS, WIDTH = 16, 256
@@ -27,7 +27,7 @@ LAYERS, WIDTH = 16, 256
 
 def take_steps(link: AgentLink, task: Task, shards: int) -> list[float]:
     """Computes the gradients of steps; returns the sets of gradients that each step has held beside DDP's buckets."""
-    exchange_in_this_thread()
+    free_in_this_thread()
     meet(link, task, TIMEOUT_S)
     team = Team(rank=0, world_size=1, shards=shards, exact=True, device=CPU, bucket_mb=0.5)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))

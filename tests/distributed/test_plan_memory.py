@@ -20,7 +20,7 @@ from launcher.planning.dry_run import try_out
 from launcher.planning.memory import MemoryPlan
 from tests.distributed.small_job import OddNet, plain_job, target
 from tests.distributed.team_process import TIMEOUT_S, run_processes
-from tests.memory import Memory, exchange_in_this_thread, measured_memory
+from tests.memory import Memory, free_in_this_thread, measured_memory
 
 CPU = torch.device("cpu")
 SMALL = 100_000
@@ -66,7 +66,7 @@ def plan(link: AgentLink, task: Task) -> MemoryPlan:  # noqa: ARG001
 
 def train(link: AgentLink, task: Task) -> Memory:
     """Takes five steps; returns what torch has allocated from the building of the components on."""
-    exchange_in_this_thread()
+    free_in_this_thread()
     meet(link, task, TIMEOUT_S)
     spec: JobSpec = task.content
     team = Team(rank=0, world_size=1, shards=spec.train.shards, exact=spec.train.exact, device=CPU)

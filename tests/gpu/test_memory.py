@@ -16,7 +16,7 @@ from launcher.planning.dry_run import try_out
 from launcher.planning.memory import MemoryPlan
 from tests.distributed.small_job import plain_job
 from tests.gpu.workers import join, run_here
-from tests.memory import Memory, exchange_in_this_thread, measured_memory
+from tests.memory import Memory, free_in_this_thread, measured_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +53,7 @@ def plan(link: AgentLink, task: Task) -> MemoryPlan:  # noqa: ARG001
 def train(link: AgentLink, task: Task) -> Memory:
     """Takes steps; returns what torch has allocated from the building of the components on."""
     if not task.on_gpu:
-        exchange_in_this_thread()
+        free_in_this_thread()
     team, device = join(link, task)
 
     def run() -> None:
