@@ -88,7 +88,7 @@ class SlurmClusterSpec:
     """What a job takes of each node."""
     time: str | None = None
     """The time limit of a job between two requeues, in quotes, as ``sbatch --time`` takes it: "4:00:00" or "1-12".
-    Null: the limit of the partition."""
+    Null: the partition's default, which may be much shorter than its limit."""
     account: str | None = None
     """The account that is charged. Null: yours by default; SBATCH_ACCOUNT does not count."""
     qos: str | None = None
@@ -188,6 +188,11 @@ class SlurmClusterSpec:
         limit = (self.array or "").partition("%")[2]
         return int(limit) if limit else None
 
+    @property
+    def least_time_s(self) -> int:
+        """The shortest time limit, in seconds, that leaves a job time to start before it is told to save."""
+        return self.stop_grace_s + SIGNAL_MARGIN_S + _SHORTEST_START_S
+
     def driver_overrides(self) -> list[str]:
         """Return what a driver on the cluster needs beside the address, as changes of a description of the cluster."""
         return self.worker.overrides("worker")
@@ -199,11 +204,10 @@ class SlurmClusterSpec:
             limit_s = seconds_from(self.time)
         except ValueError as error:
             raise FieldError("time", f'must be such as "4:00:00" or "1-12", in quotes, got {self.time!r}') from error
-        least_s = self.stop_grace_s + SIGNAL_MARGIN_S + _SHORTEST_START_S
-        if limit_s < least_s:
+        if limit_s < self.least_time_s:
             raise FieldError(
                 "time",
-                f"must be at least {least_s} s, got {self.time!r}: the job is told to save stop_grace_s="
+                f"must be at least {self.least_time_s} s, got {self.time!r}: the job is told to save stop_grace_s="
                 f"{self.stop_grace_s} and {SIGNAL_MARGIN_S} s before it, and needs a minute to start; raise it, or "
                 "lower stop_grace_s",
             )

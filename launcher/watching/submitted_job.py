@@ -130,10 +130,7 @@ class SubmittedJob:
         document |= about_submission(self.submission)
         if job is None:
             document |= {"job_status": None, "job_message": unknown}
-            if is_forgotten and document["status"] == "requeued":
-                why = f"{self.cluster}: does not know job {self.id} any more, which was to start the run again"
-                document |= {"status": "stopped", "error": f"{why}; submit the run again"}
-            return document
+            return _with_forgotten_job(document) if is_forgotten else document
         document = with_next_try(document, job)
         if not _ended_without_driver(document, job):
             return document | _about(job)
@@ -236,13 +233,15 @@ def read_statuses_with_jobs(
         warn: Receives a warning.
     """
     jobs: list[Job] = []
+    knows = None  # no answer says nothing of a job
     try:
         jobs = scheduler.jobs()  # before the runs, so that what a job wrote before it ended is seen
+        knows = cluster
     except ClusterError as error:
         warn(str(error))
     by_id = {job.id: job for job in jobs}
     runs = read_statuses(list_runs(store))
-    documents = [_with_job(document, by_id.get(document.get("job", ""))) for document in runs]
+    documents = [_with_job(document, by_id.get(document.get("job", "")), knows) for document in runs]
     known = {document["run"] for document in documents}
     pending = [job for job in jobs if job.status == "pending" and job.metadata.get("run", "") not in ("", *known)]
     waiting = [job for job in pending if _is_submitted(job)]
@@ -273,10 +272,16 @@ def _last_output(job: Job, scheduler: Scheduler) -> str:
     return " | ".join(why) or "the cluster does not say why"
 
 
-def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
-    """Add the state of its job to the document of a run that has not begun, or that its scheduler starts again."""
+def _with_job(document: dict[str, Any], job: Job | None, knows: str | None) -> dict[str, Any]:
+    """Add the state of its job to the document of a run that has not begun, or that its scheduler starts again.
+
+    Args:
+        document: The document.
+        job: The job; None: it is not known.
+        knows: The cluster that has told all jobs that it knows; None: none has.
+    """
     if job is None:
-        return document
+        return _with_forgotten_job(document) if document.get("cluster") == knows else document
     document = with_next_try(document, job)
     if _has_begun(document) and document["status"] != "requeued":
         return document
@@ -284,6 +289,14 @@ def _with_job(document: dict[str, Any], job: Job | None) -> dict[str, Any]:
         return document | _about(job)
     ended = {"status": _outcome(document, job), "error": document["error"] or job.message or None}
     return document | _about(job) | ended
+
+
+def _with_forgotten_job(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document of a run whose cluster answers, and does not know its job any more."""
+    if document["status"] != "requeued":
+        return document
+    why = f"{document['cluster']}: does not know job {document['job']} any more, which was to start the run again"
+    return document | {"status": "stopped", "error": f"{why}; submit the run again"}
 
 
 def _ended_without_driver(document: Mapping[str, Any], job: Job) -> bool:

@@ -36,6 +36,7 @@ class Job:
         env: tuple[str, ...] = (),
         exclude: str | None = None,
         command: str | None = None,
+        gpus: int = 0,
     ) -> None:
         self._slurm = slurm
         self.name = name
@@ -60,7 +61,7 @@ class Job:
             ),
         )
         spec = SlurmClusterSpec(
-            partition="main", nodes=SlurmNodesSpec(cpus=1), venv=sys.prefix, env=env, exclude=exclude
+            partition="main", nodes=SlurmNodesSpec(cpus=1, gpus=gpus), venv=sys.prefix, env=env, exclude=exclude
         )
         self.temporary.mkdir(parents=True)
         self.script = self.folder / f"{name}.sh"
@@ -168,6 +169,48 @@ def test_a_job_that_may_not_requeue_says_so(make_slurm) -> None:
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
     assert "This job does not requeue itself: Slurm does not let it." in job.said()
     job.check_nothing_is_left()
+
+
+IN_ANOTHER_JOB = {
+    "SLURM_RESTART_COUNT": "3", "SLURM_CPU_BIND": "quiet,mask_cpu:0xf0000", "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    "SLURM_CPU_BIND_LIST": "0xf0000", "SLURM_MEM_PER_CPU": "100", "SLURM_MEM_PER_NODE": "200", "SLURM_NTASKS": "4",
+    "SLURM_NPROCS": "4", "SLURM_GPUS": "3", "SLURM_NTASKS_PER_NODE": "4",
+}  # fmt: skip
+"""What a shell has in which sbatch is called, if an allocation of Slurm runs it."""
+
+
+def test_a_job_with_gpus_that_is_submitted_in_another_one(make_slurm) -> None:
+    slurm = make_slurm("node1", "node2")
+    job = Job(slurm, "digits", command='exit "$((${SLURM_RESTART_COUNT:-0} ? 0 : 75))"', gpus=2)
+    job.submit(environment=IN_ANOTHER_JOB)
+    assert "gres:gpu:2" in job.wait_for("RUNNING")["TresPerNode"]
+    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.said()
+    job.check_nothing_is_left()
+
+
+TOLD = """exec python -c 'import pathlib, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(130))
+pathlib.Path("{drives}").touch()
+while True: signal.pause()'"""
+"""A driver that says that it drives, and ends when it is told."""
+
+
+def test_a_job_that_is_preempted_saves_at_the_beginning_of_its_grace_time(make_slurm) -> None:
+    slurm = make_slurm("node1")
+    slurm.ask("scontrol", "update", "PartitionName=scavenge", f"GraceTime={10 * LIMIT_S:.0f}")
+    drives = slurm.folder / "drives"
+    job = Job(slurm, "digits", command=TOLD.format(drives=drives), workers=1)
+    job.submit("--partition=scavenge")
+    job.wait_until(drives.exists)
+    other = slurm.submit("sleep 1000", "--exclusive")
+    job.wait_until(lambda: slurm.job(job.id)["Restarts"] == "1")
+    slurm.wait_for(other, "RUNNING")
+    assert slurm.job(job.id)["JobState"] == "PENDING"
+    slurm.ask("scancel", other, job.id)
+    job.wait_for("CANCELLED")
 
 
 def test_a_script_that_is_killed_leaves_no_process_and_no_token(make_slurm) -> None:

@@ -171,6 +171,33 @@ def test_a_partition_that_cancels_what_it_preempts(slurm: FakeSlurm, mode: str, 
     ]
 
 
+@pytest.mark.parametrize(
+    ("default", "time", "says"),
+    [
+        ("NONE", None, ()),
+        ("1-00:00:00", None, ()),
+        ("00:30:00", "1:00:00", ()),
+        ("00:30:00", None, (
+            "slurm:local: partition short gives a job without cluster.time only 00:30:00, after which it requeues "
+            'itself; write cluster.time for up to "1-00:00:00"',
+        )),
+    ],
+)  # fmt: skip
+def test_a_default_time_that_is_shorter_than_the_limit(slurm: FakeSlurm, default: str, time, says) -> None:
+    slurm.plan("scontrol", PARTITIONS.replace("MaxTime=1-00", f"DefaultTime={default} MaxTime=1-00"))
+    spec = SlurmClusterSpec(partition="short", nodes=SlurmNodesSpec(cpus=4), time=time)
+    assert SlurmJobs(spec).inspect(Needs(store="s3://b", variables=(), check="")).warnings == says
+
+
+@pytest.mark.parametrize("limits", ["DefaultTime=00:06:00 MaxTime=1-00:00:00", "DefaultTime=NONE MaxTime=00:06:00"])
+def test_a_time_without_request_that_leaves_none_to_train_is_refused(slurm: FakeSlurm, limits: str) -> None:
+    slurm.plan("scontrol", PARTITIONS.replace("MaxTime=1-00:00:00", limits))
+    assert the_error(partition="short") == (
+        "slurm:local: partition short: gives a job without cluster.time 00:06:00, and this one needs at least 420 s, "
+        "of which stop_grace_s=300 to save; write cluster.time, or lower stop_grace_s"
+    )
+
+
 def test_what_only_several_nodes_have_is_refused(slurm: FakeSlurm) -> None:
     slurm.plan("sinfo", REAL)
     assert the_error(cpus=128, gpus=4) == (

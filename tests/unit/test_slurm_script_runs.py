@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,7 +76,14 @@ class Script:
         (self.fake / name).write_text(text)
 
     def start(
-        self, command: str, *, is_array: bool = False, least: int = 2, restarts: int = 0, **spec: object
+        self,
+        command: str,
+        *,
+        is_array: bool = False,
+        least: int = 2,
+        restarts: int = 0,
+        environment: Mapping[str, str] | None = None,
+        **spec: object,
     ) -> "subprocess.Popen[str]":
         settings = {"partition": "main", "nodes": SlurmNodesSpec(cpus=1), **spec}
         request = JobRequest(
@@ -99,6 +106,7 @@ class Script:
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "n1,n2",
             "SLURMD_NODENAME": "n1",
+            **(environment or {}),
         }
         if restarts:
             own["SLURM_RESTART_COUNT"] = str(restarts)
@@ -241,7 +249,6 @@ def test_a_job_starts_again_without_a_node_that_does_not_join(script: Script, fa
     assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
     assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n2"]
     assert script.run("exit 0", max_requeues=0)[0] == 5
-    assert script.run("exit 0", restarts=100)[0] == 5
     assert script.run("exit 3", least=1)[0] == 3
     assert len(script.calls("scontrol requeue")) == 1
 
@@ -290,9 +297,53 @@ def test_a_first_node_whose_ray_does_not_start_is_excluded(script: Script) -> No
     code, said = script.run("exit 0")
     assert (code, "Ray did not start on n1; see" in said) == (75, True), said
     assert script.calls("update") == ["scontrol update JobId=7 ExcNodeList=n1"]
-    script.answer("nodes", "exit 127")  # there is no launcher
-    assert script.run("exit 0")[0] == 5
+    script.answer("nodes", "echo 'srun: error: n1: task 0: Exited with exit code 127' >&2; exit 127")  # no launcher
+    code, said = script.run("exit 0")
+    assert (code, "Exited with exit code 127" in said) == (5, True), said
     assert len(script.calls("scontrol requeue")) == 1
+
+
+LAUNCH_FAILS = "srun: error: Task launch for StepId=7.0 failed on node n2: Application launch failed"
+
+
+@pytest.mark.parametrize(
+    ("said", "excludes"),
+    [(LAUNCH_FAILS, ["scontrol update JobId=7 ExcNodeList=n2"]), ("srun: error: Unable to create step", [])],
+)
+def test_a_job_starts_again_if_slurm_does_not_start_its_program(script: Script, said: str, excludes) -> None:
+    script.answer("nodes", f"echo '{said}' >&2; echo 'srun: error: n1: task 0: Killed' >&2; exit 1")
+    assert [script.run("exit 0")[0] for _ in range(3)] == [75, 75, 5]
+    assert script.calls("update") == excludes * 2
+
+
+def test_a_job_that_has_been_requeued_too_often_is_not_requeued_by_slurm_either(script: Script) -> None:
+    script.answer("job", JOB.replace("Restarts=0", "Restarts=100"))
+    code, said = script.run('exit "${LAUNCHER_JOB_REQUEUES:-3}"', restarts=100)
+    assert (code, "it has been requeued 100 times" in said) == (3, True), said
+    assert script.calls("update") == ["scontrol update JobId=7 Requeue=0"]
+
+
+@pytest.mark.parametrize(("said", "code"), [(JOB, 75), (CANCELLED, 130)])
+def test_the_driver_hears_of_a_preemption_from_the_first_node(script: Script, said: str, code: int) -> None:
+    started = script.start(DRIVE)
+    script.wait_for(script.drives)
+    script.answer("job", said)
+    started.send_signal(signal.SIGUSR2)
+    assert started.wait(LIMIT_S) == code
+
+
+def test_a_job_that_is_submitted_in_another_one_has_nothing_of_that(script: Script) -> None:
+    outer = {
+        "SLURM_RESTART_COUNT": "3", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+        "SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_EXPORT_ENV": "NIL", "SLURM_TRES_PER_TASK": "cpu:1",
+    }  # fmt: skip
+    script.program("srun", 'env | grep "^SLURM_" > "$FAKE/environment"\n' + RAY)
+    assert script.run("exit 75", environment=outer)[0] == 75
+    assert script.calls("scontrol requeue") == ["scontrol requeue 7"]
+    seen = dict(line.split("=", 1) for line in (script.fake / "environment").read_text().splitlines())
+    assert {name: seen.get(name) for name in outer} == {**dict.fromkeys(outer), "SLURM_RESTART_COUNT": "0"}
+    assert seen["SLURM_JOB_NUM_NODES"] == "2"
 
 
 def test_a_node_that_stays_silent_does_not_cost_the_job_its_time_limit(script: Script) -> None:

@@ -659,12 +659,18 @@ class TestRequeued:
         assert told["error"] == (
             f"{URL}: does not know job {JOB_ID} any more, which was to start the run again; submit the run again"
         )
+        (listed,) = document("list", Path(run.url).parent, *ON_CLUSTER)
+        assert (listed["status"], listed["error"]) == ("stopped", told["error"])
 
     def test_a_cluster_that_is_away_or_another_one_says_nothing_of_it(self, run, cluster):
+        def statuses(*options: str) -> list[str]:
+            (listed,) = document("list", Path(run.url).parent, *options)
+            return [document("status", run.url, *options)["status"], listed["status"]]
+
         cluster.error = ClusterError(f"{URL}: nobody answers there")
-        assert document("status", run.url, *ON_CLUSTER)["status"] == "requeued"
+        assert statuses(*ON_CLUSTER) == ["requeued"] * 2
         cluster.error = None
-        assert document("status", run.url, "--cluster", OTHER)["status"] == "requeued"
+        assert statuses("--cluster", OTHER) == ["requeued"] * 2
 
     def test_to_stop_it_its_cluster_is_needed(self, run):
         assert one_error(launcher("stop", run.url), 5) == (

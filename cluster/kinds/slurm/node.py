@@ -28,8 +28,8 @@ from cluster.ray.private_core import without_client_server
 from cluster.ray.session_folder import LONGEST_SOCKET
 
 _KEPT_FROM_RAY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Slurm sends SIGTERM to all processes of a step when it preempts or cancels a job, before the batch script hears of
-it, and Ray ends on it. The driver needs Ray to save."""
+"""Slurm sends SIGTERM to all processes of a step when it preempts or cancels a job, and Ray ends on it. The driver
+needs Ray to save. The batch script hears of it later, by the partition's GraceTime, so the first node tells it."""
 _SETTINGS = {
     "RAY_START_HOOK": f"{without_client_server.__module__}.{without_client_server.__name__}",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpus", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--script", type=int, help="the batch script, which is to hear of a SIGTERM to its steps")
     parser.add_argument("--job", help="the job as Slurm's commands take it, if it outlives the loss of nodes")
     parser.add_argument("--first", help="then the node of the script")
     options = parser.parse_args()
@@ -64,7 +65,8 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="ray-", dir=_parent(), ignore_cleanup_errors=True) as folder:
             try:
-                _run(name, is_first, Path(folder), [f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"])
+                resources = [f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"]
+                _run(name, is_first, Path(folder), resources, options.script if is_first else None)
             finally:
                 _kill_descendants()
                 if is_first:  # a script that was killed leaves it
@@ -78,8 +80,15 @@ def main() -> int:
     return 0
 
 
-def _run(name: str, is_first: bool, folder: Path, resources: list[str]) -> None:
+def _run(name: str, is_first: bool, folder: Path, resources: list[str], script: int | None) -> None:
     """Run Ray until the script ends.
+
+    Args:
+        name: This node.
+        is_first: Whether it runs the script, and the head.
+        folder: For Ray's files.
+        resources: The options of ``ray start`` that say what it has.
+        script: The process to tell of a SIGTERM; None: none.
 
     Raises:
         ClusterError: Ray did not start, or has ended.
@@ -104,6 +113,10 @@ def _run(name: str, is_first: bool, folder: Path, resources: list[str]) -> None:
     while not _has_ended(_POLL_INTERVAL_S):
         if ray.poll() is not None:
             raise ClusterError("Ray has ended; above is what it printed")
+        if script is not None and signal.SIGTERM in signal.sigpending():
+            with suppress(ProcessLookupError):
+                os.kill(script, signal.SIGUSR2)
+            script = None
 
 
 def _start_ray(head: str | None, address: str, folder: Path, resources: list[str]) -> "subprocess.Popen[bytes]":

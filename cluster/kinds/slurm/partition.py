@@ -26,6 +26,7 @@ NO_ANSWER = "*"
 GONE = frozenset({"down", "drained", "draining", "fail", "failing", "error", "unknown", "inval", "future"})
 """States of nodes that get no new job until a person has looked at them."""
 _UNLIMITED = "UNLIMITED"
+_NONE = "NONE"
 _MB_PER_GB = 1024
 _UP = "UP"
 _SIMPLE_FEATURE = re.compile(r"[A-Za-z0-9_.-]+")
@@ -202,15 +203,34 @@ def _check_limits(spec: SlurmClusterSpec, partition: Mapping[str, str], where: s
             f'{where}: gives a job at most {longest}, and cluster.time is {spec.time}; write at most "{longest}": the '
             "job saves, requeues itself and goes on"
         )
+    given = _time_without_request(partition)
+    if spec.time is None and seconds_from(given) < spec.least_time_s:
+        raise ClusterError(
+            f"{where}: gives a job without cluster.time {given}, and this one needs at least {spec.least_time_s} s, of "
+            f"which stop_grace_s={spec.stop_grace_s} to save; write cluster.time, or lower stop_grace_s"
+        )
+
+
+def _time_without_request(partition: Mapping[str, str]) -> str:
+    """Return the time limit of a job that asks for none."""
+    default = partition.get("DefaultTime", _NONE)
+    return partition.get("MaxTime", _UNLIMITED) if default == _NONE else default
 
 
 def _warnings(spec: SlurmClusterSpec, partition: Mapping[str, str]) -> tuple[str, ...]:
-    if spec.max_requeues == 0 or "CANCEL" not in partition.get("PreemptMode", ""):
-        return ()
-    return (
-        f"{spec.address}: partition {spec.partition} cancels the jobs that it preempts (PreemptMode=CANCEL): such a "
-        "job saves, and does not start again by itself; submit the run again then",
-    )
+    where, warnings = f"{spec.address}: partition {spec.partition}", []
+    given, longest = _time_without_request(partition), partition.get("MaxTime", _UNLIMITED)
+    if spec.time is None and seconds_from(given) < seconds_from(longest):
+        warnings.append(
+            f"{where} gives a job without cluster.time only {given}, after which it requeues itself; write "
+            f'cluster.time for up to "{longest}"'
+        )
+    if spec.max_requeues and "CANCEL" in partition.get("PreemptMode", ""):
+        warnings.append(
+            f"{where} cancels the jobs that it preempts (PreemptMode=CANCEL): such a job saves, and does not start "
+            "again by itself; submit the run again then"
+        )
+    return tuple(warnings)
 
 
 def _fitting(spec: SlurmClusterSpec, nodes: Sequence[SlurmNode], where: str) -> list[SlurmNode]:

@@ -27,6 +27,8 @@ _END_LIMIT_S = 20
 """How long it waits for the end of Ray, which takes a second."""
 _PATIENCE_S = 300
 """How long it asks a controller that does not answer."""
+_SOCKETS = "/tmp"  # noqa: S108
+"""Where Ray has its sockets in containers, each of which has a folder of its own there unless it gets the node's."""
 _NOT_IN_LOG = '%"\\'
 """Characters that sbatch replaces in the path of a log."""
 
@@ -136,6 +138,7 @@ class _Script:
                 gone="|".join(sorted(GONE)),
                 no_answer=re.escape(NO_ANSWER),
                 least=self.least,
+                like="%c/%m/%G" + "/%f" * (spec.constraint is not None),
             )
         else:
             yield bash.NOT_STARTED
@@ -195,8 +198,9 @@ class _Script:
 
     @property
     def _gpus(self) -> str:
+        """The GPUs of a node as a generic resource, which all of Slurm's schedulers know."""
         nodes = self.spec.nodes
-        return f"{nodes.gpu_type}:{nodes.gpus}" if nodes.gpu_type else str(nodes.gpus)
+        return ":".join(["gpu", *([nodes.gpu_type] if nodes.gpu_type else []), str(nodes.gpus)])
 
     def _options(self) -> Iterator[str]:
         """The options of sbatch."""
@@ -219,7 +223,7 @@ class _Script:
         yield f"--nodes={self.least}-{self.most}" if self._is_range else f"--nodes={self.least}"
         yield f"--cpus-per-task={spec.nodes.cpus}"
         if spec.nodes.gpus:
-            yield f"--gpus-per-node={self._gpus}"
+            yield f"--gres={self._gpus}"
         if spec.nodes.memory_gb:
             yield f"--mem={spec.nodes.memory_gb}G"
         if spec.time:
@@ -243,7 +247,7 @@ class _Script:
 
     def _srun(self) -> str:
         """The options of the step that runs Ray."""
-        gpus = [f"--gpus-per-node={self._gpus}"] if self.spec.nodes.gpus else []
+        gpus = [f"--gres={self._gpus}"] if self.spec.nodes.gpus else []
         cores = f"--cpus-per-task={self.spec.nodes.cpus}"
         lines = [
             ['--overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1', cores, *gpus],
@@ -255,12 +259,15 @@ class _Script:
         return " \\\n    ".join(" ".join(line) for line in lines)
 
     def _container(self) -> Iterator[str]:
-        """The options of each step in a container, which is given the folder of the job."""
+        """The options of each step in a container.
+
+        It is given the folder of the job, and the node's /tmp, where the driver finds the sockets of Ray.
+        """
         yield f"--container-image={shlex.quote(self.spec.container_image or '')}"
         mounts = "--container-mounts="
         options = [option for option in self.spec.options if option.startswith(_OF_STEPS)]
         of_user = [shlex.quote(option.removeprefix(mounts)) for option in options if option.startswith(mounts)]
-        yield mounts + ",".join(['"$own"', *of_user])
+        yield mounts + ",".join(['"$own"', _SOCKETS, *of_user])
         yield from (shlex.quote(option) for option in options if not option.startswith(mounts))
 
     def _program(self) -> str:
@@ -270,8 +277,14 @@ class _Script:
         python = "python" if venv is None else shlex.quote(f"{venv}/bin/python")
         if self._is_of_launcher:
             python = '"${python:-python}"'
-        asks = ' --job="$job_id" --first="$SLURMD_NODENAME"' if self._outlives_nodes else ""
-        return f"{python} -P -m cluster.kinds.slurm.node --cpus={nodes.cpus} --gpus={nodes.gpus}{asks}"
+        words = [python, f"-P -m cluster.kinds.slurm.node --cpus={nodes.cpus} --gpus={nodes.gpus}"]
+        if self.spec.container_image is not None:
+            words.insert(0, f"env TMPDIR={_SOCKETS}")
+        else:
+            words.append("--script=$$")  # in a container, the driver hears of a SIGTERM itself
+        if self._outlives_nodes:
+            words.append('--job="$job_id" --first="$SLURMD_NODENAME"')
+        return " ".join(words)
 
     @property
     def _venv_in_container(self) -> str | None:

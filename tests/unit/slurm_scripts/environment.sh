@@ -16,7 +16,10 @@
 
 told=''
 trap told=1 USR1    # the time limit is near, and there is no driver yet
-unset SLURM_EXPORT_ENV    # with it, srun would pass on no more than --export names, and no PATH
+trap : USR2    # a preemption begins; there is nothing to save yet
+# What srun would take for its options: of an allocation in which sbatch was called, or, with --export, no PATH.
+unset ${!SLURM_CPU_BIND*} ${!SLURM_MEM_BIND*} ${!SLURM_MEM_PER_*} ${!SLURM_GPU*} ${!SLURM_NTASKS*} SLURM_NPROCS \
+    SLURM_DISTRIBUTION SLURM_THREADS_PER_CORE SLURM_HINT SLURM_GRES ${!SLURM_TRES_*} SLURM_EXPORT_ENV
 module load cuda/12.4
 conda activate launcher
 export LAUNCHER_NOTE='two words'
@@ -46,6 +49,8 @@ field() { [[ $job =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; }
 
 # When the job reaches its time limit, before which the driver saves; empty: never.
 job=$(patiently show)
+# Of the job in which sbatch was called, it may be more.
+[ "${SLURM_RESTART_COUNT:-0}" -le "$(field Restarts || echo 999999)" ] || export SLURM_RESTART_COUNT=0
 LAUNCHER_JOB_ENDS_AT=${SLURM_JOB_END_TIME:-$(date -d "$(field EndTime || echo unknown)" +%s 2>/dev/null)}
 export LAUNCHER_JOB_ENDS_AT
 export LAUNCHER_JOB_NOTICE_S=360    # how long before that the script sends SIGUSR1
@@ -54,6 +59,7 @@ export LAUNCHER_JOB_ID=$SLURM_JOB_ID    # the same in each try
 # Whether this script can start again, so that the driver may end with 75: saved, and to go on.
 if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
     echo "This job does not requeue itself any more: it has been requeued $SLURM_RESTART_COUNT times." >&2
+    patiently scontrol update JobId="$job_id" Requeue=0    # nor does Slurm
 elif [ -z "$job" ]; then
     echo "This job does not requeue itself: Slurm's controller does not answer." >&2
 elif [ "$(field Requeue)" != 1 ]; then
@@ -74,7 +80,7 @@ failed_starts=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.$SLURM_JOB_ID.faile
 
 nodes=''
 clean_up() {
-    trap '' TERM USR1
+    trap '' TERM USR1 USR2
     exec 9>&-    # Ray ends on all nodes
     local limit=$((SECONDS + 20))
     while kill -0 "$nodes" 2>/dev/null && [ "$SECONDS" -lt "$limit" ]; do sleep 0.1; done
@@ -121,7 +127,7 @@ exclude() {
 join() { echo "$1${2:+${1:+,}$2}"; }
 leaves_enough() {
     local nodes
-    nodes=$(sinfo --noheader --Node --partition=main --format='%N %T %c/%m/%G/%f') && [ "$nodes" ] || return 0
+    nodes=$(sinfo --noheader --Node --partition=main --format='%N %T %c/%m/%G') && [ "$nodes" ] || return 0
     # Those that get jobs and are like the nodes of this job; others may lack what it asks for.
     nodes=$(awk -v own="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')" '
         BEGIN { split(own, names); for (i in names) is_own[names[i]] = 1 }
@@ -142,13 +148,14 @@ not_started() {
 }
 
 # Ray on each node. It ends, with all that it has started, when the pipe is closed, however this script ends.
-touch "$own/reports"
+touch "$own/reports" "$own/srun"
 # The first line of `launcher` names its Python; the one on the PATH may be another.
 python=$(sed -n '1s/^#!\(.*\/python[^ ]*\)$/\1/p' "$(command -v launcher)" 2>/dev/null)
 exec 9> >(exec srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=8 \
     --input=all --wait=0 --kill-on-bad-exit=0 \
     --open-mode=append --error=/home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0.%N.log \
-    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=8 --gpus=0 >> "$own/reports")
+    "${python:-python}" -P -m cluster.kinds.slurm.node --cpus=8 --gpus=0 --script=$$ \
+    >> "$own/reports" 2> >(trap '' TERM; exec tee "$own/srun" >&2))
 nodes=$!
 
 # What the nodes have reported; a prologue or a container may print too.
@@ -166,7 +173,11 @@ if [ -z "$RAY_ADDRESS" ]; then
     echo "Ray did not start on $SLURMD_NODENAME; see" /home/me/.launcher/slurm/digits-0a1b2c3d4e5f-0."$SLURMD_NODENAME".log >&2
     [ -z "$(reports head)" ] || not_started "$SLURMD_NODENAME"
     [ -z "$told" ] || not_started
-    exit 5    # the launcher did not start: its environment is wrong, on all nodes
+    ! kill -0 "$nodes" 2>/dev/null || not_started "$SLURMD_NODENAME"    # others wait for it
+    sleep 1    # tee writes what srun has said: a node on which Slurm could not start the program ends it on all
+    failed=$(sed -n 's/^srun: error: .* failed on node \([^ :]*\).*/\1/p' "$own/srun" | sort -u)
+    [ -n "$failed" ] || ! grep -q 'Exited with exit code' "$own/srun" || exit 5    # its environment is wrong, on all
+    not_started $failed
 fi
 export RAY_ADDRESS
 echo "$RAY_ADDRESS" >&9
@@ -196,13 +207,14 @@ tell() {
     done
     kill -"$1" "$process"
 }
-# On SIGTERM: by scancel, a preemption, or the time limit.
+# On SIGTERM: by scancel, a preemption, or the time limit. On SIGUSR2: Slurm has sent SIGTERM to what runs Ray, as it
+# does long before if the partition has a GraceTime.
 cancel() {
     (timeout 300 tail --pid="$driver" -f /dev/null; [ $? = 124 ] && kill -KILL "$driver") 9>&- &    # too late
     # SIGUSR1: to go on in another try. SIGUSR2: for good.
     if job=$(show) && is_over; then tell USR2; else tell USR1; fi
 }
-trap cancel TERM
+trap cancel TERM USR2
 trap 'tell USR1' USR1    # the time limit is near
 [ -z "$told" ] || tell USR1
 
