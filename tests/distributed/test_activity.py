@@ -15,7 +15,7 @@ from jobs.spec import CheckpointSpec, DataSpec, LossSpec, Target
 from tests.distributed.small_job import CLASSES, SAMPLES, Images, plain_job
 from tests.distributed.team_process import run_processes, train_job
 
-SLEEP_S = 0.03
+SLEEP_S = 0.1
 STEPS = 8
 SLEPT_S = STEPS * 6 * SLEEP_S
 """By the worker that is slow, for its six samples of each step."""
