@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from cluster.inspection.nodes import without_report
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
+from tests.faults.injection import Fault, fired, release
 from tests.schedulers import FOLDER_VARIABLE, URL, LocalScheduler, local_scheduler
 
 CLUSTER = ("--cluster", URL)
@@ -58,18 +60,16 @@ def submit(laptop: Path, *more: str) -> Ended:
     return launcher("submit", "own.yaml", *more, *CLUSTER, "--json", cwd=laptop)
 
 
-def submit_slowly(laptop: Path, *more: str) -> Ended:
-    return submit(laptop, "data.train._target_=mine.Slowly", *more)
-
-
 def hide(laptop: Path) -> None:
     """What a host far away sees of a laptop."""
     laptop.rename(laptop.with_name("gone"))
 
 
-def wait_until_begun(cluster: LocalScheduler, job_id: str, run: Path, step: int) -> None:
-    while not checkpointed(run, step)():
+def wait_until_held(cluster: LocalScheduler, job_id: str, run: Path, plan: Path, *, saved_at: int) -> None:
+    """Returns when the first fault of a plan holds the run of a job, and a checkpoint is committed."""
+    while not (checkpointed(run, saved_at)() and 0 in fired(plan)):
         assert cluster.read(job_id).status == "running", cluster.log(job_id)
+        time.sleep(0.05)
 
 
 def store_of(laptop: Path, name: str = "own") -> Path:
@@ -163,39 +163,42 @@ def test_two_who_submit_at_once_have_one_run(laptop, cluster):
     assert run.read_environment()["code"] == run.submissions.read(taken).code_sha256
 
 
-def test_a_job_that_was_killed_is_begun_again_by_the_next_submit(laptop, cluster):
-    undisturbed = launcher(
-        "run", "own.yaml", "name=undisturbed", "data.train._target_=mine.Slowly", "--json", cwd=laptop
-    )
-    first = submit_slowly(laptop).document["job"]
+def test_a_job_that_was_killed_is_begun_again_by_the_next_submit(laptop, cluster, undisturbed, make_plan):
+    # Each job is held until the test has looked at it.
+    plan = make_plan(*(Fault(kind="hold", doing="forward", step=step) for step in (6, 8)))
+    first = submit(laptop).document["job"]
     run = store_of(laptop)
-    wait_until_begun(cluster, first, run, 4)
-    meanwhile = submit_slowly(laptop)
+    wait_until_held(cluster, first, run, plan, saved_at=4)
+    meanwhile = submit(laptop)
     assert (meanwhile.exit_code, meanwhile.document["job"], meanwhile.document["status"]) == (0, first, "running")
     assert f"is there already, job {first} is running" in meanwhile.stderr
 
     cluster.signal(first, signal.SIGKILL)
     cluster.wait(first)
-    second = submit_slowly(laptop)
+    second = submit(laptop)
     assert second.exit_code == 0, second.stderr
     assert second.document["job"] not in (None, first)
     assert second.document["status"] in ("submitted", "running")
+    release(plan, 1)
     assert cluster.wait(second.document["job"]).exit_code == 0, cluster.log(second.document["job"])
     assert len(events(run, "attempt_started")) == 2
     assert rows(run) == rows(store_of(laptop, "undisturbed"))
     status = launcher("status", run, "--json", cwd=laptop).document
-    assert status["state_sha256"] == undisturbed.document["state_sha256"]
+    assert status["state_sha256"] == undisturbed["state_sha256"]
 
 
-def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(laptop, cluster, tmp_path, monkeypatch):
-    undisturbed = launcher(
-        "run", "own.yaml", "name=undisturbed", "data.train._target_=mine.Slowly", "--json", cwd=laptop
-    )
-    job_id = submit_slowly(laptop).document["job"]
+def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(
+    laptop, cluster, undisturbed, make_plan, tmp_path, monkeypatch
+):
+    plan = make_plan(Fault(kind="hold", doing="forward", step=6))
+    job_id = submit(laptop).document["job"]
     run = store_of(laptop)
-    wait_until_begun(cluster, job_id, run, 4)
-    stopped = launcher("stop", run, "--json", cwd=laptop)
-    assert stopped.document["status"] == "stopped"
+    wait_until_held(cluster, job_id, run, plan, saved_at=4)
+    stopping = Running(("stop", run, "--json"), cwd=laptop)
+    stopping.wait_until(lambda: len(events(run, "stop_requested")) == 1)
+    release(plan, 0)
+    stopped = stopping.wait()
+    assert (stopped.exit_code, stopped.document["status"]) == (0, "stopped"), stopped.stderr
     cluster.wait(job_id)
     hide(laptop)
     (tmp_path / "elsewhere").mkdir()
@@ -215,7 +218,7 @@ def test_a_run_that_was_stopped_goes_on_anywhere_with_the_code_from_the_bucket(l
     assert ended.exit_code == 0, ended.stderr
     assert "changed train.max_steps: 20 -> null" in ended.stderr
     assert ended.document["job"] == cluster.jobs()[1].id
-    assert ended.document["state_sha256"] == undisturbed.document["state_sha256"]
+    assert ended.document["state_sha256"] == undisturbed["state_sha256"]
     assert rows(run) == rows(store_of(laptop, "undisturbed"))
 
 
@@ -268,11 +271,12 @@ while pathlib.Path({str(slow)!r}).exists():
         slow.touch()
     while not began.exists():
         assert cluster.read(job_id).status in ("pending", "running"), cluster.log(job_id)
+        time.sleep(0.05)
     cluster.stop(job_id)
     cluster.wait(job_id)
     run = store_of(laptop)
     while (status := launcher("status", run, "--json", cwd=tmp_path).document)["status"] == "submitted":
-        pass  # the shell of the job ends before its command
+        time.sleep(0.05)  # the shell of the job ends before its command
     assert status["status"] == "failed"
     assert f"job {job_id} ended before the run began: it was stopped before the run began" in status["error"]
     assert not run.joinpath("job.yaml").exists()
