@@ -48,7 +48,9 @@ uses the ``Activity`` that it returns. The call comes before the user's folders 
 _SHOW_STACK = signal.SIGQUIT
 """The signal by which the agent has a training process print its stack; no scheduler sends it, unlike SIGUSR1."""
 _TIME_INTERVAL_S = 5.0
-_STACK_WAIT_S = 0.5
+_STACK_LIMIT_S = 5.0
+"""How long a process may take to print its stack: less than an agent may be silent, which sends no heartbeat then."""
+_STACK_LOOK_INTERVAL_S = 0.25
 _LOG_LIMIT_BYTES = 16 * 2**20
 _TAIL_LINES = 20
 _READING = ("start", "data", "validation")
@@ -165,12 +167,21 @@ class TrainingProcess:
         )
 
     def _stack(self) -> str:
-        """Have the process print the Python stack of its main thread, and return it, innermost call first."""
+        """Have the process print the Python stack of its main thread, and return it, innermost call first.
+
+        It is empty if the process prints nothing in time, for example because it waits in the kernel.
+        """
         assert self._process.pid is not None
-        before = len(self.log())
+        before = size = last_size = self._log_path.stat().st_size
         os.kill(self._process.pid, _SHOW_STACK)
-        time.sleep(_STACK_WAIT_S)
-        return self.log()[before:].decode(errors="replace").strip()
+        deadline = time.monotonic() + _STACK_LIMIT_S
+        # Nothing marks the end of a stack, so it is complete once the log has grown and does not grow further.
+        while not before < size == last_size and not self.has_ended() and time.monotonic() < deadline:
+            time.sleep(_STACK_LOOK_INTERVAL_S)
+            last_size, size = size, self._log_path.stat().st_size
+        with open(self._log_path, "rb") as log:
+            log.seek(before)
+            return log.read(_LOG_LIMIT_BYTES).decode(errors="replace").strip()
 
     def tell_meeting_place(self, host: str, port: int) -> None:
         """Send the address of rank 0's store, once."""
