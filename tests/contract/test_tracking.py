@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,8 @@ class TestOffline(WandbContract):
             assert process.stdout is not None
             assert process.stdout.readline() == "recording\n"
             for pid in (process.pid, *(each.pid for each in descendants(process.pid))):
-                os.kill(pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # a command that the client has called, and that has ended
+                    os.kill(pid, signal.SIGTERM)
             time.sleep(1)  # who would end at that has ended
             assert process.communicate("\n")[0] == "finished\n"
         kept = self.recorded()
