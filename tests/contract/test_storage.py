@@ -30,9 +30,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import StorageError
 from cluster.storage import retrying_calls
-from cluster.storage.deadline import in_seconds
+from cluster.storage.deadline import OverrunError, Started, in_seconds, result_within
 from cluster.storage.file_systems import file_system_class
 from cluster.storage.local import SyncedLocalFileSystem
+from cluster.storage.retrying_calls import Trouble
 from cluster.storage.store import ByteRange, MissingObject, Store
 from cluster.storage.stored_objects import StoredObject
 from tests import stores
@@ -1053,13 +1054,18 @@ def test_a_retry_does_not_change_what_the_training_code_draws(flaky):
 def test_what_is_below_a_store_shares_its_patience_and_its_trouble(flaky):
     store = Store("flaky://a", patience_s=1.0)
     flaky(itertools.repeat(ConnectionResetError("reset")))
-    began = time.monotonic()
-    with ThreadPoolExecutor(1) as thread:
+    now, seen = [7.0], threading.Event()
+
+    def sleep(seconds: float) -> None:
+        assert seen.wait(60.0)  # its patience lasts until the trouble was seen
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    with mock.patch.object(retrying_calls, "time", clock), ThreadPoolExecutor(1) as thread:
         writing = thread.submit(store.at("b").write, "c", b"1")
-        trouble = _soon(lambda: store.trouble)
-        assert trouble.reason == "reset"
-        assert began <= trouble.since <= time.monotonic()
-        with pytest.raises(StorageError, match=r"flaky://a/b: cannot write c: reset, tried for \d+(\.\d+)? s"):
+        assert _soon(lambda: store.trouble) == Trouble(since=7.0, reason="reset")
+        seen.set()
+        with pytest.raises(StorageError, match="flaky://a/b: cannot write c: reset, tried for 1 s"):
             writing.result()
     assert store.trouble is None
 
@@ -1128,9 +1134,10 @@ class TestHang:
     def test_a_large_object_is_given_the_time_that_its_bytes_take(self, store, monkeypatch, tmp_path):
         monkeypatch.setattr(retrying_calls, "_CALL_S", 1.0)
         monkeypatch.setattr(retrying_calls, "_SLOWEST_BYTES_PER_S", 20.0)
+        limits_s = _reads_take(2.0, monkeypatch)
         (tmp_path / "a").write_bytes(bytes(200))
-        monkeypatch.setattr(SyncedLocalFileSystem, "cat_file", _slow(tmp_path / "a", 2.0))
         assert store.read("a") == bytes(200)
+        assert limits_s[-1] == 11.0
         (tmp_path / "a").write_bytes(bytes(10))
         with pytest.raises(StorageError, match="cannot read a: no answer within 1.5 s"):
             store.read("a")
@@ -1140,27 +1147,47 @@ class TestHang:
         goes_on = threading.Event()
         for name in ("cat_file", "info"):
             monkeypatch.setattr(SyncedLocalFileSystem, name, lambda *_, **__: goes_on.wait())
-        began = time.monotonic()
-        with pytest.raises(StorageError, match="cannot read a: no answer within 2 s"):
-            list(Store(str(tmp_path), patience_s=0, most_s=2.0).read_ranges([ByteRange("a")]))
-        assert time.monotonic() - began < 3.9
+        waits = list[tuple[float, Started]]()
+
+        def noted(seconds: float, started: Started):
+            waits.append((seconds, started))
+            return result_within(seconds, started)
+
+        monkeypatch.setattr(retrying_calls, "result_within", noted)
+        with pytest.raises(StorageError, match="cannot read a: no answer within 0.4 s"):
+            list(Store(str(tmp_path), patience_s=0, most_s=0.4).read_ranges([ByteRange("a")]))
         goes_on.set()
+        # Half of it for the read, half for the size, and then all of it, which is over, for the read that began first.
+        (half_s, read), (of_size_s, _), (whole_s, read_at_last) = waits
+        assert (half_s, of_size_s, whole_s) == (0.2, 0.2, 0.4)
+        assert read_at_last is read
 
     def test_threads_are_used_again(self, store):
         store.write("a", b"1")
-        before = threading.active_count()
+        before = _num_threads()
         for _ in range(50):
             store.read("a")
-        assert threading.active_count() == before
+        assert _num_threads() == before
 
 
-def _slow(path: Path, seconds: float):
-    def cat_file(*_, **__) -> bytes:
-        data = path.read_bytes()
-        time.sleep(seconds)
-        return data
+def _num_threads() -> int:
+    """Of those that make calls for callers with a time limit."""
+    return sum(thread.name == "store" for thread in threading.enumerate())
 
-    return cat_file
+
+def _reads_take(duration_s: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Has each read count as one that takes so long, without waiting; returns the limits that calls are given."""
+    limits_s = list[float]()
+
+    def result_in_time(seconds: float, started: Started):
+        limits_s.append(seconds)
+        result = started.result(60.0)
+        if isinstance(result, bytes) and seconds < duration_s:
+            raise OverrunError(f"no answer within {in_seconds(seconds)}")
+        return result
+
+    monkeypatch.setattr(retrying_calls, "result_within", result_in_time)
+    return limits_s
 
 
 class TestSecrets:
