@@ -15,7 +15,7 @@ from jobs.training.worker import meet
 from tests.distributed.small_job import full_job
 from tests.distributed.team_process import TIMEOUT_S, run_processes
 
-WAIT_S = 2.5
+WAIT_S = 5.0
 
 
 def wait_for_rank_1(link: AgentLink, task: Task, is_over: Path) -> list[tuple[str, str]]:
