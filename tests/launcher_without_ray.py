@@ -245,7 +245,7 @@ def main() -> None:
     from launcher.cli import main as launcher
     from launcher.config import clusters
     from launcher.runs import driving
-    from launcher.submission import handover
+    from launcher.submission import standby_handover
 
     replaced: Any = clusters
     replaced.LocalRay = Machine
@@ -253,7 +253,7 @@ def main() -> None:
         scheduler = LocalScheduler(Path(os.environ[FOLDER_VARIABLE]))
         replaced.open_scheduler = lambda _: scheduler
         if scheduler.is_held:  # then no job tells that it has found its submission
-            replaced = handover
+            replaced = standby_handover
             replaced._TAKE_UP_S = 0.0
     replaced = driving
     replaced.draw = partial(fork_server.call, "launcher.display.plots:draw")
