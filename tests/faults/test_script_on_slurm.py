@@ -189,22 +189,25 @@ def test_a_job_with_gpus_that_is_submitted_in_another_one(make_slurm) -> None:
     job.check_nothing_is_left()
 
 
-TOLD = """exec python -c 'import pathlib, signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+TOLD = """
+import pathlib, signal, sys
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(130))
-pathlib.Path("{drives}").touch()
-while True: signal.pause()'"""
+pathlib.Path(__file__).with_name("drives").touch()
+while True:
+    signal.pause()
+"""
 """A driver that says that it drives, and ends when it is told."""
 
 
 def test_a_job_that_is_preempted_saves_at_the_beginning_of_its_grace_time(make_slurm) -> None:
     slurm = make_slurm("node1")
     slurm.ask("scontrol", "update", "PartitionName=scavenge", f"GraceTime={10 * LIMIT_S:.0f}")
-    drives = slurm.folder / "drives"
-    job = Job(slurm, "digits", command=TOLD.format(drives=drives), workers=1)
+    driver = slurm.folder / "driver.py"
+    driver.write_text(TOLD)
+    job = Job(slurm, "digits", command=f"exec python {driver}", workers=1)
     job.submit("--partition=scavenge")
-    job.wait_until(drives.exists)
+    job.wait_until(driver.with_name("drives").exists)
     other = slurm.submit("sleep 1000", "--exclusive")
     job.wait_until(lambda: slurm.job(job.id)["Restarts"] == "1")
     slurm.wait_for(other, "RUNNING")
