@@ -27,13 +27,12 @@ _FORKED_NEEDS = (
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
 _SLOW_FIRST = (
-    "test_slurm_runs", "test_hosts", "test_every_key", "test_from_a_laptop", "test_crashes", "test_fence",
-    "test_storage", "test_kills", "test_room",
+    "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage", "test_kills",
+    "test_room",
 )  # fmt: skip
-"""Of the slow tier: the longest first, and beside it and hosts with a Ray node each what takes little memory.
+"""Of the slow tier: beside hosts with a Ray node each runs what takes little memory.
 
-A process is given its next file when it begins the last but one test of a file, so ``test_from_a_laptop`` follows
-``test_hosts``.
+A process is given its next file when it begins the last test of one, so ``test_from_a_laptop`` follows ``test_hosts``.
 """
 
 
