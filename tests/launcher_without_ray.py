@@ -3,8 +3,8 @@
 Agents are processes that the driver starts and not workers of Ray Train, and all commands of a test process fork from
 one server, which has torch and matplotlib imported; it draws their pictures. Nothing else is replaced: driver, agents,
 training processes, store and tracker are the product's own, so a run takes seconds and can be killed, stopped, cut off
-from its store and resumed like any other. Importing Ray into the driver is an error. What is submitted goes to the
-processes of ``tests.schedulers``.
+from its store and resumed like any other. Importing Ray into the driver is an error, and so is torch, which costs it
+seconds and 350 MB. What is submitted goes to the processes of ``tests.schedulers``.
 """
 
 import multiprocessing
@@ -241,7 +241,8 @@ def _call_with_server(address: str, target: Callable[..., None], args: tuple[Any
 def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
-    sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
+    for name in ("ray", "torch"):
+        sys.modules[name] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
     from launcher.cli import main as launcher
     from launcher.config import clusters
     from launcher.runs import driving

@@ -14,10 +14,10 @@ from jobs.checkpoint.loop_state import LoopState
 from jobs.components.build import Components
 from jobs.data.device_copies import copied_ahead
 from jobs.data.loader import LoadedBatch, training_batches, validation_batches
-from jobs.data.stream_readers import stream_readers
 from jobs.parallel.step_report import StepReport, StepReports
 from jobs.parallel.worker_team import Team
 from jobs.spec import JobSpec
+from jobs.stream_readers import stream_readers
 from jobs.training.evaluation import evaluate
 from jobs.training.improvement import note_best, note_stall
 from jobs.training.metric_row import check_finite, check_ignored_targets, make_row, why_not_finite

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jobs.data.stream_readers import stream_readers, streams_for_one_reader
 from jobs.sampling import StepPlan, draw_key, permute
 from jobs.shard_blocks import shard_blocks
 from jobs.spec import JobSpec, ShuffleSpec
+from jobs.stream_readers import stream_readers, streams_for_one_reader
 
 _MICRO_BATCHES = 512
 """The number of micro-batches to draw for the mixing, or fewer."""

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from jobs.data import BadSample, image_folder, tar_shards
-from jobs.data.stream_readers import stream_readers
 from jobs.images import read_cost as costs
 from jobs.images.indexed_images import IndexedImages, read_ranges
 from jobs.images.indexing.index import Index, IndexBuilder, Source
@@ -22,6 +21,7 @@ from jobs.images.read_cost import ReadCost
 from jobs.sampling import StepPlan
 from jobs.shard_blocks import shard_blocks
 from jobs.spec import JobSpec, ShuffleSpec, TrainSpec, WorkersSpec
+from jobs.stream_readers import stream_readers
 from launcher.planning.shuffle_cost import plan_shuffle
 from tests.shards import jpeg, write_shards
 from tests.specs import bare_job
