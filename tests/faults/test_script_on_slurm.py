@@ -1,18 +1,19 @@
 """The batch script of a job on a real Slurm, with Ray on its nodes and a driver."""
 
-import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.capacity import Places, WorkerResources
 from cluster.kinds.slurm.script import render
+from cluster.run.run_directory import RunDirectory
 from cluster.scheduler import JobRequest
 from cluster.spec.slurm import SlurmClusterSpec, SlurmNodesSpec
+from tests.faults.injection import Fault, environment, fired, release, write_plan
 from tests.faults.slurm import Slurm
 from tests.faults.slurm_processes import files_with, processes, wait_until_none_is_left
 
@@ -37,8 +38,12 @@ class Job:
         exclude: str | None = None,
         command: str | None = None,
         gpus: int = 0,
+        held_at: int | None = None,
     ) -> None:
+        """``held_at``: the step at which a training process of its first try waits until ``release``."""
         self._slurm = slurm
+        self._plan = slurm.folder / f"{name}.json"
+        write_plan([] if held_at is None else [Fault(kind="hold", doing="forward", step=held_at)], self._plan)
         self.name = name
         self.folder = slurm.folder / "it's #1 $jobs"
         self.folder.mkdir(exist_ok=True)
@@ -50,7 +55,7 @@ class Job:
         request = JobRequest(
             id=name,
             command=command or f'exec launcher run {shlex.join(words)} --cluster "$RAY_ADDRESS"',
-            environment={"TMPDIR": str(self.temporary), "PYTHONPATH": str(CHECKOUT)},
+            environment={"TMPDIR": str(self.temporary), "PYTHONPATH": str(CHECKOUT), **environment(self._plan)},
             stop_grace_s=300,
             metadata={"run": str(self.run)},
             places=Places(
@@ -67,8 +72,9 @@ class Job:
         self.script = self.folder / f"{name}.sh"
         self.script.write_text(render(spec, str(self.folder), request))
 
-    def submit(self, *options: str, environment: dict[str, str] | None = None) -> None:
-        self.id = self._slurm.ask("sbatch", "--parsable", *options, self.script, environment=environment)
+    def submit(self, *options: str, variables: dict[str, str] | None = None) -> None:
+        """``variables``: of the shell that calls sbatch."""
+        self.id = self._slurm.ask("sbatch", "--parsable", *options, self.script, environment=variables)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         self._slurm.wait_until(happened, LIMIT_S, self.said)
@@ -84,11 +90,17 @@ class Job:
             f"{log.name}: {log.read_text()[-3000:]}" for log in sorted(self.folder.glob(f"{self.name}*.log"))
         )
 
-    def status(self) -> dict[str, object]:
-        """What ``launcher status`` says about the run."""
-        command = self._slurm.command(["launcher", "status", self.run, "--json"], self.folder)
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return dict(json.loads(asked.stdout)) if asked.returncode == 0 else {}
+    def status(self) -> dict[str, Any]:
+        """What its driver has said last about the run; nothing before it has said anything."""
+        return dict(RunDirectory(str(self.run)).read_status() or {})
+
+    def is_held(self) -> bool:
+        """Whether one of its training processes waits at ``held_at``."""
+        return 0 in fired(self._plan)
+
+    def release(self) -> None:
+        """Lets that process go on."""
+        release(self._plan, 0)
 
     def check_nothing_is_left(self) -> None:
         """No process of the job on any node, no token, no folder of Ray; the launcher keeps a cache of code."""
@@ -99,14 +111,15 @@ class Job:
 
 def test_a_job_trains_on_two_nodes_and_leaves_nothing(make_slurm) -> None:
     slurm = make_slurm("node1", "node2")
-    job = Job(slurm, "digits", "train.epochs=2", env=("OF_USER",))
-    job.submit(environment={"OF_USER": "1", "NOT_NAMED": "2"})
-    job.wait_until(lambda: job.status().get("status") == "running")
+    job = Job(slurm, "digits", "train.epochs=2", env=("OF_USER",), held_at=12)
+    job.submit(variables={"OF_USER": "1", "NOT_NAMED": "2"})
+    job.wait_until(job.is_held)
     (token,) = job.folder.glob("digits.*/token")
     assert token.stat().st_mode & 0o777 == 0o600
     assert files_with(token.read_text()) == []
     assert files_with("OF_USER=1") != []
     assert files_with("NOT_NAMED=2") == []
+    job.release()
     ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
     assert (ended["JobState"], ended["NumNodes"]) == ("COMPLETED", "2"), job.said()
     assert job.status()["status"] == "completed"
@@ -129,9 +142,10 @@ def test_two_jobs_at_once_on_one_node_complete(make_slurm) -> None:
 
 def test_a_job_that_is_cancelled_saves_first_and_stays_cancelled(make_slurm) -> None:
     slurm = make_slurm("node1", "node2", KillWait="60")
-    job = Job(slurm, "digits", "train.epochs=1000")
+    job = Job(slurm, "digits", "train.epochs=1000", held_at=12)
     job.submit()
-    job.wait_until(lambda: (job.status().get("step") or 0) > 0)
+    job.wait_until(job.is_held)
+    job.release()
     slurm.ask("scancel", job.id)
     ended = job.wait_for("CANCELLED")
     slurm.wait_until(lambda: set(slurm.node_states().values()) == {"idle"})
@@ -182,7 +196,7 @@ IN_ANOTHER_JOB = {
 def test_a_job_with_gpus_that_is_submitted_in_another_one(make_slurm) -> None:
     slurm = make_slurm("node1", "node2")
     job = Job(slurm, "digits", command='exit "$((${SLURM_RESTART_COUNT:-0} ? 0 : 75))"', gpus=2)
-    job.submit(environment=IN_ANOTHER_JOB)
+    job.submit(variables=IN_ANOTHER_JOB)
     assert "gres:gpu:2" in job.wait_for("RUNNING")["TresPerNode"]
     ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.said()
@@ -218,9 +232,9 @@ def test_a_job_that_is_preempted_saves_at_the_beginning_of_its_grace_time(make_s
 
 def test_a_script_that_is_killed_leaves_no_process_and_no_token(make_slurm) -> None:
     slurm = make_slurm("node1", "node2")
-    job = Job(slurm, "digits", "train.epochs=1000")
+    job = Job(slurm, "digits", "train.epochs=1000", held_at=12)
     job.submit()
-    job.wait_until(lambda: job.status().get("status") == "running")
+    job.wait_until(job.is_held)
     slurm.ask("scancel", "--batch", "--signal=KILL", job.id)
     job.wait_for("FAILED", "CANCELLED")
     job.wait_until(lambda: not any(processes(slurm, node) for node in slurm.nodes))
@@ -230,9 +244,9 @@ def test_a_script_that_is_killed_leaves_no_process_and_no_token(make_slurm) -> N
 
 def test_a_job_with_a_range_of_nodes_that_loses_that_of_its_script_starts_again(make_slurm) -> None:
     slurm = make_slurm("node1", "node2")
-    job = Job(slurm, "digits", "train.epochs=1000", least=1)
+    job = Job(slurm, "digits", "train.epochs=1000", held_at=12, least=1)
     job.submit()
-    job.wait_until(lambda: (job.status().get("step") or 0) > 0)
+    job.wait_until(job.is_held)
     began = job.wait_for("RUNNING")
     assert (began["BatchHost"], began["NodeList"]) == ("node1", "node[1-2]")
     slurm.power_off("node1")

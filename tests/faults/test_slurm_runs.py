@@ -1,13 +1,13 @@
 """Runs on a real Slurm, from the command line on its login host: submitted, told to stop, requeued, shrunk, cancelled.
 
-What disturbs a run changes no bit of it.
+What disturbs a run changes no bit of it. Runs are short: each is held at a step until what happens to it has happened.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import CHECKOUT, checkpointed, events
+from tests.faults.injection import Fault, environment, fired, release, write_plan
 from tests.faults.planned import undisturbed
 from tests.faults.slurm import TICK_S, Slurm
 from tests.faults.slurm_processes import files_with, wait_until_none_is_left
@@ -24,7 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 LIMIT_S = 900.0
 """For each wait, of which the longest takes a minute and a half on a machine with nothing else to do."""
 VENV = Path(sys.executable).parents[1]
-FAST = ("checkpoint.every_steps=20", "tracking.mode=disabled", "train.epochs=30")
+FAST = ("checkpoint.every_steps=10", "tracking.mode=disabled", "train.epochs=2")
+LAST_STEP = 44
 CLUSTER = """
 kind: slurm
 partition: main
@@ -33,22 +35,29 @@ time: "1:00:00"
 stop_grace_s: 60
 venv: {venv}
 folder: {folder}
-prologue: ["export PYTHONPATH={checkout} RAY_DEDUP_LOGS=0"]
+prologue: ["export PYTHONPATH={checkout} RAY_DEDUP_LOGS=0 {plan}"]
 worker: {{cpus: 4}}
 """
 """Two jobs fit on a node of eight cores; a worker takes the whole of a job's node."""
 
 
 class Uni:
-    """A Slurm, the store of its runs, and the command line on its login host."""
+    """A Slurm, the store of its runs, and the command line on its login host.
 
-    def __init__(self, slurm: Slurm, folder: Path) -> None:
+    Of its runs, one process after the other waits at the steps ``held_at`` until ``release``.
+    """
+
+    def __init__(self, slurm: Slurm, folder: Path, held_at: Sequence[int]) -> None:
         self.slurm = slurm
         self.store = folder / "runs"
         self.jobs = folder / "jobs"
         self._folder = folder
         self.file = folder / "uni.yaml"
-        self.file.write_text(CLUSTER.format(venv=VENV, folder=self.jobs, checkout=CHECKOUT))
+        self._plan = folder / "plan.json"
+        self._held_at = held_at
+        write_plan([Fault(kind="hold", doing="forward", step=step) for step in held_at], self._plan)
+        plan = shlex.join(f"{name}={value}" for name, value in environment(self._plan).items())
+        self.file.write_text(CLUSTER.format(venv=VENV, folder=self.jobs, checkout=CHECKOUT, plan=plan))
 
     def launcher(self, *arguments: object, code: int = 0) -> str:
         """Runs ``launcher`` on the login host; returns its stdout."""
@@ -81,6 +90,14 @@ class Uni:
         found = self.slurm.ask("squeue", "--noheader", "--states=all", f"--name={newest[1].job}", "--format=%i")
         return found.splitlines()[0]
 
+    def wait_until_held(self, run: Path, number: int) -> None:
+        """Waits until a run is at the step ``held_at[number]``, its last checkpoint before that committed."""
+        self.wait_until(lambda: number in fired(self._plan) and checkpointed(run, self._held_at[number] // 10 * 10)())
+
+    def release(self, number: int) -> None:
+        """Lets the process go on that is held at ``held_at[number]``."""
+        release(self._plan, number)
+
     def wait_until(self, happened: Callable[[], bool]) -> None:
         self.slurm.wait_until(happened, LIMIT_S, self.logs)
 
@@ -95,7 +112,7 @@ class Uni:
 
 @pytest.fixture
 def uni(make_slurm, tmp_path: Path) -> Callable[..., Uni]:
-    return lambda *names, **settings: Uni(make_slurm(*names, **settings), tmp_path)
+    return lambda *names, held_at=(): Uni(make_slurm(*names), tmp_path, held_at)
 
 
 def assert_same_bits(run: Path, *overrides: str) -> None:
@@ -107,11 +124,11 @@ def assert_same_bits(run: Path, *overrides: str) -> None:
 
 
 def test_from_submission_to_the_end(uni) -> None:
-    uni = uni("node1", "node2", "node3")
+    uni = uni("node1", "node2", "node3", held_at=[12])
     script = uni.launcher("render", "digits", *uni.overrides("digits", "workers.num=2"), "--cluster", uni.file)
     assert "#SBATCH --nodes=2\n" in script
     run = uni.submit("digits", "workers.num=2")
-    uni.wait_until(checkpointed(run, 20))
+    uni.wait_until_held(run, 0)
     number = uni.number_of(run)
     told = uni.status(run, asks=True)
     assert (told["status"], told["job_status"]) == ("running", "running")
@@ -122,6 +139,7 @@ def test_from_submission_to_the_end(uni) -> None:
     shown = uni.slurm.ask("scontrol", "show", "job", "-dd", number)
     assert secret not in shown + uni.slurm.ask("scontrol", "write", "batch_script", number, "-")
     assert files_with(secret) == []
+    uni.release(0)
     uni.wait_for_end(run, "COMPLETED")
     assert_same_bits(run)
     assert len({worker["address"] for worker in events(run, "attempt_started")[-1]["workers"]}) == 2
@@ -136,35 +154,36 @@ def test_from_submission_to_the_end(uni) -> None:
 
 
 def test_a_time_limit_that_is_too_short_twice(uni) -> None:
-    uni = uni("node1", "node2")
-    run = uni.submit("digits", "workers.num=2", "train.epochs=60")
-    reached = 0
+    uni = uni("node1", "node2", held_at=[12, 22])
+    run = uni.submit("digits", "workers.num=2")
     for tries in (1, 2):
-        uni.wait_until(checkpointed(run, reached + 20))
+        uni.wait_until_held(run, tries - 1)
         job = uni.slurm.wait_for(uni.number_of(run), "RUNNING")
         assert job["Restarts"] == str(tries - 1)
         if tries == 1:  # the real thing, which Slurm looks for every half minute
             uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", f"EndTime=now+{2 * TICK_S}")
-            uni.wait_until(lambda: len(events(run, "requeued")) == 1)
-            uni.slurm.wait_for(job["JobId"], "PENDING")
-            uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", "TimeLimit=60")  # of the other tries
         else:  # the signal alone
             uni.slurm.ask("scancel", "--batch", "--signal=USR1", job["JobId"])
+        uni.wait_until(lambda tries=tries: len(events(run, "stop_requested")) == tries)
+        uni.release(tries - 1)
         uni.wait_until(lambda tries=tries: len(events(run, "requeued")) == tries)
+        if tries == 1:
+            uni.slurm.wait_for(job["JobId"], "PENDING")
+            uni.slurm.ask("scontrol", "update", f"JobId={job['JobId']}", "TimeLimit=60")  # of the other tries
         told = uni.status(run, asks=True)
         assert told["status"] in ("requeued", "running")
-        reached = RunDirectory(str(run)).checkpoints.steps()[-1]
     ended = uni.wait_for_end(run, "COMPLETED")
     assert ended["Restarts"] == "2"
-    assert_same_bits(run, "train.epochs=60")
+    assert_same_bits(run)
     steps = [event["step"] for event in events(run, "requeued")]
     resumed = [event["step"] for event in events(run, "training")]
     assert resumed == [0, *steps], "no step was lost"
+    assert 12 < steps[0] < 22 < steps[1] < LAST_STEP, "each saves as soon as it is told"
 
 
 def test_stop_and_cancel(uni) -> None:
     """Each saves; none is requeued. What waits is stopped, too, and what another wants to know is told."""
-    uni = uni("node1")
+    uni = uni("node1", held_at=[12])
     long = ("workers.num=1", "train.epochs=2000", "cluster.nodes.cpus=8", "cluster.worker.cpus=8")
     stopped, waits = uni.submit("stopped", *long), uni.submit("waits", *long)
     uni.wait_until(lambda: uni.slurm.job(uni.number_of(waits))["Reason"] in ("Resources", "Priority"))
@@ -176,14 +195,15 @@ def test_stop_and_cancel(uni) -> None:
     assert uni.status(waits)["status"] == "stopped"
     uni.wait_for_end(waits, "CANCELLED")
 
-    uni.wait_until(checkpointed(stopped, 20))
+    uni.wait_until_held(stopped, 0)
+    uni.release(0)
     uni.launcher("stop", stopped)
     told = uni.status(stopped)
     assert (told["status"], told["saved_step"]) == ("stopped", told["step"])
     assert uni.wait_for_end(stopped, "FAILED", "CANCELLED", "COMPLETED")["Restarts"] == "0"
 
     cancelled = uni.submit("cancelled", *long)
-    uni.wait_until(checkpointed(cancelled, 20))
+    uni.wait_until(checkpointed(cancelled, 10))
     uni.slurm.ask("scancel", uni.number_of(cancelled))
     ended = uni.wait_for_end(cancelled, "CANCELLED")
     assert ended["Restarts"] == "0"
@@ -197,55 +217,58 @@ def test_stop_and_cancel(uni) -> None:
 
 
 def test_two_jobs_at_once_on_one_node(uni) -> None:
-    uni = uni("node1")
+    uni = uni("node1", held_at=[12, 12])
     runs = [uni.submit(f"digits-{number}", "workers.num=1", f"seed={number}") for number in range(2)]
-    for run in runs:
-        uni.wait_until(checkpointed(run, 20))
+    for number, run in enumerate(runs):
+        uni.wait_until_held(run, number)  # or the other way round: it waits for both
     assert {uni.slurm.job(uni.number_of(run))["JobState"] for run in runs} == {"RUNNING"}
+    for number in range(2):
+        uni.release(number)
     for number, run in enumerate(runs):
         uni.wait_for_end(run, "COMPLETED")
         assert_same_bits(run, f"seed={number}")
 
 
 def test_a_range_of_nodes_goes_on_without_one_that_dies(uni) -> None:
-    uni = uni("node1", "node2")
-    run = uni.submit("digits", "workers.num=[1, 2]", "train.epochs=60")
+    uni = uni("node1", "node2", held_at=[12])
+    run = uni.submit("digits", "workers.num=[1, 2]")
 
     def sizes() -> list[int]:
         return [len(event["workers"]) for event in events(run, "attempt_started")]
 
-    uni.wait_until(lambda: 2 in sizes() and checkpointed(run, 20)())
+    uni.wait_until_held(run, 0)
+    assert sizes()[-1] == 2
     job = uni.slurm.job(uni.number_of(run))
     batch_host = job["BatchHost"]
     (other,) = {"node1", "node2"} - {batch_host}
     uni.slurm.power_off(other)
     ended = uni.wait_for_end(run, "COMPLETED")
     assert (ended["Restarts"], ended["NodeList"]) == ("0", batch_host)
-    assert_same_bits(run, "train.epochs=60")
+    assert_same_bits(run)
     assert sizes()[-1] == 1
 
 
 def test_a_slurmd_that_is_killed_and_comes_back_disturbs_nothing(uni) -> None:
-    uni = uni("node1", "node2")
+    uni = uni("node1", "node2", held_at=[12])
     run = uni.submit("digits", "workers.num=2")
-    uni.wait_until(checkpointed(run, 20))
+    uni.wait_until_held(run, 0)
     uni.slurm.kill_slurmd("node2")
     uni.slurm.start_slurmd("node2")
+    uni.release(0)
     assert uni.wait_for_end(run, "COMPLETED")["Restarts"] == "0"
     assert_same_bits(run)
 
 
 def test_a_fixed_number_of_nodes_starts_again_without_one_that_dies(uni) -> None:
-    uni = uni("node1", "node2", "node3")
-    run = uni.submit("digits", "workers.num=2", "train.epochs=60", "cluster.exclude=node3")
-    uni.wait_until(checkpointed(run, 20))
+    uni = uni("node1", "node2", "node3", held_at=[12])
+    run = uni.submit("digits", "workers.num=2", "cluster.exclude=node3")
+    uni.wait_until_held(run, 0)
     number = uni.number_of(run)
-    uni.slurm.ask("scontrol", "show", "job", shlex.quote(number))
     uni.slurm.power_off("node2")
     uni.slurm.wait_until(lambda: uni.slurm.job(number).get("Restarts") == "1", LIMIT_S)
     uni.slurm.power_on("node2")
     assert uni.wait_for_end(run, "COMPLETED")["Restarts"] == "1"
-    assert_same_bits(run, "train.epochs=60")
+    assert_same_bits(run)
 
 
 def test_an_array_of_three_seeds(uni) -> None:
