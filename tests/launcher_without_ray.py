@@ -241,8 +241,7 @@ def _call_with_server(address: str, target: Callable[..., None], args: tuple[Any
 def main() -> None:
     if _SERVER in os.environ:
         _use_server(os.environ[_SERVER])
-    for name in ("ray", "torch"):
-        sys.modules[name] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
+    sys.modules["ray"] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
     from launcher.cli import main as launcher
     from launcher.config import clusters
     from launcher.runs import driving
@@ -258,7 +257,10 @@ def main() -> None:
             replaced._TAKE_UP_S = 0.0
     replaced = driving
     replaced.draw = partial(fork_server.call, "launcher.display.plots:draw")
-    launcher()
+    try:
+        launcher()
+    finally:
+        assert "torch" not in sys.modules
 
 
 if __name__ == "__main__":

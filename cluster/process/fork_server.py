@@ -14,6 +14,7 @@ processes that are waited for when the interpreter ends.
 """
 
 import fcntl
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -222,10 +223,7 @@ def _check_temporary_folder() -> None:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Keep interpreters that start in this context from importing files of the working directory.
-
-    They run a program given with ``-c``, and would look there first, for ``random`` for example.
-    """
+    """Keep interpreters that start in this context from looking for ``random``, say, in the working directory first."""
     if _SAFE_PATH in os.environ:
         yield
         return
@@ -303,10 +301,11 @@ class ChildProcess(ForkServerProcess):
 def _tied_process(lifeline: Connection, environment: Mapping[str, str]) -> ChildProcess:
     """Have the kernel kill the calling process when its parent ends; set its environment; return its process object.
 
-    The forked process calls it when it unpickles its ``ChildProcess``.
+    The forked process calls it when it unpickles its ``ChildProcess``, before it does anything else.
 
     Source: fcntl(2), F_SETSIG.
     """
+    gc.freeze()  # what the server imported: to look through it takes 0.3 s, and writes to 90 MB that are shared
     take_environment(environment)
     if os.environ.get(_SAFE_PATH) == _OURS:
         del os.environ[_SAFE_PATH]

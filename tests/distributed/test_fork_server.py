@@ -74,6 +74,10 @@ def test_strings_hash_alike_in_every_process() -> None:
     assert not fork_server.call(f"{HERE}:are_hashes_random")
 
 
+def test_no_process_looks_for_garbage_in_what_the_server_imported() -> None:
+    assert fork_server.call("gc:get_freeze_count") > 10_000
+
+
 def test_signals_that_reach_many_processes_do_not_reach_a_forked_one() -> None:
     """A closed terminal and a scheduler send them to all; only the driver acts on them."""
     assert fork_server.call(f"{HERE}:get_signals") == 4

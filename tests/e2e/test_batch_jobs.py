@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cluster.run.run_directory import RunDirectory
 from tests.e2e.command import Ended, Running, checkpointed, events, launcher, rows
 from tests.e2e.test_own_parts import JOB, MINE
+from tests.faults.injection import Fault, fired, release
 
 SLOWLY = """
 import time
@@ -95,15 +97,18 @@ def test_a_time_limit_that_is_too_short_twice(home: Path, undisturbed: Ended, mo
     ],
 )
 def test_a_signal_of_its_script(
-    home: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[signal.Signals, ...], requeues: str,
-    exit_code: int, status: str,
+    home: Path, monkeypatch: pytest.MonkeyPatch, make_plan: Callable[..., Path], numbers: tuple[signal.Signals, ...],
+    requeues: str, exit_code: int, status: str,
 ) -> None:  # fmt: skip
     run = home / "runs/own"
     monkeypatch.setenv("LAUNCHER_JOB_REQUEUES", requeues)
-    running = begin(home)
-    running.wait_until(checkpointed(run, 4))
+    plan = make_plan(Fault(kind="hold", doing="forward", step=5))
+    running = Running(["run", "own.yaml", "--json"], home)
+    running.wait_until(lambda: 0 in fired(plan) and checkpointed(run, 4)())
     for number in numbers:
         os.kill(running.pid, number)
+    running.wait_until(lambda: len(events(run, "stop_requested")) == 1)
+    release(plan, 0)
     ended = running.wait()
 
     assert (ended.exit_code, ended.document["status"]) == (exit_code, status), ended.stderr
