@@ -27,8 +27,8 @@ _FORKED_NEEDS = (
 )  # fmt: skip
 """What the server that processes are forked from imports, whichever test starts it."""
 _SLOW_FIRST = (
-    "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage", "test_kills",
-    "test_room",
+    "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage",
+    "test_slurm_runs", "test_kills", "test_room",
 )  # fmt: skip
 """Of the slow tier: beside hosts with a Ray node each runs what takes little memory.
 
