@@ -30,7 +30,7 @@ _SLOW_FIRST = (
     "test_hosts", "test_every_key", "test_crashes", "test_from_a_laptop", "test_fence", "test_storage",
     "test_slurm_runs", "test_kills", "test_room",
 )  # fmt: skip
-"""Of the slow tier: beside hosts with a Ray node each runs what takes little memory.
+"""Of the slow tier: what takes longest, and beside ``test_hosts`` and ``test_from_a_laptop`` what takes little memory.
 
 A process is given its next file when it begins the last test of one, so ``test_from_a_laptop`` follows ``test_hosts``.
 """

@@ -301,7 +301,7 @@ class ChildProcess(ForkServerProcess):
 def _tied_process(lifeline: Connection, environment: Mapping[str, str]) -> ChildProcess:
     """Have the kernel kill the calling process when its parent ends; set its environment; return its process object.
 
-    The forked process calls it when it unpickles its ``ChildProcess``, before it does anything else.
+    The forked process calls it when it unpickles its ``ChildProcess``, before anything else of its parent's.
 
     Source: fcntl(2), F_SETSIG.
     """

@@ -1,7 +1,8 @@
 """The ``launcher`` command: its verbs, and the border at which errors become exit codes.
 
-With ``--json``, stdout holds exactly one JSON document, and everything else is on stderr. Each verb imports torch, Ray
-and wandb itself, so that ``launcher --help`` and ``launcher list`` need none of them.
+With ``--json``, stdout holds exactly one JSON document, and everything else is on stderr. Each verb imports Ray and
+wandb itself, so that ``launcher --help`` and ``launcher list`` need neither. Only ``export`` imports torch here; for
+the other verbs, processes import it that are forked from a server.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Runs on a real Slurm, from the command line on its login host: submitted, told to stop, requeued, shrunk, cancelled.
 
-What disturbs a run changes no bit of it. Runs are short: each is held at a step until what happens to it has happened.
+What disturbs a run changes no bit of it. Runs are short, and most are held at a step while something happens to them.
 """
 
 import json
@@ -154,7 +154,7 @@ def test_from_submission_to_the_end(uni) -> None:
 
 
 def test_a_time_limit_that_is_too_short_twice(uni) -> None:
-    uni = uni("node1", "node2", held_at=[12, 22])
+    uni = uni("node1", "node2", held_at=[12, 32])
     run = uni.submit("digits", "workers.num=2")
     for tries in (1, 2):
         uni.wait_until_held(run, tries - 1)
@@ -178,7 +178,7 @@ def test_a_time_limit_that_is_too_short_twice(uni) -> None:
     steps = [event["step"] for event in events(run, "requeued")]
     resumed = [event["step"] for event in events(run, "training")]
     assert resumed == [0, *steps], "no step was lost"
-    assert 12 < steps[0] < 22 < steps[1] < LAST_STEP, "each saves as soon as it is told"
+    assert 12 < steps[0] < 32 < steps[1] < LAST_STEP, "each saves as soon as it is told"
 
 
 def test_stop_and_cancel(uni) -> None:
@@ -252,8 +252,17 @@ def test_a_slurmd_that_is_killed_and_comes_back_disturbs_nothing(uni) -> None:
     uni = uni("node1", "node2", held_at=[12])
     run = uni.submit("digits", "workers.num=2")
     uni.wait_until_held(run, 0)
+
+    def began() -> str:
+        """When the slurmd that the controller knows has started, in a resolution of seconds."""
+        shown = uni.slurm.ask("scontrol", "show", "node", "node2", "--oneliner")
+        return next(field for field in shown.split() if field.startswith("SlurmdStartTime="))
+
+    before = began()
     uni.slurm.kill_slurmd("node2")
     uni.slurm.start_slurmd("node2")
+    uni.wait_until(lambda: began() != before)
+    assert uni.slurm.job(uni.number_of(run))["JobState"] == "RUNNING"
     uni.release(0)
     assert uni.wait_for_end(run, "COMPLETED")["Restarts"] == "0"
     assert_same_bits(run)

@@ -483,6 +483,14 @@ def test_a_mistake_is_told_without_torch_or_ray() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_a_driver_on_ray_does_without_torch() -> None:
+    """It would take seconds and 350 MB of the head of a cluster; processes of their own plan and train."""
+    drives = "launcher.runs.begin, launcher.runs.resume, launcher.submission.submit"
+    program = f"import sys, {drives}, cluster.ray.worker_group, ray.train; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.strip() == "False"
+
+
 def test_schema_lists_every_field_with_its_docstring() -> None:
     reference = schema.describe_json()
     sections = {
